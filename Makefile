@@ -1,0 +1,62 @@
+# Everything a user or CI does. Needs Python 3.11+, git and make; the rest is installed into .venv.
+PYTHON ?= python3
+PARAMS ?= params.yaml
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PREFECT_HOME ?= $(CURDIR)/.prefect
+# The stages are `python -m flows...`: that has to be the environment's Python.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install run repro test check schedule ui lock wheel clean
+
+install: $(INSTALLED)
+
+# uv itself comes through pip, pinned by hash like everything else. sam2 is built from source, without
+# its CUDA extension, against the locked torch.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	awk '/^[^ ]/ {keep = /^uv==/} keep' requirements.lock > .venv/uv.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r .venv/uv.lock
+	SAM2_BUILD_CUDA=0 VIRTUAL_ENV=.venv $(BIN)/uv pip sync --quiet --require-hashes --build-constraint requirements.lock requirements.lock
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --build-constraint requirements.lock --editable .
+	touch $@
+
+run: $(INSTALLED)
+	@git rev-parse --git-dir > /dev/null 2>&1 || { echo "This folder is no git clone, and DVC needs one: run git init here, or git clone the project."; exit 1; }
+	@$(BIN)/python -m flows.pipeline --params $(PARAMS)
+
+repro: $(INSTALLED)
+	@$(BIN)/dvc repro
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+# The retraining flow on the cron schedule of params.yaml, with Prefect's server on loopback.
+schedule: $(INSTALLED)
+	@$(BIN)/python -m flows.schedule --params $(PARAMS)
+
+# MLflow's and Prefect's pages on loopback.
+ui: $(INSTALLED)
+	@$(BIN)/python -m flows.ui
+
+# After a change of pyproject.toml: pin everything anew, for every platform, without a registry's address.
+lock:
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
+
+wheel: $(INSTALLED)
+	$(BIN)/uv build --wheel --quiet
+
+clean:
+	rm -rf data reports .cache mlflow.db mlruns .prefect

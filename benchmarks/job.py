@@ -1,0 +1,123 @@
+"""Masks and features from picture files against the sum of the bare forward passes, side by side.
+
+The job decodes files, segments, keeps and publishes masks, focuses, and encodes. The reference runs
+the same networks in the same batches on tensors that are ready in memory. Full-size architectures
+with random weights: the clock does not care. Chunks of both alternate, so that a machine that slows
+down slows both.
+
+    python -m benchmarks.job --root ../shared/data/covid19 --pictures 317
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medfocus import features, images
+from medfocus.encoders import build_clip
+from medfocus.focus import FILL
+from medfocus.ingest import ingest
+from medfocus.masks.sam2 import build_segmenter
+from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
+from medfocus.views import view
+
+CHUNK = 32  # pictures between changing over
+FEATHER = 0.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="a folder of split/class/*.png|jpg")
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--image-size", type=int, default=512, help="pixels a side that SAM2 sees")
+    parser.add_argument("--strategy", default="grid")
+    parser.add_argument("--points-per-side", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=4, help="of SAM2; CLIP takes a chunk at once")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    arguments = parser.parse_args()
+
+    records = ingest(arguments.root, manifest=None, patient_pattern=None).records
+    step = max(1, len(records) // arguments.pictures)
+    records = records[::step][: arguments.pictures]
+    segmenter = build_segmenter(
+        "sam2.1_hiera_t",
+        "random:0",
+        arguments.image_size,
+        arguments.strategy,
+        points_per_side=arguments.points_per_side,
+        batch_size=arguments.batch_size,
+    )
+    clip = build_clip("ViT-B-32", "random:0")
+    seconds = {"encoder": 0.0, "decoder": 0.0, "clip": 0.0, "job masks": 0.0, "job features": 0.0}
+
+    def bare(chunk: list[np.ndarray]) -> None:
+        """The forward passes alone."""
+        size, clip_size = arguments.image_size, clip.image_size
+        for start in range(0, len(chunk), arguments.batch_size):
+            count = len(chunk[start : start + arguments.batch_size])
+            ready = torch.rand(count, 3, size, size)
+            with torch.inference_mode():
+                seconds["encoder"] += _timed(lambda ready=ready: segmenter.model.forward_image(ready))
+                encoded = segmenter.encode(chunk[start : start + arguments.batch_size])  # not on the clock
+                seconds["decoder"] += _timed(
+                    lambda encoded=encoded, count=count: [
+                        segmenter.decode(encoded, i, segmenter.prompts) for i in range(count)
+                    ]
+                )
+        pixels = clip.preprocess(np.zeros((len(chunk), clip_size, clip_size, 3), np.uint8))
+        seconds["clip"] += _timed(lambda: clip.encode_images(pixels))
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = MaskStore(Path(folder, "masks"))
+        for start in range(0, len(records), CHUNK):
+            some = records[start : start + CHUNK]
+            bare([images.read(arguments.root / record.path) for record in some])
+            began = time.perf_counter()
+            pairs = [(record, arguments.root / record.path) for record in some]
+            cache_masks(pairs, segmenter, store, batch_size=arguments.batch_size)
+            publish(some, store, segmenter.key, Path(folder, "published"))
+            seconds["job masks"] += time.perf_counter() - began
+            masks = PublishedMasks(Path(folder, "published"))
+            began = time.perf_counter()
+            features.encode(
+                some,
+                [record.sha256 for record in some],
+                lambda record, masks=masks: view(
+                    images.read(arguments.root / record.path),
+                    masks[record.sha256],
+                    focus="multiply",
+                    size=clip.image_size,
+                    feather=FEATHER,
+                ),
+                lambda views: clip.encode_images(clip.preprocess(views)),
+                cache=Path(folder, "features"),
+                settings=clip.key,
+                batch_size=CHUNK,
+            )
+            seconds["job features"] += time.perf_counter() - began
+
+    forward = seconds["encoder"] + seconds["decoder"] + seconds["clip"]
+    job = seconds["job masks"] + seconds["job features"]
+    count = len(records)
+    print(f"{count} pictures, SAM2.1-tiny at {arguments.image_size} px, {arguments.strategy}, ViT-B-32, fill {FILL}")
+    for name, value in seconds.items():
+        print(f"{name:>14}: {value / count:.3f} s a picture")
+    print(f"bare forward passes {forward:.1f} s, job {job:.1f} s, ratio {job / forward:.3f}")
+    if arguments.json:
+        print(json.dumps({"pictures": count, "bare_s": forward, "job_s": job, "ratio": job / forward, **seconds}))
+
+
+def _timed(run: object) -> float:
+    began = time.perf_counter()
+    run()  # pyright: ignore[reportCallIssue]
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

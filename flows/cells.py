@@ -1,0 +1,244 @@
+"""The cells of a study, and a data set opened for them: what the finetune and evaluate stages share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import medfocus
+from flows.study import Study
+from medfocus import checkpoint, features, images
+from medfocus.masks.store import PublishedMasks
+from medfocus.methods import METHODS, Method, Support
+from medfocus.metrics import wilson_lower
+from medfocus.params import Params
+from medfocus.prompts import class_embeddings, text_prompts
+from medfocus.records import Record, read_manifest
+from medfocus.splits import Splits, read_splits
+from medfocus.views import crop_box, view, view_key
+
+if TYPE_CHECKING:
+    from medfocus.encoders import ClipEncoder
+
+NOTHING = "0%"  # the support of a method that learns nothing
+
+
+class Cell(NamedTuple):
+    """One fit and its test: what a child run of MLflow and a checkpoint stand for."""
+
+    dataset: str
+    method: str
+    focus: str
+    support: str  # "5%", "16-shot", or NOTHING
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As a run, a checkpoint and a log line call it."""
+        return f"{self.dataset} {self.method} {self.focus} {self.support} seed {self.seed}"
+
+    @property
+    def path(self) -> Path:
+        """Of the checkpoint, below data/checkpoints."""
+        support = self.support.replace("%", "pc")
+        return Path(self.dataset, f"{self.method}_{self.focus}_{support}_{self.seed}.safetensors")
+
+
+def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Method:
+    """An unfitted method with its hyperparameters from the params file; without an encoder only to check them.
+
+    Raises:
+        ValueError: The name or a hyperparameter is unknown, missing or out of range.
+    """
+    if name not in METHODS:
+        raise ValueError(f"params.yaml: methods.{name} is not a method; known are {', '.join(METHODS)}.")
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in params.methods[name].items()}
+    try:
+        return METHODS[name](cast("ClipEncoder", encoder), **settings)
+    except TypeError as error:
+        raise ValueError(f"params.yaml: methods.{name}: {error}.") from error
+
+
+def plan(params: Params) -> list[Cell]:
+    """Every cell of the study, in the order of the params file; each method is built once, so a typo fails here."""
+    for name in params.study.methods:
+        build_method(params, name, None)
+    supports = [*(f"{p:g}%" for p in params.study.percents), *(f"{n}-shot" for n in params.study.shots)]
+    cells = []
+    for dataset in params.datasets:
+        for method, modes in params.study.methods.items():
+            for focus in modes:
+                if not METHODS[method].learns:
+                    cells.append(Cell(dataset, method, focus, NOTHING, params.study.seeds[0]))
+                    continue
+                cells += [
+                    Cell(dataset, method, focus, support, seed)
+                    for support in supports
+                    for seed in params.study.seeds
+                ]
+    return cells
+
+
+class Dataset:
+    """A data set after ingestion, splitting and masking, seen through one encoder."""
+
+    def __init__(self, study: Study, name: str, encoder: ClipEncoder) -> None:
+        """Read what the earlier stages made in the working directory."""
+        self.name = name
+        self.study = study
+        self.encoder = encoder
+        self.params = study.params.datasets[name]
+        self.root = study.root(name)
+        self.manifest = Path(f"data/manifests/{name}.csv")
+        self.records: dict[str, Record] = {r.path: r for r in read_manifest(self.manifest)}
+        self.splits: Splits = read_splits(Path(f"data/splits/{name}.json"))
+        self.masks = PublishedMasks(Path("data/masks", name))
+        self.digest = hashlib.sha256(self.manifest.read_bytes()).hexdigest()
+        self.classes: tuple[str, ...] = tuple(self.splits.classes)
+        self._embedded: dict[tuple[str, str, int], dict[str, Tensor]] = {}  # -> path -> (V, ...)
+
+    @cached_property
+    def text_features(self) -> Tensor:
+        """(K, D) class embeddings of the data set's prompts."""
+        names = [self.params.names.get(label, label) for label in self.classes]
+        prompts = text_prompts(names, self.params.modality, self.params.templates)
+        return class_embeddings(self.encoder, prompts)
+
+    def labels(self, paths: Sequence[str]) -> np.ndarray:
+        """(N,) int64 class indices of pictures."""
+        return np.array([self.classes.index(self.records[path].label) for path in paths], dtype=np.int64)
+
+    def support_paths(self, cell: Cell) -> list[str]:
+        """The pictures a cell may learn from; for a method that learns nothing, none."""
+        return [] if cell.support == NOTHING else self.splits.supports[cell.seed][cell.support]
+
+    def embed(self, method: Method, focus: str, paths: Iterable[str], views: int, label: str) -> None:
+        """Have the frozen part's output for ``views`` views of pictures at hand, computing each once.
+
+        Args:
+            method: Whose frozen part is run.
+            focus: The visual prompt.
+            paths: Pictures of the manifest.
+            views: View 0 is the whole picture, the others are random crops.
+            label: Beside the progress bar.
+        """
+        known = self._embedded.setdefault((method.embedding, focus, views), {})
+        wanted = [path for path in dict.fromkeys(paths) if path not in known]
+        if not wanted:
+            return
+        size, feather = self.encoder.image_size, self.study.params.views.feather
+        items = [(self.records[path], number) for path in wanted for number in range(views)]
+        with tqdm(total=len(items), desc=f"{label} {self.name} {focus}", unit="view", disable=None, leave=False) as bar:
+            encoded = features.encode(
+                items,
+                [self._view_name(record, focus, number) for record, number in items],
+                lambda item: self._view(*item, focus=focus, size=size, feather=feather),
+                method.embed,
+                cache=self.study.cache / "features",
+                settings=f"{self.encoder.key} {method.embedding} {view_key(focus=focus, size=size, feather=feather)}",
+                batch_size=self.study.params.views.batch_size,
+                dtype=torch.float16 if method.embedding.startswith("tokens") else torch.float32,
+                progress=lambda done, total: bar.update(done - bar.n),
+            )
+        known.update(zip(wanted, encoded.unflatten(0, (len(wanted), views)), strict=True))
+
+    def inputs(self, method: Method, focus: str, paths: Sequence[str], views: int) -> Tensor:
+        """What ``embed`` computed for ``paths``: (V, N, ...)."""
+        known = self._embedded[method.embedding, focus, views]
+        return torch.stack([known[path] for path in paths], dim=1)
+
+    def support(self, method: Method, cell: Cell, views: int) -> Support:
+        """A cell's support, embedded before; empty for a method that learns nothing."""
+        paths = self.support_paths(cell)
+        if not paths:
+            nothing = torch.empty(0, dtype=torch.int64)
+            return Support(torch.empty(1, 0), nothing, nothing, self.text_features)
+        return Support(
+            self.inputs(method, cell.focus, paths, views),
+            torch.from_numpy(self.labels(paths)),
+            torch.tensor([self.splits.groups[path] for path in paths]),
+            self.text_features,
+        )
+
+    def key(self, cell: Cell, settings: dict[str, Any], views: int, folds: int) -> str:
+        """sha256 hex over everything that a cell's checkpoint depends on, the code included."""
+        paths = self.support_paths(cell)
+        content = {
+            "cell": [cell.method, cell.focus, cell.seed],
+            "settings": settings,
+            "encoder": self.encoder.key,
+            "view": view_key(
+                focus=cell.focus, size=self.encoder.image_size, feather=self.study.params.views.feather
+            ),
+            "views": views,
+            "folds": folds,
+            "classes": self.classes,
+            "text": _digest(self.text_features),
+            "support": [
+                [self._view_name(self.records[p], cell.focus, 0), self.records[p].label, self.splits.groups[p]] for p in paths
+            ],
+            "flip": self.params.flip,
+            "code": code_digest(),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _view(self, record: Record, number: int, *, focus: str, size: int, feather: float) -> np.ndarray:
+        mask = None if focus == "none" else self.masks[record.sha256]
+        crop = crop_box(record.sha256, number, mirror=self.params.flip)
+        picture = images.read(self.root / record.path)
+        return view(picture, mask, focus=focus, size=size, feather=feather, crop=crop)
+
+    def _view_name(self, record: Record, focus: str, number: int) -> str:
+        mask = "" if focus == "none" else self._mask_digest(record.sha256)
+        return f"{record.sha256} {mask} {number} {self.params.flip and number > 0}"
+
+    @cache  # noqa: B019  # lives as long as the stage that made the data set
+    def _mask_digest(self, sha256: str) -> str:
+        mask = self.masks[sha256]
+        return hashlib.sha256(f"{mask.shape}".encode() + np.packbits(mask).tobytes()).hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """sha256 hex over the sources that a fit depends on beside its views."""
+    package = Path(medfocus.__file__).parent
+    names = ("encoders.py", "features.py", "probe.py", "prompts.py", "training.py", "validation.py")
+    sources = [*sorted((package / "methods").glob("*.py")), *(package / name for name in names)]
+    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+def best_cell(params: Params, dataset: str, cells: Iterable[Cell]) -> Cell:
+    """The cell of a data set with the best validation: highest lower end of its out-of-fold accuracy's interval.
+
+    The test split has no say. Among equals the first in the order of the params file wins.
+
+    Raises:
+        ValueError: No cell of the data set could be validated.
+    """
+    candidates = [cell for cell in cells if cell.dataset == dataset and cell.method in params.validation.methods]
+
+    def worth(cell: Cell) -> float:
+        header = checkpoint.read_header(Path("data/checkpoints", cell.path))
+        return wilson_lower(header.validation_correct, header.validation_count)
+
+    best = max(candidates, key=worth, default=None)
+    if best is None or worth(best) == 0:
+        raise ValueError(
+            f"params.yaml: no cell of {dataset} could be validated, so none can be registered; name a method of "
+            "study.methods in validation.methods, and give every class at least two pictures in the largest support."
+        )
+    return best

@@ -1,0 +1,28 @@
+"""Stage: manifest -> pairs of pictures that are one, by bytes, hash and thumbnails over flips and turns."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flows.study import here
+from medfocus.duplicates import find_duplicates, write_pairs
+from medfocus.records import read_manifest
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare every two pictures of ``--dataset``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", required=True)
+    dataset = parser.parse_args(arguments).dataset
+    records = read_manifest(Path(f"data/manifests/{dataset}.csv"))
+    pairs = find_duplicates(records, here().root(dataset), progress=sys.stderr.isatty())
+    report = Path("reports/data", dataset, "duplicates.csv")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_pairs(pairs, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Stage: checkpoints -> test scores. The only place where test pictures are predicted; nothing is chosen here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from flows.cells import Cell, Dataset, best_cell, plan
+from flows.study import Study, here
+from medfocus import checkpoint, metrics, report, tracking
+from medfocus.encoders import build_clip
+from medfocus.report import StudyRow
+
+RESULTS = Path("reports/results.csv")  # DVC's output: every row by its cell's key, repeated exactly by a rerun
+STUDY = Path("reports/study.csv")  # the same rows by the ids of this machine's MLflow runs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Score every checkpoint on the official and the clean test set; one MLflow run a cell."""
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    study = here()
+    params = study.params
+    encoder = build_clip(params.clip.model, params.clip.pretrained)
+    cells = plan(params)
+    figures = Path("reports/figures")
+    figures.mkdir(parents=True, exist_ok=True)
+    store = tracking.start(None, study.home, params.tracking.experiment)
+    provenance = {"study": params.study.name, **tracking.provenance(study.folder, params.study.seeds)}
+    rows: list[StudyRow] = []  # by cell key
+    run_ids: dict[str, str] = {}
+    with (
+        store.study(params.study.name, _settings(study), provenance) as run,
+        tqdm(total=len(cells), desc="evaluate", unit="cell", disable=None) as bar,
+    ):
+        for name, own in groupby(cells, key=lambda cell: cell.dataset):
+            dataset = Dataset(study, name, encoder)
+            predicted: dict[Cell, dict[str, np.ndarray]] = {}  # -> classifier -> (N, K) probabilities
+            for cell in own:
+                predicted[cell], header = _predict(dataset, cell)
+                scored = _score(dataset, cell, header, predicted[cell])
+                run_ids[header.facts["key"]] = _log(run, dataset, cell, header, scored, provenance)
+                rows += scored.values()
+                bar.update()
+            _save_predictions(Path("data/predictions", f"{name}.npz"), dataset, predicted)
+            best = best_cell(params, name, predicted)
+            confusion = _confusion(dataset, best, predicted[best])
+            (figures / f"confusion-{name}.png").write_bytes(confusion)
+            run.log_figure(f"confusion-{name}", confusion)
+            run.log_figure(f"masks-{name}", Path(f"reports/data/{name}/masks.png").read_bytes())
+        accuracy = report.accuracy_figure(rows)
+        (figures / "accuracy.png").write_bytes(accuracy)
+        run.log_figure("accuracy", accuracy)
+        report.write_study_csv(rows, RESULTS)
+        _write_study_csv(study, run_ids)
+        run.log_table("study", STUDY.read_text(encoding="utf-8"))
+
+
+def restore_study_csv(study: Study) -> None:
+    """Write study.csv anew where DVC brought the results back from its cache and nothing was run."""
+    store = tracking.start(None, study.home, study.params.tracking.experiment)
+    _write_study_csv(study, store.runs_by_cell())
+
+
+def _write_study_csv(study: Study, run_ids: dict[str, str]) -> None:
+    rows = report.read_study_csv(study.folder / RESULTS)
+    named = [dataclasses.replace(row, mlflow_run_id=run_ids.get(row.mlflow_run_id, "")) for row in rows]
+    report.write_study_csv(named, study.folder / STUDY)
+
+
+def _settings(study: Study) -> dict[str, object]:
+    """The sections that all cells share, flat, as MLflow's parameters."""
+    sections = {"clip": study.params.clip, "masks": study.params.masks, "views": study.params.views}
+    return {f"{name}.{k}": v for name, section in sections.items() for k, v in dataclasses.asdict(section).items()}
+
+
+def _predict(dataset: Dataset, cell: Cell) -> tuple[dict[str, np.ndarray], checkpoint.Header]:
+    """Probabilities (N, K) of every classifier of a cell on the whole test set, in its order."""
+    method, header = checkpoint.load(Path("data/checkpoints", cell.path), dataset.encoder)
+    dataset.embed(method, cell.focus, dataset.splits.test, 1, "encode test")
+    inputs = dataset.inputs(method, cell.focus, dataset.splits.test, 1)[0]  # (N, ...)
+    logits = method.logits(inputs)
+    return {name: metrics.softmax(values.double().numpy()) for name, values in logits.items()}, header
+
+
+def _score(
+    dataset: Dataset, cell: Cell, header: checkpoint.Header, probabilities: dict[str, np.ndarray]
+) -> dict[tuple[str, str], StudyRow]:
+    """(classifier, test set) -> its row. The first classifier is the method's own, others have their name."""
+    splits = dataset.splits
+    labels = dataset.labels(splits.test)
+    rows = {}
+    for place, (classifier, values) in enumerate(probabilities.items()):
+        for test_set, members in test_sets(dataset).items():
+            at = np.isin(splits.test, members)
+            rows[classifier, test_set] = StudyRow(
+                dataset=dataset.name,
+                method=cell.method if place == 0 else f"{cell.method}-{classifier}",
+                focus=cell.focus,
+                percent_of_train=100 * header.facts["n_train"] / len(splits.train)
+                if not cell.support.endswith("%")
+                else float(cell.support[:-1]),
+                seed=cell.seed,
+                **metrics.score(values[at], labels[at]),
+                test_set=test_set,
+                n_train=header.facts["n_train"],
+                n_test=len(members),
+                mlflow_run_id=header.facts["key"],
+            )
+    return rows
+
+
+def test_sets(dataset: Dataset) -> dict[str, list[str]]:
+    """Name -> test pictures: the official ones and, where some of them have twins in train, those without.
+
+    A test set drawn here has no twins in train by its making: it is "clean" and there is no other.
+    """
+    splits = dataset.splits
+    if all(record.split != "test" for record in dataset.records.values()):
+        return {"clean": splits.test}
+    return {"official": splits.test} | ({} if splits.clean_test == splits.test else {"clean": splits.clean_test})
+
+
+def _log(
+    run: tracking.Study,
+    dataset: Dataset,
+    cell: Cell,
+    header: checkpoint.Header,
+    rows: dict[tuple[str, str], StudyRow],
+    provenance: dict[str, str],
+) -> str:
+    """One child run of MLflow; the same metric names for every cell."""
+    main_classifier, main_set = next(iter(rows))
+    numbers: dict[str, float] = {}
+    for (classifier, test_set), row in rows.items():
+        prefix = "" if classifier == main_classifier else f"{classifier}."
+        prefix += "" if test_set == main_set else f"{test_set}."
+        for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"):
+            numbers[prefix + name] = getattr(row, name)
+    if header.validation_count:
+        numbers["validation_accuracy"] = header.validation_correct / header.validation_count
+    settings = {f"method.{name}": value for name, value in header.settings.items()}
+    return run.log_cell(
+        name=cell.name,
+        params={**cell._asdict(), "n_train": header.facts["n_train"], **settings},
+        metrics={name: value for name, value in numbers.items() if np.isfinite(value)},
+        tags={**provenance, **cell._asdict(), "test_set": main_set, "cell_key": header.facts["key"]},
+        datasets=[
+            tracking.DataInput(dataset.name, dataset.digest, dataset.params.root, context)
+            for context in ("training", "testing")
+        ],
+    )
+
+
+def _save_predictions(path: Path, dataset: Dataset, predicted: dict[Cell, dict[str, np.ndarray]]) -> None:
+    """Every classifier's probabilities beside the test pictures' paths and labels, for paired comparisons."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    test = dataset.splits.test
+    arrays = {"paths": np.array(test), "labels": dataset.labels(test), "classes": np.array(dataset.classes)}
+    for cell, classifiers in predicted.items():
+        arrays |= {f"{cell.name} {name}": values.astype(np.float32) for name, values in classifiers.items()}
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+def _confusion(dataset: Dataset, cell: Cell, probabilities: dict[str, np.ndarray]) -> bytes:
+    """The confusion matrix of a cell's main classifier on the whole test set, as a PNG."""
+    labels = dataset.labels(dataset.splits.test)
+    predicted = next(iter(probabilities.values())).argmax(axis=1)
+    return report.confusion_figure(metrics.confusion(predicted, labels, len(dataset.classes)), dataset.classes, cell.name)
+
+
+if __name__ == "__main__":
+    main()

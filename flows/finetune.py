@@ -1,0 +1,156 @@
+"""Stage: every cell of the study -> a checkpoint. Only training pictures are read here."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+import torch
+from joblib import Parallel, delayed, parallel_config
+from torch import nn
+from tqdm import tqdm
+
+from flows.cells import Cell, Dataset, build_method, plan
+from flows.study import here
+from medfocus import checkpoint
+from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.methods import METHODS, Method, Support
+from medfocus.methods.clip import ClipFewShot
+from medfocus.validation import Validation, out_of_fold
+
+
+@dataclass(frozen=True)
+class TrainableEnd:
+    """Stands in a worker for the encoder: what fitting needs of it, without the weights that it does not."""
+
+    key: str
+    logit_scale: float
+    end: nn.Module | None  # of the picture tower, for a method that fine-tunes it
+
+    def tail(self, blocks: int) -> nn.Module:
+        """See ``ClipEncoder.tail``; ``end`` was cut at the right block already."""
+        return copy.deepcopy(cast("nn.Module", self.end))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A cell made ready for a worker."""
+
+    method: Method
+    support: Support
+    header: checkpoint.Header  # its validation still to be filled in
+    folds: int  # of the validation; 0 for none
+    path: Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit what the cache lacks and publish exactly this study's checkpoints to data/checkpoints."""
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    study = here()
+    cells = plan(study.params)  # before anything slow: a typo in a method's settings fails here
+    encoder = build_clip(study.params.clip.model, study.params.clip.pretrained)
+    beside = Path(f"data/.checkpoints.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    # One thread a fit, a process a core: the fits are many and small.
+    with (
+        parallel_config("loky", n_jobs=os.cpu_count(), inner_max_num_threads=1),
+        tqdm(total=len(cells), desc="fine-tune", unit="cell", disable=None) as bar,
+    ):
+        for name, own in groupby(cells, key=lambda cell: cell.dataset):
+            dataset = Dataset(study, name, encoder)
+            paths = {cell: _path(dataset, cell) for cell in own}
+            missing = [cell for cell, path in paths.items() if not path.exists()]
+            bar.update(len(paths) - len(missing))
+            todo = (delayed(fit)(_prepare(dataset, cell, paths[cell])) for cell in missing)
+            for _ in Parallel(return_as="generator_unordered")(todo):
+                bar.update()
+            for cell, path in paths.items():
+                (beside / cell.path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, beside / cell.path)
+    shutil.rmtree("data/checkpoints", ignore_errors=True)
+    beside.rename("data/checkpoints")
+
+
+def fit(job: Fit) -> None:
+    """Validate and fit one cell, and keep its checkpoint; runs in a worker process."""
+    torch.set_num_threads(1)
+    seed = job.header.facts["seed"]
+    validation = Validation(0, 0)
+    if job.folds:
+        validation = out_of_fold(lambda: copy.copy(job.method), job.support, folds=job.folds, seed=seed)
+    job.method.fit(job.support, torch.Generator().manual_seed(seed))
+    counts = {"validation_correct": validation.correct, "validation_count": validation.count}
+    checkpoint.save(job.method, dataclasses.replace(job.header, **counts), job.path)
+
+
+def _path(dataset: Dataset, cell: Cell) -> Path:
+    """Where the cache keeps a cell's checkpoint: named by everything that it depends on."""
+    params = dataset.study.params
+    key = dataset.key(cell, params.methods[cell.method], _views(dataset, cell), _folds(dataset, cell))
+    return dataset.study.cache / "cells" / key[:2] / f"{key}.safetensors"
+
+
+def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
+    params = dataset.study.params
+    method = build_method(params, cell.method, dataset.encoder)
+    views = _views(dataset, cell)
+    if method.learns:
+        dataset.embed(method, cell.focus, _all_support_paths(dataset), views, "encode")
+    header = checkpoint.Header(
+        method=cell.method,
+        settings=params.methods[cell.method],
+        classes=dataset.classes,
+        focus=cell.focus,
+        encoder_key=dataset.encoder.key,
+        validation_correct=0,
+        validation_count=0,
+        facts={
+            "support": cell.support,
+            "seed": cell.seed,
+            "n_train": len(dataset.support_paths(cell)),
+            "key": path.stem,
+        },
+    )
+    support = dataset.support(method, cell, views)
+    encoder = dataset.encoder
+    end = encoder.tail(method.blocks) if isinstance(method, ClipFewShot) else None
+    method.encoder = cast("ClipEncoder", TrainableEnd(encoder.key, encoder.logit_scale, end))
+    return Fit(method, support, header, _folds(dataset, cell), path)
+
+
+def _views(dataset: Dataset, cell: Cell) -> int:
+    return 1 + dataset.study.params.views.augmented if METHODS[cell.method].takes_views else 1
+
+
+def _folds(dataset: Dataset, cell: Cell) -> int:
+    """Folds of the cell's validation: only of the methods that may be registered, at the largest support.
+
+    There the best cell is looked for, and there alone validation is worth its cost.
+    """
+    params = dataset.study.params
+    if cell.method not in params.validation.methods or not METHODS[cell.method].learns:
+        return 0
+    return params.validation.folds if _is_largest(dataset, cell) else 0
+
+
+def _is_largest(dataset: Dataset, cell: Cell) -> bool:
+    supports = dataset.splits.supports[cell.seed]
+    return len(dataset.support_paths(cell)) == max(map(len, supports.values()))
+
+
+def _all_support_paths(dataset: Dataset) -> list[str]:
+    """Every picture that any cell learns from, sorted."""
+    supports = dataset.splits.supports.values()
+    return sorted({path for by_name in supports for paths in by_name.values() for path in paths})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Figure 1 of the paper as a flow: ingest, split, mask, fine-tune, evaluate, register the best.
+
+Prefect gives order, retries and a page to look at; DVC decides what is stale and versions what a
+stage makes; MLflow keeps the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Prefect reads its settings from the environment when it is imported.
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the pages show the rest
+
+from prefect import flow, task
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows import register
+from flows.evaluate import STUDY, restore_study_csv
+from flows.stages import StageBusyError, reproduce
+from flows.study import Study, open_study
+from medfocus import report
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import TaskRun
+    from prefect.states import State
+
+    from medfocus.tracking import Registration
+
+
+async def _is_busy(task: Any, run: TaskRun, state: State[Any]) -> bool:
+    """Only a stage that another run holds is worth waiting for; a fault stays a fault."""
+    try:
+        await state.aresult()
+    except StageBusyError:
+        return True
+    except BaseException:
+        return False
+    return False
+
+
+# No cache policy but DVC: Prefect's keys know nothing of files or of the code that a task calls.
+_waits = {"cache_policy": NO_CACHE, "retries": 60, "retry_delay_seconds": 5, "retry_condition_fn": _is_busy}
+
+
+@task(task_run_name="phantoms {modality}", **_waits)
+def draw_phantoms(study: Study, modality: str) -> None:
+    """Draw an embedded data set."""
+    _reproduce(study, f"phantoms@{modality}")
+
+
+@task(task_run_name="ingest {dataset}", **_waits)
+def ingest(study: Study, dataset: str) -> None:
+    """Raw folder -> manifest, and a report of what is left out."""
+    if _reproduce(study, f"ingest@{dataset}"):
+        _table(study.folder / f"reports/data/{dataset}/left_out.csv", f"left-out-{dataset}", "Left out at ingestion")
+
+
+@task(task_run_name="duplicates {dataset}", **_waits)
+def find_duplicates(study: Study, dataset: str) -> None:
+    """Manifest -> pairs of twins."""
+    _reproduce(study, f"duplicates@{dataset}")
+
+
+@task(task_run_name="splits {dataset}", **_waits)
+def draw_splits(study: Study, dataset: str) -> None:
+    """Manifest and twins -> test sets and nested supports."""
+    _reproduce(study, f"splits@{dataset}")
+
+
+@task(task_run_name="masks {dataset}", **_waits)
+def cache_masks(study: Study, dataset: str) -> None:
+    """Manifest -> one mask a picture, with a contact sheet to look at."""
+    if _reproduce(study, f"masks@{dataset}"):
+        reports = study.folder / "reports/data" / dataset
+        _table(reports / "masks.csv", f"masks-{dataset}", "Coverage, score and fallbacks of the masks, a line a class")
+        sheet = base64.b64encode((reports / "masks.png").read_bytes()).decode()
+        create_image_artifact(
+            f"data:image/png;base64,{sheet}", key=f"mask-sheet-{dataset.lower()}", description="Masks found without labels"
+        )
+
+
+@task(task_run_name="fine-tune {study.params.study.name}", **_waits)
+def finetune(study: Study) -> None:
+    """Every cell of the study -> a checkpoint, from its support alone."""
+    _reproduce(study, "finetune")
+
+
+@task(task_run_name="evaluate {study.params.study.name}", **_waits)
+def evaluate(study: Study) -> None:
+    """Checkpoints -> test scores, MLflow runs, figures."""
+    ran = _reproduce(study, "evaluate")
+    if not (study.folder / STUDY).exists():
+        restore_study_csv(study)
+    if ran:
+        rows = report.read_study_csv(study.folder / STUDY)
+        create_markdown_artifact(report.markdown_table(rows), key="study-table", description="Accuracy on the test sets")
+
+
+@task(task_run_name="register {dataset}", cache_policy=NO_CACHE)
+def register_best(study: Study, dataset: str) -> Registration:
+    """The best cell by validation -> the model registry; champion only if it beats the champion."""
+    return register.register_best(study, dataset)
+
+
+@flow(name="medfocus", validate_parameters=False)
+def pipeline(params_file: Path = Path("params.yaml")) -> list[Registration]:
+    """Ingest, split, mask, fine-tune on few shots, evaluate, register the best."""
+    study = open_study(Path(params_file))
+    for modality in study.params.phantoms:
+        draw_phantoms(study, modality)
+    for dataset in study.params.datasets:
+        ingest(study, dataset)
+        find_duplicates(study, dataset)
+        draw_splits(study, dataset)
+        cache_masks(study, dataset)
+    finetune(study)
+    evaluate(study)
+    return [register_best(study, dataset) for dataset in study.params.datasets]
+
+
+def _reproduce(study: Study, stage: str) -> bool:
+    """Bring a stage up to date, saying on the terminal what became of it; whether it ran."""
+    ran = reproduce(study.folder, stage)
+    print(f"{stage}: {'done' if ran else 'unchanged'}", file=sys.stderr, flush=True)
+    return ran
+
+
+def _table(path: Path, key: str, description: str) -> None:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    create_table_artifact(rows, key=key.lower().replace("_", "-"), description=description)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the flow on a params file and print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
+    params_file = parser.parse_args(arguments).params
+    try:
+        registrations = pipeline(params_file)
+    except Exception as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+        sys.exit(f"medfocus: {type(error).__name__}: {error}{notes}")
+    study = open_study(params_file)
+    print()
+    print(report.study_table(report.read_study_csv(study.folder / STUDY)))
+    for registration in registrations:
+        alias = f"@{registration.alias}" if registration.alias else "without alias"
+        print(f"model {registration.name} version {registration.version} {alias}: {registration.reason}")
+    print("\nCompare the runs in MLflow: make ui")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The best cell by validation -> the model registry, against the present champion on the same test split."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from flows.cells import best_cell, plan
+from flows.masks import build
+from flows.study import Study
+from medfocus import checkpoint, phantoms, serve, tracking
+from medfocus.encoders import build_clip
+from medfocus.records import read_manifest
+from medfocus.splits import read_splits
+
+
+def register_best(study: Study, dataset: str) -> tracking.Registration:
+    """Log and register a data set's best cell; it becomes champion only if it beats the one there is.
+
+    The best cell is chosen by validation inside the support. Champion and challenger are compared
+    by accuracy on the whole test set.
+    """
+    with contextlib.chdir(study.folder):
+        encoder = build_clip(study.params.clip.model, study.params.clip.pretrained)
+        cell = best_cell(study.params, dataset, plan(study.params))
+        path = Path("data/checkpoints", cell.path)
+        header = checkpoint.read_header(path)
+        records = {record.path: record for record in read_manifest(Path(f"data/manifests/{dataset}.csv"))}
+        test = [records[p] for p in read_splits(Path(f"data/splits/{dataset}.json")).test]
+
+        def rescore(model: Path) -> float:
+            pictures = [(study.root(dataset) / record.path).read_bytes() for record in test]
+            predictions = serve.Predictor.load(model).predict(pictures)
+            return float(np.mean([p.label == r.label for p, r in zip(predictions, test, strict=True)]))
+
+        with np.load(f"data/predictions/{dataset}.npz") as predictions:
+            main = next(name for name in predictions.files if name.startswith(f"{cell.name} "))
+            score = float((predictions[main].argmax(axis=1) == predictions["labels"]).mean())
+        store = tracking.start(None, study.home, study.params.tracking.experiment)
+        with tempfile.TemporaryDirectory() as folder:
+            segmenter = build(study.params.masks, study.params.datasets[dataset].modality)
+            serve.save_model(
+                Path(folder, "model"),
+                checkpoint=path,
+                encoder=encoder,
+                segmenter=segmenter,
+                segmenter_settings={},
+                feather=study.params.views.feather,
+            )
+            return store.register(
+                f"medfocus-{dataset}",
+                Path(folder, "model"),
+                cell_key=header.facts["key"],
+                score=score,
+                test_digest=tracking.test_digest((record.sha256, record.label) for record in test),
+                rescore=rescore,
+                classes=header.classes,
+                example=b"",
+                tags={
+                    **cell._asdict(),
+                    **tracking.provenance(study.folder, study.params.study.seeds),
+                    "validation": f"{header.validation_correct} of {header.validation_count}",
+                },
+                run_id=store.runs_by_cell().get(header.facts["key"]),
+            )

@@ -1,0 +1,90 @@
+"""Prefect's and MLflow's servers on loopback, as child processes that end with their starter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+HOST = "127.0.0.1"
+PREFECT_PORT = 4200
+MLFLOW_PORT = 5000
+
+
+@contextlib.contextmanager
+def prefect_server(port: int = PREFECT_PORT) -> Iterator[str]:
+    """A Prefect server on loopback for the ``with`` block; its API address. One that runs there is used."""
+    api = f"http://{HOST}:{port}/api"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    environment = {
+        "PREFECT_API_URL": api,
+        "PREFECT_UI_API_URL": api,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "true",
+    }
+    with _running(command, environment, f"{api}/health", "Prefect's server"):
+        yield api
+
+
+@contextlib.contextmanager
+def mlflow_server(home: Path, port: int = MLFLOW_PORT) -> Iterator[str]:
+    """MLflow's server on loopback over the project's own database; its address."""
+    address = f"http://{HOST}:{port}"
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"),
+        *("--default-artifact-root", (home / "mlruns").as_uri()),
+    ]
+    environment = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else 16 processes instead of 2
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+    }
+    with _running(command, environment, f"{address}/health", "MLflow's server"):
+        yield address
+
+
+@contextlib.contextmanager
+def _running(command: list[str], environment: dict[str, str], health: str, name: str) -> Iterator[None]:
+    if _answers(health):
+        yield
+        return
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _wait_for(health, process, name)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(health: str, process: subprocess.Popen[str], name: str, timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if _answers(health):
+            return
+        if process.poll() is not None:
+            assert process.stderr is not None
+            raise RuntimeError(f"{name} ended with code {process.returncode} at its start: {process.stderr.read()[-2000:]}")
+        time.sleep(0.3)
+    raise RuntimeError(f"{name} did not answer at {health} within {timeout:.0f} s; is the port taken?")
+
+
+def _answers(health: str) -> bool:
+    try:
+        with urllib.request.urlopen(health, timeout=2) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False

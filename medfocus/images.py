@@ -1,0 +1,143 @@
+"""The image edge: bytes to RGB arrays, and the few geometric steps that pictures and masks share."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+_CAPTION_HEIGHT = 14  # pixels under each tile of a contact sheet
+_GAP = 4  # pixels between tiles
+
+
+class PictureError(ValueError):
+    """A file that is no usable picture: which, why, and what to do."""
+
+    def __init__(self, name: str, fault: str, fix: str) -> None:
+        super().__init__(f"{name}: {fault}. {fix}")
+        self.name, self.fault, self.fix = name, fault, fix
+
+
+def open_picture(data: bytes, name: str) -> Image.Image:
+    """The first frame of an encoded picture, fully decoded, in its own mode, EXIF orientation applied.
+
+    Raises PictureError, a ValueError, naming ``name`` when the bytes are empty, broken or cut short.
+    """
+    if not data:
+        raise PictureError(name, "the file is empty (0 bytes)", "Copy it again or remove it.")
+    try:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+    # Broken bytes make Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        fault = "not in a picture format that Pillow knows" if unknown else f"cannot be decoded ({error})"
+        raise PictureError(name, fault, "Export it again as PNG, or remove it.") from error
+
+
+def to_rgb(picture: Image.Image, name: str) -> np.ndarray:
+    """A picture of any mode -> (H, W, 3) uint8 RGB; see ``decode``. Raises PictureError."""
+    if picture.mode.startswith(("I", "F")):
+        picture = Image.fromarray(_window(np.asarray(picture, dtype=np.float32), name))
+    elif picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+    return np.array(picture.convert("RGB"))  # a copy, so that it may be written to
+
+
+def decode(data: bytes, name: str) -> np.ndarray:
+    """Encoded picture -> (H, W, 3) uint8 RGB.
+
+    Grey beyond 8 bits (and float) is windowed to 8 bits by its own minimum and maximum; alpha is
+    composited over black; the EXIF orientation is applied; of several frames the first is taken.
+    Raises PictureError, a ValueError, naming ``name``, the fault and the fix.
+    """
+    return to_rgb(open_picture(data, name), name)
+
+
+def read(path: Path) -> np.ndarray:
+    """Picture file -> (H, W, 3) uint8 RGB; see ``decode``. Raises FileNotFoundError or ValueError."""
+    return decode(path.read_bytes(), str(path))
+
+
+def grey(picture: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (H, W) float32 luma in [0, 1], with the weights of ITU-R BT.601."""
+    luma = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # (H, W, 3) @ (3,)
+    return np.minimum(luma / np.float32(255), np.float32(1))
+
+
+def letterbox(picture: np.ndarray, size: int, fill: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) uint8: longest side to ``size``, centred, padded with ``fill``."""
+    height, width, top, left = _placement(picture.shape[0], picture.shape[1], size)
+    box = np.empty((size, size, 3), dtype=np.uint8)
+    box[:] = np.asarray(fill, dtype=np.uint8)
+    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    box[top : top + height, left : left + width] = np.asarray(resized)
+    return box
+
+
+def letterbox_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) bool or float in [0, 1] -> (size, size) float32 in [0, 1], 0 in ``letterbox``'s padding."""
+    height, width, top, left = _placement(mask.shape[0], mask.shape[1], size)
+    box = np.zeros((size, size), dtype=np.float32)
+    resized = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    box[top : top + height, left : left + width] = np.clip(np.asarray(resized), 0, 1)
+    return box
+
+
+def montage(tiles: Sequence[np.ndarray], columns: int, captions: Sequence[str] | None = None) -> np.ndarray:
+    """Tiles (h, w, 3) uint8, of any sizes -> one contact sheet (H, W, 3) uint8, row by row, on dark grey.
+
+    A caption that is wider than its tile is cut. Raises ValueError for no tiles, or for a number of
+    captions that differs from the number of tiles.
+    """
+    if not tiles or columns < 1:
+        raise ValueError(f"montage: {len(tiles)} tiles in {columns} columns; give at least one of each.")
+    if captions is not None and len(captions) != len(tiles):
+        raise ValueError(
+            f"montage: {len(captions)} captions for {len(tiles)} tiles; give one a tile or None."
+        )
+    tile_height = max(tile.shape[0] for tile in tiles)
+    tile_width = max(tile.shape[1] for tile in tiles)
+    columns = min(columns, len(tiles))
+    row_height = tile_height + _GAP + (_CAPTION_HEIGHT if captions is not None else 0)
+    size = (columns * (tile_width + _GAP) + _GAP, math.ceil(len(tiles) / columns) * row_height + _GAP)
+    sheet = Image.new("RGB", size, (24, 24, 24))
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=10)
+    for i, tile in enumerate(tiles):
+        row, column = divmod(i, columns)
+        x, y = _GAP + column * (tile_width + _GAP), _GAP + row * row_height
+        sheet.paste(Image.fromarray(tile), (x, y))
+        if captions is not None:
+            caption = _shortened(captions[i], tile_width, font)
+            draw.text((x, y + tile_height + 1), caption, fill=(230, 230, 230), font=font)
+    return np.asarray(sheet)
+
+
+def _window(values: np.ndarray, name: str) -> np.ndarray:
+    """(H, W) float32 -> (H, W) uint8, the minimum to 0 and the maximum to 255; a constant picture to 0."""
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise PictureError(name, "holds values that are not finite", "Replace them and export it again.")
+    return np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
+
+
+def _placement(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Height and width after resizing the longest side to ``size``, and the top left corner, centred."""
+    scale = size / max(height, width)
+    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
+    return new_height, new_width, (size - new_height) // 2, (size - new_width) // 2
+
+
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

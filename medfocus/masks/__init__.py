@@ -1,0 +1,1 @@
+"""One mask a picture, without labels."""

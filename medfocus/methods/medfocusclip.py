@@ -1,0 +1,277 @@
+"""MedFocusCLIP (arXiv 2501.03839): fusion, composite loss, head and probe over frozen towers.
+
+The paper's symbols: I image features, T class texts, M = F(T, I) fused features, C the head,
+L = λ L_c + (1 - λ) L_e. The focus x ⊙ m has happened before: the inputs are features of
+focused pictures. The authors published no code; where the paper leaves a choice open the
+docstring says what is done here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medfocus.methods.protocol import Support
+from medfocus.probe import Probe, fit_probe, stratified_folds
+from medfocus.training import train
+
+if TYPE_CHECKING:
+    from medfocus.encoders import ClipEncoder
+
+
+def contrastive_loss(image_features: Tensor, text_features: Tensor, labels: Tensor, logit_scale: float) -> Tensor:
+    """L_c: InfoNCE over the unique classes of the batch.
+
+    i2t = -mean_i log softmax_k(s I_i·T_k)[y_i] over the classes present; t2i = the mean over
+    those classes of the mean over their pictures i of -log softmax_j(s I_j·T_k)[i]. The diagonal
+    form of CLIP's own training would count two pictures of one class as each other's negatives.
+
+    Args:
+        image_features: (B, D) L2-normalised.
+        text_features: (K, D) L2-normalised, one row a class.
+        labels: (B,) integers in [0, K).
+        logit_scale: s.
+
+    Returns:
+        ½ (i2t + t2i), a scalar.
+    """
+    present, position = labels.unique(return_inverse=True)  # (P,), (B,)
+    logits = logit_scale * image_features @ text_features[present].T  # (B, D) @ (D, P) -> (B, P)
+    i2t = functional.cross_entropy(logits, position)
+    positives = functional.one_hot(position, len(present)).to(logits.dtype)  # (B, P)
+    log_share = logits.log_softmax(dim=0)  # over the batch's pictures
+    t2i = -((positives * log_share).sum(dim=0) / positives.sum(dim=0)).mean()
+    return (i2t + t2i) / 2
+
+
+class Adapter(nn.Module):
+    """x -> norm(x + W2 relu(W1 x)); W2 starts at zero, so it starts as the identity."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, hidden)
+        self.up = nn.Linear(hidden, dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, D), L2-normalised."""
+        return functional.normalize(x + self.up(self.down(x).relu()), dim=-1)
+
+
+class SoftmaxTextFusion(nn.Module):
+    """M = norm(I + γ T̄) with T̄ = softmax_k(s I Tᵀ) T; γ is learnt and starts at 0."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.out_features = dim
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
+        """(B, D), (K, D) -> (B, D)."""
+        mean_text = _attended_text(image_features, text_features, logit_scale)
+        return functional.normalize(image_features + self.gamma * mean_text, dim=-1)
+
+
+class GatedFusion(nn.Module):
+    """M = norm(g ⊙ I + (1 - g) ⊙ T̄), g = sigmoid(W [I; T̄] + b); b starts at 4, so M starts near I."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.out_features = dim
+        self.gate = nn.Linear(2 * dim, dim)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, 4.0)
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
+        """(B, D), (K, D) -> (B, D)."""
+        mean_text = _attended_text(image_features, text_features, logit_scale)
+        gate = self.gate(torch.cat([image_features, mean_text], dim=-1)).sigmoid()
+        return functional.normalize(gate * image_features + (1 - gate) * mean_text, dim=-1)
+
+
+class ConcatFusion(nn.Module):
+    """M = [I ; s I Tᵀ], the class scores centred and L2-normalised so that neither half drowns the other."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.out_features = dim + classes
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
+        """(B, D), (K, D) -> (B, D + K)."""
+        scores = logit_scale * image_features @ text_features.T  # (B, K)
+        scores = functional.normalize(scores - scores.mean(dim=-1, keepdim=True), dim=-1)
+        return torch.cat([image_features, scores], dim=-1)
+
+
+def _attended_text(image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
+    """T̄ = a T with a = softmax_k(s I Tᵀ): every class's text enters, the label never does. -> (B, D)."""
+    return (logit_scale * image_features @ text_features.T).softmax(dim=-1) @ text_features
+
+
+FUSIONS: dict[str, type[SoftmaxTextFusion] | type[GatedFusion] | type[ConcatFusion]] = {
+    "softmax-text": SoftmaxTextFusion,
+    "gated": GatedFusion,
+    "concat": ConcatFusion,
+}
+
+
+class FusedClassifier(nn.Module):
+    """Residual adapters on I and T, the fusion F, and the head C."""
+
+    def __init__(self, dim: int, classes: int, fusion: str, hidden: int, logit_scale: float) -> None:
+        super().__init__()
+        self.image_adapter = Adapter(dim, hidden)
+        self.text_adapter = Adapter(dim, hidden)
+        self.fusion = FUSIONS[fusion](dim, classes)
+        self.head = nn.Linear(self.fusion.out_features, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.logit_scale = logit_scale
+
+    def adapt(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D), (K, D) -> the same after their adapters, L2-normalised."""
+        return self.image_adapter(image_features), self.text_adapter(text_features)
+
+    def fuse(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """M for image features (B, D) and the texts of all classes (K, D) -> (B, D')."""
+        return self.fusion(*self.adapt(image_features, text_features), self.logit_scale)
+
+    def loss(self, image_features: Tensor, text_features: Tensor, labels: Tensor, weight: float) -> Tensor:
+        """λ L_c + (1 - λ) L_e for a batch (B, D), (K, D), (B,); ``weight`` is λ."""
+        image, text = self.adapt(image_features, text_features)
+        fused = self.fusion(image, text, self.logit_scale)
+        loss_e = functional.cross_entropy(self.head(fused), labels)
+        return weight * contrastive_loss(image, text, labels, self.logit_scale) + (1 - weight) * loss_e
+
+
+@dataclass
+class MedFocusClip:
+    """The paper's method with frozen towers: adapters, fusion and head train on cached views.
+
+    With nothing trainable before I and T the contrastive term would have no gradient; that is
+    what the adapters are for. Where ``contrastive_weights`` holds several λ, one is chosen by
+    stratified cross-validation inside the support.
+    """
+
+    learns: ClassVar[bool] = True
+    takes_views: ClassVar[bool] = True
+    encoder: ClipEncoder
+    fusion: str  # one of FUSIONS
+    contrastive_weights: tuple[float, ...]  # candidates for λ in [0, 1]
+    hidden: int  # width of the adapters' bottleneck
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    folds: int  # of the cross-validations that choose λ and C
+    contrastive_weight_: float = field(init=False)
+    classifier_: FusedClassifier = field(init=False, repr=False)
+    text_features_: Tensor = field(init=False, repr=False)  # (K, D)
+    probe_: Probe = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"medfocusclip: fusion is {self.fusion!r}; use one of {', '.join(FUSIONS)}.")
+        if not self.contrastive_weights or not all(0 <= w <= 1 for w in self.contrastive_weights):
+            raise ValueError(
+                f"medfocusclip: contrastive_weights is {list(self.contrastive_weights)}; "
+                "give one or more values of λ in [0, 1]."
+            )
+
+    @property
+    def embedding(self) -> str:
+        """CLIP's image features."""
+        return "features"
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+
+    def fit(self, support: Support, generator: torch.Generator) -> Self:
+        """Choose λ, train adapters, fusion and head, then probe the frozen fused features."""
+        seed = generator.initial_seed() % 2**32
+        labels, groups = support.labels.numpy(), support.groups.numpy()
+        self.text_features_ = support.text_features
+        self.contrastive_weight_ = self._choose_weight(support, seed)
+        self.classifier_ = self._train(support, self.contrastive_weight_, generator)
+        fused = self.encode(support.inputs[0]).numpy()
+        self.probe_ = fit_probe(fused, labels, groups, folds=self.folds, seed=seed)
+        return self
+
+    def _choose_weight(self, support: Support, seed: int) -> float:
+        """The λ whose heads give the held-out folds the highest log-likelihood."""
+        pairs = stratified_folds(support.labels.numpy(), support.groups.numpy(), self.folds, seed)
+        if len(self.contrastive_weights) == 1 or not pairs:
+            return self.contrastive_weights[len(self.contrastive_weights) // 2]
+
+        def held_out_loss(weight: float) -> float:
+            total = 0.0
+            for fit, held in pairs:
+                classifier = self._train(support.subset(fit), weight, torch.Generator().manual_seed(seed))
+                out = support.subset(held)
+                with torch.no_grad():
+                    logits = classifier.head(classifier.fuse(out.inputs[0], out.text_features))
+                    total += float(functional.cross_entropy(logits, out.labels, reduction="sum"))
+            return total
+
+        return min(self.contrastive_weights, key=held_out_loss)
+
+    def _train(self, support: Support, weight: float, generator: torch.Generator) -> FusedClassifier:
+        classes, dim = support.text_features.shape
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())
+            classifier = FusedClassifier(dim, classes, self.fusion, self.hidden, self.encoder.logit_scale)
+        inputs, text, labels = support.inputs, support.text_features, support.labels
+        train(
+            classifier.parameters(),
+            lambda index, view: classifier.loss(inputs[view, index], text, labels[index], weight),
+            labels,
+            views=len(inputs),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            generator=generator,
+        )
+        return classifier.eval()
+
+    @torch.no_grad()
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Fused features M: (N, D) -> (N, D')."""
+        return self.classifier_.fuse(inputs, self.text_features_)
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Inputs (N, D) -> logits (N, K) of the probe on M and of the head C."""
+        fused = self.encode(inputs)
+        return {"probe": torch.from_numpy(self.probe_.logits(fused.numpy())), "head": self.classifier_.head(fused)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Adapters, fusion, head, class texts, probe and the chosen λ."""
+        classifier = {f"classifier.{name}": value for name, value in self.classifier_.state_dict().items()}
+        return {
+            "text_features": self.text_features_,
+            "contrastive_weight": torch.tensor(self.contrastive_weight_, dtype=torch.float64),
+            "coef": torch.from_numpy(self.probe_.coef),
+            "intercept": torch.from_numpy(self.probe_.intercept),
+            "C": torch.tensor(self.probe_.C, dtype=torch.float64),
+            **classifier,
+        }
+
+    def load(self, state: dict[str, Tensor]) -> Self:
+        """See ``Method.load``."""
+        self.text_features_ = state["text_features"]
+        self.contrastive_weight_ = float(state["contrastive_weight"])
+        self.probe_ = Probe(state["coef"].numpy(), state["intercept"].numpy(), float(state["C"]))
+        classes, dim = self.text_features_.shape
+        self.classifier_ = FusedClassifier(dim, classes, self.fusion, self.hidden, self.encoder.logit_scale)
+        self.classifier_.load_state_dict(
+            {k.removeprefix("classifier."): v for k, v in state.items() if k.startswith("classifier.")}
+        )
+        self.classifier_.eval()
+        return self

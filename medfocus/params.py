@@ -1,0 +1,193 @@
+"""params.yaml -> frozen dataclasses, one a section; every fault of the file is reported at once.
+
+No field has a default: every number of a study stands in its params.yaml. What depends on the
+data (enough pictures a class, files that exist) is checked where the data is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+Modality = Literal["chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "other"]
+Focus = Literal["none", "multiply", "overlay", "binary", "crop", "blur", "contour"]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # a file name and a DVC stage name
+
+_strict = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_strict)
+class StudyParams:
+    """Which cells are run: every method with its focus modes, on every data set, support and seed."""
+
+    name: Name
+    methods: dict[str, tuple[Focus, ...]]  # method -> focus modes to run it with
+    percents: tuple[Annotated[float, Field(gt=0, le=100)], ...]  # of the training pictures
+    shots: tuple[Positive, ...]  # pictures a class
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]  # a support set each
+
+    @model_validator(mode="after")
+    def _has_a_support(self) -> StudyParams:
+        if not self.percents and not self.shots:
+            raise ValueError("percents and shots are both empty; give at least one support size")
+        if not self.methods:
+            raise ValueError("methods is empty; name at least one")
+        return self
+
+
+@dataclass(frozen=True, config=_strict)
+class DatasetParams:
+    """One data set: where its pictures are and how they are spoken of."""
+
+    root: str  # folder of split/class/*.png|jpg, class/*.png|jpg, or of the CSV below; relative to params.yaml
+    manifest: str | None  # CSV inside root with path, label and optional split, patient
+    patient_pattern: str | None  # regular expression over the path, its one group is the patient
+    modality: Modality  # chooses the text templates and how many segments a mask unites
+    names: dict[str, str]  # label -> the words for it in a text prompt; the label itself where absent
+    templates: tuple[str, ...]  # text prompts with {c} for the class; empty: the modality's own
+    flip: bool  # whether views may be mirrored; never for chest films
+
+
+@dataclass(frozen=True, config=_strict)
+class PhantomParams:
+    """One procedural data set, written to data/phantoms/<modality>."""
+
+    seed: Annotated[int, Field(ge=0)]
+    train_per_class: Positive
+    test_per_class: Positive
+    size: Annotated[int, Field(ge=64)]  # pixels a side
+
+
+@dataclass(frozen=True, config=_strict)
+class SplitsParams:
+    """How support sets, and a test split where the data set has none, are drawn."""
+
+    test_fraction: Share
+
+
+@dataclass(frozen=True, config=_strict)
+class MasksParams:
+    """How one mask a picture is found without labels."""
+
+    segmenter: Literal["sam2", "otsu"]
+    config: str  # "pocket", a configuration of the sam2 package, or a YAML path
+    checkpoint: str  # "random:SEED", a path, or a hub id
+    image_size: Positive  # pixels a side that SAM2 sees
+    strategy: Literal["automatic", "grid", "center", "box"]
+    points_per_side: Positive  # of the automatic and grid strategies
+    min_area: Share  # of the picture
+    max_area: Share
+    keep: dict[Modality, Positive]  # how many of the best segments are united; 1 where absent
+    batch_size: Positive
+
+    @model_validator(mode="after")
+    def _areas_are_ordered(self) -> MasksParams:
+        if self.min_area >= self.max_area:
+            raise ValueError(f"min_area {self.min_area} is not below max_area {self.max_area}")
+        return self
+
+
+@dataclass(frozen=True, config=_strict)
+class ViewsParams:
+    """How a picture and its mask become what CLIP sees."""
+
+    feather: Annotated[float, Field(ge=0, lt=0.5)]  # width of the soft edge, share of the longest side
+    augmented: Annotated[int, Field(ge=0)]  # random resized crops a support picture, beside the whole one
+    batch_size: Positive
+
+
+@dataclass(frozen=True, config=_strict)
+class ClipParams:
+    """The frozen towers."""
+
+    model: str  # "pocket", an open_clip model name, or an hf-hub: id
+    pretrained: str  # "random:SEED", a pretrained tag, or a checkpoint path
+
+
+@dataclass(frozen=True, config=_strict)
+class ValidationParams:
+    """Out-of-fold validation inside the support, by which the best cell is chosen."""
+
+    folds: Annotated[int, Field(ge=2)]
+    methods: tuple[str, ...]  # the methods whose best cell may be registered
+
+
+@dataclass(frozen=True, config=_strict)
+class TrackingParams:
+    """MLflow."""
+
+    experiment: Name
+
+
+@dataclass(frozen=True, config=_strict)
+class ScheduleParams:
+    """When the retraining flow runs by itself."""
+
+    cron: str
+    timezone: str
+
+
+@dataclass(frozen=True, config=_strict)
+class Params:
+    """A whole params.yaml."""
+
+    study: StudyParams
+    datasets: Annotated[dict[Name, DatasetParams], Field(min_length=1)]
+    phantoms: dict[Literal["chest_xray", "brain_mri", "breast_ultrasound"], PhantomParams]
+    splits: SplitsParams
+    masks: MasksParams
+    views: ViewsParams
+    clip: ClipParams
+    methods: dict[str, dict[str, Any]]  # hyperparameters; each method checks its own
+    validation: ValidationParams
+    tracking: TrackingParams
+    schedule: ScheduleParams
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Params:
+        known = ", ".join(self.methods)
+        for section, names in (("study", self.study.methods), ("validation", self.validation.methods)):
+            for name in names:
+                if name not in self.methods:
+                    raise ValueError(f"{section}.methods names {name!r}, but the section methods has only {known}")
+        return self
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a params.yaml.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: One line a fault, each naming the field, what stands there and what may.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such params file; copy the project's params.yaml and edit it.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {type(content).__name__}, not the sections of a params file.")
+    try:
+        return TypeAdapter(Params).validate_python(content)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
+        raise ValueError(f"{path}: {error.error_count()} fault(s):\n{faults}") from error
+
+
+def _describe(fault: Any) -> str:
+    """One pydantic error as `section.field is VALUE: what may stand there`."""
+    place = ".".join(str(part) for part in fault["loc"] if part != "[key]") or "the file"
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{place} is not a known field; check its spelling or remove it"
+    if fault["type"] in ("missing", "missing_argument"):
+        return f"{place} is missing; every field has to stand in the file"
+    if fault["type"] == "value_error":
+        return f"{place}: {fault['ctx']['error']}"
+    return f"{place} is {fault['input']!r}: {fault['msg'][0].lower() + fault['msg'][1:]}"

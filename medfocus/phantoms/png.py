@@ -1,0 +1,45 @@
+"""PNG files whose bytes depend on the pixels alone.
+
+A compressed PNG differs between builds of zlib (some Pillow wheels carry zlib-ng), so the deflate
+stream here holds stored blocks only: no compression, one way to write it. Format: RFC 1950, RFC 1951
+section 3.2.4, and the PNG specification (ISO/IEC 15948) sections 5 and 11.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+
+STORED_BLOCK = 0xFFFF  # bytes; the most that a stored deflate block can hold
+
+
+def encode(picture: np.ndarray) -> bytes:
+    """An (H, W) uint8 grey picture, or an (H, W) bool mask as 0 and 255, as the bytes of an 8-bit grey PNG.
+
+    Raises ValueError for any other shape or type.
+    """
+    if picture.ndim != 2 or picture.dtype not in (np.uint8, np.bool_):
+        raise ValueError(f"png: the picture is {picture.dtype} {picture.shape}; pass (H, W) uint8 or bool.")
+    grey = picture.astype(np.uint8) * 255 if picture.dtype == np.bool_ else picture
+    height, width = grey.shape
+    rows = np.zeros((height, width + 1), np.uint8)  # each row is led by its filter, 0 for none
+    rows[:, 1:] = grey
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey, deflate, no interlace
+    chunks = ((b"IHDR", header), (b"IDAT", _stored(rows.tobytes())), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _stored(data: bytes) -> bytes:
+    """A zlib stream of stored blocks: flag of the last block, length, its complement, the bytes."""
+    stream = bytearray(b"\x78\x01")
+    for start in range(0, len(data), STORED_BLOCK):
+        block = data[start : start + STORED_BLOCK]
+        last = start + STORED_BLOCK >= len(data)
+        stream += struct.pack("<BHH", last, len(block), len(block) ^ 0xFFFF) + block
+    return bytes(stream) + struct.pack(">I", zlib.adler32(data))

@@ -1,0 +1,39 @@
+"""The types that every room shares: a picture of a data set, and its manifest."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture of a data set, as its manifest lists it."""
+
+    path: str  # relative to the data set's root, POSIX; unique, so it is the picture's id
+    sha256: str  # of the file's bytes
+    width: int  # pixels, after the EXIF orientation is applied
+    height: int  # pixels
+    mode: str  # Pillow's: "L", "I;16", "RGB", "RGBA", "P", ...
+    label: str
+    split: str  # "train", "val", "test", or "" where the data set has no official split
+    patient: str  # "" where unknown
+
+
+def write_manifest(records: Iterable[Record], path: Path) -> None:
+    """Write ``records`` as CSV, sorted by path, one line a picture."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Record)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(record) for record in sorted(records, key=lambda r: r.path))
+
+
+def read_manifest(path: Path) -> list[Record]:
+    """Read what ``write_manifest`` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Record(**{**row, "width": int(row["width"]), "height": int(row["height"])})
+            for row in csv.DictReader(file)
+        ]

@@ -1,0 +1,314 @@
+"""Rows of a study -> its table, its CSV and its figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from medfocus.images import letterbox, letterbox_mask, montage
+from medfocus.metrics import Interval, mean_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with every common form of colour blindness. Black comes first.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+_LEVELS = ("--", ":", "-.")
+_CONTOUR = (255, 140, 0)  # orange shows on grey pictures, light and dark
+_TILE = 176  # pixels a side of a contact sheet's tile
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """What one cell scored on one test set: a line of study.csv. Scores are in [0, 1]."""
+
+    dataset: str
+    method: str
+    focus: str
+    percent_of_train: float
+    seed: int
+    accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+    auroc: float  # NaN where a class has no test picture
+    ece: float
+    test_set: str  # "official" or "clean"
+    n_train: int
+    n_test: int
+    mlflow_run_id: str
+
+    @property
+    def system(self) -> str:
+        """The method and, where it has one, its focus: the name of a row of the table."""
+        return self.method if self.focus == "none" else f"{self.method} ({self.focus})"
+
+
+def write_study_csv(rows: Sequence[StudyRow], path: Path) -> None:
+    """Write study.csv, one line a row, in the order given; floats with 6 decimals."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(StudyRow)], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            values = asdict(row)
+            scores = {k: f"{v:.6f}" for k, v in values.items() if isinstance(v, float)}
+            writer.writerow({**values, **scores, "percent_of_train": _percent(row.percent_of_train)})
+
+
+def read_study_csv(path: Path) -> list[StudyRow]:
+    """Read what ``write_study_csv`` wrote."""
+    as_field = {"str": str, "int": int, "float": float}
+    types = {f.name: as_field[str(f.type)] for f in fields(StudyRow)}
+    with path.open(newline="", encoding="utf-8") as file:
+        return [StudyRow(**{k: types[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
+
+
+def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
+    """Plain-text tables, one a data set and test set: system x percent of train, mean ± half width in %.
+
+    The half width is that of the 95 % t-interval over the draws; one draw has none.
+    Raises ValueError when there is no row.
+    """
+    blocks = []
+    for block in _blocks(rows):
+        cells = _cells(block, metric)
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        lines = [
+            "  ".join(
+                [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+            )
+            for line in cells
+        ]
+        lines.insert(2, "-" * len(lines[0]))
+        blocks.append("\n".join([_heading(block, metric), "", *(line.rstrip() for line in lines)]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def markdown_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
+    """The tables of ``study_table`` in Markdown."""
+    blocks = []
+    for block in _blocks(rows):
+        head, pictures, *body = (f"| {' | '.join(line)} |" for line in _cells(block, metric))
+        rule = "|---|" + "---:|" * (head.count("|") - 2)
+        blocks.append("\n".join([f"**{_heading(block, metric)}**", "", head, rule, pictures, *body]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def accuracy_figure(rows: Sequence[StudyRow], metric: str = "accuracy") -> bytes:
+    """A metric over the percent of train, PNG bytes: a panel a data set and test set, a line a system.
+
+    Bars are 95 % t-intervals over the draws; the systems stand a little apart so that bars can be told
+    from each other. A system that needs no training picture is a level line.
+
+    Raises ValueError when there is no row.
+    """
+    blocks = _blocks(rows)
+    systems = list(dict.fromkeys(row.system for row in rows))
+    columns = min(3, len(blocks))
+    lines = math.ceil(len(blocks) / columns)
+    width = max(4.6, 3.4 * columns)
+    per_line = max(1, min(len(systems), int(width / (0.5 + 0.058 * max(map(len, systems))))))
+    figure = _figure(width, 2.9 * lines + 0.18 * math.ceil(len(systems) / per_line) + 0.1)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    several = len({block[0].dataset for block in blocks}) < len(blocks)
+    for panel, block in zip(panels, blocks, strict=False):
+        title = f"{block[0].dataset}, {block[0].test_set} test set" if several else block[0].dataset
+        _accuracy_panel(panel, block, systems, metric, title)
+    for panel in panels[len(blocks) :]:
+        panel.set_axis_off()
+    for i, panel in enumerate(panels[: len(blocks)]):
+        if i % columns == 0:
+            panel.set_ylabel(f"{_words(metric)} (%)", fontsize=9)
+        if i + columns >= len(blocks):
+            panel.set_xlabel("training pictures (%)", fontsize=9)
+            panel.tick_params(labelbottom=True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    known = dict(zip(labels, handles, strict=True))
+    for panel in panels[1 : len(blocks)]:
+        known |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        [known[s] for s in systems],
+        systems,
+        loc="outside lower center",
+        ncols=per_line,
+        fontsize=8,
+        frameon=False,
+    )
+    return _png(figure)
+
+
+def confusion_figure(counts: np.ndarray, classes: Sequence[str], title: str = "") -> bytes:
+    """Confusion matrix (K, K), rows the true class, columns the predicted -> PNG bytes.
+
+    Colours and percentages are shares of the true class; counts stand below them.
+    Raises ValueError where the shape does not fit the classes.
+    """
+    size = len(classes)
+    if counts.shape != (size, size):
+        raise ValueError(
+            f"confusion_figure: counts are {counts.shape} for {size} classes; give ({size}, {size})."
+        )
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (K, K)
+    side = 1.6 + 0.75 * max(size, 3)
+    figure = _figure(side, side)
+    panel = figure.subplots()
+    panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i in range(size):
+        for j in range(size):
+            colour = "white" if shares[i, j] > 0.6 else "black"
+            text = f"{100 * shares[i, j]:.0f} %\n{counts[i, j]:d}"
+            panel.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
+    panel.set_xticks(range(size), classes, fontsize=9, rotation=30, ha="right", rotation_mode="anchor")
+    panel.set_yticks(range(size), classes, fontsize=9)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    panel.set_xlabel("predicted class", fontsize=9)
+    panel.set_ylabel("true class", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=10, wrap=True)
+    return _png(figure)
+
+
+def mask_sheet(
+    pictures: Sequence[np.ndarray],
+    regions: Sequence[np.ndarray],
+    captions: Sequence[str],
+    columns: int = 6,
+) -> bytes:
+    """Contact sheet, PNG bytes: pictures (H, W, 3) uint8 with the contours of regions (H, W) bool."""
+    tiles = []
+    for picture, region in zip(pictures, regions, strict=True):
+        tile = letterbox(picture, _TILE, (0, 0, 0))
+        inside = Image.fromarray(letterbox_mask(region, _TILE) > 0.5).convert("L")
+        rim = np.asarray(inside.filter(ImageFilter.MaxFilter(3))) > np.asarray(
+            inside.filter(ImageFilter.MinFilter(3))
+        )
+        tiles.append(np.where(rim[..., None], np.array(_CONTOUR, dtype=np.uint8), tile))
+    buffer = io.BytesIO()
+    Image.fromarray(montage(tiles, columns, captions)).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _blocks(rows: Sequence[StudyRow]) -> list[list[StudyRow]]:
+    """Rows by data set and test set, in the order of their first appearance."""
+    if not rows:
+        raise ValueError("report: the study has no row; evaluate at least one cell.")
+    blocks: dict[tuple[str, str], list[StudyRow]] = {}
+    for row in rows:
+        blocks.setdefault((row.dataset, row.test_set), []).append(row)
+    return list(blocks.values())
+
+
+def _heading(block: Sequence[StudyRow], metric: str) -> str:
+    intervals = _intervals(block, metric)
+    # What learns nothing has one draw and says nothing about the others' number.
+    draws = {i.draws for (_, percent), i in intervals.items() if percent} or {1}
+    first = block[0]
+    number = str(max(draws)) if len(draws) == 1 else f"{min(draws)} to {max(draws)}"
+    spread = "one draw" if draws == {1} else f"mean ± half width of the 95 % t-interval over {number} draws"
+    where = f"{first.dataset}, {first.test_set} test set ({first.n_test} pictures)"
+    return f"{where}: {_words(metric)} in %, {spread}"
+
+
+def _cells(block: Sequence[StudyRow], metric: str) -> list[list[str]]:
+    """The table as text: the percents, the numbers of training pictures, then a line a system."""
+    percents = sorted({row.percent_of_train for row in block})
+    intervals = _intervals(block, metric)
+    systems = list(dict.fromkeys(row.system for row in block))
+    counts = [sorted({row.n_train for row in block if row.percent_of_train == p}) for p in percents]
+    return [
+        ["percent of train", *(f"{_percent(p)}%" for p in percents)],
+        ["pictures", *(str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in counts)],
+        *([system, *(_number(intervals.get((system, p))) for p in percents)] for system in systems),
+    ]
+
+
+def _intervals(block: Sequence[StudyRow], metric: str) -> dict[tuple[str, float], Interval]:
+    """Mean and interval in percent of every (system, percent of train)."""
+    values: dict[tuple[str, float], list[float]] = {}
+    for row in block:
+        values.setdefault((row.system, row.percent_of_train), []).append(100 * getattr(row, metric))
+    return {key: mean_interval(draws) for key, draws in values.items()}
+
+
+def _number(interval: Interval | None) -> str:
+    if interval is None:
+        return "–"  # noqa: RUF001  # the sign for no value
+    return (
+        f"{interval.mean:.1f}" if interval.draws == 1 else f"{interval.mean:.1f} ± {interval.half_width:.1f}"
+    )
+
+
+def _percent(percent: float) -> str:
+    return f"{percent:.4g}"
+
+
+def _words(metric: str) -> str:
+    return {"auroc": "AUROC", "ece": "ECE", "macro_f1": "macro F1"}.get(metric, metric.replace("_", " "))
+
+
+def _accuracy_panel(
+    panel: Axes, block: Sequence[StudyRow], systems: Sequence[str], metric: str, title: str
+) -> None:
+    percents = sorted({row.percent_of_train for row in block} - {0})
+    intervals = _intervals(block, metric)
+    for i, system in enumerate(systems):
+        colour = _COLOURS[i % len(_COLOURS)]
+        if (system, 0) in intervals:
+            level = intervals[system, 0].mean
+            panel.axhline(
+                level, label=system, color=colour, linestyle=_LEVELS[i % len(_LEVELS)], linewidth=1.2
+            )
+        points = [(p, intervals[system, p]) for p in percents if (system, p) in intervals]
+        if not points:
+            continue
+        apart = 1 + 0.022 * (i - (len(systems) - 1) / 2)
+        panel.errorbar(
+            [p * apart for p, _ in points],
+            [interval.mean for _, interval in points],
+            yerr=np.nan_to_num([interval.half_width for _, interval in points]),
+            label=system,
+            color=colour,
+            marker=_MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)],
+            linestyle=("-", "--", ":")[i // len(_COLOURS) % 3],
+            markersize=4,
+            linewidth=1.2,
+            elinewidth=0.8,
+            capsize=0,
+        )
+    panel.set_xscale("log")
+    panel.minorticks_off()
+    panel.set_xticks(percents, [_percent(p) for p in percents], fontsize=8)
+    panel.tick_params(labelsize=8, length=3)
+    panel.set_title(title, fontsize=10)
+    panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, drawn by Agg and known to no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer, format="png", metadata={"Software": None}
+    )  # no version: equal figures, equal bytes
+    return buffer.getvalue()

@@ -1,0 +1,230 @@
+"""A fitted cell as a folder that needs nothing else: raw picture bytes in, probabilities and a mask out.
+
+The folder holds ``cell.safetensors`` (the fitted method, see ``checkpoint``), ``clip/`` (weights and
+configuration in open_clip's own layout), ``sam2.safetensors`` and ``sam2.yaml`` where SAM2 makes the
+masks, and ``serve.json`` (everything else). Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from medfocus import images
+from medfocus.focus import focus as apply_focus
+from medfocus.masks.segmenter import Segmenter
+from medfocus.metrics import softmax
+from medfocus.views import view
+
+if TYPE_CHECKING:
+    from medfocus.encoders import ClipEncoder
+    from medfocus.methods import Method
+
+_CELL, _CLIP, _SAM2, _SAM2_CONFIG = "cell.safetensors", "clip", "sam2.safetensors", "sam2.yaml"
+_PACKAGES = ("torch", "open_clip_torch", "sam2", "numpy", "pillow")
+_BATCH = 16  # pictures at once, so that memory does not grow with the request
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the model says of one picture."""
+
+    label: str
+    probabilities: dict[str, float]  # by class, in the model's order; they sum to 1
+    mask: np.ndarray  # (H, W) bool at the picture's own resolution: what the focus saw as the region
+    mask_status: str  # the rung of the fallback ladder
+    mask_score: float  # in [0, 1]
+    overlay: bytes  # PNG at the picture's own resolution, the mask tinted
+
+
+def save_model(
+    folder: Path,
+    *,
+    checkpoint: Path,
+    encoder: ClipEncoder,
+    segmenter: Segmenter,
+    segmenter_settings: Mapping[str, object],
+    feather: float,
+) -> None:
+    """Write all that ``Predictor.load`` needs to ``folder``, in place of what was there.
+
+    Args:
+        folder: The model folder; it appears whole or not at all.
+        checkpoint: What ``checkpoint.save`` wrote; it brings the method, its classes and its focus.
+        encoder: The CLIP on which the method was fitted.
+        segmenter: The segmenter of the pictures the method was fitted on.
+        segmenter_settings: The arguments by name with which ``masks.sam2.build_segmenter`` or
+            ``OtsuSegmenter`` made it.
+        feather: Of the views.
+
+    Raises:
+        ValueError: The checkpoint was fitted on another CLIP, or the settings make another segmenter.
+    """
+    from safetensors.torch import save_file
+
+    from medfocus import checkpoint as checkpoints
+    from medfocus.masks import sam2
+
+    header = checkpoints.read_header(checkpoint)
+    if header.encoder_key != encoder.key:
+        raise ValueError(
+            f"{checkpoint} was fitted on CLIP weights {header.encoder_key[:12]}, but these are "
+            f"{encoder.key[:12]}; give the encoder it was fitted on."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    (beside / _CLIP).mkdir(parents=True)
+    shutil.copyfile(checkpoint, beside / _CELL)
+    save_file(_tensors(encoder.model), beside / _CLIP / "open_clip_model.safetensors")
+    _write_json(beside / _CLIP / "open_clip_config.json", _clip_config(encoder))
+    settings = dict(segmenter_settings)
+    if isinstance(segmenter, sam2.Sam2Segmenter):
+        state = _tensors(segmenter.model)
+        save_file({k: v for k, v in state.items() if k.startswith(sam2._PICTURE_PATH)}, beside / _SAM2)
+        shutil.copyfile(sam2._config_path(str(settings.pop("config"))), beside / _SAM2_CONFIG)
+        settings.pop("checkpoint", None)
+    kind = "sam2" if isinstance(segmenter, sam2.Sam2Segmenter) else "otsu"
+    if (made := _load_segmenter(beside, kind, settings).key) != segmenter.key:
+        shutil.rmtree(beside)
+        raise ValueError(
+            f"the segmenter_settings make the segmenter {made[:12]}, but the model was fitted on masks of "
+            f"{segmenter.key[:12]}; give the very arguments that it was made with."
+        )
+    content = {
+        "segmenter": kind,
+        "segmenter_settings": settings,
+        "segmenter_key": segmenter.key,
+        "clip": encoder.name,
+        "clip_key": encoder.key,
+        "method": header.method,
+        "classes": header.classes,
+        "focus": header.focus,
+        "feather": feather,
+        "view_size": encoder.image_size,
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+    _write_json(beside / "serve.json", content)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.replace(folder)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model folder, loaded. For one thread at a time."""
+
+    method: Method
+    segmenter: Segmenter
+    classes: tuple[str, ...]
+    focus: str
+    feather: float
+    view_size: int  # pixels a side of what CLIP sees
+
+    @classmethod
+    def load(cls, folder: Path) -> Predictor:
+        """Load what ``save_model`` wrote, on the CPU, without a look at anything outside of ``folder``.
+
+        Raises FileNotFoundError where it is no model folder, ValueError where its parts do not fit.
+        """
+        from medfocus import checkpoint
+        from medfocus.encoders import build_clip
+
+        try:
+            content: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder} is no model folder (no serve.json); give one that medfocus.serve.save_model wrote."
+            ) from error
+        encoder = build_clip(f"local-dir:{folder / _CLIP}", "")
+        # The configuration says the same in another form, so its key would be another. Class texts are
+        # in the checkpoint; without a tokenizer nothing can be read by the wrong one.
+        encoder = replace(encoder, name=content["clip"], key=content["clip_key"], tokenizer=None)
+        method, header = checkpoint.load(folder / _CELL, encoder)
+        segmenter = _load_segmenter(folder, content["segmenter"], content["segmenter_settings"])
+        return cls(method, segmenter, header.classes, header.focus, content["feather"], content["view_size"])
+
+    def predict(self, pictures: Sequence[bytes]) -> list[Prediction]:
+        """Encoded pictures -> one prediction each, the same that the evaluation makes.
+
+        Raises ValueError naming the first bad picture's place in the request, the fault and the fix.
+        """
+        names = [f"picture {i + 1} of {len(pictures)}" for i in range(len(pictures))]
+        predictions: list[Prediction] = []
+        for start in range(0, len(pictures), _BATCH):
+            batch = slice(start, start + _BATCH)
+            predictions += self._predict(list(map(images.decode, pictures[batch], names[batch])))
+        return predictions
+
+    def _predict(self, pictures: Sequence[np.ndarray]) -> list[Prediction]:
+        import torch
+
+        masks = self.segmenter.segment(pictures)
+        views = [
+            view(picture, mask.region, focus=self.focus, size=self.view_size, feather=self.feather)
+            for picture, mask in zip(pictures, masks, strict=True)
+        ]
+        inputs = self.method.embed(torch.from_numpy(np.stack(views)))  # (B, S, S, 3) -> (B, ...)
+        logits = next(iter(self.method.logits(inputs).values()))  # (B, K) of the main classifier
+        probabilities = softmax(logits.detach().double().numpy())  # (B, K)
+        return [
+            Prediction(
+                label=self.classes[int(p.argmax())],
+                probabilities=dict(zip(self.classes, p.tolist(), strict=True)),
+                mask=mask.region,
+                mask_status=mask.status,
+                mask_score=mask.score,
+                overlay=_png(apply_focus(picture, mask.region, "overlay", feather=0.0)),
+            )
+            for picture, mask, p in zip(pictures, masks, probabilities, strict=True)
+        ]
+
+
+def _clip_config(encoder: ClipEncoder) -> dict[str, Any]:
+    """What open_clip reads from a model's folder: architecture and preprocessing, a tag's own included."""
+    import open_clip
+    from open_clip.transformer import QuickGELU
+
+    from medfocus import encoders
+
+    brings_weights = encoder.name.startswith(("hf-hub:", "local-dir:"))
+    name = encoders._locate(encoder.name, "" if brings_weights else "random:0")[0]
+    config = dict(open_clip.get_model_config(name) or {})
+    if any(isinstance(module, QuickGELU) for module in encoder.model.modules()):
+        config["quick_gelu"] = True  # asked for by the pretrained tag, not by the architecture
+    preprocess: Any = encoder.model.visual.preprocess_cfg  # pyright: ignore[reportAttributeAccessIssue]
+    return {"model_cfg": config, "preprocess_cfg": dict(preprocess)}
+
+
+def _load_segmenter(folder: Path, kind: str, settings: Mapping[str, Any]) -> Segmenter:
+    if kind == "otsu":
+        from medfocus.masks.otsu import OtsuSegmenter
+
+        return OtsuSegmenter(**settings)
+    from medfocus.masks.sam2 import build_segmenter
+
+    return build_segmenter(str(folder / _SAM2_CONFIG), str(folder / _SAM2), **settings)
+
+
+def _tensors(model: Any) -> dict[str, Any]:
+    """A model's state dict as safetensors takes it: on the CPU, contiguous, no memory shared."""
+    return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()

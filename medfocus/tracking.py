@@ -1,0 +1,493 @@
+"""Runs, their numbers and the model registry; beside the served model's own file, the only mlflow import."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION = "champion"  # the alias that served code loads
+_MODEL_ARTIFACT = "model"  # the served model's folder inside the logged one
+_PACKAGES = ("torch", "torchvision", "open_clip_torch", "sam2", "scikit-learn", "mlflow")
+_SERVED_WITH = (*_PACKAGES, "timm", "numpy", "scipy", "pandas", "pillow", "safetensors", "huggingface_hub")
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",  # mlflow ignores "1"
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+_LONGEST_TAG = 5000  # characters; MLflow's databases take 8000 bytes
+
+
+@dataclass(frozen=True)
+class DataInput:
+    """A data set as a run used it."""
+
+    name: str
+    digest: str  # of the manifest; MLflow keeps its first 36 characters
+    source: str  # where it lies
+    context: str = "training"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What ``Tracking.register`` did, and why."""
+
+    name: str
+    version: str
+    alias: str | None  # "champion" where this version holds it
+    reason: str
+
+
+def start(uri: str | None, home: Path, experiment: str) -> Tracking:
+    """Open the tracking store and close the runs that dead processes of this host left RUNNING.
+
+    Nothing here asks the network, unless the URI names a server.
+
+    Args:
+        uri: Any MLflow tracking URI; None means ``home``/mlflow.db. MLFLOW_TRACKING_URI wins over both.
+        home: Folder of the database and, unless a server decides, of the artefacts (``home``/mlruns).
+        experiment: Name of the experiment; made where it does not exist.
+
+    Raises:
+        ValueError: The experiment was deleted.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import mlflow  # takes seconds, so not at the top
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.utils.environment").setLevel(
+        logging.ERROR
+    )  # it misses pip, which uv leaves out
+    home = home.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
+    with _lock(home):
+        if uri is None:
+            uri = f"sqlite:///{home / 'mlflow.db'}"
+            _create_database(home / "mlflow.db")
+        client = mlflow.MlflowClient(uri)
+        served = uri.startswith(("http", "databricks"))
+        location = None if served else (home / "mlruns").as_uri()
+        tracking = Tracking(uri, home, _experiment(client, experiment, location), client)
+    tracking.close_dead_runs()
+    return tracking
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """An open tracking store; made by ``start``."""
+
+    uri: str
+    home: Path
+    experiment_id: str
+    client: MlflowClient = field(repr=False)
+
+    @contextmanager
+    def study(
+        self, name: str, params: Mapping[str, object], tags: Mapping[str, object] | None = None
+    ) -> Iterator[Study]:
+        """A parent run for the ``with`` block: FINISHED after it, FAILED or KILLED when it raises."""
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=_tags(tags or {}))
+        with self._closing(run.info.run_id):
+            self._log_params_and_metrics(run.info.run_id, params, {})
+            yield Study(run.info.run_id, self)
+
+    def close_dead_runs(self) -> list[str]:
+        """Set RUNNING runs of this host whose process is gone to FAILED; their ids. In every experiment."""
+        experiments = [e.experiment_id for e in self.client.search_experiments()]
+        mine = f"attributes.status = 'RUNNING' and tags.`owner.host` = '{socket.gethostname()}'"
+        dead = [
+            run.info.run_id
+            for run in self.client.search_runs(experiments, mine)
+            if not _is_alive(int(run.data.tags["owner.pid"]), float(run.data.tags["owner.started"]))
+        ]
+        for run_id in dead:
+            self.client.set_tag(run_id, "error", "The process that owned this run ended without closing it.")
+            self.client.set_terminated(run_id, "FAILED")
+        return dead
+
+    def runs_by_cell(self) -> dict[str, str]:
+        """The newest finished run of every cell of the experiment: tag ``cell_key`` -> run id."""
+        newest: dict[str, str] = {}
+        token: str | None = None
+        while token != "":
+            page = self.client.search_runs(
+                [self.experiment_id],
+                "attributes.status = 'FINISHED' and tags.cell_key != ''",
+                order_by=["attributes.start_time DESC"],
+                page_token=token,
+            )
+            for run in page:
+                newest.setdefault(run.data.tags["cell_key"], run.info.run_id)
+            token = page.token or ""
+        return newest
+
+    def register(
+        self,
+        name: str,
+        model_dir: Path,
+        *,
+        cell_key: str,
+        score: float,
+        test_digest: str,
+        rescore: Callable[[Path], float],
+        classes: Sequence[str],
+        example: bytes,
+        tags: Mapping[str, object],
+        run_id: str | None = None,
+    ) -> Registration:
+        """Register a served model, and make it champion only if it beats the present one.
+
+        Both are compared on the same test pictures: a champion that was scored on others is scored
+        anew by ``rescore``. A tie or a loss leaves the alias where it is. A cell that has a version
+        gets no second one.
+
+        Args:
+            name: Of the registered model; models that compete share it.
+            model_dir: The folder that ``serve.save_model`` wrote.
+            cell_key: Identifies the fitted model by content.
+            score: Of the challenger on the test split; higher is better.
+            test_digest: See ``test_digest``.
+            rescore: Maps the champion's model folder to its score on the present test split.
+            classes: In the order of the model's output.
+            example: An encoded picture, kept with the model as its input example; not a patient's.
+            tags: More tags of the version.
+            run_id: The run that fitted the model, where there is one.
+
+        Raises:
+            ValueError: The score is not a finite number.
+            RuntimeError: The champion's files cannot be loaded and scored.
+        """
+        if not math.isfinite(score):
+            raise ValueError(f"{name}: the challenger's score is {score}; give a finite number.")
+        with _lock(self.home):
+            champion = self._champion(name)
+            if champion is not None and champion.tags.get("cell_key") == cell_key:
+                return Registration(name, str(champion.version), CHAMPION, "it is the champion already")
+            to_beat = None if champion is None else self._score_on(champion, test_digest, rescore)
+            scored = {"score": repr(score), "test_digest": test_digest}
+            version = self._version_of_cell(name, cell_key)
+            if version is None:
+                model_id = self._log_model(name, model_dir, classes, example, run_id)
+                version = self._create_version(
+                    name, model_id, run_id, {**tags, **scored, "cell_key": cell_key}
+                )
+            else:
+                self._set_version_tags(name, version, scored)
+            if champion is not None and to_beat is not None and score <= to_beat:
+                verb = "ties with" if score == to_beat else "loses to"
+                reason = f"{score:.4f} {verb} version {champion.version}, the champion ({to_beat:.4f})"
+                return Registration(name, version, None, reason)
+            self.client.set_registered_model_alias(name, CHAMPION, version)
+        if champion is None:
+            return Registration(name, version, CHAMPION, "there was no champion")
+        return Registration(
+            name, version, CHAMPION, f"{score:.4f} beats version {champion.version} ({to_beat:.4f})"
+        )
+
+    def _champion(self, name: str) -> ModelVersion | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_model_version_by_alias(name, CHAMPION)
+        except MlflowException as error:
+            # The two stores call a missing alias by different names.
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def _score_on(self, champion: ModelVersion, test_digest: str, rescore: Callable[[Path], float]) -> float:
+        """The champion's score on the present test split, from its tag or anew."""
+        if champion.tags.get("test_digest") == test_digest:
+            return float(champion.tags["score"])
+        from mlflow.artifacts import download_artifacts
+
+        name, version = champion.name, str(champion.version)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                source = self.client.get_model_version_download_uri(name, version)
+                model = download_artifacts(source, dst_path=folder, tracking_uri=self.uri)
+                score = float(rescore(Path(model) / "artifacts" / _MODEL_ARTIFACT))
+        except Exception as error:
+            raise RuntimeError(
+                f"{name} version {version}, the champion, cannot be scored on the present test split "
+                f"({error}). Restore its artefacts, or delete the alias {CHAMPION!r} to start anew."
+            ) from error
+        self._set_version_tags(name, version, {"score": repr(score), "test_digest": test_digest})
+        return score
+
+    def _version_of_cell(self, name: str, cell_key: str) -> str | None:
+        found = self.client.search_model_versions(f"name = '{name}' and tags.cell_key = '{cell_key}'")
+        return str(found[0].version) if found else None
+
+    def _set_version_tags(self, name: str, version: str, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self.client.set_model_version_tag(name, version, key, value)
+
+    def _log_model(
+        self, name: str, model_dir: Path, classes: Sequence[str], example: bytes, run_id: str | None
+    ) -> str:
+        """Log the model folder as a pyfunc, models from code; its model id."""
+        import mlflow
+        import pandas as pd
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, Schema, TensorSpec
+
+        package = Path(__file__).parent
+        outputs: list[ColSpec | TensorSpec] = [
+            ColSpec("string", "label"),
+            *(ColSpec("double", f"probability_{name}") for name in classes),
+            ColSpec("string", "mask_status"),
+            ColSpec("double", "mask_score"),
+            ColSpec("string", "overlay"),
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            mlflow.pyfunc.save_model(
+                f"{folder}/pyfunc",
+                python_model=str(package / "pyfunc.py"),
+                artifacts={_MODEL_ARTIFACT: str(model_dir.resolve())},
+                code_paths=[str(package)],
+                signature=ModelSignature(Schema([ColSpec("binary", "picture")]), Schema(outputs)),
+                input_example=pd.DataFrame({"picture": [example]}),
+                # Given, so that MLflow neither loads the model nor asks an index to find them out.
+                pip_requirements=[f"{package}=={version}" for package, version in _versions(_SERVED_WITH)],
+            )
+            logged = self.client.create_logged_model(self.experiment_id, name, run_id)
+            self.client.log_model_artifacts(logged.model_id, f"{folder}/pyfunc")
+        self.client.finalize_logged_model(logged.model_id, "READY")
+        return logged.model_id
+
+    def _create_version(
+        self, name: str, model_id: str, run_id: str | None, tags: Mapping[str, object]
+    ) -> str:
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking._tracking_service.utils import _use_tracking_uri
+
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        texts = {key: str(value) for key, value in tags.items()}
+        # The registry's own store looks the model up through the process-wide URI, which stays as it was:
+        # it would leak into the environment and win over the next start's.
+        with _use_tracking_uri(self.uri):
+            version = self.client.create_model_version(
+                name, f"models:/{model_id}", run_id, texts, model_id=model_id
+            )
+        return str(version.version)
+
+    def _log_params_and_metrics(
+        self, run_id: str, params: Mapping[str, object], metrics: Mapping[str, float]
+    ) -> None:
+        from mlflow.entities import Metric, Param
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(
+            run_id,
+            metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
+            params=[Param(key, str(value)) for key, value in params.items()],
+        )
+
+    def _log_file(self, run_id: str, name: str, data: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, Path(name).name)
+            path.write_bytes(data)
+            self.client.log_artifact(run_id, str(path), str(Path(name).parent).removeprefix("."))
+
+    @contextmanager
+    def _closing(self, run_id: str) -> Iterator[None]:
+        """Whatever happens inside, the run ends: FINISHED, FAILED, or KILLED by the keyboard or an exit."""
+        try:
+            yield
+        except BaseException as error:
+            killed = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
+            self.client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:_LONGEST_TAG])
+            self.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
+            raise
+        self.client.set_terminated(run_id, "FINISHED")
+
+
+@dataclass(frozen=True)
+class Study:
+    """An open parent run; made by ``Tracking.study``."""
+
+    run_id: str
+    tracking: Tracking = field(repr=False)
+
+    def log_cell(
+        self,
+        *,
+        name: str,
+        params: Mapping[str, object],
+        metrics: Mapping[str, float],
+        tags: Mapping[str, object] | None = None,
+        datasets: Sequence[DataInput] = (),
+        figures: Mapping[str, bytes] | None = None,
+    ) -> str:
+        """One finished child run with all of a cell's numbers; ``figures`` are PNG bytes by name. Its id."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        tracking, client = self.tracking, self.tracking.client
+        nested = {**(tags or {}), "mlflow.parentRunId": self.run_id}
+        run_id = client.create_run(tracking.experiment_id, run_name=name, tags=_tags(nested)).info.run_id
+        with tracking._closing(run_id):
+            tracking._log_params_and_metrics(run_id, params, metrics)
+            inputs = [
+                DatasetInput(
+                    Dataset(data.name, data.digest[:36], "local", json.dumps({"uri": data.source})),
+                    [InputTag("mlflow.data.context", data.context)],
+                )
+                for data in datasets
+            ]
+            if inputs:
+                client.log_inputs(run_id, inputs)
+            for figure, png in (figures or {}).items():
+                tracking._log_file(run_id, f"figures/{figure}.png", png)
+        return run_id
+
+    def log_figure(self, name: str, png: bytes) -> None:
+        """Keep a figure with the study, as ``figures/<name>.png``."""
+        self.tracking._log_file(self.run_id, f"figures/{name}.png", png)
+
+    def log_table(self, name: str, csv: str) -> None:
+        """Keep a table with the study, as ``<name>.csv``."""
+        self.tracking._log_file(self.run_id, f"{name}.csv", csv.encode())
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Numbers of the study as a whole."""
+        self.tracking._log_params_and_metrics(self.run_id, {}, metrics)
+
+
+def provenance(repo: Path, seeds: Sequence[int]) -> dict[str, str]:
+    """Tags that say from what a run was made: code, data, packages, seeds, host.
+
+    ``git.dirty`` is "true" where tracked files differ from the commit; outside of a git
+    repository, or before its first commit, ``git.commit`` is "none".
+    """
+    commit = _git(repo, "rev-parse", "--verify", "--quiet", "HEAD")
+    lock = repo / "dvc.lock"
+    return {
+        "git.commit": commit or "none",
+        "git.dirty": str(bool(_git(repo, "status", "--porcelain", "--untracked-files=no"))).lower(),
+        "dvc.lock.sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else "none",
+        "seeds": ",".join(map(str, seeds)),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        **{f"version.{package}": version for package, version in _versions(_PACKAGES)},
+        **({"mlflow.source.git.commit": commit} if commit else {}),  # the one that MLflow's pages show
+    }
+
+
+def test_digest(pictures: Iterable[tuple[str, str]]) -> str:
+    """Identify a test split: (sha256, label) of every picture, in any order -> sha256 hex."""
+    return hashlib.sha256(json.dumps(sorted(pictures)).encode()).hexdigest()
+
+
+def _lock(home: Path) -> FileLock:
+    """Held by one process at a time; the thread that has it may take it again."""
+    return FileLock(home / "mlflow.lock", is_singleton=True)
+
+
+def _create_database(path: Path) -> None:
+    """Make MLflow's tables in a file beside and move it in: a killed start leaves nothing half made."""
+    if path.exists():
+        return
+    import sqlalchemy
+    from mlflow.store.db.utils import _initialize_tables
+
+    beside = path.with_name(f".{path.name}.making")
+    for left in path.parent.glob(f"{beside.name}*"):  # the file and its journal, from a killed start
+        left.unlink()
+    engine = sqlalchemy.create_engine(f"sqlite:///{beside}")
+    _initialize_tables(engine)
+    with engine.connect() as connection:
+        # Kept in the file: a cell costs two fifths where the disk is slow to sync, and the pages can be
+        # read while a study writes. Where the file system cannot do it, SQLite stays as it was.
+        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+    engine.dispose()
+    beside.replace(path)
+
+
+def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another process, on a server
+                raise
+            found = client.get_experiment_by_name(name)
+    if found is None or found.lifecycle_stage != "active":
+        raise ValueError(
+            f"MLflow experiment {name!r} was deleted; restore it (`mlflow experiments restore`) "
+            "or give another name."
+        )
+    return found.experiment_id
+
+
+def _tags(tags: Mapping[str, object]) -> dict[str, Any]:
+    """``tags`` as text, with the process that owns the run."""
+    owner = {
+        "owner.host": socket.gethostname(),
+        "owner.pid": os.getpid(),
+        "owner.started": repr(psutil.Process().create_time()),
+    }
+    return {key: str(value)[:_LONGEST_TAG] for key, value in {**tags, **owner}.items()}
+
+
+def _is_alive(pid: int, started: float) -> bool:
+    """Whether the process that started then still runs; a number may have been given to another since."""
+    try:
+        process = psutil.Process(pid)
+        # Start times are counted from the boot, whose own time a corrected clock may shift a little.
+        same = abs(process.create_time() - started) < 2
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _versions(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(package, version) of those that are installed."""
+    for package in packages:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _git(repo: Path, *arguments: str) -> str:
+    """Output of a git command, "" where it fails or git is absent."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(repo), *arguments], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""

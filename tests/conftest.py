@@ -1,0 +1,117 @@
+"""What all tests share: real pictures where they are present, and a CLIP small enough to reason about."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn import functional
+
+SHARED_DATA = Path(
+    os.environ.get("MEDFOCUS_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; the test is skipped, saying so, where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real pictures at {SHARED_DATA}; set MEDFOCUS_SHARED_DATA to their folder")
+    return SHARED_DATA
+
+
+class TinyTail(nn.Module):
+    """Mean over tokens, then a linear map: the smallest thing with the shape of a tower's tail."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L, W) -> (B, D)."""
+        return functional.normalize(self.projection(tokens.mean(dim=1)), dim=-1)
+
+
+class TinyClip:
+    """Stands in for the frozen towers: 8 features, the tokens being a picture's four quadrants' means."""
+
+    dim = 8
+    logit_scale = 10.0
+    key = "tiny"
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self._tail = TinyTail(3, self.dim)
+
+    def preprocess(self, pictures: Tensor) -> Tensor:
+        """(B, S, S, 3) uint8 -> (B, 3, S, S) in [0, 1]."""
+        return pictures.permute(0, 3, 1, 2).float() / 255
+
+    def trunk(self, pixels: Tensor, blocks: int) -> Tensor:
+        """(B, 3, S, S) -> (B, 4, 3)."""
+        return functional.adaptive_avg_pool2d(pixels, 2).flatten(2).transpose(1, 2)
+
+    def tail(self, blocks: int) -> nn.Module:
+        """A trainable copy of what comes after the trunk."""
+        copy = TinyTail(3, self.dim)
+        copy.load_state_dict(self._tail.state_dict())
+        return copy
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, 8)."""
+        return self._tail(self.trunk(pixels, 1))
+
+
+@pytest.fixture
+def tiny_clip() -> TinyClip:
+    """A CLIP of a few numbers, the same in every test."""
+    return TinyClip()
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone of the project in a temporary folder, with a study of seconds: one data set, 40 pictures."""
+    for name in ("medfocus", "flows"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["study"] |= {
+        "methods": {"pixels": ["none"], "clip-zero-shot": ["none"], "medfocusclip": ["none", "multiply"]},
+        "percents": [50, 100],
+        "seeds": [0, 1],
+    }
+    content["datasets"] = {"phantom-breast": content["datasets"]["phantom-breast"]}
+    content["phantoms"] = {
+        "breast_ultrasound": {"seed": 0, "train_per_class": 8, "test_per_class": 5, "size": 96}
+    }
+    content["masks"] |= {"segmenter": "otsu"}
+    content["methods"]["medfocusclip"] |= {"epochs": 5}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "1"}
+    for command in (
+        ["git", "init", "--quiet"],
+        [sys.executable, "-m", "dvc", "init", "--quiet"],
+        ["git", "add", "."],
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "-m", "start"],
+    ):
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / ".prefect"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,408 @@
+"""Claims about CLIP: what is built from which name, what is refused, and where its tower may be cut."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from huggingface_hub import constants
+from open_clip.transformer import QuickGELU
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchvision.transforms.functional import normalize as normalize_pixels
+from torchvision.transforms.functional import to_tensor
+
+from medfocus.encoders import CONFIGS, ClipEncoder, build_clip, pocket_tokenizer, write_merges
+from medfocus.prompts import TEMPLATES, class_embeddings, text_prompts
+
+LAION_HUB_ID = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+OPENAI_HUB_ID = "timm/vit_base_patch32_clip_224.openai"
+TEXT_CFG = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+VISION_CFG = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 8, "layers": 3}
+
+
+def seeded(function: Any, *arguments: Any, **options: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return function(*arguments, **options)
+
+
+def pixels(encoder: ClipEncoder, count: int = 3) -> Tensor:
+    return seeded(torch.randn, count, 3, encoder.image_size, encoder.image_size)
+
+
+@pytest.fixture(scope="session")
+def pocket() -> ClipEncoder:
+    return build_clip("pocket", "random:0")
+
+
+@pytest.fixture(scope="session")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Random weights in the published formats: b32.pt as open_clip's training writes it, and safetensors."""
+    folder = tmp_path_factory.mktemp("full_size")
+    for model, name in (("ViT-B-32", "b32"), ("ViT-B-16", "b16")):
+        clip = seeded(open_clip.create_model, model, pretrained=None)
+        state = {key: tensor.half() for key, tensor in clip.state_dict().items()}
+        if name == "b32":
+            torch.save({"epoch": 32, "name": model, "state_dict": state}, folder / "b32.pt")
+        save_file(state, folder / f"{name}.safetensors")
+    yield folder
+    for file in folder.iterdir():  # pytest keeps the folders of three runs, and this one takes a gigabyte
+        file.unlink()
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def snapshot(cache: Path, hub_id: str) -> Path:
+    """The folder of a repository's files in the hub cache."""
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc123")
+    (repository / "snapshots" / "abc123").mkdir(parents=True)
+    return repository / "snapshots" / "abc123"
+
+
+def write_model_folder(folder: Path, vision: dict[str, Any], mean: float = 0.5) -> None:
+    """A model as the hub publishes it: configuration and, of random weights, the checkpoint."""
+    folder.mkdir(exist_ok=True)
+    model = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": TEXT_CFG}
+    config = {"model_cfg": model, "preprocess_cfg": {"mean": [mean] * 3, "std": [0.25] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    clip = seeded(open_clip.create_model, f"local-dir:{folder}", load_weights=False)
+    with torch.no_grad():
+        for parameter in clip.parameters():  # zeros and ones at initialisation would hide what is left out
+            parameter.add_(0.02 * seeded(torch.randn, parameter.shape))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def test_features_have_length_one_and_the_shared_dimension(pocket: ClipEncoder) -> None:
+    images, texts = pocket.encode_images(pixels(pocket)), pocket.encode_texts(["a heart", "a lung"])
+    assert images.shape == (3, pocket.dim) and texts.shape == (2, pocket.dim)
+    assert torch.allclose(torch.cat([images, texts]).norm(dim=-1), torch.ones(5), atol=1e-6)
+    assert pocket.logit_scale == pytest.approx(1 / 0.07)
+
+
+def test_a_seed_names_the_weights_and_leaves_the_caller_s_random_numbers_alone(pocket: ClipEncoder) -> None:
+    before = torch.random.get_rng_state()
+    same, other = build_clip("pocket", "random:0"), build_clip("pocket", "random:1")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert same.key == pocket.key != other.key
+    x = pixels(pocket)
+    assert torch.equal(same.encode_images(x), pocket.encode_images(x))
+    assert not torch.allclose(other.encode_images(x), pocket.encode_images(x), atol=1e-3)
+
+
+def test_the_towers_are_frozen(pocket: ClipEncoder) -> None:
+    assert not pocket.model.training
+    assert not any(parameter.requires_grad for parameter in pocket.model.parameters())
+    assert not pocket.encode_images(pixels(pocket)).requires_grad
+
+
+def test_preprocessing_is_torchvision_s(pocket: ClipEncoder) -> None:
+    views = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    expected = torch.stack(
+        [normalize_pixels(to_tensor(view), list(pocket.mean), list(pocket.std)) for view in views]
+    )
+    assert torch.allclose(pocket.preprocess(views), expected, atol=1e-6)
+    assert torch.equal(pocket.preprocess(torch.from_numpy(views)), pocket.preprocess(views))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_trunk_and_tail_of_the_pocket_model_are_the_tower(pocket: ClipEncoder, blocks: int) -> None:
+    x = pixels(pocket)
+    tokens = pocket.trunk(x, blocks)
+    assert tokens.shape == (3, 1 + 64, 128)
+    assert torch.allclose(pocket.tail(blocks)(tokens), pocket.encode_images(x), atol=1e-6)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mean over patches, no first norm": {"pool_type": "avg", "no_ln_pre": True, "final_ln_after_pool": True},
+    "attentional pooling": {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4},
+    "patch dropout": {"patch_dropout": 0.5},
+    "own attention": {"qk_norm": True, "scale_heads": True, "scale_attn": True, "scale_fc": True},
+    "layer scale, fixed positions": {"ls_init_value": 0.1, "pos_embed_type": "sin_cos_2d"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trunk_and_tail_hold_for_every_kind_of_vision_transformer(tmp_path: Path, variant: str) -> None:
+    write_model_folder(tmp_path / "model", {**VISION_CFG, **VARIANTS[variant]})
+    encoder = build_clip(f"local-dir:{tmp_path / 'model'}", "")
+    x = pixels(encoder)
+    for blocks in (1, 3):
+        tail = encoder.tail(blocks)
+        assert torch.allclose(tail(encoder.trunk(x, blocks)), encoder.encode_images(x), atol=1e-6)
+        assert torch.allclose(tail.train()(encoder.trunk(x, blocks)), encoder.encode_images(x), atol=1e-6)
+
+
+def test_a_tail_trains_and_the_encoder_stays_as_it_was(pocket: ClipEncoder) -> None:
+    x = pixels(pocket)
+    tail, before = pocket.tail(2), pocket.encode_images(x)
+    names = [name for name, _ in tail.named_parameters()]
+    assert not [name for name in names if "conv1" in name or "embedding" in name or "ln_pre" in name]
+    optimizer = torch.optim.SGD(tail.parameters(), lr=1.0)
+    tail(pocket.trunk(x, 2))[:, 0].sum().backward()
+    assert all(parameter.grad is not None for parameter in tail.parameters())
+    optimizer.step()
+    assert not torch.allclose(tail(pocket.trunk(x, 2)), before, atol=1e-3)
+    assert torch.equal(pocket.encode_images(x), before)
+
+
+def test_a_tail_s_state_restores_it(pocket: ClipEncoder) -> None:
+    tail, tokens = pocket.tail(1), pocket.trunk(pixels(pocket), 1)
+    with torch.no_grad():
+        for parameter in tail.parameters():
+            parameter.mul_(1.5)
+    restored = pocket.tail(1)
+    restored.load_state_dict(tail.state_dict())
+    assert torch.equal(restored(tokens), tail(tokens))
+
+
+@pytest.mark.parametrize(
+    ("vision", "tower"),
+    [
+        ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}, "ModifiedResNet"),
+        ({"image_size": 32, "timm_model_name": "test_vit", "timm_pool": ""}, "TimmModel"),
+    ],
+)
+def test_a_tower_of_another_kind_encodes_but_is_not_cut(tmp_path: Path, vision: Any, tower: str) -> None:
+    write_model_folder(tmp_path / "model", vision)
+    encoder = build_clip(f"local-dir:{tmp_path / 'model'}", "")
+    assert encoder.encode_images(pixels(encoder)).shape == (3, 8)
+    expected = rf"model: its picture tower is {tower}, not open_clip's VisionTransformer.*Take a ViT such as"
+    with pytest.raises(ValueError, match=expected):
+        encoder.trunk(pixels(encoder), 1)
+    with pytest.raises(ValueError, match=expected):
+        encoder.tail(1)
+
+
+@pytest.mark.parametrize("blocks", [0, 5])
+def test_the_cut_has_to_lie_inside_the_tower(pocket: ClipEncoder, blocks: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"pocket: {blocks} blocks to fine-tune; its picture tower has 1 to 4"
+    ):
+        pocket.trunk(pixels(pocket), blocks)
+
+
+@pytest.mark.parametrize(("model", "file"), [("ViT-B-32", "b32.pt"), ("ViT-B-16", "b16.safetensors")])
+def test_full_size_checkpoints_load_as_open_clip_loads_them(full_size: Path, model: str, file: str) -> None:
+    encoder = build_clip(model, str(full_size / file))
+    reference = open_clip.create_model(model, pretrained=str(full_size / file)).eval()
+    x = pixels(encoder, 2)
+    with torch.no_grad():
+        expected = normalize(reference.encode_image(x), dim=-1)  # pyright: ignore[reportCallIssue]
+        texts = reference.encode_text(open_clip.get_tokenizer(model)(["a lung"]), normalize=True)  # pyright: ignore[reportCallIssue]
+    assert (encoder.dim, encoder.image_size) == (512, 224)
+    assert torch.allclose(encoder.encode_images(x), expected, atol=1e-6)
+    assert torch.allclose(encoder.encode_texts(["a lung"]), texts, atol=1e-6)
+    assert torch.allclose(encoder.tail(2)(encoder.trunk(x, 2)), expected, atol=1e-6)
+
+
+def test_a_tag_is_served_from_the_hub_cache_with_the_activation_it_was_trained_with(
+    full_size: Path, hub_cache: Path
+) -> None:
+    os.symlink(
+        full_size / "b32.safetensors", snapshot(hub_cache, OPENAI_HUB_ID) / "open_clip_model.safetensors"
+    )
+    tagged = build_clip("ViT-B/32", "openai")  # OpenAI's own spelling
+    assert isinstance(tagged.model.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)  # pyright: ignore
+    by_path = build_clip("ViT-B-32", str(full_size / "b32.safetensors"))
+    assert tagged.key != by_path.key  # the same weights, another function
+
+
+def test_the_file_format_does_not_change_the_key(pocket: ClipEncoder, tmp_path: Path) -> None:
+    torch.save({"state_dict": pocket.model.state_dict()}, tmp_path / "a.pt")
+    save_file(pocket.model.state_dict(), tmp_path / "a.safetensors")
+    keys = {build_clip("pocket", str(tmp_path / name)).key for name in ("a.pt", "a.safetensors")}
+    assert keys == {pocket.key}
+
+
+def test_a_hub_model_is_built_from_its_own_files_without_a_network(hub_cache: Path) -> None:
+    folder = snapshot(hub_cache, "someone/tiny-clip")
+    write_model_folder(folder, VISION_CFG, mean=0.25)
+    encoder, local = build_clip("hf-hub:someone/tiny-clip", ""), build_clip(f"local-dir:{folder}", "")
+    assert (encoder.image_size, encoder.dim, encoder.mean) == (32, 8, (0.25, 0.25, 0.25))
+    assert encoder.key == local.key
+    assert encoder.encode_texts(["a lung"]).shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "parts"),
+    [
+        ("ViT-B-32", "laion2b_s34b_b79k", [LAION_HUB_ID, "open_clip_model.safetensors", "clip.pretrained"]),
+        (
+            "hf-hub:someone/tiny-clip",
+            "",
+            ["someone/tiny-clip", "open_clip_model.safetensors", "local-dir:FOLDER"],
+        ),
+        ("ViT-B-32", "weights/gone.pt", ["'weights/gone.pt' does not exist", "clip.pretrained"]),
+        ("local-dir:gone", "", ["gone/open_clip_model.safetensors' does not exist", "clip.model"]),
+    ],
+)
+def test_offline_and_missing_is_one_error_before_anything_is_built(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch, model: str, pretrained: str, parts: list[str]
+) -> None:
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(FileNotFoundError) as caught:
+        build_clip(model, pretrained)
+    assert str(caught.value).startswith(f"CLIP {model} (clip.")
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "message"),
+    [
+        ("ViT-B32", "openai", r"clip\.model: open_clip has no model 'ViT-B32' \(near it: .*ViT-B-32"),
+        (
+            "ViT-B-32",
+            "laion",
+            r"\(clip\.pretrained\): 'laion' is no tag of this model \(it has: openai, .*\)\. Give",
+        ),
+        ("pocket", "openai", r"'openai' is no tag of this model \(it has: none\)"),
+        ("pocket", "random:x", r"'random:x' is no tag of this model .* or random:SEED"),
+        (
+            "hf-hub:a/b",
+            "openai",
+            r"CLIP hf-hub:a/b brings its own weights\. Leave clip\.pretrained \('openai'\) empty",
+        ),
+    ],
+)
+def test_an_unknown_name_is_told_the_known_ones(model: str, pretrained: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_clip(model, pretrained)
+
+
+def test_weights_of_another_architecture_are_told_so(pocket: ClipEncoder, tmp_path: Path) -> None:
+    state = pocket.model.state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(
+        ValueError, match=r"CLIP RN50: the weights in .*a\.safetensors do not fit it \(.*Set clip"
+    ):
+        build_clip("RN50", str(tmp_path / "a.safetensors"))
+    del state["visual.proj"]
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r'CLIP pocket: the weights .* do not fit it \(.*"visual\.proj"'):
+        build_clip("pocket", str(tmp_path / "a.safetensors"))
+
+
+def test_a_malicious_checkpoint_is_refused(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"state_dict": Touch()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"evil\.pt: asks for posix\.system, which is more than tensors"):
+        build_clip("pocket", str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_text_tower_that_needs_an_absent_package_says_so(
+    pocket: ClipEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for model in ("roberta-ViT-B-32", "ViT-B-16-SigLIP"):
+        with pytest.raises(
+            ImportError, match=rf"CLIP {model}: its text tower .* Run `pip install transformers`"
+        ):
+            build_clip(model, "random:0")
+
+
+def test_the_shipped_merges_are_those_of_the_shipped_words(tmp_path: Path) -> None:
+    words = (CONFIGS / "words_pocket.txt").read_text().split()
+    size = write_merges(words, tmp_path / "bpe.txt.gz")
+    shipped = (CONFIGS / "bpe_pocket.txt.gz").read_bytes()
+    assert gzip.decompress((tmp_path / "bpe.txt.gz").read_bytes()) == gzip.decompress(shipped)
+    tokenizer = pocket_tokenizer()
+    assert size == tokenizer.vocab_size
+    assert json.loads((CONFIGS / "clip_pocket.json").read_text())["text_cfg"]["vocab_size"] == size
+    assert {word: len(tokenizer.encode(word)) for word in words} == dict.fromkeys(words, 1)
+
+
+def test_the_pocket_tokenizer_reads_words_it_has_never_seen() -> None:
+    tokenizer = pocket_tokenizer()
+    for text in ("a naevus 40 µm wide", "пневмония", "covid-19", "x☃y"):
+        assert tokenizer.decode(tokenizer.encode(text)).replace(" ", "") == text.replace(" ", "")
+
+
+def test_the_templates_of_every_modality_fit_the_pocket_model(pocket: ClipEncoder) -> None:
+    for modality in TEMPLATES:
+        for prompts in text_prompts(["Viral Pneumonia", "squamous_cell_carcinoma"], modality):
+            assert torch.isfinite(pocket.encode_texts(prompts)).all()
+
+
+def test_a_prompt_is_never_cut_off_in_silence(pocket: ClipEncoder) -> None:
+    text = "a chest X-ray showing " + "very " * 30 + "normal lungs"
+    with pytest.raises(
+        ValueError, match=r"the prompt 'a chest X-ray .*' has \d+ tokens, and pocket reads at most 30"
+    ):
+        pocket.encode_texts(["a lung", text])
+
+
+def test_many_texts_encode_as_one_by_one(pocket: ClipEncoder) -> None:
+    texts = [f"nodule {i}" for i in range(300)]
+    together = pocket.encode_texts(texts)
+    assert together.shape == (300, pocket.dim)
+    assert torch.allclose(
+        together[[0, 255, 256, 299]],
+        torch.cat([pocket.encode_texts([texts[i]]) for i in (0, 255, 256, 299)]),
+        atol=1e-5,
+    )
+
+
+def test_every_class_has_the_modality_s_prompts_and_the_paper_s() -> None:
+    prompts = text_prompts(["Covid", "large_cell_carcinoma"], "chest_xray")
+    assert prompts[0][0] == "a chest X-ray showing Covid"
+    assert prompts[1][0] == "a chest X-ray showing large cell carcinoma"
+    assert all(text_prompts(["c"], modality)[0][-1] == "This is a photo of c" for modality in TEMPLATES)
+    assert set(TEMPLATES) == {"chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "other"}
+
+
+def test_a_data_set_s_own_templates_replace_the_modality_s() -> None:
+    assert text_prompts(["a", "b"], "brain_mri", ["slice with {c} {x}"]) == [
+        ["slice with a {x}"],
+        ["slice with b {x}"],
+    ]
+    assert text_prompts(["a"], "brain_mri", ()) == text_prompts(["a"], "brain_mri")
+
+
+@pytest.mark.parametrize(
+    ("names", "modality", "templates", "message"),
+    [
+        (["a"], "retina", None, r"modality 'retina' has no text prompts; use one of chest_xray, brain_mri, "),
+        (
+            ["a"],
+            "other",
+            ["a photo"],
+            r"the template 'a photo' has no \{c\}, so its prompt would be the same",
+        ),
+        (["a", "_ "], "other", None, r"class 1 has an empty name"),
+    ],
+)
+def test_prompts_that_tell_nothing_are_refused(
+    names: list[str], modality: str, templates: list[str] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        text_prompts(names, modality, templates)
+
+
+def test_a_class_embedding_is_the_normalised_mean_of_its_prompts(pocket: ClipEncoder) -> None:
+    prompts = [["a lung", "a heart"], ["a brain"], ["a rib", "a lobe", "an opacity"]]
+    embeddings = class_embeddings(pocket, prompts)
+    expected = [normalize(pocket.encode_texts(ensemble).mean(dim=0), dim=0) for ensemble in prompts]
+    assert embeddings.shape == (3, pocket.dim)
+    assert torch.allclose(embeddings, torch.stack(expected), atol=1e-6)

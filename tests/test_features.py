@@ -1,0 +1,388 @@
+"""Claims about views and features: what a view shows, and that no cache can change or lose a feature."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from medfocus import features
+from medfocus.encoders import build_clip
+from medfocus.features import encode
+from medfocus.focus import FILL, FOCUS
+from medfocus.images import letterbox, read
+from medfocus.views import Crop, crop_box, view, view_key
+
+SHA = hashlib.sha256(b"a picture").hexdigest()
+ITEMS = list(range(23))
+KEYS = [f"picture {i}" for i in ITEMS]
+
+
+# Views
+
+
+def picture(height: int = 60, width: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def region(height: int = 60, width: int = 40) -> np.ndarray:
+    mask = np.zeros((height, width), dtype=bool)
+    mask[20:40, 10:30] = True
+    return mask
+
+
+def test_view_zero_is_the_whole_picture_and_needs_no_mask_without_focus() -> None:
+    whole = view(picture(), None, focus="none", size=32, feather=0.02, crop=crop_box(SHA, 0, mirror=True))
+    assert np.array_equal(whole, letterbox(picture(), 32, FILL))
+    assert np.array_equal(whole, view(picture(), region(), focus="none", size=32, feather=0.02))
+
+
+def test_the_padding_is_clip_s_mean_colour() -> None:
+    seen = view(picture(), region(), focus="multiply", size=30, feather=0)
+    assert seen.shape == (30, 30, 3) and seen.dtype == np.uint8
+    assert (seen[:, :5] == FILL).all() and (seen[:, -5:] == FILL).all()
+
+
+@pytest.mark.parametrize("focus", [mode for mode in FOCUS if mode != "none"])
+def test_a_focus_without_a_mask_is_refused(focus: str) -> None:
+    with pytest.raises(ValueError, match=rf"focus '{focus}' needs a mask, and this picture has none\. Make"):
+        view(picture(), None, focus=focus, size=32, feather=0.02)
+
+
+def test_a_crop_is_repeatable_and_keeps_half_of_the_picture_or_more_in_its_own_shape() -> None:
+    crops = [crop_box(SHA, number) for number in range(1, 200)]
+    assert crops == [crop_box(SHA, number) for number in range(1, 200)]
+    assert len(set(crops)) == len(crops)
+    assert crop_box(hashlib.sha256(b"another").hexdigest(), 1) != crops[0]
+    areas = []
+    for left, top, right, bottom, _ in crops:
+        assert 0 <= left < right <= 1 + 1e-9 and 0 <= top < bottom <= 1 + 1e-9
+        assert right - left == pytest.approx(bottom - top)
+        areas.append((right - left) * (bottom - top))
+    assert 0.5 <= min(areas) < 0.55 and 0.95 < max(areas) <= 1
+
+
+def test_views_are_mirrored_only_where_that_was_asked_for() -> None:
+    assert not any(crop_box(SHA, number).mirrored for number in range(100))
+    mirrored = [crop_box(SHA, number, mirror=True).mirrored for number in range(100)]
+    assert not mirrored[0] and 30 < sum(mirrored) < 70
+    assert all(crop_box(SHA, number, mirror=True)[:4] == crop_box(SHA, number)[:4] for number in range(100))
+
+
+@pytest.mark.parametrize("focus", FOCUS)
+def test_picture_and_mask_are_cropped_together_and_before_the_focus(focus: str) -> None:
+    crop = Crop(0.1, 0.25, 0.85, 0.9, mirrored=True)
+    rows, columns = slice(15, 54), slice(4, 34)
+    cut, mask = picture()[rows, columns][:, ::-1], region()[rows, columns][:, ::-1]
+    expected = view(cut.copy(), mask.copy(), focus=focus, size=48, feather=0.02)
+    assert np.array_equal(view(picture(), region(), focus=focus, size=48, feather=0.02, crop=crop), expected)
+
+
+def test_a_crop_that_loses_the_region_is_not_taken() -> None:
+    seen = view(picture(), region(), focus="crop", size=48, feather=0, crop=Crop(0, 0.6, 0.7, 1, False))
+    assert np.array_equal(seen, view(picture(), region(), focus="crop", size=48, feather=0))
+
+
+def test_a_view_s_key_tells_its_settings() -> None:
+    settings = {"focus": "multiply", "size": 96, "feather": 0.02}
+    keys = {
+        view_key(**settings),
+        view_key(**{**settings, "focus": "crop"}),
+        view_key(**{**settings, "size": 98}),
+        view_key(**{**settings, "feather": 0.0}),
+    }
+    assert len(keys) == 4 and view_key(**settings) in keys
+
+
+# Features
+
+
+def make_view(item: int) -> np.ndarray:
+    return np.full((4, 4, 3), item, dtype=np.uint8)
+
+
+def mean_and_square(views: Tensor) -> Tensor:
+    mean = views.float().mean(dim=(1, 2, 3))
+    return torch.stack([mean, mean**2], dim=1)  # (B, 2)
+
+
+def run(
+    cache: Path | None,
+    *,
+    items: list[int] = ITEMS,
+    keys: list[str] | None = None,
+    make_view: Callable[[int], np.ndarray] = make_view,
+    encode_batch: Callable[[Tensor], Tensor] = mean_and_square,
+    settings: str = "encoder",
+    batch_size: int = 5,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    return encode(
+        items,
+        [f"picture {item}" for item in items] if keys is None else keys,
+        make_view,
+        encode_batch,
+        cache=cache,
+        settings=settings,
+        batch_size=batch_size,
+        dtype=dtype,
+        progress=progress,
+    )
+
+
+def never(_: object) -> np.ndarray:
+    raise AssertionError("computed again")
+
+
+def shards(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_result_is_the_same_cached_or_not_and_in_the_items_order(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    uncached, cold = run(None, dtype=dtype), run(tmp_path, dtype=dtype)
+    warm = run(tmp_path, dtype=dtype, make_view=never)
+    assert uncached.dtype == dtype and uncached[:, 0].tolist() == ITEMS
+    assert torch.equal(uncached, cold) and torch.equal(uncached, warm)
+    backwards = run(tmp_path, items=ITEMS[::-1], dtype=dtype, make_view=never)
+    assert torch.equal(backwards, uncached.flip(0))
+
+
+def test_tokens_are_cached_like_features(tmp_path: Path) -> None:
+    def tokens(views: Tensor) -> Tensor:
+        return mean_and_square(views)[:, None, :].expand(-1, 7, -1) / 3  # (B, 7, 2)
+
+    cold = run(tmp_path, encode_batch=tokens, dtype=torch.float16)
+    assert cold.shape == (23, 7, 2)
+    assert torch.equal(run(tmp_path, make_view=never, dtype=torch.float16), cold)
+
+
+def test_only_what_is_missing_is_computed_and_equal_keys_once(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def counted(item: int) -> np.ndarray:
+        made.append(item)
+        return make_view(item)
+
+    run(tmp_path, items=[1, 2, 3], make_view=counted)
+    result = run(tmp_path, items=[2, 5, 3, 5, 6], make_view=counted)
+    assert sorted(made) == [1, 2, 3, 5, 6]
+    assert result[:, 0].tolist() == [2, 5, 3, 5, 6]
+
+
+def test_other_settings_or_another_type_share_nothing(tmp_path: Path) -> None:
+    run(tmp_path)
+    for settings, dtype in (("another", torch.float32), ("encoder", torch.float16)):
+        with pytest.raises(AssertionError, match="computed again"):
+            run(tmp_path, settings=settings, dtype=dtype, make_view=never)
+
+
+def test_progress_counts_every_item_cached_or_not(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    run(tmp_path, items=[0, 1, 2, 3], progress=lambda done, total: told.append((done, total)))
+    run(tmp_path, items=[0, 9, 1, 9, 8], progress=lambda done, total: told.append((done, total)))
+    assert told == [(0, 4), (4, 4), (2, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_batch_size_changes_no_feature_by_more_than_rounding(batch_size: int) -> None:
+    encoder = build_clip("pocket", "random:0")
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (96, 96, 3), dtype=np.uint8) for _ in range(20)]
+    results = [
+        encode(
+            list(range(20)),
+            [str(i) for i in range(20)],
+            pictures.__getitem__,
+            lambda views: encoder.encode_images(encoder.preprocess(views)),
+            cache=None,
+            settings="",
+            batch_size=size,
+        )
+        for size in (20, batch_size)
+    ]
+    assert torch.allclose(results[0], results[1], atol=1e-5, rtol=0)
+
+
+def damage(content: bytes) -> dict[str, bytes]:
+    flipped = bytearray(content)
+    flipped[-3] ^= 0x10
+    header = bytearray(content)
+    header[20] ^= 0x01
+    return {
+        "cut": content[:-5],
+        "empty": b"",
+        "bit": bytes(flipped),
+        "header": bytes(header),
+        "text": b"\0" * 99,
+    }
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "bit", "header", "text"])
+def test_a_damaged_shard_is_reported_and_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    expected = run(tmp_path)
+    (shard,) = shards(tmp_path)
+    shard.write_bytes(damage(shard.read_bytes())[kind])
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(run(tmp_path), expected)
+    assert f"{shard} is damaged (" in caplog.text and "computed again" in caplog.text
+    assert torch.equal(run(tmp_path, make_view=never), expected)
+
+
+def test_a_shard_of_another_program_is_not_believed(tmp_path: Path) -> None:
+    expected = run(tmp_path)
+    (shard,) = shards(tmp_path)
+    save_file({"rows": torch.zeros(23, 2)}, shard)
+    assert torch.equal(run(tmp_path), expected)
+
+
+def test_a_failing_picture_ends_the_run_and_keeps_what_was_encoded(tmp_path: Path) -> None:
+    def broken(item: int) -> np.ndarray:
+        if item == 17:
+            raise ValueError("scan17.png: cut short")
+        return make_view(item)
+
+    with pytest.raises(ValueError, match=r"scan17\.png: cut short"):
+        run(tmp_path, make_view=broken)
+    kept = run(tmp_path, items=ITEMS[:15], make_view=never)  # three whole batches came before it
+    assert kept[:, 0].tolist() == ITEMS[:15]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("views")]
+
+
+def test_a_failing_model_leaves_no_thread_behind() -> None:
+    def failing(views: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(None, encode_batch=failing)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("views")]
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"not finite in torch\.float16, for picture 0 or the 4 after it\. Check"
+    ):
+        run(tmp_path, encode_batch=lambda views: mean_and_square(views) + 1e6, dtype=torch.float16)
+    assert shards(tmp_path) == []
+
+
+def test_no_items_or_no_key_for_each_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"features: 0 items and 0 keys; give at least one"):
+        run(None, items=[])
+    with pytest.raises(ValueError, match=r"features: 23 items and 1 keys"):
+        run(None, keys=["a"])
+
+
+def test_views_are_made_ahead_of_the_model_but_not_without_bound() -> None:
+    made, gaps = [], []
+
+    def counted(item: int) -> np.ndarray:
+        made.append(item)
+        return make_view(item)
+
+    def slow(views: Tensor) -> Tensor:
+        time.sleep(0.02)
+        gaps.append(len(made))
+        return mean_and_square(views)
+
+    run(None, items=list(range(100)), make_view=counted, encode_batch=slow, batch_size=10)
+    taken = [10 * (i + 1) for i in range(10)]
+    assert all(0 <= ready - used <= 10 for ready, used in zip(gaps, taken, strict=True))
+    assert gaps[0] > taken[0]  # while the model ran
+
+
+def test_what_waits_is_written_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "FLUSH_SECONDS", 0.0)
+    written: list[int] = []
+
+    def counted(views: Tensor) -> Tensor:
+        written.append(len(shards(tmp_path)))
+        return mean_and_square(views)
+
+    run(tmp_path, encode_batch=counted)
+    assert written == [0, 1, 2, 3, 4] and len(shards(tmp_path)) == 5
+    assert run(tmp_path, make_view=never)[:, 0].tolist() == ITEMS
+
+
+def killed_midway(cache: Path) -> None:
+    features.FLUSH_SECONDS = 0.0
+
+    def fatal(views: Tensor) -> Tensor:
+        if 12 in views[:, 0, 0, 0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return mean_and_square(views)
+
+    run(cache, encode_batch=fatal)
+
+
+def encode_all(cache: Path) -> None:
+    features.FLUSH_SECONDS = 0.0
+    assert run(cache)[:, 0].tolist() == ITEMS
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*fork:DeprecationWarning"
+)  # Python 3.12 frowns on it; spawning takes 10 s
+def test_a_killed_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=killed_midway, args=(tmp_path,))
+    process.start()
+    process.join(30)
+    assert process.exitcode == -9
+    made: list[int] = []
+    result = run(tmp_path, make_view=lambda item: (made.append(item), make_view(item))[1])
+    assert result[:, 0].tolist() == ITEMS
+    assert sorted(made) == ITEMS[10:]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*fork:DeprecationWarning"
+)  # Python 3.12 frowns on it; spawning takes 10 s
+def test_two_processes_at_once_do_no_harm(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=encode_all, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert run(tmp_path, make_view=never)[:, 0].tolist() == ITEMS
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+
+
+def test_real_pictures_give_the_features_of_a_bare_loop(shared_data: Path) -> None:
+    paths = sorted((shared_data / "covid19").rglob("*.jp*g"))[::40]
+    encoder = build_clip("pocket", "random:0")
+
+    def whole(path: Path) -> np.ndarray:
+        return view(read(path), None, focus="none", size=encoder.image_size, feather=0)
+
+    result = encode(
+        paths,
+        [str(path) for path in paths],
+        whole,
+        lambda views: encoder.encode_images(encoder.preprocess(views)),
+        cache=None,
+        settings="",
+        batch_size=4,
+    )
+    bare = torch.cat([encoder.encode_images(encoder.preprocess(whole(path)[None])) for path in paths])
+    assert len(paths) > 3
+    assert torch.allclose(result, bare, atol=1e-5)
+    assert torch.linalg.matrix_rank(result) > 1  # different pictures, different features

@@ -1,0 +1,221 @@
+"""Claims about focus: what a mask does to a picture, and what it must not do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medfocus.focus import CONTOUR_COLOUR, FILL, FOCUS, SEGMENT_COLOURS, focus, soft_edge
+
+MODES = list(FOCUS)
+FEATHER = 0.05
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def mask() -> np.ndarray:
+    """Two discs, the larger on the left."""
+    y, x = np.mgrid[:120, :160]
+    return (np.hypot(y - 60, x - 50) < 25) | (np.hypot(y - 60, x - 120) < 14)
+
+
+def far_outside(mask: np.ndarray, feather: float) -> np.ndarray:
+    return soft_edge(mask, feather) == 0
+
+
+@pytest.mark.parametrize("mode", ["none", "multiply", "crop", "blur", "contour"])
+def test_full_mask_leaves_the_picture_unchanged(picture: np.ndarray, mode: str) -> None:
+    full = np.ones(picture.shape[:2], dtype=bool)
+    assert np.array_equal(focus(picture, full, mode, feather=FEATHER), picture)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_mask_is_read_as_the_whole_picture(picture: np.ndarray, mode: str) -> None:
+    empty, full = np.zeros(picture.shape[:2], dtype=bool), np.ones(picture.shape[:2], dtype=bool)
+    assert np.array_equal(
+        focus(picture, empty, mode, feather=FEATHER), focus(picture, full, mode, feather=FEATHER)
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("feather", [0.0, 0.02, 0.5])
+def test_every_mode_keeps_dtype_and_shape_and_writes_nothing_into_its_input(
+    picture: np.ndarray, mask: np.ndarray, mode: str, feather: float
+) -> None:
+    before, region = picture.copy(), mask.copy()
+    picture.flags.writeable = mask.flags.writeable = False
+    focused = focus(picture, mask, mode, feather=feather)
+    picture.flags.writeable = mask.flags.writeable = True
+    assert focused.dtype == np.uint8
+    assert focused.shape[2] == 3
+    assert mode == "crop" or focused.shape == picture.shape
+    assert np.array_equal(picture, before)
+    assert np.array_equal(mask, region)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_transposing_picture_and_mask_transposes_the_focus(
+    picture: np.ndarray, mask: np.ndarray, mode: str
+) -> None:
+    upright = focus(picture, mask, mode, feather=FEATHER)
+    lying = focus(
+        np.ascontiguousarray(picture.transpose(1, 0, 2)), np.ascontiguousarray(mask.T), mode, feather=FEATHER
+    )
+    rounding = 2 if mode == "blur" else 0  # Pillow's blur rounds between its passes
+    assert np.abs(upright.transpose(1, 0, 2).astype(int) - lying).max() <= rounding
+
+
+@pytest.mark.parametrize("mode", ["multiply", "blur", "contour"])
+def test_what_is_inside_the_mask_stays_untouched(picture: np.ndarray, mask: np.ndarray, mode: str) -> None:
+    assert np.array_equal(focus(picture, mask, mode, feather=FEATHER)[mask], picture[mask])
+
+
+def test_multiplied_picture_is_clips_mean_colour_outside_away_from_the_feather(
+    picture: np.ndarray, mask: np.ndarray
+) -> None:
+    outside = far_outside(mask, FEATHER)
+    assert 0.3 < outside.mean() < 0.9
+    assert (focus(picture, mask, "multiply", feather=FEATHER)[outside] == FILL).all()
+    assert np.allclose(np.array(FILL) / 255, (0.48145466, 0.4578275, 0.40821073), atol=0.5 / 255)
+
+
+def test_without_feather_a_multiplied_picture_is_the_equation(picture: np.ndarray, mask: np.ndarray) -> None:
+    expected = np.where(mask[:, :, None], picture, np.array(FILL, dtype=np.uint8))
+    assert np.array_equal(focus(picture, mask, "multiply", feather=0), expected)
+
+
+def test_feather_falls_from_the_mask_outwards_and_ends_at_its_width() -> None:
+    mask = np.zeros((101, 201), dtype=bool)
+    mask[:, :100] = True
+    across = soft_edge(mask, 10 / 201)[50].astype(int)  # a straight edge, 10 pixels wide
+    assert (across[:100] == 255).all()
+    assert (across[110:] == 0).all()
+    assert (np.diff(across[99:111]) < 0).all()
+    assert abs(across[104] - 128) < 20
+
+
+def test_mask_at_the_pictures_border_gets_no_soft_edge_there() -> None:
+    mask = np.zeros((60, 60), dtype=bool)
+    mask[:, :30] = True
+    rows = soft_edge(mask, 0.1)
+    assert (rows == rows[30]).all()
+
+
+def test_blur_takes_detail_outside_and_keeps_its_brightness(picture: np.ndarray, mask: np.ndarray) -> None:
+    outside = far_outside(mask, FEATHER)
+    blurred = focus(picture, mask, "blur", feather=FEATHER)[outside].astype(float)
+    original = picture[outside].astype(float)
+    assert blurred.std() < 0.2 * original.std()
+    assert abs(blurred.mean() - original.mean()) < 3
+
+
+def test_overlay_tints_only_inside_and_each_segment_in_its_colour(
+    picture: np.ndarray, mask: np.ndarray
+) -> None:
+    tinted = focus(picture, mask, "overlay", feather=FEATHER)
+    assert np.array_equal(tinted[~mask], picture[~mask])
+    grey = np.full_like(picture, 128)
+    tinted = focus(grey, mask, "overlay", feather=FEATHER).astype(int)
+    for (y, x), colour in zip([(60, 50), (60, 120)], SEGMENT_COLOURS, strict=False):  # the larger one first
+        shift = tinted[y, x] - 128
+        assert np.array_equal(np.sign(shift), np.sign(np.array(colour) - 128))
+    assert len({tuple(pixel) for pixel in tinted[mask]}) == 2
+
+
+def test_more_segments_than_colours_start_again_at_the_first() -> None:
+    mask = np.zeros((8, 64), dtype=bool)
+    mask[2:6, 1::4] = True
+    assert mask[3].sum() > len(SEGMENT_COLOURS)
+    tinted = focus(np.full((8, 64, 3), 128, dtype=np.uint8), mask, "overlay", feather=0)
+    assert len({tuple(pixel) for pixel in tinted[mask]}) == len(SEGMENT_COLOURS)
+
+
+def test_overlay_keeps_the_texture_under_the_tint(picture: np.ndarray, mask: np.ndarray) -> None:
+    one_segment = mask & (np.arange(160) < 85)
+    tinted = focus(picture, mask, "overlay", feather=FEATHER)[one_segment].astype(float)
+    for channel in range(3):
+        assert np.corrcoef(tinted[:, channel], picture[one_segment][:, channel])[0, 1] > 0.99
+
+
+def test_binary_shows_the_silhouette_and_nothing_of_the_picture(
+    picture: np.ndarray, mask: np.ndarray
+) -> None:
+    silhouette = focus(picture, mask, "binary", feather=FEATHER)
+    assert np.array_equal(silhouette, focus(255 - picture, mask, "binary", feather=FEATHER))
+    assert (silhouette[mask] == 255).all()
+    assert (silhouette[far_outside(mask, FEATHER)] == 0).all()
+
+
+@pytest.mark.parametrize(("top", "left", "h", "w"), [(40, 60, 5, 4), (0, 0, 90, 30), (100, 150, 20, 10)])
+def test_crop_holds_the_masks_whole_box_and_at_least_two_fifths_of_the_picture_around_it(
+    picture: np.ndarray, top: int, left: int, h: int, w: int
+) -> None:
+    mask = np.zeros(picture.shape[:2], dtype=bool)
+    mask[top : top + h, left : left + w] = True
+    coordinates = np.stack([*np.mgrid[:120, :160], np.zeros((120, 160))], axis=-1).astype(np.uint8)
+    cropped = focus(coordinates, mask, "crop", feather=FEATHER)
+    rows, columns = cropped[:, 0, 0].astype(int), cropped[0, :, 1].astype(int)
+    assert rows[0] <= top
+    assert rows[-1] >= top + h - 1
+    assert columns[0] <= left
+    assert columns[-1] >= left + w - 1
+    half = max(h / 2, w / 2, 0.2 * 120, 0.2 * 160)
+    assert rows[0] == max(0, np.floor(top + h / 2 - half))
+    assert rows[-1] == min(120, np.ceil(top + h / 2 + half)) - 1
+    assert columns[0] == max(0, np.floor(left + w / 2 - half))
+    assert columns[-1] == min(160, np.ceil(left + w / 2 + half)) - 1
+
+
+def test_contour_changes_nothing_but_a_thin_red_line_around_the_mask(
+    picture: np.ndarray, mask: np.ndarray
+) -> None:
+    drawn = focus(picture, mask, "contour", feather=FEATHER)
+    changed = (drawn != picture).any(axis=2)
+    assert changed.any()
+    assert (drawn[changed] == CONTOUR_COLOUR).all()
+    assert not (changed & mask).any()
+    width = 3 / 224 * 160
+    near = soft_edge(mask, (width + 1) / 160) > 0
+    assert not (changed & ~near).any()
+
+
+@pytest.mark.parametrize("size", [8, 28, 224, 1000])
+def test_contour_is_drawn_in_tiny_and_large_pictures_alike(size: int) -> None:
+    mask = np.zeros((size, size), dtype=bool)
+    mask[size // 4 : size // 2, size // 4 : size // 2] = True
+    drawn = focus(np.zeros((size, size, 3), dtype=np.uint8), mask, "contour", feather=0)
+    width = np.count_nonzero(drawn[size // 3, : size // 4, 0])
+    assert width == max(1, int(3 / 224 * size))
+
+
+def test_a_single_row_of_pixels_can_be_focused() -> None:
+    picture = np.arange(90, dtype=np.uint8).reshape(1, 30, 3)
+    mask = np.zeros((1, 30), dtype=bool)
+    mask[0, 10:15] = True
+    for mode in MODES:
+        focused = focus(picture, mask, mode, feather=0.1)
+        assert focused.dtype == np.uint8
+        assert focused.size > 0
+
+
+def test_unknown_mode_lists_the_known_ones(picture: np.ndarray, mask: np.ndarray) -> None:
+    message = "Unknown focus 'multipy'; known: none, multiply, overlay, binary, crop, blur, contour."
+    with pytest.raises(ValueError, match=message):
+        focus(picture, mask, "multipy", feather=0)
+
+
+def test_a_mask_of_another_picture_or_kind_is_refused(picture: np.ndarray, mask: np.ndarray) -> None:
+    with pytest.raises(
+        ValueError, match=r"mask is bool of \(160, 120\); this picture's is bool of \(120, 160\)"
+    ):
+        focus(picture, mask.T, "multiply", feather=0)
+    with pytest.raises(ValueError, match=r"mask is uint8 of \(120, 160\)"):
+        focus(picture, mask.astype(np.uint8), "multiply", feather=0)
+    with pytest.raises(ValueError, match=r"picture is float64 of \(120, 160, 3\); focus takes"):
+        focus(picture / 255, mask, "multiply", feather=0)
+    with pytest.raises(ValueError, match=r"feather is 3; use a share of the longest side in \[0, 0.5\]"):
+        focus(picture, mask, "multiply", feather=3)

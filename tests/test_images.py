@@ -1,0 +1,169 @@
+"""Any picture becomes RGB, and pictures and masks go through the same geometry."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from medfocus import images
+
+RED = (255, 0, 0)
+
+
+def encoded(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("form", "modes"),
+    [
+        ("PNG", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+        ("TIFF", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "I", "F", "LAB")),
+        ("JPEG", ("L", "RGB", "CMYK")),
+        ("BMP", ("1", "L", "P", "RGB")),
+        ("WEBP", ("RGB", "RGBA")),
+    ],
+)
+def test_every_mode_of_every_format_decodes_to_rgb(form: str, modes: tuple[str, ...]) -> None:
+    for mode in modes:
+        picture = images.decode(encoded(Image.new(mode, (5, 4)), form), mode)
+        assert picture.shape == (4, 5, 3), mode
+        assert picture.dtype == np.uint8, mode
+        assert picture.flags.writeable, mode
+
+
+def test_sixteen_bit_grey_is_windowed_by_its_own_range() -> None:
+    values = np.array([[1000, 2000, 3000]], dtype=np.uint16)
+    picture = images.decode(encoded(Image.fromarray(values)), "x")
+    np.testing.assert_array_equal(picture[0, :, 0], [0, 128, 255])
+
+
+def test_constant_sixteen_bit_grey_is_black() -> None:
+    values = np.full((3, 3), 40_000, dtype=np.uint16)
+    assert not images.decode(encoded(Image.fromarray(values)), "x").any()
+
+
+def test_alpha_is_composited_over_black() -> None:
+    rgba = np.array([[[200, 100, 50, 255], [200, 100, 50, 0]]], dtype=np.uint8)
+    picture = images.decode(encoded(Image.fromarray(rgba)), "x")
+    np.testing.assert_array_equal(picture[0], [[200, 100, 50], [0, 0, 0]])
+
+
+def test_transparent_palette_entry_is_black() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 255, 255, 255, 0, 0])
+    palette.putpixel((1, 0), 1)
+    picture = images.decode(encoded(palette, transparency=0), "x")
+    np.testing.assert_array_equal(picture[0], [[0, 0, 0], RED])
+
+
+def test_exif_orientation_is_applied() -> None:
+    upright = np.zeros((4, 6, 3), dtype=np.uint8)
+    upright[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    picture = images.decode(encoded(Image.fromarray(upright), exif=exif), "x")
+    assert picture.shape == (6, 4, 3)
+    assert (picture[:, -1] == 255).all()
+
+
+def test_empty_file_is_named_with_its_fix() -> None:
+    with pytest.raises(
+        ValueError, match=r"^a/b\.png: the file is empty \(0 bytes\)\. Copy it again"
+    ) as caught:
+        images.decode(b"", "a/b.png")
+    assert isinstance(caught.value, images.PictureError)
+    assert caught.value.name == "a/b.png"
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
+def test_picture_that_is_cut_short_is_named_with_its_fix(form: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), form)
+    with pytest.raises(ValueError, match=r"^x\.img: .+\. Export it again as PNG, or remove it\.$"):
+        images.decode(data[: len(data) // 2], "x.img")
+
+
+def test_text_is_no_picture() -> None:
+    with pytest.raises(ValueError, match=r"^x: not in a picture format that Pillow knows\. Export it again"):
+        images.decode(b"no picture at all", "x")
+
+
+def test_infinite_values_are_refused() -> None:
+    values = np.array([[0, np.inf]], dtype=np.float32)
+    with pytest.raises(ValueError, match=r"^x: holds values that are not finite\. Replace them"):
+        images.decode(encoded(Image.fromarray(values), "TIFF"), "x")
+
+
+def test_read_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(encoded(Image.new("RGB", (2, 3), RED)))
+    assert (images.read(tmp_path / "x.png") == RED).all()
+    (tmp_path / "x.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.png: the file is empty"):
+        images.read(tmp_path / "x.png")
+
+
+def test_grey_weighs_colours_as_the_eye_does() -> None:
+    colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
+    luma = images.grey(colours)
+    assert luma.dtype == np.float32
+    assert luma.max() <= 1
+    np.testing.assert_allclose(luma[0], [0.299, 0.587, 0.114, 1], atol=1e-6)
+
+
+def test_letterbox_leaves_a_square_of_its_size_unchanged() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(images.letterbox(picture, 16, RED), picture)
+
+
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 48))
+def test_picture_and_mask_are_placed_alike(height: int, width: int, size: int) -> None:
+    white = np.full((height, width, 3), 255, dtype=np.uint8)
+    box = images.letterbox(white, size, (7, 8, 9))
+    mask = images.letterbox_mask(np.ones((height, width), dtype=bool), size)
+    assert box.shape == (size, size, 3)
+    assert mask.shape == (size, size)
+    assert mask.dtype == np.float32
+    np.testing.assert_array_equal(mask == 1, (box == 255).all(2))
+    np.testing.assert_array_equal(mask == 0, (box == (7, 8, 9)).all(2))
+    inside = mask.any(0).sum(), mask.any(1).sum()
+    assert max(inside) == size
+    first, last = np.flatnonzero(mask.any(1))[[0, -1]]
+    assert abs(first - (size - 1 - last)) <= 1, "centred"
+
+
+def test_montage_holds_every_tile_and_its_caption() -> None:
+    tiles = [np.full((10, 20, 3), value, dtype=np.uint8) for value in (50, 100, 150)]
+    plain = images.montage(tiles, 2)
+    sheet = images.montage(tiles, 2, ["one", "a caption much too long", "three"])
+    for value in (50, 100, 150):
+        assert (plain == value).all(2).sum() == 200
+        assert (sheet == value).all(2).sum() >= 200
+    assert sheet.shape[0] > plain.shape[0]
+    assert sheet.shape[1] == plain.shape[1]
+
+
+def test_montage_refuses_a_wrong_number_of_captions() -> None:
+    tile = np.zeros((4, 4, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="2 captions for 1 tiles; give one a tile or None"):
+        images.montage([tile], 1, ["a", "b"])
+    with pytest.raises(ValueError, match="0 tiles in 3 columns"):
+        images.montage([], 3)
+
+
+def test_real_pictures_decode(shared_data: Path) -> None:
+    for folder in sorted(shared_data.iterdir()):
+        files = sorted(path for path in folder.rglob("*") if path.suffix in (".jpg", ".png"))
+        for path in files[:: max(1, len(files) // 5)]:
+            picture = images.read(path)
+            assert picture.ndim == 3, path
+            assert picture.std() > 0 or "masks" in path.parts, path

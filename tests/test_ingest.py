@@ -1,0 +1,345 @@
+"""Folders and CSVs become records, and every fault is reported at once with its fix."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medfocus.ingest import Ingested, IngestError, ingest, write_left_out
+
+
+def picture(path: Path, seed: int | None = None, mode: str = "L", size: tuple[int, int] = (12, 8)) -> Path:
+    """Write noise, another one for each path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seed = int.from_bytes(hashlib.sha256(str(path).encode()).digest()[:4]) if seed is None else seed
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path)
+    return path
+
+
+def two_classes(root: Path) -> Path:
+    """A data set without a fault: two splits, two classes, two pictures each."""
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            for i in range(2):
+                picture(root / split / name / f"{i}.png")
+    return root
+
+
+def paths(ingested: Ingested) -> list[str]:
+    return [record.path for record in ingested.records]
+
+
+def test_split_and_class_folders_are_read(tmp_path: Path) -> None:
+    picture(tmp_path / "valid" / "cat" / "deep" / "er" / "x.JPG", mode="RGB")
+    result = ingest(two_classes(tmp_path))
+    assert not result.left_out
+    assert not result.reported
+    assert paths(result) == sorted(paths(result))
+    record = next(record for record in result.records if record.path == "valid/cat/deep/er/x.JPG")
+    assert (record.width, record.height, record.mode) == (12, 8, "RGB")
+    assert (record.label, record.split, record.patient) == ("cat", "val", "")
+    data = (tmp_path / record.path).read_bytes()
+    assert record.sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(("folder", "split"), [("", ""), ("all/", ""), ("Training/", "train")])
+def test_class_folders_without_an_official_split(tmp_path: Path, folder: str, split: str) -> None:
+    for name in ("cat", "dog"):
+        picture(tmp_path / f"{folder}{name}" / "x.png")
+    assert [record.split for record in ingest(tmp_path).records] == [split, split]
+
+
+def test_a_class_may_be_called_all(tmp_path: Path) -> None:
+    for name in ("ALL", "AML"):
+        picture(tmp_path / name / "x.png")
+    assert {record.label for record in ingest(tmp_path).records} == {"ALL", "AML"}
+
+
+def test_masks_are_never_pictures(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    picture(tmp_path / "masks" / "train" / "cat" / "0.png")
+    for name in ("0_mask.png", "0_mask_1.png"):
+        picture(tmp_path / "train" / "cat" / name)
+    picture(tmp_path / "train" / "cat" / "alone_mask.png")  # with no picture beside it: a picture itself
+    found = paths(ingest(tmp_path))
+    assert "train/cat/alone_mask.png" in found
+    assert len(found) == 9
+
+
+def test_clutter_is_ignored_and_odd_names_are_read(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    for name in (".hidden.png", "Thumbs.db", ".DS_Store", "desktop.ini"):
+        (tmp_path / "train" / "cat" / name).write_bytes(b"x")
+    (tmp_path / "README.md").write_text("no picture, in no class")
+    odd = picture(tmp_path / "train" / "cat" / "Röntgen (1) größe 肺.PNG")
+    (tmp_path / "train" / "dog" / "link.png").symlink_to(picture(tmp_path.parent / "elsewhere.png"))
+    (tmp_path / "train" / "dog" / "circle").symlink_to(tmp_path / "train" / "dog")
+    result = ingest(tmp_path)
+    assert not result.left_out
+    assert odd.relative_to(tmp_path).as_posix() in paths(result)
+    assert "train/dog/link.png" in paths(result)
+    assert len(result.records) == 10
+
+
+def test_every_unusable_file_is_left_out_in_one_report(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    cat = tmp_path / "train" / "cat"
+    whole = picture(cat / "cut.png", size=(64, 64)).read_bytes()
+    (cat / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (cat / "empty.png").touch()
+    Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)).save(cat / "nan.tif")
+    (cat / "text.jpg").write_text("no picture")
+    (cat / "notes.txt").write_text("no picture")
+    (cat / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    picture(tmp_path / "train" / "loose.png")
+    picture(tmp_path / "extra" / "cat" / "x.png")
+    result = ingest(tmp_path)
+    assert len(result.records) == 8
+    faults = {fault.path: f"{fault.fault}. {fault.fix}" for fault in result.left_out}
+    assert faults.keys() == {
+        "extra", "train/loose.png", *(f"train/cat/{name}" for name in (
+            "cut.png", "empty.png", "nan.tif", "text.jpg", "notes.txt", "lost.png"))
+    }  # fmt: skip
+    assert "cannot be decoded" in faults["train/cat/cut.png"]
+    assert faults["train/cat/empty.png"] == "the file is empty (0 bytes). Copy it again or remove it."
+    assert faults["train/cat/nan.tif"].startswith("holds values that are not finite. Replace them")
+    assert faults["train/cat/text.jpg"].startswith("not in a picture format that Pillow knows. Export it")
+    assert faults["train/cat/notes.txt"].startswith("is by its name no picture of a known format (png, jpg")
+    assert (
+        faults["train/cat/lost.png"] == "cannot be read (No such file or directory). Copy or link it again."
+    )
+    assert faults["train/loose.png"] == "lies in no class folder. Move it into the folder of its class."
+    assert faults["extra"].startswith("holds 1 pictures beside the split folders, but is none itself. Move")
+
+
+def test_left_out_files_are_written_as_csv(tmp_path: Path) -> None:
+    data = two_classes(tmp_path / "data")
+    (data / "train" / "cat" / "empty.png").touch()
+    write_left_out(ingest(data).left_out, tmp_path / "left_out.csv")
+    with (tmp_path / "left_out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    fault, fix = "the file is empty (0 bytes)", "Copy it again or remove it."
+    assert rows == [{"path": "train/cat/empty.png", "fault": fault, "fix": fix}]
+
+
+def test_same_bytes_under_two_labels_are_both_left_out(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    picture(tmp_path / "train" / "cat" / "twin.png", seed=1)
+    picture(tmp_path / "test" / "dog" / "twin.png", seed=1)
+    result = ingest(tmp_path)
+    assert len(result.records) == 8
+    assert {fault.path: fault.fault for fault in result.left_out} == {
+        "train/cat/twin.png": "holds the same bytes as test/dog/twin.png, which has another label, 'dog'",
+        "test/dog/twin.png": "holds the same bytes as train/cat/twin.png, which has another label, 'cat'",
+    }
+
+
+def test_same_bytes_in_train_and_test_are_kept_and_reported(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    picture(tmp_path / "train" / "cat" / "twin.png", seed=1)
+    picture(tmp_path / "test" / "cat" / "twin.png", seed=1)
+    result = ingest(tmp_path)
+    assert len(result.records) == 10
+    (fault,) = result.reported
+    assert fault.path == "test/cat/twin.png"
+    assert fault.fault.startswith("holds the same bytes as train/cat/twin.png")
+
+
+def test_all_fatal_faults_come_in_one_error_with_path_fault_and_fix(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    picture(tmp_path / "train" / "Viral Pneumonia" / "x.png")
+    picture(tmp_path / "test" / "viral_pneumonia " / "x.png")
+    (tmp_path / "train" / "fox").mkdir()
+    (tmp_path / "train" / "owl").mkdir()
+    (tmp_path / "train" / "owl" / "broken.png").touch()
+    picture(tmp_path / "test" / "elk" / "x.png")
+    with pytest.raises(IngestError) as caught:
+        ingest(tmp_path)
+    text = str(caught.value)
+    assert (
+        "  Viral Pneumonia: the label is spelled in 2 ways: 'Viral Pneumonia' as in "
+        "'train/Viral Pneumonia/x.png', 'viral_pneumonia ' as in 'test/viral_pneumonia /x.png'. "
+        "Choose one spelling and rename the others." in text
+    )
+    assert "  fox: the class has no usable picture. Add pictures, or remove the class." in text
+    assert "  owl: the class has no usable picture." in text
+    assert "  elk: the class has test pictures but none to train on." in text
+    assert "left out:\n  train/owl/broken.png: the file is empty (0 bytes)." in text
+    assert {fault.path for fault in caught.value.fatal} >= {"Viral Pneumonia", "fox", "owl", "elk"}
+
+
+def test_one_class_or_none_is_fatal(tmp_path: Path) -> None:
+    with pytest.raises(
+        IngestError, match=r"no class folder was found\. Give a folder of split/class/\*\.png"
+    ):
+        ingest(tmp_path)
+    two_classes(tmp_path / "wrapper")
+    with pytest.raises(IngestError, match=r"one class only, 'wrapper'\. .* give the folder inside it"):
+        ingest(tmp_path)
+
+
+def test_all_beside_train_is_fatal(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    picture(tmp_path / "all" / "cat" / "x.png")
+    with pytest.raises(
+        IngestError, match=r"all: stands beside split folders \(all, test, train\)\. Keep either"
+    ):
+        ingest(tmp_path)
+
+
+def test_missing_root_and_manifest_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        ingest(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"list\.csv: no such manifest; give a CSV"):
+        ingest(tmp_path, manifest="list.csv")
+
+
+def test_class_that_is_absent_from_test_is_reported(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    picture(tmp_path / "train" / "elk" / "x.png")
+    (fault,) = ingest(tmp_path).reported
+    assert (fault.path, fault.fault) == ("elk", "the class has no test picture")
+
+
+def test_stack_of_pictures_is_reported(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    first, second = (Image.new("L", (4, 4), value) for value in (10, 20))
+    first.save(tmp_path / "train" / "cat" / "stack.tif", save_all=True, append_images=[second])
+    (fault,) = ingest(tmp_path).reported
+    assert fault.fault == "holds 2 pictures, of which the first is used"
+
+
+def manifest(root: Path, *lines: str) -> Path:
+    (root / "lists").mkdir(parents=True)
+    (root / "lists" / "all.csv").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    return root
+
+
+def test_manifest_paths_are_relative_to_its_own_folder(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        picture(tmp_path / "raw" / f"{name}.png")
+    manifest(
+        tmp_path,
+        "Path,label,split,patient,note",
+        "../raw/a.png, cat ,train,p1,x",
+        r"..\raw\b.png,dog,validation,p2,x",
+        "../raw/c.png,dog,test,,x",
+    )
+    result = ingest(tmp_path, manifest="lists/all.csv", patient_pattern=r"raw/(\w)\.png")
+    assert not result.left_out
+    assert [(r.path, r.label, r.split, r.patient) for r in result.records[:2]] == [
+        ("raw/a.png", "cat", "train", "p1"),
+        ("raw/b.png", "dog", "val", "p2"),
+    ]
+    assert result.records[2].patient == "c", "the pattern fills in where the manifest is silent"
+
+
+def test_every_bad_row_is_left_out_with_its_line(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        picture(tmp_path / "data" / "lists" / f"{name}.png")
+    picture(tmp_path / "outside.png")
+    data = tmp_path / "data"
+    (data / "lists" / "all.csv").write_text(
+        "path,label,split\na.png,cat,\nb.png,dog,\nnone.png,cat,\n../../outside.png,cat,\n,cat,\n"
+        "c.png,,\nd.png,cat,holdout\na.png,cat,\n"
+    )
+    result = ingest(data, manifest="lists/all.csv")
+    assert paths(result) == ["lists/a.png", "lists/b.png"]
+    faults = {fault.path.removeprefix("lists/all.csv, "): fault.fault for fault in result.left_out}
+    inside = f"no such file inside {data}"
+    assert faults == {
+        "line 4: none.png": inside,
+        "line 5: ../../outside.png": inside,
+        "line 6: ": inside,
+        "line 7: c.png": "the label is empty",
+        "line 8: d.png": "the split 'holdout' is none of train, val, test",
+    }
+
+
+def test_picture_listed_under_two_labels_is_left_out(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        picture(tmp_path / "lists" / f"{name}.png")
+    (tmp_path / "lists" / "all.csv").write_text("path,label\na.png,cat\nb.png,dog\nc.png,cat\nc.png,dog\n")
+    result = ingest(tmp_path, manifest="lists/all.csv")
+    assert paths(result) == ["lists/a.png", "lists/b.png"]
+    (fault,) = result.left_out
+    assert fault.path == "lists/c.png"
+    assert fault.fault == "is listed in lists/all.csv 2 times, with different labels, splits or patients"
+
+
+def test_missing_columns_are_named(tmp_path: Path) -> None:
+    manifest(tmp_path, "filename;cls", "a.png;cat")
+    with pytest.raises(
+        IngestError, match=r"has no column label and no column path \(its columns: filename;cls\)"
+    ):
+        ingest(tmp_path, manifest="lists/all.csv")
+
+
+def test_manifest_with_a_split_in_some_rows_only_is_fatal(tmp_path: Path) -> None:
+    manifest(tmp_path, "path,label,split", "a.png,cat,train", "b.png,dog,")
+    for name in ("a", "b"):
+        picture(tmp_path / "lists" / f"{name}.png")
+    with pytest.raises(IngestError, match=r"gives 1 of 2 pictures no split \(the first is 'lists/b\.png'\)"):
+        ingest(tmp_path, manifest="lists/all.csv")
+
+
+def test_manifest_that_is_not_utf8_is_fatal(tmp_path: Path) -> None:
+    manifest(tmp_path, "path,label")
+    (tmp_path / "lists" / "all.csv").write_bytes("path,label\nRöntgen.png,cat\n".encode("latin-1"))
+    with pytest.raises(IngestError, match=r"lists/all\.csv: is not UTF-8 .*Save it again as UTF-8 CSV"):
+        ingest(tmp_path, manifest="lists/all.csv")
+
+
+def test_patient_pattern_finds_patients(tmp_path: Path) -> None:
+    for name in ("cat/person7_1.png", "cat/person7_2.png", "dog/person12_1.png", "dog/other.png"):
+        picture(tmp_path / name)
+    result = ingest(tmp_path, patient_pattern=r"person(\d+)_")
+    assert [record.patient for record in result.records] == ["7", "7", "", "12"]
+    (fault,) = result.reported
+    assert "finds no patient in 1 pictures (the first is 'dog/other.png')" in fault.fault
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [
+        ("person(", "is no regular expression"),
+        (r"person\d+", "has 0 groups instead of one"),
+        (r"(person)(\d+)", "has 2 groups instead of one"),
+        (r"subject(\d+)", r"matches no picture \(the first is 'test/cat/0.png'\)"),
+    ],
+)
+def test_unfit_patient_pattern_is_fatal(tmp_path: Path, pattern: str, fault: str) -> None:
+    with pytest.raises(IngestError, match=rf"patient_pattern: .*{fault}"):
+        ingest(two_classes(tmp_path), patient_pattern=pattern)
+
+
+def test_covid19_is_read_whole_and_its_six_seen_test_files_are_reported(shared_data: Path) -> None:
+    result = ingest(shared_data / "covid19")
+    assert len(result.records) == 317
+    assert not result.left_out
+    assert len(result.reported) == 6
+    assert all(fault.path.startswith("test/Covid/") for fault in result.reported)
+
+
+def test_busi_has_one_pair_of_two_labels_and_no_mask_among_its_pictures(shared_data: Path) -> None:
+    result = ingest(shared_data / "busi")
+    assert len(result.records) == 778
+    left_out = [fault.path for fault in result.left_out]
+    assert left_out == ["all/benign/benign (433).jpg", "all/malignant/malignant (145).jpg"]
+
+
+def test_pneumonia_films_name_their_patients(shared_data: Path) -> None:
+    result = ingest(shared_data / "pneumonia_cxr", patient_pattern=r"(person\d+_(?:bacteria|virus))")
+    assert len(result.records) == 1074
+    assert sum(bool(record.patient) for record in result.records) == 690
+
+
+def test_data_set_without_pictures_is_told_so(shared_data: Path) -> None:
+    with pytest.raises(IngestError, match="no class folder was found"):
+        ingest(shared_data / "pneumoniamnist")

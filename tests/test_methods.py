@@ -1,0 +1,284 @@
+"""One contract over METHODS, and MedFocusCLIP's equations against independent computations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from medfocus import checkpoint
+from medfocus.methods import METHODS, Support
+from medfocus.methods.medfocusclip import FUSIONS, Adapter, FusedClassifier, contrastive_loss
+from medfocus.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
+from medfocus.training import train
+from tests.conftest import TinyClip
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pixels": {"side": 8, "folds": 3},
+    "clip-zero-shot": {},
+    "clip-linear-probe": {"folds": 3},
+    "clip-few-shot": {"blocks": 1, "epochs": 60, "batch_size": 8, "lr": 3e-2, "weight_decay": 1e-2},
+    "medfocusclip": {
+        "fusion": "softmax-text",
+        "contrastive_weights": (0.5,),
+        "hidden": 4,
+        "epochs": 40,
+        "batch_size": 8,
+        "lr": 1e-2,
+        "weight_decay": 1e-2,
+        "folds": 3,
+    },
+}
+CLASSES = 3
+
+
+def coloured_pictures(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Pictures (N, 16, 16, 3) uint8 whose channel of highest mean is their class, and labels (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    pictures = torch.randint(0, 120, (count, 16, 16, 3), generator=generator)
+    rows = torch.arange(16)[:, None] < 8  # the class also moves brightness, so that a grey method can see it
+    for i, k in enumerate(labels.tolist()):
+        pictures[i, :, :, k] += 80
+        pictures[i, rows.expand(16, 16)] += 18 * k
+    return pictures.to(torch.uint8), labels
+
+
+def support_of(method: Any, pictures: Tensor, labels: Tensor, text: Tensor | None = None) -> Support:
+    inputs = method.embed(pictures)[None]
+    if text is None:
+        text = functional.normalize(torch.randn(CLASSES, 8, generator=torch.Generator().manual_seed(5)), dim=-1)
+    return Support(inputs, labels, torch.arange(len(labels)), text)
+
+
+@pytest.fixture(params=list(METHODS))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def fitted(name: str, clip: TinyClip, seed: int = 0, permute: bool = False) -> tuple[Any, Support]:
+    method = METHODS[name](clip, **SETTINGS[name])  # pyright: ignore[reportArgumentType]
+    support = support_of(method, *coloured_pictures(24))
+    if permute:
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+        support = Support(support.inputs, support.labels[order], support.groups, support.text_features)
+    return method.fit(support, torch.Generator().manual_seed(seed)), support
+
+
+def test_logits_have_one_column_a_class_for_each_classifier(name: str, tiny_clip: TinyClip) -> None:
+    method, support = fitted(name, tiny_clip)
+    for logits in method.logits(support.inputs[0]).values():
+        assert logits.shape == (24, CLASSES)
+        assert torch.isfinite(logits).all()
+
+
+def test_the_same_seed_fits_the_same_method(name: str, tiny_clip: TinyClip) -> None:
+    first, support = fitted(name, tiny_clip)
+    second, _ = fitted(name, tiny_clip)
+    for classifier, logits in first.logits(support.inputs[0]).items():
+        assert torch.equal(logits, second.logits(support.inputs[0])[classifier])
+
+
+def test_fitting_leaves_the_frozen_towers_as_they_were(name: str, tiny_clip: TinyClip) -> None:
+    pictures, _ = coloured_pictures(6)
+    before = tiny_clip.encode_images(tiny_clip.preprocess(pictures))
+    fitted(name, tiny_clip)
+    assert torch.equal(before, tiny_clip.encode_images(tiny_clip.preprocess(pictures)))
+
+
+def test_a_method_learns_what_its_support_shows(name: str, tiny_clip: TinyClip) -> None:
+    method, _ = fitted(name, tiny_clip)
+    pictures, labels = coloured_pictures(60, seed=9)
+    accuracies = {
+        classifier: float((logits.argmax(dim=1) == labels).double().mean())
+        for classifier, logits in method.logits(method.embed(pictures)).items()
+    }
+    if name == "clip-zero-shot":  # random texts: nothing to see, and nothing was learnt
+        assert set(accuracies) == {"zero-shot"}
+    else:
+        assert min(accuracies.values()) > 0.8, accuracies
+
+
+def test_a_saved_method_predicts_the_same_after_loading(name: str, tiny_clip: TinyClip, tmp_path: Path) -> None:
+    method, support = fitted(name, tiny_clip)
+    header = checkpoint.Header(name, SETTINGS[name], ("a", "b", "c"), "none", tiny_clip.key, 3, 4, {"seed": 0})
+    path = tmp_path / "cell.safetensors"
+    checkpoint.save(method, header, path)
+    first_bytes = path.read_bytes()
+    checkpoint.save(method, header, path)
+    assert path.read_bytes() == first_bytes
+    loaded, loaded_header = checkpoint.load(path, tiny_clip)  # pyright: ignore[reportArgumentType]
+    assert loaded_header.classes == ("a", "b", "c")
+    for classifier, logits in method.logits(support.inputs[0]).items():
+        assert torch.equal(logits, loaded.logits(support.inputs[0])[classifier])
+
+
+def test_a_checkpoint_refuses_other_clip_weights(tiny_clip: TinyClip, tmp_path: Path) -> None:
+    method, _ = fitted("clip-linear-probe", tiny_clip)
+    header = checkpoint.Header("clip-linear-probe", {"folds": 3}, ("a", "b", "c"), "none", "other", 0, 0, {})
+    checkpoint.save(method, header, tmp_path / "cell.safetensors")
+    with pytest.raises(ValueError, match=r"cell\.safetensors was fitted on CLIP weights other"):
+        checkpoint.load(tmp_path / "cell.safetensors", tiny_clip)  # pyright: ignore[reportArgumentType]
+    (tmp_path / "torn.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(ValueError, match="is not a MedFocusCLIP checkpoint"):
+        checkpoint.load(tmp_path / "torn.safetensors", tiny_clip)  # pyright: ignore[reportArgumentType]
+
+
+# --- MedFocusCLIP's equations -------------------------------------------------------------------
+
+
+def random_features(rows: int, seed: int, dim: int = 8) -> Tensor:
+    return functional.normalize(
+        torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1
+    )
+
+
+def test_contrastive_loss_matches_a_plain_computation() -> None:
+    images, text = random_features(7, 0).numpy(), random_features(4, 1).numpy()
+    labels, s = np.array([0, 0, 2, 3, 2, 0, 3]), 7.0  # class 1 is not in the batch
+    present = [0, 2, 3]
+    i2t = -np.mean(
+        [
+            s * images[i] @ text[y] - np.log(sum(np.exp(s * images[i] @ text[k]) for k in present))
+            for i, y in enumerate(labels)
+        ]
+    )
+    t2i = 0.0
+    for k in present:
+        scores = np.array([s * image @ text[k] for image in images])
+        log_share = scores - np.log(np.exp(scores).sum())
+        t2i -= np.mean([log_share[i] for i in range(7) if labels[i] == k]) / len(present)
+    ours = contrastive_loss(torch.tensor(images), torch.tensor(text), torch.tensor(labels), s)
+    assert float(ours) == pytest.approx((i2t + t2i) / 2, abs=1e-12)
+
+
+def test_pictures_of_one_class_are_not_each_others_negatives() -> None:
+    """With a perfect embedding i2t goes to 0; the diagonal form could not get below ln 2 here."""
+    text = torch.eye(3, 8, dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    t2i_floor = np.log(2) / 2  # two positives share each column, and half of it counts
+    assert float(contrastive_loss(text[labels], text, labels, 50.0)) == pytest.approx(t2i_floor, abs=1e-6)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_permuting_the_labels_leaves_the_fused_features_byte_identical(fusion: str, tiny_clip: TinyClip) -> None:
+    """F sees the text of all classes and never the label: before training M cannot depend on it."""
+    classifier = FusedClassifier(8, 3, fusion, 4, 10.0)
+    images, text = random_features(12, 0).float(), random_features(3, 1).float()
+    labels = torch.arange(12) % 3
+    before = classifier.fuse(images, text)
+    classifier.loss(images, text, labels.flip(0), 0.5)
+    assert classifier.fuse(images, text).detach().numpy().tobytes() == before.detach().numpy().tobytes()
+
+
+def test_a_probe_on_random_labels_is_at_chance(tiny_clip: TinyClip) -> None:
+    """Fitted on permuted labels the whole method tells nothing of the true ones."""
+    generator = torch.Generator().manual_seed(3)
+    accuracies = []
+    for seed in range(4):
+        method = METHODS["medfocusclip"](tiny_clip, **SETTINGS["medfocusclip"])  # pyright: ignore[reportArgumentType]
+        pictures, labels = coloured_pictures(60, seed)
+        support = support_of(method, pictures, labels[torch.randperm(60, generator=generator)])
+        method.fit(support, torch.Generator().manual_seed(seed))
+        test, truth = coloured_pictures(300, seed + 50)
+        random_truth = truth[torch.randperm(300, generator=generator)]
+        accuracies.append(float((method.logits(method.embed(test))["probe"].argmax(1) == random_truth).double().mean()))
+    assert abs(np.mean(accuracies) - 1 / CLASSES) < 0.06, accuracies
+
+
+def test_softmax_text_fusion_is_the_formula() -> None:
+    images, text, s, gamma = random_features(5, 0), random_features(3, 1), 6.0, 0.7
+    fusion = FUSIONS["softmax-text"](8, 3).double()
+    with torch.no_grad():
+        fusion.gamma.fill_(gamma)  # pyright: ignore[reportCallIssue]
+    scores = s * images.numpy() @ text.numpy().T
+    a = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    m = images.numpy() + gamma * a @ text.numpy()
+    m /= np.linalg.norm(m, axis=1, keepdims=True)
+    np.testing.assert_allclose(fusion(images, text, s).detach().numpy(), m, atol=1e-12)
+
+
+def test_fusion_and_adapters_start_as_the_identity_on_the_image_features() -> None:
+    images, text = random_features(5, 0).float(), random_features(3, 1).float()
+    assert torch.allclose(Adapter(8, 4)(images), images, atol=1e-6)
+    assert torch.allclose(FUSIONS["softmax-text"](8, 3)(images, text, 6.0), images, atol=1e-6)
+
+
+def test_the_contrastive_term_alone_trains_the_adapters_and_not_the_head() -> None:
+    classifier = FusedClassifier(8, 3, "softmax-text", 4, 10.0)
+    images, text, labels = random_features(6, 0).float(), random_features(3, 1).float(), torch.arange(6) % 3
+    classifier.loss(images, text, labels, 1.0).backward()
+    gradient = classifier.image_adapter.up.weight.grad
+    assert gradient is not None and gradient.abs().max() > 0
+    assert classifier.head.weight.grad is None or classifier.head.weight.grad.abs().max() == 0
+
+
+def test_the_weight_is_chosen_inside_the_support(tiny_clip: TinyClip) -> None:
+    settings = {**SETTINGS["medfocusclip"], "contrastive_weights": (0.0, 1.0)}
+    method = METHODS["medfocusclip"](tiny_clip, **settings)  # pyright: ignore[reportArgumentType]
+    method.fit(support_of(method, *coloured_pictures(24)), torch.Generator().manual_seed(0))
+    assert method.contrastive_weight_ == 0.0  # at λ = 1 the head never trains, so held-out loss stays at ln 3
+
+
+def test_settings_out_of_range_name_the_field() -> None:
+    settings = SETTINGS["medfocusclip"]
+    with pytest.raises(ValueError, match="medfocusclip: fusion is 'sum'; use one of softmax-text, gated, concat"):
+        METHODS["medfocusclip"](TinyClip(), **{**settings, "fusion": "sum"})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"contrastive_weights is \[2\]; give one or more values"):
+        METHODS["medfocusclip"](TinyClip(), **{**settings, "contrastive_weights": (2,)})  # pyright: ignore[reportArgumentType]
+
+
+# --- the probe and the loop -----------------------------------------------------------------------
+
+
+def test_folds_keep_groups_whole_and_classes_present() -> None:
+    labels = np.repeat([0, 1], 12)
+    groups = np.arange(24) // 2  # twins
+    pairs = stratified_folds(labels, groups, 3, seed=0)
+    assert len(pairs) == 3
+    assert sorted(np.concatenate([held for _, held in pairs]).tolist()) == list(range(24))
+    for fit, held in pairs:
+        assert not set(groups[fit]) & set(groups[held])
+        assert set(labels[fit]) == {0, 1}
+
+
+def test_a_class_of_one_group_cannot_be_validated_and_c_falls_back() -> None:
+    labels, groups = np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 3, 3])
+    assert stratified_folds(labels, groups, 3, seed=0) == []
+    probe = fit_probe(np.eye(5), labels, groups, folds=3, seed=0)
+    assert probe.C == C_WITHOUT_VALIDATION
+
+
+def test_probe_on_two_classes_agrees_with_scikit_learn() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 5)), np.arange(40) % 2
+    probe = fit_probe(x, y, np.arange(40), folds=3, seed=0, grid=(1.0,))
+    reference = LogisticRegression(C=1.0, max_iter=1000).fit(x, y)
+    ours = probe.logits(x)
+    assert ours.shape == (40, 2)
+    np.testing.assert_allclose(ours[:, 1] - ours[:, 0], reference.decision_function(x), atol=1e-8)
+
+
+def test_training_descends_and_keeps_the_last_iterate() -> None:
+    weight = torch.nn.Parameter(torch.tensor([5.0]))
+    history = train(
+        [weight],
+        lambda index, view: (weight**2).sum(),
+        torch.zeros(4),
+        views=1,
+        epochs=50,
+        batch_size=2,
+        lr=0.2,
+        weight_decay=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert len(history) == 50
+    assert history[-1] < 0.05 < history[0]
+    assert float(weight.detach() ** 2) <= history[-1]  # what is left behind is the last iterate

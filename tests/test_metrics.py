@@ -1,0 +1,65 @@
+"""Scores of a cell and intervals over draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medfocus.metrics import (
+    expected_calibration_error,
+    mean_interval,
+    per_class_recall,
+    score,
+    softmax,
+    wilson_lower,
+)
+
+
+def test_softmax_rows_sum_to_one_and_survive_large_logits() -> None:
+    rows = softmax(np.array([[1e4, 0.0], [-1e4, 0.0]]))
+    np.testing.assert_allclose(rows, [[1, 0], [0, 1]])
+
+
+def test_perfect_and_confident_predictions_score_one_and_no_calibration_error() -> None:
+    labels = np.array([0, 1, 2, 1])
+    scores = score(np.eye(3)[labels], labels)
+    assert scores == {"accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "auroc": 1, "ece": 0}
+
+
+def test_balanced_accuracy_gives_a_rare_class_its_share() -> None:
+    labels = np.array([0] * 9 + [1])
+    always_zero = np.tile([0.9, 0.1], (10, 1))
+    scores = score(always_zero, labels)
+    assert scores["accuracy"] == pytest.approx(0.9)
+    assert scores["balanced_accuracy"] == pytest.approx(0.5)
+    assert scores["auroc"] == pytest.approx(0.5)
+
+
+def test_auroc_is_undefined_where_a_class_has_no_test_picture() -> None:
+    assert np.isnan(score(np.full((4, 3), 1 / 3), np.array([0, 1, 0, 1]))["auroc"])
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+    labels = np.array([0] * 7 + [1] * 3)
+    assert expected_calibration_error(np.tile([0.95, 0.05], (10, 1)), labels) == pytest.approx(0.25)
+    assert expected_calibration_error(np.tile([0.7, 0.3], (10, 1)), labels) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_recall_of_an_absent_class_is_undefined() -> None:
+    recall = per_class_recall(np.eye(3)[[0, 0, 1]], np.array([0, 1, 1]))
+    np.testing.assert_allclose(recall[:2], [1, 0.5])
+    assert np.isnan(recall[2])
+
+
+def test_interval_matches_the_t_table() -> None:
+    interval = mean_interval([0.70, 0.72, 0.74, 0.76, 0.78])
+    assert interval.mean == pytest.approx(0.74)
+    assert interval.half_width == pytest.approx(2.776 * 0.0316228 / np.sqrt(5), rel=1e-3)
+    assert np.isnan(mean_interval([0.5]).half_width)
+    with pytest.raises(ValueError, match="no draws to average"):
+        mean_interval([])
+
+
+def test_five_of_five_is_worth_less_than_230_of_251() -> None:
+    assert wilson_lower(5, 5) < wilson_lower(230, 251)
+    assert wilson_lower(0, 0) == 0

@@ -1,0 +1,214 @@
+"""The contract between Prefect, DVC and MLflow: one definition of the stages, run by either."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+
+from flows import stages
+from flows.pipeline import pipeline
+from flows.stages import StageBusyError, reproduce
+from flows.study import open_study
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_server() -> Iterator[None]:
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def dvc(*arguments: str) -> str:
+    result = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def edit_params(project: Path, section: str, **changes: Any) -> None:
+    content = yaml.safe_load((project / "params.yaml").read_text())
+    content[section] |= changes
+    (project / "params.yaml").write_text(yaml.safe_dump(content))
+
+
+def stale_stages(project: Path) -> set[str]:
+    from dvc.repo import Repo
+
+    with Repo(str(project)) as repo:
+        return {name.removeprefix("dvc.yaml:") for name in repo.status()}
+
+
+def run_flow(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Run the flow here; stage -> "done" or "unchanged"."""
+    capsys.readouterr()
+    pipeline(Path("params.yaml"))
+    lines = [line.split(": ") for line in capsys.readouterr().err.splitlines()]
+    return {line[0]: line[1] for line in lines if len(line) == 2 and line[1] in ("done", "unchanged")}
+
+
+def runs(project: Path) -> list[Any]:
+    client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    return list(client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000))
+
+
+def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The main job and all that `make run`, `dvc status` and `dvc repro` promise of each other."""
+    first = run_flow(capsys)
+    assert set(first.values()) == {"done"}
+    assert [name.split("@")[0] for name in first] == [
+        *("phantoms", "ingest", "duplicates", "splits", "masks", "finetune", "evaluate")
+    ]
+
+    assert "up to date" in dvc("status")
+    assert "Running stage" not in dvc("repro")
+    second = run_flow(capsys)
+    assert set(second.values()) == {"unchanged"}
+
+    with open("reports/study.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        *("dataset", "method", "focus", "percent_of_train", "seed", "accuracy", "balanced_accuracy", "macro_f1"),
+        *("auroc", "ece", "test_set", "n_train", "n_test", "mlflow_run_id"),
+    ]
+    cells = [run for run in runs(project) if "mlflow.parentRunId" in run.data.tags]
+    assert len(cells) == 4 + 1 + 8  # pixels; zero-shot once; medfocusclip with two focus modes
+    assert {run.info.run_id for run in cells} == {row["mlflow_run_id"] for row in rows}
+    by_id = {run.info.run_id: run for run in cells}
+    for row in rows:
+        if row["method"] != "medfocusclip-head":
+            assert by_id[row["mlflow_run_id"]].data.metrics["accuracy"] == pytest.approx(float(row["accuracy"]), abs=1e-6)
+    assert {run.info.status for run in runs(project)} == {"FINISHED"}
+
+    client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    assert str(client.get_model_version_by_alias("medfocus-phantom-breast", "champion").version) == "1"
+
+    # The report comes back where only DVC's outputs are left.
+    before = Path("reports/study.csv").read_text()
+    Path("reports/study.csv").unlink()
+    run_flow(capsys)
+    assert Path("reports/study.csv").read_text() == before
+
+
+def test_a_changed_value_makes_only_what_depends_on_it_stale(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_flow(capsys)
+    masks = Path("data/masks/phantom-breast/mask_status.csv").read_text()
+    edit_params(project, "views", feather=0.02)
+    assert stale_stages(project) == {"finetune", "evaluate"}
+    edit_params(project, "views", feather=0.01)
+    assert stale_stages(project) == set()
+    edit_params(project, "masks", min_area=0.3)
+    assert stale_stages(project) == {"masks@phantom-breast"}
+    changed = run_flow(capsys)
+    assert {name for name, state in changed.items() if state == "done"} == {"masks@phantom-breast", "finetune", "evaluate"}
+    assert Path("data/masks/phantom-breast/mask_status.csv").read_text() != masks
+    edit_params(project, "masks", min_area=0.01)
+    run_flow(capsys)
+    assert Path("data/masks/phantom-breast/mask_status.csv").read_text() == masks
+    edit_params(project, "schedule", cron="0 4 * * *")
+    assert stale_stages(project) == set()
+
+
+def test_after_a_repro_the_flow_runs_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dvc("repro").count("Running stage") == 7
+    assert set(run_flow(capsys).values()) == {"unchanged"}
+
+
+def start_flow(project: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.pipeline"],
+        cwd=project,
+        env={**os.environ, "PREFECT_HOME": str(project / ".prefect")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_flows_at_once_do_no_harm(project: Path) -> None:
+    both = [start_flow(project), start_flow(project)]
+    outputs = [process.communicate(timeout=400) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    stderr = outputs[0][1] + outputs[1][1]
+    for stage in ("finetune", "evaluate", "masks@phantom-breast"):
+        assert stderr.count(f"{stage}: done") == 1, stderr
+    assert "up to date" in dvc("status")
+    assert {run.info.status for run in runs(project)} == {"FINISHED"}
+
+
+def test_a_killed_flow_repeats_only_unfinished_cells(project: Path) -> None:
+    process = start_flow(project)
+    cells = project / ".cache/cells"
+    end = time.monotonic() + 200
+    while len(list(cells.glob("*/*.safetensors"))) < 3 and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finished = {path: path.stat().st_mtime_ns for path in cells.glob("*/*.safetensors")}
+    assert len(finished) >= 3
+    again = start_flow(project)
+    output = again.communicate(timeout=400)
+    assert again.returncode == 0, output
+    assert "masks@phantom-breast: unchanged" in output[1]
+    for path, written in finished.items():
+        assert path.stat().st_mtime_ns == written
+    assert "up to date" in dvc("status")
+
+
+def test_a_failure_names_its_stage_and_leaves_no_run_running(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import evaluate
+
+    def breaks(*arguments: object) -> bytes:
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(evaluate.report, "accuracy_figure", breaks)
+    with pytest.raises(RuntimeError, match="the disk is full") as error:
+        pipeline(Path("params.yaml"))
+    assert any("in stage evaluate of" in note for note in error.value.__notes__)
+    states = {run.info.status for run in runs(project) if "mlflow.parentRunId" not in run.data.tags}
+    assert states == {"FAILED"}
+    monkeypatch.undo()
+    assert stale_stages(project) >= {"evaluate"}
+
+
+def test_a_stage_that_another_run_holds_is_busy_and_not_failed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc.lock import LockError
+
+    def held(*arguments: object, **kwargs: object) -> None:
+        raise LockError("held by another")
+
+    monkeypatch.setattr(stages.Repo, "reproduce", held)
+    with pytest.raises(StageBusyError, match="stage finetune: held by another"):
+        reproduce(project, "finetune")
+
+
+def test_a_params_file_from_elsewhere_becomes_a_study_of_its_own(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    content = yaml.safe_load((project / "params.yaml").read_text())
+    content["datasets"]["phantom-breast"]["root"] = "pictures"
+    (elsewhere / "mine.yaml").write_text(yaml.safe_dump(content))
+    study = open_study(elsewhere / "mine.yaml")
+    assert study.folder == project / "studies/mine"
+    assert (study.folder / study.root("phantom-breast")).resolve() == elsewhere / "pictures"
+    stage_file = (study.folder / "dvc.yaml").read_text()
+    assert "- code: ../.." in stage_file
+    assert yaml.safe_load(stage_file)["stages"] == yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
+
+
+def test_work_outside_of_a_project_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.study import find_home
+
+    with pytest.raises(FileNotFoundError, match="is in no DVC project; work in a clone"):
+        find_home(tmp_path)

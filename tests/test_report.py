@@ -1,0 +1,212 @@
+"""Tables, CSV and figures of a study."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medfocus import report
+from medfocus.report import StudyRow
+
+COLUMNS = (
+    "dataset,method,focus,percent_of_train,seed,accuracy,balanced_accuracy,macro_f1,auroc,ece,"
+    "test_set,n_train,n_test,mlflow_run_id"
+)
+
+
+def row(accuracy: float = 0.5, **changes: object) -> StudyRow:
+    """A row of a study; everything beside the accuracy may be changed."""
+    usual = StudyRow(
+        dataset="chest", method="pixels", focus="none", percent_of_train=5.0, seed=0, accuracy=accuracy,
+        balanced_accuracy=0.4, macro_f1=0.3, auroc=0.7, ece=0.1, test_set="official", n_train=9, n_test=66,
+        mlflow_run_id="abc",
+    )  # fmt: skip
+    return replace(usual, **changes)  # type: ignore[arg-type]
+
+
+def study() -> list[StudyRow]:
+    """Two systems, two percents, three seeds."""
+    return [
+        row(round(0.5 + 0.1 * seed + 0.2 * (focus == "multiply"), 6), focus=focus, percent_of_train=percent,
+            seed=seed, n_train=int(180 * percent / 100))
+        for focus in ("none", "multiply")
+        for percent in (5.0, 100.0)
+        for seed in (0, 1, 2)
+    ]  # fmt: skip
+
+
+def picture(png: bytes) -> np.ndarray:
+    """PNG bytes -> (H, W, 3) uint8."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def test_csv_has_the_documented_columns(tmp_path: Path) -> None:
+    path = tmp_path / "reports" / "study.csv"
+    report.write_study_csv([row(2 / 3, auroc=float("nan"))], path)
+    assert path.read_text().splitlines()[0] == COLUMNS
+    assert (
+        path.read_text().splitlines()[1].startswith("chest,pixels,none,5,0,0.666667,0.400000,0.300000,nan,")
+    )
+
+
+def test_csv_reads_back_as_the_same_rows(tmp_path: Path) -> None:
+    report.write_study_csv(study(), tmp_path / "study.csv")
+    assert report.read_study_csv(tmp_path / "study.csv") == study()
+
+
+def test_equal_rows_write_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        report.write_study_csv(study(), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_table_gives_mean_and_half_width_of_the_draws_in_percent() -> None:
+    # 50, 60, 70: mean 60, t(0.975, 2) * 10 / sqrt(3) = 24.84
+    assert "60.0 ± 24.8" in report.study_table(study())
+    assert "80.0 ± 24.8" in report.study_table(study())
+
+
+def test_table_names_systems_by_method_and_focus_and_shows_the_support_sizes() -> None:
+    lines = report.study_table(study()).splitlines()
+    assert "chest, official test set (66 pictures)" in lines[0]
+    assert "over 3 draws" in lines[0]
+    assert lines[2].split() == ["percent", "of", "train", "5%", "100%"]
+    assert lines[3].split() == ["pictures", "9", "180"]
+    assert [line.split("  ")[0] for line in lines[5:7]] == ["pixels", "pixels (multiply)"]
+
+
+def test_table_has_a_block_for_every_data_set_and_test_set() -> None:
+    rows = [row(), row(test_set="clean", n_test=50), row(dataset="brain")]
+    text = report.study_table(rows)
+    assert [text.count(name) for name in ("chest, official", "chest, clean", "brain, official")] == [1, 1, 1]
+    assert text.index("chest, official") < text.index("chest, clean") < text.index("brain")
+
+
+def test_a_single_draw_has_no_interval_and_a_missing_cell_no_number() -> None:
+    rows = [row(0.5), row(0.6, percent_of_train=10.0), row(0.7, method="clip", percent_of_train=10.0)]
+    lines = report.study_table(rows).splitlines()
+    assert lines[0].endswith("one draw")
+    assert lines[5].split() == ["pixels", "50.0", "60.0"]
+    assert lines[6].split() == ["clip", "–", "70.0"]  # noqa: RUF001
+
+
+def test_what_needs_no_training_picture_has_its_own_column_and_says_nothing_about_the_draws() -> None:
+    zero_shot = row(0.4, method="zero-shot", percent_of_train=0.0, n_train=0)
+    lines = report.study_table([*study(), zero_shot]).splitlines()
+    assert lines[0].endswith("over 3 draws")
+    assert lines[2].split()[3:] == ["0%", "5%", "100%"]
+    assert lines[3].split() == ["pictures", "0", "9", "180"]
+    assert lines[7].split() == ["zero-shot", "40.0", "–", "–"]  # noqa: RUF001
+
+
+def test_what_needs_no_training_picture_is_a_level_line_of_the_figure() -> None:
+    zero_shot = row(0.2, method="zero-shot", percent_of_train=0.0, n_train=0)
+    pixels = picture(report.accuracy_figure([*study(), zero_shot]))
+    coloured = (pixels == [0xD5, 0x5E, 0x00]).all(axis=2)  # the third system's colour
+    level = coloured.sum(axis=1).argmax()
+    assert np.ptp(np.flatnonzero(coloured[level])) > 0.7 * pixels.shape[1]
+    assert picture(report.accuracy_figure([zero_shot])).std() > 0  # also alone
+
+
+def test_tables_show_another_metric_when_asked() -> None:
+    assert "AUROC in %" in report.study_table(study(), "auroc")
+    assert "70.0 ± 0.0" in report.study_table(study(), "auroc")
+
+
+def test_markdown_says_the_same_as_the_plain_table() -> None:
+    markdown = report.markdown_table(study())
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert rows[1] == "|---|---:|---:|"
+    assert rows[3] == "| pixels | 60.0 ± 24.8 | 60.0 ± 24.8 |"
+    assert len({line.count("|") for line in rows}) == 1
+
+
+def test_a_study_without_rows_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match="the study has no row; evaluate at least one cell"):
+        report.study_table([])
+
+
+def test_accuracy_figure_is_the_same_bytes_every_time_and_changes_with_the_data() -> None:
+    png = report.accuracy_figure(study())
+    assert png == report.accuracy_figure(study())
+    assert png != report.accuracy_figure([replace(r, accuracy=r.accuracy / 2) for r in study()])
+
+
+def test_accuracy_figure_grows_by_a_panel_for_every_data_set() -> None:
+    one = picture(report.accuracy_figure(study()))
+    two = picture(report.accuracy_figure([*study(), *(replace(r, dataset="brain") for r in study())]))
+    four = picture(report.accuracy_figure([replace(r, dataset=d) for d in "abcd" for r in study()]))
+    assert one.shape[1] < two.shape[1] < four.shape[1]
+    assert four.shape[0] > 1.5 * two.shape[0]
+
+
+def test_accuracy_figure_takes_single_draws_and_more_systems_than_colours() -> None:
+    rows = [
+        row(0.5 + i / 40, method=f"method-{i}", percent_of_train=p) for i in range(12) for p in (5.0, 50.0)
+    ]
+    assert picture(report.accuracy_figure(rows)).std() > 0
+
+
+def test_figures_carry_no_time_and_no_version() -> None:
+    for png in (report.accuracy_figure(study()), report.confusion_figure(np.eye(2, dtype=int), ["a", "b"])):
+        with Image.open(io.BytesIO(png)) as image:
+            assert "Software" not in image.info
+            assert not any("time" in key.lower() or "date" in key.lower() for key in map(str, image.info))
+
+
+def test_figures_leave_no_trace_in_pyplot() -> None:
+    report.accuracy_figure(study())
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_confusion_figure_colours_by_the_share_of_the_true_class() -> None:
+    # 1 of 1 right is as dark as 100 of 100 right; the two off-diagonal cells are as light.
+    pixels = picture(report.confusion_figure(np.array([[1, 0], [0, 100]]), ["a", "b"]))
+    dark = (pixels == [8, 48, 107]).all(axis=2)  # the end of matplotlib's Blues
+    light = (pixels == [247, 251, 255]).all(axis=2)  # and its start
+    assert abs(dark.sum() - light.sum()) < 0.05 * dark.sum()
+    assert dark.mean() > 0.2
+
+
+def test_confusion_figure_refuses_counts_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"counts are \(2, 2\) for 3 classes; give \(3, 3\)"):
+        report.confusion_figure(np.eye(2, dtype=int), ["a", "b", "c"])
+
+
+def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_picture() -> None:
+    grey = np.full((120, 160, 3), 90, dtype=np.uint8)
+    region = np.zeros((120, 160), dtype=bool)
+    region[30:90, 40:120] = True
+    bare = picture(report.mask_sheet([grey], [np.zeros_like(region)], ["covid"]))
+    drawn = picture(report.mask_sheet([grey], [region], ["covid"]))
+    changed = (bare != drawn).any(axis=2)
+    orange = (drawn == report._CONTOUR).all(axis=2)
+    assert np.array_equal(changed, orange)
+    # The region's rim at the tile's scale, 2 pixels wide: 2 * 2 * (80 + 60) * 176 / 160.
+    assert orange.sum() == pytest.approx(4 * (80 + 60) * 176 / 160, rel=0.05)
+
+
+def test_mask_sheet_takes_pictures_of_any_sizes() -> None:
+    pictures = [np.zeros((h, w, 3), dtype=np.uint8) for h, w in ((10, 300), (300, 10), (7, 7))]
+    sheet = report.mask_sheet(pictures, [np.ones(p.shape[:2], dtype=bool) for p in pictures], ["a", "b", "c"])
+    assert sheet == report.mask_sheet(
+        pictures, [np.ones(p.shape[:2], dtype=bool) for p in pictures], ["a", "b", "c"]
+    )
+    assert picture(sheet).shape[1] > 3 * 176
+
+
+def test_report_and_tracking_import_neither_torch_nor_mlflow() -> None:
+    code = (
+        "import sys, medfocus.report, medfocus.tracking; "
+        "print('torch' in sys.modules, 'mlflow' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]

@@ -1,0 +1,321 @@
+"""A fitted cell as a folder, a registered model and a prediction in a fresh process."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medfocus import checkpoint, features, images, serve, tracking
+from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.masks.otsu import OtsuSegmenter
+from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.masks.store import decode_mask, encode_mask
+from medfocus.methods.medfocusclip import MedFocusClip
+from medfocus.methods.protocol import Support
+from medfocus.metrics import softmax
+from medfocus.serve import Predictor
+from medfocus.views import view
+
+pytestmark = [
+    # On import MLflow silences this in a way that "error" overrules.
+    pytest.mark.filterwarnings("ignore:.*type hint is inferred as AnyType:UserWarning"),
+    # MLflow compares a pandas index with a range when it saves an input example.
+    pytest.mark.filterwarnings("ignore:Operation with range is deprecated"),
+]
+
+CLASSES = ("blob", "stripes")
+SEGMENTER: dict[str, Any] = {
+    "config": "pocket", "checkpoint": "random:0", "image_size": 128, "strategy": "grid", "points_per_side": 3,
+    "keep": 1, "min_area": 0.01, "max_area": 0.7,
+}  # fmt: skip
+FEATHER = 0.01
+
+
+def encoded(seed: int) -> bytes:
+    """A PNG of one of the two classes: even seeds a bright blob, odd seeds stripes."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:90, :110]
+    inside = (y - 40 - 10 * rng.random()) ** 2 + (x - 50 - 10 * rng.random()) ** 2 < 400
+    signal = np.where(inside, 200, 60) if seed % 2 == 0 else 100 + 80 * np.sin(x / 3 + rng.random())
+    grey = np.clip(signal + rng.normal(0, 10, signal.shape), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A cell as the fine-tuning leaves it."""
+
+    encoder: ClipEncoder
+    segmenter: Sam2Segmenter
+    method: MedFocusClip
+    checkpoint: Path
+
+    def evaluated(self, pictures: list[bytes]) -> np.ndarray:
+        """Probabilities (N, K) by the evaluation's own steps: stored masks, views, features, softmax."""
+        decoded = [images.decode(data, "a test picture") for data in pictures]
+        stored = [decode_mask(encode_mask(self.segmenter.segment([picture])[0])) for picture in decoded]
+
+        def make_view(i: int) -> np.ndarray:
+            size = self.encoder.image_size
+            return view(decoded[i], stored[i].region, focus="multiply", size=size, feather=FEATHER)
+
+        inputs = features.encode(
+            range(len(decoded)), [str(i) for i in range(len(decoded))], make_view, self.method.embed,
+            cache=None, settings="", batch_size=4,
+        )  # fmt: skip
+        return softmax(self.method.logits(inputs)["probe"].double().numpy())
+
+    def save(self, folder: Path, **changes: Any) -> Path:
+        """The model folder, something about it changed."""
+        usual: dict[str, Any] = {
+            "checkpoint": self.checkpoint, "encoder": self.encoder, "segmenter": self.segmenter,
+            "segmenter_settings": SEGMENTER, "feather": FEATHER,
+        }  # fmt: skip
+        serve.save_model(folder, **{**usual, **changes})
+        return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    """MedFocusCLIP on eight pictures, with pocket-size CLIP and SAM2 of random weights."""
+    encoder = build_clip("pocket", "random:0")
+    segmenter = build_segmenter(**SEGMENTER)
+    method = MedFocusClip(
+        encoder, fusion="softmax-text", contrastive_weights=(0.5,), hidden=8, epochs=5, batch_size=8, lr=1e-3,
+        weight_decay=0.01, folds=2,
+    )  # fmt: skip
+    pictures = [images.decode(encoded(seed), "a training picture") for seed in range(8)]
+    masks = segmenter.segment(pictures)
+    views = [
+        view(p, m.region, focus="multiply", size=encoder.image_size, feather=FEATHER)
+        for p, m in zip(pictures, masks, strict=True)
+    ]
+    inputs = method.embed(torch.from_numpy(np.stack(views)))  # (N, D)
+    text = encoder.encode_texts([f"a photo of {name}" for name in CLASSES])
+    support = Support(inputs[None], torch.tensor([0, 1] * 4), torch.arange(8), text)
+    method.fit(support, torch.Generator().manual_seed(0))
+    header = checkpoint.Header(
+        method="medfocusclip",
+        settings={
+            "fusion": "softmax-text", "contrastive_weights": [0.5], "hidden": 8, "epochs": 5, "batch_size": 8,
+            "lr": 1e-3, "weight_decay": 0.01, "folds": 2,
+        },
+        classes=CLASSES, focus="multiply", encoder_key=encoder.key, validation_correct=0, validation_count=0,
+        facts={},
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("checkpoints") / "cell.safetensors"
+    checkpoint.save(method, header, path)
+    return Fitted(encoder, segmenter, method, path)
+
+
+@pytest.fixture(scope="module")
+def model(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its model folder."""
+    return fitted.save(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture(scope="module")
+def predictor(model: Path) -> Predictor:
+    """The model, loaded from its folder alone."""
+    return Predictor.load(model)
+
+
+def test_a_picture_gets_the_probabilities_that_the_evaluation_gave_it(
+    fitted: Fitted, predictor: Predictor
+) -> None:
+    pictures = [encoded(seed) for seed in range(20, 26)]
+    served = np.array([list(p.probabilities.values()) for p in predictor.predict(pictures)])
+    np.testing.assert_allclose(served, fitted.evaluated(pictures), atol=1e-6)
+    assert np.ptp(served[:, 0]) > 0.01  # the pictures do differ in it
+
+
+def test_a_prediction_is_complete(predictor: Predictor) -> None:
+    data = encoded(20)
+    [prediction] = predictor.predict([data])
+    picture = images.decode(data, "it")
+    assert tuple(prediction.probabilities) == CLASSES
+    assert sum(prediction.probabilities.values()) == pytest.approx(1)
+    assert prediction.label == max(CLASSES, key=lambda name: prediction.probabilities[name])
+    assert (prediction.mask.shape, prediction.mask.dtype) == ((90, 110), np.dtype(bool))
+    assert prediction.mask_status in ("chosen", "relaxed", "box", "identity")
+    overlay = images.decode(prediction.overlay, "the overlay")
+    assert np.array_equal((overlay != picture).any(axis=2), prediction.mask)
+
+
+def test_a_pictures_neighbours_in_the_request_do_not_matter(predictor: Predictor) -> None:
+    pictures = [encoded(seed) for seed in range(serve._BATCH + 3)]
+    together = [list(p.probabilities.values()) for p in predictor.predict(pictures)]
+    alone = [list(predictor.predict([data])[0].probabilities.values()) for data in pictures]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_an_empty_request_has_an_empty_answer(predictor: Predictor) -> None:
+    assert predictor.predict([]) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "fault"),
+    [
+        (b"", "the file is empty"),
+        (b"no picture", "not in a picture format"),
+        (encoded(0)[:300], "cannot be decoded"),
+    ],
+)
+def test_a_bad_picture_is_named_by_its_place_with_the_fault_and_the_fix(
+    predictor: Predictor, bad: bytes, fault: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"picture 2 of 3: {fault}.*\. .+"):
+        predictor.predict([encoded(0), bad, encoded(1)])
+
+
+def test_the_model_folder_holds_tensors_and_text_alone(model: Path) -> None:
+    names = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
+    assert names == {
+        "cell.safetensors", "clip/open_clip_model.safetensors", "clip/open_clip_config.json",
+        "sam2.safetensors", "sam2.yaml", "serve.json",
+    }  # fmt: skip
+    content = json.loads((model / "serve.json").read_text())
+    assert (content["classes"], content["focus"], content["clip"]) == (list(CLASSES), "multiply", "pocket")
+    assert content["versions"]["torch"].startswith("2.")
+
+
+def test_the_rebuilt_segmenter_is_the_one_of_the_training(fitted: Fitted, predictor: Predictor) -> None:
+    assert predictor.segmenter.key == fitted.segmenter.key
+
+
+def test_the_rebuilt_clip_has_the_same_weights_and_reads_no_text(
+    fitted: Fitted, predictor: Predictor
+) -> None:
+    from medfocus.weights import digest
+
+    rebuilt = predictor.method.encoder
+    assert digest(rebuilt.model.state_dict()) == digest(fitted.encoder.model.state_dict())
+    assert (rebuilt.key, rebuilt.mean, rebuilt.logit_scale) == (
+        fitted.encoder.key,
+        fitted.encoder.mean,
+        fitted.encoder.logit_scale,
+    )
+    assert rebuilt.tokenizer is None
+
+
+def test_saving_again_replaces_the_folder_and_leaves_nothing_beside(fitted: Fitted, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "stale").write_text("")
+    fitted.save(tmp_path / "model")
+    assert not (tmp_path / "model" / "stale").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_otsu_masks_are_served_too(fitted: Fitted, tmp_path: Path) -> None:
+    otsu = OtsuSegmenter(min_area=0.02)
+    folder = fitted.save(tmp_path / "model", segmenter=otsu, segmenter_settings={"min_area": 0.02})
+    [prediction] = Predictor.load(folder).predict([encoded(0)])
+    assert np.array_equal(prediction.mask, otsu.segment([images.decode(encoded(0), "it")])[0].region)
+    assert not (folder / "sam2.safetensors").exists()
+
+
+def test_settings_of_another_segmenter_are_refused(fitted: Fitted, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the segmenter_settings make the segmenter .* the very arguments"):
+        fitted.save(tmp_path / "model", segmenter_settings={**SEGMENTER, "points_per_side": 2})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_clip_is_refused(fitted: Fitted, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"was fitted on CLIP weights .*give the encoder it was fitted on"):
+        fitted.save(tmp_path / "model", encoder=replace(fitted.encoder, key="f" * 64))
+
+
+def test_a_folder_without_a_model_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is no model folder \(no serve.json\)"):
+        Predictor.load(tmp_path)
+
+
+def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fitted, tmp_path: Path) -> None:
+    """A tag may ask for QuickGELU and other means than its architecture; both travel with the model."""
+    import open_clip
+
+    quick = open_clip.create_model(
+        "clip_pocket", force_quick_gelu=True, force_preprocess_cfg={"mean": (0.5, 0.5, 0.5)}
+    ).eval()
+    encoder = replace(fitted.encoder, model=quick.requires_grad_(False), mean=(0.5, 0.5, 0.5))
+    folder = fitted.save(tmp_path / "model", encoder=encoder)
+    rebuilt = Predictor.load(folder).method.encoder
+    pixels = encoder.preprocess(torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8))
+    assert rebuilt.mean == (0.5, 0.5, 0.5)
+    torch.testing.assert_close(rebuilt.encode_images(pixels), encoder.encode_images(pixels))
+    assert not torch.allclose(fitted.encoder.encode_images(pixels), rebuilt.encode_images(pixels), atol=1e-3)
+
+
+# Runs far from the source tree; prints what a client would get.
+_CLIENT = """
+import base64, json, sys
+import mlflow
+import pandas as pd
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/phantoms@champion")
+pictures = [base64.b64decode(text) for text in json.load(sys.stdin)]
+answers = model.predict(pd.DataFrame({"picture": pictures}))
+texts = model.predict([{"picture": base64.b64encode(data).decode()} for data in pictures])
+try:
+    model.predict(pd.DataFrame({"picture": [pictures[0], "not base64!"]}))
+except ValueError as error:
+    fault = str(error)
+import medfocus
+print(json.dumps({
+    "columns": list(answers.columns),
+    "probabilities": answers[["probability_blob", "probability_stripes"]].values.tolist(),
+    "same": answers.equals(texts),
+    "overlay": answers["overlay"][0],
+    "signature": [model.metadata.signature.inputs.to_dict(), model.metadata.signature.outputs.input_names()],
+    "example": len(model.input_example),
+    "fault": fault,
+    "package": medfocus.__file__,
+}))
+"""
+
+
+def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
+    fitted: Fitted, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = tracking.start(None, tmp_path / "home", "serving")
+    registered = store.register(
+        "phantoms", model, cell_key="k", score=0.9, test_digest="t", rescore=lambda folder: 0.0,
+        classes=CLASSES, example=encoded(0), tags={},
+    )  # fmt: skip
+    assert registered.alias == "champion"
+    pictures = [encoded(seed) for seed in (30, 31, 32)]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | tracking._QUIET
+    result = subprocess.run(
+        [sys.executable, "-c", _CLIENT, store.uri],
+        input=json.dumps([base64.b64encode(data).decode() for data in pictures]),
+        capture_output=True, text=True, cwd=elsewhere, env=environment, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout.splitlines()[-1])
+    columns = ["label", "probability_blob", "probability_stripes", "mask_status", "mask_score", "overlay"]
+    assert answer["columns"] == columns
+    assert answer["signature"][0] == [{"type": "binary", "name": "picture", "required": True}]
+    assert answer["signature"][1] == columns
+    assert answer["example"] == 1  # and the batch is of three
+    np.testing.assert_allclose(answer["probabilities"], fitted.evaluated(pictures), atol=1e-6)
+    assert answer["same"]
+    assert images.decode(base64.b64decode(answer["overlay"]), "overlay").shape == (90, 110, 3)
+    assert answer["fault"].startswith("picture 2 of 2: a text that is not base64")
+    assert Path(answer["package"]).is_relative_to(tmp_path / "home" / "mlruns")  # the code travels with it

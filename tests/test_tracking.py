@@ -1,0 +1,396 @@
+"""Runs, dead runs and the champion's alias, on a database in a temporary folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medfocus import tracking
+from medfocus.tracking import DataInput, Tracking
+
+pytestmark = [
+    # On import MLflow silences this in a way that "error" overrules.
+    pytest.mark.filterwarnings("ignore:.*type hint is inferred as AnyType:UserWarning"),
+    # MLflow compares a pandas index with a range when it saves an input example.
+    pytest.mark.filterwarnings("ignore:Operation with range is deprecated"),
+]
+
+# Opens a study and logs a cell, says its id, and stays inside until its standard input ends.
+_HOLDER = """
+import sys
+from pathlib import Path
+from medfocus import tracking
+opened = tracking.start(None, Path(sys.argv[1]), "shared")
+with opened.study("held", {}) as study:
+    study.log_cell(name="cell", params={}, metrics={"accuracy": 0.5})
+    print(study.run_id, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_uri_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' stores are their own, whatever the shell says."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for all tests, since making one takes seconds; its path has a blank."""
+    return tmp_path_factory.mktemp("a home") / "mlflow"
+
+
+@pytest.fixture(scope="module")
+def holders(home: Path) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
+    """Two processes that start at once on a home that does not exist yet, and the runs that they hold."""
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    command = [sys.executable, "-c", _HOLDER, str(home)]
+    pipes: Any = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen(command, text=True, env=environment, **pipes))
+            for _ in range(2)
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+        held = []
+        for process in processes:
+            assert process.stdout is not None and process.stderr is not None
+            run_id = process.stdout.readline().strip()
+            assert run_id, process.stderr.read()
+            held.append((process, run_id))
+        yield held
+
+
+@pytest.fixture
+def opened(home: Path, holders: object, request: pytest.FixtureRequest) -> Tracking:
+    """The common database, an experiment for every test."""
+    return tracking.start(None, home, request.node.name)
+
+
+def run_of(opened: Tracking, run_id: str) -> Any:
+    """MLflow's record of a run."""
+    return opened.client.get_run(run_id)
+
+
+def test_two_first_starts_at_once_make_one_database(
+    home: Path, holders: list[tuple[subprocess.Popen[str], str]]
+) -> None:
+    opened = tracking.start(None, home, "shared")
+    assert {run_of(opened, run_id).info.experiment_id for _, run_id in holders} == {opened.experiment_id}
+    assert {path.name for path in home.iterdir()} >= {"mlflow.db", "mlflow.lock"}
+    assert not list(home.glob(".mlflow.db.making*"))
+
+
+def test_a_killed_processs_run_is_failed_at_the_next_start_and_a_living_ones_is_not(
+    home: Path, holders: list[tuple[subprocess.Popen[str], str]]
+) -> None:
+    (victim, dead), (_, alive) = holders
+    victim.kill()
+    victim.wait()
+    opened = tracking.start(None, home, "another experiment")
+    assert run_of(opened, dead).info.status == "FAILED"
+    assert run_of(opened, dead).info.end_time is not None
+    assert (
+        run_of(opened, dead).data.tags["error"] == "The process that owned this run ended without closing it."
+    )
+    assert run_of(opened, alive).info.status == "RUNNING"
+    assert opened.close_dead_runs() == []
+
+
+def test_a_process_that_ends_in_order_finishes_its_run(
+    home: Path, holders: list[tuple[subprocess.Popen[str], str]]
+) -> None:
+    process, run_id = holders[1]
+    _, chatter = process.communicate(timeout=60)  # its input ends
+    assert (process.returncode, chatter) == (0, "")  # MLflow and alembic say nothing
+    assert run_of(tracking.start(None, home, "shared"), run_id).info.status == "FINISHED"
+
+
+def test_a_number_given_to_another_process_does_not_keep_a_run_alive(opened: Tracking) -> None:
+    tags = {**tracking._tags({}), "owner.started": "1.0"}  # this process's number, another start
+    run_id = opened.client.create_run(opened.experiment_id, tags=tags).info.run_id
+    assert opened.close_dead_runs() == [run_id]
+    assert run_of(opened, run_id).info.status == "FAILED"
+
+
+def test_runs_of_other_hosts_are_left_alone(opened: Tracking) -> None:
+    tags = {"owner.host": "elsewhere", "owner.pid": "1", "owner.started": "1.0"}
+    run_id = opened.client.create_run(opened.experiment_id, tags=tags).info.run_id
+    assert opened.close_dead_runs() == []
+    assert run_of(opened, run_id).info.status == "RUNNING"
+
+
+def test_what_a_killed_first_start_left_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / ".mlflow.db.making").write_bytes(b"half a database")
+    (tmp_path / ".mlflow.db.making-journal").write_bytes(b"its journal")
+    opened = tracking.start(None, tmp_path, "after")
+    assert opened.client.get_experiment_by_name("after") is not None
+    assert not list(tmp_path.glob(".mlflow.db.making*"))
+
+
+def test_artefacts_lie_under_the_home_and_the_uri_is_absolute(opened: Tracking, home: Path) -> None:
+    assert opened.uri == f"sqlite:///{home.resolve()}/mlflow.db"
+    with opened.study("s", {}) as study:
+        study.log_table("study", "a,b\n1,2\n")
+        study.log_figure("accuracy", b"png")
+    files = sorted(
+        path.relative_to(home / "mlruns").as_posix() for path in home.glob("mlruns/*/artifacts/**/*")
+    )
+    assert f"{study.run_id}/artifacts/study.csv" in files
+    assert f"{study.run_id}/artifacts/figures/accuracy.png" in files
+
+
+def test_the_environments_uri_wins(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"sqlite:///{home.resolve()}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking.start("sqlite:////nowhere/else.db", tmp_path, "from outside").uri == uri
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_starting_does_not_change_the_environments_uri(opened: Tracking) -> None:
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_a_deleted_experiment_is_one_clear_error(opened: Tracking, home: Path) -> None:
+    opened.client.delete_experiment(opened.experiment_id)
+    name = opened.client.get_experiment(opened.experiment_id).name
+    with pytest.raises(ValueError, match=f"experiment '{name}' was deleted; restore it .* another name"):
+        tracking.start(None, home, name)
+
+
+def test_a_cell_is_a_finished_child_with_all_its_numbers(opened: Tracking) -> None:
+    with opened.study("study", {"percents": [5, 100]}, {"dvc.lock.sha256": "abc"}) as study:
+        run_id = study.log_cell(
+            name="medfocusclip 5% seed 0",
+            params={"method": "medfocusclip", "lr": 0.001, "blocks": None},
+            metrics={"accuracy": 0.75, "auroc": float("nan")},
+            tags={"cell_key": "k"},
+            datasets=[DataInput("covid19", "d" * 64, "/data/covid19")],
+            figures={"confusion": b"png"},
+        )
+    parent, cell = run_of(opened, study.run_id), run_of(opened, run_id)
+    assert (parent.info.status, cell.info.status) == ("FINISHED", "FINISHED")
+    assert parent.data.params == {"percents": "[5, 100]"}
+    assert parent.data.tags["dvc.lock.sha256"] == "abc"
+    assert cell.data.tags["mlflow.parentRunId"] == study.run_id
+    assert cell.data.tags["cell_key"] == "k"
+    assert cell.info.run_name == "medfocusclip 5% seed 0"
+    assert cell.data.params == {"method": "medfocusclip", "lr": "0.001", "blocks": "None"}
+    assert cell.data.metrics["accuracy"] == 0.75
+    assert "auroc" in cell.data.metrics
+    [data] = cell.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == ("covid19", "d" * 36, "training")
+    assert [f.path for f in opened.client.list_artifacts(run_id, "figures")] == ["figures/confusion.png"]
+
+
+def test_the_newest_finished_run_of_a_cell_is_found_by_its_key(opened: Tracking) -> None:
+    def log(study: tracking.Study, key: str) -> str:
+        return study.log_cell(name=key, params={}, metrics={}, tags={"cell_key": key})
+
+    with opened.study("first", {}) as study:
+        log(study, "a")
+        only = log(study, "b")
+    with opened.study("second", {}) as study:
+        newest = log(study, "a")
+    unfinished = opened.client.create_run(opened.experiment_id, tags={"cell_key": "a"})
+    assert unfinished.info.status == "RUNNING"
+    assert opened.runs_by_cell() == {"a": newest, "b": only}
+
+
+def test_the_numbers_of_a_study_as_a_whole(opened: Tracking) -> None:
+    with opened.study("study", {}) as study:
+        study.log_metrics({"cells": 3})
+    assert run_of(opened, study.run_id).data.metrics == {"cells": 3}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("masks: no space left"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(3), "KILLED"),
+    ],
+)
+def test_an_error_in_a_study_ends_its_run_and_is_kept(
+    opened: Tracking, error: BaseException, status: str
+) -> None:
+    with pytest.raises(type(error)), opened.study("study", {}) as study:
+        raise error
+    run = run_of(opened, study.run_id)
+    assert run.info.status == status
+    assert run.data.tags["error"] == f"{type(error).__name__}: {error}"
+
+
+def test_a_cell_that_cannot_be_logged_fails_with_its_study(opened: Tracking) -> None:
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(MlflowException), opened.study("study", {}) as study:
+        study.log_cell(name="cell", params={}, metrics={"a name with a *": 1.0})
+    runs = opened.client.search_runs([opened.experiment_id])
+    assert len(runs) == 2
+    assert {run.info.status for run in runs} == {"FAILED"}
+    assert run_of(opened, study.run_id).data.tags["error"].startswith("MlflowException")
+
+
+def test_provenance_names_code_data_packages_and_host(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert tracking.provenance(tmp_path, [0])["git.commit"] == "none"
+    git("init", "-q")
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    tags = tracking.provenance(tmp_path, [0, 1])
+    assert tags["git.commit"] == tags["mlflow.source.git.commit"] == git("rev-parse", "HEAD")
+    assert (tags["git.dirty"], tags["seeds"]) == ("false", "0,1")
+    assert re.fullmatch("[0-9a-f]{64}", tags["dvc.lock.sha256"])
+    assert tags["version.torch"].startswith("2.")
+    assert {"host", "python", "version.open_clip_torch", "version.sam2"} <= set(tags)
+    (tmp_path / "dvc.lock").write_text("schema: '2.1'\n")
+    later = tracking.provenance(tmp_path, [0, 1])
+    assert later["git.dirty"] == "true"
+    assert later["dvc.lock.sha256"] != tags["dvc.lock.sha256"]
+
+
+def test_a_split_has_the_same_digest_in_any_order_and_another_with_another_label() -> None:
+    pictures = [("aa", "covid"), ("bb", "normal")]
+    assert tracking.test_digest(pictures) == tracking.test_digest(reversed(pictures))
+    assert tracking.test_digest(pictures) != tracking.test_digest([("aa", "normal"), ("bb", "covid")])
+
+
+@pytest.fixture
+def register(opened: Tracking, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """``register`` of one model name a test, with a model folder that nothing loads."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "serve.json").write_text("{}")
+
+    def never(folder: Path) -> float:
+        raise AssertionError("the champion was scored anew")
+
+    def register(cell_key: str, score: float, digest: str = "test-a", rescore: Any = never) -> Any:
+        return opened.register(
+            request.node.name.replace(".", "_"),  # MLflow takes no dots
+            model,
+            cell_key=cell_key,
+            score=score,
+            test_digest=digest,
+            rescore=rescore,
+            classes=["covid", "normal"],
+            example=b"png",
+            tags={"dataset": "covid19"},
+        )
+
+    return register
+
+
+def champion(opened: Tracking, name: str) -> Any:
+    """The version that holds the alias."""
+    return opened.client.get_model_version_by_alias(name, "champion")
+
+
+def test_the_first_model_is_champion(register: Callable[..., Any], opened: Tracking) -> None:
+    result = register("a", 0.8)
+    assert (result.version, result.alias, result.reason) == ("1", "champion", "there was no champion")
+    version = champion(opened, result.name)
+    assert version.tags == {"dataset": "covid19", "cell_key": "a", "score": "0.8", "test_digest": "test-a"}
+    assert version.status == "READY"
+
+
+def test_a_better_model_takes_the_alias(register: Callable[..., Any], opened: Tracking) -> None:
+    register("a", 0.8)
+    result = register("b", 0.9)
+    assert (result.version, result.alias) == ("2", "champion")
+    assert result.reason == "0.9000 beats version 1 (0.8000)"
+    assert champion(opened, result.name).version == 2
+
+
+@pytest.mark.parametrize(("score", "verb"), [(0.8, "ties with"), (0.7, "loses to")])
+def test_a_tie_and_a_loss_leave_the_alias_where_it_is(
+    register: Callable[..., Any], opened: Tracking, score: float, verb: str
+) -> None:
+    register("a", 0.8)
+    result = register("b", score)
+    assert (result.version, result.alias) == ("2", None)
+    assert result.reason == f"{score:.4f} {verb} version 1, the champion (0.8000)"
+    assert champion(opened, result.name).version == 1
+
+
+def test_the_champion_itself_is_not_registered_twice(register: Callable[..., Any], opened: Tracking) -> None:
+    register("a", 0.8)
+    result = register("a", 0.8)
+    assert (result.version, result.alias, result.reason) == ("1", "champion", "it is the champion already")
+    assert len(opened.client.search_model_versions(f"name = '{result.name}'")) == 1
+
+
+def test_a_cell_that_lost_before_keeps_its_version(register: Callable[..., Any], opened: Tracking) -> None:
+    register("a", 0.8)
+    register("b", 0.7)
+    result = register("b", 0.7)
+    assert (result.version, result.alias) == ("2", None)
+    assert len(opened.client.search_model_versions(f"name = '{result.name}'")) == 2
+
+
+@pytest.mark.parametrize(("anew", "alias"), [(0.5, "champion"), (0.6, None), (0.65, None)])
+def test_a_champion_of_another_test_split_is_scored_anew(
+    register: Callable[..., Any], opened: Tracking, home: Path, anew: float, alias: str | None
+) -> None:
+    seen: list[str] = []
+
+    def rescore(folder: Path) -> float:
+        tracking.start(None, home, "inside")  # does not wait for the lock that its own process holds
+        seen.extend(path.name for path in folder.iterdir())
+        return anew
+
+    register("a", 0.99, "test-a")  # on an easier split
+    result = register("b", 0.6, "test-b", rescore)
+    assert seen == ["serve.json"]
+    assert result.alias == alias
+    first = opened.client.get_model_version(result.name, "1")
+    assert (first.tags["score"], first.tags["test_digest"]) == (repr(anew), "test-b")
+    register("c", 0.1, "test-b")  # now known on this split: the fixture's rescore would raise
+
+
+def test_a_champion_that_cannot_be_loaded_is_one_clear_error(
+    register: Callable[..., Any], opened: Tracking
+) -> None:
+    def broken(folder: Path) -> float:
+        raise FileNotFoundError("cell.safetensors is gone")
+
+    name = register("a", 0.8).name
+    with pytest.raises(
+        RuntimeError, match=r"version 1, the champion, cannot be scored .*cell.safetensors is gone"
+    ):
+        register("b", 0.9, "test-b", broken)
+    assert champion(opened, name).version == 1
+
+
+def test_a_score_that_is_no_number_is_refused(register: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="the challenger's score is nan; give a finite number"):
+        register("a", float("nan"))
+
+
+def test_the_logged_model_holds_code_files_and_requirements_and_no_pickle(
+    register: Callable[..., Any], opened: Tracking, tmp_path: Path
+) -> None:
+    from mlflow.artifacts import download_artifacts
+
+    result = register("a", 0.8)
+    uri = opened.client.get_model_version_download_uri(result.name, "1")
+    folder = Path(download_artifacts(uri, dst_path=str(tmp_path / "down"), tracking_uri=opened.uri))
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"MLmodel", "pyfunc.py", "artifacts/model/serve.json", "code/medfocus/serve.py"} <= files
+    assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pyc", ".pt"))]
+    assert "torch==" in (folder / "requirements.txt").read_text()
