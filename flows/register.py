@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import io
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from flows.cells import best_cell, plan
-from flows.masks import build
 from flows.study import Study
 from medfocus import checkpoint, phantoms, serve, tracking
 from medfocus.encoders import build_clip
+from medfocus.phantoms import png
 from medfocus.records import read_manifest
 from medfocus.splits import read_splits
 
@@ -44,13 +41,12 @@ def register_best(study: Study, dataset: str) -> tracking.Registration:
             score = float((predictions[main].argmax(axis=1) == predictions["labels"]).mean())
         store = tracking.start(None, study.home, study.params.tracking.experiment)
         with tempfile.TemporaryDirectory() as folder:
-            segmenter = build(study.params.masks, study.params.datasets[dataset].modality)
             serve.save_model(
                 Path(folder, "model"),
                 checkpoint=path,
                 encoder=encoder,
-                segmenter=segmenter,
-                segmenter_settings={},
+                segmenter=study.segmenter(dataset),
+                segmenter_settings=study.segmenter_settings(dataset),
                 feather=study.params.views.feather,
             )
             return store.register(
@@ -61,7 +57,7 @@ def register_best(study: Study, dataset: str) -> tracking.Registration:
                 test_digest=tracking.test_digest((record.sha256, record.label) for record in test),
                 rescore=rescore,
                 classes=header.classes,
-                example=b"",
+                example=_example(study.params.datasets[dataset].modality),
                 tags={
                     **cell._asdict(),
                     **tracking.provenance(study.folder, study.params.study.seeds),
@@ -69,3 +65,10 @@ def register_best(study: Study, dataset: str) -> tracking.Registration:
                 },
                 run_id=store.runs_by_cell().get(header.facts["key"]),
             )
+
+
+def _example(modality: str) -> bytes:
+    """A picture to show the model's input by: a phantom, so no patient's."""
+    drawn = modality if modality in phantoms.MODALITIES else "chest_xray"
+    label = phantoms.MODALITIES[drawn][0]
+    return png.encode(phantoms.draw(drawn, label, phantoms.generator(0, drawn, "test", label, 0)).picture)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flows.servers import HOST, PREFECT_PORT, prefect_server
+from flows.servers import prefect_server
 from flows.study import open_study
+
+if TYPE_CHECKING:
+    from prefect.schedules import Schedule
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -17,29 +22,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     params_file = parser.parse_args(arguments).params.resolve()
     schedule = open_study(params_file).params.schedule
-    if os.environ.get("PREFECT_API_URL"):
-        serve(params_file, schedule.cron, schedule.timezone)
-        return
-    with prefect_server() as api:
-        os.environ["PREFECT_API_URL"] = api
-        print(f"The next runs: http://{HOST}:{PREFECT_PORT}/deployments. Ctrl-C ends the schedule.", flush=True)
-        serve(params_file, schedule.cron, schedule.timezone)
+    with contextlib.ExitStack() as stack:
+        if "PREFECT_API_URL" not in os.environ:
+            os.environ["PREFECT_API_URL"] = stack.enter_context(prefect_server())
+        # Prefect reads its settings from the environment when it is imported.
+        from prefect.schedules import Cron
+
+        print(f"{schedule.cron} ({schedule.timezone}); the next runs: {_page()}. Ctrl-C ends it.", flush=True)
+        serve(params_file, Cron(schedule.cron, timezone=schedule.timezone))
 
 
-def serve(params_file: Path, cron: str, timezone: str) -> None:
-    """Serve the flow; a run that would overlap a running one is cancelled."""
-    # Prefect reads its settings from the environment when it is imported.
+def serve(params_file: Path, schedule: Schedule) -> None:
+    """Serve the flow on a schedule; a run that would overlap a running one is cancelled."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-    from prefect.schedules import Cron
 
     from flows.pipeline import pipeline
 
     pipeline.serve(
         name="retraining",
-        schedule=Cron(cron, timezone=timezone),
+        schedule=schedule,
         parameters={"params_file": str(params_file)},
         global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        print_starting_message=False,
     )
+
+
+def _page() -> str:
+    return os.environ["PREFECT_API_URL"].removesuffix("/api") + "/deployments"
 
 
 if __name__ == "__main__":

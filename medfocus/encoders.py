@@ -101,10 +101,11 @@ class ClipEncoder:
         visual, cut = self._cut(blocks)
         embedding = ("conv1", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre")
         unused = [*(getattr(visual, name) for name in embedding), *visual.transformer.resblocks[:cut]]
-        tower = copy.deepcopy(
-            visual, {id(part): part for part in unused}
-        )  # these are not copied, but shared,
-        for name in embedding:  # and taken out here
+        memo = {
+            id(part): part for part in unused
+        }  # shared with the copy, not copied, and then taken out of it
+        tower = copy.deepcopy(visual, memo)
+        for name in embedding:
             setattr(tower, name, None)
         tower.transformer.resblocks = tower.transformer.resblocks[cut:]
         return Tail(tower).requires_grad_(True)
@@ -194,15 +195,15 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
                 f"CLIP {model} sees {size[0]} x {size[1]} pixels. Choose a model that sees squares."
             )
         size = size[0]
+    pocket = model == "pocket"
+    tokenizer = pocket_tokenizer() if pocket else open_clip.get_tokenizer(_tokenizer_name(model))
     settings = {"config": config, "options": options, "preprocess": preprocess}
     identity = weights.digest(built.state_dict()) + json.dumps(settings, sort_keys=True)
     return ClipEncoder(
         name=model,
         key=hashlib.sha256(identity.encode()).hexdigest(),
         model=built,
-        tokenizer=pocket_tokenizer()
-        if model == "pocket"
-        else open_clip.get_tokenizer(_tokenizer_name(model)),
+        tokenizer=tokenizer,
         dim=config["embed_dim"],
         image_size=size,
         mean=tuple(preprocess["mean"]),

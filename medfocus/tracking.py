@@ -79,9 +79,8 @@ def start(uri: str | None, home: Path, experiment: str) -> Tracking:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.utils.environment").setLevel(
-        logging.ERROR
-    )  # it misses pip, which uv leaves out
+    # It would warn that pip is missing, which environments made by uv do not have.
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or uri

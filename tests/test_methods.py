@@ -16,6 +16,7 @@ from medfocus.methods import METHODS, Support
 from medfocus.methods.medfocusclip import FUSIONS, Adapter, FusedClassifier, contrastive_loss
 from medfocus.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
 from medfocus.training import train
+from medfocus.validation import Validation, out_of_fold
 from tests.conftest import TinyClip
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -233,7 +234,7 @@ def test_settings_out_of_range_name_the_field() -> None:
         METHODS["medfocusclip"](TinyClip(), **{**settings, "contrastive_weights": (2,)})  # pyright: ignore[reportArgumentType]
 
 
-# --- the probe and the loop -----------------------------------------------------------------------
+# --- validation, the probe and the loop -----------------------------------------------------------------------
 
 
 def test_folds_keep_groups_whole_and_classes_present() -> None:
@@ -282,3 +283,30 @@ def test_training_descends_and_keeps_the_last_iterate() -> None:
     assert len(history) == 50
     assert history[-1] < 0.05 < history[0]
     assert float(weight.detach() ** 2) <= history[-1]  # what is left behind is the last iterate
+
+
+def test_validation_predicts_every_picture_once_by_a_method_that_has_not_seen_it(tiny_clip: TinyClip) -> None:
+    seen: list[set[int]] = []
+
+    class Remembers:
+        """Knows the labels of what it was fitted on and answers 0 elsewhere."""
+
+        def fit(self, support: Support, generator: torch.Generator) -> Remembers:
+            self.known = {float(x): int(y) for x, y in zip(support.inputs[0], support.labels, strict=True)}
+            return self
+
+        def logits(self, inputs: Tensor) -> dict[str, Tensor]:
+            seen.append({float(x) for x in inputs} & set(self.known))  # pyright: ignore[reportArgumentType]
+            answers = torch.tensor([self.known.get(float(x), 0) for x in inputs])
+            return {"main": functional.one_hot(answers, 2).float()}
+
+    labels = torch.arange(20) % 2
+    support = Support(torch.arange(20.0)[None], labels, torch.arange(20), torch.zeros(2, 4))
+    result = out_of_fold(Remembers, support, folds=4, seed=0)  # pyright: ignore[reportArgumentType]
+    assert result == Validation(correct=10, count=20)  # it knows nothing held out, so class 1 is always wrong
+    assert seen == [set()] * 4
+
+
+def test_nothing_is_validated_where_a_class_has_one_picture() -> None:
+    support = Support(torch.zeros(1, 3, 2), torch.tensor([0, 0, 1]), torch.arange(3), torch.zeros(2, 4))
+    assert out_of_fold(lambda: pytest.fail("nothing to fit"), support, folds=3, seed=0) == Validation(0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import mlflow
 import pytest
 import yaml
 
-from flows import stages
+from flows import finetune, stages
 from flows.pipeline import pipeline
 from flows.stages import StageBusyError, reproduce
 from flows.study import open_study
@@ -92,6 +93,18 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
 
     client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     assert str(client.get_model_version_by_alias("medfocus-phantom-breast", "champion").version) == "1"
+
+    # Fine-tuning reads no test picture: without them the checkpoints come out the same, byte by byte.
+    def checkpoints() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in sorted(Path("data/checkpoints").rglob("*.safetensors"))}
+
+    fitted = checkpoints()
+    assert len(fitted) == 13
+    shutil.rmtree(".cache/cells")
+    shutil.move("data/phantoms/breast_ultrasound/test", "hidden")
+    finetune.main([])
+    assert checkpoints() == fitted
+    shutil.move("hidden", "data/phantoms/breast_ultrasound/test")
 
     # The report comes back where only DVC's outputs are left.
     before = Path("reports/study.csv").read_text()
