@@ -21,7 +21,6 @@ import torch
 
 from medfocus import features, images
 from medfocus.encoders import build_clip
-from medfocus.focus import FILL
 from medfocus.ingest import ingest
 from medfocus.masks.sam2 import build_segmenter
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
@@ -32,7 +31,9 @@ FEATHER = 0.01
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, required=True, help="a folder of split/class/*.png|jpg")
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=512, help="pixels a side that SAM2 sees")
@@ -105,12 +106,16 @@ def main() -> None:
     forward = seconds["encoder"] + seconds["decoder"] + seconds["clip"]
     job = seconds["job masks"] + seconds["job features"]
     count = len(records)
-    print(f"{count} pictures, SAM2.1-tiny at {arguments.image_size} px, {arguments.strategy}, ViT-B-32, fill {FILL}")
+    print(f"{count} pictures, SAM2.1-tiny at {arguments.image_size} px, {arguments.strategy}, ViT-B-32")
     for name, value in seconds.items():
         print(f"{name:>14}: {value / count:.3f} s a picture")
     print(f"bare forward passes {forward:.1f} s, job {job:.1f} s, ratio {job / forward:.3f}")
     if arguments.json:
-        print(json.dumps({"pictures": count, "bare_s": forward, "job_s": job, "ratio": job / forward, **seconds}))
+        print(
+            json.dumps(
+                {"pictures": count, "bare_s": forward, "job_s": job, "ratio": job / forward, **seconds}
+            )
+        )
 
 
 def _timed(run: object) -> float:

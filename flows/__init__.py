@@ -1,0 +1,1 @@
+"""Orchestration: the stages of the pipeline and the flow over them."""

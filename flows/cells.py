@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -55,7 +54,7 @@ class Cell(NamedTuple):
 
 
 def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Method:
-    """An unfitted method with its hyperparameters from the params file; without an encoder only to check them.
+    """An unfitted method with its hyperparameters; without an encoder it serves only to check them.
 
     Raises:
         ValueError: The name or a hyperparameter is unknown, missing or out of range.
@@ -70,7 +69,7 @@ def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Meth
 
 
 def plan(params: Params) -> list[Cell]:
-    """Every cell of the study, in the order of the params file; each method is built once, so a typo fails here."""
+    """Every cell of the study, in its order; each method is built once, so that a typo fails here."""
     for name in params.study.methods:
         build_method(params, name, None)
     supports = [*(f"{p:g}%" for p in params.study.percents), *(f"{n}-shot" for n in params.study.shots)]
@@ -137,15 +136,18 @@ class Dataset:
         if not wanted:
             return
         size, feather = self.encoder.image_size, self.study.params.views.feather
+        views_made = view_key(focus=focus, size=size, feather=feather)
         items = [(self.records[path], number) for path in wanted for number in range(views)]
-        with tqdm(total=len(items), desc=f"{label} {self.name} {focus}", unit="view", disable=None, leave=False) as bar:
+        with tqdm(
+            total=len(items), desc=f"{label} {self.name} {focus}", unit="view", disable=None, leave=False
+        ) as bar:
             encoded = features.encode(
                 items,
                 [self._view_name(record, focus, number) for record, number in items],
                 lambda item: self._view(*item, focus=focus, size=size, feather=feather),
                 method.embed,
                 cache=self.study.cache / "features",
-                settings=f"{self.encoder.key} {method.embedding} {view_key(focus=focus, size=size, feather=feather)}",
+                settings=f"{self.encoder.key} {method.embedding} {views_made}",
                 batch_size=self.study.params.views.batch_size,
                 dtype=torch.float16 if method.embedding.startswith("tokens") else torch.float32,
                 progress=lambda done, total: bar.update(done - bar.n),
@@ -185,7 +187,12 @@ class Dataset:
             "classes": self.classes,
             "text": _digest(self.text_features),
             "support": [
-                [self._view_name(self.records[p], cell.focus, 0), self.records[p].label, self.splits.groups[p]] for p in paths
+                [
+                    self._view_name(self.records[p], cell.focus, 0),
+                    self.records[p].label,
+                    self.splits.groups[p],
+                ]
+                for p in paths
             ],
             "flip": self.params.flip,
             "code": code_digest(),
@@ -222,14 +229,16 @@ def _digest(tensor: Tensor) -> str:
 
 
 def best_cell(params: Params, dataset: str, cells: Iterable[Cell]) -> Cell:
-    """The cell of a data set with the best validation: highest lower end of its out-of-fold accuracy's interval.
+    """The cell with the best validation: the highest lower end of its out-of-fold accuracy's interval.
 
     The test split has no say. Among equals the first in the order of the params file wins.
 
     Raises:
         ValueError: No cell of the data set could be validated.
     """
-    candidates = [cell for cell in cells if cell.dataset == dataset and cell.method in params.validation.methods]
+    candidates = [
+        cell for cell in cells if cell.dataset == dataset and cell.method in params.validation.methods
+    ]
 
     def worth(cell: Cell) -> float:
         header = checkpoint.read_header(Path("data/checkpoints", cell.path))
@@ -238,7 +247,8 @@ def best_cell(params: Params, dataset: str, cells: Iterable[Cell]) -> Cell:
     best = max(candidates, key=worth, default=None)
     if best is None or worth(best) == 0:
         raise ValueError(
-            f"params.yaml: no cell of {dataset} could be validated, so none can be registered; name a method of "
-            "study.methods in validation.methods, and give every class at least two pictures in the largest support."
+            f"params.yaml: no cell of {dataset} could be validated, so none can be registered; name a "
+            "method of study.methods in validation.methods, and give every class two pictures or more in "
+            "the largest support."
         )
     return best

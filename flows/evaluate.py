@@ -1,4 +1,4 @@
-"""Stage: checkpoints -> test scores. The only place where test pictures are predicted; nothing is chosen here."""
+"""Stage: checkpoints -> test scores. Only here are test pictures predicted, and nothing is chosen here."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from tqdm import tqdm
 from flows.cells import Cell, Dataset, best_cell, plan
 from flows.study import Study, here
 from medfocus import checkpoint, metrics, report, tracking
-from medfocus.encoders import build_clip
 from medfocus.report import StudyRow
 
-RESULTS = Path("reports/results.csv")  # DVC's output: every row by its cell's key, repeated exactly by a rerun
+RESULTS = Path(
+    "reports/results.csv"
+)  # DVC's output: every row by its cell's key, repeated exactly by a rerun
 STUDY = Path("reports/study.csv")  # the same rows by the ids of this machine's MLflow runs
 
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     study = here()
     params = study.params
-    encoder = build_clip(params.clip.model, params.clip.pretrained)
+    encoder = study.encoder()
     cells = plan(params)
     figures = Path("reports/figures")
     figures.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,9 @@ def _write_study_csv(study: Study, run_ids: dict[str, str]) -> None:
 def _settings(study: Study) -> dict[str, object]:
     """The sections that all cells share, flat, as MLflow's parameters."""
     sections = {"clip": study.params.clip, "masks": study.params.masks, "views": study.params.views}
-    return {f"{name}.{k}": v for name, section in sections.items() for k, v in dataclasses.asdict(section).items()}
+    return {
+        f"{name}.{k}": v for name, section in sections.items() for k, v in dataclasses.asdict(section).items()
+    }
 
 
 def _predict(dataset: Dataset, cell: Cell) -> tuple[dict[str, np.ndarray], checkpoint.Header]:
@@ -123,7 +126,9 @@ def test_sets(dataset: Dataset) -> dict[str, list[str]]:
     splits = dataset.splits
     if all(record.split != "test" for record in dataset.records.values()):
         return {"clean": splits.test}
-    return {"official": splits.test} | ({} if splits.clean_test == splits.test else {"clean": splits.clean_test})
+    return {"official": splits.test} | (
+        {} if splits.clean_test == splits.test else {"clean": splits.clean_test}
+    )
 
 
 def _log(
@@ -171,7 +176,9 @@ def _confusion(dataset: Dataset, cell: Cell, probabilities: dict[str, np.ndarray
     """The confusion matrix of a cell's main classifier on the whole test set, as a PNG."""
     labels = dataset.labels(dataset.splits.test)
     predicted = next(iter(probabilities.values())).argmax(axis=1)
-    return report.confusion_figure(metrics.confusion(predicted, labels, len(dataset.classes)), dataset.classes, cell.name)
+    return report.confusion_figure(
+        metrics.confusion(predicted, labels, len(dataset.classes)), dataset.classes, cell.name
+    )
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ import copy
 import dataclasses
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from joblib import Parallel, delayed, parallel_config
@@ -21,10 +22,12 @@ from tqdm import tqdm
 from flows.cells import Cell, Dataset, build_method, plan
 from flows.study import here
 from medfocus import checkpoint
-from medfocus.encoders import ClipEncoder, build_clip
 from medfocus.methods import METHODS, Method, Support
 from medfocus.methods.clip import ClipFewShot
 from medfocus.validation import Validation, out_of_fold
+
+if TYPE_CHECKING:
+    from medfocus.encoders import ClipEncoder
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     study = here()
     cells = plan(study.params)  # before anything slow: a typo in a method's settings fails here
-    encoder = build_clip(study.params.clip.model, study.params.clip.pretrained)
+    encoder = study.encoder()
     beside = Path(f"data/.checkpoints.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     # One thread a fit, a process a core: the fits are many and small.
     with (
+        warnings.catch_warnings(),
         parallel_config("loky", n_jobs=os.cpu_count(), inner_max_num_threads=1),
         tqdm(total=len(cells), desc="fine-tune", unit="cell", disable=None) as bar,
     ):
+        # loky restarts a worker whose memory has grown, which tokens of many pictures do; nothing is lost.
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs", category=UserWarning)
         for name, own in groupby(cells, key=lambda cell: cell.dataset):
             dataset = Dataset(study, name, encoder)
             paths = {cell: _path(dataset, cell) for cell in own}

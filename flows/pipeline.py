@@ -21,7 +21,12 @@ os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the pages show the rest
 
 from prefect import flow, task
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 
 from flows import register
@@ -31,8 +36,7 @@ from flows.study import Study, open_study
 from medfocus import report
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import TaskRun
-    from prefect.states import State
+    from prefect.client.schemas.objects import State, TaskRun
 
     from medfocus.tracking import Registration
 
@@ -62,7 +66,11 @@ def draw_phantoms(study: Study, modality: str) -> None:
 def ingest(study: Study, dataset: str) -> None:
     """Raw folder -> manifest, and a report of what is left out."""
     if _reproduce(study, f"ingest@{dataset}"):
-        _table(study.folder / f"reports/data/{dataset}/left_out.csv", f"left-out-{dataset}", "Left out at ingestion")
+        _table(
+            study.folder / f"reports/data/{dataset}/left_out.csv",
+            f"left-out-{dataset}",
+            "Left out at ingestion",
+        )
 
 
 @task(task_run_name="duplicates {dataset}", **_waits)
@@ -82,10 +90,16 @@ def cache_masks(study: Study, dataset: str) -> None:
     """Manifest -> one mask a picture, with a contact sheet to look at."""
     if _reproduce(study, f"masks@{dataset}"):
         reports = study.folder / "reports/data" / dataset
-        _table(reports / "masks.csv", f"masks-{dataset}", "Coverage, score and fallbacks of the masks, a line a class")
+        _table(
+            reports / "masks.csv",
+            f"masks-{dataset}",
+            "Coverage, score and fallbacks of the masks, a line a class",
+        )
         sheet = base64.b64encode((reports / "masks.png").read_bytes()).decode()
         create_image_artifact(
-            f"data:image/png;base64,{sheet}", key=f"mask-sheet-{dataset.lower()}", description="Masks found without labels"
+            f"data:image/png;base64,{sheet}",
+            key=f"mask-sheet-{dataset.lower()}",
+            description="Masks found without labels",
         )
 
 
@@ -103,7 +117,9 @@ def evaluate(study: Study) -> None:
         restore_study_csv(study)
     if ran:
         rows = report.read_study_csv(study.folder / STUDY)
-        create_markdown_artifact(report.markdown_table(rows), key="study-table", description="Accuracy on the test sets")
+        create_markdown_artifact(
+            report.markdown_table(rows), key="study-table", description="Accuracy on the test sets"
+        )
 
 
 @task(task_run_name="register {dataset}", cache_policy=NO_CACHE)
@@ -131,6 +147,8 @@ def pipeline(params_file: Path = Path("params.yaml")) -> list[Registration]:
 def _reproduce(study: Study, stage: str) -> bool:
     """Bring a stage up to date, saying on the terminal what became of it; whether it ran."""
     ran = reproduce(study.folder, stage)
+    done = 100 * (study.stages.index(stage) + 1) / len(study.stages)
+    create_progress_artifact(done, key=f"progress-{study.params.study.name.lower()}", description=stage)
     print(f"{stage}: {'done' if ran else 'unchanged'}", file=sys.stderr, flush=True)
     return ran
 

@@ -56,7 +56,11 @@ def _running(command: list[str], environment: dict[str, str], health: str, name:
         yield
         return
     process = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         _wait_for(health, process, name)
@@ -77,7 +81,9 @@ def _wait_for(health: str, process: subprocess.Popen[str], name: str, timeout: f
             return
         if process.poll() is not None:
             assert process.stderr is not None
-            raise RuntimeError(f"{name} ended with code {process.returncode} at its start: {process.stderr.read()[-2000:]}")
+            raise RuntimeError(
+                f"{name} ended with code {process.returncode} at its start: {process.stderr.read()[-2000:]}"
+            )
         time.sleep(0.3)
     raise RuntimeError(f"{name} did not answer at {health} within {timeout:.0f} s; is the port taken?")
 

@@ -36,7 +36,7 @@ def reproduce(folder: Path, stage: str) -> bool:
     logging.getLogger("dvc").setLevel(logging.WARNING)  # at INFO it advises on git at every stage
     with contextlib.chdir(folder), Repo() as repo, patch.object(dvc.stage.run, "_run", _run_here):
         try:
-            return bool(repo.reproduce(f"dvc.yaml:{stage}", single_item=True))
+            return bool(Repo.reproduce(repo, f"dvc.yaml:{stage}", single_item=True))
         except LockError as error:
             raise StageBusyError(f"stage {stage}: {error}") from error
         except ReproductionError as error:
@@ -51,6 +51,8 @@ def _run_here(executable: str | None, cmd: str, **kwargs: Any) -> None:
     """Stand in for DVC's subprocess: `python -m flows.NAME --key value` becomes a call of its main."""
     python, flag, module, *arguments = shlex.split(cmd)
     if (python, flag) != ("python", "-m") or not module.startswith("flows."):
-        raise ValueError(f"dvc.yaml: the command {cmd!r} is not `python -m flows.NAME ...`; the flow cannot run it.")
+        raise ValueError(
+            f"dvc.yaml: the command {cmd!r} is not `python -m flows.NAME ...`; the flow cannot run it."
+        )
     with contextlib.chdir(kwargs["cwd"]):
         importlib.import_module(module).main(arguments)

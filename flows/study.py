@@ -12,6 +12,7 @@ import yaml
 from medfocus.params import Params, load_params
 
 if TYPE_CHECKING:
+    from medfocus.encoders import ClipEncoder
     from medfocus.masks.segmenter import Segmenter
 
 _GENERATED = "# Made from the project's dvc.yaml by `make run PARAMS=...`; change that one.\n"
@@ -56,7 +57,32 @@ class Study:
             return OtsuSegmenter(**settings)
         from medfocus.masks.sam2 import build_segmenter  # takes seconds
 
-        return build_segmenter(**settings, batch_size=self.params.masks.batch_size)
+        return build_segmenter(**settings, batch_size=self.params.masks.batch_size, device=self._device)
+
+    def encoder(self) -> ClipEncoder:
+        """The frozen towers of the clip section."""
+        from medfocus.encoders import build_clip  # takes seconds
+
+        return build_clip(self.params.clip.model, self.params.clip.pretrained, self._device)
+
+    @property
+    def _device(self) -> str:
+        if self.params.device != "auto":
+            return self.params.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def stages(self) -> list[str]:
+        """The names of the study's DVC stages, in the order in which the flow runs them."""
+        each = ("ingest", "duplicates", "splits", "masks")
+        return [
+            *(f"phantoms@{modality}" for modality in self.params.phantoms),
+            *(f"{stage}@{dataset}" for dataset in self.params.datasets for stage in each),
+            "finetune",
+            "evaluate",
+        ]
 
     @property
     def cache(self) -> Path:
@@ -70,7 +96,7 @@ def find_home(start: Path) -> Path:
         if (folder / ".dvc").is_dir():
             return folder
     raise FileNotFoundError(
-        f"{start.resolve()} is in no DVC project; work in a clone of the project, or run `git init` and `dvc init`."
+        f"{start.resolve()} is in no DVC project; work in a clone, or run `git init` and `dvc init` first."
     )
 
 

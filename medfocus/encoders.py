@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import gzip
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +42,7 @@ class ClipEncoder:
 
     name: str  # as the user gave it
     key: str  # sha256 of weights and configuration; names the features in caches
+    config: dict[str, Any]  # what open_clip reads as open_clip_config.json to build the model again
     model: nn.Module  # open_clip's, frozen, in eval mode
     tokenizer: Any  # list of texts -> (N, context) int64
     dim: int  # D, of the space that pictures and texts share
@@ -167,7 +170,7 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
     config = open_clip.get_model_config(name) or {}
     _check_text_tower(model, config.get("text_cfg", {}))
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _without_random_weights_warning():
             torch.manual_seed(int(pretrained.removeprefix("random:")) if checkpoint is None else 0)
             built: Any = open_clip.create_model(
                 name,
@@ -202,6 +205,7 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
     return ClipEncoder(
         name=model,
         key=hashlib.sha256(identity.encode()).hexdigest(),
+        config={"model_cfg": _as_built(config, built), "preprocess_cfg": dict(preprocess)},
         model=built,
         tokenizer=tokenizer,
         dim=config["embed_dim"],
@@ -211,6 +215,14 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
         logit_scale=float(built.logit_scale.exp()),
         device=torch.device(device),
     )
+
+
+def _as_built(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The architecture with the QuickGELU that a pretrained tag asks for and its configuration does not."""
+    from open_clip.transformer import QuickGELU
+
+    quick = any(isinstance(module, QuickGELU) for module in model.modules())
+    return {**config, "quick_gelu": True} if quick else dict(config)
 
 
 def pocket_tokenizer() -> SimpleTokenizer:
@@ -259,6 +271,21 @@ def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
         else:
             merged.append(piece)
     return tuple(merged)
+
+
+@contextlib.contextmanager
+def _without_random_weights_warning() -> Iterator[None]:
+    """open_clip warns on the root logger of random weights, which here are always asked for by name."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "No pretrained weights loaded" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(wanted)
+    try:
+        yield
+    finally:
+        root.removeFilter(wanted)
 
 
 def _locate(model: str, pretrained: str) -> tuple[str, Path | None, dict[str, Any]]:

@@ -46,7 +46,7 @@ def encode(
     batch_size: int,
     workers: int = 2,
     dtype: torch.dtype = torch.float32,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
     """Items (N) -> features (N, ...) on the CPU, in the items' order, whether cached or not.
 

@@ -10,7 +10,6 @@ from scipy import stats
 from sklearn.metrics import (
     confusion_matrix,
     f1_score,
-    recall_score,
     roc_auc_score,
 )
 
@@ -38,7 +37,7 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {
         "accuracy": float((predicted == labels).mean()),
         "balanced_accuracy": float(np.nanmean(per_class_recall(probabilities, labels))),
-        "macro_f1": float(f1_score(labels, predicted, labels=present, average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(labels, predicted, labels=present, average="macro")),
         "auroc": auroc(probabilities, labels),
         "ece": expected_calibration_error(probabilities, labels),
     }
@@ -69,10 +68,9 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
 
 def per_class_recall(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Recall of every class, (N, K), (N,) -> (K,); NaN where a class has no test picture."""
-    classes = range(probabilities.shape[1])
-    return recall_score(
-        labels, probabilities.argmax(axis=1), labels=list(classes), average=None, zero_division=np.nan
-    )
+    counts = confusion(probabilities.argmax(axis=1), labels, probabilities.shape[1])  # (K, K)
+    true = counts.sum(axis=1)
+    return np.divide(counts.diagonal(), true, out=np.full(len(true), np.nan), where=true > 0)
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -101,7 +99,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def wilson_lower(correct: int, count: int) -> float:
-    """Lower end of the 95 % Wilson interval of ``correct`` of ``count``: 5 of 5 is worth less than 230 of 251."""
+    """Lower end of the 95 % Wilson interval of a share: 5 of 5 is worth less than 230 of 251."""
     if count == 0:
         return 0.0
     return float(stats.binomtest(correct, count).proportion_ci(method="wilson").low)

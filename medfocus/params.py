@@ -17,7 +17,7 @@ Modality = Literal["chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "
 Focus = Literal["none", "multiply", "overlay", "binary", "crop", "blur", "contour"]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # a file name and a DVC stage name
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files, DVC stages, MLflow models
 
 _strict = ConfigDict(extra="forbid")
 
@@ -45,7 +45,9 @@ class StudyParams:
 class DatasetParams:
     """One data set: where its pictures are and how they are spoken of."""
 
-    root: str  # folder of split/class/*.png|jpg, class/*.png|jpg, or of the CSV below; relative to params.yaml
+    root: (
+        str  # folder of split/class/*.png|jpg, class/*.png|jpg, or of the CSV below; relative to params.yaml
+    )
     manifest: str | None  # CSV inside root with path, label and optional split, patient
     patient_pattern: str | None  # regular expression over the path, its one group is the patient
     modality: Modality  # chooses the text templates and how many segments a mask unites
@@ -148,6 +150,7 @@ class Params:
     validation: ValidationParams
     tracking: TrackingParams
     schedule: ScheduleParams
+    device: Literal["auto", "cpu", "cuda"]  # auto: CUDA where there is one
 
     @model_validator(mode="after")
     def _names_agree(self) -> Params:
@@ -155,7 +158,9 @@ class Params:
         for section, names in (("study", self.study.methods), ("validation", self.validation.methods)):
             for name in names:
                 if name not in self.methods:
-                    raise ValueError(f"{section}.methods names {name!r}, but the section methods has only {known}")
+                    raise ValueError(
+                        f"{section}.methods names {name!r}, but the section methods has only {known}"
+                    )
         return self
 
 

@@ -100,7 +100,7 @@ def _fit(features: np.ndarray, labels: np.ndarray, c: float) -> Probe:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # at C = 1e4 separable data has no optimum
         model.fit(features, labels)
-    coef, intercept = model.coef_, model.intercept_
+    coef, intercept = np.asarray(model.coef_), np.asarray(model.intercept_)
     if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
         coef, intercept = np.vstack([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2
     return Probe(coef, intercept, c)

@@ -216,6 +216,8 @@ def _heading(block: Sequence[StudyRow], metric: str) -> str:
     first = block[0]
     number = str(max(draws)) if len(draws) == 1 else f"{min(draws)} to {max(draws)}"
     spread = "one draw" if draws == {1} else f"mean ± half width of the 95 % t-interval over {number} draws"
+    if draws != {1} and any(row.percent_of_train == 100 for row in block):
+        spread += "; at 100 % every draw has the same pictures"
     where = f"{first.dataset}, {first.test_set} test set ({first.n_test} pictures)"
     return f"{where}: {_words(metric)} in %, {spread}"
 
@@ -243,7 +245,7 @@ def _intervals(block: Sequence[StudyRow], metric: str) -> dict[tuple[str, float]
 
 def _number(interval: Interval | None) -> str:
     if interval is None:
-        return "–"  # noqa: RUF001  # the sign for no value
+        return "–"  # the sign for no value
     return (
         f"{interval.mean:.1f}" if interval.draws == 1 else f"{interval.mean:.1f} ± {interval.half_width:.1f}"
     )

@@ -87,7 +87,7 @@ def save_model(
     (beside / _CLIP).mkdir(parents=True)
     shutil.copyfile(checkpoint, beside / _CELL)
     save_file(_tensors(encoder.model), beside / _CLIP / "open_clip_model.safetensors")
-    _write_json(beside / _CLIP / "open_clip_config.json", _clip_config(encoder))
+    _write_json(beside / _CLIP / "open_clip_config.json", encoder.config)
     settings = dict(segmenter_settings)
     if isinstance(segmenter, sam2.Sam2Segmenter):
         state = _tensors(segmenter.model)
@@ -187,22 +187,6 @@ class Predictor:
             )
             for picture, mask, p in zip(pictures, masks, probabilities, strict=True)
         ]
-
-
-def _clip_config(encoder: ClipEncoder) -> dict[str, Any]:
-    """What open_clip reads from a model's folder: architecture and preprocessing, a tag's own included."""
-    import open_clip
-    from open_clip.transformer import QuickGELU
-
-    from medfocus import encoders
-
-    brings_weights = encoder.name.startswith(("hf-hub:", "local-dir:"))
-    name = encoders._locate(encoder.name, "" if brings_weights else "random:0")[0]
-    config = dict(open_clip.get_model_config(name) or {})
-    if any(isinstance(module, QuickGELU) for module in encoder.model.modules()):
-        config["quick_gelu"] = True  # asked for by the pretrained tag, not by the architecture
-    preprocess: Any = encoder.model.visual.preprocess_cfg  # pyright: ignore[reportAttributeAccessIssue]
-    return {"model_cfg": config, "preprocess_cfg": dict(preprocess)}
 
 
 def _load_segmenter(folder: Path, kind: str, settings: Mapping[str, Any]) -> Segmenter:

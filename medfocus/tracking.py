@@ -148,7 +148,7 @@ class Tracking:
     def register(
         self,
         name: str,
-        model_dir: Path,
+        write_model: Callable[[Path], object],
         *,
         cell_key: str,
         score: float,
@@ -167,7 +167,7 @@ class Tracking:
 
         Args:
             name: Of the registered model; models that compete share it.
-            model_dir: The folder that ``serve.save_model`` wrote.
+            write_model: Writes the folder of ``serve.save_model``; called only if a version is made.
             cell_key: Identifies the fitted model by content.
             score: Of the challenger on the test split; higher is better.
             test_digest: See ``test_digest``.
@@ -191,7 +191,7 @@ class Tracking:
             scored = {"score": repr(score), "test_digest": test_digest}
             version = self._version_of_cell(name, cell_key)
             if version is None:
-                model_id = self._log_model(name, model_dir, classes, example, run_id)
+                model_id = self._log_model(name, write_model, classes, example, run_id)
                 version = self._create_version(
                     name, model_id, run_id, {**tags, **scored, "cell_key": cell_key}
                 )
@@ -248,7 +248,12 @@ class Tracking:
             self.client.set_model_version_tag(name, version, key, value)
 
     def _log_model(
-        self, name: str, model_dir: Path, classes: Sequence[str], example: bytes, run_id: str | None
+        self,
+        name: str,
+        write_model: Callable[[Path], object],
+        classes: Sequence[str],
+        example: bytes,
+        run_id: str | None,
     ) -> str:
         """Log the model folder as a pyfunc, models from code; its model id."""
         import mlflow
@@ -265,10 +270,11 @@ class Tracking:
             ColSpec("string", "overlay"),
         ]
         with tempfile.TemporaryDirectory() as folder:
+            write_model(Path(folder, _MODEL_ARTIFACT))
             mlflow.pyfunc.save_model(
                 f"{folder}/pyfunc",
                 python_model=str(package / "pyfunc.py"),
-                artifacts={_MODEL_ARTIFACT: str(model_dir.resolve())},
+                artifacts={_MODEL_ARTIFACT: f"{folder}/{_MODEL_ARTIFACT}"},
                 code_paths=[str(package)],
                 signature=ModelSignature(Schema([ColSpec("binary", "picture")]), Schema(outputs)),
                 input_example=pd.DataFrame({"picture": [example]}),
@@ -390,9 +396,10 @@ def provenance(repo: Path, seeds: Sequence[int]) -> dict[str, str]:
     """
     commit = _git(repo, "rev-parse", "--verify", "--quiet", "HEAD")
     lock = repo / "dvc.lock"
+    code = (":/", ":(top,exclude)*dvc.lock")  # the lock has its own hash, and a run may be what changes it
     return {
         "git.commit": commit or "none",
-        "git.dirty": str(bool(_git(repo, "status", "--porcelain", "--untracked-files=no"))).lower(),
+        "git.dirty": str(bool(_git(repo, "status", "--porcelain", "-uno", "--", *code))).lower(),
         "dvc.lock.sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else "none",
         "seeds": ",".join(map(str, seeds)),
         "host": socket.gethostname(),

@@ -79,7 +79,16 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
     with open("reports/study.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
-        *("dataset", "method", "focus", "percent_of_train", "seed", "accuracy", "balanced_accuracy", "macro_f1"),
+        *(
+            "dataset",
+            "method",
+            "focus",
+            "percent_of_train",
+            "seed",
+            "accuracy",
+            "balanced_accuracy",
+            "macro_f1",
+        ),
         *("auroc", "ece", "test_set", "n_train", "n_test", "mlflow_run_id"),
     ]
     cells = [run for run in runs(project) if "mlflow.parentRunId" in run.data.tags]
@@ -88,7 +97,9 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
     by_id = {run.info.run_id: run for run in cells}
     for row in rows:
         if row["method"] != "medfocusclip-head":
-            assert by_id[row["mlflow_run_id"]].data.metrics["accuracy"] == pytest.approx(float(row["accuracy"]), abs=1e-6)
+            assert by_id[row["mlflow_run_id"]].data.metrics["accuracy"] == pytest.approx(
+                float(row["accuracy"]), abs=1e-6
+            )
     assert {run.info.status for run in runs(project)} == {"FINISHED"}
 
     client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
@@ -113,7 +124,9 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
     assert Path("reports/study.csv").read_text() == before
 
 
-def test_a_changed_value_makes_only_what_depends_on_it_stale(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_value_makes_only_what_depends_on_it_stale(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_flow(capsys)
     masks = Path("data/masks/phantom-breast/mask_status.csv").read_text()
     edit_params(project, "views", feather=0.02)
@@ -123,7 +136,11 @@ def test_a_changed_value_makes_only_what_depends_on_it_stale(project: Path, caps
     edit_params(project, "masks", min_area=0.3)
     assert stale_stages(project) == {"masks@phantom-breast"}
     changed = run_flow(capsys)
-    assert {name for name, state in changed.items() if state == "done"} == {"masks@phantom-breast", "finetune", "evaluate"}
+    assert {name for name, state in changed.items() if state == "done"} == {
+        "masks@phantom-breast",
+        "finetune",
+        "evaluate",
+    }
     assert Path("data/masks/phantom-breast/mask_status.csv").read_text() != masks
     edit_params(project, "masks", min_area=0.01)
     run_flow(capsys)
@@ -196,7 +213,9 @@ def test_a_failure_names_its_stage_and_leaves_no_run_running(
     assert stale_stages(project) >= {"evaluate"}
 
 
-def test_a_stage_that_another_run_holds_is_busy_and_not_failed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_another_run_holds_is_busy_and_not_failed(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dvc.lock import LockError
 
     def held(*arguments: object, **kwargs: object) -> None:
@@ -207,7 +226,9 @@ def test_a_stage_that_another_run_holds_is_busy_and_not_failed(project: Path, mo
         reproduce(project, "finetune")
 
 
-def test_a_params_file_from_elsewhere_becomes_a_study_of_its_own(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_params_file_from_elsewhere_becomes_a_study_of_its_own(
+    project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     content = yaml.safe_load((project / "params.yaml").read_text())
     content["datasets"]["phantom-breast"]["root"] = "pictures"
@@ -217,7 +238,9 @@ def test_a_params_file_from_elsewhere_becomes_a_study_of_its_own(project: Path, 
     assert (study.folder / study.root("phantom-breast")).resolve() == elsewhere / "pictures"
     stage_file = (study.folder / "dvc.yaml").read_text()
     assert "- code: ../.." in stage_file
-    assert yaml.safe_load(stage_file)["stages"] == yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
+    assert (
+        yaml.safe_load(stage_file)["stages"] == yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
+    )
 
 
 def test_work_outside_of_a_project_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

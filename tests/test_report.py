@@ -94,16 +94,16 @@ def test_a_single_draw_has_no_interval_and_a_missing_cell_no_number() -> None:
     lines = report.study_table(rows).splitlines()
     assert lines[0].endswith("one draw")
     assert lines[5].split() == ["pixels", "50.0", "60.0"]
-    assert lines[6].split() == ["clip", "–", "70.0"]  # noqa: RUF001
+    assert lines[6].split() == ["clip", "–", "70.0"]
 
 
 def test_what_needs_no_training_picture_has_its_own_column_and_says_nothing_about_the_draws() -> None:
     zero_shot = row(0.4, method="zero-shot", percent_of_train=0.0, n_train=0)
     lines = report.study_table([*study(), zero_shot]).splitlines()
-    assert lines[0].endswith("over 3 draws")
+    assert lines[0].endswith("over 3 draws; at 100 % every draw has the same pictures")
     assert lines[2].split()[3:] == ["0%", "5%", "100%"]
     assert lines[3].split() == ["pictures", "0", "9", "180"]
-    assert lines[7].split() == ["zero-shot", "40.0", "–", "–"]  # noqa: RUF001
+    assert lines[7].split() == ["zero-shot", "40.0", "–", "–"]
 
 
 def test_what_needs_no_training_picture_is_a_level_line_of_the_figure() -> None:

@@ -51,7 +51,7 @@ def test_a_short_schedule_fires_and_its_run_registers_a_model(
         command = [sys.executable, "-c", SERVE, str(project / "params.yaml")]
         served = subprocess.Popen(command, cwd=project, env=environment, stderr=subprocess.PIPE, text=True)
         try:
-            completed, end = [], time.monotonic() + 240
+            runs, completed, end = [], [], time.monotonic() + 240
             while not completed and time.monotonic() < end and served.poll() is None:
                 time.sleep(1)
                 runs = flow_runs(api)
@@ -61,7 +61,9 @@ def test_a_short_schedule_fires_and_its_run_registers_a_model(
             _, stderr = served.communicate(timeout=60)
         assert completed, stderr
         assert all(run["auto_scheduled"] and run["deployment_id"] for run in completed)
-        assert sum(run["state_type"] in ("SCHEDULED", "CANCELLED") for run in runs) > 1  # the next ones stand there
+        assert (
+            sum(run["state_type"] in ("SCHEDULED", "CANCELLED") for run in runs) > 1
+        )  # the next ones stand there
     client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     assert client.get_model_version_by_alias("medfocus-phantom-breast", "champion").version
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -95,7 +96,8 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     encoder = build_clip("pocket", "random:0")
     segmenter = build_segmenter(**SEGMENTER)
     method = MedFocusClip(
-        encoder, fusion="softmax-text", contrastive_weights=(0.5,), hidden=8, epochs=5, batch_size=8, lr=1e-3,
+        encoder, fusion="softmax-text", head="cosine", contrastive_weights=(0.5,),
+        hidden=8, epochs=5, batch_size=8, lr=1e-3,
         weight_decay=0.01, folds=2,
     )  # fmt: skip
     pictures = [images.decode(encoded(seed), "a training picture") for seed in range(8)]
@@ -294,7 +296,8 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     store = tracking.start(None, tmp_path / "home", "serving")
     registered = store.register(
-        "phantoms", model, cell_key="k", score=0.9, test_digest="t", rescore=lambda folder: 0.0,
+        "phantoms", lambda folder: shutil.copytree(model, folder),
+        cell_key="k", score=0.9, test_digest="t", rescore=lambda folder: 0.0,
         classes=CLASSES, example=encoded(0), tags={},
     )  # fmt: skip
     assert registered.alias == "champion"

@@ -273,9 +273,10 @@ def test_a_split_has_the_same_digest_in_any_order_and_another_with_another_label
 @pytest.fixture
 def register(opened: Tracking, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
     """``register`` of one model name a test, with a model folder that nothing loads."""
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "serve.json").write_text("{}")
+
+    def write_model(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "serve.json").write_text("{}")
 
     def never(folder: Path) -> float:
         raise AssertionError("the champion was scored anew")
@@ -283,7 +284,7 @@ def register(opened: Tracking, tmp_path: Path, request: pytest.FixtureRequest) -
     def register(cell_key: str, score: float, digest: str = "test-a", rescore: Any = never) -> Any:
         return opened.register(
             request.node.name.replace(".", "_"),  # MLflow takes no dots
-            model,
+            write_model,
             cell_key=cell_key,
             score=score,
             test_digest=digest,

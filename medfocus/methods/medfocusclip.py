@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
 
 
-def contrastive_loss(image_features: Tensor, text_features: Tensor, labels: Tensor, logit_scale: float) -> Tensor:
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, labels: Tensor, logit_scale: float
+) -> Tensor:
     """L_c: InfoNCE over the unique classes of the batch.
 
     i2t = -mean_i log softmax_k(s I_i·T_k)[y_i] over the classes present; t2i = the mean over
@@ -120,17 +122,55 @@ FUSIONS: dict[str, type[SoftmaxTextFusion] | type[GatedFusion] | type[ConcatFusi
 }
 
 
+class CosineHead(nn.Module):
+    """C(M) = s cos(M, W): weights of its own, one direction a class."""
+
+    def __init__(self, dim: int, classes: int, logit_scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(classes, dim) / dim**0.5)
+        self.logit_scale = logit_scale
+
+    @torch.no_grad()
+    def imprint(self, fused: Tensor, labels: Tensor) -> None:
+        """Start at the class means of fused features (N, D'), (N,) (Qi et al., arXiv 1712.07136)."""
+        onehot = functional.one_hot(labels, len(self.weight)).to(fused.dtype)  # (N, K)
+        self.weight.copy_(functional.normalize(onehot.T @ fused, dim=-1))
+
+    def forward(self, fused: Tensor) -> Tensor:
+        """(B, D') -> class logits (B, K)."""
+        return (
+            self.logit_scale
+            * functional.normalize(fused, dim=-1)
+            @ functional.normalize(self.weight, dim=-1).T
+        )
+
+
+class LinearHead(nn.Linear):
+    """C(M) = W M + b, from zero."""
+
+    def __init__(self, dim: int, classes: int, logit_scale: float) -> None:
+        super().__init__(dim, classes)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def imprint(self, fused: Tensor, labels: Tensor) -> None:
+        """Stays at zero."""
+
+
+HEADS: dict[str, type[CosineHead] | type[LinearHead]] = {"cosine": CosineHead, "linear": LinearHead}
+
+
 class FusedClassifier(nn.Module):
     """Residual adapters on I and T, the fusion F, and the head C."""
 
-    def __init__(self, dim: int, classes: int, fusion: str, hidden: int, logit_scale: float) -> None:
+    def __init__(
+        self, dim: int, classes: int, *, fusion: str, head: str, hidden: int, logit_scale: float
+    ) -> None:
         super().__init__()
         self.image_adapter = Adapter(dim, hidden)
         self.text_adapter = Adapter(dim, hidden)
         self.fusion = FUSIONS[fusion](dim, classes)
-        self.head = nn.Linear(self.fusion.out_features, classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = HEADS[head](self.fusion.out_features, classes, logit_scale)
         self.logit_scale = logit_scale
 
     def adapt(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,6 +202,7 @@ class MedFocusClip:
     takes_views: ClassVar[bool] = True
     encoder: ClipEncoder
     fusion: str  # one of FUSIONS
+    head: str  # one of HEADS
     contrastive_weights: tuple[float, ...]  # candidates for λ in [0, 1]
     hidden: int  # width of the adapters' bottleneck
     epochs: int
@@ -175,8 +216,9 @@ class MedFocusClip:
     probe_: Probe = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.fusion not in FUSIONS:
-            raise ValueError(f"medfocusclip: fusion is {self.fusion!r}; use one of {', '.join(FUSIONS)}.")
+        for name, value, known in (("fusion", self.fusion, FUSIONS), ("head", self.head, HEADS)):
+            if value not in known:
+                raise ValueError(f"medfocusclip: {name} is {value!r}; use one of {', '.join(known)}.")
         if not self.contrastive_weights or not all(0 <= w <= 1 for w in self.contrastive_weights):
             raise ValueError(
                 f"medfocusclip: contrastive_weights is {list(self.contrastive_weights)}; "
@@ -222,10 +264,11 @@ class MedFocusClip:
         return min(self.contrastive_weights, key=held_out_loss)
 
     def _train(self, support: Support, weight: float, generator: torch.Generator) -> FusedClassifier:
-        classes, dim = support.text_features.shape
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())
-            classifier = FusedClassifier(dim, classes, self.fusion, self.hidden, self.encoder.logit_scale)
+            classifier = self._untrained(support.text_features)
+        with torch.no_grad():
+            classifier.head.imprint(classifier.fuse(support.inputs[0], support.text_features), support.labels)
         inputs, text, labels = support.inputs, support.text_features, support.labels
         train(
             classifier.parameters(),
@@ -240,6 +283,17 @@ class MedFocusClip:
         )
         return classifier.eval()
 
+    def _untrained(self, text_features: Tensor) -> FusedClassifier:
+        classes, dim = text_features.shape
+        return FusedClassifier(
+            dim,
+            classes,
+            fusion=self.fusion,
+            head=self.head,
+            hidden=self.hidden,
+            logit_scale=self.encoder.logit_scale,
+        )
+
     @torch.no_grad()
     def encode(self, inputs: Tensor) -> Tensor:
         """Fused features M: (N, D) -> (N, D')."""
@@ -249,7 +303,10 @@ class MedFocusClip:
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Inputs (N, D) -> logits (N, K) of the probe on M and of the head C."""
         fused = self.encode(inputs)
-        return {"probe": torch.from_numpy(self.probe_.logits(fused.numpy())), "head": self.classifier_.head(fused)}
+        return {
+            "probe": torch.from_numpy(self.probe_.logits(fused.numpy())),
+            "head": self.classifier_.head(fused),
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Adapters, fusion, head, class texts, probe and the chosen λ."""
@@ -268,8 +325,7 @@ class MedFocusClip:
         self.text_features_ = state["text_features"]
         self.contrastive_weight_ = float(state["contrastive_weight"])
         self.probe_ = Probe(state["coef"].numpy(), state["intercept"].numpy(), float(state["C"]))
-        classes, dim = self.text_features_.shape
-        self.classifier_ = FusedClassifier(dim, classes, self.fusion, self.hidden, self.encoder.logit_scale)
+        self.classifier_ = self._untrained(self.text_features_)
         self.classifier_.load_state_dict(
             {k.removeprefix("classifier."): v for k, v in state.items() if k.startswith("classifier.")}
         )

@@ -56,7 +56,9 @@ class Pixels:
         return self
 
     def _standardise(self, pixels: np.ndarray) -> np.ndarray:
-        return (pixels - self.mean_) / self.scale_ / self.side  # unit norm on average, as the probe's grid expects
+        return (
+            (pixels - self.mean_) / self.scale_ / self.side
+        )  # unit norm on average, as the probe's grid expects
 
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Inputs (N, side * side) -> logits (N, K)."""

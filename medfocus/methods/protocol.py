@@ -29,7 +29,7 @@ class Support:
 
 
 class Method(Protocol):
-    """An estimator: hyperparameters at construction, pictures at ``fit``, learned state in names ending in _."""
+    """An estimator: hyperparameters at construction, pictures at ``fit``, learned names end in _."""
 
     encoder: ClipEncoder
     learns: ClassVar[bool]  # False: the support does not matter
