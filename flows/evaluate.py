@@ -12,14 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from flows.cells import Cell, Dataset, best_cell, plan
-from flows.study import Study, here
+from flows.study import RESULTS, STUDY, Study, here
 from medfocus import checkpoint, metrics, report, tracking
 from medfocus.report import StudyRow
-
-RESULTS = Path(
-    "reports/results.csv"
-)  # DVC's output: every row by its cell's key, repeated exactly by a rerun
-STUDY = Path("reports/study.csv")  # the same rows by the ids of this machine's MLflow runs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

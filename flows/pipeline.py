@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import csv
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Prefect reads its settings from the environment when it is imported.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the pages show the rest
 
 from prefect import flow, task
@@ -28,11 +28,11 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import register
-from flows.evaluate import STUDY, restore_study_csv
+from flows.servers import PREFECT_PORT, free_port, prefect_answers, prefect_server
 from flows.stages import StageBusyError, reproduce
-from flows.study import Study, open_study
+from flows.study import STUDY, Study, open_study
 from medfocus import report
 
 if TYPE_CHECKING:
@@ -54,6 +54,14 @@ async def _is_busy(task: Any, run: TaskRun, state: State[Any]) -> bool:
 
 # No cache policy but DVC: Prefect's keys know nothing of files or of the code that a task calls.
 _waits = {"cache_policy": NO_CACHE, "retries": 60, "retry_delay_seconds": 5, "retry_condition_fn": _is_busy}
+
+
+@task(task_run_name="plan {study.params.study.name}", cache_policy=NO_CACHE)
+def check_plan(study: Study) -> None:
+    """Build every method of the study once: a typo fails here, before any work."""
+    from flows.cells import plan
+
+    plan(study.params)
 
 
 @task(task_run_name="phantoms {modality}", **_waits)
@@ -114,6 +122,8 @@ def evaluate(study: Study) -> None:
     """Checkpoints -> test scores, MLflow runs, figures."""
     ran = _reproduce(study, "evaluate")
     if not (study.folder / STUDY).exists():
+        from flows.evaluate import restore_study_csv  # takes seconds, as do the next ones
+
         restore_study_csv(study)
     if ran:
         rows = report.read_study_csv(study.folder / STUDY)
@@ -125,6 +135,8 @@ def evaluate(study: Study) -> None:
 @task(task_run_name="register {dataset}", cache_policy=NO_CACHE)
 def register_best(study: Study, dataset: str) -> Registration:
     """The best cell by validation -> the model registry; champion only if it beats the champion."""
+    from flows import register
+
     return register.register_best(study, dataset)
 
 
@@ -132,6 +144,7 @@ def register_best(study: Study, dataset: str) -> Registration:
 def pipeline(params_file: Path = Path("params.yaml")) -> list[Registration]:
     """Ingest, split, mask, fine-tune on few shots, evaluate, register the best."""
     study = open_study(Path(params_file))
+    check_plan(study)
     for modality in study.params.phantoms:
         draw_phantoms(study, modality)
     for dataset in study.params.datasets:
@@ -159,13 +172,29 @@ def _table(path: Path, key: str, description: str) -> None:
     create_table_artifact(rows, key=key.lower().replace("_", "-"), description=description)
 
 
+@contextlib.contextmanager
+def _server() -> Iterator[None]:
+    """The Prefect server of the environment, or one on loopback for this run.
+
+    Prefect would start one by itself, but that one loses the last records of a process that ends.
+    """
+    if PREFECT_API_URL.value():
+        yield
+        return
+    port = PREFECT_PORT if prefect_answers() else free_port()
+    with prefect_server(port) as api, temporary_settings({PREFECT_API_URL: api}):
+        yield
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the flow on a params file and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
     params_file = parser.parse_args(arguments).params
     try:
-        registrations = pipeline(params_file)
+        open_study(params_file)  # a fault in the params file is said before a server starts
+        with _server():
+            registrations = pipeline(params_file)
     except Exception as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
         sys.exit(f"medfocus: {type(error).__name__}: {error}{notes}")

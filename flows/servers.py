@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,18 @@ def prefect_server(port: int = PREFECT_PORT) -> Iterator[str]:
     }
     with _running(command, environment, f"{api}/health", "Prefect's server"):
         yield api
+
+
+def free_port() -> int:
+    """A port on loopback that nothing listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def prefect_answers(port: int = PREFECT_PORT) -> bool:
+    """Whether a Prefect server runs on loopback."""
+    return _answers(f"http://{HOST}:{port}/api/health")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
     from medfocus.masks.segmenter import Segmenter
 
+RESULTS = Path("reports/results.csv")  # DVC's output: rows by their cell's key, repeated exactly by a rerun
+STUDY = Path("reports/study.csv")  # the same rows by the ids of this machine's MLflow runs
 _GENERATED = "# Made from the project's dvc.yaml by `make run PARAMS=...`; change that one.\n"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from flows.servers import mlflow_server, prefect_server
+from flows.servers import free_port, mlflow_server, prefect_server
 from medfocus import tracking
 
 SERVE = """
@@ -27,12 +26,6 @@ from prefect.schedules import Interval
 from flows.schedule import serve
 serve(Path(sys.argv[1]), Interval(timedelta(seconds=3)))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def flow_runs(api: str) -> list[dict[str, Any]]:
