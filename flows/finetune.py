@@ -7,9 +7,12 @@ import copy
 import dataclasses
 import os
 import shutil
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -88,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def fit(job: Fit) -> None:
     """Validate and fit one cell, and keep its checkpoint; runs in a worker process."""
     torch.set_num_threads(1)
+    _end_with_parent()
     seed = job.header.facts["seed"]
     validation = Validation(0, 0)
     if job.folds:
@@ -95,6 +99,19 @@ def fit(job: Fit) -> None:
     job.method.fit(job.support, torch.Generator().manual_seed(seed))
     counts = {"validation_correct": validation.correct, "validation_count": validation.count}
     checkpoint.save(job.method, dataclasses.replace(job.header, **counts), job.path)
+
+
+@cache
+def _end_with_parent() -> None:
+    """Have this worker end when the stage that started it is killed; loky's own would wait for minutes."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _path(dataset: Dataset, cell: Cell) -> Path:

@@ -140,7 +140,7 @@ def register_best(study: Study, dataset: str) -> Registration:
     return register.register_best(study, dataset)
 
 
-@flow(name="medfocus", validate_parameters=False)
+@flow(name="medfocus", flow_run_name="{params_file}", validate_parameters=False)
 def pipeline(params_file: Path = Path("params.yaml")) -> list[Registration]:
     """Ingest, split, mask, fine-tune on few shots, evaluate, register the best."""
     study = open_study(Path(params_file))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -68,37 +71,41 @@ def _running(command: list[str], environment: dict[str, str], health: str, name:
     if _answers(health):
         yield
         return
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _wait_for(health, process, name)
-        yield
-    finally:
-        process.terminate()
+    with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would fill up and stop the server
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
         try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            if not _comes_up(health, process):
+                log.seek(0)
+                said = log.read().decode(errors="replace")[-2000:]
+                raise RuntimeError(f"{name} does not answer at {health}; is its port taken? It said: {said}")
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
-def _wait_for(health: str, process: subprocess.Popen[str], name: str, timeout: float = 120) -> None:
+def _end_with_parent() -> None:
+    """Have Linux end this process when its parent is killed and can do so no more."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _comes_up(health: str, process: subprocess.Popen[bytes], timeout: float = 120) -> bool:
     end = time.monotonic() + timeout
-    while time.monotonic() < end:
+    while time.monotonic() < end and process.poll() is None:
         if _answers(health):
-            return
-        if process.poll() is not None:
-            assert process.stderr is not None
-            raise RuntimeError(
-                f"{name} ended with code {process.returncode} at its start: {process.stderr.read()[-2000:]}"
-            )
+            return True
         time.sleep(0.3)
-    raise RuntimeError(f"{name} did not answer at {health} within {timeout:.0f} s; is the port taken?")
+    return False
 
 
 def _answers(health: str) -> bool:

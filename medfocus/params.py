@@ -79,7 +79,7 @@ class MasksParams:
 
     segmenter: Literal["sam2", "otsu"]
     config: str  # "pocket", a configuration of the sam2 package, or a YAML path
-    checkpoint: str  # "random:SEED", a path, or a hub id
+    checkpoint: str  # "pocket", "random:SEED", a path, or a hub id
     image_size: Positive  # pixels a side that SAM2 sees
     strategy: Literal["automatic", "grid", "center", "box"]
     points_per_side: Positive  # of the automatic and grid strategies

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -50,8 +49,8 @@ def test_a_short_schedule_fires_and_its_run_registers_a_model(
                 runs = flow_runs(api)
                 completed = [run for run in runs if run["state_type"] == "COMPLETED"]
         finally:
-            served.send_signal(signal.SIGINT)
-            _, stderr = served.communicate(timeout=60)
+            served.terminate()
+            _, stderr = served.communicate(timeout=120)
         assert completed, stderr
         assert all(run["auto_scheduled"] and run["deployment_id"] for run in completed)
         assert (

@@ -297,8 +297,9 @@ def load_predictor(
     Args:
         config: "pocket", a configuration of the sam2 package ("configs/sam2.1/sam2.1_hiera_t.yaml",
             "sam2.1_hiera_t" or "sam2.1_hiera_tiny"), or the path of a YAML file of the same shape.
-        checkpoint: A local path; a hub id such as "facebook/sam2.1-hiera-tiny"; or "random:SEED", which
-            is weights that have learnt NOTHING: for clocks and tests, its masks mean nothing at all.
+        checkpoint: "pocket", the packaged weights of the configuration "pocket"; a local path; a hub id such
+            as "facebook/sam2.1-hiera-tiny"; or "random:SEED", which is weights that have learnt NOTHING: for
+            clocks and tests, its masks mean nothing at all.
         image_size: Pixels a side that the model sees, a multiple of 32; it needs not be the config's own.
         device: Where the model runs. It is no part of the key.
 
@@ -321,7 +322,8 @@ def load_predictor(
     else:
         hub_id = checkpoint if checkpoint.count("/") == 1 else None
         hub_name = checkpoint.rpartition("/")[2].replace("-", "_") + ".pt"  # as facebook/sam2.1-hiera-* do
-        path = weights.resolve(checkpoint, hub_id=hub_id, filename=hub_name, what="masks.checkpoint (SAM2)")
+        name = str(_packaged("data/sam2_pocket.safetensors")) if checkpoint == "pocket" else checkpoint
+        path = weights.resolve(name, hub_id=hub_id, filename=hub_name, what="masks.checkpoint (SAM2)")
         state = weights.load(path)
 
     from hydra.utils import instantiate
@@ -401,7 +403,7 @@ def _read_config(config: str, image_size: int) -> DictConfig:
 def _config_path(config: str) -> Path:
     """The file of a configuration's name; see ``load_predictor``. FileNotFoundError lists the names."""
     if config == "pocket":
-        return Path(str(importlib.resources.files("medfocus") / "configs" / "sam2_pocket.yaml"))
+        return _packaged("configs/sam2_pocket.yaml")
     local = Path(config).expanduser()
     if local.is_file():
         return local
@@ -419,6 +421,11 @@ def _config_path(config: str) -> Path:
             f"Known: pocket, {', '.join(sorted(known))}."
         )
     return known[short]
+
+
+def _packaged(name: str) -> Path:
+    """A file that travels in the package."""
+    return Path(str(importlib.resources.files("medfocus").joinpath(name)))
 
 
 def _load_picture_path(model: SAM2Base, state: dict[str, torch.Tensor], place: str, config: str) -> None:
