@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import os
@@ -10,7 +11,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky import get_reusable_executor
 from torch import nn
 from tqdm import tqdm
 
@@ -68,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # One thread a fit, a process a core: the fits are many and small.
     with (
         warnings.catch_warnings(),
+        _workers_that_end(),
         parallel_config("loky", n_jobs=os.cpu_count(), inner_max_num_threads=1),
         tqdm(total=len(cells), desc="fine-tune", unit="cell", disable=None) as bar,
     ):
@@ -99,6 +102,15 @@ def fit(job: Fit) -> None:
     job.method.fit(job.support, torch.Generator().manual_seed(seed))
     counts = {"validation_correct": validation.correct, "validation_count": validation.count}
     checkpoint.save(job.method, dataclasses.replace(job.header, **counts), job.path)
+
+
+@contextlib.contextmanager
+def _workers_that_end() -> Iterator[None]:
+    """Let the worker processes go after the block: idle ones would keep memory, and a caller from exiting."""
+    try:
+        yield
+    finally:
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
 @cache
