@@ -28,6 +28,8 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.servers import PREFECT_PORT, free_port, prefect_answers, prefect_server
@@ -183,7 +185,11 @@ def _server() -> Iterator[None]:
         return
     port = PREFECT_PORT if prefect_answers() else free_port()
     with prefect_server(port) as api, temporary_settings({PREFECT_API_URL: api}):
-        yield
+        try:
+            yield
+        finally:  # else they would be sent at exit, to a server that is gone
+            EventsWorker.drain_all(timeout=15)
+            APILogWorker.drain_all(timeout=15)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
