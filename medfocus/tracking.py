@@ -391,7 +391,7 @@ class Study:
 def provenance(repo: Path, seeds: Sequence[int]) -> dict[str, str]:
     """Tags that say from what a run was made: code, data, packages, seeds, host.
 
-    ``git.dirty`` is "true" where tracked files differ from the commit; outside of a git
+    ``git.dirty`` is "true" where tracked files but ``dvc.lock`` differ from the commit; outside of a git
     repository, or before its first commit, ``git.commit`` is "none".
     """
     commit = _git(repo, "rev-parse", "--verify", "--quiet", "HEAD")

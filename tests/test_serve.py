@@ -113,7 +113,8 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     header = checkpoint.Header(
         method="medfocusclip",
         settings={
-            "fusion": "softmax-text", "contrastive_weights": [0.5], "hidden": 8, "epochs": 5, "batch_size": 8,
+            "fusion": "softmax-text", "head": "cosine", "contrastive_weights": [0.5], "hidden": 8,
+            "epochs": 5, "batch_size": 8,
             "lr": 1e-3, "weight_decay": 0.01, "folds": 2,
         },
         classes=CLASSES, focus="multiply", encoder_key=encoder.key, validation_correct=0, validation_count=0,

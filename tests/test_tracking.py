@@ -250,6 +250,7 @@ def test_provenance_names_code_data_packages_and_host(tmp_path: Path) -> None:
     assert tracking.provenance(tmp_path, [0])["git.commit"] == "none"
     git("init", "-q")
     (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
+    (tmp_path / "code.py").write_text("x = 1\n")
     git("add", ".")
     git("commit", "-q", "-m", "a")
     tags = tracking.provenance(tmp_path, [0, 1])
@@ -260,8 +261,10 @@ def test_provenance_names_code_data_packages_and_host(tmp_path: Path) -> None:
     assert {"host", "python", "version.open_clip_torch", "version.sam2"} <= set(tags)
     (tmp_path / "dvc.lock").write_text("schema: '2.1'\n")
     later = tracking.provenance(tmp_path, [0, 1])
-    assert later["git.dirty"] == "true"
+    assert later["git.dirty"] == "false"  # a run itself changes the lock, which has its own hash
     assert later["dvc.lock.sha256"] != tags["dvc.lock.sha256"]
+    (tmp_path / "code.py").write_text("x = 2\n")
+    assert tracking.provenance(tmp_path, [0, 1])["git.dirty"] == "true"
 
 
 def test_a_split_has_the_same_digest_in_any_order_and_another_with_another_label() -> None:
