@@ -188,4 +188,7 @@ def _all_support_paths(dataset: Dataset) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    # The workers look the job's classes up by their module's name, and that is not __main__ there.
+    from flows.finetune import main as run
+
+    run()

@@ -251,10 +251,19 @@ def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fit
     """A tag may ask for QuickGELU and other means than its architecture; both travel with the model."""
     import open_clip
 
+    from medfocus import encoders
+
     quick = open_clip.create_model(
         "clip_pocket", force_quick_gelu=True, force_preprocess_cfg={"mean": (0.5, 0.5, 0.5)}
     ).eval()
-    encoder = replace(fitted.encoder, model=quick.requires_grad_(False), mean=(0.5, 0.5, 0.5))
+    as_built = encoders._as_built(fitted.encoder.config["model_cfg"], quick)
+    assert as_built["quick_gelu"]
+    encoder = replace(
+        fitted.encoder,
+        model=quick.requires_grad_(False),
+        mean=(0.5, 0.5, 0.5),
+        config={"model_cfg": as_built, "preprocess_cfg": dict(quick.visual.preprocess_cfg)},
+    )
     folder = fitted.save(tmp_path / "model", encoder=encoder)
     rebuilt = Predictor.load(folder).method.encoder
     pixels = encoder.preprocess(torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8))
