@@ -256,13 +256,14 @@ def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fit
     quick = open_clip.create_model(
         "clip_pocket", force_quick_gelu=True, force_preprocess_cfg={"mean": (0.5, 0.5, 0.5)}
     ).eval()
+    visual: Any = quick.visual
     as_built = encoders._as_built(fitted.encoder.config["model_cfg"], quick)
     assert as_built["quick_gelu"]
     encoder = replace(
         fitted.encoder,
         model=quick.requires_grad_(False),
         mean=(0.5, 0.5, 0.5),
-        config={"model_cfg": as_built, "preprocess_cfg": dict(quick.visual.preprocess_cfg)},
+        config={"model_cfg": as_built, "preprocess_cfg": dict(visual.preprocess_cfg)},
     )
     folder = fitted.save(tmp_path / "model", encoder=encoder)
     rebuilt = Predictor.load(folder).method.encoder
