@@ -108,7 +108,7 @@ def cache_masks(study: Study, dataset: str) -> None:
         sheet = base64.b64encode((reports / "masks.png").read_bytes()).decode()
         create_image_artifact(
             f"data:image/png;base64,{sheet}",
-            key=f"mask-sheet-{dataset.lower()}",
+            key=_key(f"mask-sheet-{dataset}"),
             description="Masks found without labels",
         )
 
@@ -163,15 +163,20 @@ def _reproduce(study: Study, stage: str) -> bool:
     """Bring a stage up to date, saying on the terminal what became of it; whether it ran."""
     ran = reproduce(study.folder, stage)
     done = 100 * (study.stages.index(stage) + 1) / len(study.stages)
-    create_progress_artifact(done, key=f"progress-{study.params.study.name.lower()}", description=stage)
+    create_progress_artifact(done, key=_key(f"progress-{study.params.study.name}"), description=stage)
     print(f"{stage}: {'done' if ran else 'unchanged'}", file=sys.stderr, flush=True)
     return ran
+
+
+def _key(name: str) -> str:
+    """An artifact key for a study's or a data set's name; Prefect takes lower case, digits and hyphens."""
+    return name.lower().replace("_", "-")
 
 
 def _table(path: Path, key: str, description: str) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    create_table_artifact(rows, key=key.lower().replace("_", "-"), description=description)
+    create_table_artifact(rows, key=_key(key), description=description)
 
 
 @contextlib.contextmanager
