@@ -16,6 +16,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 HOST = "127.0.0.1"
 PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
@@ -32,7 +34,13 @@ def prefect_server(port: int = PREFECT_PORT) -> Iterator[str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "true",
     }
-    with _running(command, environment, f"{api}/health", "Prefect's server"):
+    with contextlib.ExitStack() as stack:
+        # Not from prefect.settings: what imports Prefect here would fix the address that ``schedule`` sets later.
+        home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+        home.mkdir(parents=True, exist_ok=True)
+        # Two servers that migrate one new database at once break each other: they come up one by one.
+        with FileLock(home / "server.lock"):
+            stack.enter_context(_running(command, environment, f"{api}/health", "Prefect's server"))
         yield api
 
 
