@@ -11,7 +11,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 # The stages are `python -m flows...`: that has to be the environment's Python.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install run repro test check schedule ui lock wheel clean
+.PHONY: install run repro test check schedule ui pocket lock wheel clean
 
 install: $(INSTALLED)
 
@@ -49,6 +49,10 @@ schedule: $(INSTALLED)
 # MLflow's and Prefect's pages on loopback.
 ui: $(INSTALLED)
 	@$(BIN)/python -m flows.ui
+
+# Train the two small models of medfocus/data again, from the seed, and compare their figures: within an hour.
+pocket: $(INSTALLED)
+	@$(BIN)/python -m medfocus.pocket --out .cache/pocket/out --cache .cache/pocket
 
 # After a change of pyproject.toml: pin everything anew, for every platform, without a registry's address.
 lock:

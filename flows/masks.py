@@ -13,6 +13,7 @@ from tqdm import tqdm
 from flows.study import here
 from medfocus import images
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
+from medfocus.quality import iou
 from medfocus.records import Record, read_manifest
 from medfocus.report import mask_sheet
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     masks, reports = PublishedMasks(folder), Path("reports/data", dataset)
     reports.mkdir(parents=True, exist_ok=True)
-    _write_summary(masks, reports / "masks.csv")
+    _write_summary(masks, _truths(records, root, masks), reports / "masks.csv")
     shown = _spread_over_classes(records)
     (reports / "masks.png").write_bytes(
         mask_sheet(
@@ -48,8 +49,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def _write_summary(masks: PublishedMasks, path: Path) -> None:
+def _truths(records: Sequence[Record], root: Path, masks: PublishedMasks) -> dict[str, list[float]]:
+    """Label -> IoU of each mask with the known region, where root/masks has one. It measures and no more."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        truth = (root / "masks" / record.path).with_suffix(".png")
+        if truth.is_file():
+            region = images.read(truth)[..., 0] > 127  # (H, W)
+            mask = masks[record.sha256]
+            if region.any() and region.shape == mask.shape:
+                found.setdefault(record.label, []).append(iou(mask, region))
+    return found
+
+
+def _write_summary(masks: PublishedMasks, truths: dict[str, list[float]], path: Path) -> None:
     lines = masks.summary()
+    if truths:
+        for line in lines:
+            values = truths.get(str(line["label"]), [])
+            line |= {"regions": len(values), "iou": float(np.mean(values)) if values else ""}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from medfocus import weights
 
@@ -83,6 +83,32 @@ class ClipEncoder:
         tokens = self.tokenizer(texts).to(self.device)  # (N, context)
         parts = [self.model.encode_text(part, normalize=True) for part in tokens.split(_TEXT_BATCH)]  # pyright: ignore[reportCallIssue]
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def encode_layers(self, pixels: Tensor, layers: tuple[int, ...], grid: int) -> Tensor:
+        """Pixels (B, 3, S, S) -> image features, and behind them the patches of ``layers``: (B, D + P).
+
+        Layer 0 is the embedding, layer n what block n gives; its patches are averaged to ``grid`` x ``grid``
+        cells of W numbers. Raises ValueError as ``trunk`` does, or for a layer or grid that is not there.
+        """
+        visual, _ = self._cut(1)
+        last, side = len(visual.transformer.resblocks), visual.grid_size[0]
+        if not set(layers) <= set(range(last + 1)) or not 1 <= grid <= side:
+            raise ValueError(
+                f"{self.name}: patch features of layers {list(layers)} on {grid} x {grid} cells; its picture "
+                f"tower has layers 0 to {last} and {side} x {side} patches."
+            )
+        tokens = visual._embeds(pixels.to(self.device))  # (B, 1 + L, W)
+        parts = []
+        for layer in range(last + 1):
+            if layer:
+                tokens = visual.transformer.resblocks[layer - 1](tokens)
+            if layer in layers:
+                patches = tokens[:, 1:].mT.unflatten(2, visual.grid_size)  # (B, W, G, G)
+                parts.append(adaptive_avg_pool2d(patches, grid).flatten(1))
+        pooled, _ = visual._pool(tokens)
+        assert visual.proj is not None  # only open_clip's pruned towers have none
+        return torch.cat([normalize(pooled @ visual.proj, dim=-1), *parts], dim=1)
 
     @torch.no_grad()
     def trunk(self, pixels: Tensor, blocks: int) -> Tensor:
@@ -153,8 +179,8 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
     Args:
         model: "pocket", a model name of open_clip, or "hf-hub:ORG/NAME" or "local-dir:FOLDER" with an
             open_clip_config.json, which bring their own weights.
-        pretrained: A checkpoint path, a pretrained tag of the model, or "random:SEED"; empty for "hf-hub:"
-            and "local-dir:".
+        pretrained: A checkpoint path, a pretrained tag of the model, or "random:SEED"; for the model "pocket"
+            also "pocket", the weights in this package; empty for "hf-hub:" and "local-dir:".
         device: Where both towers live.
 
     Raises FileNotFoundError when the weights are nowhere, before anything is built; ValueError for an
@@ -297,6 +323,8 @@ def _locate(model: str, pretrained: str) -> tuple[str, Path | None, dict[str, An
             )
         return _locate_folder(model)
     what = f"CLIP {model} (clip.pretrained)"
+    if model == pretrained == "pocket":
+        pretrained = str(CONFIGS.parent / "data" / f"{_POCKET}.safetensors")
     if re.fullmatch(r"random:\d+", pretrained):
         return _registered(model), None, {}
     if "." in pretrained or "/" in pretrained or os.sep in pretrained:  # no tag has these

@@ -73,7 +73,9 @@ def view(
     elif mask is None:
         raise ValueError(f"focus '{focus}' needs a mask, and this picture has none. Make its mask first.")
     if crop is not None:
-        picture, mask = _cut(picture, mask, crop)
+        if mask is not None and mask[_window(mask, crop)].sum() < _KEPT * mask.sum():
+            crop = Crop(0, 0, 1, 1, crop.mirrored)
+        picture, mask = cut(picture, crop), None if mask is None else cut(mask, crop)
     focused = picture if mask is None else apply_focus(picture, mask, focus, feather=feather)
     return letterbox(focused, size, FILL)
 
@@ -84,16 +86,19 @@ def view_key(*, focus: str, size: int, feather: float) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _cut(picture: np.ndarray, mask: np.ndarray | None, crop: Crop) -> tuple[np.ndarray, np.ndarray | None]:
-    height, width = picture.shape[:2]
+def cut(plane: np.ndarray, crop: Crop) -> np.ndarray:
+    """What a crop leaves of a picture (H, W, 3) or a mask (H, W), mirrored if the crop is."""
+    rows, columns = _window(plane, crop)
+    return np.ascontiguousarray(plane[rows, columns][:, :: -1 if crop.mirrored else 1])
+
+
+def _window(plane: np.ndarray, crop: Crop) -> tuple[slice, slice]:
+    height, width = plane.shape[:2]
     top, left = round(crop.top * height), round(crop.left * width)
-    rows = slice(top, max(top + 1, round(crop.bottom * height)))
-    columns = slice(left, max(left + 1, round(crop.right * width)))
-    if mask is not None and mask[rows, columns].sum() < _KEPT * mask.sum():
-        rows = columns = slice(None)
-    step = -1 if crop.mirrored else 1
-    picture = np.ascontiguousarray(picture[rows, columns][:, ::step])
-    return picture, None if mask is None else np.ascontiguousarray(mask[rows, columns][:, ::step])
+    return (
+        slice(top, max(top + 1, round(crop.bottom * height))),
+        slice(left, max(left + 1, round(crop.right * width))),
+    )
 
 
 @cache

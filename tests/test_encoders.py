@@ -406,3 +406,22 @@ def test_a_class_embedding_is_the_normalised_mean_of_its_prompts(pocket: ClipEnc
     expected = [normalize(pocket.encode_texts(ensemble).mean(dim=0), dim=0) for ensemble in prompts]
     assert embeddings.shape == (3, pocket.dim)
     assert torch.allclose(embeddings, torch.stack(expected), atol=1e-6)
+
+
+def test_patch_features_stand_behind_the_image_features(pocket: ClipEncoder) -> None:
+    x = pixels(pocket)
+    both = pocket.encode_layers(x, (0, 2, 4), 4)
+    assert both.shape == (3, pocket.dim + 3 * 4 * 4 * 128)
+    assert torch.allclose(both[:, : pocket.dim], pocket.encode_images(x), atol=1e-6)
+    tokens = pocket.trunk(x, 2)[:, 1:]  # what block 2 of 4 gives, (B, 64, W)
+    cells = tokens.unflatten(1, (4, 2, 4, 2)).mean(dim=(2, 4))  # (B, 4, 4, W): two by two patches a cell
+    second = both[:, pocket.dim + 2048 : pocket.dim + 4096].unflatten(1, (128, 4, 4))
+    assert torch.allclose(second, cells.permute(0, 3, 1, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize(("layers", "grid"), [((5,), 4), ((1,), 9), ((1,), 0)])
+def test_patch_features_that_are_not_there_are_refused(
+    pocket: ClipEncoder, layers: tuple[int, ...], grid: int
+) -> None:
+    with pytest.raises(ValueError, match="its picture tower has layers 0 to 4 and 8 x 8 patches"):
+        pocket.encode_layers(pixels(pocket), layers, grid)

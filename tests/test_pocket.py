@@ -1,23 +1,31 @@
-"""Claims about the pocket SAM2: how it is trained, and that the weights in the package see."""
+"""Claims about the pocket models: how they are trained, and that the weights in the package see."""
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from medfocus import phantoms, pocket, weights
+from medfocus import phantoms, weights
+from medfocus.encoders import build_clip
 from medfocus.masks.sam2 import Prompts, Sam2Segmenter, build_segmenter, load_predictor
+from medfocus.pocket import clip, loop, measure, pool, sam2
+from medfocus.quality import iou
 
-PACKAGED = Path(pocket.__file__).parent / "data" / "sam2_pocket.safetensors"
-# Least IoU for a point inside and for no prompt at all: the card, less the noise of a few pictures
-FLOORS = {"chest_xray": (0.4, 0.15), "brain_mri": (0.5, 0.4), "breast_ultrasound": (0.75, 0.65)}
+DATA = Path(measure.__file__).parents[1] / "data"
+SAM2, CLIP = DATA / "sam2_pocket.safetensors", DATA / "clip_pocket.safetensors"
+FEW = 6  # pictures a class
+SLACK = 0.12  # the noise of a few pictures
 
 
 @pytest.fixture(scope="module")
@@ -26,70 +34,122 @@ def packaged() -> Sam2Segmenter:
 
 
 @pytest.fixture(scope="module")
-def batch() -> pocket.Batch:
-    return pocket.PhantomBatches(0, 11)[0]  # every class once
+def drawn_pool(tmp_path_factory: pytest.TempPathFactory) -> pool.Pool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "SHARD", 17)
+        folder = tmp_path_factory.mktemp("pool") / "0"
+        folder.mkdir()
+        pool._draw_shard((folder, 0, 0))
+    return pool.Pool(folder, 17)  # every class, as often as in a turn
 
 
-def test_the_name_pocket_stands_for_the_packaged_weights(packaged: Sam2Segmenter) -> None:
-    same = load_predictor("pocket", str(PACKAGED), 128)[1]
-    assert load_predictor("pocket", "pocket", 128)[1] == same
-    assert load_predictor("pocket", "random:0", 128)[1] != same
-    kept = weights.load(PACKAGED)["sam_mask_decoder.iou_token.weight"]
-    assert torch.equal(packaged.model.sam_mask_decoder.iou_token.weight, kept.float())
+@pytest.fixture(scope="module")
+def batch(drawn_pool: pool.Pool) -> sam2.Batch:
+    return sam2.Batches(drawn_pool, 0, 17)[0]
 
 
-def test_the_packaged_weights_are_small_and_hold_what_a_picture_needs() -> None:
-    assert PACKAGED.stat().st_size < 8e6
-    state = weights.load(PACKAGED)
-    assert {v.dtype for v in state.values()} == {torch.float16}
-    parts = {name.partition(".")[0] for name in state}
+def test_the_name_pocket_stands_for_the_packaged_weights() -> None:
+    assert load_predictor("pocket", "pocket", 128)[1] == load_predictor("pocket", str(SAM2), 128)[1]
+    assert load_predictor("pocket", "random:0", 128)[1] != load_predictor("pocket", "pocket", 128)[1]
+    assert build_clip("pocket", "pocket").key == build_clip("pocket", str(CLIP)).key
+    assert build_clip("pocket", "random:0").key != build_clip("pocket", "pocket").key
+
+
+def test_the_packaged_weights_are_small_halves_of_drawn_pictures() -> None:
+    assert SAM2.stat().st_size + CLIP.stat().st_size < 16e6
+    for file in (SAM2, CLIP):
+        assert {v.dtype for v in weights.load(file).values()} == {torch.float16}
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata()["data"] == "phantoms, generator seed 1000000, name 'pocket'"
+    parts = {name.partition(".")[0] for name in weights.load(SAM2)}
     assert parts == {"image_encoder", "sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed"}
-    with safe_open(PACKAGED, "pt") as file:
-        assert file.metadata()["data"] == "phantoms, generator seed 1000000, name 'pocket'"
 
 
-def test_the_pocket_model_is_for_its_own_configuration() -> None:
+def test_the_pocket_sam2_is_for_its_own_configuration() -> None:
     with pytest.raises(ValueError, match=r"SAM2 checkpoint pocket does not fit the config 'sam2.1_hiera_t'"):
         load_predictor("sam2.1_hiera_t", "pocket", 128)
 
 
-def test_a_point_in_a_lesion_finds_its_outline() -> None:
-    found = pocket.measure(PACKAGED, 4, points_per_side=(8,))
-    for modality, figures in found.items():
-        assert figures["point"]["innermost"] > FLOORS[modality][0], modality
-        assert figures["grid 8"]["iou"] > FLOORS[modality][1], modality
+def test_open_clip_itself_loads_the_pocket_clip() -> None:
+    build_clip("pocket", "pocket")  # registers the configuration
+    bare: Any = open_clip.create_model("clip_pocket", pretrained=str(CLIP)).eval()
+    ours: Any = build_clip("pocket", "pocket").model
+    with torch.inference_mode():
+        pixels = torch.randn(2, 3, 96, 96)
+        assert torch.equal(bare.encode_image(pixels), ours.encode_image(pixels))
+    assert float(bare.logit_scale.exp().detach()) != pytest.approx(1 / 0.07, rel=1e-2), "it is learnt"
+
+
+def test_the_packaged_figures_hold_on_a_few_held_out_pictures() -> None:
+    known = json.loads((DATA / "pocket.json").read_text())
+    found = measure.measure_masks(SAM2, FEW)
+    for modality in phantoms.MODALITIES:
+        ill = [key for key, row in found.items() if key.startswith(modality) and "point" in row]
+        for name in ("point", "unprompted"):
+            now, before = (np.mean([of[key][name] for key in ill]) for of in (found, known["sam2_pocket"]))
+            assert now > before - SLACK, (modality, name)
+    for modality, row in measure.measure_zero_shot(CLIP, SAM2, FEW).items():
+        assert row["multiply"] > known["clip_pocket"][modality]["multiply"] - 2 * SLACK, modality
+        if (
+            modality != "breast_ultrasound"
+        ):  # where the card has little above chance, a few pictures show none
+            assert row["multiply"] > row["chance"] + SLACK, modality
+
+
+def test_the_cards_hold_the_packaged_figures() -> None:
+    known = json.loads((DATA / "pocket.json").read_text())
+    for file in (SAM2, CLIP):
+        text = measure.card(file.stem, file, known[file.stem], known["per_class"])
+        assert file.with_suffix(".md").read_text() == text
+        assert "Not for clinical use" in text
+
+
+def test_figures_apart_by_more_than_the_tolerance_are_named() -> None:
+    before = {"a": {"x": 0.5, "y": 0.5}}
+    assert measure.beyond_tolerance({"a": {"x": 0.58, "y": 0.42}}, before) == []
+    apart = measure.beyond_tolerance({"a": {"x": 0.61, "y": 0.5}}, before)
+    assert apart == ["a x: 0.61 where the package's has 0.5"]
 
 
 def test_without_a_lesion_the_choice_is_anatomy_and_says_that_limits_were_relaxed(
     packaged: Sam2Segmenter,
 ) -> None:
-    healthy = [pocket.held_out_phantom("brain_mri", "no tumor", n) for n in range(8)]
+    healthy = [pool.held_out("brain_mri", "no tumor", n) for n in range(8)]
     masks = packaged.segment([np.repeat(p.picture[..., None], 3, 2) for p in healthy])
     relaxed = [(m, p) for m, p in zip(masks, healthy, strict=True) if m.status == "relaxed"]
     assert len(relaxed) >= 6
-    assert np.mean([pocket.iou(m.region, p.parts["brain"]) for m, p in relaxed]) > 0.8
+    best = [max(iou(m.region, part) for part in p.parts.values()) for m, p in relaxed]
+    assert np.mean(best) > 0.6
 
 
-def test_a_batch_has_a_number_and_no_memory(batch: pocket.Batch) -> None:
-    again, other = pocket.PhantomBatches(0, 11)[0], pocket.PhantomBatches(1, 11)[0]
+def test_a_batch_has_a_number_and_no_memory(drawn_pool: pool.Pool, batch: sam2.Batch) -> None:
+    again, other = sam2.Batches(drawn_pool, 0, 17)[0], sam2.Batches(drawn_pool, 1, 17)[0]
     assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in vars(batch))
     assert not torch.equal(batch.pictures, other.pictures)
 
 
+def test_the_pool_keeps_pictures_and_regions_as_they_were_drawn(drawn_pool: pool.Pool) -> None:
+    for number in (0, 5, 16):
+        kept, fresh = drawn_pool[number], pool.draw_one(0, number)
+        assert np.array_equal(kept.picture, fresh.picture) and np.array_equal(kept.regions, fresh.regions)
+        assert kept.facts == fresh.facts
+
+
+def test_an_epoch_is_the_whole_pool_in_another_order(drawn_pool: pool.Pool) -> None:
+    first, second = ([drawn_pool.order(0, n + at) for n in range(17)] for at in (0, 17))
+    assert sorted(first) == sorted(second) == list(range(17))
+    assert first != second
+
+
 def test_training_draws_from_a_seed_that_no_data_set_uses() -> None:
-    classes = [(name, label) for name, labels in phantoms.MODALITIES.items() for label in labels]
-    seen = {draw(pocket.TRAIN_SEED, name, "pocket", label) for name, label in classes}
-    for seed, split in ((0, "train"), (0, "test"), (pocket.HELD_OUT_SEED, "held-out")):
-        assert seen.isdisjoint(draw(seed, name, split, label) for name, label in classes)
+    seen = {pool.draw_one(0, n).picture.tobytes() for n in range(17)}
+    for modality, label in set(pool.classes()):
+        for seed, split in ((0, "train"), (0, "test"), (pool.HELD_OUT_SEED, "held-out")):
+            rng = phantoms.generator(seed, modality, split, label, 0)
+            assert phantoms.draw(modality, label, rng, pool.SIZE).picture.tobytes() not in seen
 
 
-def draw(seed: int, modality: str, split: str, label: str) -> bytes:
-    return phantoms.draw(
-        modality, label, phantoms.generator(seed, modality, split, label, 0), 64
-    ).picture.tobytes()
-
-
-def test_a_point_lies_in_the_region_that_it_means(batch: pocket.Batch) -> None:
+def test_a_point_lies_in_the_region_that_it_means(batch: sam2.Batch) -> None:
     named = set()
     for b, k in np.ndindex(*batch.point_targets.shape):
         x, y = (int(v) for v in batch.points[b, k, 0].clamp(0, 127))
@@ -101,11 +161,17 @@ def test_a_point_lies_in_the_region_that_it_means(batch: pocket.Batch) -> None:
     assert named >= {-1, 0, 1}
 
 
-def test_a_box_encloses_its_region_but_for_its_jitter(batch: pocket.Batch) -> None:
+def test_a_box_encloses_its_region_but_for_its_jitter(batch: sam2.Batch) -> None:
+    seen = 0
     for b, k in np.ndindex(*batch.box_targets.shape):
-        rows, columns = np.nonzero(batch.regions[b, int(batch.box_targets[b, k])].numpy())
+        meant = int(batch.box_targets[b, k])
+        if meant < 0:
+            continue
+        rows, columns = np.nonzero(batch.regions[b, meant].numpy())
         truth = np.array([[columns.min(), rows.min()], [columns.max() + 1, rows.max() + 1]])
         assert np.abs(batch.boxes[b, k].numpy() - truth).max() <= 12
+        seen += 1
+    assert seen > 8
 
 
 def test_the_outline_loss_is_twenty_times_focal_plus_dice() -> None:
@@ -115,41 +181,125 @@ def test_the_outline_loss_is_twenty_times_focal_plus_dice() -> None:
     focal = sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2, reduction="none").mean((1, 2))
     inside = logits.sigmoid()
     dice = 1 - (2 * (inside * target).sum((1, 2)) + 1) / (inside.sum((1, 2)) + target.sum((1, 2)) + 1)
-    assert torch.allclose(pocket.outline_loss(logits, target), 20 * focal + dice, atol=1e-5)
-    assert pocket.outline_loss(40 * target - 20, target).max() < 1e-3
+    assert torch.allclose(sam2.outline_loss(logits, target), 20 * focal + dice, atol=1e-5)
+    assert sam2.outline_loss(40 * target - 20, target).max() < 1e-3
 
 
 def test_quality_is_iou_with_the_best_region_and_anatomy_counts_less() -> None:
     left, both = torch.zeros(4, 4, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)
     left[:, :2] = True
     masks = torch.stack([left, both, ~left, left & ~left])[None]
-    worth = torch.tensor([[pocket.LESION_WORTH, pocket.ANATOMY_WORTH]])
-    quality = pocket.true_quality(masks, torch.stack([left, both])[None], worth)
-    assert quality[0].tolist() == pytest.approx([1.0, 0.6, 0.3, 0.0])
+    worth = torch.tensor([[sam2.LESION_WORTH, sam2.ANATOMY_WORTH]])
+    quality = sam2.true_quality(masks, torch.stack([left, both])[None], worth)
+    assert quality[0].tolist() == pytest.approx([1.0, 0.5, 0.5 * sam2.ANATOMY_WORTH, 0.0])
 
 
 def test_training_encodes_and_decodes_as_the_segmenter_does(packaged: Sam2Segmenter) -> None:
-    picture = pocket.held_out_phantom("brain_mri", "glioma", 0).picture
+    picture = pool.held_out("brain_mri", "glioma", 0).picture
     features = packaged.encode([np.repeat(picture[..., None], 3, 2)])
     small = F.interpolate(
         torch.from_numpy(picture)[None, None].float() / 255, (128, 128), mode="bilinear", antialias=True
     )
     point = np.array([[[0.3, 0.6]]], np.float32)
     with torch.inference_mode():
-        ours = pocket.encode(packaged.model, small[0])
+        ours = sam2.encode(packaged.model, small[0])
         assert torch.allclose(ours[0], features.embedding, atol=1e-3)
-        logits, quality = pocket.decode(packaged.model, ours, torch.from_numpy(point[None]) * 128, (1,))
+        logits, quality = sam2.decode(packaged.model, ours, torch.from_numpy(point[None]) * 128, (1,))
         theirs = packaged.decode(features, 0, Prompts(point, np.ones((1, 1), np.int32)))
-    np.testing.assert_allclose(logits[0, 1:].numpy(), theirs[0], atol=1e-2)
+    np.testing.assert_allclose(logits[0, 1:].numpy(), theirs[0], atol=2e-2)
     np.testing.assert_allclose(quality[0, 1:].numpy(), theirs[1], atol=1e-3)
 
 
-def test_the_loss_falls_on_a_batch_seen_again() -> None:
+def test_steeper_logits_are_steadier_and_bound_the_same_masks() -> None:
+    predictor, _ = load_predictor("pocket", "random:0", 128)
+    pictures, point = torch.rand(1, 128, 128), torch.tensor([[[[40.0, 70.0]]]])
+    with torch.inference_mode():
+        features = sam2.encode(predictor.model, pictures)
+        before, quality = sam2.decode(predictor.model, features, point, (1,))
+        sam2.steepen(predictor.model, 4)
+        after, same_quality = sam2.decode(predictor.model, features, point, (1,))
+    assert torch.allclose(after, 4 * before, rtol=1e-4, atol=1e-5)
+    assert torch.equal(quality, same_quality)
+
+
+def test_a_caption_is_a_positive_of_every_picture_that_it_is_true_of() -> None:
+    facts = torch.tensor([[1, 7, 30], [1, 7, 40], [2, 7, 30]])
+    named = torch.tensor([[1, 7, -1], [1, -1, 40], [-1, 7, 30]])
+    expected = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    assert torch.equal(clip.positives(facts, named), expected)
+
+
+def test_with_a_positive_each_the_caption_loss_is_clips_own() -> None:
+    images, texts = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
+    theirs = open_clip.ClipLoss()(images, texts, torch.tensor(9.0))
+    assert clip.caption_loss(images, texts, torch.eye(5) > 0, torch.tensor(9.0)) == pytest.approx(
+        float(theirs)
+    )
+
+
+def test_the_caption_loss_does_not_part_pictures_of_which_a_caption_is_true() -> None:
+    images = F.normalize(torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]), dim=1)
+    texts, scale = images[[0, 2]], torch.tensor(50.0)
+    true = torch.tensor([[True, False], [True, False], [False, True]])
+    pictures_apart = -torch.log(torch.tensor(0.5)) / 4  # the floor: two pictures share their caption
+    assert clip.caption_loss(images, texts, true, scale) == pytest.approx(float(pictures_apart), abs=1e-4)
+
+
+def test_captions_say_what_is_true_and_name_every_field_in_the_end(drawn_pool: pool.Pool) -> None:
+    named = set()
+    for number in range(17):
+        drawn = drawn_pool[number]
+        true = clip.truths(drawn, mirrored=False)
+        for draw in range(20):
+            said, text = clip.caption(true, np.random.default_rng([number, draw]))
+            assert said.items() <= true.items()
+            assert all(value in text for name, value in said.items() if name not in ("modality", "side"))
+            named |= set(said)
+    assert named == set(clip.FIELDS)
+
+
+def test_a_mirrored_picture_has_left_and_right_exchanged_in_its_caption(drawn_pool: pool.Pool) -> None:
+    sides = [
+        (clip.truths(drawn_pool[n], False).get("side"), clip.truths(drawn_pool[n], True).get("side"))
+        for n in range(17)
+    ]
+    assert {("left", "right"), ("right", "left")} & set(sides)
+    assert all(a == b for a, b in sides if a in (None, "middle"))
+
+
+def test_the_outlines_that_the_tower_learns_are_those_of_the_view(
+    drawn_pool: pool.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip, "FOCUSED", {})
+    whole = clip.Crop(0, 0, 1, 1, False)
+    for number in range(17):
+        drawn = drawn_pool[number]
+        view, outlines = clip.show(drawn, whole, np.random.default_rng(number), 96, 8)
+        assert view.shape == (96, 96, 3)
+        share = drawn.regions[0].reshape(8, 18, 8, 18).mean((1, 3))
+        assert np.abs(outlines[0] - share).max() < 0.15
+
+
+def sam2_loss(pool: pool.Pool) -> tuple[Any, Any]:
     model = load_predictor("pocket", "random:0", 128)[0].model.train().requires_grad_(True)
+    seen = sam2.Batches(pool, 0, 2)[0]
+    return model, lambda: sam2.loss(model, seen)[0]
+
+
+def clip_loss(pool: pool.Pool) -> tuple[Any, Any]:
+    encoder = build_clip("pocket", "random:0")
+    pupil = clip.Pupil(encoder.model.train().requires_grad_(True))
+    seen = clip.Batches(pool, 0, 8, encoder)[0]
+    return pupil, lambda: clip.loss(pupil, encoder, seen)[0]
+
+
+@pytest.mark.parametrize("make", [sam2_loss, clip_loss])
+def test_the_loss_falls_on_a_batch_seen_again(make: Any, drawn_pool: pool.Pool) -> None:
+    model, loss = make(drawn_pool)
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4)
-    seen, losses = pocket.PhantomBatches(0, 2)[0], []
-    for _ in range(8):
-        total, _ = pocket.loss(model, seen)
+    losses = []
+    for _ in range(10):
+        total = loss()
         losses.append(float(total.detach()))
         optimizer.zero_grad()
         total.backward()
@@ -157,50 +307,65 @@ def test_the_loss_falls_on_a_batch_seen_again() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+class Line(torch.utils.data.Dataset[Tensor]):
+    """Numbers to learn a straight line from."""
+
+    stop: int | None = None
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == self.stop:
+            raise KeyboardInterrupt
+        return torch.randn(4, generator=torch.Generator().manual_seed(index))
+
+
 def test_training_taken_up_again_ends_with_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
-    settings = {"batch_size": 2, "warmup": 1, "workers": 0}
-    pocket.train(0, 3, whole, **settings)
-    monkeypatch.setattr(pocket, "_SAVE_EVERY", 0.0)
-    drawn = pocket.PhantomBatches.__getitem__
+    settings = {"steps": 6, "lr": 0.1, "warmup": 2, "weight_decay": 0.1, "clip": 1.0}
 
-    def fail_at_two(batches: pocket.PhantomBatches, index: int) -> pocket.Batch:
-        if index == 2:
-            raise KeyboardInterrupt
-        return drawn(batches, index)
+    def train(state: Path, batches: Line, **changed: Any) -> Tensor:
+        model = torch.nn.Linear(1, 1)
+        torch.nn.init.ones_(model.weight)
+        torch.nn.init.zeros_(model.bias)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pocket.PhantomBatches, "__getitem__", fail_at_two)
-        with pytest.raises(KeyboardInterrupt):
-            pocket.train(0, 3, broken, **settings)
-    assert not broken.exists()
+        def loss(x: Tensor) -> tuple[Tensor, dict[str, float]]:
+            return (model(x[:, None])[:, 0] - 3 * x).square().mean(), {}
+
+        loop.optimise(
+            "line", settings | changed, state, model, dict(model.named_parameters()), batches, loss, workers=0
+        )
+        return model.weight.detach()
+
+    whole = train(tmp_path / "whole", Line())
+    monkeypatch.setattr(loop, "_SAVE_EVERY", 0.0)
+    broken = Line()
+    broken.stop = 4
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "state", broken)
     with pytest.raises(
         ValueError,
-        match=r"broken.safetensors.state: is of a training with .*'steps': 3.* "
-        r"Delete it, or train with its settings.",
+        match=r"state: is of a training with .*'steps': 6.* Delete it, or train with its settings.",
     ):
-        pocket.train(0, 4, broken, **settings)
-    pocket.train(0, 3, broken, **settings)
-    assert weights.digest(broken) == weights.digest(whole)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.safetensors", "whole.safetensors"]
+        train(tmp_path / "state", Line(), steps=7)
+    assert torch.equal(train(tmp_path / "state", Line()), whole)
 
 
-def test_steeper_logits_are_steadier_and_bound_the_same_masks() -> None:
-    predictor, _ = load_predictor("pocket", "random:0", 128)
-    pictures, point = torch.rand(1, 128, 128), torch.tensor([[[[40.0, 70.0]]]])
-    with torch.inference_mode():
-        features = pocket.encode(predictor.model, pictures)
-        before, quality = pocket.decode(predictor.model, features, point, (1,))
-        pocket.steepen(predictor.model, 4)
-        after, same_quality = pocket.decode(predictor.model, features, point, (1,))
-    assert torch.allclose(after, 4 * before, rtol=1e-4, atol=1e-5)
-    assert torch.equal(quality, same_quality)
+@pytest.mark.parametrize("train", [sam2.train, clip.train])
+def test_a_training_ends_with_a_file_that_its_loader_takes(
+    train: Any, drawn_pool: pool.Pool, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    train(drawn_pool, 0, out, steps=2, batch_size=2, warmup=1)
+    if train is sam2.train:
+        assert load_predictor("pocket", str(out), 128)[1] != load_predictor("pocket", "random:0", 128)[1]
+    else:
+        assert build_clip("pocket", str(out)).key != build_clip("pocket", "random:0").key
+    with safe_open(out, "pt") as file:
+        assert (file.metadata()["steps"], file.metadata()["seed"]) == ("2", "0")
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
-    rates = [pocket._schedule(step, 100, 10) for step in range(101)]
+    rates = [loop.schedule(step, 100, 10) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == 1 and max(rates) == 1
     assert all(a >= b for a, b in pairwise(rates[10:]))
     assert rates[100] == pytest.approx(0)

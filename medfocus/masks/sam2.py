@@ -42,7 +42,7 @@ _DECODE_BYTES = 32 * 2**20
 _GENERATE_BYTES = 256 * 2**20
 
 # What a picture needs of a checkpoint; the rest serves video, and may be absent.
-_PICTURE_PATH = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
+PICTURE_PATH = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
 # As sam2.build_sam does: an unstable single mask gives way to the best of the three.
 _DYNAMIC_MULTIMASK = {
     "dynamic_multimask_via_stability": True,
@@ -345,7 +345,7 @@ def load_predictor(
         predictor = SAM2ImagePredictor(model)
     # The class has the sizes of 1024 px written in. Strides 4, 8 and 16:
     predictor._bb_feat_sizes = [(image_size // stride, image_size // stride) for stride in (4, 8, 16)]
-    picture_path = {k: v for k, v in model.state_dict().items() if k.startswith(_PICTURE_PATH)}
+    picture_path = {k: v for k, v in model.state_dict().items() if k.startswith(PICTURE_PATH)}
     parts = (OmegaConf.to_yaml(settings), weights.digest(picture_path), version("sam2"))
     return predictor, "\n".join(parts)
 
@@ -382,7 +382,7 @@ def _read_config(config: str, image_size: int) -> DictConfig:
     """The model's settings of a configuration, for pictures of ``image_size`` and without video."""
     from omegaconf import DictConfig, OmegaConf
 
-    content = OmegaConf.load(_config_path(config))
+    content = OmegaConf.load(config_path(config))
     model = content.get("model") if isinstance(content, DictConfig) else None
     if not isinstance(model, DictConfig) or "_target_" not in model:
         raise ValueError(
@@ -400,7 +400,7 @@ def _read_config(config: str, image_size: int) -> DictConfig:
     return model
 
 
-def _config_path(config: str) -> Path:
+def config_path(config: str) -> Path:
     """The file of a configuration's name; see ``load_predictor``. FileNotFoundError lists the names."""
     if config == "pocket":
         return _packaged("configs/sam2_pocket.yaml")
@@ -430,8 +430,8 @@ def _packaged(name: str) -> Path:
 
 def _load_picture_path(model: SAM2Base, state: dict[str, torch.Tensor], place: str, config: str) -> None:
     """Load what a picture needs of a checkpoint, all of it; what serves video may be absent or there."""
-    wanted = {k: v.shape for k, v in model.state_dict().items() if k.startswith(_PICTURE_PATH)}
-    given = {k: v for k, v in state.items() if k.startswith(_PICTURE_PATH)}
+    wanted = {k: v.shape for k, v in model.state_dict().items() if k.startswith(PICTURE_PATH)}
+    given = {k: v for k, v in state.items() if k.startswith(PICTURE_PATH)}
     faults = [f"{k} is missing" for k in wanted if k not in given]
     faults += [f"{k} is not known" for k in given if k not in wanted]
     faults += [

@@ -1,0 +1,107 @@
+"""How good masks are on a data set whose regions are known: SAM2 against Otsu and a box in the middle.
+
+Prints, a class and over all, the mean Dice and IoU with a 95 % interval (bootstrap over pictures) of
+
+    unprompted   the mask chosen without a prompt from outside, as the masks stage makes it
+    points       the union of what one point inside each connected part of the region finds
+    otsu         the segmenter that has no weights
+    centre box   the box in the middle with half of the picture's area
+
+    python -m benchmarks.quality --root ../shared/data/tb_cxr --keep 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from medfocus import images
+from medfocus.masks.otsu import OtsuSegmenter
+from medfocus.masks.sam2 import build_segmenter
+from medfocus.quality import center_box, dice, innermost, iou, parts, pointed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, required=True, help="all|split/class/*.jpg|png, and masks/")
+    parser.add_argument("--keep", type=int, default=1, help="segments united; 2 for two lungs")
+    parser.add_argument("--config", default="pocket")
+    parser.add_argument("--checkpoint", default="pocket")
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--points-per-side", type=int, default=8)
+    parser.add_argument("--per-class", type=int, help="at most so many pictures of a class")
+    options = parser.parse_args()
+    sam2 = build_segmenter(
+        options.config, options.checkpoint, options.image_size, "grid",
+        points_per_side=options.points_per_side, keep=options.keep,
+    )  # fmt: skip
+    otsu = OtsuSegmenter(keep=options.keep)
+    scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for label, picture, region in tqdm(
+        _pictures(options.root, options.per_class), unit="picture", disable=None
+    ):
+        masks = {
+            "unprompted": sam2.segment([picture])[0].region,
+            "points": pointed(sam2, picture, [innermost(part) for part in parts(region)])[0],
+            "otsu": otsu.segment([picture])[0].region,
+            "centre box": center_box(*region.shape),
+        }
+        for name, mask in masks.items():
+            pair = dice(mask, region), iou(mask, region)
+            scores[label][name].append(pair)
+            scores["all"][name].append(pair)
+    table = {}
+    for label, by_name in scores.items():
+        for name, pairs in by_name.items():
+            d, i = (_interval(values) for values in zip(*pairs, strict=True))
+            table[f"{label}, {name}"] = {"pictures": len(pairs), "dice": d, "iou": i}
+            print(f"{label:14} {name:11} {len(pairs):4} pictures  Dice {_text(d)}  IoU {_text(i)}")
+    print(json.dumps({"root": options.root.name, **table}))
+
+
+def _pictures(root: Path, per_class: int | None) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Label, picture (H, W, 3) uint8 and region (H, W) bool of every picture that has a region."""
+    found: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = defaultdict(list)
+    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in (".jpg", ".png")):
+        inside = path.relative_to(root)
+        truth = [root / "masks" / inside.with_suffix(".png")]
+        truth += [p for p in (root / "masks" / inside.parent).glob(f"{glob.escape(path.stem)}_mask*.png")]
+        truth = [p for p in truth if p.is_file()]
+        if inside.parts[0] == "masks" or not truth or len(found[path.parent.name]) == per_class:
+            continue
+        picture = images.read(path)
+        height, width = picture.shape[:2]
+        planes = [np.asarray(Image.open(p).convert("L").resize((width, height), 0)) > 127 for p in truth]
+        region = np.logical_or.reduce(planes)
+        if region.any():
+            found[path.parent.name].append((path.parent.name, picture, region))
+    if not any(found.values()):
+        raise SystemExit(f"{root}: no picture in it has a region in {root / 'masks'}.")
+    return [each for members in found.values() for each in members]
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the ends of its 95 % percentile bootstrap interval over pictures."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(np.asarray(values), (2000, len(values))).mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return round(float(np.mean(values)), 3), round(float(low), 3), round(float(high), 3)
+
+
+def _text(interval: tuple[float, float, float]) -> str:
+    mean, low, high = interval
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Train the pocket models from a seed and measure them: ``python -m medfocus.pocket --out FOLDER``.
+
+Both train at once, a process and a share of the cores each (on a GPU one after the other), and go on where
+they were cut off. Into the folder go the weights, their cards and ``pocket.json`` with all figures, which are
+compared with the package's own. To ship them, copy all of these into medfocus/data/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from medfocus.pocket import clip, measure, sam2
+from medfocus.pocket.pool import Pool, draw_pool, replace
+
+PICTURES = 34_000
+STEPS = {"sam2": 6300, "clip": 1800}
+PER_CLASS = 40  # held-out pictures of the measurements
+PACKAGED = Path(__file__).parents[1] / "data"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw, train, measure, compare; exit with 1 where a figure is beyond the tolerance."""
+    parser = argparse.ArgumentParser(
+        prog="python -m medfocus.pocket", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of weights, cards and figures")
+    parser.add_argument("--cache", type=Path, help="folder of the drawn pictures, 1.4 GB; else OUT/pool")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="drawn to learn from")
+    parser.add_argument("--sam2-steps", type=int, default=STEPS["sam2"])
+    parser.add_argument("--clip-steps", type=int, default=STEPS["clip"])
+    parser.add_argument("--per-class", type=int, default=PER_CLASS, help="held-out pictures measured")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also a contact sheet of unprompted masks")
+    options = parser.parse_args(arguments)
+    cores = os.cpu_count() or 1
+    files = {name: options.out / f"{name}_pocket.safetensors" for name in STEPS}
+    steps = {"sam2": options.sam2_steps, "clip": options.clip_steps}
+    missing = [name for name, file in files.items() if not file.is_file()]
+    if missing:
+        pool = draw_pool(options.cache or options.out / "pool", options.seed, options.pictures, cores)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        at_once = 1 if device == "cuda" else len(missing)
+        tasks = [
+            (name, pool, options.seed, files[name], steps[name], max(1, cores // at_once), device)
+            for name in missing
+        ]
+        with multiprocessing.get_context("spawn").Pool(at_once) as workers:
+            workers.starmap(_train, tasks, chunksize=1)
+
+    masks = measure.measure_masks(files["sam2"], options.per_class)
+    words = measure.measure_zero_shot(files["clip"], files["sam2"], options.per_class)
+    figures = {"sam2_pocket": masks, "clip_pocket": words}
+    for name, found in figures.items():
+        text = measure.card(name, options.out / f"{name}.safetensors", found, options.per_class)
+        replace(options.out / f"{name}.md", lambda file, text=text: file.write_text(text))
+        print(text)
+    text = json.dumps({"per_class": options.per_class, **figures}, indent=1) + "\n"
+    replace(options.out / "pocket.json", lambda file: file.write_text(text))
+    if options.sheet:
+        png = measure.sheet(files["sam2"], per_modality=12, columns=6)
+        replace(options.sheet, lambda file: file.write_bytes(png))
+
+    before = json.loads((PACKAGED / "pocket.json").read_text())
+    beyond = [line for name in figures for line in measure.beyond_tolerance(figures[name], before[name])]
+    print("\n".join(beyond) or f"Every figure is within {measure.TOLERANCE} of the package's.")
+    if beyond:
+        raise SystemExit(1)
+
+
+def _train(name: str, pool: Pool, seed: int, out: Path, steps: int, threads: int, device: str) -> None:
+    torch.set_num_threads(threads)
+    train = {"sam2": sam2.train, "clip": clip.train}[name]
+    workers = 0 if device == "cpu" else 4
+    line = list(STEPS).index(name)
+    train(pool, seed, out, steps=steps, workers=workers, device=device, line=line)
+
+
+if __name__ == "__main__":
+    # The processes look ``_train`` up by its module's name, and that is not __main__ there.
+    from medfocus.pocket.__main__ import main as run
+
+    run()

@@ -1,0 +1,284 @@
+"""The pocket CLIP: drawn pictures and what is true of them -> one space for pictures and texts.
+
+The network is open_clip's, in the configuration ``configs/clip_pocket.json``. The loss is CLIP's (arXiv
+2103.00020), but a caption is a positive of every picture of the batch that it is true of, not of its own
+alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.images import letterbox_mask
+from medfocus.pocket.loop import optimise, write_weights
+from medfocus.pocket.pool import Drawn, Pool
+from medfocus.prompts import TEMPLATES
+from medfocus.views import Crop, cut, view
+
+FIELDS = ("modality", "finding", "region", "side", "size", "sequence")  # what a caption may name
+SHARES = {"region": 0.4, "side": 0.3, "size": 0.4, "sequence": 0.3}  # how often one does
+FEATHER = 0.01
+# The visual prompts of half of the pictures; "multiply" is the method's own.
+FOCUSED = {"multiply": 0.3, "overlay": 0.06, "contour": 0.07, "blur": 0.07}
+ANATOMY = {
+    "lesion": 0,
+    "left lung": 1,
+    "right lung": 1,
+    "heart": 2,
+    "brain": 3,
+    "ventricles": 4,
+    "cisterns": 4,
+}
+_OUTLINED = 5  # channels of the outline's head: see ANATOMY
+_SWAPPED = {"left": "right", "right": "left"}
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B pictures with a caption each, and what is true of both."""
+
+    views: Tensor  # (B, S, S, 3) uint8
+    tokens: Tensor  # (B, context) int64
+    facts: Tensor  # (B, F) int64: a hash of what is true of the picture, by FIELDS; -1 for nothing
+    named: Tensor  # (B, F) int64: the same for what its caption names; -1 where it names nothing
+    outlines: Tensor  # (B, 5, G, G) float32: share of each patch that lesion and anatomy cover
+
+    def to(self, device: str) -> Batch:
+        """The same on a device."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+class Batches(Dataset[Batch]):
+    """Batch n of the stream that ``seed`` names. The same n gives the same batch in every process."""
+
+    def __init__(self, pool: Pool, seed: int, batch_size: int, encoder: ClipEncoder) -> None:
+        self.pool, self.seed, self.batch_size = pool, seed, batch_size
+        self.size, self.tokenizer = encoder.image_size, encoder.tokenizer
+        self.grid: int = encoder.model.visual.grid_size[0]  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportAssignmentType]
+
+    def __getitem__(self, index: int) -> Batch:
+        """View and caption ``batch_size`` pictures."""
+        views, captions, facts, named, outlines = [], [], [], [], []
+        for number in range(index * self.batch_size, (index + 1) * self.batch_size):
+            rng = np.random.default_rng([self.seed, 1, number])
+            drawn = self.pool[self.pool.order(self.seed, number)]
+            crop = _crop(rng, mirror=drawn.facts.modality != "chest_xray")
+            seen, outline = show(drawn, crop, rng, self.size, self.grid)
+            true = truths(drawn, crop.mirrored)
+            said, text = caption(true, rng)
+            views.append(seen)
+            outlines.append(outline)
+            captions.append(text)
+            facts.append([_number(true.get(name)) for name in FIELDS])
+            named.append([_number(said.get(name)) for name in FIELDS])
+        return Batch(
+            torch.from_numpy(np.stack(views)),
+            self.tokenizer(captions),
+            torch.tensor(facts),
+            torch.tensor(named),
+            torch.from_numpy(np.stack(outlines)),
+        )
+
+
+def truths(drawn: Drawn, mirrored: bool) -> dict[str, str]:
+    """What a caption may say of a picture, by FIELDS; a mirrored one has left and right exchanged."""
+    findings = drawn.facts.findings
+    known = {"modality": drawn.facts.modality, "finding": drawn.facts.label}
+    known |= {name: findings[name] for name in FIELDS[2:] if name in findings}
+    if mirrored:
+        for name in ("region", "side"):
+            words = known.get(name, "").split()
+            if words:
+                known[name] = " ".join(_SWAPPED.get(word, word) for word in words)
+    return known
+
+
+def caption(true: Mapping[str, str], rng: np.random.Generator) -> tuple[dict[str, str], str]:
+    """A sentence that says some of what is true, and what of it: always modality and finding."""
+    said = {name: value for name, value in true.items() if name not in SHARES or rng.random() < SHARES[name]}
+    thing = f"{said['size']} {said['finding']}" if "size" in said else said["finding"]
+    if "region" in said:
+        thing += f" in the {said['region']}"
+    if "side" in said:
+        thing += " in the middle" if said["side"] == "middle" else f" on the {said['side']} side"
+    if "sequence" in said:
+        thing += f", {said['sequence']}"
+    template = str(rng.choice(TEMPLATES[true["modality"]]))
+    return said, template.replace("{c}", thing)
+
+
+def show(
+    drawn: Drawn, crop: Crop, rng: np.random.Generator, size: int, grid: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A view of a picture, often under a visual prompt: (S, S, 3) uint8; its outlines (5, G, G) float32."""
+    picture = np.repeat(toned(drawn.picture, rng)[..., None], 3, 2)
+    mode = str(rng.choice(["none", *FOCUSED], p=[1 - sum(FOCUSED.values()), *FOCUSED.values()]))
+    mask = None if mode == "none" else attended(drawn, rng)
+    outlines = np.zeros((_OUTLINED, grid, grid), np.float32)
+    for name, region in zip(drawn.facts.regions, drawn.regions, strict=True):
+        seen = region & mask if mode == "multiply" and mask is not None else region
+        part = Image.fromarray(letterbox_mask(cut(seen, crop), size).astype(np.uint8) * np.uint8(255))
+        outlines[ANATOMY[name]] += (
+            np.asarray(part.resize((grid, grid), Image.Resampling.BOX), np.float32) / 255
+        )
+    # Cut here and not by ``view``, which would leave out a crop that halves the mask.
+    picture, mask = cut(picture, crop), None if mask is None else cut(mask, crop)
+    return view(picture, mask, focus=mode, size=size, feather=FEATHER), outlines.clip(0, 1)
+
+
+def toned(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Another exposure, contrast, sharpness and grain of a picture (S, S) uint8."""
+    if rng.random() < 0.3:
+        picture = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6))))
+    tone = (picture.astype(np.float32) / 255) ** np.exp(rng.normal(0, 0.35))
+    tone = (tone - 0.5) * np.exp(rng.normal(0, 0.25)) + 0.5 + rng.normal(0, 0.08)
+    tone = tone + rng.uniform(0, 0.03) * rng.standard_normal(tone.shape, np.float32)
+    return (tone.clip(0, 1) * 255).astype(np.uint8)
+
+
+def attended(drawn: Drawn, rng: np.random.Generator) -> np.ndarray:
+    """A mask such as an unprompted segmenter gives: the lesion or some anatomy, seldom exact -> (S, S) bool.
+
+    Of a lesion three in four times; else, and for a healthy picture, anatomy or an ellipse anywhere.
+    """
+    size = len(drawn.picture)
+    anatomy = [region for region in drawn.regions[1:] if region.any()]
+    if drawn.regions[0].any() and rng.random() < 0.75:
+        region = drawn.regions[0]
+    elif anatomy and rng.random() < 0.6:
+        region = np.logical_or.reduce(anatomy) if rng.random() < 0.5 else anatomy[rng.integers(len(anatomy))]
+    else:
+        y, x = np.mgrid[:size, :size] / size
+        (cx, cy), (rx, ry) = rng.uniform(0.2, 0.8, 2), rng.uniform(0.06, 0.25, 2)
+        region = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1
+    grown = Image.fromarray(region.astype(np.uint8) * np.uint8(255))
+    width = size // int(rng.integers(8, 40))
+    grown = grown.resize((width, width), Image.Resampling.BOX).resize((size, size), Image.Resampling.BICUBIC)
+    mask = np.asarray(grown) > rng.uniform(50, 150)
+    return mask if mask.any() else region
+
+
+def _crop(rng: np.random.Generator, *, mirror: bool) -> Crop:
+    """A part of the picture; its width and height may be cut differently, as films of all shapes come."""
+    width = height = 1.0 if rng.random() < 0.4 else rng.uniform(0.75, 1.0)
+    if rng.random() < 0.4:
+        height = rng.uniform(0.75, 1.0)
+    left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+    return Crop(left, top, left + width, top + height, bool(mirror and rng.random() < 0.5))
+
+
+def _number(value: str | None) -> int:
+    """A word as a number that is the same everywhere; -1 for none."""
+    return -1 if value is None else zlib.crc32(value.encode())
+
+
+def positives(facts: Tensor, named: Tensor) -> Tensor:
+    """Whether caption j is true of picture i: facts (B, F), named (C, F) -> (B, C) bool."""
+    return ((named[None] == facts[:, None]) | (named[None] < 0)).all(2)
+
+
+def caption_loss(images: Tensor, texts: Tensor, true: Tensor, logit_scale: Tensor) -> Tensor:
+    """Half of each direction's cross-entropy, a row's target spread over all that is true of it.
+
+    images (B, D) and texts (C, D) of length one, true (B, C) bool, each row and column with one True.
+    """
+    logits = logit_scale * images @ texts.T  # (B, C)
+    share = true.to(logits.dtype)
+    i2t = F.cross_entropy(logits, share / share.sum(1, keepdim=True))
+    t2i = F.cross_entropy(logits.T, (share / share.sum(0, keepdim=True)).T)
+    return (i2t + t2i) / 2
+
+
+class Pupil(nn.Module):
+    """The CLIP that learns, and a head for this time alone: where lesion and anatomy lie, patch by patch."""
+
+    def __init__(self, clip: Any) -> None:
+        super().__init__()
+        self.clip = clip
+        self.clip.visual.output_tokens = True
+        self.outline = nn.Linear(clip.visual.ln_post.normalized_shape[0], _OUTLINED)
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels (B, 3, S, S), tokens (B, n) -> images (B, D), texts (B, D), outlines (B, 5, G, G)."""
+        pooled, patches = self.clip.visual(pixels)  # (B, D), (B, G·G, W)
+        grid = self.clip.visual.grid_size
+        outlines = self.outline(patches).transpose(1, 2).unflatten(2, grid)
+        return F.normalize(pooled, dim=-1), self.clip.encode_text(tokens, normalize=True), outlines
+
+
+def loss(pupil: Pupil, encoder: ClipEncoder, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Loss of a batch and what to watch: captions and outlines, and how often the best caption is true."""
+    images, texts, outlines = pupil(encoder.preprocess(batch.views), batch.tokens)
+    true = positives(batch.facts, batch.named)
+    captions = caption_loss(images, texts, true, pupil.clip.logit_scale.exp())
+    where = F.binary_cross_entropy_with_logits(outlines, batch.outlines)
+    best = (images @ texts.T).argmax(1, keepdim=True)
+    watched = {
+        "captions": float(captions.detach()),
+        "outlines": float(where.detach()),
+        "true": float(true.gather(1, best).float().mean()),
+    }
+    return captions + 5 * where, watched
+
+
+def train(
+    pool: Pool,
+    seed: int,
+    out: Path,
+    *,
+    steps: int,
+    batch_size: int = 96,
+    lr: float = 1e-3,
+    warmup: int = 150,
+    weight_decay: float = 0.05,
+    workers: int = 0,
+    device: str = "cpu",
+    line: int = 0,
+) -> None:
+    """Train from random weights and write the model to ``out`` as safetensors, float16.
+
+    The state is kept beside ``out``; see ``loop.optimise``. Raises ValueError where it is of other settings.
+    """
+    settings = {
+        "seed": seed,
+        "pictures": len(pool),
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "clip": 1.0,
+    }
+    state_file = out.with_name(out.name + ".state")
+    encoder = build_clip("pocket", f"random:{seed}", device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pupil = Pupil(encoder.model.train().requires_grad_(True)).to(device)
+    trained = dict(pupil.named_parameters())
+    seconds = optimise(
+        "pocket CLIP",
+        settings,
+        state_file,
+        pupil,
+        trained,
+        Batches(pool, seed, batch_size, encoder),
+        lambda batch: loss(pupil, encoder, batch.to(device)),
+        workers=workers,
+        line=line,
+    )
+    with torch.no_grad():
+        pupil.clip.logit_scale.clamp_(max=np.log(100))
+    write_weights(out, pupil.clip.state_dict(), settings | {"seconds": round(seconds), "data": pool.name})
+    state_file.unlink(missing_ok=True)

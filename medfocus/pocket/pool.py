@@ -1,0 +1,165 @@
+"""The drawn pictures that both pocket models learn from: drawn once, kept on disk, read at random.
+
+A shard holds ``SHARD`` pictures: ``NNN.npy``, (SHARD, 2, S, S) uint8, where plane 0 is the picture and bit r
+of plane 1 its region r; and ``NNN.json``, their facts. Each picture depends on the seed and its number alone,
+so a pool that was cut off goes on where it stopped, and a larger one begins with the same pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from medfocus import phantoms
+
+SIZE = 144  # pixels a side as drawn, from which the models' crops are taken
+SHARD = 500  # pictures
+TRAIN_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000  # of phantoms.generator; data sets use small ones
+MOST_REGIONS = 4  # the lesion first, then the anatomy
+# How often a class is drawn: lesions, and of them the faint ones of chest and brain, are what is hard.
+WEIGHTS = {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (1, 1, 1)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a picture beside its pixels."""
+
+    modality: str
+    label: str
+    findings: dict[str, str]
+    regions: tuple[str, ...]  # names, by their bit; the first is always "lesion"
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A picture of the pool."""
+
+    picture: np.ndarray  # (S, S) uint8
+    regions: np.ndarray  # (R, S, S) bool, in the order of ``facts.regions``
+    facts: Facts
+
+
+class Pool:
+    """A pool on disk, read picture by picture."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        """Open the first ``count`` pictures of a pool that ``draw_pool`` made."""
+        self.folder, self.count = folder, count
+
+    @property
+    def name(self) -> str:
+        """What names its pictures, for a model card."""
+        return f"phantoms, generator seed {TRAIN_SEED + int(self.folder.name)}, name 'pocket'"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Drawn:
+        """Picture ``number``."""
+        planes, facts = _shard(self.folder, number // SHARD)
+        picture, bits = planes[number % SHARD]
+        one = facts[number % SHARD]
+        return Drawn(picture, np.stack([bits >> r & 1 for r in range(len(one.regions))]).astype(bool), one)
+
+    def order(self, seed: int, number: int) -> int:
+        """Which picture the ``number``-th of a training is: each epoch is the pool in another order."""
+        return int(_permutation(seed, number // self.count, self.count)[number % self.count])
+
+
+@cache
+def _shard(folder: Path, index: int) -> tuple[np.ndarray, list[Facts]]:
+    facts = json.loads((folder / f"{index:03d}.json").read_text())
+    return np.load(folder / f"{index:03d}.npy", mmap_mode="r"), [
+        Facts(f["modality"], f["label"], f["findings"], tuple(f["regions"])) for f in facts
+    ]
+
+
+@cache
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def classes() -> list[tuple[str, str]]:
+    """Modality and label of the pictures of one turn, as often as ``WEIGHTS`` says."""
+    turn = []
+    for modality, labels in phantoms.MODALITIES.items():
+        for label, weight in zip(labels, WEIGHTS[modality], strict=True):
+            turn += [(modality, label)] * weight
+    return turn
+
+
+def drawn(phantom: phantoms.Phantom) -> Drawn:
+    """A phantom as the pool keeps it: the lesion and the anatomy, at most ``MOST_REGIONS``."""
+    names = ("lesion", *phantom.parts)[:MOST_REGIONS]
+    regions = np.stack([phantom.region, *phantom.parts.values()][:MOST_REGIONS])
+    return Drawn(phantom.picture, regions, Facts(phantom.modality, phantom.label, phantom.findings, names))
+
+
+def draw_one(seed: int, number: int) -> Drawn:
+    """Picture ``number`` of the pool that ``seed`` names."""
+    turn = classes()
+    modality, label = turn[number % len(turn)]
+    rng = phantoms.generator(TRAIN_SEED + seed, modality, "pocket", label, number)
+    return drawn(phantoms.draw(modality, label, rng, SIZE))
+
+
+def held_out(modality: str, label: str, index: int, size: int = 192) -> phantoms.Phantom:
+    """Picture ``index`` of a class that no training and no data set sees."""
+    return phantoms.draw(
+        modality, label, phantoms.generator(HELD_OUT_SEED, modality, "held-out", label, index), size
+    )
+
+
+def draw_pool(folder: Path, seed: int, count: int, processes: int) -> Pool:
+    """Draw what is missing of the first ``count`` pictures into ``folder``/``seed``."""
+    folder = folder / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = -(-count // SHARD)
+    missing = [i for i in range(shards) if not (folder / f"{i:03d}.json").is_file()]
+    if missing:
+        with (
+            multiprocessing.get_context("spawn").Pool(processes) as workers,
+            tqdm(total=shards, initial=shards - len(missing), desc="phantoms", unit="shard") as bar,
+        ):
+            for _ in workers.imap_unordered(_draw_shard, [(folder, seed, i) for i in missing]):
+                bar.update()
+    return Pool(folder, count)
+
+
+def _draw_shard(task: tuple[Path, int, int]) -> None:
+    folder, seed, index = task
+    rows = [draw_one(seed, number) for number in range(index * SHARD, (index + 1) * SHARD)]
+    planes = np.empty((SHARD, 2, SIZE, SIZE), np.uint8)
+    for plane, row in zip(planes, rows, strict=True):
+        plane[0] = row.picture
+        plane[1] = np.bitwise_or.reduce(
+            [region.astype(np.uint8) << r for r, region in enumerate(row.regions)]
+        )
+    replace(folder / f"{index:03d}.npy", lambda file: _save(file, planes))
+    facts = json.dumps([asdict(row.facts) for row in rows])
+    replace(folder / f"{index:03d}.json", lambda file: file.write_text(facts))  # last: the shard is whole
+
+
+def _save(file: Path, planes: np.ndarray) -> None:
+    with file.open("wb") as stream:  # np.save would add a suffix to a path
+        np.save(stream, planes)
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside ``path`` and move it there when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,76 @@
+"""How good masks are where the truth is known. The truth measures; it is never an input of anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import ndimage
+
+from medfocus.masks.choose import connected
+
+if TYPE_CHECKING:
+    from medfocus.masks.sam2 import Sam2Segmenter
+
+LEAST_PART = 0.1  # of the largest connected part: smaller ones get no point of their own
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two regions (H, W) bool; 1 where both are empty."""
+    either = int((a | b).sum())
+    return float((a & b).sum() / either) if either else 1.0
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    """Twice the intersection over the sum of two regions (H, W) bool; 1 where both are empty."""
+    total = int(a.sum()) + int(b.sum())
+    return float(2 * (a & b).sum() / total) if total else 1.0
+
+
+def center_box(height: int, width: int) -> np.ndarray:
+    """The box in the middle with half of the picture's area, (H, W) bool: what knows nothing."""
+    region = np.zeros((height, width), bool)
+    y, x = round(height * (1 - 0.5**0.5) / 2), round(width * (1 - 0.5**0.5) / 2)
+    region[y : height - y, x : width - x] = True
+    return region
+
+
+def innermost(region: np.ndarray) -> tuple[float, float]:
+    """The middle of the pixel of a region (H, W) bool that lies deepest in it: (x, y) in sides."""
+    depth = np.zeros(np.add(region.shape, 2))
+    ndimage.distance_transform_edt(np.pad(region, 1), distances=depth)
+    y, x = np.unravel_index(int(depth[1:-1, 1:-1].argmax()), region.shape)
+    return float((x + 0.5) / region.shape[1]), float((y + 0.5) / region.shape[0])
+
+
+def parts(region: np.ndarray) -> list[np.ndarray]:
+    """The connected parts of a region (H, W) bool, without crumbs: two lungs are two parts."""
+    labels, _ = connected(region)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return [labels == i for i in np.flatnonzero(sizes >= LEAST_PART * max(1, sizes.max()))]
+
+
+def pointed(
+    segmenter: Sam2Segmenter, picture: np.ndarray, points: Sequence[tuple[float, float]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What points (x, y), in sides of a picture (H, W, 3) uint8, find: two regions (H, W) bool.
+
+    First the union of the masks that the quality head picks, one a point; then of the first, second and third
+    candidates, (3, H, W), of which ground truth could choose.
+    """
+    import torch  # takes seconds, as does the next
+    import torch.nn.functional as F
+
+    from medfocus.masks.sam2 import Prompts
+
+    coords = np.array(points, np.float32)[:, None]  # (P, 1, 2)
+    with torch.inference_mode():
+        features = segmenter.encode([picture])
+        found = segmenter.decode(features, 0, Prompts(coords, np.ones((len(points), 1), np.int32)))
+        logits, quality = (torch.from_numpy(part).unflatten(0, (len(points), 3)) for part in found)
+        full = F.interpolate(logits, picture.shape[:2], mode="bilinear")  # (P, 3, H, W)
+    regions = (full > 0).numpy()
+    picked = regions[np.arange(len(points)), quality.argmax(1).numpy()]  # (P, H, W)
+    return np.logical_or.reduce(picked), np.logical_or.reduce(regions)
