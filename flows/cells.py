@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +30,8 @@ from medfocus.views import crop_box, view, view_key
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
 
+# A control shows a picture under a mask that must not help, in the mode beside it.
+CONTROLS = {"shuffled": "multiply"}
 NOTHING = "0%"  # the support of a method that learns nothing
 
 
@@ -136,7 +139,7 @@ class Dataset:
         if not wanted:
             return
         size, feather = self.encoder.image_size, self.study.params.views.feather
-        views_made = view_key(focus=focus, size=size, feather=feather)
+        views_made = view_key(focus=CONTROLS.get(focus, focus), size=size, feather=feather)
         items = [(self.records[path], number) for path in wanted for number in range(views)]
         with tqdm(
             total=len(items), desc=f"{label} {self.name} {focus}", unit="view", disable=None, leave=False
@@ -180,7 +183,9 @@ class Dataset:
             "settings": settings,
             "encoder": self.encoder.key,
             "view": view_key(
-                focus=cell.focus, size=self.encoder.image_size, feather=self.study.params.views.feather
+                focus=CONTROLS.get(cell.focus, cell.focus),
+                size=self.encoder.image_size,
+                feather=self.study.params.views.feather,
             ),
             "views": views,
             "folds": folds,
@@ -200,14 +205,31 @@ class Dataset:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _view(self, record: Record, number: int, *, focus: str, size: int, feather: float) -> np.ndarray:
-        mask = None if focus == "none" else self.masks[record.sha256]
-        crop = crop_box(record.sha256, number, mirror=self.params.flip)
         picture = images.read(self.root / record.path)
-        return view(picture, mask, focus=focus, size=size, feather=feather, crop=crop)
+        mask = None if focus == "none" else self.masks[self._masked_by(record.sha256, focus)]
+        if mask is not None and mask.shape != picture.shape[:2]:  # another picture's
+            height, width = picture.shape[:2]
+            mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+        crop = crop_box(record.sha256, number, mirror=self.params.flip)
+        mode = CONTROLS.get(focus, focus)
+        return view(picture, mask, focus=mode, size=size, feather=feather, crop=crop)
 
     def _view_name(self, record: Record, focus: str, number: int) -> str:
-        mask = "" if focus == "none" else self._mask_digest(record.sha256)
+        mask = "" if focus == "none" else self._mask_digest(self._masked_by(record.sha256, focus))
         return f"{record.sha256} {mask} {number} {self.params.flip and number > 0}"
+
+    def _masked_by(self, sha256: str, focus: str) -> str:
+        """Whose mask a picture gets: its own, or for "shuffled" that of a picture drawn without its label."""
+        return self._partner[sha256] if focus == "shuffled" else sha256
+
+    @cached_property
+    def _partner(self) -> dict[str, str]:
+        """Every picture's successor on one random ring through all of them."""
+        ring = sorted(
+            {record.sha256 for record in self.records.values()},
+            key=lambda sha: hashlib.sha256(f"shuffled {sha}".encode()).digest(),
+        )
+        return dict(zip(ring, [*ring[1:], ring[0]], strict=True))
 
     @cache  # noqa: B019  # lives as long as the stage that made the data set
     def _mask_digest(self, sha256: str) -> str:
@@ -237,7 +259,9 @@ def best_cell(params: Params, dataset: str, cells: Iterable[Cell]) -> Cell:
         ValueError: No cell of the data set could be validated.
     """
     candidates = [
-        cell for cell in cells if cell.dataset == dataset and cell.method in params.validation.methods
+        cell
+        for cell in cells
+        if cell.dataset == dataset and cell.method in params.validation.methods and cell.focus not in CONTROLS
     ]
 
     def worth(cell: Cell) -> float:

@@ -28,7 +28,6 @@ from flows.cells import Cell, Dataset, build_method, plan
 from flows.study import here
 from medfocus import checkpoint
 from medfocus.methods import METHODS, Method, Support
-from medfocus.methods.clip import ClipFewShot
 from medfocus.validation import Validation, out_of_fold
 
 if TYPE_CHECKING:
@@ -156,7 +155,8 @@ def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
     )
     support = dataset.support(method, cell, views)
     encoder = dataset.encoder
-    end = encoder.tail(method.blocks) if isinstance(method, ClipFewShot) else None
+    blocks = getattr(method, "blocks", 0)  # of the tower that train
+    end = encoder.tail(blocks) if blocks else None
     method.encoder = cast("ClipEncoder", TrainableEnd(encoder.key, encoder.logit_scale, end))
     return Fit(method, support, header, _folds(dataset, cell), path)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor
 
 C_GRID: tuple[float, ...] = tuple(float(c) for c in np.logspace(-2, 4, 7))
 C_WITHOUT_VALIDATION = 0.316  # CLIP's published value, where a class is too small to hold one out
@@ -26,6 +29,19 @@ class Probe:
     def logits(self, features: np.ndarray) -> np.ndarray:
         """Features (N, D) -> class logits (N, K)."""
         return np.asarray(features, dtype=np.float64) @ self.coef.T + self.intercept
+
+    def state(self) -> dict[str, Tensor]:
+        """Its numbers, by names that a checkpoint keeps."""
+        return {
+            "coef": torch.from_numpy(self.coef),
+            "intercept": torch.from_numpy(self.intercept),
+            "C": torch.tensor(self.C, dtype=torch.float64),
+        }
+
+    @classmethod
+    def load(cls, state: Mapping[str, Tensor]) -> Self:
+        """The probe of which ``state`` was taken; other names in it are passed over."""
+        return cls(state["coef"].numpy(), state["intercept"].numpy(), float(state["C"]))
 
 
 def stratified_folds(
@@ -82,26 +98,65 @@ def fit_probe(
     Returns:
         The probe refitted on the whole support with the chosen C.
     """
-    features = np.asarray(features, dtype=np.float64)
+    features, back = _rotated(np.asarray(features, dtype=np.float64))
     pairs = stratified_folds(labels, groups, folds, seed)
-    best = C_WITHOUT_VALIDATION
-    if pairs:
-        scores = [
-            sum(_log_likelihood(_fit(features[fit], labels[fit], c), features[held], labels[held])
-                for fit, held in pairs)
-            for c in grid
-        ]  # fmt: skip
-        best = grid[int(np.argmax(scores))]
-    return _fit(features, labels, best)
+    best = _best_c(features, labels, pairs, grid) if pairs else C_WITHOUT_VALIDATION
+    probe = _fit(features, labels, best)
+    return probe if back is None else Probe(np.ascontiguousarray(probe.coef @ back), probe.intercept, best)
 
 
-def _fit(features: np.ndarray, labels: np.ndarray, c: float) -> Probe:
-    model = LogisticRegression(C=c, solver="lbfgs", max_iter=1000)
+def _best_c(
+    features: np.ndarray,
+    labels: np.ndarray,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+    grid: Sequence[float],
+) -> float:
+    """The C with the highest held-out log-likelihood, from weak to strong.
+
+    Each fit starts at the one before. The likelihood has one hump over C: two steps down end the search, and
+    with it the slowest fits.
+    """
+    fits: list[Probe | None] = [None] * len(pairs)
+    scores: list[float] = []
+    for c in sorted(grid):
+        fits = [
+            _fit(features[fit], labels[fit], c, start) for (fit, _), start in zip(pairs, fits, strict=True)
+        ]
+        scores.append(
+            sum(
+                _log_likelihood(probe, features[held], labels[held])
+                for probe, (_, held) in zip(fits, pairs, strict=True)
+                if probe
+            )
+        )
+        if len(scores) > 2 and scores[-1] < scores[-2] < scores[-3]:
+            break
+    return sorted(grid)[int(np.argmax(scores))]
+
+
+def _rotated(features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Features (N, D) in the axes of their own span, (N, min(N, D)), and the way back (N, D); None if N >= D.
+
+    L2-regularised logistic regression does not see a rotation, and its weights lie in that span.
+    """
+    if len(features) >= features.shape[1]:
+        return features, None
+    left, sizes, back = np.linalg.svd(features, full_matrices=False)
+    return left * sizes, back
+
+
+def _fit(features: np.ndarray, labels: np.ndarray, c: float, start: Probe | None = None) -> Probe:
+    model = LogisticRegression(C=c, solver="lbfgs", max_iter=1000, warm_start=start is not None)
+    if start is not None:
+        model.classes_ = np.unique(labels)
+        two = len(start.coef) == 2  # scikit-learn keeps one row for two classes
+        model.coef_ = start.coef[1:] - start.coef[:1] if two else start.coef.copy()
+        model.intercept_ = start.intercept[1:] - start.intercept[:1] if two else start.intercept.copy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # at C = 1e4 separable data has no optimum
         model.fit(features, labels)
-    coef, intercept = np.asarray(model.coef_), np.asarray(model.intercept_)
-    if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
+    coef, intercept = np.ascontiguousarray(model.coef_), np.asarray(model.intercept_)
+    if len(model.classes_) == 2:
         coef, intercept = np.vstack([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2
     return Probe(coef, intercept, c)
 

@@ -76,7 +76,8 @@ def read_study_csv(path: Path) -> list[StudyRow]:
 def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
     """Plain-text tables, one a data set and test set: system x percent of train, mean ± half width in %.
 
-    The half width is that of the 95 % t-interval over the draws; one draw has none.
+    The half width is that of the 95 % t-interval over the draws; one draw has none. Below the systems stands
+    what each focus adds to its method, paired by draw; see ``gain``.
     Raises ValueError when there is no row.
     """
     blocks = []
@@ -232,7 +233,33 @@ def _cells(block: Sequence[StudyRow], metric: str) -> list[list[str]]:
         ["percent of train", *(f"{_percent(p)}%" for p in percents)],
         ["pictures", *(str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in counts)],
         *([system, *(_number(intervals.get((system, p))) for p in percents)] for system in systems),
+        *(
+            [f"{method}: {focus} - none", *(_gain(block, metric, method, focus, p) for p in percents)]
+            for method, focus in dict.fromkeys((row.method, row.focus) for row in block)
+            if focus != "none" and any(row.method == method and row.focus == "none" for row in block)
+        ),
     ]
+
+
+def gain(rows: Sequence[StudyRow], metric: str, method: str, focus: str, percent: float) -> Interval | None:
+    """What a focus adds to a method's metric, in percentage points, paired by draw: each draw's two cells
+    have the same support and the same test pictures. None where no draw has both. ``rows`` are of one test
+    set.
+    """
+    by_focus: dict[str, dict[int, float]] = {"none": {}, focus: {}}
+    for row in rows:
+        if row.method == method and row.percent_of_train == percent and row.focus in by_focus:
+            by_focus[row.focus][row.seed] = 100 * getattr(row, metric)
+    both = [
+        by_focus[focus][seed] - value for seed, value in by_focus["none"].items() if seed in by_focus[focus]
+    ]
+    return mean_interval(both) if both else None
+
+
+def _gain(block: Sequence[StudyRow], metric: str, method: str, focus: str, percent: float) -> str:
+    interval = gain(block, metric, method, focus, percent)
+    number = _number(interval)
+    return number if interval is None or interval.mean < 0 else f"+{number}"
 
 
 def _intervals(block: Sequence[StudyRow], metric: str) -> dict[tuple[str, float], Interval]:

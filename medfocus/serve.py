@@ -91,8 +91,8 @@ def save_model(
     settings = dict(segmenter_settings)
     if isinstance(segmenter, sam2.Sam2Segmenter):
         state = _tensors(segmenter.model)
-        save_file({k: v for k, v in state.items() if k.startswith(sam2._PICTURE_PATH)}, beside / _SAM2)
-        shutil.copyfile(sam2._config_path(str(settings.pop("config"))), beside / _SAM2_CONFIG)
+        save_file({k: v for k, v in state.items() if k.startswith(sam2.PICTURE_PATH)}, beside / _SAM2)
+        shutil.copyfile(sam2.config_path(str(settings.pop("config"))), beside / _SAM2_CONFIG)
         settings.pop("checkpoint", None)
     kind = "sam2" if isinstance(segmenter, sam2.Sam2Segmenter) else "otsu"
     if (made := _load_segmenter(beside, kind, settings).key) != segmenter.key:

@@ -89,7 +89,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copyfile(ROOT / name, tmp_path / name)
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     content["study"] |= {
-        "methods": {"pixels": ["none"], "clip-zero-shot": ["none"], "medfocusclip": ["none", "multiply"]},
+        "methods": {
+            "pixels": ["none"],
+            "clip-zero-shot": ["none"],
+            "medfocusclip": ["none", "multiply", "shuffled"],
+        },
         "percents": [50, 100],
         "seeds": [0, 1],
     }

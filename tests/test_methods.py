@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
 from medfocus import checkpoint
+from medfocus.encoders import build_clip
 from medfocus.methods import METHODS, Support
 from medfocus.methods.medfocusclip import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
 from medfocus.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
@@ -28,6 +30,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "fusion": "softmax-text",
         "head": "cosine",
         "contrastive_weights": (0.5,),
+        "blocks": 0,
+        "layers": (),
+        "grid": 2,
         "hidden": 4,
         "epochs": 40,
         "batch_size": 8,
@@ -123,7 +128,8 @@ def test_a_saved_method_predicts_the_same_after_loading(
     loaded, loaded_header = checkpoint.load(path, tiny_clip)  # pyright: ignore[reportArgumentType]
     assert loaded_header.classes == ("a", "b", "c")
     for classifier, logits in method.logits(support.inputs[0]).items():
-        assert torch.equal(logits, loaded.logits(support.inputs[0])[classifier])
+        again = loaded.logits(support.inputs[0])[classifier]
+        assert torch.allclose(logits, again, rtol=0, atol=1e-4), "but for how memory is aligned"
 
 
 def test_a_checkpoint_refuses_other_clip_weights(tiny_clip: TinyClip, tmp_path: Path) -> None:
@@ -339,3 +345,44 @@ def test_validation_predicts_every_picture_once_by_a_method_that_has_not_seen_it
 def test_nothing_is_validated_where_a_class_has_one_picture() -> None:
     support = Support(torch.zeros(1, 3, 2), torch.tensor([0, 0, 1]), torch.arange(3), torch.zeros(2, 4))
     assert out_of_fold(lambda: pytest.fail("nothing to fit"), support, folds=3, seed=0) == Validation(0, 0)
+
+
+@pytest.mark.parametrize("changed", [{"layers": (1, 4)}, {"blocks": 2, "epochs": 3}])
+def test_what_joins_or_trains_in_the_tower_is_kept_in_the_checkpoint(
+    changed: dict[str, Any], tmp_path: Path
+) -> None:
+    encoder = build_clip("pocket", "random:0")
+    settings = {**SETTINGS["medfocusclip"], **changed}
+    method = METHODS["medfocusclip"](encoder, **settings)  # pyright: ignore[reportArgumentType]
+    pictures, labels = coloured_pictures(12)
+    pictures = pictures.repeat_interleave(6, 1).repeat_interleave(6, 2)  # (N, 96, 96, 3)
+    text = functional.normalize(torch.randn(CLASSES, encoder.dim), dim=-1)
+    support = support_of(method, pictures, labels, text)
+    method.fit(support, torch.Generator().manual_seed(0))
+    again = METHODS["medfocusclip"](encoder, **settings).load(method.state())  # pyright: ignore[reportArgumentType]
+    for name, logits in method.logits(support.inputs[0]).items():
+        assert torch.allclose(again.logits(support.inputs[0])[name], logits, rtol=0, atol=1e-4)
+    if "blocks" in changed:
+        assert "classifier.tower.tower.proj" in method.state()
+        assert not torch.equal(method.state()["classifier.tower.tower.proj"], encoder.model.visual.proj)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    else:
+        fused = method.encode(support.inputs[0])  # pyright: ignore[reportAttributeAccessIssue]
+        patches = fused[:, encoder.dim :]
+        assert patches.shape[1] == 2 * 2 * 2 * 128
+        assert torch.allclose(patches.mean(0), torch.zeros(patches.shape[1]), atol=1e-4)
+        assert 0.5 < patches.square().sum(1).mean() < 1.1  # as long as I: neither half drowns the other
+
+
+def test_patch_features_of_a_tower_that_trains_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"blocks is 1 and layers \[2\].*Set blocks to 0 or layers to \[\]"):
+        METHODS["medfocusclip"](None, **{**SETTINGS["medfocusclip"], "blocks": 1, "layers": (2,)})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_probe_on_more_features_than_pictures_is_the_one_without_rotation() -> None:
+    rng = np.random.default_rng(0)
+    features, labels = rng.standard_normal((20, 60)), np.arange(20) % 3
+    features[np.arange(20), labels] += 2
+    ours = fit_probe(features, labels, np.arange(20), folds=3, seed=0, grid=(0.1,))
+    theirs = LogisticRegression(C=0.1, max_iter=1000, tol=1e-8).fit(features, labels)
+    np.testing.assert_allclose(ours.coef, theirs.coef_, atol=1e-3)
+    assert ours.coef.shape == (3, 60)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import yaml
 
 from flows import finetune, stages
+from flows.cells import Cell, Dataset, best_cell
 from flows.pipeline import pipeline
 from flows.stages import StageBusyError, reproduce
 from flows.study import open_study
@@ -92,7 +94,7 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
         *("auroc", "ece", "test_set", "n_train", "n_test", "mlflow_run_id"),
     ]
     cells = [run for run in runs(project) if "mlflow.parentRunId" in run.data.tags]
-    assert len(cells) == 4 + 1 + 8  # pixels; zero-shot once; medfocusclip with two focus modes
+    assert len(cells) == 4 + 1 + 12  # pixels; zero-shot once; medfocusclip with three focus modes
     assert {run.info.run_id for run in cells} == {row["mlflow_run_id"] for row in rows}
     by_id = {run.info.run_id: run for run in cells}
     for row in rows:
@@ -110,7 +112,7 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
         return {str(p): p.read_bytes() for p in sorted(Path("data/checkpoints").rglob("*.safetensors"))}
 
     fitted = checkpoints()
-    assert len(fitted) == 13
+    assert len(fitted) == 17
     shutil.rmtree(".cache/cells")
     shutil.move("data/phantoms/breast_ultrasound/test", "hidden")
     finetune.main([])
@@ -147,6 +149,31 @@ def test_a_changed_value_makes_only_what_depends_on_it_stale(
     assert Path("data/masks/phantom-breast/mask_status.csv").read_text() == masks
     edit_params(project, "schedule", cron="0 4 * * *")
     assert stale_stages(project) == set()
+
+
+def test_a_shuffled_mask_is_another_picture_s(project: Path) -> None:
+    for stage in ("phantoms@breast_ultrasound", "ingest@phantom-breast", "duplicates@phantom-breast"):
+        reproduce(project, stage)
+    for stage in ("splits@phantom-breast", "masks@phantom-breast"):
+        reproduce(project, stage)
+    study = open_study(Path("params.yaml"))
+    dataset = Dataset(study, "phantom-breast", study.encoder())
+    shas = [record.sha256 for record in dataset.records.values()]
+    masked_by = [dataset._masked_by(sha, "shuffled") for sha in shas]
+    assert all(own != other for own, other in zip(shas, masked_by, strict=True))
+    assert sorted(masked_by) == sorted(shas), "every mask is used once: none is lost that tells a class"
+    assert [dataset._masked_by(sha, "multiply") for sha in shas] == shas
+    record, settings = next(iter(dataset.records.values())), {"size": 96, "feather": 0.01}
+    own, other = (dataset._view(record, 0, focus=focus, **settings) for focus in ("multiply", "shuffled"))
+    assert not np.array_equal(own, other)
+    assert dataset._view_name(record, "multiply", 0) != dataset._view_name(record, "shuffled", 0)
+
+
+def test_a_control_is_never_the_best_cell(project: Path) -> None:
+    params = open_study(Path("params.yaml")).params
+    control = Cell("phantom-breast", "medfocusclip", "shuffled", "100%", 0)
+    with pytest.raises(ValueError, match="no cell of phantom-breast could be validated"):
+        best_cell(params, "phantom-breast", [control])  # its checkpoint, which is not there, is never opened
 
 
 def test_after_a_repro_the_flow_runs_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,3 +210,21 @@ def test_report_and_tracking_import_neither_torch_nor_mlflow() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]
+
+
+def test_what_a_focus_adds_is_paired_by_draw() -> None:
+    """Draws differ by far more than the focus adds; paired, its interval has no width."""
+    gain = report.gain(study(), "accuracy", "pixels", "multiply", 5.0)
+    assert gain is not None and gain.draws == 3
+    assert (gain.mean, gain.half_width) == pytest.approx((20, 0), abs=1e-6)
+    unpaired = [r for r in study() if not (r.focus == "multiply" and r.seed == 1)]
+    gain = report.gain(unpaired, "accuracy", "pixels", "multiply", 5.0)
+    assert gain is not None and gain.draws == 2
+    assert report.gain(study(), "accuracy", "pixels", "blur", 5.0) is None
+
+
+def test_the_table_says_what_a_focus_adds_with_its_sign() -> None:
+    lines = report.study_table(study()).splitlines()
+    assert lines[-1].split() == ["pixels:", "multiply", "-", "none", "+20.0", "±", "0.0", "+20.0", "±", "0.0"]
+    worse = [replace(r, accuracy=r.accuracy - 0.3) if r.focus == "multiply" else r for r in study()]
+    assert "-10.0 ± 0.0" in report.markdown_table(worse)

@@ -95,15 +95,11 @@ class ClipLinearProbe:
 
     def state(self) -> dict[str, Tensor]:
         """The probe."""
-        return {
-            "coef": torch.from_numpy(self.probe_.coef),
-            "intercept": torch.from_numpy(self.probe_.intercept),
-            "C": torch.tensor(self.probe_.C, dtype=torch.float64),
-        }
+        return self.probe_.state()
 
     def load(self, state: dict[str, Tensor]) -> Self:
         """See ``Method.load``."""
-        self.probe_ = Probe(state["coef"].numpy(), state["intercept"].numpy(), float(state["C"]))
+        self.probe_ = Probe.load(state)
         return self
 
 

@@ -1,4 +1,4 @@
-"""MedFocusCLIP (arXiv 2501.03839): fusion, composite loss, head and probe over frozen towers.
+"""MedFocusCLIP (arXiv 2501.03839): fusion, composite loss, head and probe over CLIP's towers.
 
 The paper's symbols: I image features, T class texts, M = F(T, I) fused features, C the head,
 L = λ L_c + (1 - λ) L_e. The focus x ⊙ m has happened before: the inputs are features of
@@ -161,41 +161,77 @@ HEADS: dict[str, type[CosineHead] | type[LinearHead]] = {"cosine": CosineHead, "
 
 
 class FusedClassifier(nn.Module):
-    """Residual adapters on I and T, the fusion F, and the head C."""
+    """The end of the picture tower, residual adapters on I and T, the fusion F, and the head C.
+
+    An input is what the frozen part of the tower gave, and behind it, where ``patches`` is not 0, so many
+    patch features. Those are standardised by ``scale_patches`` and put behind M as they are.
+    """
+
+    patch_mean: Tensor  # (P,)
+    patch_scale: Tensor  # (P,)
 
     def __init__(
-        self, dim: int, classes: int, *, fusion: str, head: str, hidden: int, logit_scale: float
+        self,
+        dim: int,
+        classes: int,
+        *,
+        fusion: str,
+        head: str,
+        hidden: int,
+        logit_scale: float,
+        tower: nn.Module | None = None,
+        patches: int = 0,
     ) -> None:
         super().__init__()
+        self.tower = tower or nn.Identity()  # (B, ...) -> (B, D), L2-normalised
         self.image_adapter = Adapter(dim, hidden)
         self.text_adapter = Adapter(dim, hidden)
         self.fusion = FUSIONS[fusion](dim, classes)
-        self.head = HEADS[head](self.fusion.out_features, classes, logit_scale)
+        self.head = HEADS[head](self.fusion.out_features + patches, classes, logit_scale)
         self.logit_scale = logit_scale
+        self.patches = patches
+        self.register_buffer("patch_mean", torch.zeros(patches))
+        self.register_buffer("patch_scale", torch.ones(patches))
 
-    def adapt(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D), (K, D) -> the same after their adapters, L2-normalised."""
-        return self.image_adapter(image_features), self.text_adapter(text_features)
+    def scale_patches(self, inputs: Tensor) -> None:
+        """Standardise patch features by those of inputs (N, D + P), so that all together have length one."""
+        if self.patches:
+            features = inputs[:, -self.patches :].float()
+            self.patch_mean.copy_(features.mean(dim=0))
+            self.patch_scale.copy_((features.std(dim=0, correction=0) + 1e-3) * self.patches**0.5)
 
-    def fuse(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """M for image features (B, D) and the texts of all classes (K, D) -> (B, D')."""
-        return self.fusion(*self.adapt(image_features, text_features), self.logit_scale)
+    def adapt(self, inputs: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs (B, ...), class texts (K, D) -> I (B, D), T (K, D) after their adapters, L2-normalised."""
+        towards = inputs[:, : -self.patches] if self.patches else inputs
+        return self.image_adapter(self.tower(towards)), self.text_adapter(text_features)
 
-    def loss(self, image_features: Tensor, text_features: Tensor, labels: Tensor, weight: float) -> Tensor:
-        """λ L_c + (1 - λ) L_e for a batch (B, D), (K, D), (B,); ``weight`` is λ."""
-        image, text = self.adapt(image_features, text_features)
+    def merge(self, image: Tensor, text: Tensor, inputs: Tensor) -> Tensor:
+        """M of adapted I (B, D) and T (K, D), with the patch features of inputs (B, ...) -> (B, D' + P)."""
         fused = self.fusion(image, text, self.logit_scale)
-        loss_e = functional.cross_entropy(self.head(fused), labels)
+        if not self.patches:
+            return fused
+        return torch.cat([fused, (inputs[:, -self.patches :] - self.patch_mean) / self.patch_scale], dim=-1)
+
+    def fuse(self, inputs: Tensor, text_features: Tensor) -> Tensor:
+        """M for inputs (B, ...) and the texts of all classes (K, D) -> (B, D' + P)."""
+        return self.merge(*self.adapt(inputs, text_features), inputs)
+
+    def loss(self, inputs: Tensor, text_features: Tensor, labels: Tensor, weight: float) -> Tensor:
+        """λ L_c + (1 - λ) L_e for a batch (B, ...), (K, D), (B,); ``weight`` is λ."""
+        image, text = self.adapt(inputs, text_features)
+        loss_e = functional.cross_entropy(self.head(self.merge(image, text, inputs)), labels)
         return weight * contrastive_loss(image, text, labels, self.logit_scale) + (1 - weight) * loss_e
 
 
 @dataclass
 class MedFocusClip:
-    """The paper's method with frozen towers: adapters, fusion and head train on cached views.
+    """The paper's method: adapters, fusion and head train on cached views of a frozen trunk.
 
     With nothing trainable before I and T the contrastive term would have no gradient; that is
-    what the adapters are for. Where ``contrastive_weights`` holds several λ, one is chosen by
-    stratified cross-validation inside the support.
+    what the adapters are for. With ``blocks`` the last blocks of the picture tower train too. With
+    ``layers`` the frozen tower's patch features join M: where in the picture something is, which the
+    pooled I has lost. Where ``contrastive_weights`` holds several λ, one is chosen by stratified
+    cross-validation inside the support.
     """
 
     learns: ClassVar[bool] = True
@@ -204,6 +240,9 @@ class MedFocusClip:
     fusion: str  # one of FUSIONS
     head: str  # one of HEADS
     contrastive_weights: tuple[float, ...]  # candidates for λ in [0, 1]
+    blocks: int  # of the picture tower that train, from its end; 0: the towers are frozen
+    layers: tuple[int, ...]  # blocks, counted from 1, whose patch features join M; 0: the embedding
+    grid: int  # cells a side to which the patch features of each layer are averaged
     hidden: int  # width of the adapters' bottleneck
     epochs: int
     batch_size: int
@@ -224,15 +263,27 @@ class MedFocusClip:
                 f"medfocusclip: contrastive_weights is {list(self.contrastive_weights)}; "
                 "give one or more values of λ in [0, 1]."
             )
+        if self.blocks and self.layers:
+            raise ValueError(
+                f"medfocusclip: blocks is {self.blocks} and layers {list(self.layers)}; the patch features "
+                "are of a frozen tower. Set blocks to 0 or layers to []."
+            )
 
     @property
     def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
+        """The frozen part: CLIP's image features, with patch features, or tokens where blocks train."""
+        if self.blocks:
+            return f"tokens-{self.blocks}"
+        return f"layers-{'-'.join(map(str, self.layers))}-{self.grid}" if self.layers else "features"
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+        """Pictures (B, S, S, 3) uint8 -> I (B, D), with patch features (B, D + P), or tokens (B, L, W)."""
+        pixels = self.encoder.preprocess(pictures)
+        if self.blocks:
+            return self.encoder.trunk(pixels, self.blocks)
+        if self.layers:
+            return self.encoder.encode_layers(pixels, self.layers, self.grid)
+        return self.encoder.encode_images(pixels)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose λ, train adapters, fusion and head, then probe the frozen fused features."""
@@ -241,7 +292,7 @@ class MedFocusClip:
         self.text_features_ = support.text_features
         self.contrastive_weight_ = self._choose_weight(support, seed)
         self.classifier_ = self._train(support, self.contrastive_weight_, generator)
-        fused = self.encode(support.inputs[0]).numpy()
+        fused = self.encode(support.inputs[0]).numpy()  # (N, D')
         self.probe_ = fit_probe(fused, labels, groups, folds=self.folds, seed=seed)
         return self
 
@@ -257,22 +308,23 @@ class MedFocusClip:
                 classifier = self._train(support.subset(fit), weight, torch.Generator().manual_seed(seed))
                 out = support.subset(held)
                 with torch.no_grad():
-                    logits = classifier.head(classifier.fuse(out.inputs[0], out.text_features))
+                    logits = classifier.head(self._fused(classifier, out.inputs[0], out.text_features))
                     total += float(functional.cross_entropy(logits, out.labels, reduction="sum"))
             return total
 
         return min(self.contrastive_weights, key=held_out_loss)
 
     def _train(self, support: Support, weight: float, generator: torch.Generator) -> FusedClassifier:
+        inputs, text, labels = support.inputs, support.text_features, support.labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())
-            classifier = self._untrained(support.text_features)
+            classifier = self._untrained(text, inputs.shape[-1])
+        classifier.scale_patches(inputs[0])
         with torch.no_grad():
-            classifier.head.imprint(classifier.fuse(support.inputs[0], support.text_features), support.labels)
-        inputs, text, labels = support.inputs, support.text_features, support.labels
+            classifier.head.imprint(self._fused(classifier, inputs[0], text), labels)
         train(
             classifier.parameters(),
-            lambda index, view: classifier.loss(inputs[view, index], text, labels[index], weight),
+            lambda index, view: classifier.loss(inputs[view, index].float(), text, labels[index], weight),
             labels,
             views=len(inputs),
             epochs=self.epochs,
@@ -283,7 +335,7 @@ class MedFocusClip:
         )
         return classifier.eval()
 
-    def _untrained(self, text_features: Tensor) -> FusedClassifier:
+    def _untrained(self, text_features: Tensor, width: int) -> FusedClassifier:
         classes, dim = text_features.shape
         return FusedClassifier(
             dim,
@@ -292,16 +344,22 @@ class MedFocusClip:
             head=self.head,
             hidden=self.hidden,
             logit_scale=self.encoder.logit_scale,
+            tower=self.encoder.tail(self.blocks) if self.blocks else None,
+            patches=width - dim if self.layers else 0,
         )
 
     @torch.no_grad()
+    def _fused(self, classifier: FusedClassifier, inputs: Tensor, text_features: Tensor) -> Tensor:
+        """M for any number of inputs (N, ...), a batch at a time -> (N, D')."""
+        return torch.cat([classifier.fuse(part.float(), text_features) for part in inputs.split(256)])
+
     def encode(self, inputs: Tensor) -> Tensor:
-        """Fused features M: (N, D) -> (N, D')."""
-        return self.classifier_.fuse(inputs, self.text_features_)
+        """Fused features M: (N, ...) -> (N, D')."""
+        return self._fused(self.classifier_, inputs, self.text_features_)
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Inputs (N, D) -> logits (N, K) of the probe on M and of the head C."""
+        """Inputs (N, ...) -> logits (N, K) of the probe on M and of the head C."""
         fused = self.encode(inputs)
         return {
             "probe": torch.from_numpy(self.probe_.logits(fused.numpy())),
@@ -309,14 +367,12 @@ class MedFocusClip:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Adapters, fusion, head, class texts, probe and the chosen λ."""
+        """Trained blocks, adapters, fusion, head, class texts, probe and the chosen λ."""
         classifier = {f"classifier.{name}": value for name, value in self.classifier_.state_dict().items()}
         return {
             "text_features": self.text_features_,
             "contrastive_weight": torch.tensor(self.contrastive_weight_, dtype=torch.float64),
-            "coef": torch.from_numpy(self.probe_.coef),
-            "intercept": torch.from_numpy(self.probe_.intercept),
-            "C": torch.tensor(self.probe_.C, dtype=torch.float64),
+            **self.probe_.state(),
             **classifier,
         }
 
@@ -324,8 +380,9 @@ class MedFocusClip:
         """See ``Method.load``."""
         self.text_features_ = state["text_features"]
         self.contrastive_weight_ = float(state["contrastive_weight"])
-        self.probe_ = Probe(state["coef"].numpy(), state["intercept"].numpy(), float(state["C"]))
-        self.classifier_ = self._untrained(self.text_features_)
+        self.probe_ = Probe.load(state)
+        width = self.text_features_.shape[1] + len(state["classifier.patch_mean"])
+        self.classifier_ = self._untrained(self.text_features_, width)
         self.classifier_.load_state_dict(
             {k.removeprefix("classifier."): v for k, v in state.items() if k.startswith("classifier.")}
         )

@@ -67,15 +67,13 @@ class Pixels:
     def state(self) -> dict[str, Tensor]:
         """Probe and standardisation."""
         return {
-            "coef": torch.from_numpy(self.probe_.coef),
-            "intercept": torch.from_numpy(self.probe_.intercept),
-            "C": torch.tensor(self.probe_.C, dtype=torch.float64),
+            **self.probe_.state(),
             "mean": torch.from_numpy(self.mean_),
             "scale": torch.from_numpy(self.scale_),
         }
 
     def load(self, state: dict[str, Tensor]) -> Self:
         """See ``Method.load``."""
-        self.probe_ = Probe(state["coef"].numpy(), state["intercept"].numpy(), float(state["C"]))
+        self.probe_ = Probe.load(state)
         self.mean_, self.scale_ = state["mean"].numpy(), state["scale"].numpy()
         return self
