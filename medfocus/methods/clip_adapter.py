@@ -1,0 +1,149 @@
+"""CLIP-Adapter (Gao et al., arXiv 2110.04544): a residual bottleneck on the image features.
+
+f' = norm(r A(f) + (1 - r) f), A(f) = ReLU(W2 ReLU(W1 f)), logits s f' Tᵀ. As in the public code there are no
+biases, W1 and W2 start as PyTorch's linear layers do, and the texts have no adapter of their own. The
+public code leaves r at 0.2 and names no training settings; the paper searches r for every data set. Here
+several ``ratios`` are a search by cross-validation inside the support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medfocus.methods.choose import choose
+from medfocus.methods.protocol import Support
+from medfocus.training import train
+
+if TYPE_CHECKING:
+    from medfocus.encoders import ClipEncoder
+
+RATIO_WITHOUT_VALIDATION = 0.2  # published, where a class is too small to hold one out
+
+
+class Adapter(nn.Module):
+    """f -> norm(r A(f) + (1 - r) f) with A(f) = ReLU(W2 ReLU(W1 f))."""
+
+    def __init__(self, dim: int, reduction: int, ratio: float) -> None:
+        super().__init__()
+        hidden = max(1, dim // reduction)
+        self.down = nn.Linear(dim, hidden, bias=False)  # W1
+        self.up = nn.Linear(hidden, dim, bias=False)  # W2
+        self.ratio = ratio
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, D), L2-normalised."""
+        adapted = self.up(self.down(features).relu()).relu()
+        return functional.normalize(self.ratio * adapted + (1 - self.ratio) * features, dim=-1)
+
+
+@dataclass
+class ClipAdapter:
+    """The adapter learns by cross-entropy against frozen class texts."""
+
+    learns: ClassVar[bool] = True
+    takes_views: ClassVar[bool] = True
+    encoder: ClipEncoder
+    ratios: tuple[float, ...]  # candidates for r, the share of A(f) in f'
+    reduction: int  # of the bottleneck: D to D / reduction
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    folds: int  # of the cross-validation that chooses r
+    ratio_: float = field(init=False)
+    adapter_: Adapter = field(init=False, repr=False)
+    text_features_: Tensor = field(init=False, repr=False)  # (K, D)
+
+    def __post_init__(self) -> None:
+        if not self.ratios or not all(0 <= ratio <= 1 for ratio in self.ratios):
+            raise ValueError(
+                f"clip-adapter: ratios is {list(self.ratios)}; give one or more values of r in [0, 1]."
+            )
+        if self.reduction < 1:
+            raise ValueError(f"clip-adapter: reduction is {self.reduction}; use 1 or more, published is 4.")
+
+    @property
+    def embedding(self) -> str:
+        """CLIP's image features."""
+        return "features"
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+
+    def fit(self, support: Support, generator: torch.Generator) -> Self:
+        """Choose r, then train the adapter on the whole support."""
+        self.text_features_ = support.text_features
+        seed = generator.initial_seed() % 2**32
+
+        def held_out_logits(fit: Support, held: Support) -> Iterable[Tensor]:
+            for ratio in self.ratios:
+                adapter = self._train(fit, ratio, torch.Generator().manual_seed(seed))
+                with torch.no_grad():
+                    yield self._classify(adapter(held.inputs[0].float()))
+
+        self.ratio_ = choose(
+            self.ratios,
+            support,
+            held_out_logits,
+            folds=self.folds,
+            seed=seed,
+            otherwise=RATIO_WITHOUT_VALIDATION,
+        )
+        self.adapter_ = self._train(support, self.ratio_, generator)
+        return self
+
+    def _train(self, support: Support, ratio: float, generator: torch.Generator) -> Adapter:
+        features, labels = support.inputs.float(), support.labels  # (V, N, D), (N,)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())
+            adapter = Adapter(features.shape[-1], self.reduction, ratio)
+        train(
+            adapter.parameters(),
+            lambda index, view: functional.cross_entropy(
+                self._classify(adapter(features[view, index])), labels[index]
+            ),
+            labels,
+            views=len(features),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            generator=generator,
+        )
+        return adapter.eval()
+
+    def _classify(self, adapted: Tensor) -> Tensor:
+        """s f' Tᵀ: (B, D) -> (B, K)."""
+        return self.encoder.logit_scale * adapted @ self.text_features_.T
+
+    @torch.no_grad()
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Adapted features f': (N, D) -> (N, D)."""
+        return self.adapter_(inputs.float())
+
+    def logits(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Inputs (N, D) -> logits (N, K)."""
+        return {"text": self._classify(self.encode(inputs))}
+
+    def state(self) -> dict[str, Tensor]:
+        """W1, W2, the class texts and the chosen r."""
+        adapter = {f"adapter.{name}": value for name, value in self.adapter_.state_dict().items()}
+        ratio = torch.tensor(self.ratio_, dtype=torch.float64)
+        return {"text_features": self.text_features_, "ratio": ratio, **adapter}
+
+    def load(self, state: dict[str, Tensor]) -> Self:
+        """See ``Method.load``."""
+        self.text_features_ = state["text_features"]
+        self.ratio_ = float(state["ratio"])
+        self.adapter_ = Adapter(self.text_features_.shape[1], self.reduction, self.ratio_).eval()
+        self.adapter_.load_state_dict(
+            {k.removeprefix("adapter."): v for k, v in state.items() if k.startswith("adapter.")}
+        )
+        return self

@@ -1,0 +1,117 @@
+"""LP++ (Huang et al., CVPR 2024, arXiv 2404.02285): a linear probe that blends the class texts in.
+
+Logits l_ik = f_i·(w_k + α_k t_k), cross-entropy, both w and α learnt on the full batch with step sizes that
+come from the data. Where paper and public code differ, or the code does what no equation says:
+
+- The code keeps the step that is best on a validation set. Here the last iterate is kept.
+- The code gives the classifier a bias that starts at random. The equation has none, and so has this.
+- The code never clears the gradient of α between its updates. Here it is that of the current iterate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from medfocus.methods.protocol import Support
+
+if TYPE_CHECKING:
+    from medfocus.encoders import ClipEncoder
+
+ALPHA_SCALE = 250.0  # published: α starts at this times the mean cosine of picture and own class text
+MOMENTUM = 0.9  # published, of w
+STEPS_OF_W = 10  # published: α takes a step after so many of w
+
+
+def blended_logits(features: Tensor, weight: Tensor, alpha: Tensor, text_features: Tensor) -> Tensor:
+    """l_ik = f_i·(w_k + α_k t_k): (B, D), (K, D), (K,), (K, D) -> (B, K)."""
+    return features @ (weight + alpha[:, None] * text_features).T
+
+
+def start(features: Tensor, onehot: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Where w and α start: w_k = Σ_{i∈k} f_i, and for every class α = 250 mean_k mean_{i∈k} f_i·t_k.
+
+    (N, D), (N, K), (K, D) -> (K, D), (K,).
+    """
+    cosines = (onehot * (features @ text_features.T)).sum(dim=0) / onehot.sum(dim=0)  # (K,)
+    return onehot.T @ features, torch.full_like(cosines, ALPHA_SCALE * float(cosines.mean()))
+
+
+def step_sizes(features: Tensor, text_features: Tensor) -> tuple[float, float]:
+    """η_w = 4 N / λ_max(FᵀF) and η_α = N / (4 max_k Σ_i (f_i·t_k)²), the published ones.
+
+    As p (1 - p) is at most 1/4, λ_max / 4N bounds the curvature of the loss in one class's w_k, and η_w is
+    its inverse. With all classes at once the bound is twice that, of whose inverse η_w is the double;
+    momentum of 0.9 keeps steps stable up to 3.8 times it. η_α is an eighth of the inverse of the bound for
+    all of α.
+    """
+    count = len(features)
+    largest = float(torch.linalg.matrix_norm(features, 2).square())
+    text = float((features @ text_features.T).square().sum(dim=0).max())
+    return 4 * count / largest, count / (4 * max(text, 1e-12))
+
+
+def minimise(features: Tensor, labels: Tensor, text_features: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """w (K, D) and α (K,) after ``steps`` full-batch steps on features (N, D), labels (N,), texts (K, D)."""
+    count = len(labels)
+    onehot = functional.one_hot(labels, len(text_features)).to(features.dtype)  # (N, K)
+    cosines = features @ text_features.T  # (N, K)
+    weight, alpha = start(features, onehot, text_features)
+    step_w, step_alpha = step_sizes(features, text_features)
+    velocity = torch.zeros_like(weight)
+    for step in range(1, steps + 1):
+        shares = (features @ weight.T + alpha * cosines).softmax(dim=1)
+        residual = (shares - onehot) / count  # (N, K), the gradient in the logits
+        velocity = MOMENTUM * velocity + residual.T @ features
+        weight = weight - step_w * velocity
+        if step % STEPS_OF_W == 0:
+            alpha = alpha - step_alpha * (residual * cosines).sum(dim=0)
+    return weight, alpha
+
+
+@dataclass
+class LpPlusPlus:
+    """Nothing to choose: start and step sizes come from the support."""
+
+    learns: ClassVar[bool] = True
+    takes_views: ClassVar[bool] = False
+    encoder: ClipEncoder
+    steps: int  # full-batch
+    weight_: Tensor = field(init=False, repr=False)  # (K, D) w
+    alpha_: Tensor = field(init=False, repr=False)  # (K,)
+    text_features_: Tensor = field(init=False, repr=False)  # (K, D)
+
+    @property
+    def embedding(self) -> str:
+        """CLIP's image features."""
+        return "features"
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+
+    def fit(self, support: Support, generator: torch.Generator) -> Self:
+        """Learn w and α; nothing is drawn."""
+        self.text_features_ = support.text_features
+        features, text = support.inputs[0].double(), support.text_features.double()
+        self.weight_, self.alpha_ = minimise(features, support.labels, text, self.steps)
+        return self
+
+    def logits(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Inputs (N, D) -> logits (N, K)."""
+        text = self.text_features_.double()
+        return {"blend": blended_logits(inputs.double(), self.weight_, self.alpha_, text)}
+
+    def state(self) -> dict[str, Tensor]:
+        """w, α and the class texts."""
+        return {"weight": self.weight_, "alpha": self.alpha_, "text_features": self.text_features_}
+
+    def load(self, state: dict[str, Tensor]) -> Self:
+        """See ``Method.load``."""
+        self.weight_, self.alpha_ = state["weight"], state["alpha"]
+        self.text_features_ = state["text_features"]
+        return self

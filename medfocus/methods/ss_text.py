@@ -1,0 +1,82 @@
+"""SS-Text (Silva-Rodríguez et al., "Full Conformal Adaptation of Medical Vision-Language Models", IPMI 2025).
+
+The linear probe in closed form: w_k is pulled to the pictures of class k and held near its text. The
+minimum of -(s / N) Σ_i f_i·w_{y_i} + ½ Σ_k λ_k |w_k - t_k|² is w_k = t_k + (s / (N λ_k)) Σ_{i∈k} f_i.
+λ_k is 1/N as published; the successor SS-Text+ takes one over the class's own count. As in the public code
+w_k is L2-normalised before it classifies, so the larger of two classes gains nothing. That code's floor of
+1e-3 under λ_k, which matters above 1,000 pictures only, is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from medfocus.methods.protocol import Support
+
+if TYPE_CHECKING:
+    from medfocus.encoders import ClipEncoder
+
+
+def closed_form(
+    features: Tensor, labels: Tensor, text_features: Tensor, logit_scale: float, penalty: Tensor
+) -> Tensor:
+    """w_k = t_k + (s / (N λ_k)) Σ_{i∈k} f_i.
+
+    Args:
+        features: (N, D) L2-normalised.
+        labels: (N,) integers in [0, K).
+        text_features: (K, D) L2-normalised.
+        logit_scale: s.
+        penalty: λ, (K,).
+
+    Returns:
+        (K, D).
+    """
+    onehot = functional.one_hot(labels, len(text_features)).to(features.dtype)  # (N, K)
+    share = logit_scale / (len(labels) * penalty)  # (K,)
+    return text_features + share[:, None] * (onehot.T @ features)
+
+
+@dataclass
+class SsText:
+    """Nothing to train and nothing to choose."""
+
+    learns: ClassVar[bool] = True
+    takes_views: ClassVar[bool] = False
+    encoder: ClipEncoder
+    weight_: Tensor = field(init=False, repr=False)  # (K, D) L2-normalised
+
+    @property
+    def embedding(self) -> str:
+        """CLIP's image features."""
+        return "features"
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+
+    def fit(self, support: Support, generator: torch.Generator) -> Self:
+        """Compute w; nothing is drawn."""
+        features, text = support.inputs[0].double(), support.text_features.double()
+        penalty = torch.full((len(text),), 1 / len(features), dtype=text.dtype)
+        weight = closed_form(features, support.labels, text, self.encoder.logit_scale, penalty)
+        self.weight_ = functional.normalize(weight, dim=-1)
+        return self
+
+    def logits(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Inputs (N, D) -> logits s f wᵀ (N, K)."""
+        return {"blend": self.encoder.logit_scale * inputs.double() @ self.weight_.T}
+
+    def state(self) -> dict[str, Tensor]:
+        """w."""
+        return {"weight": self.weight_}
+
+    def load(self, state: dict[str, Tensor]) -> Self:
+        """See ``Method.load``."""
+        self.weight_ = state["weight"]
+        return self
