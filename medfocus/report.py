@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,14 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _LEVELS = ("--", ":", "-.")
 _CONTOUR = (255, 140, 0)  # orange shows on grey pictures, light and dark
 _TILE = 176  # pixels a side of a contact sheet's tile
+_CONTROLLED = "multiply"  # the focus that the controls take something from
+# Control -> what has to be said of a data set where it does not score below the focus.
+_FINDINGS = {
+    "inverse": "background alone is not significantly below the focus {}: take the data set as confounded",
+    "shuffled": "another picture's mask is not significantly below the focus {}: "
+    "the mask's content is not what helps",
+    "center-box": "the centre box is not significantly below the focus {}: no mask had to be found",
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
     """Plain-text tables, one a data set and test set: system x percent of train, mean ± half width in %.
 
     The half width is that of the 95 % t-interval over the draws; one draw has none. Below the systems stands
-    what each focus adds to its method, paired by draw; see ``gain``.
+    what each focus adds to its method, paired by draw; see ``gain``. Where controls were run in two draws or
+    more, a line a method gives their ``verdict``.
     Raises ValueError when there is no row.
     """
     blocks = []
@@ -91,7 +100,8 @@ def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
             for line in cells
         ]
         lines.insert(2, "-" * len(lines[0]))
-        blocks.append("\n".join([_heading(block, metric), "", *(line.rstrip() for line in lines)]))
+        table = [_heading(block, metric), "", *(line.rstrip() for line in lines)]
+        blocks.append("\n".join([*table, *_paragraphs(_verdicts(block))]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -101,7 +111,8 @@ def markdown_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
     for block in _blocks(rows):
         head, pictures, *body = (f"| {' | '.join(line)} |" for line in _cells(block, metric))
         rule = "|---|" + "---:|" * (head.count("|") - 2)
-        blocks.append("\n".join([f"**{_heading(block, metric)}**", "", head, rule, pictures, *body]))
+        table = [f"**{_heading(block, metric)}**", "", head, rule, pictures, *body]
+        blocks.append("\n".join([*table, *_paragraphs(_verdicts(block))]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -250,16 +261,87 @@ def gain(rows: Sequence[StudyRow], metric: str, method: str, focus: str, percent
     for row in rows:
         if row.method == method and row.percent_of_train == percent and row.focus in by_focus:
             by_focus[row.focus][row.seed] = 100 * getattr(row, metric)
-    both = [
-        by_focus[focus][seed] - value for seed, value in by_focus["none"].items() if seed in by_focus[focus]
+    return _paired(by_focus[focus], by_focus["none"])
+
+
+def verdict(
+    focus: Mapping[int, float], controls: Mapping[str, Mapping[int, float]], none: Mapping[int, float]
+) -> str | None:
+    """What the controls say of a focus, in a sentence; None where no control has two draws with it.
+
+    A control counts as below the focus where the 95 % t-interval of its difference, paired by draw, lies
+    below 0. The sentence gives the intervals: a wide one says that the draws were too few to tell. It
+    knows no chance level; a focus at chance has controls beside it that mean nothing.
+
+    Args:
+        focus: Draw -> accuracy in %.
+        controls: "inverse", "shuffled", "center-box", those that were run -> draw -> accuracy in %.
+        none: Draw -> accuracy in % of the whole picture; empty where it was not run.
+    """
+    paired = ((name, _paired(controls[name], focus)) for name in _FINDINGS if name in controls)
+    known = {name: interval for name, interval in paired if interval is not None and interval.draws > 1}
+    if not known:
+        return None
+    found = [
+        _FINDINGS[name].format(f"({_signed(interval)})")
+        for name, interval in known.items()
+        if interval.mean + interval.half_width >= 0
     ]
+    if not found:
+        below = ", ".join(f"{name} {_signed(interval)}" for name, interval in known.items())
+        found = [f"every control is below the focus ({below}): the region carries it"]
+    lost = _paired(none, focus)
+    if lost is not None and lost.mean - lost.half_width > 0:
+        found.append(f"the whole picture is above the focus ({_signed(lost)})")
+    return "; ".join(found)
+
+
+def _verdicts(block: Sequence[StudyRow]) -> list[str]:
+    """A line a method that was run with controls: what they say of "multiply", by accuracy.
+
+    Every draw counts once, by its mean over the percents: its supports are nested. At 100 % all draws
+    have the same pictures, at 0 % none, so neither is among them.
+    """
+    lines = []
+    for method in dict.fromkeys(row.method for row in block):
+        cells: dict[str, dict[tuple[int, float], float]] = {}  # focus -> (draw, percent) -> accuracy in %
+        for row in block:
+            concerned = row.method == method and row.focus in (_CONTROLLED, "none", *_FINDINGS)
+            if concerned and 0 < row.percent_of_train < 100:
+                cells.setdefault(row.focus, {})[row.seed, row.percent_of_train] = 100 * row.accuracy
+        common = sorted(set.intersection(*map(set, cells.values()))) if cells else []
+        draws = {
+            focus: {draw: float(np.mean([at[key] for key in common if key[0] == draw])) for draw, _ in common}
+            for focus, at in cells.items()
+        }
+        controls = {name: of_draw for name, of_draw in draws.items() if name in _FINDINGS}
+        said = verdict(draws.get(_CONTROLLED, {}), controls, draws.get("none", {}))
+        if said is not None:
+            percents = sorted({percent for _, percent in common})
+            span = " to ".join(dict.fromkeys(_percent(p) for p in (percents[0], percents[-1])))
+            number = len(draws[_CONTROLLED])
+            where = f"accuracy at {span} % of train, {number} draws"
+            lines.append(f"Controls of {method} ({_CONTROLLED}), {where}: {said}.")
+    return lines
+
+
+def _paragraphs(lines: Sequence[str]) -> list[str]:
+    return [part for line in lines for part in ("", line)]
+
+
+def _paired(ours: Mapping[int, float], others: Mapping[int, float]) -> Interval | None:
+    """``ours - others`` over the draws that both have; None where there is none."""
+    both = [ours[seed] - other for seed, other in others.items() if seed in ours]
     return mean_interval(both) if both else None
 
 
 def _gain(block: Sequence[StudyRow], metric: str, method: str, focus: str, percent: float) -> str:
     interval = gain(block, metric, method, focus, percent)
-    number = _number(interval)
-    return number if interval is None or interval.mean < 0 else f"+{number}"
+    return _number(None) if interval is None else _signed(interval)
+
+
+def _signed(interval: Interval) -> str:
+    return f"{'' if interval.mean < 0 else '+'}{_number(interval)}"
 
 
 def _intervals(block: Sequence[StudyRow], metric: str) -> dict[tuple[str, float], Interval]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from medfocus.focus import CONTOUR_COLOUR, FILL, FOCUS, SEGMENT_COLOURS, focus, soft_edge
+from medfocus.focus import FILL, FOCUS, MARK_COLOUR, SEGMENT_COLOURS, focus, soft_edge
 
 MODES = list(FOCUS)
+MARKS = ["contour", "circle", "box", "arrow"]
 FEATHER = 0.05
 
 
@@ -23,11 +26,23 @@ def mask() -> np.ndarray:
     return (np.hypot(y - 60, x - 50) < 25) | (np.hypot(y - 60, x - 120) < 14)
 
 
+def box_of(top: int, left: int, h: int, w: int) -> np.ndarray:
+    region = np.zeros((120, 160), dtype=bool)
+    region[top : top + h, left : left + w] = True
+    return region
+
+
+def mark_of(mask: np.ndarray, mode: str) -> np.ndarray:
+    """The pixels that a mark takes, (H, W) bool."""
+    drawn = focus(np.zeros((*mask.shape, 3), dtype=np.uint8), mask, mode, feather=0)
+    return (drawn == MARK_COLOUR).all(axis=2)
+
+
 def far_outside(mask: np.ndarray, feather: float) -> np.ndarray:
     return soft_edge(mask, feather) == 0
 
 
-@pytest.mark.parametrize("mode", ["none", "multiply", "crop", "blur", "contour"])
+@pytest.mark.parametrize("mode", ["none", "multiply", "crop", "blur", *MARKS])
 def test_full_mask_leaves_the_picture_unchanged(picture: np.ndarray, mode: str) -> None:
     full = np.ones(picture.shape[:2], dtype=bool)
     assert np.array_equal(focus(picture, full, mode, feather=FEATHER), picture)
@@ -69,7 +84,7 @@ def test_transposing_picture_and_mask_transposes_the_focus(
     assert np.abs(upright.transpose(1, 0, 2).astype(int) - lying).max() <= rounding
 
 
-@pytest.mark.parametrize("mode", ["multiply", "blur", "contour"])
+@pytest.mark.parametrize("mode", ["multiply", "blur", *MARKS])
 def test_what_is_inside_the_mask_stays_untouched(picture: np.ndarray, mask: np.ndarray, mode: str) -> None:
     assert np.array_equal(focus(picture, mask, mode, feather=FEATHER)[mask], picture[mask])
 
@@ -86,6 +101,28 @@ def test_multiplied_picture_is_clips_mean_colour_outside_away_from_the_feather(
 def test_without_feather_a_multiplied_picture_is_the_equation(picture: np.ndarray, mask: np.ndarray) -> None:
     expected = np.where(mask[:, :, None], picture, np.array(FILL, dtype=np.uint8))
     assert np.array_equal(focus(picture, mask, "multiply", feather=0), expected)
+
+
+def test_the_inverse_of_a_full_mask_is_a_picture_of_clips_mean_colour(picture: np.ndarray) -> None:
+    full = np.ones(picture.shape[:2], dtype=bool)
+    assert (focus(picture, full, "inverse", feather=FEATHER) == FILL).all()
+
+
+def test_inverse_hides_the_region_and_leaves_the_background_away_from_the_feather(
+    picture: np.ndarray, mask: np.ndarray
+) -> None:
+    background = focus(picture, mask, "inverse", feather=FEATHER)
+    assert (background[mask] == FILL).all()
+    outside = far_outside(mask, FEATHER)
+    assert np.array_equal(background[outside], picture[outside])
+
+
+def test_multiply_and_inverse_share_the_picture_out_between_them(
+    picture: np.ndarray, mask: np.ndarray
+) -> None:
+    region = focus(picture, mask, "multiply", feather=FEATHER).astype(int)
+    background = focus(picture, mask, "inverse", feather=FEATHER).astype(int)
+    assert np.abs(region + background - FILL - picture).max() <= 1  # each is rounded
 
 
 def test_feather_falls_from_the_mask_outwards_and_ends_at_its_width() -> None:
@@ -170,17 +207,105 @@ def test_crop_holds_the_masks_whole_box_and_at_least_two_fifths_of_the_picture_a
     assert columns[-1] == min(160, np.ceil(left + w / 2 + half)) - 1
 
 
-def test_contour_changes_nothing_but_a_thin_red_line_around_the_mask(
-    picture: np.ndarray, mask: np.ndarray
+@pytest.mark.parametrize("mode", MARKS)
+def test_a_mark_changes_nothing_but_its_own_red_pixels_outside_of_the_mask(
+    picture: np.ndarray, mask: np.ndarray, mode: str
 ) -> None:
-    drawn = focus(picture, mask, "contour", feather=FEATHER)
+    drawn = focus(picture, mask, mode, feather=FEATHER)
     changed = (drawn != picture).any(axis=2)
     assert changed.any()
-    assert (drawn[changed] == CONTOUR_COLOUR).all()
+    assert (drawn[changed] == MARK_COLOUR).all()
+    assert np.array_equal(changed, mark_of(mask, mode))
     assert not (changed & mask).any()
+
+
+def test_contour_is_a_thin_line_around_the_mask(mask: np.ndarray) -> None:
     width = 3 / 224 * 160
     near = soft_edge(mask, (width + 1) / 160) > 0
-    assert not (changed & ~near).any()
+    assert not (mark_of(mask, "contour") & ~near).any()
+
+
+@pytest.mark.parametrize("mode", ["contour", "circle", "box"])
+@pytest.mark.parametrize("turn", [np.fliplr, np.flipud, np.rot90])
+def test_a_mirrored_or_turned_picture_has_its_mark_mirrored_or_turned(
+    picture: np.ndarray, mask: np.ndarray, mode: str, turn: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    turned = focus(turn(picture), turn(mask), mode, feather=FEATHER)
+    assert np.array_equal(turned, turn(focus(picture, mask, mode, feather=FEATHER)))
+
+
+def test_a_mirrored_picture_has_its_arrow_mirrored_where_one_side_has_most_room() -> None:
+    region = box_of(30, 20, 21, 31)
+    mark = mark_of(region, "arrow")
+    assert np.array_equal(mark_of(np.fliplr(region), "arrow"), np.fliplr(mark))
+    assert np.array_equal(mark_of(np.flipud(region), "arrow"), np.flipud(mark))
+
+
+def test_box_is_the_bounding_rectangle_with_a_line_of_even_width() -> None:
+    mark = mark_of(box_of(40, 60, 20, 30) & ~box_of(40, 60, 10, 15), "box")
+    assert np.flatnonzero(mark[50]).tolist() == [58, 59, 90, 91]
+    assert np.flatnonzero(mark[:, 75]).tolist() == [38, 39, 60, 61]
+    assert not mark[40:60, 60:90].any()
+
+
+def test_circle_hugs_an_ellipse_and_goes_through_the_corners_of_a_rectangle() -> None:
+    y, x = np.mgrid[:120, :160]
+    ellipse = ((y - 60) / 20) ** 2 + ((x - 80) / 40) ** 2 < 1
+    near = soft_edge(ellipse, 5 / 160) > 0
+    assert not (mark_of(ellipse, "circle") & ~near).any()
+    mark = mark_of(box_of(40, 60, 40, 40), "circle")  # half the diagonal is 28.3
+    radii = np.hypot(*(np.argwhere(mark) + 0.5 - (60, 80)).T)
+    assert 27.5 < radii.min() < 29.5 < radii.max() < 31.5
+
+
+@pytest.mark.parametrize(
+    ("place", "from_side"),
+    [((50, 10, 20, 20), "right"), ((50, 130, 20, 20), "left"), ((5, 75, 10, 10), "below")],
+)
+def test_arrow_comes_from_the_side_with_most_room_and_touches_the_region(
+    place: tuple[int, int, int, int], from_side: str
+) -> None:
+    top, left, h, w = place
+    region = box_of(*place)
+    mark = mark_of(region, "arrow")
+    ys, xs = np.nonzero(mark)
+    where = {"right": xs.min() == left + w, "left": xs.max() == left - 1, "below": ys.min() == top + h}
+    assert where[from_side]
+    lengths = {"right": np.ptp(xs), "left": np.ptp(xs), "below": np.ptp(ys)}
+    assert lengths[from_side] + 1 == pytest.approx(36 * 160 / 224, abs=1)
+    axis = np.median(ys) if from_side != "below" else np.median(xs)
+    assert axis == pytest.approx(top + h / 2 if from_side != "below" else left + w / 2, abs=1)
+
+
+@pytest.mark.parametrize("top", [0, 59, 119])
+@pytest.mark.parametrize("left", [0, 79, 159])
+def test_arrow_to_a_single_pixel_is_whole_wherever_it_lies(top: int, left: int) -> None:
+    region = box_of(top, left, 1, 1)
+    mark = mark_of(region, "arrow")
+    width = 3 / 224 * 160
+    head, shaft = 4 * width * 4 * width / 2, 8 * width * width
+    assert 0.9 < mark.sum() / (head + shaft) < 1.3  # pixels round it up or down, half an arrow is not there
+    ys, xs = np.nonzero(mark)
+    assert max(abs(ys - top).min(), abs(xs - left).min()) <= 1  # its tip is beside the pixel
+
+
+def test_arrow_is_smaller_where_there_is_less_room() -> None:
+    counts = [mark_of(box_of(r, r, 120 - 2 * r, 160 - 2 * r), "arrow").sum() for r in (0, 3, 8, 15, 40)]
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    assert len(set(counts)) == len(counts)
+
+
+@pytest.mark.parametrize("mode", ["contour", "circle", "box"])
+@pytest.mark.parametrize("place", [(0, 0, 1, 1), (0, 40, 30, 50), (100, 130, 20, 30), (1, 1, 118, 158)])
+def test_a_mark_at_the_picture_s_border_is_cut_off_there(mode: str, place: tuple[int, int, int, int]) -> None:
+    region = box_of(*place)
+    mark = mark_of(region, mode)
+    assert mark.any()
+    within = np.pad(region, 40)
+    whole = np.zeros((*within.shape, 3), dtype=np.uint8)
+    whole = (focus(whole, within, mode, feather=0) == MARK_COLOUR).all(axis=2)[40:-40, 40:-40]
+    assert not (mark & ~whole).any()  # the same place, though the line of a larger picture is broader
 
 
 @pytest.mark.parametrize("size", [8, 28, 224, 1000])
@@ -203,7 +328,10 @@ def test_a_single_row_of_pixels_can_be_focused() -> None:
 
 
 def test_unknown_mode_lists_the_known_ones(picture: np.ndarray, mask: np.ndarray) -> None:
-    message = "Unknown focus 'multipy'; known: none, multiply, overlay, binary, crop, blur, contour."
+    message = (
+        "Unknown focus 'multipy'; known: none, multiply, inverse, overlay, binary, crop, blur, contour, "
+        "circle, box, arrow."
+    )
     with pytest.raises(ValueError, match=message):
         focus(picture, mask, "multipy", feather=0)
 

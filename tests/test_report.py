@@ -228,3 +228,106 @@ def test_the_table_says_what_a_focus_adds_with_its_sign() -> None:
     assert lines[-1].split() == ["pixels:", "multiply", "-", "none", "+20.0", "±", "0.0", "+20.0", "±", "0.0"]
     worse = [replace(r, accuracy=r.accuracy - 0.3) if r.focus == "multiply" else r for r in study()]
     assert "-10.0 ± 0.0" in report.markdown_table(worse)
+
+
+FOCUS = {0: 80.0, 1: 82.0, 2: 81.0}  # draw -> accuracy in %
+
+
+def lower(by: float) -> dict[int, float]:
+    """Accuracies below those of the focus by nearly the same in every draw."""
+    return {draw: value - by - 0.1 * draw for draw, value in FOCUS.items()}
+
+
+def test_where_every_control_is_below_the_focus_the_region_carries_it() -> None:
+    said = report.verdict(FOCUS, {"shuffled": lower(40), "inverse": lower(20)}, {})
+    assert said == (
+        "every control is below the focus (inverse -20.1 ± 0.2, shuffled -40.1 ± 0.2): the region carries it"
+    )
+
+
+def test_where_the_background_alone_is_not_below_the_focus_the_data_set_is_confounded() -> None:
+    said = report.verdict(FOCUS, {"inverse": {0: 81.0, 1: 81.0, 2: 80.0}, "shuffled": lower(40)}, {})
+    assert said == (
+        "background alone is not significantly below the focus (-0.3 ± 2.9): take the data set as confounded"
+    )
+
+
+def test_every_control_that_is_not_below_the_focus_is_named() -> None:
+    said = report.verdict(FOCUS, {"shuffled": FOCUS, "center-box": FOCUS, "inverse": lower(-5)}, {})
+    assert said is not None and said.split("; ") == [
+        "background alone is not significantly below the focus (+4.9 ± 0.2): take the data set as confounded",
+        "another picture's mask is not significantly below the focus (+0.0 ± 0.0): "
+        "the mask's content is not what helps",
+        "the centre box is not significantly below the focus (+0.0 ± 0.0): no mask had to be found",
+    ]
+
+
+def test_two_draws_that_differ_cannot_put_a_control_below_the_focus_and_the_verdict_shows_why() -> None:
+    said = report.verdict({0: 80.0, 1: 80.0}, {"inverse": {0: 30.0, 1: 50.0}}, {})
+    assert said is not None and "(-40.0 ± 127.1): take the data set as confounded" in said
+
+
+def test_the_verdict_is_paired_by_draw() -> None:
+    """The draws differ by far more than the control loses."""
+    focus = {0: 30.0, 1: 60.0, 2: 90.0}
+    said = report.verdict(focus, {"inverse": {2: 85.0, 0: 25.1, 1: 55.0, 7: 99.0}}, {})
+    assert said == "every control is below the focus (inverse -5.0 ± 0.1): the region carries it"
+
+
+def test_a_focus_that_loses_to_the_whole_picture_is_told_so() -> None:
+    said = report.verdict(FOCUS, {"inverse": lower(20)}, lower(-6))
+    assert said is not None and said.endswith(
+        "the region carries it; the whole picture is above the focus (+5.9 ± 0.2)"
+    )
+
+
+def test_without_a_control_in_two_draws_there_is_no_verdict() -> None:
+    assert report.verdict(FOCUS, {}, FOCUS) is None
+    assert report.verdict(FOCUS, {"inverse": {0: 10.0}}, FOCUS) is None
+    assert report.verdict({}, {"inverse": FOCUS}, FOCUS) is None
+
+
+def controlled(**losses: float) -> list[StudyRow]:
+    """The study and, with its focus, controls that lose so much to it."""
+    focused = [r for r in study() if r.focus == "multiply"]
+    return study() + [
+        replace(r, focus=name.replace("_", "-"), accuracy=r.accuracy - loss - r.seed / 100)
+        for name, loss in losses.items()
+        for r in focused
+    ]
+
+
+def test_the_tables_end_with_the_verdict_on_the_controls() -> None:
+    rows = controlled(inverse=0.3, shuffled=0.4)
+    said = (
+        "Controls of pixels (multiply), accuracy at 5 % of train, 3 draws: every control is below the focus "
+        "(inverse -31.0 ± 2.5, shuffled -41.0 ± 2.5): the region carries it."
+    )
+    assert report.study_table(rows).splitlines()[-2:] == ["", said]
+    assert report.markdown_table(rows).splitlines()[-2:] == ["", said]
+    assert "confounded" in report.study_table(controlled(inverse=-0.01, shuffled=0.4))
+
+
+def test_the_verdict_takes_each_draw_once_over_the_percents_and_leaves_out_100() -> None:
+    rows = controlled(center_box=0.2)
+    ten = [replace(r, percent_of_train=10.0, accuracy=r.accuracy - (r.focus != "multiply") * 0.1)
+           for r in rows if r.percent_of_train == 5]  # fmt: skip
+    full = [replace(r, accuracy=0.9) if r.percent_of_train == 100 else r for r in rows]
+    text = report.study_table(full + ten)
+    assert (
+        "accuracy at 5 to 10 % of train, 3 draws: every control is below the focus (center-box -26.0" in text
+    )
+
+
+def test_without_controls_or_with_one_draw_the_tables_have_no_verdict() -> None:
+    assert "Controls" not in report.study_table(study())
+    one = [r for r in controlled(inverse=0.3) if r.seed == 0]
+    assert "Controls" not in report.study_table(one)
+    assert "Controls" not in report.study_table([r for r in one if r.focus != "multiply"])
+
+
+def test_the_verdict_knows_every_control() -> None:
+    from flows.cells import CONTROLS
+
+    assert set(report._FINDINGS) == set(CONTROLS)
+    assert report._CONTROLLED in {control.mode for control in CONTROLS.values()}
