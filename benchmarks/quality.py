@@ -13,20 +13,18 @@ Prints, a class and over all, the mean Dice and IoU with a 95 % interval (bootst
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from medfocus import images
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2 import build_segmenter
-from medfocus.quality import center_box, dice, innermost, iou, parts, pointed
+from medfocus.quality import center_box, dice, innermost, iou, known_region, parts, pointed
 
 
 def main() -> None:
@@ -39,11 +37,12 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="pocket")
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--points-per-side", type=int, default=8)
+    parser.add_argument("--follow-edges", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--per-class", type=int, help="at most so many pictures of a class")
     options = parser.parse_args()
     sam2 = build_segmenter(
         options.config, options.checkpoint, options.image_size, "grid",
-        points_per_side=options.points_per_side, keep=options.keep,
+        points_per_side=options.points_per_side, keep=options.keep, follow_edges=options.follow_edges,
     )  # fmt: skip
     otsu = OtsuSegmenter(keep=options.keep)
     scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -74,16 +73,11 @@ def _pictures(root: Path, per_class: int | None) -> list[tuple[str, np.ndarray, 
     found: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = defaultdict(list)
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in (".jpg", ".png")):
         inside = path.relative_to(root)
-        truth = [root / "masks" / inside.with_suffix(".png")]
-        truth += [p for p in (root / "masks" / inside.parent).glob(f"{glob.escape(path.stem)}_mask*.png")]
-        truth = [p for p in truth if p.is_file()]
-        if inside.parts[0] == "masks" or not truth or len(found[path.parent.name]) == per_class:
+        if inside.parts[0] == "masks" or len(found[path.parent.name]) == per_class:
             continue
         picture = images.read(path)
-        height, width = picture.shape[:2]
-        planes = [np.asarray(Image.open(p).convert("L").resize((width, height), 0)) > 127 for p in truth]
-        region = np.logical_or.reduce(planes)
-        if region.any():
+        region = known_region(root, str(inside), *picture.shape[:2])
+        if region is not None:
             found[path.parent.name].append((path.parent.name, picture, region))
     if not any(found.values()):
         raise SystemExit(f"{root}: no picture in it has a region in {root / 'masks'}.")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from flows.study import here
 from medfocus import images
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
-from medfocus.quality import iou
+from medfocus.quality import iou, known_region
 from medfocus.records import Record, read_manifest
 from medfocus.report import mask_sheet
 
@@ -53,12 +53,10 @@ def _truths(records: Sequence[Record], root: Path, masks: PublishedMasks) -> dic
     """Label -> IoU of each mask with the known region, where root/masks has one. It measures and no more."""
     found: dict[str, list[float]] = {}
     for record in records:
-        truth = (root / "masks" / record.path).with_suffix(".png")
-        if truth.is_file():
-            region = images.read(truth)[..., 0] > 127  # (H, W)
-            mask = masks[record.sha256]
-            if region.any() and region.shape == mask.shape:
-                found.setdefault(record.label, []).append(iou(mask, region))
+        mask = masks[record.sha256]
+        region = known_region(root, record.path, *mask.shape)
+        if region is not None:
+            found.setdefault(record.label, []).append(iou(mask, region))
     return found
 
 

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
+from medfocus import images
 from medfocus.masks.choose import connected
 
 if TYPE_CHECKING:
     from medfocus.masks.sam2 import Sam2Segmenter
 
 LEAST_PART = 0.1  # of the largest connected part: smaller ones get no point of their own
+
+
+def known_region(root: Path, path: str, height: int, width: int) -> np.ndarray | None:
+    """The known region (H, W) bool of the picture ``path`` below ``root``; None for none or an empty one.
+
+    ``root/masks/<path>.png`` is united with all ``root/masks/<path without suffix>_mask*.png``, each brought
+    to the picture's size. Raises as ``medfocus.images.read`` does.
+    """
+    place = (root / "masks" / path).with_suffix(".png")
+    files = [place] if place.is_file() else []
+    files += place.parent.glob(f"{glob.escape(place.stem)}_mask*.png")
+    region = np.zeros((height, width), bool)
+    for file in files:
+        plane = Image.fromarray(images.read(file)[..., 0])
+        region |= np.asarray(plane.resize((width, height), Image.Resampling.NEAREST)) > 127
+    return region if region.any() else None
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -57,20 +77,8 @@ def pointed(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What points (x, y), in sides of a picture (H, W, 3) uint8, find: two regions (H, W) bool.
 
-    First the union of the masks that the quality head picks, one a point; then of the first, second and third
-    candidates, (3, H, W), of which ground truth could choose.
+    First the union of the masks that the quality head picks, one a point; then of its first, second and third
+    choices, (3, H, W), of which ground truth could choose.
     """
-    import torch  # takes seconds, as does the next
-    import torch.nn.functional as F
-
-    from medfocus.masks.sam2 import Prompts
-
-    coords = np.array(points, np.float32)[:, None]  # (P, 1, 2)
-    with torch.inference_mode():
-        features = segmenter.encode([picture])
-        found = segmenter.decode(features, 0, Prompts(coords, np.ones((len(points), 1), np.int32)))
-        logits, quality = (torch.from_numpy(part).unflatten(0, (len(points), 3)) for part in found)
-        full = F.interpolate(logits, picture.shape[:2], mode="bilinear")  # (P, 3, H, W)
-    regions = (full > 0).numpy()
-    picked = regions[np.arange(len(points)), quality.argmax(1).numpy()]  # (P, H, W)
-    return np.logical_or.reduce(picked), np.logical_or.reduce(regions)
+    regions = segmenter.at_points(picture, points)  # (P, 3, H, W)
+    return np.logical_or.reduce(regions[:, 0]), np.logical_or.reduce(regions)

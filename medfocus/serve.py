@@ -73,7 +73,7 @@ def save_model(
     from safetensors.torch import save_file
 
     from medfocus import checkpoint as checkpoints
-    from medfocus.masks import sam2
+    from medfocus.masks import sam2, sam2_model
 
     header = checkpoints.read_header(checkpoint)
     if header.encoder_key != encoder.key:
@@ -91,8 +91,8 @@ def save_model(
     settings = dict(segmenter_settings)
     if isinstance(segmenter, sam2.Sam2Segmenter):
         state = _tensors(segmenter.model)
-        save_file({k: v for k, v in state.items() if k.startswith(sam2.PICTURE_PATH)}, beside / _SAM2)
-        shutil.copyfile(sam2.config_path(str(settings.pop("config"))), beside / _SAM2_CONFIG)
+        save_file({k: v for k, v in state.items() if k.startswith(sam2_model.PICTURE_PATH)}, beside / _SAM2)
+        shutil.copyfile(sam2_model.config_path(str(settings.pop("config"))), beside / _SAM2_CONFIG)
         settings.pop("checkpoint", None)
     kind = "sam2" if isinstance(segmenter, sam2.Sam2Segmenter) else "otsu"
     if (made := _load_segmenter(beside, kind, settings).key) != segmenter.key:
@@ -148,9 +148,15 @@ class Predictor:
         encoder = build_clip(f"local-dir:{folder / _CLIP}", "")
         # The configuration says the same in another form, so its key would be another. Class texts are
         # in the checkpoint; without a tokenizer nothing can be read by the wrong one.
-        encoder = replace(encoder, name=content["clip"], key=content["clip_key"], tokenizer=None)
-        method, header = checkpoint.load(folder / _CELL, encoder)
         segmenter = _load_segmenter(folder, content["segmenter"], content["segmenter_settings"])
+        encoder = replace(
+            encoder,
+            name=content["clip"],
+            key=content["clip_key"],
+            tokenizer=None,
+            segmenter=segmenter if hasattr(segmenter, "describe") else None,
+        )
+        method, header = checkpoint.load(folder / _CELL, encoder)
         return cls(method, segmenter, header.classes, header.focus, content["feather"], content["view_size"])
 
     def predict(self, pictures: Sequence[bytes]) -> list[Prediction]:

@@ -24,14 +24,8 @@ from medfocus import images, weights
 from medfocus.masks import choose, store
 from medfocus.masks.choose import Limits
 from medfocus.masks.otsu import OtsuSegmenter, otsu_threshold
-from medfocus.masks.sam2 import (
-    Prompts,
-    Sam2Segmenter,
-    box_prompt,
-    build_segmenter,
-    grid_prompts,
-    load_predictor,
-)
+from medfocus.masks.sam2 import Prompts, Sam2Segmenter, box_prompt, build_segmenter, grid_prompts
+from medfocus.masks.sam2_model import load_predictor
 from medfocus.masks.segmenter import Mask, Segmenter, code_digest, identity
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
 from medfocus.records import Record

@@ -1,55 +1,41 @@
 """SAM2 as a zero-shot segmenter: point and box prompts that need no label -> one mask a picture.
 
 A picture is encoded once (in batches), all its prompts are decoded together, candidates are scored on
-the low-resolution logits, and the winners alone are brought to the picture's resolution. Everything
-goes through the sam2 package (arXiv 2408.00714): its configurations, its ``SAM2ImagePredictor`` for
-encoding, its decoder, and for the strategy ``automatic`` its ``SAM2AutomaticMaskGenerator``.
+the low-resolution logits, and the winners alone are brought to the picture's resolution, where their
+outlines may follow its edges (``medfocus.masks.edges``). Everything goes through the sam2 package
+(arXiv 2408.00714): its ``SAM2ImagePredictor`` for encoding, its decoder, and for the
+strategy ``automatic`` its ``SAM2AutomaticMaskGenerator``.
 """
 
 from __future__ import annotations
 
-import importlib.resources
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from medfocus import weights
-from medfocus.masks import choose
+from medfocus import images
+from medfocus.masks import choose, edges
+from medfocus.masks.sam2_model import load_predictor
 from medfocus.masks.segmenter import Mask, check_picture, identity, settings_key
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
     from sam2.modeling.sam2_base import SAM2Base
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 STRATEGIES = ("automatic", "grid", "center", "box")
-SIZE_STEP = 32  # pixels: patches of 4 in windows of 8
 
 # Fewer point prompts at once cost overhead, more fall out of the processor's cache: at 1024 px four at
 # once took 40 ms a point and sixteen 80 ms. This bounds the decoder's largest tensor.
 _DECODE_BYTES = 32 * 2**20
 # The generator brings every candidate to full resolution as float32 before it filters.
 _GENERATE_BYTES = 256 * 2**20
-
-# What a picture needs of a checkpoint; the rest serves video, and may be absent.
-PICTURE_PATH = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
-# As sam2.build_sam does: an unstable single mask gives way to the best of the three.
-_DYNAMIC_MULTIMASK = {
-    "dynamic_multimask_via_stability": True,
-    "dynamic_multimask_stability_delta": 0.05,
-    "dynamic_multimask_stability_thresh": 0.98,
-}
-_SIZE_LETTERS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +52,15 @@ class Prompts:
 
     coords: np.ndarray  # (P, N, 2) float32, (x, y)
     labels: np.ndarray  # (P, N) int32: 1 inside, 0 outside, 2 and 3 a box's top left and bottom right
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a picture's ladder ended with: candidates whose union is its mask, none for the whole picture."""
+
+    logits: np.ndarray  # (n, S/4, S/4) float32, > 0 inside
+    score: float
+    status: str
 
 
 class Sam2Segmenter:
@@ -86,13 +81,16 @@ class Sam2Segmenter:
         limits: choose.Limits,
         max_overlap: float = 0.3,
         box_side: float = 1.0,
+        follow_edges: bool = False,
         batch_size: int = 4,
     ) -> None:
         """Wrap a predictor of ``load_predictor``; one predictor may serve several segmenters.
 
         ``points_per_side`` is for "automatic" and "grid"; ``box_side`` for "box", the side of its centred
         box as a share of the picture's. ``keep`` distinct candidates (see ``choose.pick``) are united.
-        Raises ValueError for an unknown strategy or a number out of range.
+        ``follow_edges`` moves the outline of a winner to the picture's edges.
+        Raises ValueError for an unknown strategy or a number out of range, or where "automatic", which is
+        SAM2's own generator as it stands, is to follow edges.
         """
         if strategy not in STRATEGIES:
             raise ValueError(f"Unknown mask strategy {strategy!r}; known: {', '.join(STRATEGIES)}.")
@@ -101,17 +99,24 @@ class Sam2Segmenter:
                 raise ValueError(f"{name} is {value}; use 1 or more.")
         if not 0 < box_side <= 1:
             raise ValueError(f"box_side is {box_side}; use a share of the picture in (0, 1].")
+        if follow_edges and strategy == "automatic":
+            raise ValueError(
+                "follow_edges is on for the strategy 'automatic', SAM2's own generator as it stands. "
+                "Set follow_edges to false, or take the strategy 'grid'."
+            )
         self.predictor = predictor
         self.strategy = strategy
         self.keep = keep
         self.limits = limits
         self.max_overlap = max_overlap
+        self.follow_edges = follow_edges
         self.batch_size = batch_size
         self.points_per_side = points_per_side
         if strategy == "box":
             self.prompts = box_prompt(box_side)
         else:
             self.prompts = grid_prompts(1 if strategy == "center" else points_per_side)
+        self.features_key = settings_key("sam2 features", {"model": model_key})
         self.key = settings_key(
             "sam2",
             {
@@ -122,6 +127,7 @@ class Sam2Segmenter:
                 "limits": asdict(limits),
                 "max_overlap": max_overlap,
                 "box_side": box_side,
+                "follow_edges": follow_edges,
             },
         )
 
@@ -140,8 +146,35 @@ class Sam2Segmenter:
                     masks += [self._generated(picture) for picture in batch]
                     continue
                 features = self.encode(batch)
-                masks += [self._decoded(picture, features, i) for i, picture in enumerate(batch)]
+                masks += [self._mask(picture, self._found(features, i)) for i, picture in enumerate(batch)]
         return masks
+
+    def at_points(self, picture: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:
+        """What one point prompt each, (x, y) in sides of a picture (H, W, 3) uint8, finds: (P, 3, H, W) bool.
+
+        The three candidates of a point stand in the order of their predicted IoU, the best first.
+        """
+        prompts = Prompts(
+            np.array(points, np.float32)[:, None], np.ones((len(points), 1), np.int32)
+        )  # (P, 1, 2)
+        with torch.inference_mode():
+            logits, iou = self.decode(self.encode([check_picture(picture)]), 0, prompts)  # (3P, h, w), (3P,)
+        order = (-iou.reshape(-1, 3)).argsort(1, kind="stable") + 3 * np.arange(len(points))[:, None]
+        regions = np.stack([self._region(picture, logits[i]) for i in order.ravel()])
+        return regions.reshape(len(points), 3, *picture.shape[:2])
+
+    @torch.no_grad()
+    def describe(self, pictures: Sequence[np.ndarray], grid: int) -> torch.Tensor:
+        """What the image encoder knows of pictures (H, W, 3) uint8, on ``grid`` x ``grid`` cells: (B, P).
+
+        Of its levels at a sixteenth and an eighth of S. No prompt, label or text enters.
+        """
+        found = []
+        for start in range(0, len(pictures), self.batch_size):
+            features = self.encode([check_picture(p) for p in pictures[start : start + self.batch_size]])
+            levels = (features.embedding, features.fine[1])  # (b, d, S/16, S/16), (b, d/4, S/8, S/8)
+            found.append(torch.cat([F.adaptive_avg_pool2d(level, grid).flatten(1) for level in levels], 1))
+        return torch.cat(found)
 
     def encode(self, pictures: Sequence[np.ndarray]) -> Features:
         """Pictures of any sizes, squeezed to (S, S), through the image encoder as one batch of B."""
@@ -180,8 +213,8 @@ class Sam2Segmenter:
             predicted_iou.append(iou.flatten().float().cpu())
         return torch.cat(logits).numpy(), torch.cat(predicted_iou).numpy()
 
-    def _decoded(self, picture: np.ndarray, features: Features, index: int) -> Mask:
-        """The whole ladder for one encoded picture."""
+    def _found(self, features: Features, index: int) -> Found:
+        """The ladder for one encoded picture, up to the box around the whole of it."""
         logits, iou = _finite(*self.decode(features, index, self.prompts))
         choice = choose.choose(
             logits > 0,
@@ -191,11 +224,39 @@ class Sam2Segmenter:
             keep=self.keep,
             max_overlap=self.max_overlap,
         )
-        if choice is not None:
-            region = _upsampled(logits[list(choice.indices)], picture)
-            if region.any():
-                return Mask(region, choice.score, choice.status)
-        return self._boxed(picture, features, index)
+        if choice is None:
+            return self._boxed(features, index)
+        return Found(logits[list(choice.indices)], choice.score, choice.status)
+
+    def _boxed(self, features: Features, index: int) -> Found:
+        """The rung before the last: what the box around the whole picture gives, or nothing."""
+        logits, iou = _finite(*self.decode(features, index, box_prompt(1.0)))
+        steady = choose.stability(logits)
+        best = choose.pick(
+            logits > 0, iou, steady, self.limits.relaxed(), keep=1, max_overlap=self.max_overlap
+        )
+        if best is None:
+            return Found(logits[:0], 0.0, "identity")
+        return Found(logits[list(best[0])], best[1], "box")
+
+    def _mask(self, picture: np.ndarray, found: Found) -> Mask:
+        """What was found, at the picture's resolution; the whole picture where nothing is left of it."""
+        parts = [self._region(picture, logits) for logits in found.logits]
+        union = np.logical_or.reduce([np.zeros(picture.shape[:2], bool), *parts])
+        return Mask(union, found.score, found.status) if union.any() else identity(*union.shape)
+
+    def _region(self, picture: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """A candidate's logits (h, w) -> its tidied region (H, W) bool at the resolution of its picture.
+
+        The edges are looked for at the resolution that the model saw, four times that of the logits.
+        """
+        size = picture.shape[:2]
+        if not self.follow_edges:
+            return choose.tidy(_resized(logits, size) > 0)
+        seen = (4 * logits.shape[0], 4 * logits.shape[1])
+        inside = torch.from_numpy(_resized(logits, seen)).sigmoid().numpy()
+        followed = edges.along_edges(inside, _resized(images.grey(picture), seen)) - 0.5
+        return choose.tidy(_resized(followed.astype(np.float32), size) > 0)
 
     def _generated(self, picture: np.ndarray) -> Mask:
         """The whole ladder for one picture, its candidates from SAM2's own generator.
@@ -208,7 +269,7 @@ class Sam2Segmenter:
             best = choose.pick(regions, iou, steady, limits, keep=self.keep, max_overlap=self.max_overlap)
             if best is not None:
                 return Mask(choose.unite(regions[list(best[0])]), best[1], status)
-        return self._boxed(picture, self.encode([picture]), 0)
+        return self._mask(picture, self._boxed(self.encode([picture]), 0))
 
     def _proposals(
         self, picture: np.ndarray, limits: choose.Limits
@@ -238,19 +299,6 @@ class Sam2Segmenter:
         generator.predictor = self.predictor
         return generator
 
-    def _boxed(self, picture: np.ndarray, features: Features, index: int) -> Mask:
-        """The last two rungs: the box around the whole picture, else the whole picture."""
-        logits, iou = _finite(*self.decode(features, index, box_prompt(1.0)))
-        steady = choose.stability(logits)
-        best = choose.pick(
-            logits > 0, iou, steady, self.limits.relaxed(), keep=1, max_overlap=self.max_overlap
-        )
-        if best is not None:
-            region = _upsampled(logits[list(best[0])], picture)
-            if region.any():
-                return Mask(region, best[1], "box")
-        return identity(*picture.shape[:2])
-
 
 def build_segmenter(
     config: str,
@@ -266,6 +314,7 @@ def build_segmenter(
     min_stability: float = 0.85,
     max_overlap: float = 0.3,
     box_side: float = 1.0,
+    follow_edges: bool = False,
     batch_size: int = 4,
     device: str = "cpu",
 ) -> Sam2Segmenter:
@@ -285,69 +334,9 @@ def build_segmenter(
         limits=choose.Limits(min_area, max_area, min_iou, min_stability),
         max_overlap=max_overlap,
         box_side=box_side,
+        follow_edges=follow_edges,
         batch_size=batch_size,
     )
-
-
-def load_predictor(
-    config: str, checkpoint: str, image_size: int, *, device: str = "cpu"
-) -> tuple[SAM2ImagePredictor, str]:
-    """Build SAM2's picture path and its image predictor; also its key, which names weights and config.
-
-    Args:
-        config: "pocket", a configuration of the sam2 package ("configs/sam2.1/sam2.1_hiera_t.yaml",
-            "sam2.1_hiera_t" or "sam2.1_hiera_tiny"), or the path of a YAML file of the same shape.
-        checkpoint: "pocket", the packaged weights of the configuration "pocket"; a local path; a hub id such
-            as "facebook/sam2.1-hiera-tiny"; or "random:SEED", which is weights that have learnt NOTHING: for
-            clocks and tests, its masks mean nothing at all.
-        image_size: Pixels a side that the model sees, a multiple of 32; it needs not be the config's own.
-        device: Where the model runs. It is no part of the key.
-
-    Raises:
-        FileNotFoundError: There is no such configuration or checkpoint.
-        ValueError: The image size does not fit, or the checkpoint is not one of this configuration.
-    """
-    if image_size < SIZE_STEP or image_size % SIZE_STEP:
-        near = max(SIZE_STEP, round(image_size / SIZE_STEP) * SIZE_STEP)
-        raise ValueError(
-            f"image_size is {image_size}; SAM2 takes multiples of {SIZE_STEP} pixels, {near} for one."
-        )
-    seed, state = 0, None
-    if checkpoint.startswith("random:"):
-        if not checkpoint.removeprefix("random:").isdigit():
-            raise ValueError(
-                f"checkpoint is {checkpoint!r}; random weights are spelt random:0, random:1, ..."
-            )
-        seed = int(checkpoint.removeprefix("random:"))
-    else:
-        hub_id = checkpoint if checkpoint.count("/") == 1 else None
-        hub_name = checkpoint.rpartition("/")[2].replace("-", "_") + ".pt"  # as facebook/sam2.1-hiera-* do
-        name = str(_packaged("data/sam2_pocket.safetensors")) if checkpoint == "pocket" else checkpoint
-        path = weights.resolve(name, hub_id=hub_id, filename=hub_name, what="masks.checkpoint (SAM2)")
-        state = weights.load(path)
-
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    settings = _read_config(config, image_size)
-    # Building draws random numbers; the caller's generators stay as they are.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        model: SAM2Base = instantiate(settings, _recursive_=True)
-    if state is not None:
-        _load_picture_path(model, state, f"SAM2 checkpoint {checkpoint}", config)
-    model = model.eval().requires_grad_(False).to(device)
-
-    from sam2.sam2_image_predictor import SAM2ImagePredictor
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # its transforms call torch.jit.script
-        predictor = SAM2ImagePredictor(model)
-    # The class has the sizes of 1024 px written in. Strides 4, 8 and 16:
-    predictor._bb_feat_sizes = [(image_size // stride, image_size // stride) for stride in (4, 8, 16)]
-    picture_path = {k: v for k, v in model.state_dict().items() if k.startswith(PICTURE_PATH)}
-    parts = (OmegaConf.to_yaml(settings), weights.digest(picture_path), version("sam2"))
-    return predictor, "\n".join(parts)
 
 
 def grid_prompts(points_per_side: int) -> Prompts:
@@ -371,78 +360,7 @@ def _finite(logits: np.ndarray, predicted_iou: np.ndarray) -> tuple[np.ndarray, 
     return (logits, predicted_iou) if sound.all() else (logits[sound], predicted_iou[sound])
 
 
-def _upsampled(logits: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """The winners' logits (M, h, w) -> their union (H, W) bool at the picture's resolution."""
-    size = picture.shape[:2]
-    full = F.interpolate(torch.from_numpy(logits)[None], size, mode="bilinear", align_corners=False)
-    return choose.unite((full[0] > 0).numpy())
-
-
-def _read_config(config: str, image_size: int) -> DictConfig:
-    """The model's settings of a configuration, for pictures of ``image_size`` and without video."""
-    from omegaconf import DictConfig, OmegaConf
-
-    content = OmegaConf.load(config_path(config))
-    model = content.get("model") if isinstance(content, DictConfig) else None
-    if not isinstance(model, DictConfig) or "_target_" not in model:
-        raise ValueError(
-            f"SAM2 config {config!r}: it has no section 'model' with a '_target_'. "
-            "Start from one of the sam2 package's configs/."
-        )
-    model.image_size = image_size
-    model.memory_attention = None
-    model.memory_encoder = None
-    model.sam_mask_decoder_extra_args = {
-        **(model.get("sam_mask_decoder_extra_args") or {}),
-        **_DYNAMIC_MULTIMASK,
-    }
-    OmegaConf.resolve(content)
-    return model
-
-
-def config_path(config: str) -> Path:
-    """The file of a configuration's name; see ``load_predictor``. FileNotFoundError lists the names."""
-    if config == "pocket":
-        return _packaged("configs/sam2_pocket.yaml")
-    local = Path(config).expanduser()
-    if local.is_file():
-        return local
-    package = Path(str(importlib.resources.files("sam2")))
-    if (package / config).is_file():
-        return package / config
-    short = config.removesuffix(".yaml")
-    for word, letter in _SIZE_LETTERS.items():
-        short = re.sub(f"_{word}$", f"_{letter}", short)
-    folders = ("sam2", "sam2.1")
-    known = {path.stem: path for folder in folders for path in package.glob(f"configs/{folder}/*.yaml")}
-    if short not in known:
-        raise FileNotFoundError(
-            f"SAM2 config {config!r} is no file and no configuration of the sam2 package. "
-            f"Known: pocket, {', '.join(sorted(known))}."
-        )
-    return known[short]
-
-
-def _packaged(name: str) -> Path:
-    """A file that travels in the package."""
-    return Path(str(importlib.resources.files("medfocus").joinpath(name)))
-
-
-def _load_picture_path(model: SAM2Base, state: dict[str, torch.Tensor], place: str, config: str) -> None:
-    """Load what a picture needs of a checkpoint, all of it; what serves video may be absent or there."""
-    wanted = {k: v.shape for k, v in model.state_dict().items() if k.startswith(PICTURE_PATH)}
-    given = {k: v for k, v in state.items() if k.startswith(PICTURE_PATH)}
-    faults = [f"{k} is missing" for k in wanted if k not in given]
-    faults += [f"{k} is not known" for k in given if k not in wanted]
-    faults += [
-        f"{k} has shape {tuple(given[k].shape)}, not {tuple(shape)}"
-        for k, shape in wanted.items()
-        if k in given and given[k].shape != shape
-    ]
-    if faults:
-        raise ValueError(
-            f"{place} does not fit the config {config!r}: {len(faults)} of {len(wanted)} tensors differ "
-            f"({'; '.join(faults[:3])}{'; ...' if len(faults) > 3 else ''}). "
-            "Name the config that the weights were made for."
-        )
-    model.load_state_dict(given, strict=False)
+def _resized(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A plane (h, w) float32 -> (H, W), bilinear."""
+    whole = torch.from_numpy(plane)[None, None]
+    return F.interpolate(whole, size, mode="bilinear", align_corners=False)[0, 0].numpy()

@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 
 from medfocus.pocket import clip, measure, sam2
-from medfocus.pocket.pool import Pool, draw_pool, replace
+from medfocus.pocket.pool import RECIPES, Pool, draw_pool, replace
 
-PICTURES = 34_000
-STEPS = {"sam2": 6300, "clip": 1800}
+STEPS = {"sam2": 6300, "clip": 2050}
 PER_CLASS = 40  # held-out pictures of the measurements
 PACKAGED = Path(__file__).parents[1] / "data"
 
@@ -31,9 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m medfocus.pocket", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of weights, cards and figures")
-    parser.add_argument("--cache", type=Path, help="folder of the drawn pictures, 1.4 GB; else OUT/pool")
+    parser.add_argument("--cache", type=Path, help="folder of the drawn pictures, 3.3 GB; else OUT/pool")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="drawn to learn from")
+    parser.add_argument(
+        "--pictures", type=int, help="drawn for each to learn from, if not as many as shipped"
+    )
     parser.add_argument("--sam2-steps", type=int, default=STEPS["sam2"])
     parser.add_argument("--clip-steps", type=int, default=STEPS["clip"])
     parser.add_argument("--per-class", type=int, default=PER_CLASS, help="held-out pictures measured")
@@ -44,11 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = {"sam2": options.sam2_steps, "clip": options.clip_steps}
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
-        pool = draw_pool(options.cache or options.out / "pool", options.seed, options.pictures, cores)
+        pools = {
+            name: draw_pool(
+                options.cache or options.out / "pool",
+                name,
+                options.seed,
+                options.pictures or RECIPES[name].count,
+                cores,
+            )
+            for name in missing
+        }
         device = "cuda" if torch.cuda.is_available() else "cpu"
         at_once = 1 if device == "cuda" else len(missing)
         tasks = [
-            (name, pool, options.seed, files[name], steps[name], max(1, cores // at_once), device)
+            (name, pools[name], options.seed, files[name], steps[name], max(1, cores // at_once), device)
             for name in missing
         ]
         with multiprocessing.get_context("spawn").Pool(at_once) as workers:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.focus import crop as region_crop
 from medfocus.images import letterbox_mask
-from medfocus.pocket.loop import optimise, write_weights
+from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import Drawn, Pool
 from medfocus.prompts import TEMPLATES
 from medfocus.views import Crop, cut, view
@@ -30,8 +31,8 @@ from medfocus.views import Crop, cut, view
 FIELDS = ("modality", "finding", "region", "side", "size", "sequence")  # what a caption may name
 SHARES = {"region": 0.4, "side": 0.3, "size": 0.4, "sequence": 0.3}  # how often one does
 FEATHER = 0.01
-# The visual prompts of half of the pictures; "multiply" is the method's own.
-FOCUSED = {"multiply": 0.3, "overlay": 0.06, "contour": 0.07, "blur": 0.07}
+# The visual prompts of most pictures; "multiply" is the method's own.
+FOCUSED = {"multiply": 0.25, "crop": 0.25, "overlay": 0.04, "contour": 0.04, "blur": 0.04}
 ANATOMY = {
     "lesion": 0,
     "left lung": 1,
@@ -74,9 +75,9 @@ class Batches(Dataset[Batch]):
         for number in range(index * self.batch_size, (index + 1) * self.batch_size):
             rng = np.random.default_rng([self.seed, 1, number])
             drawn = self.pool[self.pool.order(self.seed, number)]
-            crop = _crop(rng, mirror=drawn.facts.modality != "chest_xray")
-            seen, outline = show(drawn, crop, rng, self.size, self.grid)
-            true = truths(drawn, crop.mirrored)
+            frame = framed(rng, mirror=drawn.facts.modality != "chest_xray")
+            seen, outline = show(drawn, frame, rng, self.size, self.grid)
+            true = truths(drawn, frame.mirrored)
             said, text = caption(true, rng)
             views.append(seen)
             outlines.append(outline)
@@ -120,21 +121,28 @@ def caption(true: Mapping[str, str], rng: np.random.Generator) -> tuple[dict[str
 
 
 def show(
-    drawn: Drawn, crop: Crop, rng: np.random.Generator, size: int, grid: int
+    drawn: Drawn, frame: Crop, rng: np.random.Generator, size: int, grid: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A view of a picture, often under a visual prompt: (S, S, 3) uint8; its outlines (5, G, G) float32."""
     picture = np.repeat(toned(drawn.picture, rng)[..., None], 3, 2)
     mode = str(rng.choice(["none", *FOCUSED], p=[1 - sum(FOCUSED.values()), *FOCUSED.values()]))
     mask = None if mode == "none" else attended(drawn, rng)
+    # Cut here and not by ``view``, which would leave out a frame that halves the mask.
+    picture, regions = cut(picture, frame), [cut(region, frame) for region in drawn.regions]
+    mask = None if mask is None else cut(mask, frame)
+    if mask is None or not mask.any():
+        mode = "none"
+    elif mode == "multiply":
+        regions = [region & mask for region in regions]
+    elif mode == "crop":
+        regions = [region_crop(region, mask, FEATHER) for region in regions]
+
     outlines = np.zeros((_OUTLINED, grid, grid), np.float32)
-    for name, region in zip(drawn.facts.regions, drawn.regions, strict=True):
-        seen = region & mask if mode == "multiply" and mask is not None else region
-        part = Image.fromarray(letterbox_mask(cut(seen, crop), size).astype(np.uint8) * np.uint8(255))
+    for name, region in zip(drawn.facts.regions, regions, strict=True):
+        part = Image.fromarray(letterbox_mask(region, size).astype(np.uint8) * np.uint8(255))
         outlines[ANATOMY[name]] += (
             np.asarray(part.resize((grid, grid), Image.Resampling.BOX), np.float32) / 255
         )
-    # Cut here and not by ``view``, which would leave out a crop that halves the mask.
-    picture, mask = cut(picture, crop), None if mask is None else cut(mask, crop)
     return view(picture, mask, focus=mode, size=size, feather=FEATHER), outlines.clip(0, 1)
 
 
@@ -142,9 +150,9 @@ def toned(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Another exposure, contrast, sharpness and grain of a picture (S, S) uint8."""
     if rng.random() < 0.3:
         picture = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6))))
-    tone = (picture.astype(np.float32) / 255) ** np.exp(rng.normal(0, 0.35))
-    tone = (tone - 0.5) * np.exp(rng.normal(0, 0.25)) + 0.5 + rng.normal(0, 0.08)
-    tone = tone + rng.uniform(0, 0.03) * rng.standard_normal(tone.shape, np.float32)
+    tone = (picture.astype(np.float32) / 255) ** np.float32(np.exp(rng.normal(0, 0.35)))
+    tone = (tone - 0.5) * np.float32(np.exp(rng.normal(0, 0.25))) + np.float32(0.5 + rng.normal(0, 0.08))
+    tone = tone + np.float32(rng.uniform(0, 0.03)) * rng.standard_normal(tone.shape, np.float32)
     return (tone.clip(0, 1) * 255).astype(np.uint8)
 
 
@@ -170,8 +178,8 @@ def attended(drawn: Drawn, rng: np.random.Generator) -> np.ndarray:
     return mask if mask.any() else region
 
 
-def _crop(rng: np.random.Generator, *, mirror: bool) -> Crop:
-    """A part of the picture; its width and height may be cut differently, as films of all shapes come."""
+def framed(rng: np.random.Generator, *, mirror: bool) -> Crop:
+    """A part of a picture; its width and height may be cut differently, as films of all shapes come."""
     width = height = 1.0 if rng.random() < 0.4 else rng.uniform(0.75, 1.0)
     if rng.random() < 0.4:
         height = rng.uniform(0.75, 1.0)
@@ -249,36 +257,28 @@ def train(
 ) -> None:
     """Train from random weights and write the model to ``out`` as safetensors, float16.
 
-    The state is kept beside ``out``; see ``loop.optimise``. Raises ValueError where it is of other settings.
+    Raises ValueError where the state beside ``out`` is of other settings; see ``loop.train_and_write``.
     """
-    settings = {
-        "seed": seed,
-        "pictures": len(pool),
-        "steps": steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "clip": 1.0,
-    }
-    state_file = out.with_name(out.name + ".state")
     encoder = build_clip("pocket", f"random:{seed}", device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pupil = Pupil(encoder.model.train().requires_grad_(True)).to(device)
-    trained = dict(pupil.named_parameters())
-    seconds = optimise(
+
+    def finished() -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            pupil.clip.logit_scale.clamp_(max=np.log(100))
+        return pupil.clip.state_dict()
+
+    train_and_write(
         "pocket CLIP",
-        settings,
-        state_file,
+        out,
+        Settings(seed, len(pool), steps, batch_size, lr, warmup, weight_decay, clip=1.0),
+        pool.name,
         pupil,
-        trained,
+        dict(pupil.named_parameters()),
         Batches(pool, seed, batch_size, encoder),
         lambda batch: loss(pupil, encoder, batch.to(device)),
+        finished,
         workers=workers,
         line=line,
     )
-    with torch.no_grad():
-        pupil.clip.logit_scale.clamp_(max=np.log(100))
-    write_weights(out, pupil.clip.state_dict(), settings | {"seconds": round(seconds), "data": pool.name})
-    state_file.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,49 +21,82 @@ BatchT = TypeVar("BatchT")
 _SAVE_EVERY = 60.0  # seconds
 
 
-def optimise(
+@dataclass(frozen=True)
+class Settings:
+    """What a training's result depends on, beside the code."""
+
+    seed: int
+    pictures: int  # of the pool
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int  # steps
+    weight_decay: float
+    clip: float  # of the gradient's length
+
+
+def train_and_write(
     title: str,
-    settings: Mapping[str, Any],
+    out: Path,
+    settings: Settings,
+    data: str,
+    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    batches: Dataset[BatchT],
+    loss: Callable[[BatchT], tuple[Tensor, dict[str, float]]],
+    finished: Callable[[], Mapping[str, Tensor]],
+    *,
+    workers: int,
+    line: int = 0,
+) -> None:
+    """AdamW with a warm-up, a cosine to 0 and clipped gradients; the last iterate goes to ``out``.
+
+    Args:
+        title: Beside the progress bar.
+        out: A safetensors file with the settings as metadata. Until it is there, the state of the training
+            goes every minute to a file beside it, from which a new call with the same settings goes on.
+        settings: See there.
+        data: What names the pictures, for the metadata.
+        model: Whose state is kept.
+        trained: Its parameters that train; vectors among them do not decay.
+        batches: Batch n, the same in every process.
+        loss: A batch's loss and what to show of it; what is not a number is left out.
+        finished: The tensors to write, once the model is trained.
+        workers: Processes that make batches ahead; 0 makes them here.
+        line: Of the terminal, from the cursor down, for the progress bar: several may train at once.
+
+    Raises:
+        ValueError: The state there is of other settings.
+    """
+    state_file = out.with_name(out.name + ".state")
+    seconds = _optimise(title, settings, state_file, model, trained, batches, loss, workers, line)
+    _write_weights(out, finished(), asdict(settings) | {"seconds": round(seconds), "data": data})
+    state_file.unlink(missing_ok=True)
+
+
+def _optimise(
+    title: str,
+    settings: Settings,
     state_file: Path,
     model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     batches: Dataset[BatchT],
     loss: Callable[[BatchT], tuple[Tensor, dict[str, float]]],
-    *,
     workers: int,
-    line: int = 0,
+    line: int,
 ) -> float:
-    """AdamW with a warm-up, a cosine to 0 and clipped gradients; the last iterate stays in ``model``.
-
-    Args:
-        title: Beside the progress bar.
-        settings: "steps", "lr", "warmup", "weight_decay", "clip", and whatever else the result depends on.
-        state_file: Every minute everything goes there; with the same settings a new call goes on from it.
-        model: Whose state is kept.
-        trained: Its parameters that train; vectors among them do not decay.
-        batches: Batch n, the same in every process.
-        loss: A batch's loss and what to show of it; what is not a number is left out.
-        workers: Processes that make batches ahead; 0 makes them here.
-        line: Of the terminal, from the cursor down, for the progress bar: several may train at once.
-
-    Returns:
-        Seconds that training took, all its pieces together.
-
-    Raises:
-        ValueError: The state there is of other settings.
-    """
-    steps = settings["steps"]
+    """Train ``model`` in place; the seconds that it took, all its pieces together."""
     groups = [
-        {"params": [v for v in trained.values() if v.ndim > 1], "weight_decay": settings["weight_decay"]},
+        {"params": [v for v in trained.values() if v.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [v for v in trained.values() if v.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings["lr"])
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     start, before = 0, 0.0
     if state_file.is_file():
         kept = torch.load(state_file, weights_only=True)
-        if kept["settings"] != dict(settings):
+        if kept["settings"] != asdict(settings):
             raise ValueError(
-                f"{state_file}: is of a training with {kept['settings']}, not {dict(settings)}. "
+                f"{state_file}: is of a training with {kept['settings']}, not {asdict(settings)}. "
                 "Delete it, or train with its settings."
             )
         model.load_state_dict(kept["model"])
@@ -72,20 +106,22 @@ def optimise(
     stream: Iterable[BatchT] = DataLoader(
         batches,
         batch_size=None,
-        sampler=range(start, steps),
+        sampler=range(start, settings.steps),
         num_workers=workers,
         prefetch_factor=8 if workers else None,
     )
     began = saved = time.monotonic()
     running: dict[str, float] = {}
-    with tqdm(total=steps, initial=start, desc=title, unit="step", mininterval=5, position=line) as bar:
+    with tqdm(
+        total=settings.steps, initial=start, desc=title, unit="step", mininterval=5, position=line
+    ) as bar:
         for step, batch in enumerate(stream, start):
             for group in optimizer.param_groups:
-                group["lr"] = settings["lr"] * schedule(step, steps, settings["warmup"])
+                group["lr"] = settings.lr * schedule(step, settings.steps, settings.warmup)
             total, watched = loss(batch)
             optimizer.zero_grad(set_to_none=True)
             total.backward()
-            torch.nn.utils.clip_grad_norm_(trained.values(), settings["clip"])
+            torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
             optimizer.step()
             for name, value in watched.items():
                 if not math.isnan(value):
@@ -94,7 +130,7 @@ def optimise(
             bar.set_postfix({k: f"{v:.3f}" for k, v in running.items()}, refresh=False)
             if time.monotonic() - saved > _SAVE_EVERY:
                 saved = time.monotonic()
-                kept = {"settings": dict(settings), "step": step + 1, "seconds": before + saved - began}
+                kept = {"settings": asdict(settings), "step": step + 1, "seconds": before + saved - began}
                 kept |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 replace(state_file, lambda file, kept=kept: torch.save(kept, file))
     return before + time.monotonic() - began
@@ -107,7 +143,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
-def write_weights(out: Path, state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+def _write_weights(out: Path, state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
     """Write tensors as float16 safetensors with ``notes`` as metadata; all of the file or nothing appears."""
     halves = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
     replace(out, lambda file: file.write_bytes(save(halves, {k: str(v) for k, v in notes.items()})))

@@ -26,13 +26,17 @@ from medfocus.views import view
 
 POINTS_PER_SIDE = 8  # of the choice without a prompt from outside: the default of params.yaml
 TOLERANCE = 0.1  # of every figure between two trainings from the same seed on different machines
+FOCUSES = ("none", "multiply", "crop")
 _SHEET_COLOURS = 32
 
 
 def segmenter(weights_file: Path) -> Sam2Segmenter:
     """The pocket SAM2 of a file, as the default study uses it."""
     return build_segmenter(
-        "pocket", str(weights_file), IMAGE_SIZE, "grid", points_per_side=POINTS_PER_SIDE, batch_size=16
+        *("pocket", str(weights_file), IMAGE_SIZE, "grid"),
+        points_per_side=POINTS_PER_SIDE,
+        follow_edges=True,
+        batch_size=16,
     )
 
 
@@ -73,7 +77,7 @@ def measure_masks(weights_file: Path, per_class: int) -> dict[str, dict[str, flo
 
 
 def measure_zero_shot(weights_file: Path, sam2_file: Path, per_class: int) -> dict[str, dict[str, float]]:
-    """Zero-shot accuracy on held-out phantoms, modality -> "chance", "none", "multiply" (SAM2's masks)."""
+    """Zero-shot accuracy on held-out phantoms, modality -> "chance" and ``FOCUSES`` (SAM2's masks)."""
     clip, one = build_clip("pocket", str(weights_file)), segmenter(sam2_file)
     found = {}
     for modality, labels in phantoms.MODALITIES.items():
@@ -83,7 +87,7 @@ def measure_zero_shot(weights_file: Path, sam2_file: Path, per_class: int) -> di
         masks = [mask.region for mask in one.segment(pictures)]
         texts = class_embeddings(clip, text_prompts(labels, modality))
         found[modality] = {"chance": round(1 / len(labels), 3)}
-        for focus in ("none", "multiply"):
+        for focus in FOCUSES:
             views = [
                 view(picture, mask, focus=focus, size=clip.image_size, feather=FEATHER)
                 for picture, mask in zip(pictures, masks, strict=True)
@@ -107,7 +111,9 @@ def beyond_tolerance(now: Mapping[str, Any], before: Mapping[str, Any], place: s
     """Where two sets of figures of the same shape differ by more than ``TOLERANCE``, a line each."""
     lines = []
     for name, value in now.items():
-        if isinstance(value, Mapping):
+        if name not in before:
+            lines.append(f"{place}{name}: the package's has no such figure")
+        elif isinstance(value, Mapping):
             lines += beyond_tolerance(value, before[name], f"{place}{name} ")
         elif abs(value - before[name]) > TOLERANCE:
             lines.append(f"{place}{name}: {value} where the package's has {before[name]}")
@@ -189,6 +195,8 @@ Loss: 20 x focal + dice on the best of three masks (for boxes on the single mask
 quality of all four. Four points (one of them anywhere) and one box a picture, a lesion in 65 % of what they
 mean.
 
+The figures are of masks whose outlines follow the picture's edges (`follow_edges: true`, the default).
+
 In the table, mean IoU with the lesion: `point`, the mask that the quality head picks for the innermost point;
 `best`, the best of its three; `anywhere`, picked for a random point; `unprompted`, chosen from 8 x 8 points
 without a prompt from outside. `anatomy`: picked for the innermost point of lungs, heart, brain, ventricles.
@@ -204,12 +212,12 @@ a tokenizer of its own (`bpe_pocket.txt.gz`). `open_clip.create_model("clip_pock
 it once `open_clip.add_model_config` knows the configuration; `medfocus.encoders` does both, as `pocket`.
 
 It learns from drawn pictures and captions that name modality, finding, region, side and size. A caption is a
-positive of every picture of the batch that it is true of. Half of the pictures are under a visual prompt,
-whose mask is rough and in part wrong. While it trains, a linear head on the patches also learns where lesion
-and anatomy lie; the head is not kept.
+positive of every picture of the batch that it is true of. Most pictures are under a visual prompt (25 %
+`multiply`, 25 % `crop`, 12 % `overlay`, `contour` or `blur`), whose mask is rough and in part wrong. While it
+trains, a linear head on the patches also learns where lesion and anatomy lie; the head is not kept.
 
 In the table, zero-shot accuracy with the templates of `medfocus.prompts`: on the whole picture (`none`) and
-under the focus `multiply` with the masks that the pocket SAM2 chooses without a prompt.
+under `multiply` and `crop` with the masks that the pocket SAM2 chooses without a prompt.
 
 Limits: it knows three kinds of drawn pictures and eleven classes. On real pictures its texts mean little;
 what its picture tower is worth there is what the README's tables say.""",

@@ -1,4 +1,4 @@
-"""The drawn pictures that both pocket models learn from: drawn once, kept on disk, read at random.
+"""The drawn pictures that the pocket models learn from: drawn once, kept on disk, read at random.
 
 A shard holds ``SHARD`` pictures: ``NNN.npy``, (SHARD, 2, S, S) uint8, where plane 0 is the picture and bit r
 of plane 1 its region r; and ``NNN.json``, their facts. Each picture depends on the seed and its number alone,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,12 +21,30 @@ from tqdm import tqdm
 
 from medfocus import phantoms
 
-SIZE = 144  # pixels a side as drawn, from which the models' crops are taken
 SHARD = 500  # pictures
 TRAIN_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000  # of phantoms.generator; data sets use small ones
 MOST_REGIONS = 4  # the lesion first, then the anatomy
-# How often a class is drawn: lesions, and of them the faint ones of chest and brain, are what is hard.
-WEIGHTS = {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (1, 1, 1)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the pool of a model holds."""
+
+    count: int  # pictures
+    size: int  # pixels a side as drawn, from which the model's views are cut
+    weights: Mapping[str, tuple[int, ...]]  # modality -> how often each of its classes is drawn in a turn
+
+
+# Lesions are what is hard, and of them the faint ones of chest and brain. CLIP is to know crops, which show
+# less than half of a picture's side: its pictures are larger.
+RECIPES = {
+    "sam2": Recipe(
+        34_000, 144, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (1, 1, 1)}
+    ),
+    "clip": Recipe(
+        26_000, 192, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (2, 2, 2)}
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,9 @@ class Pool:
     @property
     def name(self) -> str:
         """What names its pictures, for a model card."""
-        return f"phantoms, generator seed {TRAIN_SEED + int(self.folder.name)}, name 'pocket'"
+        return (
+            f"phantoms, generator seed {TRAIN_SEED + int(self.folder.name.partition('-')[0])}, name 'pocket'"
+        )
 
     def __len__(self) -> int:
         return self.count
@@ -68,7 +88,8 @@ class Pool:
         planes, facts = _shard(self.folder, number // SHARD)
         picture, bits = planes[number % SHARD]
         one = facts[number % SHARD]
-        return Drawn(picture, np.stack([bits >> r & 1 for r in range(len(one.regions))]).astype(bool), one)
+        planes_of = np.uint8(1) << np.arange(len(one.regions), dtype=np.uint8)
+        return Drawn(picture, (bits & planes_of[:, None, None]).astype(bool), one)
 
     def order(self, seed: int, number: int) -> int:
         """Which picture the ``number``-th of a training is: each epoch is the pool in another order."""
@@ -88,11 +109,11 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def classes() -> list[tuple[str, str]]:
-    """Modality and label of the pictures of one turn, as often as ``WEIGHTS`` says."""
+def classes(recipe: Recipe) -> list[tuple[str, str]]:
+    """Modality and label of the pictures of one turn, as often as the recipe says."""
     turn = []
     for modality, labels in phantoms.MODALITIES.items():
-        for label, weight in zip(labels, WEIGHTS[modality], strict=True):
+        for label, weight in zip(labels, recipe.weights[modality], strict=True):
             turn += [(modality, label)] * weight
     return turn
 
@@ -104,12 +125,12 @@ def drawn(phantom: phantoms.Phantom) -> Drawn:
     return Drawn(phantom.picture, regions, Facts(phantom.modality, phantom.label, phantom.findings, names))
 
 
-def draw_one(seed: int, number: int) -> Drawn:
+def draw_one(recipe: Recipe, seed: int, number: int) -> Drawn:
     """Picture ``number`` of the pool that ``seed`` names."""
-    turn = classes()
+    turn = classes(recipe)
     modality, label = turn[number % len(turn)]
     rng = phantoms.generator(TRAIN_SEED + seed, modality, "pocket", label, number)
-    return drawn(phantoms.draw(modality, label, rng, SIZE))
+    return drawn(phantoms.draw(modality, label, rng, recipe.size))
 
 
 def held_out(modality: str, label: str, index: int, size: int = 192) -> phantoms.Phantom:
@@ -119,26 +140,29 @@ def held_out(modality: str, label: str, index: int, size: int = 192) -> phantoms
     )
 
 
-def draw_pool(folder: Path, seed: int, count: int, processes: int) -> Pool:
-    """Draw what is missing of the first ``count`` pictures into ``folder``/``seed``."""
-    folder = folder / str(seed)
+def draw_pool(folder: Path, model: str, seed: int, count: int, processes: int) -> Pool:
+    """Draw what is missing of the first ``count`` pictures for a key of RECIPES below ``folder``."""
+    folder = folder / f"{seed}-{model}"
     folder.mkdir(parents=True, exist_ok=True)
     shards = -(-count // SHARD)
     missing = [i for i in range(shards) if not (folder / f"{i:03d}.json").is_file()]
     if missing:
         with (
             multiprocessing.get_context("spawn").Pool(processes) as workers,
-            tqdm(total=shards, initial=shards - len(missing), desc="phantoms", unit="shard") as bar,
+            tqdm(
+                total=shards, initial=shards - len(missing), desc=f"phantoms for {model}", unit="shard"
+            ) as bar,
         ):
-            for _ in workers.imap_unordered(_draw_shard, [(folder, seed, i) for i in missing]):
+            tasks = [(folder, RECIPES[model], seed, i) for i in missing]
+            for _ in workers.imap_unordered(_draw_shard, tasks):
                 bar.update()
     return Pool(folder, count)
 
 
-def _draw_shard(task: tuple[Path, int, int]) -> None:
-    folder, seed, index = task
-    rows = [draw_one(seed, number) for number in range(index * SHARD, (index + 1) * SHARD)]
-    planes = np.empty((SHARD, 2, SIZE, SIZE), np.uint8)
+def _draw_shard(task: tuple[Path, Recipe, int, int]) -> None:
+    folder, recipe, seed, index = task
+    rows = [draw_one(recipe, seed, number) for number in range(index * SHARD, (index + 1) * SHARD)]
+    planes = np.empty((SHARD, 2, recipe.size, recipe.size), np.uint8)
     for plane, row in zip(planes, rows, strict=True):
         plane[0] = row.picture
         plane[1] = np.bitwise_or.reduce(

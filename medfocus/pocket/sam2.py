@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from medfocus.masks.sam2 import PICTURE_PATH, load_predictor
-from medfocus.pocket.loop import optimise, write_weights
+from medfocus.masks.sam2_model import PICTURE_PATH, load_predictor
+from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import MOST_REGIONS, Drawn, Pool
 
 IMAGE_SIZE = 128  # pixels a side that the model sees
@@ -248,38 +248,30 @@ def train(
 ) -> None:
     """Train from random weights and write the picture path to ``out`` as safetensors, float16.
 
-    The state is kept beside ``out``; see ``loop.optimise``. Raises ValueError where it is of other settings.
+    Raises ValueError where the state beside ``out`` is of other settings; see ``loop.train_and_write``.
     """
-    settings = {
-        "seed": seed,
-        "pictures": len(pool),
-        "steps": steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "clip": 0.1,
-    }
-    state_file = out.with_name(out.name + ".state")
     model = load_predictor("pocket", f"random:{seed}", IMAGE_SIZE, device=device)[0].model.train()
     trained = {k: v for k, v in model.named_parameters() if k.startswith(PICTURE_PATH)}
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    seconds = optimise(
+
+    def finished() -> dict[str, torch.Tensor]:
+        steepen(model, STEEPNESS)
+        return {k: v for k, v in model.state_dict().items() if k.startswith(PICTURE_PATH)}
+
+    train_and_write(
         "pocket SAM2",
-        settings,
-        state_file,
+        out,
+        Settings(seed, len(pool), steps, batch_size, lr, warmup, weight_decay, clip=0.1),
+        pool.name,
         model,
         trained,
         Batches(pool, seed, batch_size),
         lambda batch: loss(model, batch.to(device)),
+        finished,
         workers=workers,
         line=line,
     )
-    steepen(model, STEEPNESS)
-    path = {k: v for k, v in model.state_dict().items() if k.startswith(PICTURE_PATH)}
-    write_weights(out, path, settings | {"seconds": round(seconds), "data": pool.name})
-    state_file.unlink(missing_ok=True)
 
 
 def steepen(model: Any, factor: float) -> None:
