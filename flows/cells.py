@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from medfocus.methods import METHODS, Method, Support
 from medfocus.metrics import wilson_lower
 from medfocus.params import Params
 from medfocus.prompts import class_embeddings, text_prompts
+from medfocus.quality import center_box
 from medfocus.records import Record, read_manifest
 from medfocus.splits import Splits, read_splits
 from medfocus.views import crop_box, view, view_key
@@ -30,8 +31,22 @@ from medfocus.views import crop_box, view, view_key
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
 
-# A control shows a picture under a mask that must not help, in the mode beside it.
-CONTROLS = {"shuffled": "multiply"}
+Which = Literal["own", "another picture's", "center box"]  # of the masks
+
+
+class Control(NamedTuple):
+    """How a control shows a picture, so that what it then scores is not the region's merit."""
+
+    mode: str  # a key of medfocus.focus.FOCUS
+    mask: Which
+
+
+CONTROLS = {
+    "inverse": Control("inverse", "own"),
+    "shuffled": Control("multiply", "another picture's"),
+    "center-box": Control("multiply", "center box"),
+}
+
 NOTHING = "0%"  # the support of a method that learns nothing
 
 
@@ -54,6 +69,16 @@ class Cell(NamedTuple):
         """Of the checkpoint, below data/checkpoints."""
         support = self.support.replace("%", "pc")
         return Path(self.dataset, f"{self.method}_{self.focus}_{support}_{self.seed}.safetensors")
+
+
+def shown_as(focus: str) -> str:
+    """The key of ``medfocus.focus.FOCUS`` behind a focus mode of a study."""
+    return CONTROLS[focus].mode if focus in CONTROLS else focus
+
+
+def shown_under(focus: str) -> Which:
+    """The mask that a focus mode of a study shows a picture under."""
+    return CONTROLS[focus].mask if focus in CONTROLS else "own"
 
 
 def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Method:
@@ -139,7 +164,7 @@ class Dataset:
         if not wanted:
             return
         size, feather = self.encoder.image_size, self.study.params.views.feather
-        views_made = view_key(focus=CONTROLS.get(focus, focus), size=size, feather=feather)
+        views_made = view_key(focus=shown_as(focus), size=size, feather=feather)
         items = [(self.records[path], number) for path in wanted for number in range(views)]
         with tqdm(
             total=len(items), desc=f"{label} {self.name} {focus}", unit="view", disable=None, leave=False
@@ -183,7 +208,7 @@ class Dataset:
             "settings": settings,
             "encoder": self.encoder.key,
             "view": view_key(
-                focus=CONTROLS.get(cell.focus, cell.focus),
+                focus=shown_as(cell.focus),
                 size=self.encoder.image_size,
                 feather=self.study.params.views.feather,
             ),
@@ -206,25 +231,25 @@ class Dataset:
 
     def _view(self, record: Record, number: int, *, focus: str, size: int, feather: float) -> np.ndarray:
         picture = images.read(self.root / record.path)
-        mask = None if focus == "none" else self.masks[self._masked_by(record.sha256, focus)]
+        mask = None if focus == "none" else self._mask(record.sha256, shown_under(focus))
         if mask is not None and mask.shape != picture.shape[:2]:  # another picture's
             height, width = picture.shape[:2]
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
         crop = crop_box(record.sha256, number, mirror=self.params.flip)
-        mode = CONTROLS.get(focus, focus)
-        return view(picture, mask, focus=mode, size=size, feather=feather, crop=crop)
+        return view(picture, mask, focus=shown_as(focus), size=size, feather=feather, crop=crop)
 
     def _view_name(self, record: Record, focus: str, number: int) -> str:
-        mask = "" if focus == "none" else self._mask_digest(self._masked_by(record.sha256, focus))
+        mask = "" if focus == "none" else self._mask_digest(record.sha256, shown_under(focus))
         return f"{record.sha256} {mask} {number} {self.params.flip and number > 0}"
 
-    def _masked_by(self, sha256: str, focus: str) -> str:
-        """Whose mask a picture gets: its own, or for "shuffled" that of a picture drawn without its label."""
-        return self._partner[sha256] if focus == "shuffled" else sha256
+    def _mask(self, sha256: str, which: Which) -> np.ndarray:
+        """(H, W) bool, at the resolution of the picture that it was made for."""
+        mask = self.masks[self._partner[sha256] if which == "another picture's" else sha256]
+        return center_box(*mask.shape) if which == "center box" else mask
 
     @cached_property
     def _partner(self) -> dict[str, str]:
-        """Every picture's successor on one random ring through all of them."""
+        """Every picture's successor on one random ring through all of them, drawn without their labels."""
         ring = sorted(
             {record.sha256 for record in self.records.values()},
             key=lambda sha: hashlib.sha256(f"shuffled {sha}".encode()).digest(),
@@ -232,8 +257,8 @@ class Dataset:
         return dict(zip(ring, [*ring[1:], ring[0]], strict=True))
 
     @cache  # noqa: B019  # lives as long as the stage that made the data set
-    def _mask_digest(self, sha256: str) -> str:
-        mask = self.masks[sha256]
+    def _mask_digest(self, sha256: str, which: Which) -> str:
+        mask = self._mask(sha256, which)
         return hashlib.sha256(f"{mask.shape}".encode() + np.packbits(mask).tobytes()).hexdigest()
 
 

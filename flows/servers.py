@@ -35,7 +35,7 @@ def prefect_server(port: int = PREFECT_PORT) -> Iterator[str]:
         "DO_NOT_TRACK": "true",
     }
     with contextlib.ExitStack() as stack:
-        # Not from prefect.settings: what imports Prefect here would fix the address that ``schedule`` sets later.
+        # Not from prefect.settings: to import Prefect now would fix the address that ``schedule`` sets later.
         home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
         home.mkdir(parents=True, exist_ok=True)
         # Two servers that migrate one new database at once break each other: they come up one by one.

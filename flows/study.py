@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -13,6 +13,7 @@ from medfocus.params import Params, load_params
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
+    from medfocus.masks.sam2 import Sam2Segmenter
     from medfocus.masks.segmenter import Segmenter
 
 RESULTS = Path("reports/results.csv")  # DVC's output: rows by their cell's key, repeated exactly by a rerun
@@ -48,6 +49,7 @@ class Study:
             "image_size": masks.image_size,
             "strategy": masks.strategy,
             "points_per_side": masks.points_per_side,
+            "follow_edges": masks.follow_edges,
         }
 
     def segmenter(self, dataset: str) -> Segmenter:
@@ -62,10 +64,24 @@ class Study:
         return build_segmenter(**settings, batch_size=self.params.masks.batch_size, device=self._device)
 
     def encoder(self) -> ClipEncoder:
-        """The frozen towers of the clip section."""
+        """The frozen towers of the clip section; beside them SAM2 where a method asks for its features.
+
+        Raises ValueError where it does and the masks are not SAM2's.
+        """
         from medfocus.encoders import build_clip  # takes seconds
 
-        return build_clip(self.params.clip.model, self.params.clip.pretrained, self._device)
+        encoder = build_clip(self.params.clip.model, self.params.clip.pretrained, self._device)
+        asking = [
+            name for name in self.params.study.methods if self.params.methods[name].get("segmenter_grid")
+        ]
+        if not asking:
+            return encoder
+        if self.params.masks.segmenter != "sam2":
+            raise ValueError(
+                f"params.yaml: methods.{asking[0]}.segmenter_grid asks for SAM2's features, but "
+                f"masks.segmenter is {self.params.masks.segmenter!r}. Set it to sam2, or segmenter_grid to 0."
+            )
+        return encoder.beside(cast("Sam2Segmenter", self.segmenter(next(iter(self.params.datasets)))))
 
     @property
     def _device(self) -> str:

@@ -13,11 +13,11 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,16 @@ _TEXT_BATCH = 256  # texts a pass; bounds the memory that a thousand classes tak
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # in order of preference
 
 
+class Describer(Protocol):
+    """A segmenter that knows more of a picture than its mask."""
+
+    features_key: str  # sha256 hex of its weights and code: equal keys describe equally
+
+    def describe(self, pictures: Sequence[np.ndarray], grid: int) -> Tensor:
+        """Pictures (H, W, 3) uint8 RGB -> its picture features on ``grid`` x ``grid`` cells, (B, P)."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class ClipEncoder:
     """A frozen CLIP on one device: both towers, its tokenizer, and what its pictures have to look like."""
@@ -51,6 +61,24 @@ class ClipEncoder:
     std: tuple[float, float, float]
     logit_scale: float  # s, after the exponential: logits = s * I @ T.T
     device: torch.device
+    segmenter: Describer | None = None  # whose picture features may stand beside CLIP's
+
+    def beside(self, segmenter: Describer) -> ClipEncoder:
+        """The same towers with a segmenter's picture features at hand, under a key that names both."""
+        key = hashlib.sha256(f"{self.key} {segmenter.features_key}".encode()).hexdigest()
+        return replace(self, key=key, segmenter=segmenter)
+
+    def describe(self, views: np.ndarray | Tensor, grid: int) -> Tensor:
+        """Views (B, S, S, 3) uint8 RGB -> the segmenter's features on ``grid`` x ``grid`` cells, (B, P).
+
+        Raises ValueError where there is no segmenter that has any.
+        """
+        if self.segmenter is None:
+            raise ValueError(
+                f"{self.name}: segmenter_grid is {grid}, but no segmenter with picture features stands "
+                "beside it. Set masks.segmenter to sam2, or segmenter_grid to 0."
+            )
+        return self.segmenter.describe(list(np.asarray(views)), grid).to(self.device)
 
     def preprocess(self, views: np.ndarray | Tensor) -> Tensor:
         """Views (B, S, S, 3) uint8 RGB -> pixels (B, 3, S, S) float32, normalised, on the device."""

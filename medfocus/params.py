@@ -14,7 +14,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 
 Modality = Literal["chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "other"]
-Focus = Literal["none", "multiply", "overlay", "binary", "crop", "blur", "contour", "shuffled"]
+Mark = Literal["contour", "circle", "box", "arrow"]
+Control = Literal["inverse", "shuffled", "center-box"]  # what shows a picture so that it must not help
+Focus = Literal["none", "multiply", "overlay", "binary", "crop", "blur", Mark, Control]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files, DVC stages, MLflow models
@@ -83,15 +85,20 @@ class MasksParams:
     image_size: Positive  # pixels a side that SAM2 sees
     strategy: Literal["automatic", "grid", "center", "box"]
     points_per_side: Positive  # of the automatic and grid strategies
+    follow_edges: bool  # move the outline of SAM2's mask to the picture's edges
     min_area: Share  # of the picture
     max_area: Share
     keep: dict[Modality, Positive]  # how many of the best segments are united; 1 where absent
     batch_size: Positive
 
     @model_validator(mode="after")
-    def _areas_are_ordered(self) -> MasksParams:
+    def _fields_agree(self) -> MasksParams:
         if self.min_area >= self.max_area:
             raise ValueError(f"min_area {self.min_area} is not below max_area {self.max_area}")
+        if self.follow_edges and self.strategy == "automatic" and self.segmenter == "sam2":
+            raise ValueError(
+                "follow_edges is for the strategies grid, center and box; automatic is SAM2's own"
+            )
         return self
 
 

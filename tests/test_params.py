@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from medfocus.params import Params, load_params
+from flows.cells import CONTROLS
+from medfocus.focus import FOCUS
+from medfocus.params import Focus, Params, load_params
 
 DEFAULT = Path(__file__).resolve().parents[1] / "params.yaml"
 
@@ -16,6 +19,11 @@ def test_the_default_params_load() -> None:
     params = load_params(DEFAULT)
     assert isinstance(params, Params)
     assert set(params.study.methods) <= set(params.methods)
+
+
+def test_a_study_may_name_every_focus_and_every_control() -> None:
+    assert set(get_args(Focus)) == {*FOCUS, *CONTROLS}
+    assert {control.mode for control in CONTROLS.values()} <= set(FOCUS)
 
 
 def test_every_fault_is_reported_with_its_place_and_value(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ import pytest
 import yaml
 
 from flows import finetune, stages
-from flows.cells import Cell, Dataset, best_cell
+from flows.cells import CONTROLS, Cell, Dataset, best_cell, shown_as, shown_under
 from flows.pipeline import pipeline
 from flows.stages import StageBusyError, reproduce
 from flows.study import open_study
+from medfocus.quality import center_box
+from medfocus.views import view_key
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,7 +153,7 @@ def test_a_changed_value_makes_only_what_depends_on_it_stale(
     assert stale_stages(project) == set()
 
 
-def test_a_shuffled_mask_is_another_picture_s(project: Path) -> None:
+def test_every_control_shows_another_view_and_a_shuffled_mask_is_another_picture_s(project: Path) -> None:
     for stage in ("phantoms@breast_ultrasound", "ingest@phantom-breast", "duplicates@phantom-breast"):
         reproduce(project, stage)
     for stage in ("splits@phantom-breast", "masks@phantom-breast"):
@@ -159,21 +161,31 @@ def test_a_shuffled_mask_is_another_picture_s(project: Path) -> None:
     study = open_study(Path("params.yaml"))
     dataset = Dataset(study, "phantom-breast", study.encoder())
     shas = [record.sha256 for record in dataset.records.values()]
-    masked_by = [dataset._masked_by(sha, "shuffled") for sha in shas]
+    masked_by = [dataset._partner[sha] for sha in shas]
     assert all(own != other for own, other in zip(shas, masked_by, strict=True))
     assert sorted(masked_by) == sorted(shas), "every mask is used once: none is lost that tells a class"
-    assert [dataset._masked_by(sha, "multiply") for sha in shas] == shas
-    record, settings = next(iter(dataset.records.values())), {"size": 96, "feather": 0.01}
-    own, other = (dataset._view(record, 0, focus=focus, **settings) for focus in ("multiply", "shuffled"))
-    assert not np.array_equal(own, other)
-    assert dataset._view_name(record, "multiply", 0) != dataset._view_name(record, "shuffled", 0)
+    for sha, other in zip(shas, masked_by, strict=True):
+        assert np.array_equal(dataset._mask(sha, shown_under("multiply")), dataset.masks[sha])
+        assert np.array_equal(dataset._mask(sha, shown_under("inverse")), dataset.masks[sha])
+        assert np.array_equal(dataset._mask(sha, shown_under("shuffled")), dataset.masks[other])
+        assert np.array_equal(dataset._mask(sha, shown_under("center-box")), center_box(96, 96))
+
+    record, size, feather = next(iter(dataset.records.values())), 96, 0.01
+    modes = ("none", "multiply", *CONTROLS)
+    views = {dataset._view(record, 0, focus=mode, size=size, feather=feather).tobytes() for mode in modes}
+    assert len(views) == len(modes)
+    keys = {
+        (dataset._view_name(record, mode, 0), view_key(focus=shown_as(mode), size=size, feather=feather))
+        for mode in modes
+    }
+    assert len(keys) == len(modes), "each has its own place in the cache"
 
 
 def test_a_control_is_never_the_best_cell(project: Path) -> None:
     params = open_study(Path("params.yaml")).params
-    control = Cell("phantom-breast", "medfocusclip", "shuffled", "100%", 0)
+    controls = [Cell("phantom-breast", "medfocusclip", focus, "100%", 0) for focus in CONTROLS]
     with pytest.raises(ValueError, match="no cell of phantom-breast could be validated"):
-        best_cell(params, "phantom-breast", [control])  # its checkpoint, which is not there, is never opened
+        best_cell(params, "phantom-breast", controls)  # their checkpoints, which are not there, stay unopened
 
 
 def test_after_a_repro_the_flow_runs_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     segmenter = build_segmenter(**SEGMENTER)
     method = MedFocusClip(
         encoder, fusion="softmax-text", head="cosine", contrastive_weights=(0.5,),
-        blocks=0, layers=(), grid=2, hidden=8, epochs=5, batch_size=8, lr=1e-3,
+        blocks=0, layers=(), grid=2, segmenter_grid=0, hidden=8, epochs=5, batch_size=8, lr=1e-3,
         weight_decay=0.01, folds=2,
     )  # fmt: skip
     pictures = [images.decode(encoded(seed), "a training picture") for seed in range(8)]
@@ -114,7 +114,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
         method="medfocusclip",
         settings={
             "fusion": "softmax-text", "head": "cosine", "contrastive_weights": [0.5],
-            "blocks": 0, "layers": [], "grid": 2, "hidden": 8,
+            "blocks": 0, "layers": [], "grid": 2, "segmenter_grid": 0, "hidden": 8,
             "epochs": 5, "batch_size": 8,
             "lr": 1e-3, "weight_decay": 0.01, "folds": 2,
         },

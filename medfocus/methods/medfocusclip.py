@@ -164,7 +164,7 @@ class FusedClassifier(nn.Module):
     """The end of the picture tower, residual adapters on I and T, the fusion F, and the head C.
 
     An input is what the frozen part of the tower gave, and behind it, where ``patches`` is not 0, so many
-    patch features. Those are standardised by ``scale_patches`` and put behind M as they are.
+    patch features, of CLIP's blocks or of SAM2. ``scale_patches`` standardises those; they stand behind M.
     """
 
     patch_mean: Tensor  # (P,)
@@ -229,9 +229,10 @@ class MedFocusClip:
 
     With nothing trainable before I and T the contrastive term would have no gradient; that is
     what the adapters are for. With ``blocks`` the last blocks of the picture tower train too. With
-    ``layers`` the frozen tower's patch features join M: where in the picture something is, which the
-    pooled I has lost. Where ``contrastive_weights`` holds several λ, one is chosen by stratified
-    cross-validation inside the support.
+    ``layers`` the frozen tower's patch features join M, with ``segmenter_grid`` those of SAM2's own
+    image encoder: where in the picture something is, which the pooled I has lost. Where
+    ``contrastive_weights`` holds several λ, one is chosen by stratified cross-validation inside the
+    support.
     """
 
     learns: ClassVar[bool] = True
@@ -243,6 +244,7 @@ class MedFocusClip:
     blocks: int  # of the picture tower that train, from its end; 0: the towers are frozen
     layers: tuple[int, ...]  # blocks, counted from 1, whose patch features join M; 0: the embedding
     grid: int  # cells a side to which the patch features of each layer are averaged
+    segmenter_grid: int  # cells a side to which SAM2's picture features are averaged; 0: they stay out of M
     hidden: int  # width of the adapters' bottleneck
     epochs: int
     batch_size: int
@@ -263,10 +265,13 @@ class MedFocusClip:
                 f"medfocusclip: contrastive_weights is {list(self.contrastive_weights)}; "
                 "give one or more values of λ in [0, 1]."
             )
-        if self.blocks and self.layers:
+        if self.segmenter_grid < 0:
+            raise ValueError(f"medfocusclip: segmenter_grid is {self.segmenter_grid}; use 0 to leave it out.")
+        if self.blocks and (self.layers or self.segmenter_grid):
             raise ValueError(
-                f"medfocusclip: blocks is {self.blocks} and layers {list(self.layers)}; the patch features "
-                "are of a frozen tower. Set blocks to 0 or layers to []."
+                f"medfocusclip: blocks is {self.blocks}, layers {list(self.layers)} and segmenter_grid "
+                f"{self.segmenter_grid}; patch features are of a frozen tower. Set blocks to 0, or layers "
+                "to [] and segmenter_grid to 0."
             )
 
     @property
@@ -274,7 +279,8 @@ class MedFocusClip:
         """The frozen part: CLIP's image features, with patch features, or tokens where blocks train."""
         if self.blocks:
             return f"tokens-{self.blocks}"
-        return f"layers-{'-'.join(map(str, self.layers))}-{self.grid}" if self.layers else "features"
+        name = f"layers-{'-'.join(map(str, self.layers))}-{self.grid}" if self.layers else "features"
+        return f"{name}-segmenter-{self.segmenter_grid}" if self.segmenter_grid else name
 
     def embed(self, pictures: Tensor) -> Tensor:
         """Pictures (B, S, S, 3) uint8 -> I (B, D), with patch features (B, D + P), or tokens (B, L, W)."""
@@ -282,8 +288,12 @@ class MedFocusClip:
         if self.blocks:
             return self.encoder.trunk(pixels, self.blocks)
         if self.layers:
-            return self.encoder.encode_layers(pixels, self.layers, self.grid)
-        return self.encoder.encode_images(pixels)
+            features = self.encoder.encode_layers(pixels, self.layers, self.grid)
+        else:
+            features = self.encoder.encode_images(pixels)
+        if not self.segmenter_grid:
+            return features
+        return torch.cat([features, self.encoder.describe(pictures, self.segmenter_grid)], dim=1)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose λ, train adapters, fusion and head, then probe the frozen fused features."""
@@ -345,7 +355,7 @@ class MedFocusClip:
             hidden=self.hidden,
             logit_scale=self.encoder.logit_scale,
             tower=self.encoder.tail(self.blocks) if self.blocks else None,
-            patches=width - dim if self.layers else 0,
+            patches=0 if self.blocks else width - dim,
         )
 
     @torch.no_grad()
