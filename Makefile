@@ -50,7 +50,7 @@ schedule: $(INSTALLED)
 ui: $(INSTALLED)
 	@$(BIN)/python -m flows.ui
 
-# Train the two small models of medfocus/data again, from the seed, and compare their figures: within an hour.
+# Train the two small models of medfocus/data again, from the seed, and compare their figures: a good hour.
 pocket: $(INSTALLED)
 	@$(BIN)/python -m medfocus.pocket --out .cache/pocket/out --cache .cache/pocket
 
