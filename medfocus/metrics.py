@@ -54,16 +54,45 @@ def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(roc_auc_score(onehot, probabilities, average="macro"))
 
 
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins (Guo et al., arXiv 1706.04599)."""
+@dataclass(frozen=True)
+class Reliability:
+    """How often predictions of a confidence are right, by equal-width bins of confidence in [0, 1]."""
+
+    confidence: np.ndarray  # (B,) mean of the bin; NaN where it is empty
+    accuracy: np.ndarray  # (B,) share of right predictions; NaN where it is empty
+    count: np.ndarray  # (B,) predictions
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: the mean gap over predictions (Guo et al., arXiv 1706.04599)."""
+        filled = self.count > 0
+        gaps = np.abs(self.accuracy[filled] - self.confidence[filled])
+        return float((gaps * self.count[filled]).sum() / self.count.sum())
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> Reliability:
+    """Reliability curve of the predicted classes (Guo et al., arXiv 1706.04599); (N, K), (N,).
+
+    A confidence on the edge of two bins is in the upper one. Predictions of several draws may be
+    concatenated: the curve is then that of a draw chosen at random. Raises ValueError for no bins.
+    """
+    if bins < 1:
+        raise ValueError(f"reliability: {bins} bins; 10 to 15 are usual.")
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [
-        abs(correct[bin_of == b].mean() - confidence[bin_of == b].mean()) * (bin_of == b).mean()
-        for b in np.unique(bin_of)
-    ]
-    return float(sum(gaps))
+    count = np.bincount(bin_of, minlength=bins)  # (B,)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        total = np.bincount(bin_of, values, minlength=bins)
+        return np.divide(total, count, out=np.full(bins, np.nan), where=count > 0)
+
+    return Reliability(mean(confidence), mean(correct), count)
+
+
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins (Guo et al., arXiv 1706.04599)."""
+    return reliability(probabilities, labels, bins).ece
 
 
 def per_class_recall(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

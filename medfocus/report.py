@@ -13,16 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageFilter
 
+from medfocus.figures import COLOURS, MARKERS, blank, png
 from medfocus.images import letterbox, letterbox_mask, montage
 from medfocus.metrics import Interval, mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with every common form of colour blindness. Black comes first.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _LEVELS = ("--", ":", "-.")
 _CONTOUR = (255, 140, 0)  # orange shows on grey pictures, light and dark
 _TILE = 176  # pixels a side of a contact sheet's tile
@@ -34,6 +31,7 @@ _FINDINGS = {
     "the mask's content is not what helps",
     "center-box": "the centre box is not significantly below the focus {}: no mask had to be found",
 }
+CONTROLS = tuple(_FINDINGS)
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,66 @@ def read_study_csv(path: Path) -> list[StudyRow]:
         return [StudyRow(**{k: types[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
 
 
+@dataclass(frozen=True)
+class Published:
+    """A number that others published: shown beside ours, never as ours."""
+
+    dataset: str
+    method: str
+    percent_of_train: float
+    accuracy_percent: float
+
+
+def read_published(path: Path) -> list[Published]:
+    """Read a CSV ``dataset,method,percent_of_train,accuracy_percent``, both numbers in %.
+
+    ``percent`` and ``accuracy`` are taken as shorter names of the last two. Raises ValueError for another
+    column or an accuracy that is no percentage.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        lines = list(reader)
+    longer = {"percent": "percent_of_train", "accuracy": "accuracy_percent"}
+    names = [longer.get(name, name) for name in reader.fieldnames or ()]
+    wanted = [f.name for f in fields(Published)]
+    if sorted(names) != sorted(wanted):
+        raise ValueError(f"{path}: its columns are {', '.join(names) or 'none'}; give {','.join(wanted)}.")
+    found = []
+    for number, line in enumerate(lines, start=2):
+        values = dict(zip(names, line.values(), strict=True))
+        try:
+            percent, accuracy = float(values["percent_of_train"]), float(values["accuracy_percent"])
+        except (TypeError, ValueError):
+            percent = accuracy = float("nan")
+        if not (0 <= percent <= 100 and 0 <= accuracy <= 100):
+            raise ValueError(
+                f"{path}, line {number}: {percent:g} % of train and an accuracy of {accuracy:g} %; "
+                "both are numbers from 0 to 100."
+            )
+        found.append(Published(values["dataset"], values["method"], percent, accuracy))
+    return found
+
+
+def plot_tables(rows: Sequence[StudyRow], metric: str = "accuracy") -> dict[str, str]:
+    """A CSV for ``dvc plots`` a test set: a line a percent of train, a column a system, means in %.
+
+    Keys are "<dataset>-<test set>". What needs no training picture has its value at every percent.
+    Raises ValueError when there is no row.
+    """
+    tables = {}
+    for block in blocks_of(rows):
+        intervals = intervals_of(block, metric)
+        systems = list(dict.fromkeys(row.system for row in block))
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["percent_of_train", *systems])
+        for percent in sorted({row.percent_of_train for row in block} - {0}) or [0.0]:
+            found = [intervals.get((s, percent)) or intervals.get((s, 0.0)) for s in systems]
+            writer.writerow([_percent(percent), *("" if i is None else f"{i.mean:.4f}" for i in found)])
+        tables[f"{block[0].dataset}-{block[0].test_set}"] = buffer.getvalue()
+    return tables
+
+
 def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
     """Plain-text tables, one a data set and test set: system x percent of train, mean ± half width in %.
 
@@ -90,7 +148,7 @@ def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
     Raises ValueError when there is no row.
     """
     blocks = []
-    for block in _blocks(rows):
+    for block in blocks_of(rows):
         cells = _cells(block, metric)
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
         lines = [
@@ -101,18 +159,18 @@ def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
         ]
         lines.insert(2, "-" * len(lines[0]))
         table = [_heading(block, metric), "", *(line.rstrip() for line in lines)]
-        blocks.append("\n".join([*table, *_paragraphs(_verdicts(block))]))
+        blocks.append("\n".join([*table, *_paragraphs(control_verdicts(block))]))
     return "\n\n".join(blocks) + "\n"
 
 
 def markdown_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
     """The tables of ``study_table`` in Markdown."""
     blocks = []
-    for block in _blocks(rows):
+    for block in blocks_of(rows):
         head, pictures, *body = (f"| {' | '.join(line)} |" for line in _cells(block, metric))
         rule = "|---|" + "---:|" * (head.count("|") - 2)
         table = [f"**{_heading(block, metric)}**", "", head, rule, pictures, *body]
-        blocks.append("\n".join([*table, *_paragraphs(_verdicts(block))]))
+        blocks.append("\n".join([*table, *_paragraphs(control_verdicts(block))]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -124,13 +182,13 @@ def accuracy_figure(rows: Sequence[StudyRow], metric: str = "accuracy") -> bytes
 
     Raises ValueError when there is no row.
     """
-    blocks = _blocks(rows)
+    blocks = blocks_of(rows)
     systems = list(dict.fromkeys(row.system for row in rows))
     columns = min(3, len(blocks))
     lines = math.ceil(len(blocks) / columns)
     width = max(4.6, 3.4 * columns)
     per_line = max(1, min(len(systems), int(width / (0.5 + 0.058 * max(map(len, systems))))))
-    figure = _figure(width, 2.9 * lines + 0.18 * math.ceil(len(systems) / per_line) + 0.1)
+    figure = blank(width, 2.9 * lines + 0.18 * math.ceil(len(systems) / per_line) + 0.1)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     several = len({block[0].dataset for block in blocks}) < len(blocks)
     for panel, block in zip(panels, blocks, strict=False):
@@ -156,7 +214,7 @@ def accuracy_figure(rows: Sequence[StudyRow], metric: str = "accuracy") -> bytes
         fontsize=8,
         frameon=False,
     )
-    return _png(figure)
+    return png(figure)
 
 
 def confusion_figure(counts: np.ndarray, classes: Sequence[str], title: str = "") -> bytes:
@@ -172,7 +230,7 @@ def confusion_figure(counts: np.ndarray, classes: Sequence[str], title: str = ""
         )
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (K, K)
     side = 1.6 + 0.75 * max(size, 3)
-    figure = _figure(side, side)
+    figure = blank(side, side)
     panel = figure.subplots()
     panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for i in range(size):
@@ -188,7 +246,7 @@ def confusion_figure(counts: np.ndarray, classes: Sequence[str], title: str = ""
     panel.set_ylabel("true class", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=10, wrap=True)
-    return _png(figure)
+    return png(figure)
 
 
 def mask_sheet(
@@ -211,7 +269,7 @@ def mask_sheet(
     return buffer.getvalue()
 
 
-def _blocks(rows: Sequence[StudyRow]) -> list[list[StudyRow]]:
+def blocks_of(rows: Sequence[StudyRow]) -> list[list[StudyRow]]:
     """Rows by data set and test set, in the order of their first appearance."""
     if not rows:
         raise ValueError("report: the study has no row; evaluate at least one cell.")
@@ -222,7 +280,7 @@ def _blocks(rows: Sequence[StudyRow]) -> list[list[StudyRow]]:
 
 
 def _heading(block: Sequence[StudyRow], metric: str) -> str:
-    intervals = _intervals(block, metric)
+    intervals = intervals_of(block, metric)
     # What learns nothing has one draw and says nothing about the others' number.
     draws = {i.draws for (_, percent), i in intervals.items() if percent} or {1}
     first = block[0]
@@ -237,7 +295,7 @@ def _heading(block: Sequence[StudyRow], metric: str) -> str:
 def _cells(block: Sequence[StudyRow], metric: str) -> list[list[str]]:
     """The table as text: the percents, the numbers of training pictures, then a line a system."""
     percents = sorted({row.percent_of_train for row in block})
-    intervals = _intervals(block, metric)
+    intervals = intervals_of(block, metric)
     systems = list(dict.fromkeys(row.system for row in block))
     counts = [sorted({row.n_train for row in block if row.percent_of_train == p}) for p in percents]
     return [
@@ -296,7 +354,7 @@ def verdict(
     return "; ".join(found)
 
 
-def _verdicts(block: Sequence[StudyRow]) -> list[str]:
+def control_verdicts(block: Sequence[StudyRow]) -> list[str]:
     """A line a method that was run with controls: what they say of "multiply", by accuracy.
 
     Every draw counts once, by its mean over the percents: its supports are nested. At 100 % all draws
@@ -344,7 +402,7 @@ def _signed(interval: Interval) -> str:
     return f"{'' if interval.mean < 0 else '+'}{_number(interval)}"
 
 
-def _intervals(block: Sequence[StudyRow], metric: str) -> dict[tuple[str, float], Interval]:
+def intervals_of(block: Sequence[StudyRow], metric: str) -> dict[tuple[str, float], Interval]:
     """Mean and interval in percent of every (system, percent of train)."""
     values: dict[tuple[str, float], list[float]] = {}
     for row in block:
@@ -372,9 +430,9 @@ def _accuracy_panel(
     panel: Axes, block: Sequence[StudyRow], systems: Sequence[str], metric: str, title: str
 ) -> None:
     percents = sorted({row.percent_of_train for row in block} - {0})
-    intervals = _intervals(block, metric)
+    intervals = intervals_of(block, metric)
     for i, system in enumerate(systems):
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         if (system, 0) in intervals:
             level = intervals[system, 0].mean
             panel.axhline(
@@ -390,8 +448,8 @@ def _accuracy_panel(
             yerr=np.nan_to_num([interval.half_width for _, interval in points]),
             label=system,
             color=colour,
-            marker=_MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)],
-            linestyle=("-", "--", ":")[i // len(_COLOURS) % 3],
+            marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+            linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
             markersize=4,
             linewidth=1.2,
             elinewidth=0.8,
@@ -405,21 +463,3 @@ def _accuracy_panel(
     panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, drawn by Agg and known to no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", metadata={"Software": None}
-    )  # no version: equal figures, equal bytes
-    return buffer.getvalue()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.calibration import calibration_curve
 
 from medfocus.metrics import (
     expected_calibration_error,
     mean_interval,
     per_class_recall,
+    reliability,
     score,
     softmax,
     wilson_lower,
@@ -43,6 +45,32 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     labels = np.array([0] * 7 + [1] * 3)
     assert expected_calibration_error(np.tile([0.95, 0.05], (10, 1)), labels) == pytest.approx(0.25)
     assert expected_calibration_error(np.tile([0.7, 0.3], (10, 1)), labels) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_reliability_is_confidence_and_accuracy_bin_by_bin() -> None:
+    confidence = np.array([0.52, 0.58, 0.5, 0.91, 0.99, 1.0])
+    right = np.array([1, 0, 0, 1, 1, 0], dtype=bool)
+    curve = reliability(np.stack([confidence, 1 - confidence], axis=1), np.where(right, 0, 1), bins=10)
+    assert curve.count.tolist() == [0, 0, 0, 0, 0, 3, 0, 0, 0, 3]
+    assert np.isnan(curve.confidence[:5]).all() and np.isnan(curve.accuracy[6:9]).all()
+    assert curve.confidence[[5, 9]] == pytest.approx([1.6 / 3, 2.9 / 3])
+    assert curve.accuracy[[5, 9]] == pytest.approx([1 / 3, 2 / 3])
+    assert curve.ece == pytest.approx((0.6 + 0.9) / 6)
+    with pytest.raises(ValueError, match="0 bins; 10 to 15 are usual"):
+        reliability(np.eye(2), np.array([0, 1]), bins=0)
+
+
+def test_reliability_agrees_with_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    probabilities = softmax(2 * rng.standard_normal((500, 3)))
+    labels = rng.integers(0, 3, 500)
+    curve = reliability(probabilities, labels, bins=12)
+    right = probabilities.argmax(axis=1) == labels
+    accuracy, confidence = calibration_curve(right, probabilities.max(axis=1), n_bins=12)
+    filled = curve.count > 0
+    np.testing.assert_allclose(curve.accuracy[filled], accuracy)
+    np.testing.assert_allclose(curve.confidence[filled], confidence)
+    assert curve.count.sum() == 500
 
 
 def test_recall_of_an_absent_class_is_undefined() -> None:
