@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import gzip
 import hashlib
 import importlib.util
 import json
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from medfocus import weights
+from medfocus.pocket_tokenizer import CONFIGS, pocket_tokenizer
+from medfocus.region_attention import REGIONS, class_token_bias, pack, patch_coverage, unpack, with_alpha
 
 if TYPE_CHECKING:
-    from open_clip import SimpleTokenizer
     from open_clip.transformer import VisionTransformer
 
-CONFIGS = Path(__file__).parent / "configs"
 _POCKET = "clip_pocket"  # its name in open_clip's registry: the stem of its configuration file
 _TEXT_BATCH = 256  # texts a pass; bounds the memory that a thousand classes take
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # in order of preference
@@ -62,14 +59,39 @@ class ClipEncoder:
     logit_scale: float  # s, after the exponential: logits = s * I @ T.T
     device: torch.device
     segmenter: Describer | None = None  # whose picture features may stand beside CLIP's
+    region: str | None = None  # one of REGIONS: what the channels behind RGB are taken for; None: nothing
+    attention_bias: float = 0.0  # β of the region "attention"
 
     def beside(self, segmenter: Describer) -> ClipEncoder:
         """The same towers with a segmenter's picture features at hand, under a key that names both."""
         key = hashlib.sha256(f"{self.key} {segmenter.features_key}".encode()).hexdigest()
         return replace(self, key=key, segmenter=segmenter)
 
+    def looking(self, region: str, attention_bias: float) -> ClipEncoder:
+        """The same towers with an eye for a region in the views' further channels, under another key.
+
+        Args:
+            region: One of REGIONS; ``medfocus.region_views.region_view`` makes the views.
+            attention_bias: β, what a patch inside the region gains in the class token's attention logits in
+                every block; of "attention" alone. At 0 the features are those without a region, bit by bit.
+
+        Raises ValueError for another region, or one that needs a ViT where the picture tower is none.
+        """
+        if region not in REGIONS:
+            raise ValueError(f"region {region!r} is not known; use one of {', '.join(REGIONS)}.")
+        if region != "dual":
+            self._cut(1)
+        key = f"{self.key} {region} {attention_bias if region == 'attention' else 0.0}"
+        return replace(
+            self,
+            key=hashlib.sha256(key.encode()).hexdigest(),
+            model=with_alpha(self.model) if region == "alpha" else self.model,
+            region=region,
+            attention_bias=attention_bias,
+        )
+
     def describe(self, views: np.ndarray | Tensor, grid: int) -> Tensor:
-        """Views (B, S, S, 3) uint8 RGB -> the segmenter's features on ``grid`` x ``grid`` cells, (B, P).
+        """Views (B, S, S, C) uint8 -> the segmenter's features on ``grid`` x ``grid`` cells, (B, P).
 
         Raises ValueError where there is no segmenter that has any.
         """
@@ -78,19 +100,54 @@ class ClipEncoder:
                 f"{self.name}: segmenter_grid is {grid}, but no segmenter with picture features stands "
                 "beside it. Set masks.segmenter to sam2, or segmenter_grid to 0."
             )
-        return self.segmenter.describe(list(np.asarray(views)), grid).to(self.device)
+        return self.segmenter.describe(list(np.ascontiguousarray(np.asarray(views)[..., :3])), grid).to(
+            self.device
+        )
 
     def preprocess(self, views: np.ndarray | Tensor) -> Tensor:
-        """Views (B, S, S, 3) uint8 RGB -> pixels (B, 3, S, S) float32, normalised, on the device."""
-        pixels = torch.as_tensor(views).to(self.device).permute(0, 3, 1, 2)  # (B, 3, S, S)
+        """Views (B, S, S, C) uint8 -> pixels (B, C, S, S) float32 on the device.
+
+        RGB is normalised, in "dual" twice; a fourth channel, the region, comes out in [0, 1].
+        """
+        pixels = torch.as_tensor(views).to(self.device).permute(0, 3, 1, 2)  # (B, C, S, S)
+        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 255
         mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
-        return (pixels.to(torch.float32, memory_format=torch.contiguous_format) / 255 - mean) / std
+        if pixels.shape[1] == 4:
+            return torch.cat([(pixels[:, :3] - mean) / std, pixels[:, 3:]], dim=1)
+        return torch.cat([(part - mean) / std for part in pixels.split(3, dim=1)], dim=1)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, S, S) -> image features (B, D), each of length one."""
-        return self.model.encode_image(pixels.to(self.device), normalize=True)  # pyright: ignore[reportCallIssue]
+        """Pixels (B, C, S, S) -> image features (B, D), each of length one."""
+        return self.image_features(pixels)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """``encode_images`` with a gradient, for a copy of the model that trains."""
+        pixels = pixels.to(self.device)
+        if self.region == "dual":
+            raw, focused = (self._plain.image_features(half) for half in pixels.split(3, dim=1))
+            return normalize(raw + focused, dim=-1)
+        if self.region == "attention" and self.attention_bias:
+            visual, _ = self._cut(1)
+            tokens, bias = visual._embeds(pixels[:, :3]), self._bias(pixels)
+            for block in visual.transformer.resblocks:
+                tokens = block(tokens, attn_mask=bias)
+            return _pooled(visual, tokens)
+        seen = pixels if self.region == "alpha" else pixels[:, :3]
+        return self.model.encode_image(seen, normalize=True)  # pyright: ignore[reportCallIssue]
+
+    @property
+    def _plain(self) -> ClipEncoder:
+        return replace(self, region=None)
+
+    def _bias(self, pixels: Tensor) -> Tensor | None:
+        """For every block's attention logits (B * heads, L, L); None where there is nothing to add."""
+        if self.region != "attention" or not self.attention_bias:
+            return None
+        visual, _ = self._cut(1)
+        coverage = patch_coverage(pixels[:, 3:].to(self.device), visual.conv1.kernel_size[0])
+        return class_token_bias(coverage, self.attention_bias, _heads(visual))
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
@@ -114,11 +171,16 @@ class ClipEncoder:
 
     @torch.no_grad()
     def encode_layers(self, pixels: Tensor, layers: tuple[int, ...], grid: int) -> Tensor:
-        """Pixels (B, 3, S, S) -> image features, and behind them the patches of ``layers``: (B, D + P).
+        """Pixels (B, C, S, S) -> image features, and behind them the patches of ``layers``: (B, D + P).
 
         Layer 0 is the embedding, layer n what block n gives; its patches are averaged to ``grid`` x ``grid``
-        cells of W numbers. Raises ValueError as ``trunk`` does, or for a layer or grid that is not there.
+        cells of W numbers, in "dual" over both pictures. Raises ValueError as ``trunk`` does, or for a layer
+        or grid that is not there.
         """
+        if self.region == "dual":
+            both = [self._plain.encode_layers(half, layers, grid) for half in pixels.split(3, dim=1)]
+            merged = torch.stack(both).mean(dim=0)
+            return torch.cat([normalize(merged[:, : self.dim], dim=-1), merged[:, self.dim :]], dim=1)
         visual, _ = self._cut(1)
         last, side = len(visual.transformer.resblocks), visual.grid_size[0]
         if not set(layers) <= set(range(last + 1)) or not 1 <= grid <= side:
@@ -126,29 +188,37 @@ class ClipEncoder:
                 f"{self.name}: patch features of layers {list(layers)} on {grid} x {grid} cells; its picture "
                 f"tower has layers 0 to {last} and {side} x {side} patches."
             )
-        tokens = visual._embeds(pixels.to(self.device))  # (B, 1 + L, W)
+        tokens, bias = self._embedded(visual, pixels), self._bias(pixels)
         parts = []
         for layer in range(last + 1):
             if layer:
-                tokens = visual.transformer.resblocks[layer - 1](tokens)
+                tokens = visual.transformer.resblocks[layer - 1](tokens, attn_mask=bias)
             if layer in layers:
                 patches = tokens[:, 1:].mT.unflatten(2, visual.grid_size)  # (B, W, G, G)
                 parts.append(adaptive_avg_pool2d(patches, grid).flatten(1))
-        pooled, _ = visual._pool(tokens)
-        assert visual.proj is not None  # only open_clip's pruned towers have none
-        return torch.cat([normalize(pooled @ visual.proj, dim=-1), *parts], dim=1)
+        return torch.cat([_pooled(visual, tokens), *parts], dim=1)
 
     @torch.no_grad()
     def trunk(self, pixels: Tensor, blocks: int) -> Tensor:
-        """Pixels (B, 3, S, S) -> tokens (B, L, W) at the entrance of the last ``blocks`` blocks of the tower.
+        """Pixels (B, C, S, S) -> what enters the last ``blocks`` blocks of the tower, for ``tail``.
 
+        They are tokens (B, L, W); in "dual" those of both pictures (B, 2 L, W); in "attention" one more
+        (B, L + 1, W) that carries the region's coverage.
         Raises ValueError when the tower is not open_clip's VisionTransformer or has not that many blocks.
         """
+        if self.region == "dual":
+            return torch.cat([self._plain.trunk(half, blocks) for half in pixels.split(3, dim=1)], dim=1)
         visual, cut = self._cut(blocks)
-        tokens = visual._embeds(pixels.to(self.device))  # (B, L, W)
+        tokens, bias = self._embedded(visual, pixels), self._bias(pixels)
         for block in visual.transformer.resblocks[:cut]:
-            tokens = block(tokens)  # batch first: VisionTransformer builds its blocks no other way
-        return tokens
+            tokens = block(tokens, attn_mask=bias)  # batch first: VisionTransformer knows no other way
+        if bias is None:
+            return tokens
+        return pack(tokens, patch_coverage(pixels[:, 3:].to(self.device), visual.conv1.kernel_size[0]))
+
+    def _embedded(self, visual: VisionTransformer, pixels: Tensor) -> Tensor:
+        """Tokens (B, L, W) at the entrance of the first block."""
+        return visual._embeds((pixels if self.region == "alpha" else pixels[:, :3]).to(self.device))
 
     def tail(self, blocks: int) -> nn.Module:
         """A trainable copy of the tower's last ``blocks`` blocks and its projection: (B, L, W) -> (B, D).
@@ -165,7 +235,12 @@ class ClipEncoder:
         for name in embedding:
             setattr(tower, name, None)
         tower.transformer.resblocks = tower.transformer.resblocks[cut:]
-        return Tail(tower).requires_grad_(True)
+        biased = self.region == "attention" and self.attention_bias != 0
+        return Tail(
+            tower,
+            pictures=2 if self.region == "dual" else 1,
+            attention_bias=self.attention_bias if biased else None,
+        ).requires_grad_(True)
 
     def _cut(self, blocks: int) -> tuple[VisionTransformer, int]:
         """The picture tower and the index of its first block that is fine-tuned."""
@@ -189,16 +264,43 @@ class ClipEncoder:
 class Tail(nn.Module):
     """The end of open_clip's VisionTransformer: its last blocks, pooling and projection."""
 
-    def __init__(self, tower: VisionTransformer) -> None:
-        """Wrap ``tower``, whose patch embedding and earlier blocks have been taken out."""
+    def __init__(
+        self, tower: VisionTransformer, pictures: int = 1, attention_bias: float | None = None
+    ) -> None:
+        """Wrap ``tower``, whose patch embedding and earlier blocks have been taken out.
+
+        Args:
+            tower: See there.
+            pictures: Whose tokens come one behind the other, and whose embeddings are added.
+            attention_bias: β, where a last token carries the region's coverage.
+        """
         super().__init__()
         self.tower = tower
+        self.pictures = pictures
+        self.attention_bias = attention_bias
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, L, W) -> image features (B, D), each of length one."""
-        pooled, _ = self.tower._pool(self.tower.transformer(tokens))
-        assert self.tower.proj is not None  # only open_clip's pruned towers have none
-        return normalize(pooled @ self.tower.proj, dim=-1)
+        """What ``ClipEncoder.trunk`` gave (B, ...) -> image features (B, D), each of length one."""
+        bias = None
+        if self.attention_bias is not None:
+            tokens, coverage = unpack(tokens)
+            bias = class_token_bias(coverage, self.attention_bias, _heads(self.tower))
+        parts = [
+            _pooled(self.tower, self.tower.transformer(part, attn_mask=bias))
+            for part in tokens.chunk(self.pictures, dim=1)
+        ]
+        return parts[0] if len(parts) == 1 else normalize(torch.stack(parts).sum(dim=0), dim=-1)
+
+
+def _pooled(visual: VisionTransformer, tokens: Tensor) -> Tensor:
+    """Tokens (B, L, W) behind the last block -> image features (B, D), each of length one."""
+    pooled, _ = visual._pool(tokens)
+    assert visual.proj is not None  # only open_clip's pruned towers have none
+    return normalize(pooled @ visual.proj, dim=-1)
+
+
+def _heads(visual: VisionTransformer) -> int:
+    return visual.transformer.resblocks[0].attn.num_heads  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
 
 def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") -> ClipEncoder:
@@ -277,54 +379,6 @@ def _as_built(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
     quick = any(isinstance(module, QuickGELU) for module in model.modules())
     return {**config, "quick_gelu": True} if quick else dict(config)
-
-
-def pocket_tokenizer() -> SimpleTokenizer:
-    """The pocket model's tokenizer: open_clip's, over the merges that this package brings."""
-    from open_clip import SimpleTokenizer
-
-    context = json.loads((CONFIGS / f"{_POCKET}.json").read_text())["text_cfg"]["context_length"]
-    return SimpleTokenizer(bpe_path=str(CONFIGS / "bpe_pocket.txt.gz"), context_length=context)
-
-
-def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make each of ``words`` (lower case a-z) a single token, commonest pair first.
-
-    Each word counts once and ties go by the alphabet, so the same words give the same merges. Words that are
-    not among them still have tokens: their parts, at worst their bytes. Source: Sennrich et al., arXiv
-    1508.07909.
-    """
-    pieces = [(*word[:-1], word[-1] + "</w>") for word in set(words)]
-    merges: list[tuple[str, str]] = []
-    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
-        most = max(counts.values())
-        merges.append(min(pair for pair, count in counts.items() if count == most))
-        merged = (_merge(word, merges[-1]) for word in pieces)
-        pieces = [word for word in merged if len(word) > 1]  # the others are whole
-    return merges
-
-
-def write_merges(words: Iterable[str], path: Path) -> int:
-    """Write ``learn_merges(words)`` as open_clip's SimpleTokenizer reads them; return the vocabulary's size.
-
-    ``medfocus/configs/bpe_pocket.txt.gz`` is made so out of the words in ``words_pocket.txt`` beside it.
-    """
-    merges = learn_merges(words)
-    text = "\n".join(["#version: words_pocket.txt", *(" ".join(pair) for pair in merges)])
-    path.write_bytes(gzip.compress(text.encode(), mtime=0))
-    return 2 * 256 + len(merges) + 2  # every byte inside and at the end of a word, the merges, start and end
-
-
-def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    if pair[0] not in word:
-        return word
-    merged: list[str] = []
-    for piece in word:
-        if merged and (merged[-1], piece) == pair:
-            merged[-1] += piece
-        else:
-            merged.append(piece)
-    return tuple(merged)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ from torch.nn.functional import normalize
 from torchvision.transforms.functional import normalize as normalize_pixels
 from torchvision.transforms.functional import to_tensor
 
-from medfocus.encoders import CONFIGS, ClipEncoder, build_clip, pocket_tokenizer, write_merges
+from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.pocket_tokenizer import CONFIGS, pocket_tokenizer, write_merges
 from medfocus.prompts import TEMPLATES, class_embeddings, text_prompts
 
 LAION_HUB_ID = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"

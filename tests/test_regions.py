@@ -1,0 +1,180 @@
+"""The focus inside the encoder: alpha, attention and dual look at a region that stands beside the picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.region_attention import REGIONS, class_token_bias, pack, patch_coverage, unpack
+from medfocus.region_views import focused_view, region_view
+from medfocus.views import crop_box, view
+
+SIZE = 96
+
+
+@pytest.fixture(scope="module")
+def clip() -> ClipEncoder:
+    return build_clip("pocket", "pocket")
+
+
+def pictures_and_masks(count: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (count, 80, 120, 3), dtype=np.uint8)
+    masks = np.zeros((count, 80, 120), dtype=bool)
+    masks[:, 10:50, 30:70] = True
+    return pictures, masks
+
+
+def batch(mode: str, count: int = 3) -> Tensor:
+    pictures, masks = pictures_and_masks(count)
+    views = [
+        focused_view(picture, mask, focus=mode, size=SIZE, feather=0.01)
+        for picture, mask in zip(pictures, masks, strict=True)
+    ]
+    return torch.from_numpy(np.stack(views))
+
+
+def encode(clip: ClipEncoder, views: Tensor) -> Tensor:
+    return clip.encode_images(clip.preprocess(views))
+
+
+@pytest.mark.parametrize("mode", ["alpha", "attention"])
+def test_the_fourth_channel_is_the_region_in_the_frame_of_the_picture(mode: str) -> None:
+    pictures, masks = pictures_and_masks(1)
+    shown = region_view(pictures[0], masks[0], mode=mode, size=SIZE, feather=0.01)
+    assert shown.shape == (SIZE, SIZE, 4)
+    raw = view(pictures[0], None, focus="none", size=SIZE, feather=0.01)
+    assert (shown[..., :3] == raw).all()
+    painted = np.where(masks[0][..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=2)
+    inside = view(painted, None, focus="none", size=SIZE, feather=0.0)[..., 0] > 127
+    assert ((shown[..., 3] > 127) == inside)[17:79].mean() > 0.99  # without the padding
+    assert not shown[:15, :, 3].any()
+
+
+def test_picture_and_region_are_cropped_together_and_a_crop_that_loses_the_region_is_not_taken() -> None:
+    pictures, masks = pictures_and_masks(1)
+    pictures[0][masks[0]] = 255
+    pictures[0][~masks[0]] = 0
+    for number in range(1, 8):
+        crop = crop_box("ab" * 32, number, mirror=True)
+        shown = region_view(pictures[0], masks[0], mode="attention", size=SIZE, feather=0.0, crop=crop)
+        shown = shown[17:79]  # without the padding
+        region = shown[..., 3] > 127
+        assert region.any()
+        assert shown[region][:, 0].mean() > 240 and shown[~region][:, 0].mean() < 15
+
+
+def test_dual_shows_the_picture_and_its_multiplied_twin() -> None:
+    pictures, masks = pictures_and_masks(1)
+    shown = region_view(pictures[0], masks[0], mode="dual", size=SIZE, feather=0.01)
+    assert (shown[..., :3] == view(pictures[0], None, focus="none", size=SIZE, feather=0.01)).all()
+    assert (shown[..., 3:] == view(pictures[0], masks[0], focus="multiply", size=SIZE, feather=0.01)).all()
+
+
+def test_attention_without_a_bias_is_no_focus_to_the_last_bit(clip: ClipEncoder) -> None:
+    views = batch("attention")
+    plain = encode(clip, views[..., :3])
+    looking = clip.looking("attention", 0.0)
+    assert torch.equal(encode(looking, views), plain)
+    pixels, raw = looking.preprocess(views), clip.preprocess(views[..., :3])
+    assert torch.equal(looking.trunk(pixels, 1), clip.trunk(raw, 1))
+    assert torch.equal(looking.encode_layers(pixels, (1,), 4), clip.encode_layers(raw, (1,), 4))
+
+
+def test_attention_moves_the_class_token_towards_the_region(clip: ClipEncoder) -> None:
+    views = batch("attention")
+    strong = clip.looking("attention", 50.0)
+    other = views.clone()
+    other[..., :3][views[..., 3] == 0] = 255  # outside of the region another picture
+    with_bias = (encode(strong, views) * encode(strong, other)).sum(dim=1)
+    without = (encode(clip, views[..., :3]) * encode(clip, other[..., :3])).sum(dim=1)
+    assert (with_bias > without).all()
+
+
+def test_the_bias_is_what_a_plain_computation_of_attention_adds(clip: ClipEncoder) -> None:
+    """One block against softmax(q kᵀ / √d + β m) v, written out."""
+    visual: Any = clip.model.visual
+    block = visual.transformer.resblocks[0]
+    attention, heads = block.attn, block.attn.num_heads
+    tokens = torch.randn(2, 65, 128, generator=torch.Generator().manual_seed(0))
+    coverage = torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
+    got = block(tokens, attn_mask=class_token_bias(coverage, 3.0, heads))
+    x = block.ln_1(tokens).detach().numpy().astype(np.float64)
+    weight = attention.in_proj_weight.detach().numpy().astype(np.float64)
+    q, k, v = np.split(x @ weight.T + attention.in_proj_bias.detach().numpy(), 3, axis=2)
+    q, k, v = (part.reshape(2, 65, heads, -1).transpose(0, 2, 1, 3) for part in (q, k, v))
+    logits = q @ k.transpose(0, 1, 3, 2) / np.sqrt(q.shape[-1])  # (B, heads, L, L)
+    logits[:, :, 0, 1:] += 3.0 * coverage.numpy()[:, None]
+    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    out = (shares @ v).transpose(0, 2, 1, 3).reshape(2, 65, 128)
+    out = out @ attention.out_proj.weight.detach().numpy().T + attention.out_proj.bias.detach().numpy()
+    after = tokens + torch.from_numpy(out).float()
+    expected = after + block.mlp(block.ln_2(after))
+    assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_alpha_is_no_focus_until_its_channel_is_trained(clip: ClipEncoder) -> None:
+    views = batch("alpha")
+    looking = clip.looking("alpha", 2.0)
+    assert torch.equal(encode(looking, views), encode(clip, views[..., :3]))
+    visual: Any = looking.model.visual
+    weight = visual.conv1.alpha.weight
+    weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(encode(looking, views), encode(clip, views[..., :3]), atol=1e-3)
+    assert torch.equal(encode(clip, views[..., :3]), encode(replace(clip), views[..., :3]))
+
+
+def test_dual_adds_the_two_embeddings(clip: ClipEncoder) -> None:
+    views = batch("dual")
+    both = encode(clip, views[..., :3]) + encode(clip, views[..., 3:])
+    expected = both / both.norm(dim=1, keepdim=True)
+    assert torch.allclose(encode(clip.looking("dual", 2.0), views), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", REGIONS)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_tail_of_trunk_is_the_whole_tower(clip: ClipEncoder, mode: str, blocks: int) -> None:
+    looking = clip.looking(mode, 2.0)
+    pixels = looking.preprocess(batch(mode))
+    found = looking.tail(blocks)(looking.trunk(pixels, blocks))
+    assert torch.allclose(found, looking.encode_images(pixels), atol=1e-5)
+    layers = looking.encode_layers(pixels, (0, 2), 4)
+    assert layers.shape == (3, 128 + 2 * 16 * 128)
+    assert torch.allclose(layers[:, :128], looking.encode_images(pixels), atol=1e-5)
+
+
+def test_each_way_of_looking_has_a_key_of_its_own(clip: ClipEncoder) -> None:
+    looks = [("alpha", 2.0), ("attention", 2.0), ("attention", 3.0), ("dual", 2.0)]
+    keys = {clip.key, *(clip.looking(mode, bias).key for mode, bias in looks)}
+    assert len(keys) == 5
+    assert clip.looking("dual", 1.0).key == clip.looking("dual", 2.0).key  # the bias is attention's alone
+
+
+def test_the_coverage_of_patches_survives_its_travel_with_the_tokens() -> None:
+    region = torch.zeros(2, 1, 24, 24)
+    region[0, 0, :12, :6] = 1.0
+    coverage = patch_coverage(region, 12)
+    assert torch.equal(coverage, torch.tensor([[0.5, 0.0, 0.0, 0.0], [0.0] * 4]))
+    tokens = torch.randn(2, 5, 8)
+    back, share = unpack(pack(tokens, coverage))
+    assert torch.equal(back, tokens) and torch.equal(share, coverage)
+
+
+def test_what_cannot_look_at_a_region_says_so(clip: ClipEncoder) -> None:
+    with pytest.raises(ValueError, match="region 'beta' is not known; use one of alpha, attention, dual"):
+        clip.looking("beta", 1.0)
+    resnet = build_clip("RN50", "random:0")
+    with pytest.raises(ValueError, match="RN50: its picture tower is ModifiedResNet"):
+        resnet.looking("attention", 1.0)
+    pictures, masks = pictures_and_masks(1)
+    with pytest.raises(ValueError, match="focus 'alpha' needs a mask"):
+        focused_view(pictures[0], None, focus="alpha", size=SIZE, feather=0.0)
+    with pytest.raises(ValueError, match="region 'blur' is not known"):
+        region_view(pictures[0], masks[0], mode="blur", size=SIZE, feather=0.0)
