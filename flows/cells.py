@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -19,14 +20,16 @@ import medfocus
 from flows.study import Study
 from medfocus import checkpoint, features, images
 from medfocus.masks.store import PublishedMasks
-from medfocus.methods import METHODS, Method, Support
+from medfocus.methods import METHODS, PICTURES, Method, Support
 from medfocus.metrics import wilson_lower
-from medfocus.params import Params
+from medfocus.params import OnlyParams, Params, StudyParams
 from medfocus.prompts import class_embeddings, text_prompts
 from medfocus.quality import center_box
 from medfocus.records import Record, read_manifest
+from medfocus.region_attention import REGIONS
+from medfocus.region_views import focused_view, focused_view_key
 from medfocus.splits import Splits, read_splits
-from medfocus.views import crop_box, view, view_key
+from medfocus.views import crop_box
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
@@ -87,11 +90,15 @@ def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Meth
     Raises:
         ValueError: The name or a hyperparameter is unknown, missing or out of range.
     """
-    if name not in METHODS:
-        raise ValueError(f"params.yaml: methods.{name} is not a method; known are {', '.join(METHODS)}.")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in params.methods[name].items()}
+    kind, settings = params.method(name)
+    if kind not in METHODS:
+        raise ValueError(
+            f"params.yaml: methods.{name} is not a method; known are {', '.join(METHODS)}. For a further row "
+            "of one of them write like: and its name."
+        )
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     try:
-        return METHODS[name](cast("ClipEncoder", encoder), **settings)
+        return METHODS[kind](cast("ClipEncoder", encoder), **settings)
     except TypeError as error:
         raise ValueError(f"params.yaml: methods.{name}: {error}.") from error
 
@@ -100,20 +107,24 @@ def plan(params: Params) -> list[Cell]:
     """Every cell of the study, in its order; each method is built once, so that a typo fails here."""
     for name in params.study.methods:
         build_method(params, name, None)
-    supports = [*(f"{p:g}%" for p in params.study.percents), *(f"{n}-shot" for n in params.study.shots)]
-    cells = []
+    cells: list[Cell] = []
     for dataset in params.datasets:
         for method, modes in params.study.methods.items():
+            only = params.study.only.get(method, params.study)
             for focus in modes:
-                if not METHODS[method].learns:
+                if not METHODS[params.method(method)[0]].learns:
                     cells.append(Cell(dataset, method, focus, NOTHING, params.study.seeds[0]))
                     continue
                 cells += [
                     Cell(dataset, method, focus, support, seed)
-                    for support in supports
-                    for seed in params.study.seeds
+                    for support in _supports(only)
+                    for seed in only.seeds
                 ]
     return cells
+
+
+def _supports(of: StudyParams | OnlyParams) -> list[str]:
+    return [*(f"{p:g}%" for p in of.percents), *(f"{n}-shot" for n in of.shots)]
 
 
 class Dataset:
@@ -132,14 +143,33 @@ class Dataset:
         self.masks = PublishedMasks(Path("data/masks", name))
         self.digest = hashlib.sha256(self.manifest.read_bytes()).hexdigest()
         self.classes: tuple[str, ...] = tuple(self.splits.classes)
+        self._looking: dict[str, ClipEncoder] = {}  # by focus
         self._embedded: dict[tuple[str, str, int], dict[str, Tensor]] = {}  # -> path -> (V, ...)
 
     @cached_property
     def text_features(self) -> Tensor:
         """(K, D) class embeddings of the data set's prompts."""
-        names = [self.params.names.get(label, label) for label in self.classes]
-        prompts = text_prompts(names, self.params.modality, self.params.templates)
-        return class_embeddings(self.encoder, prompts)
+        return class_embeddings(self.encoder, self.prompts)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """(K,) the words for each class."""
+        return tuple(self.params.names.get(label, label) for label in self.classes)
+
+    @cached_property
+    def prompts(self) -> tuple[tuple[str, ...], ...]:
+        """(K, templates) the texts of each class."""
+        written = text_prompts(self.class_names, self.params.modality, self.params.templates)
+        return tuple(map(tuple, written))
+
+    def encoder_for(self, focus: str) -> ClipEncoder:
+        """The encoder as a focus mode needs it: with an eye for a region beside the picture, or without."""
+        if focus not in REGIONS:
+            return self.encoder
+        if focus not in self._looking:
+            bias = self.study.params.views.attention_bias
+            self._looking[focus] = self.encoder.looking(focus, bias)
+        return self._looking[focus]
 
     def labels(self, paths: Sequence[str]) -> np.ndarray:
         """(N,) int64 class indices of pictures."""
@@ -164,7 +194,6 @@ class Dataset:
         if not wanted:
             return
         size, feather = self.encoder.image_size, self.study.params.views.feather
-        views_made = view_key(focus=shown_as(focus), size=size, feather=feather)
         items = [(self.records[path], number) for path in wanted for number in range(views)]
         with tqdm(
             total=len(items), desc=f"{label} {self.name} {focus}", unit="view", disable=None, leave=False
@@ -175,9 +204,9 @@ class Dataset:
                 lambda item: self._view(*item, focus=focus, size=size, feather=feather),
                 method.embed,
                 cache=self.study.cache / "features",
-                settings=f"{self.encoder.key} {method.embedding} {views_made}",
+                settings=f"{self.encoder_for(focus).key} {method.embedding} {self._view_key(focus)}",
                 batch_size=self.study.params.views.batch_size,
-                dtype=torch.float16 if method.embedding.startswith("tokens") else torch.float32,
+                dtype=_dtype(method.embedding),
                 progress=lambda done, total: bar.update(done - bar.n),
             )
         known.update(zip(wanted, encoded.unflatten(0, (len(wanted), views)), strict=True))
@@ -192,12 +221,15 @@ class Dataset:
         paths = self.support_paths(cell)
         if not paths:
             nothing = torch.empty(0, dtype=torch.int64)
-            return Support(torch.empty(1, 0), nothing, nothing, self.text_features)
+            inputs = torch.empty(1, 0)
+            return Support(inputs, nothing, nothing, self.text_features, self.class_names, self.prompts)
         return Support(
             self.inputs(method, cell.focus, paths, views),
             torch.from_numpy(self.labels(paths)),
             torch.tensor([self.splits.groups[path] for path in paths]),
             self.text_features,
+            self.class_names,
+            self.prompts,
         )
 
     def key(self, cell: Cell, settings: dict[str, Any], views: int, folds: int) -> str:
@@ -206,12 +238,8 @@ class Dataset:
         content = {
             "cell": [cell.method, cell.focus, cell.seed],
             "settings": settings,
-            "encoder": self.encoder.key,
-            "view": view_key(
-                focus=shown_as(cell.focus),
-                size=self.encoder.image_size,
-                feather=self.study.params.views.feather,
-            ),
+            "encoder": self.encoder_for(cell.focus).key,
+            "view": self._view_key(cell.focus),
             "views": views,
             "folds": folds,
             "classes": self.classes,
@@ -225,9 +253,25 @@ class Dataset:
                 for p in paths
             ],
             "flip": self.params.flip,
-            "code": code_digest(),
+            "code": code_digest(self.study.params.method(cell.method)[0]),
+            "prompts": self.prompts,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def picture(self, record: Record) -> np.ndarray:
+        """(H, W, 3) uint8, decoded."""
+        return images.read(self.root / record.path)
+
+    def mask(self, record: Record, focus: str) -> np.ndarray | None:
+        """(H, W) bool, what a focus mode takes for the region; for "none" the picture's own mask."""
+        which = "own" if focus == "none" else shown_under(focus)
+        mask = self._mask(record.sha256, which)
+        return mask if mask.shape == (record.height, record.width) else None
+
+    def shown(self, record: Record, focus: str) -> np.ndarray:
+        """(S, S, C) uint8, the whole picture as a focus mode shows it."""
+        size, feather = self.encoder.image_size, self.study.params.views.feather
+        return self._view(record, 0, focus=focus, size=size, feather=feather)
 
     def _view(self, record: Record, number: int, *, focus: str, size: int, feather: float) -> np.ndarray:
         picture = images.read(self.root / record.path)
@@ -236,7 +280,11 @@ class Dataset:
             height, width = picture.shape[:2]
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
         crop = crop_box(record.sha256, number, mirror=self.params.flip)
-        return view(picture, mask, focus=shown_as(focus), size=size, feather=feather, crop=crop)
+        return focused_view(picture, mask, focus=shown_as(focus), size=size, feather=feather, crop=crop)
+
+    def _view_key(self, focus: str) -> str:
+        size, feather = self.encoder.image_size, self.study.params.views.feather
+        return focused_view_key(focus=shown_as(focus), size=size, feather=feather)
 
     def _view_name(self, record: Record, focus: str, number: int) -> str:
         mask = "" if focus == "none" else self._mask_digest(record.sha256, shown_under(focus))
@@ -263,12 +311,42 @@ class Dataset:
 
 
 @cache
-def code_digest() -> str:
-    """sha256 hex over the sources that a fit depends on beside its views."""
+def code_digest(method: str) -> str:
+    """sha256 hex over the sources that a method's fit depends on beside its views.
+
+    They are the method's own file, what of this project it imports, and what embeds and validates it.
+    """
     package = Path(medfocus.__file__).parent
-    names = ("encoders.py", "features.py", "probe.py", "prompts.py", "training.py", "validation.py")
-    sources = [*sorted((package / "methods").glob("*.py")), *(package / name for name in names)]
-    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
+    own = package.parent / f"{METHODS[method].__module__.replace('.', '/')}.py"
+    found: set[Path] = set()
+    waiting = [
+        own,
+        *(package / name for name in ("encoders.py", "features.py", "prompts.py", "validation.py")),
+    ]
+    while waiting:
+        source = waiting.pop()
+        if source not in found:
+            found.add(source)
+            waiting += _imported(source)
+    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sorted(found))).hexdigest()
+
+
+def _imported(source: Path) -> list[Path]:
+    """The files of this project that a file imports, in the module or inside a function."""
+    package = Path(medfocus.__file__).parent
+    names = []
+    for node in ast.walk(ast.parse(source.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("medfocus"):
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    files = (package.parent / f"{name.replace('.', '/')}.py" for name in names)
+    return [file for file in files if file.is_file()]
+
+
+def _dtype(embedding: str) -> torch.dtype:
+    """As which rows are kept: pictures as they are, tokens in half of the room."""
+    if embedding == PICTURES:
+        return torch.uint8
+    return torch.float16 if embedding.startswith("tokens") else torch.float32
 
 
 def _digest(tensor: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from flows import costs
 from flows.cells import Cell, Dataset, best_cell, plan
-from flows.study import RESULTS, STUDY, Study, here
+from flows.study import PLOTS, RESULTS, STUDY, Study, here
 from medfocus import checkpoint, metrics, report, tracking
 from medfocus.report import StudyRow
 
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     provenance = {"study": params.study.name, **tracking.provenance(study.folder, params.study.seeds)}
     rows: list[StudyRow] = []  # by cell key
     run_ids: dict[str, str] = {}
+    spent: list[costs.Line] = []
     with (
         store.study(params.study.name, _settings(study), provenance) as run,
         tqdm(total=len(cells), desc="evaluate", unit="cell", disable=None) as bar,
@@ -38,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dataset = Dataset(study, name, encoder)
             predicted: dict[Cell, dict[str, np.ndarray]] = {}  # -> classifier -> (N, K) probabilities
             for cell in own:
-                predicted[cell], header = _predict(dataset, cell)
+                predicted[cell], header, rate = _predict(dataset, cell)
                 scored = _score(dataset, cell, header, predicted[cell])
+                spent += _cost(dataset, cell, header, next(iter(scored.values())), rate)
                 run_ids[header.facts["key"]] = _log(run, dataset, cell, header, scored, provenance)
                 rows += scored.values()
                 bar.update()
@@ -53,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (figures / "accuracy.png").write_bytes(accuracy)
         run.log_figure("accuracy", accuracy)
         report.write_study_csv(rows, RESULTS)
+        _write_plots(rows)
+        costs.write_lines(spent, costs.COSTS)
         _write_study_csv(study, run_ids)
         run.log_table("study", STUDY.read_text(encoding="utf-8"))
 
@@ -77,13 +83,42 @@ def _settings(study: Study) -> dict[str, object]:
     }
 
 
-def _predict(dataset: Dataset, cell: Cell) -> tuple[dict[str, np.ndarray], checkpoint.Header]:
-    """Probabilities (N, K) of every classifier of a cell on the whole test set, in its order."""
-    method, header = checkpoint.load(Path("data/checkpoints", cell.path), dataset.encoder)
+def _write_plots(rows: Sequence[StudyRow]) -> None:
+    """What ``dvc plots`` draws: accuracy over the percent of train, a file a test set."""
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    for name, text in report.plot_tables(rows).items():
+        (PLOTS / f"{name}.csv").write_text(text, encoding="utf-8")
+
+
+def _cost(
+    dataset: Dataset, cell: Cell, header: checkpoint.Header, row: StudyRow, rate: float
+) -> list[costs.Line]:
+    """What a cell cost; nothing where its checkpoint came out of DVC's cache and not of a fit here."""
+    key = header.facts["key"]
+    fit = costs.read(dataset.study.cache / "cells" / key[:2] / f"{key}.safetensors")
+    if fit is None:
+        return []
+    percent, seconds = row.percent_of_train, round(fit.seconds, 3)
+    return [
+        costs.Line(
+            cell.dataset, row.system, percent, cell.seed, seconds, fit.peak_mib, fit.learnt, rate, fit.note
+        )
+    ]
+
+
+def _predict(dataset: Dataset, cell: Cell) -> tuple[dict[str, np.ndarray], checkpoint.Header, float]:
+    """Probabilities (N, K) of every classifier of a cell on the whole test set, in its order.
+
+    The last is the rate, in pictures a second, at which its own part predicted them.
+    """
+    method, header = checkpoint.load(Path("data/checkpoints", cell.path), dataset.encoder_for(cell.focus))
     dataset.embed(method, cell.focus, dataset.splits.test, 1, "encode test")
     inputs = dataset.inputs(method, cell.focus, dataset.splits.test, 1)[0]  # (N, ...)
+    began = time.perf_counter()
     logits = method.logits(inputs)
-    return {name: metrics.softmax(values.double().numpy()) for name, values in logits.items()}, header
+    rate = len(inputs) / (time.perf_counter() - began)
+    probabilities = {name: metrics.softmax(values.double().numpy()) for name, values in logits.items()}
+    return probabilities, header, rate
 
 
 def _score(

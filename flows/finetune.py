@@ -24,6 +24,7 @@ from joblib.externals.loky import get_reusable_executor
 from torch import nn
 from tqdm import tqdm
 
+from flows import costs
 from flows.cells import Cell, Dataset, build_method, plan
 from flows.study import here
 from medfocus import checkpoint
@@ -98,8 +99,13 @@ def fit(job: Fit) -> None:
     validation = Validation(0, 0)
     if job.folds:
         validation = out_of_fold(lambda: copy.copy(job.method), job.support, folds=job.folds, seed=seed)
-    job.method.fit(job.support, torch.Generator().manual_seed(seed))
+    fit_seconds, peak_mib = costs.measured(
+        lambda: job.method.fit(job.support, torch.Generator().manual_seed(seed))
+    )
     counts = {"validation_correct": validation.correct, "validation_count": validation.count}
+    learnt = sum(value.numel() for value in job.method.state().values())
+    note = getattr(job.method, "note", "")
+    costs.write(costs.Fit(fit_seconds, peak_mib, learnt, note), job.path)
     checkpoint.save(job.method, dataclasses.replace(job.header, **counts), job.path)
 
 
@@ -128,22 +134,24 @@ def _end_with_parent() -> None:
 def _path(dataset: Dataset, cell: Cell) -> Path:
     """Where the cache keeps a cell's checkpoint: named by everything that it depends on."""
     params = dataset.study.params
-    key = dataset.key(cell, params.methods[cell.method], _views(dataset, cell), _folds(dataset, cell))
+    key = dataset.key(cell, params.method(cell.method)[1], _views(dataset, cell), _folds(dataset, cell))
     return dataset.study.cache / "cells" / key[:2] / f"{key}.safetensors"
 
 
 def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
     params = dataset.study.params
-    method = build_method(params, cell.method, dataset.encoder)
+    encoder = dataset.encoder_for(cell.focus)
+    kind, settings = params.method(cell.method)
+    method = build_method(params, cell.method, encoder)
     views = _views(dataset, cell)
     if method.learns:
         dataset.embed(method, cell.focus, _all_support_paths(dataset), views, "encode")
     header = checkpoint.Header(
-        method=cell.method,
-        settings=params.methods[cell.method],
+        method=kind,
+        settings=settings,
         classes=dataset.classes,
         focus=cell.focus,
-        encoder_key=dataset.encoder.key,
+        encoder_key=encoder.key,
         validation_correct=0,
         validation_count=0,
         facts={
@@ -154,15 +162,18 @@ def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
         },
     )
     support = dataset.support(method, cell, views)
-    encoder = dataset.encoder
-    blocks = getattr(method, "blocks", 0)  # of the tower that train
-    end = encoder.tail(blocks) if blocks else None
-    method.encoder = cast("ClipEncoder", TrainableEnd(encoder.key, encoder.logit_scale, end))
+    if method.needs_towers:
+        method.encoder = dataclasses.replace(encoder, segmenter=None)  # a worker segments nothing
+    else:
+        blocks = getattr(method, "blocks", 0)  # of the tower that train
+        end = encoder.tail(blocks) if blocks else None
+        method.encoder = cast("ClipEncoder", TrainableEnd(encoder.key, encoder.logit_scale, end))
     return Fit(method, support, header, _folds(dataset, cell), path)
 
 
 def _views(dataset: Dataset, cell: Cell) -> int:
-    return 1 + dataset.study.params.views.augmented if METHODS[cell.method].takes_views else 1
+    params = dataset.study.params
+    return 1 + params.views.augmented if METHODS[params.method(cell.method)[0]].takes_views else 1
 
 
 def _folds(dataset: Dataset, cell: Cell) -> int:
@@ -171,7 +182,7 @@ def _folds(dataset: Dataset, cell: Cell) -> int:
     There the best cell is looked for, and there alone validation is worth its cost.
     """
     params = dataset.study.params
-    if cell.method not in params.validation.methods or not METHODS[cell.method].learns:
+    if cell.method not in params.validation.methods or not METHODS[params.method(cell.method)[0]].learns:
         return 0
     return params.validation.folds if _is_largest(dataset, cell) else 0
 

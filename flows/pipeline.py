@@ -34,7 +34,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.servers import PREFECT_PORT, free_port, prefect_answers, prefect_server
 from flows.stages import StageBusyError, reproduce
-from flows.study import STUDY, Study, open_study
+from flows.study import PAGE, STUDY, Study, open_study
 from medfocus import report
 
 if TYPE_CHECKING:
@@ -127,6 +127,10 @@ def evaluate(study: Study) -> None:
         from flows.evaluate import restore_study_csv  # takes seconds, as do the next ones
 
         restore_study_csv(study)
+    if ran or not (study.folder / PAGE).exists():
+        from flows.page import write_page
+
+        write_page(study)
     if ran:
         rows = report.read_study_csv(study.folder / STUDY)
         create_markdown_artifact(
@@ -215,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for registration in registrations:
         alias = f"@{registration.alias}" if registration.alias else "without alias"
         print(f"model {registration.name} version {registration.version} {alias}: {registration.reason}")
-    print("\nCompare the runs in MLflow: make ui")
+    print(f"\nThe whole of it on one page: {study.folder / PAGE}\nCompare the runs in MLflow: make ui")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def register_best(study: Study, dataset: str) -> tracking.Registration:
             serve.save_model(
                 folder,
                 checkpoint=path,
-                encoder=study.encoder(),
+                encoder=study.encoder(header.focus),
                 segmenter=study.segmenter(dataset),
                 segmenter_settings=study.segmenter_settings(dataset),
                 feather=study.params.views.feather,

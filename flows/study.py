@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from medfocus.params import Params, load_params
+from medfocus.params import Params, load_params, moved_paths, read_content
+from medfocus.records import read_manifest
+from medfocus.region_attention import REGIONS
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 
 RESULTS = Path("reports/results.csv")  # DVC's output: rows by their cell's key, repeated exactly by a rerun
 STUDY = Path("reports/study.csv")  # the same rows by the ids of this machine's MLflow runs
+PLOTS = Path("reports/plots")  # a CSV a test set, for `dvc plots`
+PAGE = Path("reports/index.html")  # the whole study as one file to read and to send
+ADAPTER = "adapter.safetensors"  # beside the masks of a data set that it made
 _GENERATED = "# Made from the project's dvc.yaml by `make run PARAMS=...`; change that one.\n"
 
 
@@ -34,7 +40,10 @@ class Study:
         return self.folder / self.params.datasets[dataset].root
 
     def segmenter_settings(self, dataset: str) -> dict[str, Any]:
-        """The arguments that make a data set's segmenter; without ``batch_size``, which changes no mask."""
+        """The arguments that make a data set's segmenter; without ``batch_size``, which changes no mask.
+
+        For the strategies "retrieved" and "adapter" they make the SAM2 segmenter that these stand on.
+        """
         masks = self.params.masks
         common = {
             "keep": masks.keep.get(self.params.datasets[dataset].modality, 1),
@@ -47,32 +56,85 @@ class Study:
             "config": masks.config,
             "checkpoint": masks.checkpoint,
             "image_size": masks.image_size,
-            "strategy": masks.strategy,
+            "strategy": {"retrieved": "grid", "adapter": "box"}.get(masks.strategy, masks.strategy),
             "points_per_side": masks.points_per_side,
             "follow_edges": masks.follow_edges,
         }
 
     def segmenter(self, dataset: str) -> Segmenter:
-        """The segmenter that the masks section describes for a data set's modality."""
-        settings = self.segmenter_settings(dataset)
+        """The segmenter that the masks section describes for a data set.
+
+        Raises FileNotFoundError for the strategy "adapter" before the masks stage has taught one, and
+        ValueError as ``anatomy`` does.
+        """
         if self.params.masks.segmenter == "otsu":
             from medfocus.masks.otsu import OtsuSegmenter
 
-            return OtsuSegmenter(**settings)
+            return OtsuSegmenter(**self.segmenter_settings(dataset))
+        if self.params.masks.strategy == "retrieved":
+            texts = self.anatomy(dataset)  # a fault of theirs comes before seconds of loading
+            from medfocus.encoders import build_clip
+            from medfocus.masks.informed.retrieved import RetrievedSegmenter, TextRank
+
+            clip = build_clip(self.params.clip.model, self.params.clip.pretrained, self._device)
+            return RetrievedSegmenter(self.sam2(dataset), TextRank.of(clip, texts))
+        if self.params.masks.strategy == "adapter":
+            from medfocus import weights
+            from medfocus.masks.informed.adapter import AdapterSegmenter
+
+            path = self.folder / "data" / "masks" / dataset / ADAPTER
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no adapter there; run the masks stage, which teaches one.")
+            return AdapterSegmenter(self.sam2(dataset), weights.load(path))
+        return self.sam2(dataset)
+
+    def sam2(self, dataset: str) -> Sam2Segmenter:
+        """SAM2 as a data set's segmenter, before a text or an adapter informs it."""
         from medfocus.masks.sam2 import build_segmenter  # takes seconds
 
+        settings = self.segmenter_settings(dataset)
         return build_segmenter(**settings, batch_size=self.params.masks.batch_size, device=self._device)
 
-    def encoder(self) -> ClipEncoder:
-        """The frozen towers of the clip section; beside them SAM2 where a method asks for its features.
+    def anatomy(self, dataset: str) -> tuple[str, ...]:
+        """The texts by which "retrieved" chooses a data set's masks.
 
+        Raises ValueError where there is none, or where one has the name of a class in it: the mask would tell
+        what it is to help find.
+        """
+        described = self.params.datasets[dataset]
+        texts = self.params.masks.anatomy.get(described.modality, ())
+        if not texts:
+            raise ValueError(
+                f"params.yaml: masks.strategy is 'retrieved', but masks.anatomy has no text for "
+                f"{described.modality}, the modality of {dataset}. Add one that says where to look, such as "
+                "'the lungs' or 'a lesion'."
+            )
+        manifest = self.folder / "data" / "manifests" / f"{dataset}.csv"
+        labels = {record.label for record in read_manifest(manifest)} if manifest.is_file() else set()
+        for name in sorted({*labels, *described.names, *described.names.values()}):
+            for text in texts:
+                if f" {_words(name)} " in f" {_words(text)} ":
+                    raise ValueError(
+                        f"params.yaml: masks.anatomy.{described.modality} has the text {text!r}, which names "
+                        f"the class {name!r} of {dataset}. Name anatomy, such as 'the lungs' or 'a lesion'."
+                    )
+        return texts
+
+    def encoder(self, focus: str = "none") -> ClipEncoder:
+        """The frozen towers of the clip section, with an eye for the region if ``focus`` is one for that.
+
+        Beside them stands SAM2 where a method asks for its features.
         Raises ValueError where it does and the masks are not SAM2's.
         """
+        encoder = self._towers()
+        return encoder.looking(focus, self.params.views.attention_bias) if focus in REGIONS else encoder
+
+    def _towers(self) -> ClipEncoder:
         from medfocus.encoders import build_clip  # takes seconds
 
         encoder = build_clip(self.params.clip.model, self.params.clip.pretrained, self._device)
         asking = [
-            name for name in self.params.study.methods if self.params.methods[name].get("segmenter_grid")
+            name for name in self.params.study.methods if self.params.method(name)[1].get("segmenter_grid")
         ]
         if not asking:
             return encoder
@@ -81,7 +143,7 @@ class Study:
                 f"params.yaml: methods.{asking[0]}.segmenter_grid asks for SAM2's features, but "
                 f"masks.segmenter is {self.params.masks.segmenter!r}. Set it to sam2, or segmenter_grid to 0."
             )
-        return encoder.beside(cast("Sam2Segmenter", self.segmenter(next(iter(self.params.datasets)))))
+        return encoder.beside(self.sam2(next(iter(self.params.datasets))))
 
     @property
     def _device(self) -> str:
@@ -106,6 +168,11 @@ class Study:
     def cache(self) -> Path:
         """Content-keyed scratch space, shared by all studies; deleting it costs time and nothing else."""
         return self.home / ".cache"
+
+
+def _words(text: str) -> str:
+    """Without case, underscores and punctuation, one space between words."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
 def find_home(start: Path) -> Path:
@@ -135,6 +202,11 @@ def open_study(params_file: Path, home: Path | None = None) -> Study:
     source = params_file.resolve()
     if source.name == "params.yaml" and source.is_relative_to(home):
         folder = source.parent
+        if "extends" in yaml.safe_load(source.read_text(encoding="utf-8")):
+            raise ValueError(
+                f"{params_file}: extends another file, but DVC reads a study's params.yaml as it stands. "
+                "Give it another name, such as study.yaml: it is then copied, whole, to a study of its own."
+            )
     else:
         folder = home / "studies" / (source.parent.name if source.name == "params.yaml" else source.stem)
         _adopt(source, folder)
@@ -153,22 +225,10 @@ def _stages_for(home: Path, folder: Path) -> str:
 
 
 def _adopt(source: Path, folder: Path) -> None:
-    content = yaml.safe_load(source.read_text(encoding="utf-8"))
-    for dataset in content["datasets"].values():
-        dataset["root"] = _moved(dataset["root"], source.parent, folder)
-    for section, field in (("masks", "config"), ("masks", "checkpoint"), ("clip", "pretrained")):
-        if (source.parent / content[section][field]).exists():
-            content[section][field] = _moved(content[section][field], source.parent, folder)
+    content = moved_paths(read_content(source), source.parent, folder)
     head = f"# A copy of {source.name}, brought up to date from it at every run.\n"
     folder.mkdir(parents=True, exist_ok=True)
     _write_if_changed(folder / "params.yaml", head + _dump(content))
-
-
-def _moved(path: str, before: Path, after: Path) -> str:
-    """A path as written in ``before``/params.yaml, as it has to be written in ``after``/params.yaml."""
-    if Path(path).is_absolute():
-        return path
-    return Path(os.path.relpath(before / path, after)).as_posix()
 
 
 def _dump(content: dict[str, Any]) -> str:

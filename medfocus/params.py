@@ -6,6 +6,8 @@ data (enough pictures a class, files that exist) is checked where the data is.
 
 from __future__ import annotations
 
+import copy
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,12 +18,25 @@ from pydantic.dataclasses import dataclass
 Modality = Literal["chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "other"]
 Mark = Literal["contour", "circle", "box", "arrow"]
 Control = Literal["inverse", "shuffled", "center-box"]  # what shows a picture so that it must not help
-Focus = Literal["none", "multiply", "overlay", "binary", "crop", "blur", Mark, Control]
+Region = Literal["alpha", "attention", "dual"]  # the region beside the picture, for the encoder to look at
+Focus = Literal["none", "multiply", "overlay", "binary", "crop", "blur", Mark, Region, Control]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files, DVC stages, MLflow models
 
+# Fields that may be paths, beside names of what is found elsewhere.
+_PATHS = (("masks", "config"), ("masks", "checkpoint"), ("clip", "pretrained"), ("report", "published"))
+
 _strict = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_strict)
+class OnlyParams:
+    """What a method is held to, where all of the study would take it too long."""
+
+    percents: tuple[Annotated[float, Field(gt=0, le=100)], ...]
+    shots: tuple[Positive, ...]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, config=_strict)
@@ -33,6 +48,7 @@ class StudyParams:
     percents: tuple[Annotated[float, Field(gt=0, le=100)], ...]  # of the training pictures
     shots: tuple[Positive, ...]  # pictures a class
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]  # a support set each
+    only: dict[str, OnlyParams]  # method -> the part of percents, shots and seeds that it is run at
 
     @model_validator(mode="after")
     def _has_a_support(self) -> StudyParams:
@@ -40,6 +56,14 @@ class StudyParams:
             raise ValueError("percents and shots are both empty; give at least one support size")
         if not self.methods:
             raise ValueError("methods is empty; name at least one")
+        for name, only in self.only.items():
+            if name not in self.methods:
+                raise ValueError(
+                    f"only names {name!r}, which is not among methods; they are {', '.join(self.methods)}"
+                )
+            for field in ("percents", "shots", "seeds"):
+                if beyond := sorted(set(getattr(only, field)) - set(getattr(self, field))):
+                    raise ValueError(f"only.{name}.{field} has {beyond}, which the study's {field} lack")
         return self
 
 
@@ -76,6 +100,18 @@ class SplitsParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class AdapterParams:
+    """How the strategy adapter is taught known regions of training pictures; see ``train_adapter``."""
+
+    steps: Positive
+    batch_size: Positive  # pictures a step
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    reduction: Positive  # the encoder's widths over the adapters'
+    seed: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=_strict)
 class MasksParams:
     """How one mask a picture is found without labels."""
 
@@ -83,22 +119,22 @@ class MasksParams:
     config: str  # "pocket", a configuration of the sam2 package, or a YAML path
     checkpoint: str  # "pocket", "random:SEED", a path, or a hub id
     image_size: Positive  # pixels a side that SAM2 sees
-    strategy: Literal["automatic", "grid", "center", "box"]
-    points_per_side: Positive  # of the automatic and grid strategies
+    strategy: Literal["automatic", "grid", "center", "box", "retrieved", "adapter"]
+    points_per_side: Positive  # of the automatic, grid and retrieved strategies
     follow_edges: bool  # move the outline of SAM2's mask to the picture's edges
     min_area: Share  # of the picture
     max_area: Share
     keep: dict[Modality, Positive]  # how many of the best segments are united; 1 where absent
     batch_size: Positive
+    anatomy: dict[Modality, tuple[str, ...]]  # texts by which "retrieved" chooses; never a class
+    adapter: AdapterParams  # how "adapter" is taught
 
     @model_validator(mode="after")
     def _fields_agree(self) -> MasksParams:
         if self.min_area >= self.max_area:
             raise ValueError(f"min_area {self.min_area} is not below max_area {self.max_area}")
         if self.follow_edges and self.strategy == "automatic" and self.segmenter == "sam2":
-            raise ValueError(
-                "follow_edges is for the strategies grid, center and box; automatic is SAM2's own"
-            )
+            raise ValueError("follow_edges is for every strategy but automatic, which is SAM2's own")
         return self
 
 
@@ -107,6 +143,7 @@ class ViewsParams:
     """How a picture and its mask become what CLIP sees."""
 
     feather: Annotated[float, Field(ge=0, lt=0.5)]  # width of the soft edge, share of the longest side
+    attention_bias: Annotated[float, Field(ge=0)]  # β of the focus "attention"; 0 leaves it without effect
     augmented: Annotated[int, Field(ge=0)]  # random resized crops a support picture, beside the whole one
     batch_size: Positive
 
@@ -135,6 +172,14 @@ class TrackingParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class ReportParams:
+    """What the page of a study compares."""
+
+    baseline: str  # the system, a method without focus, that all others are compared with
+    published: str | None  # CSV dataset,method,percent,accuracy of published rows; relative to params.yaml
+
+
+@dataclass(frozen=True, config=_strict)
 class ScheduleParams:
     """When the retraining flow runs by itself."""
 
@@ -156,11 +201,32 @@ class Params:
     methods: dict[str, dict[str, Any]]  # hyperparameters; each method checks its own
     validation: ValidationParams
     tracking: TrackingParams
+    report: ReportParams
     schedule: ScheduleParams
     device: Literal["auto", "cpu", "cuda"]  # auto: CUDA where there is one
 
+    def method(self, name: str) -> tuple[str, dict[str, Any]]:
+        """What kind of method a name of the section methods stands for, and its hyperparameters.
+
+        A section with ``like`` is another row of the kind that it names, and takes over what it leaves out.
+        """
+        own = dict(self.methods[name])
+        kind = own.pop("like", name)
+        return kind, own if kind == name else {**self.methods[kind], **own}
+
     @model_validator(mode="after")
     def _names_agree(self) -> Params:
+        for name, section in self.methods.items():
+            kind = section.get("like", name)
+            if kind not in self.methods or ("like" in self.methods[kind] and kind != name):
+                kinds = ", ".join(n for n, s in self.methods.items() if "like" not in s)
+                raise ValueError(f"methods.{name}.like is {kind!r}, which is no section; use one of {kinds}")
+        if "none" not in self.study.methods.get(self.report.baseline, ()):
+            plain = ", ".join(method for method, modes in self.study.methods.items() if "none" in modes)
+            raise ValueError(
+                f"report.baseline is {self.report.baseline!r}, which study.methods does not run with focus "
+                f"none; use one of {plain}"
+            )
         known = ", ".join(self.methods)
         for section, names in (("study", self.study.methods), ("validation", self.validation.methods)):
             for name in names:
@@ -178,6 +244,23 @@ def load_params(path: Path) -> Params:
         FileNotFoundError: There is no such file.
         ValueError: One line a fault, each naming the field, what stands there and what may.
     """
+    content = read_content(path)
+    try:
+        return TypeAdapter(Params).validate_python(content)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
+        raise ValueError(f"{path}: {error.error_count()} fault(s):\n{faults}") from error
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """The sections of a params file, those of the file that it ``extends`` filled in.
+
+    Of that one (a path relative to this one) it takes every section that it leaves out, and of a section that
+    both have the fields that it leaves out; below methods that goes for each method's. The data sets and
+    phantoms of a file that names some are its own alone. Paths are as this file's folder sees them.
+
+    Raises FileNotFoundError and ValueError as ``load_params`` does.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such params file; copy the project's params.yaml and edit it.")
     try:
@@ -186,11 +269,35 @@ def load_params(path: Path) -> Params:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, not the sections of a params file.")
-    try:
-        return TypeAdapter(Params).validate_python(content)
-    except ValidationError as error:
-        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
-        raise ValueError(f"{path}: {error.error_count()} fault(s):\n{faults}") from error
+    if "extends" not in content:
+        return content
+    base_path = path.parent / str(content.pop("extends"))
+    base = moved_paths(read_content(base_path), base_path.parent, path.parent)
+    for name, section in base.items():
+        own = content.setdefault(name, section)
+        if name in ("datasets", "phantoms") or not isinstance(own, dict) or not isinstance(section, dict):
+            continue
+        if name == "methods":
+            own = {key: {**section.get(key, {}), **value} for key, value in own.items()}
+        content[name] = {**section, **own}
+    return content
+
+
+def moved_paths(content: dict[str, Any], before: Path, after: Path) -> dict[str, Any]:
+    """The content of a params file of folder ``before``, its paths written as in folder ``after``."""
+    moved = copy.deepcopy(content)
+    for dataset in moved.get("datasets", {}).values():
+        if not Path(dataset["root"]).is_absolute():
+            dataset["root"] = _moved(dataset["root"], before, after)
+    for section, field in _PATHS:
+        value = moved.get(section, {}).get(field)
+        if value and not Path(value).is_absolute() and (before / value).exists():
+            moved[section][field] = _moved(value, before, after)
+    return moved
+
+
+def _moved(path: str, before: Path, after: Path) -> str:
+    return Path(os.path.relpath(before / path, after)).as_posix()
 
 
 def _describe(fault: Any) -> str:

@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from medfocus import images
+from medfocus import images, weights
 from medfocus.focus import focus as apply_focus
 from medfocus.masks.segmenter import Segmenter
 from medfocus.metrics import softmax
-from medfocus.views import view
+from medfocus.region_views import focused_view
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
     from medfocus.methods import Method
 
 _CELL, _CLIP, _SAM2, _SAM2_CONFIG = "cell.safetensors", "clip", "sam2.safetensors", "sam2.yaml"
+_ADAPTER, _TEXT = "adapter.safetensors", "text.safetensors"
 _PACKAGES = ("torch", "open_clip_torch", "sam2", "numpy", "pillow")
 _BATCH = 16  # pictures at once, so that memory does not grow with the request
 
@@ -74,6 +75,8 @@ def save_model(
 
     from medfocus import checkpoint as checkpoints
     from medfocus.masks import sam2, sam2_model
+    from medfocus.masks.informed.adapter import AdapterSegmenter
+    from medfocus.masks.informed.retrieved import RetrievedSegmenter, TextRank
 
     header = checkpoints.read_header(checkpoint)
     if header.encoder_key != encoder.key:
@@ -86,16 +89,24 @@ def save_model(
     shutil.rmtree(beside, ignore_errors=True)
     (beside / _CLIP).mkdir(parents=True)
     shutil.copyfile(checkpoint, beside / _CELL)
-    save_file(_tensors(encoder.model), beside / _CLIP / "open_clip_model.safetensors")
+    save_file(_towers(encoder.model), beside / _CLIP / "open_clip_model.safetensors")
     _write_json(beside / _CLIP / "open_clip_config.json", encoder.config)
     settings = dict(segmenter_settings)
-    if isinstance(segmenter, sam2.Sam2Segmenter):
-        state = _tensors(segmenter.model)
+    plain = getattr(segmenter, "plain", segmenter)  # what an adapter or a text only informs
+    if isinstance(plain, sam2.Sam2Segmenter):
+        state = _tensors(plain.model)
         save_file({k: v for k, v in state.items() if k.startswith(sam2_model.PICTURE_PATH)}, beside / _SAM2)
         shutil.copyfile(sam2_model.config_path(str(settings.pop("config"))), beside / _SAM2_CONFIG)
         settings.pop("checkpoint", None)
-    kind = "sam2" if isinstance(segmenter, sam2.Sam2Segmenter) else "otsu"
-    if (made := _load_segmenter(beside, kind, settings).key) != segmenter.key:
+    retrieved = None
+    if isinstance(segmenter, AdapterSegmenter):
+        save_file(segmenter.state, beside / _ADAPTER)
+    elif isinstance(segmenter, RetrievedSegmenter):
+        assert isinstance(segmenter.rank, TextRank)  # the only one that a study knows
+        save_file({"text": segmenter.rank.text.contiguous()}, beside / _TEXT)
+        retrieved = segmenter.rank.key
+    kind = "sam2" if isinstance(plain, sam2.Sam2Segmenter) else "otsu"
+    if (made := _load_segmenter(beside, kind, settings, encoder, retrieved).key) != segmenter.key:
         shutil.rmtree(beside)
         raise ValueError(
             f"the segmenter_settings make the segmenter {made[:12]}, but the model was fitted on masks of "
@@ -105,12 +116,15 @@ def save_model(
         "segmenter": kind,
         "segmenter_settings": settings,
         "segmenter_key": segmenter.key,
+        "retrieved": retrieved,
         "clip": encoder.name,
         "clip_key": encoder.key,
         "method": header.method,
         "classes": header.classes,
         "focus": header.focus,
         "feather": feather,
+        "region": encoder.region,
+        "attention_bias": encoder.attention_bias,
         "view_size": encoder.image_size,
         "versions": {package: version(package) for package in _PACKAGES},
     }
@@ -148,7 +162,11 @@ class Predictor:
         encoder = build_clip(f"local-dir:{folder / _CLIP}", "")
         # The configuration says the same in another form, so its key would be another. Class texts are
         # in the checkpoint; without a tokenizer nothing can be read by the wrong one.
-        segmenter = _load_segmenter(folder, content["segmenter"], content["segmenter_settings"])
+        segmenter = _load_segmenter(
+            folder, content["segmenter"], content["segmenter_settings"], encoder, content["retrieved"]
+        )
+        if content["region"]:
+            encoder = encoder.looking(content["region"], content["attention_bias"])
         encoder = replace(
             encoder,
             name=content["clip"],
@@ -176,7 +194,7 @@ class Predictor:
 
         masks = self.segmenter.segment(pictures)
         views = [
-            view(picture, mask.region, focus=self.focus, size=self.view_size, feather=self.feather)
+            focused_view(picture, mask.region, focus=self.focus, size=self.view_size, feather=self.feather)
             for picture, mask in zip(pictures, masks, strict=True)
         ]
         inputs = self.method.embed(torch.from_numpy(np.stack(views)))  # (B, S, S, 3) -> (B, ...)
@@ -195,19 +213,38 @@ class Predictor:
         ]
 
 
-def _load_segmenter(folder: Path, kind: str, settings: Mapping[str, Any]) -> Segmenter:
+def _load_segmenter(
+    folder: Path, kind: str, settings: Mapping[str, Any], encoder: ClipEncoder, retrieved: str | None
+) -> Segmenter:
+    """The segmenter of a model folder; ``retrieved`` is the key of the text that chooses, if one does."""
     if kind == "otsu":
         from medfocus.masks.otsu import OtsuSegmenter
 
         return OtsuSegmenter(**settings)
     from medfocus.masks.sam2 import build_segmenter
 
-    return build_segmenter(str(folder / _SAM2_CONFIG), str(folder / _SAM2), **settings)
+    plain = build_segmenter(str(folder / _SAM2_CONFIG), str(folder / _SAM2), **settings)
+    if (folder / _ADAPTER).is_file():
+        from medfocus.masks.informed.adapter import AdapterSegmenter
+
+        return AdapterSegmenter(plain, weights.load(folder / _ADAPTER))
+    if retrieved is not None:
+        from medfocus.masks.informed.retrieved import RetrievedSegmenter, TextRank
+
+        return RetrievedSegmenter(plain, TextRank(encoder, weights.load(folder / _TEXT)["text"], retrieved))
+    return plain
 
 
 def _tensors(model: Any) -> dict[str, Any]:
     """A model's state dict as safetensors takes it: on the CPU, contiguous, no memory shared."""
     return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+
+
+def _towers(model: Any) -> dict[str, Any]:
+    """The towers' weights as they were before ``ClipEncoder.looking`` gave them a channel for the region."""
+    own, added = "visual.conv1.conv.", "visual.conv1.alpha."
+    tensors = _tensors(model)
+    return {k.replace(own, "visual.conv1."): v for k, v in tensors.items() if not k.startswith(added)}
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -55,6 +55,11 @@ class TinyClip:
         """(B, S, S, 3) uint8 -> (B, 3, S, S) in [0, 1]."""
         return pictures.permute(0, 3, 1, 2).float() / 255
 
+    def describe(self, views: Tensor, grid: int) -> Tensor:
+        """(B, S, S, C) uint8 -> the mean colours of ``grid`` x ``grid`` cells (B, 3 grid²)."""
+        pixels = views[..., :3].permute(0, 3, 1, 2).float() / 255
+        return functional.adaptive_avg_pool2d(pixels, grid).flatten(1)
+
     def trunk(self, pixels: Tensor, blocks: int) -> Tensor:
         """(B, 3, S, S) -> (B, 4, 3)."""
         return functional.adaptive_avg_pool2d(pixels, 2).flatten(2).transpose(1, 2)
@@ -102,6 +107,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "breast_ultrasound": {"seed": 0, "train_per_class": 8, "test_per_class": 5, "size": 96}
     }
     content["masks"] |= {"segmenter": "otsu"}
+    content["report"] |= {"baseline": "pixels"}
     content["methods"]["medfocusclip"] |= {"epochs": 5}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "1"}

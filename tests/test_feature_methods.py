@@ -13,7 +13,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional
 
-from flows.cells import Cell, build_method
+from flows.cells import Cell, build_method, plan
 from medfocus import checkpoint
 from medfocus.methods import METHODS, Support
 from medfocus.methods.choose import choose
@@ -89,14 +89,13 @@ def fitted(name: str) -> tuple[Any, Tensor]:
 # --- the contract -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "file", ["params.yaml", "studies/brain_tumor/params.yaml", "studies/covid19/params.yaml"]
-)
-def test_every_study_has_settings_of_every_method(file: str) -> None:
-    params = load_params(ROOT / file)
-    assert set(params.methods) == set(METHODS)
-    for name in METHODS:
+@pytest.mark.parametrize("file", [ROOT / "params.yaml", *sorted(ROOT.glob("studies/*.yaml"))], ids=str)
+def test_every_study_has_settings_of_every_method(file: Path) -> None:
+    params = load_params(file)
+    assert {params.method(name)[0] for name in params.methods} == set(METHODS)
+    for name in params.methods:
         assert build_method(params, name, None).embedding
+    assert plan(params)
 
 
 @pytest.mark.parametrize("name", ON_FEATURES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from medfocus import checkpoint
-from medfocus.encoders import build_clip
+from medfocus.encoders import ClipEncoder, build_clip
 from medfocus.methods import METHODS, Support
 from medfocus.methods.medfocusclip import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
 from medfocus.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
+from medfocus.prompts import class_embeddings
 from medfocus.training import train
 from medfocus.validation import Validation, out_of_fold
 from tests.conftest import TinyClip
@@ -51,11 +54,70 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "lp++": {"steps": 300},
     "ss-text": {},
+    "resnet": {
+        "model": "resnet10t",
+        "pretrained": "",
+        "options": {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32)},
+        "image_size": 32,
+        "tuning": "full",
+        "epochs": 12,
+        "max_steps": 1000,
+        "batch_size": 8,
+        "lr": 2e-3,
+        "weight_decay": 1e-2,
+    },
+    "clip-lora": {
+        "rank": 2,
+        "alpha": 1.0,
+        "dropout": 0.25,
+        "steps_per_shot": 500,
+        "max_steps": 12,
+        "batch_size": 24,
+        "lr": 2e-2,
+        "weight_decay": 1e-2,
+    },
+    "coop": {
+        "contexts": 4,
+        "start": "a photo of a",
+        "class_token": "end",
+        "class_specific": True,
+        "epochs": 40,
+        "max_steps": 120,
+        "batch_size": 24,
+        "lr": 0.1,
+        "warmup": 1,
+        "weight_decay": 5e-4,
+    },
+    "cocoop": {
+        "contexts": 4,
+        "start": "a photo of a",
+        "reduction": 8,
+        "chunk": 8,
+        "epochs": 40,
+        "max_steps": 60,
+        "batch_size": 24,
+        "lr": 0.3,
+        "warmup": 1,
+        "weight_decay": 5e-4,
+    },
+    "slca": {
+        "segmenter_grid": 4,
+        "pool": 2,
+        "reduction": 2,
+        "epochs": 100,
+        "batch_size": 8,
+        "lr": 3e-2,
+        "weight_decay": 1e-2,
+    },
     "medfocusclip": {
+        "tuning": "adapter",
         "fusion": "softmax-text",
         "head": "cosine",
         "contrastive_weights": (0.5,),
         "blocks": 0,
+        "lora_rank": 2,
+        "lora_alpha": 1.0,
+        "lora_dropout": 0.25,
         "layers": (),
         "segmenter_grid": 0,
         "grid": 2,
@@ -68,6 +130,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 CLASSES = 3
+TOWERS = ("clip-lora", "coop", "cocoop")  # what runs a text tower, and has to have one
+NAMES = ("red", "green", "blue")
+PROMPTS = tuple((f"a photo of {name}",) for name in NAMES)
+
+
+@cache
+def pocket() -> ClipEncoder:
+    return build_clip("pocket", "random:0")
+
+
+def encoder_of(name: str, tiny: TinyClip) -> Any:
+    return pocket() if name in TOWERS else tiny
+
+
+def pictures_of(name: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """``coloured_pictures`` at the size that the method's encoder sees."""
+    pictures, labels = coloured_pictures(count, seed)
+    if name in TOWERS:
+        pictures = pictures.repeat_interleave(6, dim=1).repeat_interleave(6, dim=2)
+    return pictures, labels
 
 
 def coloured_pictures(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -84,11 +166,13 @@ def coloured_pictures(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def support_of(method: Any, pictures: Tensor, labels: Tensor, text: Tensor | None = None) -> Support:
     inputs = method.embed(pictures)[None]
+    if text is None and isinstance(method.encoder, ClipEncoder):
+        text = class_embeddings(method.encoder, PROMPTS)
     if text is None:
         text = functional.normalize(
             torch.randn(CLASSES, 8, generator=torch.Generator().manual_seed(5)), dim=-1
         )
-    return Support(inputs, labels, torch.arange(len(labels)), text)
+    return Support(inputs, labels, torch.arange(len(labels)), text, NAMES, PROMPTS)
 
 
 @pytest.fixture(params=list(METHODS))
@@ -97,11 +181,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def fitted(name: str, clip: TinyClip, seed: int = 0, permute: bool = False) -> tuple[Any, Support]:
-    method = METHODS[name](clip, **SETTINGS[name])  # pyright: ignore[reportArgumentType]
-    support = support_of(method, *coloured_pictures(24))
+    method = METHODS[name](encoder_of(name, clip), **SETTINGS[name])
+    support = support_of(method, *pictures_of(name, 24))
     if permute:
         order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
-        support = Support(support.inputs, support.labels[order], support.groups, support.text_features)
+        support = replace(support, labels=support.labels[order])
     return method.fit(support, torch.Generator().manual_seed(seed)), support
 
 
@@ -120,15 +204,15 @@ def test_the_same_seed_fits_the_same_method(name: str, tiny_clip: TinyClip) -> N
 
 
 def test_fitting_leaves_the_frozen_towers_as_they_were(name: str, tiny_clip: TinyClip) -> None:
-    pictures, _ = coloured_pictures(6)
-    before = tiny_clip.encode_images(tiny_clip.preprocess(pictures))
+    encoder, (pictures, _) = encoder_of(name, tiny_clip), pictures_of(name, 6)
+    before = encoder.encode_images(encoder.preprocess(pictures))
     fitted(name, tiny_clip)
-    assert torch.equal(before, tiny_clip.encode_images(tiny_clip.preprocess(pictures)))
+    assert torch.equal(before, encoder.encode_images(encoder.preprocess(pictures)))
 
 
 def test_a_method_learns_what_its_support_shows(name: str, tiny_clip: TinyClip) -> None:
     method, _ = fitted(name, tiny_clip)
-    pictures, labels = coloured_pictures(60, seed=9)
+    pictures, labels = pictures_of(name, 60, seed=9)
     accuracies = {
         classifier: float((logits.argmax(dim=1) == labels).double().mean())
         for classifier, logits in method.logits(method.embed(pictures)).items()
@@ -144,14 +228,14 @@ def test_a_saved_method_predicts_the_same_after_loading(
 ) -> None:
     method, support = fitted(name, tiny_clip)
     header = checkpoint.Header(
-        name, SETTINGS[name], ("a", "b", "c"), "none", tiny_clip.key, 3, 4, {"seed": 0}
+        name, SETTINGS[name], ("a", "b", "c"), "none", method.encoder.key, 3, 4, {"seed": 0}
     )
     path = tmp_path / "cell.safetensors"
     checkpoint.save(method, header, path)
     first_bytes = path.read_bytes()
     checkpoint.save(method, header, path)
     assert path.read_bytes() == first_bytes
-    loaded, loaded_header = checkpoint.load(path, tiny_clip)  # pyright: ignore[reportArgumentType]
+    loaded, loaded_header = checkpoint.load(path, encoder_of(name, tiny_clip))
     assert loaded_header.classes == ("a", "b", "c")
     kept = loaded.state()
     assert all(torch.equal(kept[name], value) for name, value in method.state().items())
@@ -391,7 +475,7 @@ class Brightness:
         {"layers": (1, 4)},
         {"segmenter_grid": 4},
         {"layers": (2,), "segmenter_grid": 3},
-        {"blocks": 2, "epochs": 3},
+        {"tuning": "full", "blocks": 2, "epochs": 3},
     ],
 )
 def test_what_joins_or_trains_in_the_tower_is_kept_in_the_checkpoint(
@@ -422,8 +506,10 @@ def test_what_joins_or_trains_in_the_tower_is_kept_in_the_checkpoint(
 
 def test_patch_features_of_a_tower_that_trains_are_refused() -> None:
     for joined in ({"layers": (2,)}, {"segmenter_grid": 4}):
-        settings = {**SETTINGS["medfocusclip"], "blocks": 1, **joined}
-        with pytest.raises(ValueError, match=r"blocks is 1, layers .*Set blocks to 0, or layers to \[\] and"):
+        settings = {**SETTINGS["medfocusclip"], "tuning": "full", "blocks": 1, **joined}
+        with pytest.raises(
+            ValueError, match=r"'full', layers .*Set tuning to adapter, or layers to \[\] and"
+        ):
             METHODS["medfocusclip"](None, **settings)  # pyright: ignore[reportArgumentType]
 
 

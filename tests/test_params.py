@@ -8,9 +8,10 @@ from typing import get_args
 import pytest
 import yaml
 
-from flows.cells import CONTROLS
+from flows.cells import CONTROLS, plan
 from medfocus.focus import FOCUS
 from medfocus.params import Focus, Params, load_params
+from medfocus.region_attention import REGIONS
 
 DEFAULT = Path(__file__).resolve().parents[1] / "params.yaml"
 
@@ -22,7 +23,7 @@ def test_the_default_params_load() -> None:
 
 
 def test_a_study_may_name_every_focus_and_every_control() -> None:
-    assert set(get_args(Focus)) == {*FOCUS, *CONTROLS}
+    assert set(get_args(Focus)) == {*FOCUS, *REGIONS, *CONTROLS}
     assert {control.mode for control in CONTROLS.values()} <= set(FOCUS)
 
 
@@ -38,7 +39,7 @@ def test_every_fault_is_reported_with_its_place_and_value(tmp_path: Path) -> Non
     text = str(error.value)
     assert "4 fault(s)" in text
     assert "masks.min_area is 1.5: input should be less than 1" in text
-    assert "masks.strategy is 'gird': input should be 'automatic', 'grid', 'center' or 'box'" in text
+    assert "masks.strategy is 'gird': input should be 'automatic', 'grid', 'center', 'box', 're" in text
     assert "splits.test_fraction is missing" in text
     assert "splits.test_fractoin is not a known field" in text
 
@@ -61,3 +62,67 @@ def test_a_missing_or_empty_file_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("study: [")
     with pytest.raises(ValueError, match="not valid YAML"):
         load_params(tmp_path / "params.yaml")
+
+
+def write(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_a_file_that_extends_another_has_what_it_leaves_out(tmp_path: Path) -> None:
+    base = yaml.safe_load(DEFAULT.read_text())
+    (tmp_path / "w.safetensors").touch()
+    base["clip"]["pretrained"] = "w.safetensors"
+    write(tmp_path / "params.yaml", base)
+    dataset = {**base["datasets"]["phantom-chest"], "root": "pictures"}
+    child = write(
+        tmp_path / "studies" / "mine.yaml",
+        {
+            "extends": "../params.yaml",
+            "study": {"name": "mine", "seeds": [7]},
+            "datasets": {"mine": dataset},
+            "phantoms": {},
+            "methods": {"lp++": {"steps": 5}, "clip-zero-shot": {}},
+        },
+    )
+    params = load_params(child)
+    assert params.study.seeds == (7,) and params.study.methods == load_params(DEFAULT).study.methods
+    assert list(params.datasets) == ["mine"] and params.datasets["mine"].root == "pictures"
+    assert params.phantoms == {}
+    assert params.method("lp++") == ("lp++", {"steps": 5})
+    assert params.method("pixels") == ("pixels", base["methods"]["pixels"])
+    assert params.clip.pretrained == "../w.safetensors"  # as this file's folder sees it
+
+
+def test_a_row_like_another_takes_over_what_it_leaves_out(tmp_path: Path) -> None:
+    content = yaml.safe_load(DEFAULT.read_text())
+    content["methods"]["gentle"] = {"like": "clip-few-shot", "lr": 1e-5}
+    params = load_params(write(tmp_path / "params.yaml", content))
+    kind, settings = params.method("gentle")
+    assert kind == "clip-few-shot"
+    assert settings == {**content["methods"]["clip-few-shot"], "lr": 1e-5}
+    content["methods"]["gentle"] = {"like": "clip-fewshot"}
+    with pytest.raises(ValueError, match=r"methods\.gentle\.like is 'clip-fewshot', which is no section"):
+        load_params(write(tmp_path / "params.yaml", content))
+
+
+def test_a_method_may_be_held_to_a_part_of_the_study(tmp_path: Path) -> None:
+    content = yaml.safe_load(DEFAULT.read_text())
+    content["study"]["only"] = {"medfocusclip": {"percents": [5], "shots": [], "seeds": [1]}}
+    cells = plan(load_params(write(tmp_path / "params.yaml", content)))
+    assert {(c.support, c.seed) for c in cells if c.method == "medfocusclip"} == {("5%", 1)}
+    assert len({c.seed for c in cells if c.method == "clip-linear-probe"}) == 5
+    content["study"]["only"]["medfocusclip"]["seeds"] = [1, 9]
+    with pytest.raises(ValueError, match=r"only\.medfocusclip\.seeds has \[9\], which the study's seeds"):
+        load_params(write(tmp_path / "params.yaml", content))
+    content["study"]["only"] = {"swin": {"percents": [5], "shots": [], "seeds": [1]}}
+    with pytest.raises(ValueError, match="only names 'swin', which is not among methods; they are "):
+        load_params(write(tmp_path / "params.yaml", content))
+
+
+def test_the_baseline_has_to_be_run_without_focus(tmp_path: Path) -> None:
+    content = yaml.safe_load(DEFAULT.read_text())
+    content["report"]["baseline"] = "lp++"
+    with pytest.raises(ValueError, match=r"report\.baseline is 'lp\+\+', which study\.methods does not run"):
+        load_params(write(tmp_path / "params.yaml", content))

@@ -106,6 +106,20 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
             )
     assert {run.info.status for run in runs(project)} == {"FINISHED"}
 
+    # One page says it all; a picture of each class is explained for the best cell and its other focus.
+    page = Path("reports/index.html").read_text(encoding="utf-8")
+    assert "medfocusclip (multiply)" in page and 'id="reproduce"' in page and "<script" not in page
+    with open("reports/attribution.csv", newline="") as file:
+        explained = list(csv.DictReader(file))
+    assert {line["label"] for line in explained} == {"benign", "cyst", "malignant"}
+    assert {line["pointing"] for line in explained} <= {"hit", "miss"}
+    assert all(0 <= float(line["inside"]) <= 1 for line in explained)
+    assert len({line["system"] for line in explained}) == 2
+    with open("reports/costs.csv", newline="") as file:
+        costs = list(csv.DictReader(file))
+    assert len(costs) == len(cells) and all(float(line["fit_seconds"]) > 0 for line in costs)
+    assert len(Path("reports/plots/phantom-breast-official.csv").read_text().splitlines()) == 1 + 2
+
     client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     assert str(client.get_model_version_by_alias("medfocus-phantom-breast", "champion").version) == "1"
 

@@ -96,7 +96,8 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     encoder = build_clip("pocket", "random:0")
     segmenter = build_segmenter(**SEGMENTER)
     method = MedFocusClip(
-        encoder, fusion="softmax-text", head="cosine", contrastive_weights=(0.5,),
+        encoder, tuning="adapter", lora_rank=2, lora_alpha=1.0, lora_dropout=0.25,
+        fusion="softmax-text", head="cosine", contrastive_weights=(0.5,),
         blocks=0, layers=(), grid=2, segmenter_grid=0, hidden=8, epochs=5, batch_size=8, lr=1e-3,
         weight_decay=0.01, folds=2,
     )  # fmt: skip
@@ -113,6 +114,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     header = checkpoint.Header(
         method="medfocusclip",
         settings={
+            "tuning": "adapter", "lora_rank": 2, "lora_alpha": 1.0, "lora_dropout": 0.25,
             "fusion": "softmax-text", "head": "cosine", "contrastive_weights": [0.5],
             "blocks": 0, "layers": [], "grid": 2, "segmenter_grid": 0, "hidden": 8,
             "epochs": 5, "batch_size": 8,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from medfocus.methods.backbone import Backbone
 from medfocus.methods.clip import ClipFewShot, ClipLinearProbe, ClipZeroShot
 from medfocus.methods.clip_adapter import ClipAdapter
+from medfocus.methods.clip_lora import ClipLora
+from medfocus.methods.cocoop import CoCoOp
+from medfocus.methods.coop import CoOp
 from medfocus.methods.lp_plus_plus import LpPlusPlus
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.methods.nearest import NearestClassMean, NearestNeighbours
 from medfocus.methods.pixels import Pixels, PixelsSvm
-from medfocus.methods.protocol import Method, Support
+from medfocus.methods.protocol import PICTURES, Method, Support
+from medfocus.methods.slca import Slca
 from medfocus.methods.ss_text import SsText
 from medfocus.methods.tip_adapter import TipAdapter, TipAdapterF
 
@@ -21,11 +26,16 @@ METHODS = {
     "clip-linear-probe": ClipLinearProbe,
     "clip-few-shot": ClipFewShot,
     "clip-adapter": ClipAdapter,
+    "clip-lora": ClipLora,
+    "coop": CoOp,
+    "cocoop": CoCoOp,
     "tip-adapter": TipAdapter,
     "tip-adapter-f": TipAdapterF,
     "lp++": LpPlusPlus,
     "ss-text": SsText,
     "medfocusclip": MedFocusClip,
+    "slca": Slca,
+    "resnet": Backbone,
 }
 
-__all__ = ["METHODS", "Method", "Support"]
+__all__ = ["METHODS", "PICTURES", "Method", "Support"]

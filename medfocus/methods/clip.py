@@ -28,6 +28,7 @@ class ClipZeroShot:
 
     learns: ClassVar[bool] = False
     takes_views: ClassVar[bool] = False
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     text_features_: Tensor = field(init=False, repr=False)  # (K, D)
 
@@ -65,6 +66,7 @@ class ClipLinearProbe:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = False
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     folds: int  # of the cross-validation that chooses C
     probe_: Probe = field(init=False, repr=False)
@@ -113,6 +115,7 @@ class ClipFewShot:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     blocks: int  # how many of the last transformer blocks train, with ln_post and the projection
     epochs: int

@@ -48,6 +48,7 @@ class ClipAdapter:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     ratios: tuple[float, ...]  # candidates for r, the share of A(f) in f'
     reduction: int  # of the bottleneck: D to D / reduction

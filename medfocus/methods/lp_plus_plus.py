@@ -79,6 +79,7 @@ class LpPlusPlus:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = False
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     steps: int  # full-batch
     weight_: Tensor = field(init=False, repr=False)  # (K, D) w

@@ -1,9 +1,8 @@
 """MedFocusCLIP (arXiv 2501.03839): fusion, composite loss, head and probe over CLIP's towers.
 
-The paper's symbols: I image features, T class texts, M = F(T, I) fused features, C the head,
-L = λ L_c + (1 - λ) L_e. The focus x ⊙ m has happened before: the inputs are features of
-focused pictures. The authors published no code; where the paper leaves a choice open the
-docstring says what is done here.
+The focus x ⊙ m has happened before: the inputs are focused pictures, or features of them. The
+equations are in ``medfocus.methods.fusion``. The authors published no code; where the paper leaves a
+choice open the docstring says what is done here.
 """
 
 from __future__ import annotations
@@ -15,233 +14,51 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
+from medfocus.lora import LoraTowers, check_lora
+from medfocus.methods.fusion import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
+from medfocus.methods.protocol import PICTURES, Support
 from medfocus.probe import Probe, fit_probe, stratified_folds
+from medfocus.prompts import class_embeddings
 from medfocus.training import train
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
 
+__all__ = ["FUSIONS", "HEADS", "TUNINGS", "Adapter", "FusedClassifier", "MedFocusClip", "contrastive_loss"]
 
-def contrastive_loss(
-    image_features: Tensor, text_features: Tensor, labels: Tensor, logit_scale: float
-) -> Tensor:
-    """L_c: InfoNCE over the unique classes of the batch.
-
-    i2t = -mean_i log softmax_k(s I_i·T_k)[y_i] over the classes present; t2i = the mean over
-    those classes of the mean over their pictures i of -log softmax_j(s I_j·T_k)[i]. The diagonal
-    form of CLIP's own training would count two pictures of one class as each other's negatives.
-
-    Args:
-        image_features: (B, D) L2-normalised.
-        text_features: (K, D) L2-normalised, one row a class.
-        labels: (B,) integers in [0, K).
-        logit_scale: s.
-
-    Returns:
-        ½ (i2t + t2i), a scalar.
-    """
-    present, position = labels.unique(return_inverse=True)  # (P,), (B,)
-    logits = logit_scale * image_features @ text_features[present].T  # (B, D) @ (D, P) -> (B, P)
-    i2t = functional.cross_entropy(logits, position)
-    positives = functional.one_hot(position, len(present)).to(logits.dtype)  # (B, P)
-    log_share = logits.log_softmax(dim=0)  # over the batch's pictures
-    t2i = -((positives * log_share).sum(dim=0) / positives.sum(dim=0)).mean()
-    return (i2t + t2i) / 2
-
-
-class Adapter(nn.Module):
-    """x -> norm(x + W2 relu(W1 x)); W2 starts at zero, so it starts as the identity."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(dim, hidden)
-        self.up = nn.Linear(hidden, dim)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, D), L2-normalised."""
-        return functional.normalize(x + self.up(self.down(x).relu()), dim=-1)
-
-
-class SoftmaxTextFusion(nn.Module):
-    """M = norm(I + γ T̄) with T̄ = softmax_k(s I Tᵀ) T; γ is learnt and starts at 0."""
-
-    def __init__(self, dim: int, classes: int) -> None:
-        super().__init__()
-        self.out_features = dim
-        self.gamma = nn.Parameter(torch.zeros(()))
-
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
-        """(B, D), (K, D) -> (B, D)."""
-        mean_text = _attended_text(image_features, text_features, logit_scale)
-        return functional.normalize(image_features + self.gamma * mean_text, dim=-1)
-
-
-class GatedFusion(nn.Module):
-    """M = norm(g ⊙ I + (1 - g) ⊙ T̄), g = sigmoid(W [I; T̄] + b); b starts at 4, so M starts near I."""
-
-    def __init__(self, dim: int, classes: int) -> None:
-        super().__init__()
-        self.out_features = dim
-        self.gate = nn.Linear(2 * dim, dim)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.constant_(self.gate.bias, 4.0)
-
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
-        """(B, D), (K, D) -> (B, D)."""
-        mean_text = _attended_text(image_features, text_features, logit_scale)
-        gate = self.gate(torch.cat([image_features, mean_text], dim=-1)).sigmoid()
-        return functional.normalize(gate * image_features + (1 - gate) * mean_text, dim=-1)
-
-
-class ConcatFusion(nn.Module):
-    """M = [I ; s I Tᵀ], the class scores centred and L2-normalised so that neither half drowns the other."""
-
-    def __init__(self, dim: int, classes: int) -> None:
-        super().__init__()
-        self.out_features = dim + classes
-
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
-        """(B, D), (K, D) -> (B, D + K)."""
-        scores = logit_scale * image_features @ text_features.T  # (B, K)
-        scores = functional.normalize(scores - scores.mean(dim=-1, keepdim=True), dim=-1)
-        return torch.cat([image_features, scores], dim=-1)
-
-
-def _attended_text(image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
-    """T̄ = a T with a = softmax_k(s I Tᵀ): every class's text enters, the label never does. -> (B, D)."""
-    return (logit_scale * image_features @ text_features.T).softmax(dim=-1) @ text_features
-
-
-FUSIONS: dict[str, type[SoftmaxTextFusion] | type[GatedFusion] | type[ConcatFusion]] = {
-    "softmax-text": SoftmaxTextFusion,
-    "gated": GatedFusion,
-    "concat": ConcatFusion,
-}
-
-
-class CosineHead(nn.Module):
-    """C(M) = s cos(M, W): weights of its own, one direction a class."""
-
-    def __init__(self, dim: int, classes: int, logit_scale: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(classes, dim) / dim**0.5)
-        self.logit_scale = logit_scale
-
-    @torch.no_grad()
-    def imprint(self, fused: Tensor, labels: Tensor) -> None:
-        """Start at the class means of fused features (N, D'), (N,) (Qi et al., arXiv 1712.07136)."""
-        onehot = functional.one_hot(labels, len(self.weight)).to(fused.dtype)  # (N, K)
-        self.weight.copy_(functional.normalize(onehot.T @ fused, dim=-1))
-
-    def forward(self, fused: Tensor) -> Tensor:
-        """(B, D') -> class logits (B, K)."""
-        return (
-            self.logit_scale
-            * functional.normalize(fused, dim=-1)
-            @ functional.normalize(self.weight, dim=-1).T
-        )
-
-
-class LinearHead(nn.Linear):
-    """C(M) = W M + b, from zero."""
-
-    def __init__(self, dim: int, classes: int, logit_scale: float) -> None:
-        super().__init__(dim, classes)
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def imprint(self, fused: Tensor, labels: Tensor) -> None:
-        """Stays at zero."""
-
-
-HEADS: dict[str, type[CosineHead] | type[LinearHead]] = {"cosine": CosineHead, "linear": LinearHead}
-
-
-class FusedClassifier(nn.Module):
-    """The end of the picture tower, residual adapters on I and T, the fusion F, and the head C.
-
-    An input is what the frozen part of the tower gave, and behind it, where ``patches`` is not 0, so many
-    patch features, of CLIP's blocks or of SAM2. ``scale_patches`` standardises those; they stand behind M.
-    """
-
-    patch_mean: Tensor  # (P,)
-    patch_scale: Tensor  # (P,)
-
-    def __init__(
-        self,
-        dim: int,
-        classes: int,
-        *,
-        fusion: str,
-        head: str,
-        hidden: int,
-        logit_scale: float,
-        tower: nn.Module | None = None,
-        patches: int = 0,
-    ) -> None:
-        super().__init__()
-        self.tower = tower or nn.Identity()  # (B, ...) -> (B, D), L2-normalised
-        self.image_adapter = Adapter(dim, hidden)
-        self.text_adapter = Adapter(dim, hidden)
-        self.fusion = FUSIONS[fusion](dim, classes)
-        self.head = HEADS[head](self.fusion.out_features + patches, classes, logit_scale)
-        self.logit_scale = logit_scale
-        self.patches = patches
-        self.register_buffer("patch_mean", torch.zeros(patches))
-        self.register_buffer("patch_scale", torch.ones(patches))
-
-    def scale_patches(self, inputs: Tensor) -> None:
-        """Standardise patch features by those of inputs (N, D + P), so that all together have length one."""
-        if self.patches:
-            features = inputs[:, -self.patches :].float()
-            self.patch_mean.copy_(features.mean(dim=0))
-            self.patch_scale.copy_((features.std(dim=0, correction=0) + 1e-3) * self.patches**0.5)
-
-    def adapt(self, inputs: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs (B, ...), class texts (K, D) -> I (B, D), T (K, D) after their adapters, L2-normalised."""
-        towards = inputs[:, : -self.patches] if self.patches else inputs
-        return self.image_adapter(self.tower(towards)), self.text_adapter(text_features)
-
-    def merge(self, image: Tensor, text: Tensor, inputs: Tensor) -> Tensor:
-        """M of adapted I (B, D) and T (K, D), with the patch features of inputs (B, ...) -> (B, D' + P)."""
-        fused = self.fusion(image, text, self.logit_scale)
-        if not self.patches:
-            return fused
-        return torch.cat([fused, (inputs[:, -self.patches :] - self.patch_mean) / self.patch_scale], dim=-1)
-
-    def fuse(self, inputs: Tensor, text_features: Tensor) -> Tensor:
-        """M for inputs (B, ...) and the texts of all classes (K, D) -> (B, D' + P)."""
-        return self.merge(*self.adapt(inputs, text_features), inputs)
-
-    def loss(self, inputs: Tensor, text_features: Tensor, labels: Tensor, weight: float) -> Tensor:
-        """λ L_c + (1 - λ) L_e for a batch (B, ...), (K, D), (B,); ``weight`` is λ."""
-        image, text = self.adapt(inputs, text_features)
-        loss_e = functional.cross_entropy(self.head(self.merge(image, text, inputs)), labels)
-        return weight * contrastive_loss(image, text, labels, self.logit_scale) + (1 - weight) * loss_e
+TUNINGS = ("adapter", "lora", "full")
 
 
 @dataclass
 class MedFocusClip:
-    """The paper's method: adapters, fusion and head train on cached views of a frozen trunk.
+    """The paper's method: adapters, fusion and head train, and of the towers what ``tuning`` says.
 
-    With nothing trainable before I and T the contrastive term would have no gradient; that is
-    what the adapters are for. With ``blocks`` the last blocks of the picture tower train too. With
-    ``layers`` the frozen tower's patch features join M, with ``segmenter_grid`` those of SAM2's own
-    image encoder: where in the picture something is, which the pooled I has lost. Where
-    ``contrastive_weights`` holds several λ, one is chosen by stratified cross-validation inside the
+    "adapter" leaves the towers frozen and trains on cached views of their features. With nothing
+    trainable before I and T the contrastive term would have no gradient; that is what the adapters are
+    for. With ``layers`` the frozen tower's patch features join M, with ``segmenter_grid`` those of SAM2's
+    own image encoder: where in the picture something is, which the pooled I has lost.
+
+    "lora" trains low-rank updates in every attention of both towers, on the pictures themselves. T is
+    encoded anew at every step, from all templates, so the whole loss has its gradient in both towers; the
+    adapters stay in place behind them.
+
+    "full" trains the last ``blocks`` blocks of the picture tower, on the cached tokens before them.
+
+    Where ``contrastive_weights`` holds several λ, one is chosen by stratified cross-validation inside the
     support.
     """
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
     encoder: ClipEncoder
+    tuning: str  # one of TUNINGS
     fusion: str  # one of FUSIONS
     head: str  # one of HEADS
     contrastive_weights: tuple[float, ...]  # candidates for λ in [0, 1]
-    blocks: int  # of the picture tower that train, from its end; 0: the towers are frozen
+    blocks: int  # of the picture tower that train, from its end, in "full"; else 0
+    lora_rank: int  # r of the updates W + (α/√r) B A, in "lora"
+    lora_alpha: float  # their α
+    lora_dropout: float  # on the input of the low-rank path
     layers: tuple[int, ...]  # blocks, counted from 1, whose patch features join M; 0: the embedding
     grid: int  # cells a side to which the patch features of each layer are averaged
     segmenter_grid: int  # cells a side to which SAM2's picture features are averaged; 0: they stay out of M
@@ -257,7 +74,12 @@ class MedFocusClip:
     probe_: Probe = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("fusion", self.fusion, FUSIONS), ("head", self.head, HEADS)):
+        names = (
+            ("tuning", self.tuning, TUNINGS),
+            ("fusion", self.fusion, FUSIONS),
+            ("head", self.head, HEADS),
+        )
+        for name, value, known in names:
             if value not in known:
                 raise ValueError(f"medfocusclip: {name} is {value!r}; use one of {', '.join(known)}.")
         if not self.contrastive_weights or not all(0 <= w <= 1 for w in self.contrastive_weights):
@@ -267,25 +89,40 @@ class MedFocusClip:
             )
         if self.segmenter_grid < 0:
             raise ValueError(f"medfocusclip: segmenter_grid is {self.segmenter_grid}; use 0 to leave it out.")
-        if self.blocks and (self.layers or self.segmenter_grid):
+        check_lora("medfocusclip", rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
+        if self.blocks < 0 or (self.tuning == "full") != (self.blocks > 0):
             raise ValueError(
-                f"medfocusclip: blocks is {self.blocks}, layers {list(self.layers)} and segmenter_grid "
-                f"{self.segmenter_grid}; patch features are of a frozen tower. Set blocks to 0, or layers "
-                "to [] and segmenter_grid to 0."
+                f"medfocusclip: tuning is {self.tuning!r} and blocks {self.blocks}; blocks train in 'full' "
+                "and there alone. Set blocks to 1 or more with 'full', to 0 with another tuning."
+            )
+        if self.tuning != "adapter" and (self.layers or self.segmenter_grid):
+            raise ValueError(
+                f"medfocusclip: tuning is {self.tuning!r}, layers {list(self.layers)} and segmenter_grid "
+                f"{self.segmenter_grid}; patch features are of a frozen tower. Set tuning to adapter, or "
+                "layers to [] and segmenter_grid to 0."
             )
 
     @property
+    def needs_towers(self) -> bool:
+        """Only low-rank updates run both towers in ``fit``; the others have cached what comes before."""
+        return self.tuning == "lora"
+
+    @property
     def embedding(self) -> str:
-        """The frozen part: CLIP's image features, with patch features, or tokens where blocks train."""
-        if self.blocks:
+        """The frozen part: image features, with patch features; in "full" tokens, in "lora" nothing."""
+        if self.tuning == "lora":
+            return PICTURES
+        if self.tuning == "full":
             return f"tokens-{self.blocks}"
         name = f"layers-{'-'.join(map(str, self.layers))}-{self.grid}" if self.layers else "features"
         return f"{name}-segmenter-{self.segmenter_grid}" if self.segmenter_grid else name
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> I (B, D), with patch features (B, D + P), or tokens (B, L, W)."""
+        """Pictures (B, S, S, C) uint8 -> I (B, D), with patches (B, D + P), tokens (B, L, W) or as is."""
+        if self.tuning == "lora":
+            return pictures
         pixels = self.encoder.preprocess(pictures)
-        if self.blocks:
+        if self.tuning == "full":
             return self.encoder.trunk(pixels, self.blocks)
         if self.layers:
             features = self.encoder.encode_layers(pixels, self.layers, self.grid)
@@ -296,12 +133,21 @@ class MedFocusClip:
         return torch.cat([features, self.encoder.describe(pictures, self.segmenter_grid)], dim=1)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Choose λ, train adapters, fusion and head, then probe the frozen fused features."""
+        """Choose λ, train what trains, then probe the frozen fused features.
+
+        Raises ValueError in "lora" where the support brings no prompts, or as ``LoraTowers`` does.
+        """
+        if self.tuning == "lora" and not support.prompts:
+            raise ValueError(
+                "medfocusclip: tuning 'lora' trains the text tower, but support.prompts is empty. Give the "
+                "texts of each class."
+            )
         seed = generator.initial_seed() % 2**32
         labels, groups = support.labels.numpy(), support.groups.numpy()
-        self.text_features_ = support.text_features
         self.contrastive_weight_ = self._choose_weight(support, seed)
         self.classifier_ = self._train(support, self.contrastive_weight_, generator)
+        with torch.no_grad():
+            self.text_features_ = self._texts(self.classifier_, support)
         fused = self.encode(support.inputs[0]).numpy()  # (N, D')
         self.probe_ = fit_probe(fused, labels, groups, folds=self.folds, seed=seed)
         return self
@@ -318,32 +164,46 @@ class MedFocusClip:
                 classifier = self._train(support.subset(fit), weight, torch.Generator().manual_seed(seed))
                 out = support.subset(held)
                 with torch.no_grad():
-                    logits = classifier.head(self._fused(classifier, out.inputs[0], out.text_features))
+                    fused = self._fused(classifier, out.inputs[0], self._texts(classifier, out))
+                    logits = classifier.head(fused)
                     total += float(functional.cross_entropy(logits, out.labels, reduction="sum"))
             return total
 
         return min(self.contrastive_weights, key=held_out_loss)
 
     def _train(self, support: Support, weight: float, generator: torch.Generator) -> FusedClassifier:
-        inputs, text, labels = support.inputs, support.text_features, support.labels
-        with torch.random.fork_rng(devices=[]):
+        inputs, labels = support.inputs, support.labels
+
+        def loss(index: Tensor, view: Tensor) -> Tensor:
+            text = self._texts(classifier, support)
+            return classifier.loss(inputs[view, index].float(), text, labels[index], weight)
+
+        with torch.random.fork_rng(devices=[]):  # of the modules' start and LoRA's dropout
             torch.manual_seed(generator.initial_seed())
-            classifier = self._untrained(text, inputs.shape[-1])
-        classifier.scale_patches(inputs[0])
-        with torch.no_grad():
-            classifier.head.imprint(self._fused(classifier, inputs[0], text), labels)
-        train(
-            classifier.parameters(),
-            lambda index, view: classifier.loss(inputs[view, index].float(), text, labels[index], weight),
-            labels,
-            views=len(inputs),
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            generator=generator,
-        )
+            classifier = self._untrained(support.text_features, inputs.shape[-1])
+            classifier.scale_patches(inputs[0])
+            with torch.no_grad():
+                text = self._texts(classifier, support)
+                classifier.head.imprint(self._fused(classifier, inputs[0], text), labels)
+            train(
+                classifier.parameters(),
+                loss,
+                labels,
+                views=len(inputs),
+                epochs=self.epochs,
+                batch_size=self.batch_size,
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                generator=generator,
+            )
         return classifier.eval()
+
+    @staticmethod
+    def _texts(classifier: FusedClassifier, support: Support) -> Tensor:
+        """T (K, D) of the updated text tower, with its gradient, or of the frozen one."""
+        if isinstance(classifier.tower, LoraTowers):
+            return class_embeddings(classifier.tower, support.prompts)
+        return support.text_features
 
     def _untrained(self, text_features: Tensor, width: int) -> FusedClassifier:
         classes, dim = text_features.shape
@@ -354,14 +214,25 @@ class MedFocusClip:
             head=self.head,
             hidden=self.hidden,
             logit_scale=self.encoder.logit_scale,
-            tower=self.encoder.tail(self.blocks) if self.blocks else None,
-            patches=0 if self.blocks else width - dim,
+            tower=self._tower(),
+            patches=width - dim if self.tuning == "adapter" else 0,
         )
+
+    def _tower(self) -> nn.Module | None:
+        """What trains of the towers, before it has."""
+        if self.tuning == "full":
+            return self.encoder.tail(self.blocks)
+        if self.tuning == "lora":
+            return LoraTowers(
+                self.encoder, rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout
+            )
+        return None
 
     @torch.no_grad()
     def _fused(self, classifier: FusedClassifier, inputs: Tensor, text_features: Tensor) -> Tensor:
         """M for any number of inputs (N, ...), a batch at a time -> (N, D')."""
-        return torch.cat([classifier.fuse(part.float(), text_features) for part in inputs.split(256)])
+        parts = inputs.split(64 if self.tuning == "lora" else 256)
+        return torch.cat([classifier.fuse(part.float(), text_features) for part in parts])
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Fused features M: (N, ...) -> (N, D')."""
@@ -377,7 +248,7 @@ class MedFocusClip:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Trained blocks, adapters, fusion, head, class texts, probe and the chosen λ."""
+        """Trained blocks or low-rank factors, adapters, fusion, head, class texts, probe and the chosen λ."""
         classifier = {f"classifier.{name}": value for name, value in self.classifier_.state_dict().items()}
         return {
             "text_features": self.text_features_,

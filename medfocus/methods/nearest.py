@@ -54,6 +54,7 @@ class NearestClassMean:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = False
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     means_: Tensor = field(init=False, repr=False)  # (K, D)
 
@@ -97,6 +98,7 @@ class NearestNeighbours:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = False
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     neighbours: tuple[int, ...]  # candidates for k
     folds: int  # of the cross-validation that chooses k

@@ -25,8 +25,8 @@ COST_WITHOUT_VALIDATION, GAMMA_WITHOUT_VALIDATION = 10.0, 1.0  # where a class i
 
 
 def thumbnails(pictures: Tensor, side: int) -> Tensor:
-    """Pictures (B, S, S, 3) uint8 -> grey thumbnails (B, side * side) in [0, 1]."""
-    grey = pictures.float().mean(dim=3)[:, None] / 255  # (B, 1, S, S)
+    """Pictures (B, S, S, C) uint8, RGB first -> grey thumbnails (B, side * side) in [0, 1]."""
+    grey = pictures[..., :3].float().mean(dim=3)[:, None] / 255  # (B, 1, S, S)
     return functional.interpolate(grey, (side, side), mode="bilinear", antialias=True).flatten(1)
 
 
@@ -62,6 +62,7 @@ class Pixels:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = False
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     side: int  # pixels a side of the grey thumbnail
     folds: int  # of the cross-validation that chooses C
@@ -165,6 +166,7 @@ class PixelsSvm:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = False
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     side: int  # pixels a side of the grey thumbnail
     costs: tuple[float, ...]  # candidates for C

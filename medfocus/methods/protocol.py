@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import numpy as np
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
 
 
+PICTURES = "pictures"  # the ``embedding`` of a method that trains on pictures: ``embed`` returns them, uint8
+
+
 @dataclass(frozen=True)
 class Support:
     """The labelled pictures a method may learn from, as its frozen part saw them."""
@@ -21,11 +24,15 @@ class Support:
     labels: Tensor  # (N,) int64, covering 0..K-1
     groups: Tensor  # (N,) int64; pictures of one patient or duplicate group share a number
     text_features: Tensor  # (K, D) L2-normalised class texts
+    class_names: tuple[
+        str, ...
+    ] = ()  # (K,) the words for each class, for methods that write texts themselves
+    prompts: tuple[tuple[str, ...], ...] = ()  # (K, templates) the texts behind ``text_features``
 
     def subset(self, index: np.ndarray) -> Support:
         """The support restricted to the pictures at ``index`` (M,)."""
         at = torch.as_tensor(index, dtype=torch.int64)
-        return Support(self.inputs[:, at], self.labels[at], self.groups[at], self.text_features)
+        return replace(self, inputs=self.inputs[:, at], labels=self.labels[at], groups=self.groups[at])
 
 
 class Method(Protocol):
@@ -34,6 +41,11 @@ class Method(Protocol):
     encoder: ClipEncoder
     learns: ClassVar[bool]  # False: the support does not matter
     takes_views: ClassVar[bool]  # True: trains on augmented views beside the whole picture
+
+    @property
+    def needs_towers(self) -> bool:
+        """True where ``fit`` runs more of the encoder than the end of it that trains."""
+        ...
 
     @property
     def embedding(self) -> str:

@@ -48,6 +48,7 @@ class SsText:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = False
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     weight_: Tensor = field(init=False, repr=False)  # (K, D) L2-normalised
 

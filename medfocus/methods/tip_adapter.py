@@ -107,6 +107,7 @@ class TipAdapter:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     alphas: tuple[float, ...]  # candidates for α, the weight of the cache beside CLIP
     betas: tuple[float, ...]  # candidates for β, how near a key has to be
@@ -165,6 +166,7 @@ class TipAdapterF:
 
     learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
+    needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
     alphas: tuple[float, ...]  # candidates for α, the weight of the cache beside CLIP
     betas: tuple[float, ...]  # candidates for β, how near a key has to be

@@ -1,0 +1,128 @@
+"""CoOp (Zhou et al., arXiv 2109.01134): the words around the class's name are learned vectors.
+
+t_k = g([v_1..v_M][class_k]) and the logits are s f t_k, of frozen image features f; the contexts v learn by
+cross-entropy through the frozen text tower g. Published are M = 16 from N(0, 0.02), or M = 4 from "a photo of
+a"; SGD of 2e-3 with a cosine after one epoch at 1e-5, batches of 32, and 50, 100 or 200 epochs for 1, 2 to 4
+or 8 to 16 shots.
+
+A departure from the paper: ``max_steps`` bounds the training, since 200 epochs of 5,700 pictures would be
+36,000 steps of the text tower. The schedule then runs through the same epochs in fewer steps. And
+the pictures' views are drawn from a cached few instead of being made anew at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medfocus.methods.protocol import Support
+from medfocus.prompt_learning import (
+    CLASS_TOKENS,
+    ContextTower,
+    check_prompt_learning,
+    start_contexts,
+    train_sgd,
+    write_texts,
+)
+
+if TYPE_CHECKING:
+    from medfocus.encoders import ClipEncoder
+
+
+@dataclass
+class CoOp:
+    """Trains the contexts alone, shared by all classes or of each class its own."""
+
+    learns: ClassVar[bool] = True
+    takes_views: ClassVar[bool] = True
+    needs_towers: ClassVar[bool] = True
+    encoder: ClipEncoder
+    contexts: int  # M
+    start: str  # words of M tokens at which the contexts start; empty: N(0, 0.02)
+    class_token: str  # where the class's name stands: "end", "middle" or "front"
+    class_specific: bool  # contexts of its own for each class
+    epochs: int
+    max_steps: int  # of the optimisation, whatever the epochs
+    batch_size: int
+    lr: float
+    warmup: int  # epochs at 1e-5
+    weight_decay: float
+    contexts_: Tensor = field(init=False, repr=False)  # (1, M, W), or (K, M, W) where class-specific
+    text_features_: Tensor = field(init=False, repr=False)  # (K, D)
+
+    def __post_init__(self) -> None:
+        check_prompt_learning(
+            "coop",
+            contexts=self.contexts,
+            epochs=self.epochs,
+            max_steps=self.max_steps,
+            batch_size=self.batch_size,
+        )
+        if self.class_token not in CLASS_TOKENS:
+            raise ValueError(
+                f"coop: class_token '{self.class_token}' is not known; use one of {', '.join(CLASS_TOKENS)}."
+            )
+
+    @property
+    def embedding(self) -> str:
+        """CLIP's image features."""
+        return "features"
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+
+    def fit(self, support: Support, generator: torch.Generator) -> Self:
+        """Train the contexts on frozen image features.
+
+        Raises ValueError as ``write_texts`` and ``start_contexts`` do.
+        """
+        features, labels = support.inputs.float(), support.labels  # (V, N, D), (N,)
+        texts = write_texts("coop", self.encoder, support.class_names, self.contexts, self.class_token)
+        tower = ContextTower(self.encoder, texts)
+        start = start_contexts("coop", self.encoder, self.contexts, self.start, generator)  # (M, W)
+        contexts = nn.Parameter(start.repeat(len(texts.tokens) if self.class_specific else 1, 1, 1))
+
+        def accumulate(index: Tensor, view: Tensor) -> None:
+            logits = self._classify(features[view, index], tower(contexts[None])[0])  # (B, K)
+            functional.cross_entropy(logits, labels[index]).backward()
+
+        train_sgd(
+            [contexts],
+            accumulate,
+            len(labels),
+            views=len(features),
+            epochs=self.epochs,
+            max_steps=self.max_steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            generator=generator,
+        )
+        self.contexts_ = contexts.detach()
+        with torch.no_grad():
+            self.text_features_ = tower(self.contexts_[None])[0]
+        return self
+
+    def _classify(self, features: Tensor, text_features: Tensor) -> Tensor:
+        """s f Tᵀ: (B, D), (K, D) -> (B, K)."""
+        return self.encoder.logit_scale * features @ text_features.T
+
+    def logits(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Inputs (N, D) -> logits (N, K)."""
+        return {"text": self._classify(inputs.float(), self.text_features_)}
+
+    def state(self) -> dict[str, Tensor]:
+        """The class texts, which are all that ``logits`` needs, and the contexts."""
+        return {"text_features": self.text_features_, "contexts": self.contexts_}
+
+    def load(self, state: dict[str, Tensor]) -> Self:
+        """See ``Method.load``."""
+        self.text_features_ = state["text_features"]
+        self.contexts_ = state["contexts"]
+        return self

@@ -1,0 +1,96 @@
+"""What a fitted method looked at: every kind of method has a way, and it finds what the answer hangs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.explain import explain
+from medfocus.methods import METHODS, Support
+
+SIZE = 96
+
+
+@pytest.fixture(scope="module")
+def clip() -> ClipEncoder:
+    return build_clip("pocket", "pocket")
+
+
+def cornered(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Grey noise (N, 96, 96, 3) with a disc at the upper left or the lower right: that is the class (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    noise = torch.randint(60, 90, (count, SIZE, SIZE, 1), generator=generator)
+    pictures = noise.expand(-1, -1, -1, 3).clone()
+    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    for picture, label in zip(pictures, labels.tolist(), strict=True):
+        middle = 24 if label == 0 else 72
+        picture[(y - middle) ** 2 + (x - middle) ** 2 < 100] = 230
+    return pictures.to(torch.uint8), labels
+
+
+def fitted(name: str, encoder: ClipEncoder, **settings: Any) -> Any:
+    method = METHODS[name](encoder, **settings)
+    pictures, labels = cornered(24)
+    text = torch.eye(2, encoder.dim)
+    support = Support(method.embed(pictures)[None], labels, torch.arange(24), text)
+    return method.fit(support, torch.Generator().manual_seed(0))
+
+
+def test_a_head_on_features_is_explained_by_gradient_and_attention(clip: ClipEncoder) -> None:
+    method = fitted("clip-linear-probe", clip, folds=3)
+    pictures, labels = cornered(4, seed=1)
+    maps, way = explain(method, clip, pictures, labels)
+    assert way == "gradient x attention"
+    assert maps.shape == (4, SIZE, SIZE) and torch.allclose(maps.sum(dim=(1, 2)), torch.ones(4), atol=1e-4)
+
+
+def test_what_has_no_gradient_is_explained_by_hiding_parts_of_the_picture(clip: ClipEncoder) -> None:
+    method = fitted("pixels", clip, side=8, folds=3)
+    pictures, labels = cornered(4, seed=1)
+    maps, way = explain(method, clip, pictures, labels)
+    assert way == "occlusion"
+    discs = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    discs[14:34, 14:34] = discs[62:82, 62:82] = True
+    # Either disc's place tells, by what is there or what is not; the squares that hide are 20 pixels wide.
+    near = torch.nn.functional.max_pool2d(discs[None, None].float(), 21, 1, 10)[0, 0] > 0
+    assert all(float(heat[near].sum()) > 1.2 * float(near.double().mean()) for heat in maps)
+
+
+def test_a_region_beside_the_picture_stays_where_it_is_while_parts_are_hidden(clip: ClipEncoder) -> None:
+    looking = clip.looking("dual", 0.0)
+    method = fitted("clip-linear-probe", clip, folds=3)
+    method.encoder = looking
+    pictures, labels = cornered(2, seed=1)
+    maps, way = explain(method, looking, torch.cat([pictures, pictures], dim=3), labels)
+    assert way == "occlusion" and maps.shape == (2, SIZE, SIZE)
+
+
+def test_the_bias_of_the_region_attention_moves_the_attribution(clip: ClipEncoder) -> None:
+    method = fitted("clip-linear-probe", clip, folds=3)
+    pictures, labels = cornered(4, seed=1)
+    region = torch.zeros(4, SIZE, SIZE, 1, dtype=torch.uint8)
+    region[:, 48:] = 255
+    views = torch.cat([pictures, region], dim=3)
+    shares = []
+    for bias in (0.0, 20.0):
+        looking = clip.looking("attention", bias)
+        method.encoder = looking
+        maps, _ = explain(method, looking, views, labels)
+        shares.append(float(maps[:, 48:].sum()))
+    assert shares[1] > shares[0]
+
+
+def test_a_convolutional_net_is_explained_by_grad_cam(clip: ClipEncoder) -> None:
+    method = fitted(
+        "resnet", clip, model="resnet10t", pretrained="", options={}, image_size=48, tuning="full", epochs=4,
+        max_steps=20, batch_size=8, lr=3e-3, weight_decay=0.0,
+    )  # fmt: skip
+    pictures, labels = cornered(2, seed=1)
+    maps, way = explain(method, clip, pictures, labels)
+    assert way == "Grad-CAM"
+    assert maps.shape == (2, SIZE, SIZE) and torch.allclose(maps.sum(dim=(1, 2)), torch.ones(2), atol=1e-4)

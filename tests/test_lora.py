@@ -1,0 +1,415 @@
+"""Low-rank updates of both towers, and the methods that train them: CLIP-LoRA and MedFocusCLIP's "lora"."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medfocus import weights
+from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.lora import LoraAttention, LoraTowers, LowRank
+from medfocus.methods import Support
+from medfocus.methods.clip_lora import ClipLora
+from medfocus.methods.medfocusclip import MedFocusClip
+from medfocus.prompts import class_embeddings
+
+CLASSES = ("red", "green", "blue")
+PROMPTS = tuple((f"a photo of {name}", f"This is a scan of {name}") for name in CLASSES)
+UPDATES: dict[str, Any] = {"rank": 2, "alpha": 1.0, "dropout": 0.25}
+CLIP_LORA: dict[str, Any] = {
+    **UPDATES, "steps_per_shot": 500, "max_steps": 12, "batch_size": 16, "lr": 1e-2, "weight_decay": 1e-2,
+}  # fmt: skip
+MEDFOCUSCLIP: dict[str, Any] = {
+    "tuning": "lora", "fusion": "softmax-text", "head": "cosine", "contrastive_weights": (0.5,), "blocks": 0,
+    "lora_rank": 2, "lora_alpha": 1.0, "lora_dropout": 0.25, "layers": (), "grid": 2, "segmenter_grid": 0,
+    "hidden": 8, "epochs": 6, "batch_size": 16, "lr": 5e-3, "weight_decay": 1e-2, "folds": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clip() -> ClipEncoder:
+    return build_clip("pocket", "random:0")
+
+
+def coloured(count: int, seed: int = 0, channels: int = 3) -> tuple[Tensor, Tensor]:
+    """Pictures (N, 96, 96, C) uint8 whose brightest colour is their class, and labels (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % len(CLASSES)
+    pictures = torch.randint(0, 120, (count, 96, 96, channels), generator=generator)
+    pictures[torch.arange(count), :, :, labels] += 100
+    return pictures.to(torch.uint8), labels
+
+
+def support_of(clip: ClipEncoder, count: int = 24, views: int = 1) -> Support:
+    pictures, labels = coloured(count)
+    inputs = torch.stack([pictures + number for number in range(views)])
+    text = class_embeddings(clip, PROMPTS)
+    return Support(inputs, labels, torch.arange(count), text, CLASSES, PROMPTS)
+
+
+def with_random_updates(clip: ClipEncoder, **changes: Any) -> LoraTowers:
+    """Updates as training might leave them: B no longer at zero."""
+    torch.manual_seed(3)
+    towers = LoraTowers(clip, **{**UPDATES, **changes})
+    for update in towers.updates:
+        nn.init.normal_(update.up, std=0.3)  # pyright: ignore[reportArgumentType]
+    return towers.eval()
+
+
+def merged(clip: ClipEncoder, towers: LoraTowers) -> ClipEncoder:
+    """The plain CLIP whose weights are W + (α/√r) B A, by open_clip's own attention."""
+    model = copy.deepcopy(clip.model)
+    text = getattr(model, "text", model)
+    blocks = [*model.visual.transformer.resblocks, *text.transformer.resblocks]  # pyright: ignore
+    for block, update in zip(blocks, towers.updates, strict=True):
+        for part, (a, b) in enumerate(zip(update.down, update.up, strict=True)):  # pyright: ignore
+            rows = slice(part * len(b), (part + 1) * len(b))
+            block.attn.in_proj_weight[rows] += 1.0 / 2**0.5 * b @ a
+    return dataclasses.replace(clip, model=model)
+
+
+def custom_text_clip(clip: ClipEncoder) -> ClipEncoder:
+    """A CLIP with a text tower of its own, as CustomTextCLIP keeps it."""
+    vision = {"image_size": 96, "patch_size": 24, "width": 64, "head_width": 32, "layers": 2}
+    text = {"context_length": 32, "vocab_size": 2089, "width": 64, "heads": 2, "layers": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.CustomTextCLIP(32, vision, text)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(clip, model=model.eval().requires_grad_(False), dim=32)
+
+
+# --- the updates ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_the_start_is_the_frozen_model(custom: bool, clip: ClipEncoder) -> None:
+    clip = custom_text_clip(clip) if custom else clip
+    towers = LoraTowers(clip, **UPDATES).train()  # dropout is on: what it drops is multiplied by zero
+    pictures, _ = coloured(3)
+    texts = [prompt for ensemble in PROMPTS for prompt in ensemble]
+    frozen = clip.encode_images(clip.preprocess(pictures))
+    torch.testing.assert_close(towers(pictures), frozen, rtol=0, atol=1e-6)
+    torch.testing.assert_close(towers.encode_texts(texts), clip.encode_texts(texts), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_updates_is_the_formula(causal: bool) -> None:
+    torch.manual_seed(0)
+    width, heads, length, rank, alpha = 12, 3, 5, 2, 3.0
+    frozen = nn.MultiheadAttention(width, heads, batch_first=True).double()
+    update = LowRank(width, rank=rank, alpha=alpha, dropout=0.0).double()
+    for bias in (frozen.in_proj_bias, frozen.out_proj.bias, update.up):
+        nn.init.normal_(bias)
+    x = torch.randn(2, length, width, dtype=torch.float64)
+    mask = torch.full((length, length), -torch.inf).triu(1).double() if causal else None
+    ours, _ = LoraAttention(frozen, update)(x, x, x, attn_mask=mask)
+
+    def numbers(tensor: Tensor) -> np.ndarray:
+        return tensor.detach().numpy()
+
+    w, b = numbers(frozen.in_proj_weight), numbers(frozen.in_proj_bias)
+    down, up = numbers(update.down), numbers(update.up)
+    expected = np.zeros((2, length, width))
+    for i in range(2):
+        q, k, v = (
+            numbers(x[i]) @ (w[p * width : (p + 1) * width] + alpha / np.sqrt(rank) * up[p] @ down[p]).T
+            + b[p * width : (p + 1) * width]
+            for p in range(3)
+        )
+        for head in range(heads):
+            part = slice(head * 4, (head + 1) * 4)
+            scores = q[:, part] @ k[:, part].T / 2.0
+            if causal:
+                scores[np.triu_indices(length, 1)] = -np.inf
+            share = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+            expected[i, :, part] = share @ v[:, part]
+    expected = expected @ numbers(frozen.out_proj.weight).T + numbers(frozen.out_proj.bias)
+    np.testing.assert_allclose(numbers(ours), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_both_towers_are_those_of_the_merged_weights(custom: bool, clip: ClipEncoder) -> None:
+    clip = custom_text_clip(clip) if custom else clip
+    towers = with_random_updates(clip)
+    plain = merged(clip, towers)
+    pictures, _ = coloured(3)
+    texts = [prompt for ensemble in PROMPTS for prompt in ensemble]
+    with torch.no_grad():
+        ours, ours_of_texts = towers(pictures), towers.encode_texts(texts)
+    assert not torch.allclose(ours, clip.encode_images(clip.preprocess(pictures)), atol=1e-2)
+    assert not torch.allclose(ours_of_texts, clip.encode_texts(texts), atol=1e-2)
+    torch.testing.assert_close(ours, plain.encode_images(plain.preprocess(pictures)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours_of_texts, plain.encode_texts(texts), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("region", "channels"), [("alpha", 4), ("attention", 4), ("dual", 6)])
+def test_a_region_beside_the_picture_is_seen_as_by_the_merged_weights(
+    region: str, channels: int, clip: ClipEncoder
+) -> None:
+    towers = with_random_updates(clip.looking(region, 2.0))
+    plain = merged(clip, towers).looking(region, 2.0)
+    pictures, _ = coloured(3, channels=channels)
+    expected = plain.encode_images(plain.preprocess(pictures))
+    with torch.no_grad():
+        torch.testing.assert_close(towers(pictures), expected, rtol=0, atol=1e-5)
+
+
+def test_dropout_falls_on_the_low_rank_path_alone_and_on_q_k_and_v_apart() -> None:
+    torch.manual_seed(0)
+    update = LowRank(6, rank=2, alpha=2.0, dropout=0.5)
+    with torch.no_grad():
+        update.down.copy_(torch.ones(3, 2, 6))
+        update.up.copy_(torch.ones(3, 6, 2))
+    added = update.train()(torch.ones(1, 1, 6)).detach().reshape(3, 6) / (2.0 / 2**0.5 * 2)
+    kept = added[:, 0] / 2  # of six ones, each kept counts twice
+    assert torch.equal(kept, kept.round())
+    assert len(kept.unique()) > 1
+    torch.testing.assert_close(update.eval()(torch.ones(1, 1, 6)).flatten(), torch.full((18,), 2**0.5 * 12))
+
+
+def test_a_state_holds_the_factors_and_nothing_of_the_towers(clip: ClipEncoder) -> None:
+    towers = with_random_updates(clip)
+    state = towers.state_dict()
+    blocks = 4 + 3  # of the picture tower and of the text tower
+    assert len(state) == 2 * blocks
+    assert sum(value.numel() for value in state.values()) == blocks * 2 * 3 * 2 * 128
+    assert {id(p) for p in towers.parameters()} == {
+        id(p) for p in towers.encoder.model.parameters() if p.requires_grad
+    }
+    again = LoraTowers(clip, **UPDATES).eval()
+    again.load_state_dict(state)
+    pictures, _ = coloured(2)
+    with torch.no_grad():
+        assert torch.equal(again(pictures), towers(pictures))
+
+
+def test_a_tower_without_open_clips_attention_is_refused_by_name(clip: ClipEncoder) -> None:
+    text = {"context_length": 32, "vocab_size": 2089, "width": 32, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8, "head_width": 8}
+    resnet = open_clip.CLIP(16, vision, text)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        ValueError, match=r"pocket: its picture tower is ModifiedResNet, without .*Take a CLIP"
+    ):
+        LoraTowers(dataclasses.replace(clip, model=resnet), **UPDATES)
+
+    class HFTextEncoder(nn.Module):
+        """Keeps another library's transformer where open_clip keeps its own."""
+
+        transformer = nn.Identity()
+
+    foreign = custom_text_clip(clip).model
+    foreign.text = HFTextEncoder()
+    with pytest.raises(ValueError, match="pocket: its text tower is HFTextEncoder, without the attention"):
+        LoraTowers(dataclasses.replace(clip, model=foreign), **UPDATES)
+
+
+# --- the methods ----------------------------------------------------------------------------------
+
+BUILDS: dict[str, Callable[..., Any]] = {
+    "clip-lora": lambda clip, **changes: ClipLora(clip, **{**CLIP_LORA, **changes}),
+    "medfocusclip": lambda clip, **changes: MedFocusClip(clip, **{**MEDFOCUSCLIP, **changes}),
+}
+
+
+@pytest.fixture(params=list(BUILDS))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def fitted(clip: ClipEncoder) -> dict[str, Any]:
+    """Each method, fitted once on 24 pictures of two views."""
+    support = support_of(clip, views=2)
+    return {
+        name: build(clip).fit(support, torch.Generator().manual_seed(0)) for name, build in BUILDS.items()
+    }
+
+
+def test_it_learns_from_pictures(name: str, fitted: dict[str, Any]) -> None:
+    pictures, labels = coloured(18, seed=9)
+    for logits in fitted[name].logits(pictures).values():
+        assert logits.shape == (18, 3)
+        assert float((logits.argmax(dim=1) == labels).double().mean()) > 0.8
+
+
+def test_both_towers_train_and_the_encoder_does_not(name: str) -> None:
+    clip = build_clip("pocket", "random:0")
+    before = weights.digest(clip.model.state_dict())
+    modules = list(clip.model.modules())
+    method = BUILDS[name](clip, **({"max_steps": 1} if name == "clip-lora" else {"epochs": 1}))
+    method.fit(support_of(clip), torch.Generator().manual_seed(0))
+    assert weights.digest(clip.model.state_dict()) == before
+    assert all(old is new for old, new in zip(modules, clip.model.modules(), strict=True))
+    assert not any(module.training for module in modules)
+    assert not any(weight.requires_grad for weight in clip.model.parameters())
+    moved = [value.abs().max() for key, value in method.state().items() if key.endswith(".up")]
+    assert len(moved) == 7
+    assert min(moved) > 0
+
+
+def test_the_same_seed_fits_the_same_updates_and_leaves_the_global_generator(
+    name: str, clip: ClipEncoder, fitted: dict[str, Any]
+) -> None:
+    torch.manual_seed(11)
+    expected = torch.random.get_rng_state()
+    again = BUILDS[name](clip).fit(support_of(clip, views=2), torch.Generator().manual_seed(0))
+    assert torch.equal(torch.random.get_rng_state(), expected)
+    state = fitted[name].state()
+    assert all(torch.equal(state[key], value) for key, value in again.state().items())
+
+
+def test_a_small_state_predicts_again(name: str, clip: ClipEncoder, fitted: dict[str, Any]) -> None:
+    state = fitted[name].state()
+    towers = sum(weight.numel() for weight in clip.model.parameters())
+    assert sum(value.numel() for value in state.values()) < towers / 40
+    again = BUILDS[name](clip).load(state)
+    pictures, _ = coloured(70, seed=4)  # more than go through the tower at a time
+    for classifier, logits in fitted[name].logits(pictures).items():
+        torch.testing.assert_close(again.logits(pictures)[classifier], logits, rtol=0, atol=1e-5)
+
+
+def test_pictures_are_what_it_asks_for(name: str, clip: ClipEncoder) -> None:
+    method = BUILDS[name](clip)
+    pictures, _ = coloured(2)
+    assert method.embedding == "pictures"
+    assert method.needs_towers
+    assert method.takes_views
+    assert torch.equal(method.embed(pictures), pictures)
+
+
+def test_without_prompts_there_is_nothing_to_train_the_text_tower_on(name: str, clip: ClipEncoder) -> None:
+    support = dataclasses.replace(support_of(clip), prompts=())
+    with pytest.raises(ValueError, match=rf"{name}: .*trains the text tower, but support\.prompts is empty"):
+        BUILDS[name](clip).fit(support, torch.Generator().manual_seed(0))
+
+
+def test_clip_loras_steps_grow_with_the_shots_and_are_bounded(clip: ClipEncoder) -> None:
+    method = ClipLora(clip, **{**CLIP_LORA, "steps_per_shot": 500, "max_steps": 5000, "batch_size": 32})
+    assert method.epochs(12, 3) == 4 * 500  # 4 shots; an epoch is a step
+    assert method.epochs(48, 3) == 5000 // 2  # 16 shots would be 8000 steps; an epoch is two
+    assert method.epochs(320_000, 3) == 1  # an epoch is longer than the bound
+
+
+def test_clip_lora_reads_the_first_template(clip: ClipEncoder, fitted: dict[str, Any]) -> None:
+    method = fitted["clip-lora"]
+    plain = merged(clip, method.towers_)
+    expected = plain.encode_texts([ensemble[0] for ensemble in PROMPTS])
+    torch.testing.assert_close(method.text_features_, expected, rtol=0, atol=1e-5)
+    pictures, _ = coloured(4, seed=5)
+    logits = clip.logit_scale * plain.encode_images(plain.preprocess(pictures)) @ expected.T
+    torch.testing.assert_close(method.logits(pictures)["text"], logits, rtol=0, atol=1e-3)
+
+
+def test_medfocusclips_texts_are_the_updated_towers_over_all_templates(
+    clip: ClipEncoder, fitted: dict[str, Any]
+) -> None:
+    method = fitted["medfocusclip"]
+    expected = class_embeddings(merged(clip, method.classifier_.tower), PROMPTS)
+    torch.testing.assert_close(method.text_features_, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected, class_embeddings(clip, PROMPTS), atol=1e-4)
+
+
+def test_the_contrastive_term_alone_trains_both_towers(clip: ClipEncoder) -> None:
+    classifier = MedFocusClip(clip, **MEDFOCUSCLIP)._untrained(class_embeddings(clip, PROMPTS), 3)
+    pictures, labels = coloured(6)
+    text = MedFocusClip._texts(classifier, support_of(clip))
+    classifier.loss(pictures.float(), text, labels, 1.0).backward()
+    gradients = [update.up.grad for update in classifier.tower.updates]  # pyright: ignore
+    assert len(gradients) == 7
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)  # pyright: ignore
+
+
+def test_lora_too_chooses_its_weight_inside_the_support(clip: ClipEncoder) -> None:
+    changes = {"contrastive_weights": (0.0, 1.0), "head": "linear", "epochs": 1, "folds": 2}
+    method = MedFocusClip(clip, **{**MEDFOCUSCLIP, **changes})
+    method.fit(support_of(clip, 12), torch.Generator().manual_seed(0))
+    assert method.contrastive_weight_ == 0.0  # at λ = 1 the linear head stays at zero: held-out loss ln 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rank": 0}, "the LoRA rank is 0; use 1 or more"),
+        ({"alpha": 0.0}, r"the LoRA alpha is 0\.0; use a value above 0"),
+        ({"dropout": 1.0}, r"the LoRA dropout is 1\.0; use a share in \[0, 1\)"),
+    ],
+)
+def test_settings_that_make_no_update_name_the_field(
+    name: str, changed: dict[str, Any], message: str
+) -> None:
+    if name == "medfocusclip":
+        changed = {f"lora_{field}": value for field, value in changed.items()}
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        BUILDS[name](None, **changed)
+
+
+def test_a_fit_of_no_steps_is_refused() -> None:
+    for field in ("steps_per_shot", "max_steps"):
+        with pytest.raises(ValueError, match=f"clip-lora: {field} is 0; use 1 or more"):
+            ClipLora(None, **{**CLIP_LORA, field: 0})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tuning": "adapters"}, "tuning is 'adapters'; use one of adapter, lora, full"),
+        ({"tuning": "full"}, "tuning is 'full' and blocks 0; .*Set blocks to 1 or more with 'full'"),
+        ({"blocks": 2}, "tuning is 'lora' and blocks 2; blocks train in 'full' and there alone"),
+        ({"tuning": "adapter", "blocks": -1}, "tuning is 'adapter' and blocks -1"),
+        ({"layers": (2,)}, r"tuning is 'lora', layers \[2\] and segmenter_grid 0; .*Set tuning to adapter"),
+        (
+            {"segmenter_grid": 4},
+            r"tuning is 'lora', layers \[\] and segmenter_grid 4; .*Set tuning to adapter",
+        ),
+    ],
+)
+def test_a_tuning_and_what_belongs_to_another_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"medfocusclip: {message}"):
+        BUILDS["medfocusclip"](None, **changed)
+
+
+def test_only_low_rank_updates_run_the_towers_in_fit() -> None:
+    adapter = BUILDS["medfocusclip"](None, tuning="adapter")
+    full = BUILDS["medfocusclip"](None, tuning="full", blocks=2)
+    assert not adapter.needs_towers
+    assert not full.needs_towers
+    assert (adapter.embedding, full.embedding) == ("features", "tokens-2")
+
+
+def test_untrained_updates_fuse_as_the_adapters_do(clip: ClipEncoder) -> None:
+    """Before training the two tunings are one method: M of the pictures is M of their features."""
+    support = support_of(clip, 6)
+    text = support.text_features
+    lora = MedFocusClip(clip, **MEDFOCUSCLIP)
+    adapter = MedFocusClip(clip, **{**MEDFOCUSCLIP, "tuning": "adapter"})
+    fused = lora._fused(lora._untrained(text, 3), support.inputs[0], text)
+    features = adapter.embed(support.inputs[0])
+    torch.testing.assert_close(
+        fused, adapter._fused(adapter._untrained(text, clip.dim), features, text), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(functional.normalize(fused, dim=-1), fused, rtol=0, atol=1e-6)
+
+
+def test_the_channel_of_the_region_alpha_trains_with_the_updates(clip: ClipEncoder) -> None:
+    looking = clip.looking("alpha", 0.0)
+    pictures, labels = coloured(24, channels=4)
+    pictures[..., 3] = 0
+    pictures[torch.arange(24), :, :, 3] = (labels * 120).to(torch.uint8)[:, None, None]
+    support = dataclasses.replace(support_of(clip), inputs=pictures[None])
+    fitted = ClipLora(looking, **CLIP_LORA).fit(support, torch.Generator().manual_seed(0))
+    state = fitted.state()
+    moved = [name for name in state if "alpha" in name and state[name].ndim == 4]
+    assert len(moved) == 1 and state[moved[0]].abs().max() > 0
+    visual: Any = looking.model.visual
+    assert not visual.conv1.alpha.weight.any()
+    again = ClipLora(looking, **CLIP_LORA).load(state)
+    assert torch.equal(again.logits(pictures)["text"], fitted.logits(pictures)["text"])

@@ -1,0 +1,239 @@
+"""Spatially localized channel attention against plain NumPy, and on what SAM2 describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from medfocus import phantoms
+from medfocus.encoders import build_clip
+from medfocus.masks.sam2 import build_segmenter
+from medfocus.methods.protocol import Support
+from medfocus.methods.slca import Attention, Slca
+
+SETTINGS: dict[str, Any] = {
+    "segmenter_grid": 4, "pool": 2, "reduction": 2,
+    "epochs": 60, "batch_size": 8, "lr": 0.03, "weight_decay": 0.01,
+}  # fmt: skip
+CHANNELS, GRID = 6, 4
+
+
+class Described:
+    """Stands in for the encoder with a segmenter beside it: RGB and its squares, cell by cell."""
+
+    def describe(self, views: Tensor, grid: int) -> Tensor:
+        pixels = views.permute(0, 3, 1, 2).double() / 255
+        return functional.adaptive_avg_pool2d(torch.cat([pixels, pixels**2], 1), grid).flatten(1)
+
+
+DESCRIBED = Described()
+
+
+def make(encoder: Any = DESCRIBED, **settings: Any) -> Slca:
+    return Slca(encoder, **{**SETTINGS, **settings})
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def attention(channels: int = CHANNELS, pool: int = 2, reduction: int = 2) -> Attention:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Attention(channels, pool, reduction)
+
+
+def features(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, CHANNELS, GRID, GRID, generator=seeded(seed))
+
+
+def blobs(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Noise (N, 16, 16, 3) uint8 with a patch anywhere, red in class 0 and green in class 1; labels (N,)."""
+    rng = np.random.default_rng(seed)
+    pictures, labels = rng.integers(40, 120, (count, 16, 16, 3), np.uint8), np.arange(count) % 2
+    for picture, label, (y, x) in zip(pictures, labels, rng.integers(0, 11, (count, 2)), strict=True):
+        picture[y : y + 5, x : x + 5, label] = 240
+    return torch.from_numpy(pictures), torch.from_numpy(labels)
+
+
+def support_of(method: Slca, pictures: Sequence[Tensor], labels: Tensor) -> Support:
+    """A support of one set of pictures a view."""
+    inputs = torch.stack([method.embed(view) for view in pictures])
+    return Support(inputs, labels, torch.arange(len(labels)), torch.zeros(2, 8))
+
+
+def fitted(seed: int = 0, **settings: Any) -> tuple[Slca, Support]:
+    method = make(**settings)
+    pictures, labels = blobs(24)
+    support = support_of(method, [pictures, pictures.flip(2)], labels)
+    return method.fit(support, seeded(seed)), support
+
+
+def by_hand(block: Attention, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gates (B, C, G/k, G/k) and X' (B, C, G, G), window by window and without a convolution."""
+    w1, b1, w2, b2 = (
+        value.detach().double().numpy().squeeze()
+        for value in (block.down.weight, block.down.bias, block.up.weight, block.up.bias)
+        if value is not None
+    )
+    k, windows = block.pool, seen.shape[2] // block.pool
+    gates, gated = np.empty((*seen.shape[:2], windows, windows)), np.empty_like(seen)
+    for b, i, j in np.ndindex(len(seen), windows, windows):
+        window = np.s_[b, :, i * k : (i + 1) * k, j * k : (j + 1) * k]
+        z = seen[window].mean(axis=(1, 2))
+        a = 1 / (1 + np.exp(-(w2 @ np.maximum(w1 @ z + b1, 0) + b2)))
+        gates[b, :, i, j] = a
+        gated[window] = seen[window] * a[:, None, None]
+    return gates, gated
+
+
+# --- the equations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", [1, 2, 4])
+def test_attention_is_its_equations(pool: int) -> None:
+    block, seen = attention(pool=pool), features(3)
+    gates, gated = by_hand(block, seen.double().numpy())
+    with torch.no_grad():
+        np.testing.assert_allclose(block.gates(seen).numpy(), gates, atol=1e-6)
+        np.testing.assert_allclose(block(seen).numpy(), gated, atol=1e-6)
+
+
+def test_logits_are_a_linear_head_on_the_average_of_what_standardised_features_gated_leave() -> None:
+    method, support = fitted()
+    seen = support.inputs[0].double().numpy().reshape(24, CHANNELS, GRID, GRID)
+    mean, std = (one(seen, axis=(0, 2, 3), keepdims=True) for one in (np.mean, np.std))
+    _, gated = by_hand(method.classifier_.attention, (seen - mean) / std)
+    weight, bias = (value.detach().double().numpy() for value in method.classifier_.head.parameters())
+    expected = gated.mean(axis=(2, 3)) @ weight.T + bias
+    np.testing.assert_allclose(method.logits(support.inputs[0])["head"].numpy(), expected, atol=1e-4)
+
+
+def test_a_cell_changes_the_gates_of_its_window_alone() -> None:
+    block, seen = attention(), features(1)
+    other = seen.clone()
+    other[0, :, 1, 2] += 3  # in the window of row 0 and column 1
+    with torch.no_grad():
+        moved = (block.gates(other) != block.gates(seen)).any(dim=1)[0]
+    assert moved.tolist() == [[False, True], [False, False]]
+
+
+def test_few_channels_keep_a_bottleneck_of_one() -> None:
+    assert attention(channels=3, reduction=16).down.weight.shape == (1, 3, 1, 1)
+
+
+# --- the method ---------------------------------------------------------------------------------
+
+
+def test_the_encoder_describes_rgb_and_nothing_behind_it() -> None:
+    pictures, _ = blobs(3)
+    masked = torch.cat([pictures, pictures[..., :1]], dim=3)
+    embedded = make().embed(masked)
+    assert embedded.dtype == torch.float32 and embedded.shape == (3, CHANNELS * GRID**2)
+    assert torch.equal(embedded, make().embed(pictures))
+    assert make().embedding == "segmenter-4" != make(segmenter_grid=8).embedding
+
+
+def test_it_learns_where_colour_and_not_place_is_the_class() -> None:
+    method, _ = fitted()
+    pictures, labels = blobs(60, seed=9)
+    accuracy = (method.logits(method.embed(pictures))["head"].argmax(1) == labels).double().mean()
+    assert accuracy > 0.9
+
+
+def test_attention_learns_beside_the_head() -> None:
+    short, long = fitted(epochs=1, lr=1e-9)[0].state(), fitted()[0].state()
+    moved = {name for name, value in short.items() if not torch.allclose(long[name], value, atol=1e-3)}
+    assert {f"classifier.attention.{name}.weight" for name in ("down", "up")} < moved
+    assert "classifier.head.weight" in moved
+
+
+def test_statistics_are_those_of_the_unaugmented_pictures_and_a_constant_channel_is_no_fault() -> None:
+    pictures, labels = blobs(12)
+    pictures[..., 2] = 77
+    method = make()
+    support = support_of(method, [pictures, torch.zeros_like(pictures)], labels)
+    state = method.fit(support, seeded()).state()
+    seen = support.inputs[0].double().reshape(12, CHANNELS, -1)
+    np.testing.assert_allclose(state["classifier.mean"], seen.mean(dim=(0, 2)), atol=1e-6)
+    std = seen.numpy().std(axis=(0, 2))
+    std[[2, 5]] = 1
+    np.testing.assert_allclose(state["classifier.std"], std, atol=1e-6)
+    assert torch.isfinite(method.logits(support.inputs[0])["head"]).all()
+
+
+def test_another_instance_predicts_the_same_from_the_state() -> None:
+    method, support = fitted()
+    again = make().load(method.state())
+    assert torch.equal(again.logits(support.inputs[0])["head"], method.logits(support.inputs[0])["head"])
+
+
+def test_a_seed_gives_one_fit_and_leaves_the_global_generator() -> None:
+    before = torch.random.get_rng_state()
+    first, second, other = (fitted(seed)[0].state() for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert not torch.equal(first["classifier.head.weight"], other["classifier.head.weight"])
+
+
+def test_a_pictures_logits_do_not_depend_on_the_pictures_beside_it() -> None:
+    method, support = fitted()
+    together = method.logits(support.inputs[0])["head"]
+    alone = torch.cat([method.logits(one[None])["head"] for one in support.inputs[0]])
+    assert torch.allclose(alone, together, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"segmenter_grid": 0}, r"slca: segmenter_grid is 0; use 1 or more"),
+        ({"pool": 3}, r"slca: pool is 3 and segmenter_grid 4; .* Set pool to a divisor of segmenter_grid"),
+        ({"pool": 0}, r"slca: pool is 0 and segmenter_grid 4; .* Set pool to a divisor of segmenter_grid"),
+        ({"pool": 8}, r"slca: pool is 8 and segmenter_grid 4; .* Set pool to a divisor of segmenter_grid"),
+        ({"reduction": 0}, r"slca: reduction is 0; use 1 or more"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        make(**settings)
+
+
+# --- with SAM2 beside the encoder ---------------------------------------------------------------
+
+
+def test_without_a_segmenter_the_error_says_where_to_set_one() -> None:
+    method = make(build_clip("pocket", "random:0"))
+    with pytest.raises(ValueError, match=r"no segmenter with picture features.*Set masks\.segmenter to sam2"):
+        method.embed(torch.zeros(1, 96, 96, 3, dtype=torch.uint8))
+
+
+def test_what_sam2_describes_lies_channel_after_channel_and_row_after_row() -> None:
+    segmenter = build_segmenter("pocket", "pocket", 128, "grid", points_per_side=2)
+    method = make(build_clip("pocket", "random:0").beside(segmenter), epochs=2)
+    drawn = [
+        phantoms.draw("breast_ultrasound", label, np.random.default_rng(7), 128).picture
+        for label in phantoms.MODALITIES["breast_ultrasound"][:2]
+    ]
+    plain = torch.from_numpy(np.stack(drawn))[..., None].expand(-1, -1, -1, 3).contiguous()
+    marked = plain.clone()
+    marked[:, 4:28, 100:124] = 255  # in the top right cell of 4 x 4
+    support = support_of(method, [plain, marked], torch.tensor([0, 1]))
+    classifier = method.fit(support, seeded()).classifier_
+    before, after = (classifier.cells(view) for view in support.inputs)
+    width = segmenter.model.sam_mask_decoder.transformer_dim
+    assert before.shape == (2, width + width // 4, GRID, GRID)
+    for level in (slice(width), slice(width, None)):
+        changed = (after - before)[:, level].norm(dim=1)  # (2, G, G)
+        assert changed.flatten(1).argmax(dim=1).tolist() == [3, 3]
+        assert (changed[:, 0, 3] > 2 * changed.flatten(1).median(dim=1).values).all()
+    with torch.inference_mode():
+        encoded = segmenter.encode(list(plain.numpy()))
+    deep = functional.adaptive_avg_pool2d(encoded.embedding, GRID)
+    assert torch.allclose(before[:, :width], deep, atol=1e-4)
+    assert torch.isfinite(method.logits(support.inputs[0])["head"]).all()
