@@ -11,7 +11,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 # The stages are `python -m flows...`: that has to be the environment's Python.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install run report repro test check schedule ui pocket lock wheel clean
+.PHONY: install run study report repro test check schedule ui pocket lock wheel clean
 
 install: $(INSTALLED)
 
@@ -49,6 +49,10 @@ schedule: $(INSTALLED)
 # MLflow's and Prefect's pages on loopback.
 ui: $(INSTALLED)
 	@$(BIN)/python -m flows.ui
+
+# Every system on the embedded data: hours; `make run` is its small part.
+study: $(INSTALLED)
+	@$(BIN)/python -m flows.pipeline --params studies/phantoms.yaml
 
 # The page of a study that was run, anew: reports/index.html.
 report: $(INSTALLED)

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ from medfocus.report import StudyRow, read_published, read_study_csv
 ATTRIBUTION = Path("reports/attribution.csv")
 _EXPLAINED = 24  # test pictures a data set and system
 _SHOWN = 6  # of them in the gallery, for each system
+_OTHERS = 2  # focus modes explained beside the best cell's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,11 +231,14 @@ def _percent(dataset: Dataset, cell: Cell) -> float:
 
 
 def _explained_cells(best: Cell, cells: Sequence[Cell]) -> Iterator[Cell]:
-    """The best cell, and those that differ from it in their focus alone."""
+    """The best cell, and of those that differ from it in their focus alone the first."""
+    others = (
+        cell
+        for cell in cells
+        if cell._replace(focus=best.focus) == best and cell.focus not in {best.focus, *CONTROLS}
+    )
     yield best
-    for cell in cells:
-        if cell._replace(focus=best.focus) == best and cell.focus not in {best.focus, *CONTROLS}:
-            yield cell
+    yield from islice(others, _OTHERS)
 
 
 def _calibrated(draws: dict[tuple[str, float], list[np.ndarray]], percent: float) -> list[str]:

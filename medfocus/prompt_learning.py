@@ -27,11 +27,18 @@ START_STD = 0.02  # of contexts that start at no words
 _PLACEHOLDER = "X"  # a letter is one token of every tokenizer
 
 
-def check_prompt_learning(method: str, **counts: int) -> None:
-    """Raise ValueError, in the name of ``method``, for the first of ``counts`` that is below one."""
-    for name, count in counts.items():
+def check_prompt_learning(method: str, *, epochs: int, warmup: int, **counts: int) -> None:
+    """Raise ValueError, in the name of ``method``, for settings under which nothing would be learned.
+
+    These are a number of ``epochs`` or one of ``counts`` below one, and a ``warmup`` that no epoch follows.
+    """
+    for name, count in {"epochs": epochs, **counts}.items():
         if count < 1:
             raise ValueError(f"{method}: {name} is {count}; use 1 or more.")
+    if not 0 <= warmup < epochs:
+        raise ValueError(
+            f"{method}: warmup is {warmup} epochs of {epochs}; use 0 or more, and fewer than epochs."
+        )
 
 
 class TextTower:
@@ -272,5 +279,11 @@ def train_sgd(
 
 
 def learning_rate(epoch: int, *, epochs: int, lr: float, warmup: int) -> float:
-    """The published schedule: 1e-5 for ``warmup`` epochs, then what a cosine from ``lr`` has come down to."""
-    return WARMUP_LR if epoch < warmup else lr / 2 * (1 + math.cos(math.pi * epoch / epochs))
+    """The published schedule: 1e-5 for ``warmup`` epochs, then a cosine from ``lr`` on.
+
+    As in the public code the cosine is one over all ``epochs`` but counts from the end of the warm-up, so the
+    last of them are not reached.
+    """
+    if epoch < warmup:
+        return WARMUP_LR
+    return lr / 2 * (1 + math.cos(math.pi * (epoch - warmup) / epochs))

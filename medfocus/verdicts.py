@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from medfocus.comparison import Cell, Difference
 from medfocus.metrics import Interval
-from medfocus.report import StudyRow, control_verdicts, intervals_of
+from medfocus.report import CONTROLS, StudyRow, control_verdicts, intervals_of
 
 LEVEL = 0.05  # adjusted p below which a difference is called one
 
@@ -15,7 +15,8 @@ def verdict_sentences(
     block: Sequence[StudyRow], baseline: str = "", differences: Mapping[Cell, Difference] | None = None
 ) -> list[str]:
     """What the rows of one test set say: the best systems, their lead on the baseline, and the controls."""
-    intervals = intervals_of(block, "accuracy")
+    controls = {row.system for row in block if row.focus in CONTROLS}  # of which none can be the best
+    intervals = {cell: i for cell, i in intervals_of(block, "accuracy").items() if cell[0] not in controls}
     percents = sorted({percent for _, percent in intervals if percent > 0})
     levels = {system: i.mean for (system, percent), i in intervals.items() if percent == 0}
     said, wins = [], _winners(intervals, percents)

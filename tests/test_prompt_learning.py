@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -179,6 +181,18 @@ def test_the_gradient_reaches_the_contexts_alone(clip: ClipEncoder) -> None:
     assert all(weight.grad is None for weight in clip.model.parameters())
 
 
+def test_the_tower_holds_no_second_copy_of_the_weights_and_no_graph_of_a_step(clip: ClipEncoder) -> None:
+    owned = {tensor.data_ptr() for tensor in clip.model.state_dict().values()}
+    tower = TextTower(clip)
+    assert {tensor.data_ptr() for tensor in tower._model.state_dict().values()} <= owned
+    tokens = clip.tokenizer(TEXTS)
+    embedded = tower.embed(tokens)
+    held = weakref.ref(embedded)
+    tower(embedded, tokens)
+    del embedded
+    assert held() is None
+
+
 def test_a_text_longer_than_the_towers_context_is_refused_by_its_class(clip: ClipEncoder) -> None:
     assert write_texts("coop", clip, NAMES, 32 - 5).tokens.shape[1] == 32
     with pytest.raises(
@@ -235,17 +249,38 @@ def test_a_tokenizer_without_a_start_token_is_refused(clip: ClipEncoder) -> None
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def test_the_learning_rate_warms_up_and_comes_down_by_the_cosine() -> None:
-    rates = [learning_rate(epoch, epochs=50, lr=2e-3, warmup=1) for epoch in range(50)]
-    # PyTorch's own cosine, whose first epoch the public code replaces by 1e-5
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+def test_the_learning_rate_warms_up_and_comes_down_by_the_cosine(warmup: int) -> None:
+    rates = [learning_rate(epoch, epochs=50, lr=2e-3, warmup=warmup) for epoch in range(50)]
+    # PyTorch's own cosine, which the public code holds back until the epochs at 1e-5 are over
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
     expected = []
-    for _ in range(50):
+    for _ in range(50 - warmup):
         expected.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert rates == pytest.approx([1e-5, *expected[1:]])
+    assert rates == pytest.approx([1e-5] * warmup + expected)
+
+
+def test_the_loop_is_sgd_of_momentum_and_weight_decay() -> None:
+    """Steps of one batch an epoch on (w - t)²/2, taken by hand."""
+    start, target, lr, decay, epochs = np.array([1.0, -2.0]), np.array([3.0, 0.5]), 0.1, 0.3, 6
+    weight = nn.Parameter(torch.tensor(start))
+
+    def accumulate(index: Tensor, view: Tensor) -> None:
+        ((weight - torch.from_numpy(target)).square().sum() / 2).backward()
+
+    train_sgd(
+        [weight], accumulate, 4, views=1, epochs=epochs, max_steps=100, batch_size=4, lr=lr, warmup=1,
+        weight_decay=decay, generator=seeded(),
+    )  # fmt: skip
+    expected, velocity = start.copy(), np.zeros(2)
+    for epoch in range(epochs):
+        velocity = 0.9 * velocity + (expected - target) + decay * expected
+        rate = 1e-5 if epoch == 0 else lr * (1 + np.cos(np.pi * (epoch - 1) / epochs)) / 2
+        expected = expected - rate * velocity
+    np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("max_steps", "steps"), [(1000, 15), (7, 7)])
@@ -365,6 +400,26 @@ def test_class_specific_contexts_part(clip: ClipEncoder, fitted: dict[str, Any])
     assert not torch.allclose(apart.text_features_, fitted["coop"].text_features_, atol=1e-4)
 
 
+def test_class_specific_contexts_start_at_noise_of_their_own(clip: ClipEncoder) -> None:
+    settings = {**COOP, **UNTRAINED, "class_specific": True}
+    noise = CoOp(clip, **{**settings, "start": ""}).fit(support_of(clip), seeded()).contexts_
+    assert float(torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max()) < 0.2
+    said = CoOp(clip, **settings).fit(support_of(clip), seeded()).contexts_
+    assert torch.equal(said, words(clip, START).expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_every_view_is_learned_from(name: str, view: int, clip: ClipEncoder) -> None:
+    support = support_of(clip)
+    inputs = support.inputs.clone()
+    inputs[view] = inputs[view].flip(0)  # other pictures' features
+    once, other = (
+        BUILDS[name](clip, max_steps=4).fit(dataclasses.replace(support, inputs=seen), seeded()).state()
+        for seen in (support.inputs, inputs)
+    )
+    assert not all(torch.equal(once[key], other[key]) for key in once)
+
+
 def test_the_encoder_is_left_as_it_was(name: str) -> None:
     clip = build_clip("pocket", "random:0")
     before, modules = weights.digest(clip.model.state_dict()), list(clip.model.modules())
@@ -420,6 +475,11 @@ def test_settings_that_train_nothing_are_refused(clip: ClipEncoder) -> None:
         CoOp(clip, **{**COOP, "contexts": 0})
     with pytest.raises(ValueError, match=r"cocoop: chunk is 0; use 1 or more\."):
         CoCoOp(clip, **{**COCOOP, "chunk": 0})
+    for warmup in (-1, 20):
+        with pytest.raises(
+            ValueError, match=rf"cocoop: warmup is {warmup} epochs of 20; use 0 or more, and fewer"
+        ):
+            CoCoOp(clip, **{**COCOOP, "warmup": warmup})
     with pytest.raises(
         ValueError, match="coop: class_token 'back' is not known; use one of end, middle, front"
     ):

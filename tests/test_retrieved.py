@@ -243,15 +243,6 @@ def test_a_modality_without_a_text_is_named(tmp_path: Path) -> None:
         study(tmp_path, {"chest_xray": ["the lungs"]}).segmenter("scans")
 
 
-def test_the_strategy_without_its_field_is_refused(tmp_path: Path) -> None:
-    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    content["masks"] |= {"segmenter": "sam2", "strategy": "retrieved"}
-    content["masks"].pop("anatomy", None)
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="the strategy retrieved needs the field anatomy, which is absent"):
-        load_params(tmp_path / "params.yaml")
-
-
 def test_a_study_ranks_by_its_own_clip(tmp_path: Path) -> None:
     named = study(tmp_path, {"breast_ultrasound": ["a lesion"]})
     segmenter = named.segmenter("scans")

@@ -80,6 +80,7 @@ class CoCoOp:
             reduction=self.reduction,
             chunk=self.chunk,
             epochs=self.epochs,
+            warmup=self.warmup,
             max_steps=self.max_steps,
             batch_size=self.batch_size,
         )

@@ -59,6 +59,7 @@ class CoOp:
             "coop",
             contexts=self.contexts,
             epochs=self.epochs,
+            warmup=self.warmup,
             max_steps=self.max_steps,
             batch_size=self.batch_size,
         )
@@ -84,8 +85,11 @@ class CoOp:
         features, labels = support.inputs.float(), support.labels  # (V, N, D), (N,)
         texts = write_texts("coop", self.encoder, support.class_names, self.contexts, self.class_token)
         tower = ContextTower(self.encoder, texts)
-        start = start_contexts("coop", self.encoder, self.contexts, self.start, generator)  # (M, W)
-        contexts = nn.Parameter(start.repeat(len(texts.tokens) if self.class_specific else 1, 1, 1))
+        sets = len(texts.tokens) if self.class_specific else 1  # of contexts, each with noise of its own
+        start = [
+            start_contexts("coop", self.encoder, self.contexts, self.start, generator) for _ in range(sets)
+        ]
+        contexts = nn.Parameter(torch.stack(start))  # (1, M, W) or (K, M, W)
 
         def accumulate(index: Tensor, view: Tensor) -> None:
             logits = self._classify(features[view, index], tower(contexts[None])[0])  # (B, K)
