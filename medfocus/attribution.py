@@ -388,36 +388,6 @@ def pointing_hit(
     return bool(distance <= tolerance * max(heat.shape))
 
 
-def overlay(picture: np.ndarray, attribution: np.ndarray | Tensor, *, opacity: float = 0.6) -> np.ndarray:
-    """A heat map over the grey picture: picture (S, S, 3) uint8 and attribution (S, S) -> (S, S, 3) uint8.
-
-    The colours are matplotlib's magma, whose lightness rises with the heat and which the colour-blind tell
-    apart too. Each map is scaled to its own maximum, so colours compare places and not pictures.
-
-    Args:
-        picture: RGB.
-        attribution: In the same frame.
-        opacity: Of the hottest colour; it falls with the heat, so that the anatomy shows where there is none.
-
-    Raises ValueError for shapes that differ, another type of picture, or an opacity outside of [0, 1].
-    """
-    heat = np.asarray(attribution, dtype=np.float64)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape != (*heat.shape, 3):
-        raise ValueError(
-            f"overlay: the picture is {picture.shape} {picture.dtype} and the attribution {heat.shape}; give "
-            "(S, S, 3) uint8 and (S, S)."
-        )
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"overlay: the opacity is {opacity}; use a share in [0, 1].")
-    from matplotlib import colormaps
-
-    heat = heat.clip(min=0) / max(heat.max(), np.finfo(np.float64).tiny)
-    colours = 255 * colormaps["magma"](heat)[..., :3]  # (S, S, 3)
-    grey = picture.mean(axis=2, keepdims=True)
-    alpha = opacity * heat[..., None] ** 0.5  # the root: faint heat has to be seen as well
-    return np.round((1 - alpha) * grey + alpha * colours).astype(np.uint8)
-
-
 def _in_one_frame(
     what: str, attribution: np.ndarray | Tensor, mask: np.ndarray | Tensor
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from matplotlib import colormaps
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -20,7 +19,6 @@ from medfocus.attribution import (
     gradient_attention,
     inside_share,
     occlusion,
-    overlay,
     pointing_hit,
     rollout,
     to_maps,
@@ -390,25 +388,6 @@ def test_a_plateau_points_from_its_middle_and_a_flat_map_nowhere() -> None:
     assert not pointing_hit(np.ones((20, 20)), np.ones((20, 20), bool))
 
 
-def test_the_overlay_is_the_grey_picture_where_it_is_cold_and_magma_where_it_is_hot() -> None:
-    picture = noise(1, 16)[0].numpy()
-    heat = np.zeros((16, 16))
-    heat[4, 5], heat[9, 9] = 2.0, 1.0
-    drawn = overlay(picture, heat, opacity=1.0)
-    assert drawn.shape == picture.shape and drawn.dtype == np.uint8
-    assert (drawn[4, 5] == np.round(255 * np.array(colormaps["magma"](1.0)[:3]))).all()
-    grey = np.round(picture.mean(axis=2)).astype(np.uint8)
-    assert (drawn[heat == 0] == grey[heat == 0][:, None]).all()
-    assert (overlay(picture, heat, opacity=0.0) == grey[..., None]).all()
-
-
-def test_the_overlays_lightness_rises_with_the_heat_over_a_dark_picture() -> None:
-    heat = np.linspace(0, 1, 64).reshape(8, 8)
-    drawn = overlay(np.zeros((8, 8, 3), np.uint8), torch.from_numpy(heat))
-    lightness = drawn.reshape(64, 3) @ np.array([0.2126, 0.7152, 0.0722])
-    assert (np.diff(lightness) >= 0).all() and lightness[-1] > 100
-
-
 # --- errors -------------------------------------------------------------------------------------
 
 
@@ -484,14 +463,7 @@ def test_both_numbers_refuse_what_they_cannot_count(number: Any) -> None:
             number(bad, mask)
 
 
-def test_a_tolerance_or_an_overlay_that_makes_no_sense_is_refused() -> None:
+def test_a_tolerance_that_makes_no_sense_is_refused() -> None:
     heat, mask = np.ones((4, 4)), np.ones((4, 4), bool)
     with pytest.raises(ValueError, match=r"the tolerance is 15; use a share of the side in \[0, 1\)"):
         pointing_hit(heat, mask, 15)
-    picture = np.zeros((4, 4, 3), np.uint8)
-    with pytest.raises(ValueError, match=r"the picture is \(4, 4, 3\) uint8 and the attribution \(5, 5\)"):
-        overlay(picture, np.ones((5, 5)))
-    with pytest.raises(ValueError, match=r"the picture is \(4, 4, 3\) float64"):
-        overlay(picture / 1.0, heat)
-    with pytest.raises(ValueError, match=r"the opacity is 2; use a share in \[0, 1\]"):
-        overlay(picture, heat, opacity=2)
