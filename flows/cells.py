@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -87,6 +88,8 @@ def shown_under(focus: str) -> Which:
 def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Method:
     """An unfitted method with its hyperparameters; without an encoder it serves only to check them.
 
+    Of several learning rates it has the first; see ``learning_rates``.
+
     Raises:
         ValueError: The name or a hyperparameter is unknown, missing or out of range.
     """
@@ -97,10 +100,30 @@ def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Meth
             "of one of them write like: and its name."
         )
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    if rates := learning_rates(params, name):
+        settings["lr"] = rates[0]
     try:
         return METHODS[kind](cast("ClipEncoder", encoder), **settings)
     except TypeError as error:
         raise ValueError(f"params.yaml: methods.{name}: {error}.") from error
+
+
+def learning_rates(params: Params, name: str) -> tuple[float, ...]:
+    """The rates of which a method's is chosen inside its support; () for a method that has none.
+
+    Raises ValueError for anything but numbers above 0.
+    """
+    settings = params.method(name)[1]
+    if "lr" not in settings:
+        return ()
+    written = settings["lr"]
+    rates = tuple(written) if isinstance(written, list) else (written,)
+    if not rates or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
+        raise ValueError(
+            f"params.yaml: methods.{name}.lr is {written!r}; give a number above 0, or a list of them, of "
+            "which one is then chosen by cross-validation inside the support."
+        )
+    return rates
 
 
 def plan(params: Params) -> list[Cell]:
@@ -216,6 +239,12 @@ class Dataset:
         known = self._embedded[method.embedding, focus, views]
         return torch.stack([known[path] for path in paths], dim=1)
 
+    def percent_of_train(self, cell: Cell) -> float:
+        """How much of the training pictures a cell may learn from; as written, where that is a percentage."""
+        if cell.support.endswith("%"):
+            return float(cell.support[:-1])
+        return 100 * len(self.support_paths(cell)) / len(self.splits.train)
+
     def support(self, method: Method, cell: Cell, views: int) -> Support:
         """A cell's support, embedded before; empty for a method that learns nothing."""
         paths = self.support_paths(cell)
@@ -253,6 +282,9 @@ class Dataset:
                 for p in paths
             ],
             "flip": self.params.flip,
+            "rates": dataclasses.asdict(self.study.params.learning_rates)
+            if len(learning_rates(self.study.params, cell.method)) > 1
+            else None,
             "code": code_digest(self.study.params.method(cell.method)[0]),
             "prompts": self.prompts,
         }

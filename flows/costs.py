@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
+Done = TypeVar("Done")
 COSTS = Path("reports/costs.csv")
 
 
@@ -37,8 +39,8 @@ class Line:
     note: str
 
 
-def measured(work: Callable[[], object]) -> tuple[float, float | None]:
-    """Do some work: its seconds, and the most memory in MiB that the process held during it.
+def measured(work: Callable[[], Done]) -> tuple[Done, float, float | None]:
+    """Do some work: what it gave, its seconds, and the most memory in MiB that the process held during it.
 
     Linux alone lets a process set its peak back; elsewhere it is None.
     """
@@ -48,13 +50,13 @@ def measured(work: Callable[[], object]) -> tuple[float, float | None]:
     except OSError:
         resettable = False
     began = time.perf_counter()
-    work()
+    done = work()
     seconds = time.perf_counter() - began
     if not resettable:
-        return seconds, None
+        return done, seconds, None
     status = Path("/proc/self/status").read_text()
     peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
-    return seconds, None if peak is None else int(peak.split()[1]) / 1024
+    return done, seconds, None if peak is None else int(peak.split()[1]) / 1024
 
 
 def write(fit: Fit, checkpoint: Path) -> None:

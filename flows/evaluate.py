@@ -135,9 +135,7 @@ def _score(
                 dataset=dataset.name,
                 method=cell.method if place == 0 else f"{cell.method}-{classifier}",
                 focus=cell.focus,
-                percent_of_train=100 * header.facts["n_train"] / len(splits.train)
-                if not cell.support.endswith("%")
-                else float(cell.support[:-1]),
+                percent_of_train=dataset.percent_of_train(cell),
                 seed=cell.seed,
                 **metrics.score(values[at], labels[at]),
                 test_set=test_set,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from joblib import Parallel, delayed, parallel_config
@@ -25,10 +25,11 @@ from torch import nn
 from tqdm import tqdm
 
 from flows import costs
-from flows.cells import Cell, Dataset, build_method, plan
+from flows.cells import Cell, Dataset, build_method, learning_rates, plan
 from flows.study import here
 from medfocus import checkpoint
 from medfocus.methods import METHODS, Method, Support
+from medfocus.methods.choose import LearningRates
 from medfocus.validation import Validation, out_of_fold
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Fit:
     method: Method
     support: Support
     header: checkpoint.Header  # its validation still to be filled in
+    rates: LearningRates | None  # one is chosen; None where there is nothing to choose
     folds: int  # of the validation; 0 for none
     path: Path
 
@@ -96,17 +98,27 @@ def fit(job: Fit) -> None:
     torch.set_num_threads(1)
     _end_with_parent()
     seed = job.header.facts["seed"]
+
+    def fitted(support: Support, generator: torch.Generator) -> Method:
+        if job.rates:
+            return job.rates.fit(job.method, support, generator)
+        return copy.copy(job.method).fit(support, generator)
+
     validation = Validation(0, 0)
     if job.folds:
-        validation = out_of_fold(lambda: copy.copy(job.method), job.support, folds=job.folds, seed=seed)
-    fit_seconds, peak_mib = costs.measured(
-        lambda: job.method.fit(job.support, torch.Generator().manual_seed(seed))
+        validation = out_of_fold(fitted, job.support, folds=job.folds, seed=seed)
+    method, seconds, peak_mib = costs.measured(
+        lambda: fitted(job.support, torch.Generator().manual_seed(seed))
     )
-    counts = {"validation_correct": validation.correct, "validation_count": validation.count}
-    learnt = sum(value.numel() for value in job.method.state().values())
-    note = getattr(job.method, "note", "")
-    costs.write(costs.Fit(fit_seconds, peak_mib, learnt, note), job.path)
-    checkpoint.save(job.method, dataclasses.replace(job.header, **counts), job.path)
+    header = dataclasses.replace(
+        job.header,
+        validation_correct=validation.correct,
+        validation_count=validation.count,
+        settings={**job.header.settings, **({"lr": cast("Any", method).lr} if job.rates else {})},
+    )
+    learnt = sum(value.numel() for value in method.state().values())
+    costs.write(costs.Fit(seconds, peak_mib, learnt, getattr(method, "note", "")), job.path)
+    checkpoint.save(method, header, job.path)
 
 
 @contextlib.contextmanager
@@ -168,7 +180,9 @@ def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
         blocks = getattr(method, "blocks", 0)  # of the tower that train
         end = encoder.tail(blocks) if blocks else None
         method.encoder = cast("ClipEncoder", TrainableEnd(encoder.key, encoder.logit_scale, end))
-    return Fit(method, support, header, _folds(dataset, cell), path)
+    rates = learning_rates(params, cell.method)
+    choice = LearningRates(rates, **dataclasses.asdict(params.learning_rates)) if len(rates) > 1 else None
+    return Fit(method, support, header, choice, _folds(dataset, cell), path)
 
 
 def _views(dataset: Dataset, cell: Cell) -> int:

@@ -18,7 +18,7 @@ from flows.study import ADAPTER, Study, here
 from medfocus import images
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
 from medfocus.quality import iou, known_region
-from medfocus.records import Record, read_manifest
+from medfocus.records import Record, read_manifest, spread_over_classes
 from medfocus.report import mask_sheet
 from medfocus.splits import read_splits
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = set(taught.records)  # an adapter's masks of these would flatter it
     measured = [record for record in records if record not in known]
     _write_summary(masks, _truths(measured, root, masks), reports / "masks.csv")
-    shown = _spread_over_classes(records)
+    shown = [records[i] for i in spread_over_classes([r.label for r in records], _SHEET_PICTURES)]
     (reports / "masks.png").write_bytes(
         mask_sheet(
             [images.read(root / record.path) for record in shown],
@@ -153,17 +153,6 @@ def _write_summary(masks: PublishedMasks, truths: dict[str, list[float]], path: 
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-
-
-def _spread_over_classes(records: Sequence[Record]) -> list[Record]:
-    """Up to ``_SHEET_PICTURES`` records, as many of each class, spread over its pictures."""
-    labels = sorted({record.label for record in records})
-    chosen: list[Record] = []
-    for label in labels:
-        members = [record for record in records if record.label == label]
-        count = min(len(members), max(1, _SHEET_PICTURES // len(labels)))
-        chosen += [members[i] for i in np.linspace(0, len(members) - 1, count).astype(int)]
-    return chosen
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from medfocus.html_report import (
 )
 from medfocus.images import letterbox_mask
 from medfocus.quality import known_region
-from medfocus.report import StudyRow, read_published, read_study_csv
+from medfocus.records import spread_over_classes
+from medfocus.report import StudyRow, read_published, read_study_csv, system_name
 
 ATTRIBUTION = Path("reports/attribution.csv")
 _EXPLAINED = 24  # test pictures a data set and system
@@ -131,7 +132,8 @@ class _Parts:
             predicted = {cell: _main_classifier(file, cell) for cell in cells}
         draws: dict[tuple[str, float], list[np.ndarray]] = {}  # (system, percent) -> a draw's (N, K) each
         for cell, values in predicted.items():
-            draws.setdefault((_system(cell), _percent(dataset, cell)), []).append(values)
+            system = system_name(cell.method, cell.focus)
+            draws.setdefault((system, dataset.percent_of_train(cell)), []).append(values)
         for test_set, members in test_sets(dataset).items():
             at = np.isin(splits.test, members)
             patients = np.array([dataset.records[path].patient or path for path in splits.test])[at]
@@ -174,9 +176,10 @@ class _Parts:
         encoder = dataset.encoder_for(cell.focus)
         method, _ = checkpoint.load(Path("data/checkpoints", cell.path), encoder)
         test = dataset.splits.test
-        system = f"{_system(cell)}, {cell.support} of train"
-        chosen = _spread(dataset, _EXPLAINED)
-        shown = set(_spread(dataset, _SHOWN))
+        system = f"{system_name(cell.method, cell.focus)}, {cell.support} of train"
+        labels = [dataset.records[path].label for path in test]
+        chosen = spread_over_classes(labels, _EXPLAINED)
+        shown = set(spread_over_classes(labels, _SHOWN))
         for i in tqdm(chosen, desc=f"explain {cell.name}", unit="picture", disable=None, leave=False):
             record = dataset.records[test[i]]
             view = dataset.shown(record, cell.focus)  # (S, S, C)
@@ -220,16 +223,6 @@ def _main_classifier(file: np.lib.npyio.NpzFile, cell: Cell) -> np.ndarray:
     return file[next(name for name in file.files if name.startswith(f"{cell.name} "))].astype(np.float64)
 
 
-def _system(cell: Cell) -> str:
-    return cell.method if cell.focus == "none" else f"{cell.method} ({cell.focus})"
-
-
-def _percent(dataset: Dataset, cell: Cell) -> float:
-    if cell.support.endswith("%"):
-        return float(cell.support[:-1])
-    return 100 * len(dataset.support_paths(cell)) / len(dataset.splits.train)
-
-
 def _explained_cells(best: Cell, cells: Sequence[Cell]) -> Iterator[Cell]:
     """The best cell, and of those that differ from it in their focus alone the first."""
     others = (
@@ -244,18 +237,6 @@ def _explained_cells(best: Cell, cells: Sequence[Cell]) -> Iterator[Cell]:
 def _calibrated(draws: dict[tuple[str, float], list[np.ndarray]], percent: float) -> list[str]:
     """MedFocusCLIP and its kin, where they were run at ``percent``."""
     return [system for system, at in draws if at == percent and system.startswith("medfocusclip")][:4]
-
-
-def _spread(dataset: Dataset, count: int) -> list[int]:
-    """Places of about ``count`` test pictures, as many of each class, spread over it."""
-    labels = dataset.labels(dataset.splits.test)
-    chosen: list[int] = []
-    for k in range(len(dataset.classes)):
-        of_class = np.flatnonzero(labels == k)
-        number = min(len(of_class), max(1, count // len(dataset.classes)))
-        if number:
-            chosen += of_class[np.linspace(0, len(of_class) - 1, number).astype(int)].tolist()
-    return chosen
 
 
 def _attribution_sentences(lines: Sequence[Explained]) -> list[str]:

@@ -157,6 +157,14 @@ class ClipParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class LearningRatesParams:
+    """How a learning rate is chosen where a method lists several."""
+
+    folds: Annotated[int, Field(ge=2)]  # of the cross-validation inside the support
+    pictures: Positive  # of the support, at most, that it trains and measures on
+
+
+@dataclass(frozen=True, config=_strict)
 class ValidationParams:
     """Out-of-fold validation inside the support, by which the best cell is chosen."""
 
@@ -199,6 +207,7 @@ class Params:
     views: ViewsParams
     clip: ClipParams
     methods: dict[str, dict[str, Any]]  # hyperparameters; each method checks its own
+    learning_rates: LearningRatesParams
     validation: ValidationParams
     tracking: TrackingParams
     report: ReportParams

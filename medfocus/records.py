@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,14 @@ def read_manifest(path: Path) -> list[Record]:
             Record(**{**row, "width": int(row["width"]), "height": int(row["height"])})
             for row in csv.DictReader(file)
         ]
+
+
+def spread_over_classes(labels: Sequence[str], count: int) -> list[int]:
+    """Places of about ``count`` pictures: as many of each class, at least one, spread over its pictures."""
+    classes = sorted(set(labels))
+    chosen: list[int] = []
+    for label in classes:
+        places = [place for place, own in enumerate(labels) if own == label]
+        number = min(len(places), max(1, count // len(classes)))
+        chosen += [places[i] for i in np.linspace(0, len(places) - 1, number).astype(int)]
+    return chosen

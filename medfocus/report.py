@@ -56,7 +56,12 @@ class StudyRow:
     @property
     def system(self) -> str:
         """The method and, where it has one, its focus: the name of a row of the table."""
-        return self.method if self.focus == "none" else f"{self.method} ({self.focus})"
+        return system_name(self.method, self.focus)
+
+
+def system_name(method: str, focus: str) -> str:
+    """A method and, where it has one, its focus, as tables and the page call them together."""
+    return method if focus == "none" else f"{method} ({focus})"
 
 
 def write_study_csv(rows: Sequence[StudyRow], path: Path) -> None:

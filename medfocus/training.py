@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 
+def passes(pictures: int, *, epochs: int, batch_size: int, max_steps: int) -> int:
+    """Epochs over so many pictures, as many as ``max_steps`` optimisation steps allow and at least one."""
+    return max(1, min(epochs, max_steps // math.ceil(pictures / batch_size)))
+
+
 def train(
     parameters: Iterable[nn.Parameter],
     loss: Callable[[Tensor, Tensor], Tensor],

@@ -19,21 +19,23 @@ class Validation:
     count: int
 
 
-def out_of_fold(build: Callable[[], Method], support: Support, *, folds: int, seed: int) -> Validation:
+def out_of_fold(
+    fit: Callable[[Support, torch.Generator], Method], support: Support, *, folds: int, seed: int
+) -> Validation:
     """Refit the method on each fold's rest and predict the fold by its main classifier.
 
-    Every choice that the method makes (λ, C) is made anew without the held-out pictures, so the
+    Every choice (λ, C, the learning rate) is made anew without the held-out pictures, so the
     count is an honest estimate; patients and duplicates are never on both sides.
 
     Args:
-        build: Makes an unfitted method.
+        fit: Makes a fitted method of some of the pictures.
         support: The labelled pictures.
         folds: The wished number of folds; small classes bound it.
         seed: Of the folds and of every refit.
     """
     correct = count = 0
-    for fit, held in stratified_folds(support.labels.numpy(), support.groups.numpy(), folds, seed):
-        method = build().fit(support.subset(fit), torch.Generator().manual_seed(seed))
+    for rest, held in stratified_folds(support.labels.numpy(), support.groups.numpy(), folds, seed):
+        method = fit(support.subset(rest), torch.Generator().manual_seed(seed))
         out = support.subset(held)
         logits = next(iter(method.logits(out.inputs[0]).values()))  # (M, K)
         correct += int((logits.argmax(dim=1) == out.labels).sum())

@@ -291,13 +291,6 @@ def test_a_last_batch_of_one_is_no_fault_of_batch_normalisation() -> None:
     assert _two_or_more(index, view, 9) == (index, view)
 
 
-def test_max_steps_bounds_the_epochs() -> None:
-    method = backbone(epochs=30, max_steps=40, batch_size=32)
-    assert method.passes(20) == 30  # an epoch is a step
-    assert method.passes(60) == 20  # of two steps each
-    assert method.passes(32 * 50) == 1  # an epoch is longer than the bound
-
-
 def test_pictures_are_what_it_asks_for() -> None:
     method = backbone()
     pictures, _ = coloured(2)

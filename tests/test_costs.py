@@ -22,9 +22,9 @@ def hungry():
     time.sleep(0.05)
     del block
 
-_, idle = costs.measured(lambda: None)
-seconds, peak = costs.measured(hungry)
-_, again = costs.measured(lambda: None)
+_, _, idle = costs.measured(lambda: None)
+_, seconds, peak = costs.measured(hungry)
+_, _, again = costs.measured(lambda: None)
 print(seconds, idle, peak, again)
 """
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional
 from flows.cells import Cell, build_method, plan
 from medfocus import checkpoint
 from medfocus.methods import METHODS, Support
-from medfocus.methods.choose import choose
+from medfocus.methods.choose import LearningRates, choose
 from medfocus.methods.clip_adapter import RATIO_WITHOUT_VALIDATION, Adapter
 from medfocus.methods.lp_plus_plus import minimise, start, step_sizes
 from medfocus.methods.pixels import RbfMachine
@@ -212,6 +213,43 @@ def test_a_choice_is_the_best_held_out_log_likelihood_and_sees_no_picture_twice(
     assert chosen == "sharp"
     assert len(sides) == 3 and set.union(*(held for _, held in sides)) == set(support.groups.tolist())
     assert not any(fit & held for fit, held in sides)  # twins stay on one side
+
+
+@dataclass
+class Sharpened:
+    """Answers with the label that is in the first feature, as sharply as its learning rate says."""
+
+    lr: float
+    seen: ClassVar[list[int]] = []
+
+    def fit(self, support: Support, generator: torch.Generator) -> Sharpened:
+        self.seen.append(len(support.labels))
+        return self
+
+    def logits(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"main": self.lr * functional.one_hot(inputs[:, 0].long(), CLASSES).float()}
+
+
+def labelled(labels: Tensor) -> Support:
+    inputs = labels.float()[None, :, None]
+    return Support(inputs, labels, torch.arange(len(labels)), torch.zeros(CLASSES, DIM))
+
+
+def test_the_learning_rate_is_the_one_that_does_best_on_held_out_pictures_of_a_part_of_the_support() -> None:
+    support = labelled(torch.arange(90) % CLASSES)
+    Sharpened.seen.clear()
+    rates = LearningRates((0.1, 5.0, 1.0), folds=2, pictures=30)
+    chosen = rates.fit(Sharpened(0.7), support, seeded())  # pyright: ignore[reportArgumentType]
+    assert cast("Any", chosen).lr == 5.0
+    assert Sharpened.seen == [15] * 6 + [90]  # three rates on either half of 30, and the last on all
+
+
+@pytest.mark.parametrize("counts", [(1, 60, 60), (2, 60, 60), (500, 2, 3)])
+def test_a_rate_can_be_chosen_or_not_whatever_the_classes_sizes(counts: tuple[int, ...]) -> None:
+    labels = torch.arange(CLASSES).repeat_interleave(torch.tensor(counts))
+    rates = LearningRates((0.1, 5.0), folds=2, pictures=20)
+    chosen = rates.fit(Sharpened(0.7), labelled(labels), seeded())  # pyright: ignore[reportArgumentType]
+    assert cast("Any", chosen).lr == (0.1 if min(counts) == 1 else 5.0)  # nothing held out: the first stands
 
 
 def test_without_a_fold_the_published_value_stands_and_one_candidate_needs_no_fold() -> None:

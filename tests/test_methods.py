@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -21,7 +22,7 @@ from medfocus.methods import METHODS, Support
 from medfocus.methods.medfocusclip import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
 from medfocus.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
 from medfocus.prompts import class_embeddings
-from medfocus.training import train
+from medfocus.training import passes, train
 from medfocus.validation import Validation, out_of_fold
 from tests.conftest import TinyClip
 
@@ -32,7 +33,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "k-nn": {"neighbours": (1, 3, 5), "folds": 3},
     "clip-zero-shot": {},
     "clip-linear-probe": {"folds": 3},
-    "clip-few-shot": {"blocks": 1, "epochs": 60, "batch_size": 8, "lr": 3e-2, "weight_decay": 1e-2},
+    "clip-few-shot": {
+        "blocks": 1,
+        "epochs": 60,
+        "max_steps": 1000,
+        "batch_size": 8,
+        "lr": 3e-2,
+        "weight_decay": 1e-2,
+    },
     "clip-adapter": {
         "ratios": (0.8,),
         "reduction": 1,
@@ -123,6 +131,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "grid": 2,
         "hidden": 4,
         "epochs": 40,
+        "max_steps": 1000,
         "batch_size": 8,
         "lr": 1e-2,
         "weight_decay": 1e-2,
@@ -308,10 +317,11 @@ def test_on_random_labels_the_method_is_at_chance(tiny_clip: TinyClip) -> None:
     """Held-out pictures of random labels are guessed no better than by chance: no label leaks into M or C."""
     correct = count = 0
     for seed in range(6):
-        build = lambda: METHODS["medfocusclip"](tiny_clip, **SETTINGS["medfocusclip"])  # noqa: E731
+        method = METHODS["medfocusclip"](tiny_clip, **SETTINGS["medfocusclip"])
         pictures, labels = coloured_pictures(60, seed)
         shuffled = labels[torch.randperm(60, generator=torch.Generator().manual_seed(seed))]
-        result = out_of_fold(build, support_of(build(), pictures, shuffled), folds=3, seed=seed)
+        support = support_of(method, pictures, shuffled)
+        result = out_of_fold(copy.copy(method).fit, support, folds=3, seed=seed)
         correct, count = correct + result.correct, count + result.count
     assert count == 360
     assert abs(correct / count - 1 / CLASSES) < 0.08  # three standard errors
@@ -432,6 +442,13 @@ def test_training_descends_and_keeps_the_last_iterate() -> None:
     assert float(weight.detach() ** 2) <= history[-1]  # what is left behind is the last iterate
 
 
+def test_steps_bound_the_epochs_of_large_supports_and_one_epoch_is_always_made() -> None:
+    bound = {"epochs": 30, "max_steps": 40, "batch_size": 32}
+    assert passes(20, **bound) == 30  # an epoch is a step
+    assert passes(60, **bound) == 20  # of two steps each
+    assert passes(32 * 50, **bound) == 1  # an epoch is longer than the bound
+
+
 def test_validation_predicts_every_picture_once_by_a_method_that_has_not_seen_it(tiny_clip: TinyClip) -> None:
     seen: list[set[int]] = []
 
@@ -449,14 +466,19 @@ def test_validation_predicts_every_picture_once_by_a_method_that_has_not_seen_it
 
     labels = torch.arange(20) % 2
     support = Support(torch.arange(20.0)[None], labels, torch.arange(20), torch.zeros(2, 4))
-    result = out_of_fold(Remembers, support, folds=4, seed=0)  # pyright: ignore[reportArgumentType]
+    result = out_of_fold(
+        lambda part, draws: Remembers().fit(part, draws),  # pyright: ignore[reportReturnType, reportArgumentType]
+        support,
+        folds=4,
+        seed=0,
+    )
     assert result == Validation(correct=10, count=20)  # it knows nothing held out, so class 1 is always wrong
     assert seen == [set()] * 4
 
 
 def test_nothing_is_validated_where_a_class_has_one_picture() -> None:
     support = Support(torch.zeros(1, 3, 2), torch.tensor([0, 0, 1]), torch.arange(3), torch.zeros(2, 4))
-    assert out_of_fold(lambda: pytest.fail("nothing to fit"), support, folds=3, seed=0) == Validation(0, 0)
+    assert out_of_fold(lambda *_: pytest.fail("nothing to fit"), support, folds=3, seed=0) == Validation(0, 0)
 
 
 class Brightness:

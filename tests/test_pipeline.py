@@ -24,6 +24,7 @@ from flows.pipeline import pipeline
 from flows.stages import StageBusyError, reproduce
 from flows.study import open_study
 from medfocus.quality import center_box
+from medfocus.splits import read_splits
 from medfocus.views import view_key
 
 
@@ -193,6 +194,62 @@ def test_every_control_shows_another_view_and_a_shuffled_mask_is_another_picture
         for mode in modes
     }
     assert len(keys) == len(modes), "each has its own place in the cache"
+
+
+def fitted_cells(project: Path) -> dict[str, bytes]:
+    """The name of every cell -> its checkpoint, all of them fitted anew."""
+    shutil.rmtree(project / ".cache" / "cells", ignore_errors=True)
+    finetune.main([])
+    files = sorted(Path("data/checkpoints").rglob("*.safetensors"))
+    return {file.name: file.read_bytes() for file in files}
+
+
+def permute_labels(manifest: Path, paths: set[str]) -> None:
+    """Give the pictures at ``paths`` the labels of one another, by a turn of one."""
+    with manifest.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    chosen = [line for line in lines if line["path"] in paths]
+    labels = [line["label"] for line in chosen]
+    for line, label in zip(chosen, [*labels[5:], *labels[:5]], strict=True):
+        line["label"] = label
+    with manifest.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def test_permuting_the_labels_of_test_changes_no_choice_and_no_weight(project: Path) -> None:
+    edit_params(
+        project,
+        "study",
+        methods={
+            "pixels": ["none"],
+            "k-nn": ["none"],
+            "clip-linear-probe": ["none"],
+            "clip-adapter": ["none"],
+            "tip-adapter-f": ["none"],
+            "medfocusclip": ["multiply"],
+        },
+        seeds=[0],
+    )
+    methods = yaml.safe_load((project / "params.yaml").read_text())["methods"]
+    methods["clip-adapter"] |= {"ratios": [0.2, 0.6], "lr": [0.001, 0.01], "epochs": 5}
+    methods["medfocusclip"] |= {"contrastive_weights": [0.0, 0.5], "lr": [0.001, 0.003], "epochs": 3}
+    edit_params(project, "methods", **methods)
+    for stage in ("phantoms@breast_ultrasound", "ingest@phantom-breast", "duplicates@phantom-breast"):
+        reproduce(project, stage)
+    for stage in ("splits@phantom-breast", "masks@phantom-breast"):
+        reproduce(project, stage)
+    manifest, splits = Path("data/manifests/phantom-breast.csv"), Path("data/splits/phantom-breast.json")
+    manifest.chmod(0o644)  # DVC guards what it made
+    test, train = read_splits(splits).test, read_splits(splits).train
+    before = fitted_cells(project)
+    permute_labels(manifest, set(test))
+    assert fitted_cells(project) == before
+    permute_labels(manifest, set(train))  # what the check above would see, did a label of test get in
+    after = fitted_cells(project)
+    assert after.keys() == before.keys()
+    assert all(after[name] != content for name, content in before.items())
 
 
 def test_a_control_is_never_the_best_cell(project: Path) -> None:

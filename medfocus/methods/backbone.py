@@ -7,7 +7,6 @@ arXiv 2010.11929), Swin (Liu et al., arXiv 2103.14030), and whatever else timm h
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch.nn import functional
 
 from medfocus import weights
 from medfocus.methods.protocol import PICTURES, Support
-from medfocus.training import train
+from medfocus.training import passes, train
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
@@ -97,10 +96,6 @@ class Backbone:
         """Pictures (B, S, S, C) uint8, as they are."""
         return pictures
 
-    def passes(self, pictures: int) -> int:
-        """Epochs over so many pictures, as many as ``max_steps`` allows and at least one."""
-        return max(1, min(self.epochs, self.max_steps // math.ceil(pictures / self.batch_size)))
-
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Train on the pictures (V, N, S, S, C) uint8; C is 3, 4 (region) or 6 (two pictures).
 
@@ -119,7 +114,9 @@ class Backbone:
                 loss,
                 labels,
                 views=len(pictures),
-                epochs=self.passes(len(labels)),
+                epochs=passes(
+                    len(labels), epochs=self.epochs, batch_size=self.batch_size, max_steps=self.max_steps
+                ),
                 batch_size=self.batch_size,
                 lr=self.lr,
                 weight_decay=self.weight_decay,

@@ -3,16 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
+from medfocus.methods.protocol import Method, Support
 from medfocus.probe import stratified_folds
 
 Candidate = TypeVar("Candidate")
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Candidates for a method's ``lr``, and how one of them is chosen."""
+
+    values: tuple[float, ...]
+    folds: int  # of the cross-validation; small classes bound it
+    pictures: int  # of the support that it sees at most: every candidate is trained anew on each fold
+
+    def fit(self, method: Method, support: Support, generator: torch.Generator) -> Method:
+        """A copy of an unfitted method, fitted with the rate that does best inside the support.
+
+        Where no fold can be made the first rate stands.
+        """
+        seed = generator.initial_seed() % 2**32
+
+        def held_out_logits(fit: Support, held: Support) -> Iterable[Tensor]:
+            for rate in self.values:
+                fitted = _with_rate(method, rate).fit(fit, torch.Generator().manual_seed(seed))
+                yield next(iter(fitted.logits(held.inputs[0]).values()))
+
+        part = _stratified_part(support, self.pictures, seed)
+        chosen = choose(
+            self.values, part, held_out_logits, folds=self.folds, seed=seed, otherwise=self.values[0]
+        )
+        return _with_rate(method, chosen).fit(support, generator)
+
+
+def _with_rate(method: Method, rate: float) -> Method:
+    return replace(cast("Any", method), lr=rate)
+
+
+def _stratified_part(support: Support, pictures: int, seed: int) -> Support:
+    """At most so many pictures of a support, in the classes' shares; never fewer than two a class."""
+    counts = support.labels.bincount()
+    wanted = max(pictures, 2 * len(counts))
+    if wanted + len(counts) > len(support.labels) or counts.min() < 2:
+        return support
+    index = np.arange(len(support.labels))
+    part, _ = train_test_split(index, train_size=wanted, stratify=support.labels.numpy(), random_state=seed)
+    return support.subset(np.sort(part))
 
 
 def choose(

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from medfocus.methods.protocol import Support
 from medfocus.probe import Probe, fit_probe
-from medfocus.training import train
+from medfocus.training import passes, train
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
@@ -119,6 +119,7 @@ class ClipFewShot:
     encoder: ClipEncoder
     blocks: int  # how many of the last transformer blocks train, with ln_post and the projection
     epochs: int
+    max_steps: int  # a bound on epochs, in optimisation steps; one epoch is always made
     batch_size: int
     lr: float
     weight_decay: float
@@ -150,7 +151,9 @@ class ClipFewShot:
             loss,
             labels,
             views=len(tokens),
-            epochs=self.epochs,
+            epochs=passes(
+                len(labels), epochs=self.epochs, batch_size=self.batch_size, max_steps=self.max_steps
+            ),
             batch_size=self.batch_size,
             lr=self.lr,
             weight_decay=self.weight_decay,

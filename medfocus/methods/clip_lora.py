@@ -2,7 +2,8 @@
 
 The logits are s I Tᵀ of the updated towers, and the loss is their cross-entropy. As in the public code the
 class texts are those of the first template alone and are encoded anew at every step, and the number of steps
-grows with the shots. There is no choice to make: the published settings are the same for every data set.
+grows with the shots. The published settings are the same for every data set. Where ``max_steps`` cuts the
+training short, the published learning rate may be too small to move anything: then give several.
 """
 
 from __future__ import annotations

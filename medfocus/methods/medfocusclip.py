@@ -19,7 +19,7 @@ from medfocus.methods.fusion import FUSIONS, HEADS, Adapter, FusedClassifier, co
 from medfocus.methods.protocol import PICTURES, Support
 from medfocus.probe import Probe, fit_probe, stratified_folds
 from medfocus.prompts import class_embeddings
-from medfocus.training import train
+from medfocus.training import passes, train
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
@@ -64,6 +64,7 @@ class MedFocusClip:
     segmenter_grid: int  # cells a side to which SAM2's picture features are averaged; 0: they stay out of M
     hidden: int  # width of the adapters' bottleneck
     epochs: int
+    max_steps: int  # a bound on epochs, in optimisation steps; one epoch is always made
     batch_size: int
     lr: float
     weight_decay: float
@@ -190,7 +191,9 @@ class MedFocusClip:
                 loss,
                 labels,
                 views=len(inputs),
-                epochs=self.epochs,
+                epochs=passes(
+                    len(labels), epochs=self.epochs, batch_size=self.batch_size, max_steps=self.max_steps
+                ),
                 batch_size=self.batch_size,
                 lr=self.lr,
                 weight_decay=self.weight_decay,
