@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import hashlib
 import json
@@ -146,6 +147,16 @@ def plan(params: Params) -> list[Cell]:
     return cells
 
 
+def methods_of(params: Params, cells: Iterable[Cell]) -> list[Method]:
+    """The methods of cells, each once, without an encoder: for ``Dataset.embed``."""
+    return [build_method(params, name, None) for name in dict.fromkeys(cell.method for cell in cells)]
+
+
+def support_views(params: Params, method: str) -> int:
+    """How many views of each training picture a method takes."""
+    return 1 + params.views.augmented if METHODS[params.method(method)[0]].takes_views else 1
+
+
 def _supports(of: StudyParams | OnlyParams) -> list[str]:
     return [*(f"{p:g}%" for p in of.percents), *(f"{n}-shot" for n in of.shots)]
 
@@ -202,40 +213,50 @@ class Dataset:
         """The pictures a cell may learn from; for a method that learns nothing, none."""
         return [] if cell.support == NOTHING else self.splits.supports[cell.seed][cell.support]
 
-    def embed(self, method: Method, focus: str, paths: Iterable[str], views: int, label: str) -> None:
-        """Have the frozen part's output for ``views`` views of pictures at hand, computing each once.
+    def embed(
+        self, methods: Iterable[Method], focus: str, paths: Iterable[str], views: int, label: str
+    ) -> None:
+        """Have the frozen parts' output for ``views`` views of pictures at hand, computing each once.
 
         Args:
-            method: Whose frozen part is run.
+            methods: Whose frozen parts are run, all of them in one pass of the pictures through the tower.
             focus: The visual prompt.
             paths: Pictures of the manifest.
             views: View 0 is the whole picture, the others are random crops.
             label: Beside the progress bar.
         """
-        known = self._embedded.setdefault((method.embedding, focus, views), {})
-        wanted = [path for path in dict.fromkeys(paths) if path not in known]
+        one_each = {method.embedding: method for method in methods}
+        known = {name: self._embedded.setdefault((name, focus, views), {}) for name in one_each}
+        wanted = [path for path in dict.fromkeys(paths) if any(path not in rows for rows in known.values())]
         if not wanted:
             return
         size, feather = self.encoder.image_size, self.study.params.views.feather
+        encoder = self.encoder_for(focus).remembering()
+
+        def kind(method: Method) -> features.Kind:
+            own = copy.copy(method)
+            own.encoder = encoder
+            settings = f"{encoder.key} {method.embedding} {self._view_key(focus)}"
+            return features.Kind(own.embed, settings, _dtype(method.embedding))
+
         items = [(self.records[path], number) for path in wanted for number in range(views)]
         with tqdm(
             total=len(items), desc=f"{label} {self.name} {focus}", unit="view", disable=None, leave=False
         ) as bar:
-            encoded = features.encode(
+            encoded = features.encode_together(
                 items,
                 [self._view_name(record, focus, number) for record, number in items],
                 lambda item: self._view(*item, focus=focus, size=size, feather=feather),
-                method.embed,
+                [kind(method) for method in one_each.values()],
                 cache=self.study.cache / "features",
-                settings=f"{self.encoder_for(focus).key} {method.embedding} {self._view_key(focus)}",
                 batch_size=self.study.params.views.batch_size,
-                dtype=_dtype(method.embedding),
                 progress=lambda done, total: bar.update(done - bar.n),
             )
-        known.update(zip(wanted, encoded.unflatten(0, (len(wanted), views)), strict=True))
+        for rows, table in zip(known.values(), encoded, strict=True):
+            rows.update(zip(wanted, table.unflatten(0, (len(wanted), views)), strict=True))
 
     def inputs(self, method: Method, focus: str, paths: Sequence[str], views: int) -> Tensor:
-        """What ``embed`` computed for ``paths``: (V, N, ...)."""
+        """What ``embed`` computed of ``method``'s frozen part for ``paths``: (V, N, ...)."""
         known = self._embedded[method.embedding, focus, views]
         return torch.stack([known[path] for path in paths], dim=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,9 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from flows import costs
-from flows.cells import Cell, Dataset, best_cell, plan
+from flows.cells import Cell, Dataset, best_cell, methods_of, plan
 from flows.study import PLOTS, RESULTS, STUDY, Study, here
 from medfocus import checkpoint, metrics, report, tracking
+from medfocus.figures import LIGHT, reliability_panel
 from medfocus.report import StudyRow
 
 
@@ -39,25 +41,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         for name, own in groupby(cells, key=lambda cell: cell.dataset):
             dataset = Dataset(study, name, encoder)
+            own = list(own)
+            for focus in dict.fromkeys(cell.focus for cell in own):
+                methods = methods_of(params, (cell for cell in own if cell.focus == focus))
+                dataset.embed(methods, focus, dataset.splits.test, 1, "encode test")
             predicted: dict[Cell, dict[str, np.ndarray]] = {}  # -> classifier -> (N, K) probabilities
-            for cell in own:
-                predicted[cell], header, rate = _predict(dataset, cell)
-                scored = _score(dataset, cell, header, predicted[cell])
-                spent += _cost(dataset, cell, header, next(iter(scored.values())), rate)
-                run_ids[header.facts["key"]] = _log(run, dataset, cell, header, scored, provenance)
-                rows += scored.values()
-                bar.update()
+            for _, of_system in groupby(own, key=lambda cell: (cell.method, cell.focus)):
+                first: list[StudyRow] = []  # of each cell: its own classifier on the whole test set
+                for cell in of_system:
+                    predicted[cell], header, rate = _predict(dataset, cell)
+                    scored = _score(dataset, cell, header, predicted[cell])
+                    first.append(next(iter(scored.values())))
+                    spent += _cost(dataset, cell, header, first[-1], rate)
+                    run_ids[header.facts["key"]] = _log(run, dataset, cell, header, scored, provenance)
+                    rows += scored.values()
+                    bar.update()
+                if not bar.disable:
+                    bar.write(report.progress_line(first), file=sys.stderr)
             _save_predictions(Path("data/predictions", f"{name}.npz"), dataset, predicted)
             best = best_cell(params, name, predicted)
-            confusion = _confusion(dataset, best, predicted[best])
-            (figures / f"confusion-{name}.png").write_bytes(confusion)
-            run.log_figure(f"confusion-{name}", confusion)
+            values = next(iter(predicted[best].values()))  # (N, K) of its own classifier
+            for kind, figure in _figures_of(dataset, best, values).items():
+                (figures / f"{kind}-{name}.png").write_bytes(figure)
+                run.log_figure(f"{kind}-{name}", figure)
             run.log_figure(f"masks-{name}", Path(f"reports/data/{name}/masks.png").read_bytes())
         accuracy = report.accuracy_figure(rows)
         (figures / "accuracy.png").write_bytes(accuracy)
         run.log_figure("accuracy", accuracy)
         report.write_study_csv(rows, RESULTS)
-        _write_plots(rows)
+        PLOTS.parent.mkdir(parents=True, exist_ok=True)
+        PLOTS.write_text(report.plot_table(rows), encoding="utf-8")
         costs.write_lines(spent, costs.COSTS)
         _write_study_csv(study, run_ids)
         run.log_table("study", STUDY.read_text(encoding="utf-8"))
@@ -83,13 +96,6 @@ def _settings(study: Study) -> dict[str, object]:
     }
 
 
-def _write_plots(rows: Sequence[StudyRow]) -> None:
-    """What ``dvc plots`` draws: accuracy over the percent of train, a file a test set."""
-    PLOTS.mkdir(parents=True, exist_ok=True)
-    for name, text in report.plot_tables(rows).items():
-        (PLOTS / f"{name}.csv").write_text(text, encoding="utf-8")
-
-
 def _cost(
     dataset: Dataset, cell: Cell, header: checkpoint.Header, row: StudyRow, rate: float
 ) -> list[costs.Line]:
@@ -112,7 +118,6 @@ def _predict(dataset: Dataset, cell: Cell) -> tuple[dict[str, np.ndarray], check
     The last is the rate, in pictures a second, at which its own part predicted them.
     """
     method, header = checkpoint.load(Path("data/checkpoints", cell.path), dataset.encoder_for(cell.focus))
-    dataset.embed(method, cell.focus, dataset.splits.test, 1, "encode test")
     inputs = dataset.inputs(method, cell.focus, dataset.splits.test, 1)[0]  # (N, ...)
     began = time.perf_counter()
     logits = method.logits(inputs)
@@ -200,13 +205,15 @@ def _save_predictions(path: Path, dataset: Dataset, predicted: dict[Cell, dict[s
     np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
-def _confusion(dataset: Dataset, cell: Cell, probabilities: dict[str, np.ndarray]) -> bytes:
-    """The confusion matrix of a cell's main classifier on the whole test set, as a PNG."""
+def _figures_of(dataset: Dataset, cell: Cell, probabilities: np.ndarray) -> dict[str, bytes]:
+    """A cell's confusion matrix and reliability curve, (N, K) on the whole test set, as PNGs."""
     labels = dataset.labels(dataset.splits.test)
-    predicted = next(iter(probabilities.values())).argmax(axis=1)
-    return report.confusion_figure(
-        metrics.confusion(predicted, labels, len(dataset.classes)), dataset.classes, cell.name
-    )
+    counts = metrics.confusion(probabilities.argmax(axis=1), labels, len(dataset.classes))
+    curve = metrics.reliability(probabilities, labels)
+    return {
+        "confusion": report.confusion_figure(counts, dataset.classes, cell.name),
+        "reliability": reliability_panel(curve, LIGHT, transparent=False),
+    }
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -25,7 +25,15 @@ from torch import nn
 from tqdm import tqdm
 
 from flows import costs
-from flows.cells import Cell, Dataset, build_method, learning_rates, plan
+from flows.cells import (
+    Cell,
+    Dataset,
+    build_method,
+    learning_rates,
+    methods_of,
+    plan,
+    support_views,
+)
 from flows.study import here
 from medfocus import checkpoint
 from medfocus.methods import METHODS, Method, Support
@@ -83,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             paths = {cell: _path(dataset, cell) for cell in own}
             missing = [cell for cell, path in paths.items() if not path.exists()]
             bar.update(len(paths) - len(missing))
-            todo = (delayed(fit)(_prepare(dataset, cell, paths[cell])) for cell in missing)
+            todo = (delayed(fit)(job) for job in _prepared(dataset, {c: paths[c] for c in missing}))
             for _ in Parallel(return_as="generator_unordered")(todo):
                 bar.update()
             for cell, path in paths.items():
@@ -146,8 +154,20 @@ def _end_with_parent() -> None:
 def _path(dataset: Dataset, cell: Cell) -> Path:
     """Where the cache keeps a cell's checkpoint: named by everything that it depends on."""
     params = dataset.study.params
-    key = dataset.key(cell, params.method(cell.method)[1], _views(dataset, cell), _folds(dataset, cell))
+    settings, views = params.method(cell.method)[1], support_views(params, cell.method)
+    key = dataset.key(cell, settings, views, _folds(dataset, cell))
     return dataset.study.cache / "cells" / key[:2] / f"{key}.safetensors"
+
+
+def _prepared(dataset: Dataset, cells: Mapping[Cell, Path]) -> Iterator[Fit]:
+    """Cells made ready one by one, their pictures encoded before the first of a focus mode."""
+    params = dataset.study.params
+    for cell, path in cells.items():
+        views = support_views(params, cell.method)
+        alike = [c for c in cells if c.focus == cell.focus and support_views(params, c.method) == views]
+        methods = [method for method in methods_of(params, alike) if method.learns]
+        dataset.embed(methods, cell.focus, _all_support_paths(dataset), views, "encode")
+        yield _prepare(dataset, cell, path)
 
 
 def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
@@ -155,9 +175,7 @@ def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
     encoder = dataset.encoder_for(cell.focus)
     kind, settings = params.method(cell.method)
     method = build_method(params, cell.method, encoder)
-    views = _views(dataset, cell)
-    if method.learns:
-        dataset.embed(method, cell.focus, _all_support_paths(dataset), views, "encode")
+    views = support_views(params, cell.method)
     header = checkpoint.Header(
         method=kind,
         settings=settings,
@@ -183,11 +201,6 @@ def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
     rates = learning_rates(params, cell.method)
     choice = LearningRates(rates, **dataclasses.asdict(params.learning_rates)) if len(rates) > 1 else None
     return Fit(method, support, header, choice, _folds(dataset, cell), path)
-
-
-def _views(dataset: Dataset, cell: Cell) -> int:
-    params = dataset.study.params
-    return 1 + params.views.augmented if METHODS[params.method(cell.method)[0]].takes_views else 1
 
 
 def _folds(dataset: Dataset, cell: Cell) -> int:

@@ -68,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_page(study: Study) -> Path:
-    """Write reports/index.html and reports/attribution.csv of an evaluated study; the page's path."""
+    """Write reports/index.html and reports/attribution.csv of an evaluated study; the page's path.
+
+    The page is kept in MLflow as well, with the study's run.
+    """
     with contextlib.chdir(study.folder):
         rows = read_study_csv(STUDY if STUDY.exists() else RESULTS)
         cells = plan(study.params)
@@ -102,6 +105,8 @@ def write_page(study: Study) -> Path:
         )
         PAGE.parent.mkdir(parents=True, exist_ok=True)
         PAGE.write_text(render(page), encoding="utf-8")
+        store = tracking.start(None, study.home, study.params.tracking.experiment)
+        store.log_page(rows[0].mlflow_run_id, PAGE)
     return study.folder / PAGE
 
 

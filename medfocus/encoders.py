@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from medfocus import weights
+from medfocus.picture_tower import Pass, Tail, as_vit, heads, pooled
 from medfocus.pocket_tokenizer import CONFIGS, pocket_tokenizer
-from medfocus.region_attention import REGIONS, class_token_bias, pack, patch_coverage, unpack, with_alpha
+from medfocus.region_attention import REGIONS, class_token_bias, pack, patch_coverage, with_alpha
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
@@ -61,6 +62,15 @@ class ClipEncoder:
     segmenter: Describer | None = None  # whose picture features may stand beside CLIP's
     region: str | None = None  # one of REGIONS: what the channels behind RGB are taken for; None: nothing
     attention_bias: float = 0.0  # β of the region "attention"
+    last: Pass | None = None  # what is remembered of the last batch; None: nothing
+
+    def remembering(self) -> ClipEncoder:
+        """The same towers, which a batch passes once, however many kinds of features are asked of it.
+
+        That goes for calls one after the other with the very same tensor of views. In "dual" nothing is
+        remembered.
+        """
+        return replace(self, last=Pass())
 
     def beside(self, segmenter: Describer) -> ClipEncoder:
         """The same towers with a segmenter's picture features at hand, under a key that names both."""
@@ -109,6 +119,14 @@ class ClipEncoder:
 
         RGB is normalised, in "dual" twice; a fourth channel, the region, comes out in [0, 1].
         """
+        if self.last and self.last.pixels is not None and self.last.views is views:
+            return self.last.pixels
+        pixels = self._normalised(views)
+        if self.last:
+            self.last.views, self.last.pixels, self.last.tokens = views, pixels, {}
+        return pixels
+
+    def _normalised(self, views: np.ndarray | Tensor) -> Tensor:
         pixels = torch.as_tensor(views).to(self.device).permute(0, 3, 1, 2)  # (B, C, S, S)
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 255
         mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
@@ -120,6 +138,10 @@ class ClipEncoder:
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, S, S) -> image features (B, D), each of length one."""
+        visual = as_vit(self.model.visual)
+        if self.last and self.region != "dual" and visual is not None:
+            deepest = len(visual.transformer.resblocks)
+            return pooled(visual, self._tokens(pixels, {deepest})[deepest])
         return self.image_features(pixels)
 
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -133,13 +155,13 @@ class ClipEncoder:
             tokens, bias = visual._embeds(pixels[:, :3]), self._bias(pixels)
             for block in visual.transformer.resblocks:
                 tokens = block(tokens, attn_mask=bias)
-            return _pooled(visual, tokens)
+            return pooled(visual, tokens)
         seen = pixels if self.region == "alpha" else pixels[:, :3]
         return self.model.encode_image(seen, normalize=True)  # pyright: ignore[reportCallIssue]
 
     @property
     def _plain(self) -> ClipEncoder:
-        return replace(self, region=None)
+        return replace(self, region=None, last=None)
 
     def _bias(self, pixels: Tensor) -> Tensor | None:
         """For every block's attention logits (B * heads, L, L); None where there is nothing to add."""
@@ -147,7 +169,7 @@ class ClipEncoder:
             return None
         visual, _ = self._cut(1)
         coverage = patch_coverage(pixels[:, 3:].to(self.device), visual.conv1.kernel_size[0])
-        return class_token_bias(coverage, self.attention_bias, _heads(visual))
+        return class_token_bias(coverage, self.attention_bias, heads(visual))
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
@@ -188,15 +210,10 @@ class ClipEncoder:
                 f"{self.name}: patch features of layers {list(layers)} on {grid} x {grid} cells; its picture "
                 f"tower has layers 0 to {last} and {side} x {side} patches."
             )
-        tokens, bias = self._embedded(visual, pixels), self._bias(pixels)
-        parts = []
-        for layer in range(last + 1):
-            if layer:
-                tokens = visual.transformer.resblocks[layer - 1](tokens, attn_mask=bias)
-            if layer in layers:
-                patches = tokens[:, 1:].mT.unflatten(2, visual.grid_size)  # (B, W, G, G)
-                parts.append(adaptive_avg_pool2d(patches, grid).flatten(1))
-        return torch.cat([_pooled(visual, tokens), *parts], dim=1)
+        tokens = self._tokens(pixels, {*layers, last})
+        patches = (tokens[layer][:, 1:].mT.unflatten(2, visual.grid_size) for layer in sorted(set(layers)))
+        parts = [adaptive_avg_pool2d(part, grid).flatten(1) for part in patches]  # of (B, W, G, G)
+        return torch.cat([pooled(visual, tokens[last]), *parts], dim=1)
 
     @torch.no_grad()
     def trunk(self, pixels: Tensor, blocks: int) -> Tensor:
@@ -209,16 +226,26 @@ class ClipEncoder:
         if self.region == "dual":
             return torch.cat([self._plain.trunk(half, blocks) for half in pixels.split(3, dim=1)], dim=1)
         visual, cut = self._cut(blocks)
-        tokens, bias = self._embedded(visual, pixels), self._bias(pixels)
-        for block in visual.transformer.resblocks[:cut]:
-            tokens = block(tokens, attn_mask=bias)  # batch first: VisionTransformer knows no other way
-        if bias is None:
+        tokens = self._tokens(pixels, {cut})[cut]
+        if self._bias(pixels) is None:
             return tokens
         return pack(tokens, patch_coverage(pixels[:, 3:].to(self.device), visual.conv1.kernel_size[0]))
 
-    def _embedded(self, visual: VisionTransformer, pixels: Tensor) -> Tensor:
-        """Tokens (B, L, W) at the entrance of the first block."""
-        return visual._embeds((pixels if self.region == "alpha" else pixels[:, :3]).to(self.device))
+    def _tokens(self, pixels: Tensor, places: set[int]) -> dict[int, Tensor]:
+        """Tokens (B, L, W) at places of the tower, at least the wanted ones; see ``Pass``."""
+        last = self.last or Pass()
+        last.places |= places
+        if last.pixels is not pixels or not places <= last.tokens.keys():
+            visual, _ = self._cut(1)
+            seen = (pixels if self.region == "alpha" else pixels[:, :3]).to(self.device)
+            tokens, bias = visual._embeds(seen), self._bias(pixels)
+            last.pixels, last.tokens = pixels, {0: tokens} if 0 in last.places else {}
+            for place in range(1, max(last.places) + 1):
+                # batch first: VisionTransformer knows no other way
+                tokens = visual.transformer.resblocks[place - 1](tokens, attn_mask=bias)
+                if place in last.places:
+                    last.tokens[place] = tokens
+        return last.tokens
 
     def tail(self, blocks: int) -> nn.Module:
         """A trainable copy of the tower's last ``blocks`` blocks and its projection: (B, L, W) -> (B, D).
@@ -244,12 +271,10 @@ class ClipEncoder:
 
     def _cut(self, blocks: int) -> tuple[VisionTransformer, int]:
         """The picture tower and the index of its first block that is fine-tuned."""
-        from open_clip.transformer import VisionTransformer
-
-        visual = self.model.visual
-        if not isinstance(visual, VisionTransformer):
+        visual = as_vit(self.model.visual)
+        if visual is None:
             raise ValueError(
-                f"{self.name}: its picture tower is {type(visual).__name__}, not open_clip's "
+                f"{self.name}: its picture tower is {type(self.model.visual).__name__}, not open_clip's "
                 "VisionTransformer, so its last blocks cannot be fine-tuned. Take a ViT such as ViT-B-32, or "
                 "a method that leaves the tower as it is."
             )
@@ -259,48 +284,6 @@ class ClipEncoder:
                 f"{self.name}: {blocks} blocks to fine-tune; its picture tower has 1 to {layers}."
             )
         return visual, layers - blocks
-
-
-class Tail(nn.Module):
-    """The end of open_clip's VisionTransformer: its last blocks, pooling and projection."""
-
-    def __init__(
-        self, tower: VisionTransformer, pictures: int = 1, attention_bias: float | None = None
-    ) -> None:
-        """Wrap ``tower``, whose patch embedding and earlier blocks have been taken out.
-
-        Args:
-            tower: See there.
-            pictures: Whose tokens come one behind the other, and whose embeddings are added.
-            attention_bias: β, where a last token carries the region's coverage.
-        """
-        super().__init__()
-        self.tower = tower
-        self.pictures = pictures
-        self.attention_bias = attention_bias
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """What ``ClipEncoder.trunk`` gave (B, ...) -> image features (B, D), each of length one."""
-        bias = None
-        if self.attention_bias is not None:
-            tokens, coverage = unpack(tokens)
-            bias = class_token_bias(coverage, self.attention_bias, _heads(self.tower))
-        parts = [
-            _pooled(self.tower, self.tower.transformer(part, attn_mask=bias))
-            for part in tokens.chunk(self.pictures, dim=1)
-        ]
-        return parts[0] if len(parts) == 1 else normalize(torch.stack(parts).sum(dim=0), dim=-1)
-
-
-def _pooled(visual: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Tokens (B, L, W) behind the last block -> image features (B, D), each of length one."""
-    pooled, _ = visual._pool(tokens)
-    assert visual.proj is not None  # only open_clip's pruned towers have none
-    return normalize(pooled @ visual.proj, dim=-1)
-
-
-def _heads(visual: VisionTransformer) -> int:
-    return visual.transformer.resblocks[0].attn.num_heads  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
 
 def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") -> ClipEncoder:

@@ -15,7 +15,7 @@ import time
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -35,6 +35,15 @@ Item = TypeVar("Item")
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """One kind of features: what makes them of views, and what names them in the cache."""
+
+    encode_batch: Callable[[Tensor], Tensor]  # views (B, S, S, C) uint8 -> (B, D), tokens, or any B rows
+    settings: str  # what all items share: the encoder, the part of it, the view's settings
+    dtype: torch.dtype = torch.float32  # of the result and of the cache
+
+
 def encode(
     items: Sequence[Item],
     keys: Sequence[str],
@@ -48,22 +57,47 @@ def encode(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
-    """Items (N) -> features (N, ...) on the CPU, in the items' order, whether cached or not.
+    """Items (N) -> features (N, ...) of one kind; see ``encode_together`` and ``Kind``."""
+    (features,) = encode_together(
+        items,
+        keys,
+        make_view,
+        [Kind(encode_batch, settings, dtype)],
+        cache=cache,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
+    )
+    return features
+
+
+def encode_together(
+    items: Sequence[Item],
+    keys: Sequence[str],
+    make_view: Callable[[Item], np.ndarray],
+    kinds: Sequence[Kind],
+    *,
+    cache: Path | None,
+    batch_size: int,
+    workers: int = 2,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[Tensor]:
+    """Items (N) -> features (N, ...) of every kind on the CPU, in the items' order, whether cached or not.
+
+    A view is made once for all kinds that lack it, and they get it in the same batch, one after the other.
 
     Args:
         items: Whatever ``make_view`` turns into a view; called in ``workers`` threads.
         keys: One for each item, naming its view's content (picture, mask, crop). Equal keys are encoded once.
-        make_view: Item -> view (S, S, 3) uint8; reads and decodes, focuses, letterboxes.
-        encode_batch: Views (B, S, S, 3) uint8 -> features (B, D), tokens (B, L, W), or anything with B rows.
+        make_view: Item -> view (S, S, C) uint8; reads and decodes, focuses, letterboxes.
+        kinds: One or more.
         cache: Folder that keeps rows between runs; None keeps nothing.
-        settings: Names what all items share: the encoder, the part of it, the view's settings.
         batch_size: Views a forward pass.
         workers: Threads that make views, one batch ahead of the model.
-        dtype: Of the result and of the cache.
         progress: Called with the number of items done and N after every batch.
 
     Raises:
-        ValueError: No items, another number of keys, or features that are not finite in ``dtype``.
+        ValueError: No items, another number of keys, or features that are not finite in their ``dtype``.
         Anything that ``make_view`` raises; what was encoded before stays in the cache.
     """
     if not items or len(items) != len(keys):
@@ -73,48 +107,75 @@ def encode(
     places: dict[str, list[int]] = {}  # key -> where its row goes
     for i, key in enumerate(keys):
         places.setdefault(key, []).append(i)
-    shards = Shards(cache / _name(settings, str(dtype))) if cache else None
-
-    result: Tensor | None = None
-    done = 0
-
-    def place(key: str, row: Tensor) -> None:
-        nonlocal result, done
-        if result is None:
-            result = torch.empty((len(items), *row.shape), dtype=dtype)
-        result[places[key]] = row
-        done += len(places.pop(key))
-
-    wanted = list(places)
-    if shards:
-        for key, row in shards.read(wanted):
-            place(key, row)
-    missing = [key for key in wanted if key in places]
-    firsts = [items[places[key][0]] for key in missing]
+    tables = [_Table(kind, places, len(items), cache) for kind in kinds]
+    missing = [key for key in places if any(key in table.missing for table in tables)]
+    done = len(items) - sum(len(places[key]) for key in missing)
     if progress:
         progress(done, len(items))
     try:
         # Closed also when the model fails: its threads would make views that nobody takes.
+        firsts = [items[places[key][0]] for key in missing]
         with closing(_batches(firsts, make_view, batch_size, workers)) as batches:
             for first, views in batches:
                 batch = missing[first : first + len(views)]
-                rows = encode_batch(views).detach().to("cpu", dtype)  # (B, ...)
-                if not torch.isfinite(rows).all():
-                    raise ValueError(
-                        f"features: the encoder gave values that are not finite in {dtype}, for {batch[0]} "
-                        f"or the {len(batch) - 1} after it. Check its weights, or use torch.float32."
-                    )
-                for key, row in zip(batch, rows, strict=True):
-                    place(key, row)
-                if shards:
-                    shards.add(batch, rows)
+                for table in tables:
+                    table.encode(batch, views)
+                done += sum(len(places[key]) for key in batch)
                 if progress:
                     progress(done, len(items))
     finally:
-        if shards:
-            shards.flush()
-    assert result is not None  # there is at least one item
-    return result
+        for table in tables:
+            table.close()
+    return [table.result for table in tables]
+
+
+class _Table:
+    """The features of one kind as they come together: the cached ones at once, the others batch by batch."""
+
+    def __init__(self, kind: Kind, places: Mapping[str, list[int]], count: int, cache: Path | None) -> None:
+        self.kind = kind
+        self.missing = set(places)  # keys without a row
+        self._places = places
+        self._count = count
+        self._rows: Tensor | None = None  # (N, ...), made with the first row
+        self._shards = Shards(cache / _name(kind.settings, str(kind.dtype))) if cache else None
+        if self._shards:
+            for key, row in self._shards.read(list(places)):
+                self._place(key, row)
+
+    @property
+    def result(self) -> Tensor:
+        """(N, ...)"""
+        assert self._rows is not None and not self.missing  # there is at least one item
+        return self._rows
+
+    def encode(self, batch: Sequence[str], views: Tensor) -> None:
+        """Fill in what is missing of a batch of keys (B), of their views (B, S, S, C) uint8."""
+        lacking = [i for i, key in enumerate(batch) if key in self.missing]
+        if not lacking:
+            return
+        # The whole batch goes through: the last bits of a row can depend on those beside it.
+        rows = self.kind.encode_batch(views).detach().to("cpu", self.kind.dtype)  # (B, ...)
+        if not torch.isfinite(rows).all():
+            raise ValueError(
+                f"features: the encoder gave values that are not finite in {self.kind.dtype}, for {batch[0]} "
+                f"or the {len(batch) - 1} after it. Check its weights, or use torch.float32."
+            )
+        for i in lacking:
+            self._place(batch[i], rows[i])
+        if self._shards:
+            self._shards.add([batch[i] for i in lacking], rows[lacking])
+
+    def close(self) -> None:
+        """Have the cache keep what it was given."""
+        if self._shards:
+            self._shards.flush()
+
+    def _place(self, key: str, row: Tensor) -> None:
+        if self._rows is None:
+            self._rows = torch.empty((self._count, *row.shape), dtype=self.kind.dtype)
+        self._rows[self._places[key]] = row
+        self.missing.discard(key)
 
 
 def _batches(

@@ -104,6 +104,7 @@ def accuracy_panel(curves: Sequence[Curve], highlighted: Sequence[str], ink: Ink
     panel.set_xlabel("training pictures (%)", fontsize=9, color=ink.text)
     panel.set_ylabel("accuracy (%)", fontsize=9, color=ink.text)
     bottom, top = panel.get_ylim()
+    bottom, top = panel.set_ylim(max(bottom, -1.0), min(top, 101.0))  # an interval of two draws goes far
     heights = spread([(end - bottom) / (top - bottom) for end, _, _ in ends], _LABEL_GAP)
     for (end, name, colour), height in zip(ends, heights, strict=True):
         panel.annotate(
@@ -127,7 +128,7 @@ def accuracy_panel(curves: Sequence[Curve], highlighted: Sequence[str], ink: Ink
     return png(figure, transparent=True)
 
 
-def reliability_panel(curve: Reliability, ink: Ink) -> bytes:
+def reliability_panel(curve: Reliability, ink: Ink, *, transparent: bool = True) -> bytes:
     """Accuracy over confidence, bin by bin, with the gap between them; below it the predictions."""
     figure = blank(2.9, 3.3)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -156,7 +157,7 @@ def reliability_panel(curve: Reliability, ink: Ink) -> bytes:
     below.set_xlabel("confidence", fontsize=9, color=ink.text)
     for panel in (above, below):
         _style(panel, ink)
-    return png(figure, transparent=True)
+    return png(figure, transparent=transparent)
 
 
 def attribution_overlay(picture: np.ndarray, attribution: np.ndarray) -> np.ndarray:

@@ -124,24 +124,31 @@ def read_published(path: Path) -> list[Published]:
     return found
 
 
-def plot_tables(rows: Sequence[StudyRow], metric: str = "accuracy") -> dict[str, str]:
-    """A CSV for ``dvc plots`` a test set: a line a percent of train, a column a system, means in %.
+def plot_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
+    """The CSV for ``dvc plots``: a line a test set, system and percent of train, means over draws in %.
 
-    Keys are "<dataset>-<test set>". What needs no training picture has its value at every percent.
-    Raises ValueError when there is no row.
+    What needs no training picture has a line at every percent. Raises ValueError when there is no row.
     """
-    tables = {}
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["test_set", "system", "percent_of_train", metric])
     for block in blocks_of(rows):
         intervals = intervals_of(block, metric)
-        systems = list(dict.fromkeys(row.system for row in block))
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["percent_of_train", *systems])
-        for percent in sorted({row.percent_of_train for row in block} - {0}) or [0.0]:
-            found = [intervals.get((s, percent)) or intervals.get((s, 0.0)) for s in systems]
-            writer.writerow([_percent(percent), *("" if i is None else f"{i.mean:.4f}" for i in found)])
-        tables[f"{block[0].dataset}-{block[0].test_set}"] = buffer.getvalue()
-    return tables
+        percents = sorted({row.percent_of_train for row in block} - {0}) or [0.0]
+        for system in dict.fromkeys(row.system for row in block):
+            for percent in percents:
+                found = intervals.get((system, percent)) or intervals.get((system, 0.0))
+                if found is not None:
+                    where = f"{block[0].dataset}, {block[0].test_set}"
+                    writer.writerow([where, system, _percent(percent), f"{found.mean:.4f}"])
+    return buffer.getvalue()
+
+
+def progress_line(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
+    """A system on one test set in one line, as the running table of a study shows it; see ``study_table``."""
+    intervals = intervals_of(rows, metric)
+    values = (f"{_percent(percent)}%: {_number(interval)}" for (_, percent), interval in intervals.items())
+    return f"{rows[0].dataset}  {rows[0].system:<28}  {'  '.join(values)}"
 
 
 def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
@@ -460,6 +467,8 @@ def _accuracy_panel(
             elinewidth=0.8,
             capsize=0,
         )
+    low, high = panel.get_ylim()
+    panel.set_ylim(max(low, -1.0), min(high, 101.0))  # an interval of two draws goes far beyond
     panel.set_xscale("log")
     panel.minorticks_off()
     panel.set_xticks(percents, [_percent(p) for p in percents], fontsize=8)

@@ -145,6 +145,14 @@ class Tracking:
             token = page.token or ""
         return newest
 
+    def log_page(self, cell_run: str, page: Path) -> bool:
+        """Keep a study's page with the parent of one of its cells' runs; False where the store lacks them."""
+        if cell_run not in self.runs_by_cell().values():
+            return False
+        parent = self.client.get_run(cell_run).data.tags["mlflow.parentRunId"]
+        self.client.log_artifact(parent, str(page))
+        return True
+
     def register(
         self,
         name: str,

@@ -151,6 +151,39 @@ def test_trunk_and_tail_hold_for_every_kind_of_vision_transformer(tmp_path: Path
         assert torch.allclose(tail.train()(encoder.trunk(x, blocks)), encoder.encode_images(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("region", [None, "alpha", "attention", "dual"])
+def test_a_batch_passes_the_tower_once_whatever_is_asked_of_it(
+    pocket: ClipEncoder, region: str | None
+) -> None:
+    """Features, tokens and patches of one batch are the same bits as one by one, and cost one pass."""
+    encoder = pocket if region is None else pocket.looking(region, 2.0)
+    channels = {None: 3, "alpha": 4, "attention": 4, "dual": 6}[region]
+    shape = (2, encoder.image_size, encoder.image_size, channels)
+    batches = [torch.from_numpy(np.random.default_rng(i).integers(0, 256, shape, np.uint8)) for i in range(3)]
+    passes: list[int] = []
+    visual: Any = encoder.model.visual
+    hook = visual.transformer.resblocks[0].register_forward_hook(lambda *_: passes.append(1))
+
+    def asked(of: ClipEncoder, batch: Tensor) -> list[Tensor]:
+        return [
+            of.encode_images(of.preprocess(batch)),
+            of.trunk(of.preprocess(batch), 1),
+            of.encode_layers(of.preprocess(batch), (2,), 4),
+        ]
+
+    try:
+        expected = [asked(encoder, batch) for batch in batches]
+        passes.clear()
+        remembering = encoder.remembering()
+        found = [asked(remembering, batch) for batch in batches]
+    finally:
+        hook.remove()
+    for one, other in zip(expected, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    if region != "dual":  # which remembers nothing
+        assert len(passes) == 3 + 2  # the first batch learns which places are asked for
+
+
 def test_a_tail_trains_and_the_encoder_stays_as_it_was(pocket: ClipEncoder) -> None:
     x = pixels(pocket)
     tail, before = pocket.tail(2), pocket.encode_images(x)

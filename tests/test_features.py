@@ -386,3 +386,32 @@ def test_real_pictures_give_the_features_of_a_bare_loop(shared_data: Path) -> No
     assert len(paths) > 3
     assert torch.allclose(result, bare, atol=1e-5)
     assert torch.linalg.matrix_rank(result) > 1  # different pictures, different features
+
+
+# Several kinds of features of the same views
+
+
+def test_kinds_encoded_together_are_those_encoded_alone_and_a_view_is_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make_view(item: int) -> np.ndarray:
+        made.append(item)
+        return np.full((2, 2, 3), item, dtype=np.uint8)
+
+    def mean(views: Tensor) -> Tensor:
+        return views.float().mean(dim=(1, 2))  # (B, 3)
+
+    def flat(views: Tensor) -> Tensor:
+        return views.flatten(1)  # (B, 12)
+
+    shared = {"cache": tmp_path, "batch_size": 4}
+    alone = encode(ITEMS, KEYS, make_view, mean, settings="mean", **shared)
+    made.clear()
+    kinds = [features.Kind(mean, "mean"), features.Kind(flat, "flat", torch.uint8)]
+    means, flats = features.encode_together(ITEMS, KEYS, make_view, kinds, **shared)
+    assert torch.equal(means, alone)
+    assert torch.equal(flats, torch.tensor(ITEMS, dtype=torch.uint8)[:, None].expand(-1, 12))
+    assert sorted(made) == ITEMS  # for the second kind; the first was cached
+    made.clear()
+    features.encode_together(ITEMS, KEYS, make_view, kinds, **shared)
+    assert made == []

@@ -33,7 +33,7 @@ from medfocus.html_report import (
 )
 from medfocus.metrics import reliability
 from medfocus.records import Record
-from medfocus.report import Published, StudyRow, plot_tables, read_published
+from medfocus.report import Published, StudyRow, plot_table, read_published
 from medfocus.splits import Splits
 from medfocus.verdicts import verdict_sentences
 
@@ -385,12 +385,14 @@ def test_published_numbers_are_read_and_checked(tmp_path: Path) -> None:
         read_published(path)
 
 
-def test_plot_tables_have_a_column_a_system_and_levels_at_every_percent() -> None:
-    assert plot_tables(ROWS) == {
-        "brain_mri-official": "percent_of_train,clip,ours,pixels,zero,ours (inverse)\n"
-        "5,51.0000,71.0000,41.0000,55.0000,30.0000\n"
-        "100,61.0000,73.0000,73.0000,55.0000,\n"
-    }
+def test_the_plots_have_a_line_a_system_and_percent_and_levels_at_every_percent() -> None:
+    assert plot_table(ROWS).splitlines() == [
+        "test_set,system,percent_of_train,accuracy",
+        *(f'"brain_mri, official",{line}' for line in (
+            "clip,5,51.0000", "clip,100,61.0000", "ours,5,71.0000", "ours,100,73.0000", "pixels,5,41.0000",
+            "pixels,100,73.0000", "zero,5,55.0000", "zero,100,55.0000", "ours (inverse),5,30.0000",
+        )),
+    ]  # fmt: skip
 
 
 CURVES = [figures.Curve(name, (5.0, 50.0), (40.0 + 9 * i, 50.0 + 9 * i), (np.nan, 2.0))

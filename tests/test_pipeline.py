@@ -119,10 +119,15 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
     with open("reports/costs.csv", newline="") as file:
         costs = list(csv.DictReader(file))
     assert len(costs) == len(cells) and any(float(line["fit_seconds"]) > 0 for line in costs)
-    assert len(Path("reports/plots/phantom-breast-official.csv").read_text().splitlines()) == 1 + 2
+    plots = list(csv.DictReader(Path("reports/plots.csv").read_text().splitlines()))
+    assert {line["percent_of_train"] for line in plots} == {"50", "100"}
+    assert {line["test_set"] for line in plots} == {"phantom-breast, official"}
+    (parent,) = (run.info.run_id for run in runs(project) if "mlflow.parentRunId" not in run.data.tags)
 
     client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     assert str(client.get_model_version_by_alias("medfocus-phantom-breast", "champion").version) == "1"
+    kept = {file.path for file in client.list_artifacts(parent)}
+    assert {"index.html", "study.csv", "figures"} <= kept
 
     # Fine-tuning reads no test picture: without them the checkpoints come out the same, byte by byte.
     def checkpoints() -> dict[str, bytes]:
