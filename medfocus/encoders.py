@@ -110,21 +110,23 @@ class ClipEncoder:
                 f"{self.name}: segmenter_grid is {grid}, but no segmenter with picture features stands "
                 "beside it. Set masks.segmenter to sam2, or segmenter_grid to 0."
             )
-        return self.segmenter.describe(list(np.ascontiguousarray(np.asarray(views)[..., :3])), grid).to(
-            self.device
-        )
+        last = self.last or Pass()
+        last.turn_to(views)
+        if grid not in last.described:
+            pictures = list(np.ascontiguousarray(np.asarray(views)[..., :3]))
+            last.described[grid] = self.segmenter.describe(pictures, grid).to(self.device)
+        return last.described[grid]
 
     def preprocess(self, views: np.ndarray | Tensor) -> Tensor:
         """Views (B, S, S, C) uint8 -> pixels (B, C, S, S) float32 on the device.
 
         RGB is normalised, in "dual" twice; a fourth channel, the region, comes out in [0, 1].
         """
-        if self.last and self.last.pixels is not None and self.last.views is views:
-            return self.last.pixels
-        pixels = self._normalised(views)
-        if self.last:
-            self.last.views, self.last.pixels, self.last.tokens = views, pixels, {}
-        return pixels
+        last = self.last or Pass()
+        last.turn_to(views)
+        if last.pixels is None:
+            last.pixels = self._normalised(views)
+        return last.pixels
 
     def _normalised(self, views: np.ndarray | Tensor) -> Tensor:
         pixels = torch.as_tensor(views).to(self.device).permute(0, 3, 1, 2)  # (B, C, S, S)

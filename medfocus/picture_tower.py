@@ -24,10 +24,16 @@ class Pass:
     layer stays in memory; a place that is new costs one more pass, at its first batch.
     """
 
-    views: np.ndarray | Tensor | None = None  # as ``preprocess`` got them ...
-    pixels: Tensor | None = None  # ... and what it made of them
     places: set[int] = field(default_factory=set)  # 0: before the first block; n: behind block n
+    views: np.ndarray | Tensor | None = None  # (B, S, S, C) uint8
+    pixels: Tensor | None = None  # what they were made into
     tokens: dict[int, Tensor] = field(default_factory=dict)  # place -> (B, L, W)
+    described: dict[int, Tensor] = field(default_factory=dict)  # grid -> the segmenter's features (B, P)
+
+    def turn_to(self, views: np.ndarray | Tensor) -> None:
+        """Forget the last batch, if it is another."""
+        if self.views is not views:
+            self.views, self.pixels, self.tokens, self.described = views, None, {}, {}
 
 
 class Tail(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -440,6 +440,26 @@ def test_a_class_embedding_is_the_normalised_mean_of_its_prompts(pocket: ClipEnc
     expected = [normalize(pocket.encode_texts(ensemble).mean(dim=0), dim=0) for ensemble in prompts]
     assert embeddings.shape == (3, pocket.dim)
     assert torch.allclose(embeddings, torch.stack(expected), atol=1e-6)
+
+
+def test_the_segmenter_describes_rgb_alone_and_once_a_batch_and_grid(pocket: ClipEncoder) -> None:
+    described: list[int] = []
+
+    class Means:
+        features_key = "means"
+
+        def describe(self, pictures: Sequence[np.ndarray], grid: int) -> Tensor:
+            described.append(grid)
+            return torch.tensor([[float(p.mean()), p.shape[2]] for p in pictures])
+
+    views = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 4), np.uint8))
+    encoder = pocket.beside(Means()).remembering()
+    expected = torch.tensor([[float(view[..., :3].numpy().mean()), 3] for view in views])
+    assert torch.equal(encoder.describe(views, 4), expected)
+    assert torch.equal(encoder.describe(views, 4), expected) and described == [4]
+    encoder.describe(views, 8)
+    encoder.describe(views.clone(), 8)
+    assert described == [4, 8, 8]
 
 
 def test_patch_features_stand_behind_the_image_features(pocket: ClipEncoder) -> None:

@@ -125,7 +125,7 @@ class Slca:
 
         Raises ValueError where no segmenter stands beside the encoder.
         """
-        return self.encoder.describe(pictures[..., :3], self.segmenter_grid).float()
+        return self.encoder.describe(pictures, self.segmenter_grid).float()
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Standardise by the support's unaugmented pictures, then train attention and head."""

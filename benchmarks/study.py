@@ -1,0 +1,181 @@
+"""What a study costs against one pass of its encoders: `python -m benchmarks.study [--json]`.
+
+A study of every method that leaves the towers frozen, at five fractions and five draws, in two focus modes,
+is run from an empty cache in a folder of its own, and beside it a bare loop of the same encoders over the
+same views, ready in memory. CLIP's picture tower should pass every view once a focus mode, and all of what
+`Dataset.embed` does should cost at most 1.5 times the bare passes. The heads come on top: their milliseconds
+a fit on cached features are listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST = 1.5  # times the bare passes that embedding may cost
+FOCUSES = ("none", "multiply")
+METHODS = (
+    *("nearest-class-mean", "k-nn", "clip-zero-shot", "clip-linear-probe", "clip-few-shot", "clip-adapter"),
+    *("tip-adapter", "tip-adapter-f", "lp++", "ss-text", "slca", "medfocusclip", "medfocusclip-full"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", type=int, default=40, help="training pictures a class; there are four")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, for the study and the bare loop")
+    parser.add_argument("--json", action="store_true", help="print one object as the last line")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        _write_study(Path(folder), arguments.train)
+        result = _measure()
+    print(f"{result['cells']} cells of {result['methods']} methods, focus {' and '.join(FOCUSES)}")
+    for name in ("bare_clip_s", "bare_sam2_s", "embed_s", "fit_and_score_s"):
+        print(f"{name:>18}: {result[name]:.1f} s")
+    print(f"picture tower: {result['views_through_tower']} views passed, {result['views']} there are")
+    print("milliseconds a fit on cached features, mean over its cells:")
+    for name, value in result["fit_ms"].items():
+        print(f"{name:>20}: {value:8.1f}")
+    ratio = result["ratio"]
+    verdict = "reached" if ratio <= MOST else f"FALLS SHORT by {ratio / MOST - 1:.0%}"
+    print(f"embedding over bare passes: {ratio:.2f}, at most {MOST} wanted: {verdict}")
+    if arguments.json:
+        print(json.dumps(result))
+
+
+def _write_study(folder: Path, train: int) -> None:
+    """A study of one data set of phantoms, and the stages before fine-tuning run."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["study"] |= {
+        "name": "costs",
+        "methods": {name: list(FOCUSES) for name in METHODS},
+        "percents": [5, 10, 20, 50, 100],
+        "seeds": [0, 1, 2, 3, 4],
+    }
+    content["datasets"] = {"phantom-brain": content["datasets"]["phantom-brain"]}
+    content["phantoms"] = {
+        "brain_mri": {"seed": 0, "train_per_class": train, "test_per_class": train, "size": 192}
+    }
+    content["methods"]["medfocusclip"] |= {"segmenter_grid": 8}
+    (folder / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    (folder / ".dvc").mkdir()  # marks the project; nothing here asks DVC
+
+    from flows import duplicates, ingest, masks, phantoms, splits
+
+    phantoms.main(["--modality", "brain_mri"])
+    for stage in (ingest, duplicates, splits, masks):
+        stage.main(["--dataset", "phantom-brain"])
+
+
+def _measure() -> dict[str, Any]:
+    from flows import costs, evaluate, finetune
+    from flows.cells import Dataset, plan
+    from flows.study import here
+
+    study = here()
+    embed, spent = Dataset.embed, {"embed": 0.0}
+
+    def timed_embed(*arguments: Any, **options: Any) -> None:
+        began = time.perf_counter()
+        embed(*arguments, **options)
+        spent["embed"] += time.perf_counter() - began
+
+    began = time.perf_counter()
+    with patch.object(Dataset, "embed", timed_embed), _counted() as passed:
+        finetune.main([])
+        evaluate.main([])
+    whole = time.perf_counter() - began
+
+    encoder = study.encoder()
+    dataset = Dataset(study, "phantom-brain", encoder)
+    views = {focus: _views(dataset, focus) for focus in FOCUSES}
+    size = study.params.views.batch_size
+
+    def clip(batch: torch.Tensor) -> object:
+        return encoder.encode_images(encoder.preprocess(batch))
+
+    def sam2(batch: torch.Tensor) -> object:
+        return encoder.describe(batch, 8)
+
+    bare = {
+        name: sum(_seconds(lambda f=focus, p=part: [p(b) for b in views[f].split(size)]) for focus in FOCUSES)
+        for name, part in (("clip", clip), ("sam2", sam2))
+    }
+    fits: dict[str, list[float]] = {}
+    for line in costs.read_lines(costs.COSTS):
+        fits.setdefault(line.system.split(" ")[0], []).append(1000 * line.fit_seconds)
+    return {
+        "methods": len(METHODS),
+        "cells": len(plan(study.params)),
+        "views": sum(map(len, views.values())),
+        "views_through_tower": passed[0],
+        "bare_clip_s": bare["clip"],
+        "bare_sam2_s": bare["sam2"],
+        "embed_s": spent["embed"],
+        "fit_and_score_s": whole - spent["embed"],
+        "ratio": spent["embed"] / sum(bare.values()),
+        "fit_ms": {name: float(np.mean(values)) for name, values in fits.items()},
+    }
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[list[int]]:
+    """How many views pass a picture tower in the block."""
+    from medfocus import encoders
+
+    passed = [0]
+    build: Callable[..., Any] = encoders.build_clip
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        encoder = build(*arguments, **options)
+
+        def count(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+            passed[0] += len(inputs[0])
+
+        encoder.model.visual.conv1.register_forward_pre_hook(count)
+        return encoder
+
+    with patch.object(encoders, "build_clip", counting):
+        yield passed
+
+
+def _views(dataset: Any, focus: str) -> torch.Tensor:
+    """All views that a study embeds, several of a training picture, one of a test one: (N, S, S, 3) uint8."""
+    size, feather = dataset.encoder.image_size, dataset.study.params.views.feather
+    augmented = dataset.study.params.views.augmented
+    made = [
+        dataset._view(dataset.records[path], number, focus=focus, size=size, feather=feather)
+        for paths, count in ((dataset.splits.train, 1 + augmented), (dataset.splits.test, 1))
+        for path in paths
+        for number in range(count)
+    ]
+    return torch.from_numpy(np.stack(made))
+
+
+def _seconds(work: Callable[[], object], repeats: int = 3) -> float:
+    """The median of some repetitions."""
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return float(np.median(found))
+
+
+if __name__ == "__main__":
+    main()
