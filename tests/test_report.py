@@ -56,6 +56,13 @@ def test_csv_has_the_documented_columns(tmp_path: Path) -> None:
     )
 
 
+def test_the_running_table_has_a_line_a_system_with_its_mean_and_interval_at_every_percent() -> None:
+    rows = [row(0.5, seed=0), row(0.7, seed=1), row(0.8, percent_of_train=100.0)]
+    assert report.progress_line(rows).split() == [
+        *("chest", "pixels", "5%:", "60.0", "±", "127.1", "100%:", "80.0"),  # t(0.975, 1) * 0.1 is 1.271
+    ]
+
+
 def test_csv_reads_back_as_the_same_rows(tmp_path: Path) -> None:
     report.write_study_csv(study(), tmp_path / "study.csv")
     assert report.read_study_csv(tmp_path / "study.csv") == study()
