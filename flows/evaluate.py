@@ -18,6 +18,7 @@ from flows.cells import Cell, Dataset, best_cell, methods_of, plan
 from flows.study import PLOTS, RESULTS, STUDY, Study, here
 from medfocus import checkpoint, metrics, report, tracking
 from medfocus.figures import LIGHT, reliability_panel
+from medfocus.provenance import made_from
 from medfocus.report import StudyRow
 
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures = Path("reports/figures")
     figures.mkdir(parents=True, exist_ok=True)
     store = tracking.start(None, study.home, params.tracking.experiment)
-    provenance = {"study": params.study.name, **tracking.provenance(study.folder, params.study.seeds)}
+    provenance = {"study": params.study.name, **made_from(study.folder, params.study.seeds)}
     rows: list[StudyRow] = []  # by cell key
     run_ids: dict[str, str] = {}
     spent: list[costs.Line] = []

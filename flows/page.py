@@ -35,6 +35,7 @@ from medfocus.html_report import (
     render,
 )
 from medfocus.images import letterbox_mask
+from medfocus.provenance import made_from
 from medfocus.quality import known_region
 from medfocus.records import spread_over_classes
 from medfocus.report import StudyRow, read_published, read_study_csv, system_name
@@ -292,7 +293,7 @@ def _costs(rows: Sequence[StudyRow]) -> list[Cost]:
 def _provenance(study: Study) -> Provenance:
     where = Path(study.folder).resolve().relative_to(study.home.resolve())
     command = "make run" if where == Path() else f"make run PARAMS={(where / 'params.yaml').as_posix()}"
-    facts = tracking.provenance(study.folder, study.params.study.seeds)
+    facts = made_from(study.folder, study.params.study.seeds)
     return Provenance(command, facts, Path("params.yaml").read_text(encoding="utf-8"))
 
 

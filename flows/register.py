@@ -11,6 +11,7 @@ from flows.cells import Cell, best_cell, plan
 from flows.study import Study
 from medfocus import checkpoint, phantoms, serve, tracking
 from medfocus.phantoms import png
+from medfocus.provenance import made_from
 from medfocus.records import read_manifest
 from medfocus.splits import read_splits
 
@@ -61,7 +62,7 @@ def register_best(study: Study, dataset: str) -> tracking.Registration:
             example=_example(study.params.datasets[dataset].modality),
             tags={
                 **cell._asdict(),
-                **tracking.provenance(study.folder, study.params.study.seeds),
+                **made_from(study.folder, study.params.study.seeds),
                 "validation": f"{header.validation_correct} of {header.validation_count}",
             },
             run_id=store.runs_by_cell().get(header.facts["key"]),

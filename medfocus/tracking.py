@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import platform
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from filelock import FileLock
 
+from medfocus.provenance import PACKAGES, installed
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"  # the alias that served code loads
 _MODEL_ARTIFACT = "model"  # the served model's folder inside the logged one
-_PACKAGES = ("torch", "torchvision", "open_clip_torch", "sam2", "scikit-learn", "mlflow")
-_SERVED_WITH = (*_PACKAGES, "timm", "numpy", "scipy", "pandas", "pillow", "safetensors", "huggingface_hub")
+_SERVED_WITH = (*PACKAGES, "timm", "numpy", "scipy", "pandas", "pillow", "safetensors", "huggingface_hub")
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",  # mlflow ignores "1"
@@ -287,7 +285,7 @@ class Tracking:
                 signature=ModelSignature(Schema([ColSpec("binary", "picture")]), Schema(outputs)),
                 input_example=pd.DataFrame({"picture": [example]}),
                 # Given, so that MLflow neither loads the model nor asks an index to find them out.
-                pip_requirements=[f"{package}=={version}" for package, version in _versions(_SERVED_WITH)],
+                pip_requirements=[f"{package}=={version}" for package, version in installed(_SERVED_WITH)],
             )
             logged = self.client.create_logged_model(self.experiment_id, name, run_id)
             self.client.log_model_artifacts(logged.model_id, f"{folder}/pyfunc")
@@ -396,27 +394,6 @@ class Study:
         self.tracking._log_params_and_metrics(self.run_id, {}, metrics)
 
 
-def provenance(repo: Path, seeds: Sequence[int]) -> dict[str, str]:
-    """Tags that say from what a run was made: code, data, packages, seeds, host.
-
-    ``git.dirty`` is "true" where tracked files but ``dvc.lock`` differ from the commit; outside of a git
-    repository, or before its first commit, ``git.commit`` is "none".
-    """
-    commit = _git(repo, "rev-parse", "--verify", "--quiet", "HEAD")
-    lock = repo / "dvc.lock"
-    code = (":/", ":(top,exclude)*dvc.lock")  # the lock has its own hash, and a run may be what changes it
-    return {
-        "git.commit": commit or "none",
-        "git.dirty": str(bool(_git(repo, "status", "--porcelain", "-uno", "--", *code))).lower(),
-        "dvc.lock.sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else "none",
-        "seeds": ",".join(map(str, seeds)),
-        "host": socket.gethostname(),
-        "python": platform.python_version(),
-        **{f"version.{package}": version for package, version in _versions(_PACKAGES)},
-        **({"mlflow.source.git.commit": commit} if commit else {}),  # the one that MLflow's pages show
-    }
-
-
 def test_digest(pictures: Iterable[tuple[str, str]]) -> str:
     """Identify a test split: (sha256, label) of every picture, in any order -> sha256 hex."""
     return hashlib.sha256(json.dumps(sorted(pictures)).encode()).hexdigest()
@@ -485,23 +462,3 @@ def _is_alive(pid: int, started: float) -> bool:
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _versions(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(package, version) of those that are installed."""
-    for package in packages:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-
-
-def _git(repo: Path, *arguments: str) -> str:
-    """Output of a git command, "" where it fails or git is absent."""
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(repo), *arguments], capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return result.stdout.strip() if result.returncode == 0 else ""

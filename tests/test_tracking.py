@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from medfocus import tracking
+from medfocus.provenance import made_from
 from medfocus.tracking import DataInput, Tracking
 
 pytestmark = [
@@ -247,24 +248,24 @@ def test_provenance_names_code_data_packages_and_host(tmp_path: Path) -> None:
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    assert tracking.provenance(tmp_path, [0])["git.commit"] == "none"
+    assert made_from(tmp_path, [0])["git.commit"] == "none"
     git("init", "-q")
     (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
     (tmp_path / "code.py").write_text("x = 1\n")
     git("add", ".")
     git("commit", "-q", "-m", "a")
-    tags = tracking.provenance(tmp_path, [0, 1])
+    tags = made_from(tmp_path, [0, 1])
     assert tags["git.commit"] == tags["mlflow.source.git.commit"] == git("rev-parse", "HEAD")
     assert (tags["git.dirty"], tags["seeds"]) == ("false", "0,1")
     assert re.fullmatch("[0-9a-f]{64}", tags["dvc.lock.sha256"])
     assert tags["version.torch"].startswith("2.")
     assert {"host", "python", "version.open_clip_torch", "version.sam2"} <= set(tags)
     (tmp_path / "dvc.lock").write_text("schema: '2.1'\n")
-    later = tracking.provenance(tmp_path, [0, 1])
+    later = made_from(tmp_path, [0, 1])
     assert later["git.dirty"] == "false"  # a run itself changes the lock, which has its own hash
     assert later["dvc.lock.sha256"] != tags["dvc.lock.sha256"]
     (tmp_path / "code.py").write_text("x = 2\n")
-    assert tracking.provenance(tmp_path, [0, 1])["git.dirty"] == "true"
+    assert made_from(tmp_path, [0, 1])["git.dirty"] == "true"
 
 
 def test_a_split_has_the_same_digest_in_any_order_and_another_with_another_label() -> None:
