@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from flows import costs
 from flows.cells import (
+    CONTROLS,
     Cell,
     Dataset,
     build_method,
@@ -204,12 +205,13 @@ def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
 
 
 def _folds(dataset: Dataset, cell: Cell) -> int:
-    """Folds of the cell's validation: only of the methods that may be registered, at the largest support.
+    """Folds of the cell's validation: only of what may be registered, at the largest support.
 
     There the best cell is looked for, and there alone validation is worth its cost.
     """
     params = dataset.study.params
-    if cell.method not in params.validation.methods or not METHODS[params.method(cell.method)[0]].learns:
+    learns = METHODS[params.method(cell.method)[0]].learns
+    if cell.method not in params.validation.methods or cell.focus in CONTROLS or not learns:
         return 0
     return params.validation.folds if _is_largest(dataset, cell) else 0
 
