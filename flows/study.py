@@ -6,13 +6,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
-from medfocus.params import Params, load_params, moved_paths, read_content
+from medfocus.params import Params, Region, load_params, moved_paths, read_content
 from medfocus.records import read_manifest
-from medfocus.region_attention import REGIONS
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
@@ -127,7 +126,9 @@ class Study:
         Raises ValueError where it does and the masks are not SAM2's.
         """
         encoder = self._towers()
-        return encoder.looking(focus, self.params.views.attention_bias) if focus in REGIONS else encoder
+        if focus not in get_args(Region):
+            return encoder
+        return encoder.looking(focus, self.params.views.attention_bias)
 
     def _towers(self) -> ClipEncoder:
         from medfocus.encoders import build_clip  # takes seconds
