@@ -22,7 +22,7 @@ import torch
 from medfocus import features, images
 from medfocus.encoders import build_clip
 from medfocus.ingest import ingest
-from medfocus.masks.sam2 import build_segmenter
+from medfocus.masks.lean.segmenter import build_segmenter
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
 from medfocus.views import view
 

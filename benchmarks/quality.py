@@ -22,8 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from medfocus import images
+from medfocus.masks.lean.segmenter import build_segmenter
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2 import build_segmenter
 from medfocus.quality import center_box, dice, innermost, iou, known_region, parts, pointed
 
 

@@ -89,7 +89,7 @@ class Study:
 
     def sam2(self, dataset: str) -> Sam2Segmenter:
         """SAM2 as a data set's segmenter, before a text or an adapter informs it."""
-        from medfocus.masks.sam2 import build_segmenter  # takes seconds
+        from medfocus.masks.lean.segmenter import build_segmenter  # takes seconds
 
         settings = self.segmenter_settings(dataset)
         return build_segmenter(**settings, batch_size=self.params.masks.batch_size, device=self._device)

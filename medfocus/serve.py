@@ -64,7 +64,7 @@ def save_model(
         checkpoint: What ``checkpoint.save`` wrote; it brings the method, its classes and its focus.
         encoder: The CLIP on which the method was fitted.
         segmenter: The segmenter of the pictures the method was fitted on.
-        segmenter_settings: The arguments by name with which ``masks.sam2.build_segmenter`` or
+        segmenter_settings: The arguments by name with which ``masks.lean.segmenter.build_segmenter`` or
             ``OtsuSegmenter`` made it.
         feather: Of the views.
 
@@ -221,7 +221,7 @@ def _load_segmenter(
         from medfocus.masks.otsu import OtsuSegmenter
 
         return OtsuSegmenter(**settings)
-    from medfocus.masks.sam2 import build_segmenter
+    from medfocus.masks.lean.segmenter import build_segmenter
 
     plain = build_segmenter(str(folder / _SAM2_CONFIG), str(folder / _SAM2), **settings)
     if (folder / _ADAPTER).is_file():
