@@ -31,7 +31,7 @@ def flow_runs(api: str) -> list[dict[str, Any]]:
     request = urllib.request.Request(
         f"{api}/flow_runs/filter", data=b"{}", headers={"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)
 
 
