@@ -173,11 +173,15 @@ def test_a_changed_value_makes_only_what_depends_on_it_stale(
     assert stale_stages(project) == set()
 
 
+def reproduce_data(project: Path) -> None:
+    """Run the stages before fine-tuning."""
+    names = open_study(project / "params.yaml").stages
+    for stage in names[: names.index("finetune")]:
+        reproduce(project, stage)
+
+
 def test_every_control_shows_another_view_and_a_shuffled_mask_is_another_picture_s(project: Path) -> None:
-    for stage in ("phantoms@breast_ultrasound", "ingest@phantom-breast", "duplicates@phantom-breast"):
-        reproduce(project, stage)
-    for stage in ("splits@phantom-breast", "masks@phantom-breast"):
-        reproduce(project, stage)
+    reproduce_data(project)
     study = open_study(Path("params.yaml"))
     dataset = Dataset(study, "phantom-breast", study.encoder())
     shas = [record.sha256 for record in dataset.records.values()]
@@ -241,10 +245,7 @@ def test_permuting_the_labels_of_test_changes_no_choice_and_no_weight(project: P
     methods["clip-adapter"] |= {"ratios": [0.2, 0.6], "lr": [0.001, 0.01], "epochs": 5}
     methods["medfocusclip"] |= {"contrastive_weights": [0.0, 0.5], "lr": [0.001, 0.003], "epochs": 3}
     edit_params(project, "methods", **methods)
-    for stage in ("phantoms@breast_ultrasound", "ingest@phantom-breast", "duplicates@phantom-breast"):
-        reproduce(project, stage)
-    for stage in ("splits@phantom-breast", "masks@phantom-breast"):
-        reproduce(project, stage)
+    reproduce_data(project)
     manifest, splits = Path("data/manifests/phantom-breast.csv"), Path("data/splits/phantom-breast.json")
     manifest.chmod(0o644)  # DVC guards what it made
     test, train = read_splits(splits).test, read_splits(splits).train
