@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import copy
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -19,15 +19,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import medfocus
-from flows.study import Study
+from flows.study import Study, study_in
 from medfocus import checkpoint, features, images
 from medfocus.masks.store import PublishedMasks
 from medfocus.methods import METHODS, PICTURES, Method, Support
+from medfocus.methods.choose import LearningRates
 from medfocus.metrics import wilson_lower
 from medfocus.params import OnlyParams, Params, StudyParams
 from medfocus.prompts import class_embeddings, text_prompts
 from medfocus.quality import center_box
-from medfocus.records import Record, read_manifest
+from medfocus.records import Record, chunks, read_manifest
 from medfocus.region_attention import REGIONS
 from medfocus.region_views import focused_view, focused_view_key
 from medfocus.splits import Splits, read_splits
@@ -127,6 +128,12 @@ def learning_rates(params: Params, name: str) -> tuple[float, ...]:
     return rates
 
 
+def choice_of_rate(params: Params, name: str) -> LearningRates | None:
+    """How a method's learning rate is chosen; None where there is nothing to choose."""
+    rates = learning_rates(params, name)
+    return LearningRates(rates, **dataclasses.asdict(params.learning_rates)) if len(rates) > 1 else None
+
+
 def plan(params: Params) -> list[Cell]:
     """Every cell of the study, in its order; each method is built once, so that a typo fails here."""
     for name in params.study.methods:
@@ -147,9 +154,9 @@ def plan(params: Params) -> list[Cell]:
     return cells
 
 
-def methods_of(params: Params, cells: Iterable[Cell]) -> list[Method]:
-    """The methods of cells, each once, without an encoder: for ``Dataset.embed``."""
-    return [build_method(params, name, None) for name in dict.fromkeys(cell.method for cell in cells)]
+def methods_of(cells: Iterable[Cell]) -> list[str]:
+    """The methods of cells, each once: for ``Dataset.embed``."""
+    return list(dict.fromkeys(cell.method for cell in cells))
 
 
 def support_views(params: Params, method: str) -> int:
@@ -165,16 +172,17 @@ class Dataset:
     """A data set after ingestion, splitting and masking, seen through one encoder."""
 
     def __init__(self, study: Study, name: str, encoder: ClipEncoder) -> None:
-        """Read what the earlier stages made in the working directory."""
+        """Read what the earlier stages made in the study's folder."""
         self.name = name
         self.study = study
         self.encoder = encoder
         self.params = study.params.datasets[name]
         self.root = study.root(name)
-        self.manifest = Path(f"data/manifests/{name}.csv")
+        data = study.folder / "data"
+        self.manifest = data / "manifests" / f"{name}.csv"
         self.records: dict[str, Record] = {r.path: r for r in read_manifest(self.manifest)}
-        self.splits: Splits = read_splits(Path(f"data/splits/{name}.json"))
-        self.masks = PublishedMasks(Path("data/masks", name))
+        self.splits: Splits = read_splits(data / "splits" / f"{name}.json")
+        self.masks = PublishedMasks(data / "masks" / name)
         self.digest = hashlib.sha256(self.manifest.read_bytes()).hexdigest()
         self.classes: tuple[str, ...] = tuple(self.splits.classes)
         self._looking: dict[str, ClipEncoder] = {}  # by focus
@@ -213,9 +221,7 @@ class Dataset:
         """The pictures a cell may learn from; for a method that learns nothing, none."""
         return [] if cell.support == NOTHING else self.splits.supports[cell.seed][cell.support]
 
-    def embed(
-        self, methods: Iterable[Method], focus: str, paths: Iterable[str], views: int, label: str
-    ) -> None:
+    def embed(self, methods: Iterable[str], focus: str, paths: Iterable[str], views: int, label: str) -> None:
         """Have the frozen parts' output for ``views`` views of pictures at hand, computing each once.
 
         Args:
@@ -225,35 +231,62 @@ class Dataset:
             views: View 0 is the whole picture, the others are random crops.
             label: Beside the progress bar.
         """
-        one_each = {method.embedding: method for method in methods}
+        one_each = {build_method(self.study.params, name, None).embedding: name for name in methods}
         known = {name: self._embedded.setdefault((name, focus, views), {}) for name in one_each}
         wanted = [path for path in dict.fromkeys(paths) if any(path not in rows for rows in known.values())]
         if not wanted:
             return
+        names, label = tuple(one_each.values()), f"{label} {self.name} {focus}"
+        scale = self.study.params.scale
+        if scale.runner != "here":
+            from flows.runners import by_shards  # imports Prefect
+
+            lacking = self._lacking(names, focus, wanted, views)
+            jobs = [
+                Shard(self.study.folder, self.study.version, self.name, names, focus, tuple(part), views)
+                for part in chunks(lacking, scale.pictures)
+            ]
+            if jobs:
+                with tqdm(total=len(lacking), desc=label, unit="picture", disable=None, leave=False) as bar:
+                    by_shards(encode_shard, jobs, scale, bar.update)
+        tables = self.encode(names, focus, wanted, views, label)
+        for rows, table in zip(known.values(), tables, strict=True):
+            rows.update(zip(wanted, table, strict=True))
+
+    def encode(
+        self, methods: Sequence[str], focus: str, paths: Sequence[str], views: int, label: str | None
+    ) -> list[Tensor]:
+        """The output of each method's frozen part for N paths, (N, V, ...); without a label no bar shows."""
         size, feather = self.encoder.image_size, self.study.params.views.feather
-        encoder = self.encoder_for(focus).remembering()
-
-        def kind(method: Method) -> features.Kind:
-            own = copy.copy(method)
-            own.encoder = encoder
-            settings = f"{encoder.key} {method.embedding} {self._view_key(focus)}"
-            return features.Kind(own.embed, settings, _dtype(method.embedding))
-
-        items = [(self.records[path], number) for path in wanted for number in range(views)]
-        with tqdm(
-            total=len(items), desc=f"{label} {self.name} {focus}", unit="view", disable=None, leave=False
-        ) as bar:
+        items = [(self.records[path], number) for path in paths for number in range(views)]
+        hidden = True if label is None else None
+        with tqdm(total=len(items), desc=label, unit="view", disable=hidden, leave=False) as bar:
             encoded = features.encode_together(
                 items,
                 [self._view_name(record, focus, number) for record, number in items],
                 lambda item: self._view(*item, focus=focus, size=size, feather=feather),
-                [kind(method) for method in one_each.values()],
-                cache=self.study.cache / "features",
+                self._kinds(methods, focus),
+                cache=self.study.shared_cache("features"),
                 batch_size=self.study.params.views.batch_size,
                 progress=lambda done, total: bar.update(done - bar.n),
             )
-        for rows, table in zip(known.values(), encoded, strict=True):
-            rows.update(zip(wanted, table.unflatten(0, (len(wanted), views)), strict=True))
+        return [table.unflatten(0, (len(paths), views)) for table in encoded]
+
+    def _kinds(self, methods: Sequence[str], focus: str) -> list[features.Kind]:
+        encoder = self.encoder_for(focus).remembering()
+
+        def kind(name: str) -> features.Kind:
+            method = build_method(self.study.params, name, encoder)
+            settings = f"{encoder.key} {method.embedding} {self._view_key(focus)}"
+            return features.Kind(method.embed, settings, _dtype(method.embedding))
+
+        return [kind(name) for name in methods]
+
+    def _lacking(self, methods: Sequence[str], focus: str, paths: Sequence[str], views: int) -> list[str]:
+        """Of the paths those whose features are not in the cache."""
+        names = [self._view_name(self.records[path], focus, i) for path in paths for i in range(views)]
+        missing = features.lacking(names, self._kinds(methods, focus), self.study.shared_cache("features"))
+        return [path for i, path in enumerate(paths) if any(missing[i * views : (i + 1) * views])]
 
     def inputs(self, method: Method, focus: str, paths: Sequence[str], views: int) -> Tensor:
         """What ``embed`` computed of ``method``'s frozen part for ``paths``: (V, N, ...)."""
@@ -285,6 +318,7 @@ class Dataset:
     def key(self, cell: Cell, settings: dict[str, Any], views: int, folds: int) -> str:
         """sha256 hex over everything that a cell's checkpoint depends on, the code included."""
         paths = self.support_paths(cell)
+        choice = choice_of_rate(self.study.params, cell.method)
         content = {
             "cell": [cell.method, cell.focus, cell.seed],
             "settings": settings,
@@ -303,9 +337,7 @@ class Dataset:
                 for p in paths
             ],
             "flip": self.params.flip,
-            "rates": dataclasses.asdict(self.study.params.learning_rates)
-            if len(learning_rates(self.study.params, cell.method)) > 1
-            else None,
+            "rates": dataclasses.asdict(choice) if choice else None,
             "code": code_digest(self.study.params.method(cell.method)[0]),
             "prompts": self.prompts,
         }
@@ -361,6 +393,33 @@ class Dataset:
     def _mask_digest(self, sha256: str, which: Which) -> str:
         mask = self._mask(sha256, which)
         return hashlib.sha256(f"{mask.shape}".encode() + np.packbits(mask).tobytes()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Some pictures of a data set whose features a worker is to put into the cache."""
+
+    folder: Path  # of the study
+    version: str  # see ``Study.version``
+    dataset: str
+    methods: tuple[str, ...]
+    focus: str
+    paths: tuple[str, ...]
+    views: int
+
+
+def encode_shard(shard: Shard) -> int:
+    """Have the cache hold a shard's features; in a worker of ``flows.runners``."""
+    dataset = _opened(shard.folder, shard.version, shard.dataset, threading.get_ident())
+    dataset.encode(shard.methods, shard.focus, shard.paths, shard.views, None)
+    return len(shard.paths)
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: Path, version: str, dataset: str, thread: int) -> Dataset:
+    """A data set for the shards of one thread: towers are for one at a time."""
+    study = study_in(folder)
+    return Dataset(study, dataset, study.encoder())
 
 
 @cache

@@ -17,7 +17,7 @@ from flows import costs
 from flows.cells import Cell, Dataset, best_cell, methods_of, plan
 from flows.study import PLOTS, RESULTS, STUDY, Study, here
 from medfocus import checkpoint, metrics, report, tracking
-from medfocus.figures import LIGHT, reliability_panel
+from medfocus.figures import LIGHT, confusion_figure, reliability_panel
 from medfocus.provenance import made_from
 from medfocus.report import StudyRow
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dataset = Dataset(study, name, encoder)
             own = list(own)
             for focus in dict.fromkeys(cell.focus for cell in own):
-                methods = methods_of(params, (cell for cell in own if cell.focus == focus))
+                methods = methods_of(cell for cell in own if cell.focus == focus)
                 dataset.embed(methods, focus, dataset.splits.test, 1, "encode test")
             predicted: dict[Cell, dict[str, np.ndarray]] = {}  # -> classifier -> (N, K) probabilities
             for _, of_system in groupby(own, key=lambda cell: (cell.method, cell.focus)):
@@ -212,7 +212,7 @@ def _figures_of(dataset: Dataset, cell: Cell, probabilities: np.ndarray) -> dict
     counts = metrics.confusion(probabilities.argmax(axis=1), labels, len(dataset.classes))
     curve = metrics.reliability(probabilities, labels)
     return {
-        "confusion": report.confusion_figure(counts, dataset.classes, cell.name),
+        "confusion": confusion_figure(counts, dataset.classes, cell.name),
         "reliability": reliability_panel(curve, LIGHT, transparent=False),
     }
 

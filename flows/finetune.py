@@ -30,7 +30,7 @@ from flows.cells import (
     Cell,
     Dataset,
     build_method,
-    learning_rates,
+    choice_of_rate,
     methods_of,
     plan,
     support_views,
@@ -163,11 +163,15 @@ def _path(dataset: Dataset, cell: Cell) -> Path:
 def _prepared(dataset: Dataset, cells: Mapping[Cell, Path]) -> Iterator[Fit]:
     """Cells made ready one by one, their pictures encoded before the first of a focus mode."""
     params = dataset.study.params
+    alike: dict[tuple[str, int], list[Cell]] = {}  # by what they see
+    for cell in cells:
+        if METHODS[params.method(cell.method)[0]].learns:
+            alike.setdefault((cell.focus, support_views(params, cell.method)), []).append(cell)
+    pictures = _all_support_paths(dataset)
     for cell, path in cells.items():
         views = support_views(params, cell.method)
-        alike = [c for c in cells if c.focus == cell.focus and support_views(params, c.method) == views]
-        methods = [method for method in methods_of(params, alike) if method.learns]
-        dataset.embed(methods, cell.focus, _all_support_paths(dataset), views, "encode")
+        if seen_alike := alike.get((cell.focus, views)):
+            dataset.embed(methods_of(seen_alike), cell.focus, pictures, views, "encode")
         yield _prepare(dataset, cell, path)
 
 
@@ -199,8 +203,7 @@ def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
         blocks = getattr(method, "blocks", 0)  # of the tower that train
         end = encoder.tail(blocks) if blocks else None
         method.encoder = cast("ClipEncoder", TrainableEnd(encoder.key, encoder.logit_scale, end))
-    rates = learning_rates(params, cell.method)
-    choice = LearningRates(rates, **dataclasses.asdict(params.learning_rates)) if len(rates) > 1 else None
+    choice = choice_of_rate(params, cell.method)
     return Fit(method, support, header, choice, _folds(dataset, cell), path)
 
 

@@ -6,26 +6,27 @@ import argparse
 import csv
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+import shutil
+import threading
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from flows.study import ADAPTER, Study, here
+from flows.study import ADAPTER, Study, here, study_in
 from medfocus import images
+from medfocus.figures import mask_sheet
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
 from medfocus.quality import iou, known_region
-from medfocus.records import Record, read_manifest, spread_over_classes
-from medfocus.report import mask_sheet
+from medfocus.records import Record, chunks, read_manifest, spread_over_classes
 from medfocus.splits import read_splits
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from medfocus.masks.sam2 import Sam2Segmenter
+    from medfocus.masks.segmenter import Segmenter
 
 _SHEET_PICTURES = 24
 
@@ -36,28 +37,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True)
     dataset = parser.parse_args(arguments).dataset
     study = here()
-    params, root = study.params.masks, study.root(dataset)
+    params, scale, root = study.params.masks, study.params.scale, study.root(dataset)
     records = read_manifest(Path(f"data/manifests/{dataset}.csv"))
-    taught, state = Taught((), root), None
+    taught, adapter = Taught((), root), None
     if params.segmenter == "sam2" and params.strategy == "adapter":
-        from medfocus.masks.informed.adapter import AdapterSegmenter  # takes seconds
-
-        plain = study.sam2(dataset)
         taught = Taught.of(records, set(read_splits(Path(f"data/splits/{dataset}.json")).train), root)
-        state = _adapter(study, dataset, plain, taught)
-        segmenter = AdapterSegmenter(plain, state)
-    else:
-        segmenter = study.segmenter(dataset)
-    store = MaskStore(study.cache / "masks")
+        adapter = _adapter(study, dataset, taught)
+    segmenter = _segmenter(study, dataset, adapter)
+    store = MaskStore(study.shared_cache("masks"))
     with tqdm(total=len(records), desc=f"masks {dataset}", unit="picture", disable=None) as bar:
+        if scale.runner != "here":
+            from flows.runners import by_shards  # imports Prefect
+
+            jobs = [
+                Shard(study.folder, study.version, dataset, tuple(part), adapter)
+                for part in chunks(_lacking(records, store, segmenter.key), scale.pictures)
+            ]
+            by_shards(mask_shard, jobs, scale, bar.update)
+            bar.reset()
         pictures = ((record, root / record.path) for record in records)
         cache_masks(pictures, segmenter, store, batch_size=params.batch_size, progress=bar.update)
     folder = Path("data/masks", dataset)
     publish(records, store, segmenter.key, folder)
-    if state is not None:
-        from safetensors.torch import save_file
-
-        save_file(state, folder / ADAPTER)
+    if adapter:
+        shutil.copyfile(adapter, folder / ADAPTER)
 
     masks, reports = PublishedMasks(folder), Path("reports/data", dataset)
     reports.mkdir(parents=True, exist_ok=True)
@@ -112,24 +115,80 @@ class Taught:
         return images.read(self.root / record.path), region
 
 
-def _adapter(study: Study, dataset: str, plain: Sam2Segmenter, taught: Taught) -> dict[str, Tensor]:
-    """The taught adapter's tensors, out of the cache where the same was taught before."""
-    from safetensors.torch import load_file, save_file
+def _adapter(study: Study, dataset: str, taught: Taught) -> Path:
+    """The file of the taught adapter, out of the cache where the same was taught before."""
+    from safetensors.torch import save_file
 
-    from medfocus.masks.informed.adapter import adapter_key, train_adapter
+    from medfocus.masks.informed.adapter import adapter_key, train_adapter  # takes seconds
 
-    params = study.params.masks.adapter
+    params, plain = study.params.masks.adapter, study.sam2(dataset)
     settings = asdict(params)
     path = study.cache / "adapters" / f"{adapter_key(plain, taught.digest, settings)}.safetensors"
     if path.is_file():
-        return load_file(path)
+        return path
     with tqdm(total=params.steps, desc=f"adapter {dataset}", unit="step", disable=None) as bar:
         state = train_adapter(taught, plain, **settings, progress=bar.update)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
     save_file(state, beside)
     beside.replace(path)
-    return state
+    return path
+
+
+def _segmenter(study: Study, dataset: str, adapter: Path | None) -> Segmenter:
+    """The data set's segmenter; with an adapter that is not yet beside its masks."""
+    if adapter is None:
+        return study.segmenter(dataset)
+    from medfocus import weights
+    from medfocus.masks.informed.adapter import AdapterSegmenter
+
+    return AdapterSegmenter(study.sam2(dataset), weights.load(adapter))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some pictures of a data set whose masks a worker is to put into the cache."""
+
+    folder: Path  # of the study
+    version: str  # see ``Study.version``
+    dataset: str
+    records: tuple[Record, ...]
+    adapter: Path | None
+
+
+def mask_shard(shard: Shard) -> int:
+    """Have the cache hold a shard's masks; in a worker of ``flows.runners``."""
+    study, segmenter = _opened(
+        shard.folder, shard.version, shard.dataset, shard.adapter, threading.get_ident()
+    )
+    root = study.root(shard.dataset)
+    cache_masks(
+        ((record, root / record.path) for record in shard.records),
+        segmenter,
+        MaskStore(study.shared_cache("masks")),
+        batch_size=study.params.masks.batch_size,
+    )
+    return len(shard.records)
+
+
+@lru_cache(maxsize=4)
+def _opened(
+    folder: Path, version: str, dataset: str, adapter: Path | None, thread: int
+) -> tuple[Study, Segmenter]:
+    """A segmenter for the shards of one thread: it is for one at a time."""
+    study = study_in(folder)
+    return study, _segmenter(study, dataset, adapter)
+
+
+def _lacking(records: Iterable[Record], store: MaskStore, segmenter_key: str) -> Iterator[Record]:
+    """The records whose mask the cache lacks, each picture once."""
+    seen: set[str] = set()
+    for some in chunks(records, 1000):
+        seen |= {sha for sha, _ in store.encoded((record.sha256 for record in some), segmenter_key)}
+        for record in some:
+            if record.sha256 not in seen:
+                seen.add(record.sha256)
+                yield record
 
 
 def _truths(records: Sequence[Record], root: Path, masks: PublishedMasks) -> dict[str, list[float]]:
@@ -156,4 +215,7 @@ def _write_summary(masks: PublishedMasks, truths: dict[str, list[float]], path: 
 
 
 if __name__ == "__main__":
-    main()
+    # The workers look a job's class up by its module's name, and that is not __main__ there.
+    from flows.masks import main as run
+
+    run()

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import csv
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-# Prefect reads its settings from the environment when it is imported.
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the pages show the rest
 
 from prefect import flow, task
 from prefect.artifacts import (
@@ -28,11 +22,8 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 from prefect.cache_policies import NO_CACHE
-from prefect.events.worker import EventsWorker
-from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.servers import PREFECT_PORT, free_port, prefect_answers, prefect_server
+from flows.servers import prefect_api
 from flows.stages import StageBusyError, reproduce
 from flows.study import PAGE, STUDY, Study, open_study
 from medfocus import report
@@ -183,24 +174,6 @@ def _table(path: Path, key: str, description: str) -> None:
     create_table_artifact(rows, key=_key(key), description=description)
 
 
-@contextlib.contextmanager
-def _server() -> Iterator[None]:
-    """The Prefect server of the environment, or one on loopback for this run.
-
-    Prefect would start one by itself, but that one loses the last records of a process that ends.
-    """
-    if PREFECT_API_URL.value():
-        yield
-        return
-    port = PREFECT_PORT if prefect_answers() else free_port()
-    with prefect_server(port) as api, temporary_settings({PREFECT_API_URL: api}):
-        try:
-            yield
-        finally:  # else they would be sent at exit, to a server that is gone
-            EventsWorker.drain_all(timeout=15)
-            APILogWorker.drain_all(timeout=15)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the flow on a params file and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -208,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     params_file = parser.parse_args(arguments).params
     try:
         open_study(params_file)  # a fault in the params file is said before a server starts
-        with _server():
+        with prefect_api():
             registrations = pipeline(params_file)
     except Exception as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))

@@ -44,6 +44,28 @@ def prefect_server(port: int = PREFECT_PORT) -> Iterator[str]:
         yield api
 
 
+@contextlib.contextmanager
+def prefect_api() -> Iterator[None]:
+    """The Prefect server of the environment, or one on loopback for the ``with`` block.
+
+    Prefect would start one by itself, but that one loses the last records of a process that ends.
+    """
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if PREFECT_API_URL.value():
+        yield
+        return
+    port = PREFECT_PORT if prefect_answers() else free_port()
+    with prefect_server(port) as api, temporary_settings({PREFECT_API_URL: api}):
+        try:
+            yield
+        finally:  # else they would be sent at exit, to a server that is gone
+            EventsWorker.drain_all(timeout=15)
+            APILogWorker.drain_all(timeout=15)
+
+
 def free_port() -> int:
     """A port on loopback that nothing listened on a moment ago."""
     with socket.socket() as probe:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -170,6 +172,17 @@ class Study:
         """Content-keyed scratch space, shared by all studies; deleting it costs time and nothing else."""
         return self.home / ".cache"
 
+    def shared_cache(self, kind: str) -> str:
+        """The folder or URL for "masks" or "features", which machines may share."""
+        return f"{self.params.scale.cache or self.cache}/{kind}"
+
+    @cached_property
+    def version(self) -> str:
+        """sha256 hex over the parameters and the manifests: what a process that lives on may not mix up."""
+        manifests = sorted((self.folder / "data" / "manifests").glob("*.csv"))
+        content = b"\0".join(path.read_bytes() for path in manifests)
+        return hashlib.sha256(repr(self.params).encode() + content).hexdigest()
+
 
 def _words(text: str) -> str:
     """Without case, underscores and punctuation, one space between words."""
@@ -188,7 +201,12 @@ def find_home(start: Path) -> Path:
 
 def here() -> Study:
     """The study of the working directory, as the stages see it."""
-    return Study(Path.cwd(), find_home(Path.cwd()), load_params(Path("params.yaml")))
+    return study_in(Path.cwd())
+
+
+def study_in(folder: Path) -> Study:
+    """The study of a folder, as it stands."""
+    return Study(folder, find_home(folder), load_params(folder / "params.yaml"))
 
 
 def open_study(params_file: Path, home: Path | None = None) -> Study:

@@ -1,38 +1,30 @@
 """Pictures become features: views are made in threads while the model runs, and no view is encoded twice.
 
-The cache has one folder for each kind of feature and shards in it, safetensors files that are only ever
-added: "keys" (n, 32) uint8, the sha256 of each key, and "rows" (n, ...). A shard appears whole or not at
-all, so a killed run loses what was not yet written, and two processes at once can at worst write the same
-rows twice.
+The cache has one folder of shards for each kind of feature (see ``medfocus.shards``), an entry a row, as
+NumPy's own files have it. Two processes at once can at worst write the same rows twice.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import io
 import os
-import time
-import uuid
-import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-FLUSH_SECONDS = 5.0  # a killed run loses no more than this
-FLUSH_BYTES = 64 * 2**20  # and no more than this waits in memory
+from medfocus.shards import Shards
 
 Item = TypeVar("Item")
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ def encode(
     make_view: Callable[[Item], np.ndarray],
     encode_batch: Callable[[Tensor], Tensor],
     *,
-    cache: Path | None,
+    cache: str | Path | None,
     settings: str,
     batch_size: int,
     workers: int = 2,
@@ -77,7 +69,7 @@ def encode_together(
     make_view: Callable[[Item], np.ndarray],
     kinds: Sequence[Kind],
     *,
-    cache: Path | None,
+    cache: str | Path | None,
     batch_size: int,
     workers: int = 2,
     progress: Callable[[int, int], object] | None = None,
@@ -91,8 +83,9 @@ def encode_together(
         keys: One for each item, naming its view's content (picture, mask, crop). Equal keys are encoded once.
         make_view: Item -> view (S, S, C) uint8; reads and decodes, focuses, letterboxes.
         kinds: One or more.
-        cache: Folder that keeps rows between runs; None keeps nothing.
-        batch_size: Views a forward pass.
+        cache: Folder, or URL for fsspec, that keeps rows between runs; None keeps nothing.
+        batch_size: Views a forward pass. The last one is filled up to it: the last bits of a row can depend
+            on how many are beside it, and shall not depend on what was cached.
         workers: Threads that make views, one batch ahead of the model.
         progress: Called with the number of items done and N after every batch.
 
@@ -117,7 +110,7 @@ def encode_together(
         firsts = [items[places[key][0]] for key in missing]
         with closing(_batches(firsts, make_view, batch_size, workers)) as batches:
             for first, views in batches:
-                batch = missing[first : first + len(views)]
+                batch = missing[first : first + batch_size]
                 for table in tables:
                     table.encode(batch, views)
                 done += sum(len(places[key]) for key in batch)
@@ -129,19 +122,30 @@ def encode_together(
     return [table.result for table in tables]
 
 
+def lacking(keys: Sequence[str], kinds: Sequence[Kind], cache: str | Path) -> list[bool]:
+    """For each of the keys (N) whether the cache lacks its row of one of the kinds."""
+    missing = set().union(*(_Table(kind, {key: [] for key in keys}, 0, cache).missing for kind in kinds))
+    return [key in missing for key in keys]
+
+
 class _Table:
     """The features of one kind as they come together: the cached ones at once, the others batch by batch."""
 
-    def __init__(self, kind: Kind, places: Mapping[str, list[int]], count: int, cache: Path | None) -> None:
+    def __init__(
+        self, kind: Kind, places: Mapping[str, list[int]], count: int, cache: str | Path | None
+    ) -> None:
         self.kind = kind
         self.missing = set(places)  # keys without a row
         self._places = places
         self._count = count
         self._rows: Tensor | None = None  # (N, ...), made with the first row
-        self._shards = Shards(cache / _name(kind.settings, str(kind.dtype))) if cache else None
-        if self._shards:
-            for key, row in self._shards.read(list(places)):
-                self._place(key, row)
+        self._shards: Shards | None = None
+        if cache:
+            name = _hash(f"{kind.settings}\n{kind.dtype}")[:32]
+            self._shards = _opened(f"{cache}/{name}", os.getpid())
+            hashes = {_hash(key): key for key in places}
+            for hash_, content in self._shards.read(hashes):
+                self._place(hashes[hash_], _unpacked(content))
 
     @property
     def result(self) -> Tensor:
@@ -154,8 +158,8 @@ class _Table:
         lacking = [i for i, key in enumerate(batch) if key in self.missing]
         if not lacking:
             return
-        # The whole batch goes through: the last bits of a row can depend on those beside it.
-        rows = self.kind.encode_batch(views).detach().to("cpu", self.kind.dtype)  # (B, ...)
+        # The whole batch goes through: see ``batch_size``.
+        rows = self.kind.encode_batch(views).detach().to("cpu", self.kind.dtype)[: len(batch)]  # (B, ...)
         if not torch.isfinite(rows).all():
             raise ValueError(
                 f"features: the encoder gave values that are not finite in {self.kind.dtype}, for {batch[0]} "
@@ -164,12 +168,12 @@ class _Table:
         for i in lacking:
             self._place(batch[i], rows[i])
         if self._shards:
-            self._shards.add([batch[i] for i in lacking], rows[lacking])
+            self._shards.put((_hash(batch[i]), _packed(rows[i])) for i in lacking)
 
     def close(self) -> None:
         """Have the cache keep what it was given."""
         if self._shards:
-            self._shards.flush()
+            self._shards.close()
 
     def _place(self, key: str, row: Tensor) -> None:
         if self._rows is None:
@@ -181,7 +185,10 @@ class _Table:
 def _batches(
     items: Sequence[Item], make_view: Callable[[Item], np.ndarray], batch_size: int, workers: int
 ) -> Generator[tuple[int, Tensor], None, None]:
-    """Where a batch starts and its views (B, S, S, 3) uint8; those of the next batch are made meanwhile."""
+    """Where a batch starts and its views (B, S, S, C) uint8; those of the next batch are made meanwhile.
+
+    The last batch is filled up with its last view.
+    """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
     ahead: deque[Future[np.ndarray]] = deque()
     begun = 0
@@ -194,78 +201,39 @@ def _batches(
                     ahead.append(pool.submit(make_view, items[begun]))
                     begun += 1
                 views.append(ahead.popleft().result())
-            yield start, torch.from_numpy(np.stack(views))
+            yield start, torch.from_numpy(np.stack(views + views[-1:] * (batch_size - len(views))))
     finally:
         pool.shutdown(
             cancel_futures=True
         )  # after an error or an interrupt the views not yet begun are not made
 
 
-@dataclass
-class Shards:
-    """One folder of the cache; see the head of this file."""
-
-    folder: Path
-    _keys: list[str] = field(default_factory=list, init=False)  # not yet written
-    _rows: list[Tensor] = field(default_factory=list, init=False)
-    _written: float = field(default_factory=time.monotonic, init=False)
-
-    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Those of ``keys`` that are here, each once and with its row; a damaged shard is removed."""
-        wanted = {_hash(key): key for key in keys}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if not wanted:
-                return
-            try:
-                with safe_open(path, "pt") as file:
-                    hashes = file.get_tensor("keys").numpy()  # (n, 32)
-                    hits = [i for i, name in enumerate(map(bytes, hashes)) if name in wanted]
-                    if not hits:
-                        continue
-                    rows = file.get_tensor("rows")  # (n, ...)
-                    if _checksum(hashes, rows) != file.metadata()["crc32"]:
-                        raise ValueError("its checksum is another")
-            except FileNotFoundError:
-                continue  # another process found it damaged
-            except (SafetensorError, ValueError, KeyError, TypeError) as error:
-                _log.warning("%s is damaged (%s): its features are computed again.", path, error)
-                path.unlink(missing_ok=True)
-                continue
-            for i in hits:
-                if key := wanted.pop(bytes(hashes[i]), None):
-                    yield key, rows[i]
-
-    def add(self, keys: Sequence[str], rows: Tensor) -> None:
-        """Take rows (n, ...) for ``keys``; now and then write what was taken."""
-        self._keys.extend(keys)
-        self._rows.append(rows)
-        waiting = sum(part.nbytes for part in self._rows)
-        if time.monotonic() - self._written >= FLUSH_SECONDS or waiting >= FLUSH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what was taken and not yet written, as one shard; all of it or nothing appears."""
-        if self._keys:
-            hashes = np.frombuffer(b"".join(map(_hash, self._keys)), dtype=np.uint8).reshape(-1, 32)
-            rows = torch.cat(self._rows)
-            path = self.folder / f"{_name(*self._keys)}.safetensors"
-            unfinished = path.with_suffix(f".{uuid.uuid4().hex}.unfinished")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tensors = {"keys": torch.from_numpy(hashes.copy()), "rows": rows}
-            save_file(tensors, unfinished, metadata={"crc32": _checksum(hashes, rows)})
-            os.replace(unfinished, path)
-        self._keys, self._rows = [], []
-        self._written = time.monotonic()
+@lru_cache(maxsize=32)
+def _opened(url: str, process: int) -> Shards:
+    """A folder of the cache, kept open by a process: the next call then reads only what was added since."""
+    return Shards(url, suffix=".npy")
 
 
-def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _name(*keys: str) -> str:
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:32]
+def _packed(row: Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, row.numpy(), allow_pickle=False)
+    return file.getvalue()
 
 
-def _checksum(hashes: np.ndarray, rows: Tensor) -> str:
-    content = rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return f"{zlib.crc32(content, zlib.crc32(np.ascontiguousarray(hashes).data)):08x}"
+def _unpacked(content: bytes) -> Tensor:
+    """The inverse of ``_packed``; the rows of a kind have one header, which is read once."""
+    start = 10 + int.from_bytes(content[8:10], "little")  # magic, version, length; then so many bytes
+    shape, dtype = _header(content[:start])
+    return torch.from_numpy(np.frombuffer(content, dtype, offset=start).reshape(shape).copy())
+
+
+@lru_cache(maxsize=64)
+def _header(content: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    file = io.BytesIO(content)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype

@@ -7,11 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import (
-    confusion_matrix,
-    f1_score,
-    roc_auc_score,
-)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -32,6 +27,8 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         pictures), auroc (one against the rest, macro mean; NaN where a class has no test
         picture) and ece, all in [0, 1].
     """
+    from sklearn.metrics import f1_score  # a second of every run that scores nothing
+
     predicted = probabilities.argmax(axis=1)
     present = np.unique(labels)
     return {
@@ -45,6 +42,8 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """One-against-the-rest AUROC, macro mean over classes; NaN where a class is absent. (N, K), (N,)."""
+    from sklearn.metrics import roc_auc_score
+
     classes = probabilities.shape[1]
     if len(np.unique(labels)) < classes:
         return float("nan")
@@ -104,6 +103,8 @@ def per_class_recall(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarra
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """Counts (K, K), rows the true class, columns the predicted; from (N,), (N,) integers in [0, K)."""
+    from sklearn.metrics import confusion_matrix
+
     return confusion_matrix(labels, predicted, labels=list(range(classes)))
 
 

@@ -188,6 +188,23 @@ class ReportParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class ScaleParams:
+    """Who makes masks and features, and where they are kept; it changes no byte of them."""
+
+    runner: Literal["here", "threads", "processes", "dask"]  # here: this process, without shards
+    workers: Positive
+    pictures: Positive  # a shard
+    address: str | None  # of a Dask scheduler; None starts a cluster on this machine
+    cache: str | None  # URL for fsspec of the cache of masks and features; None: .cache in the project
+
+    @model_validator(mode="after")
+    def _address_is_dasks(self) -> ScaleParams:
+        if self.address and self.runner != "dask":
+            raise ValueError(f"address is {self.address!r}, but runner is {self.runner!r}; only dask has one")
+        return self
+
+
+@dataclass(frozen=True, config=_strict)
 class ScheduleParams:
     """When the retraining flow runs by itself."""
 
@@ -211,6 +228,7 @@ class Params:
     validation: ValidationParams
     tracking: TrackingParams
     report: ReportParams
+    scale: ScaleParams
     schedule: ScheduleParams
     device: Literal["auto", "cpu", "cuda"]  # auto: CUDA where there is one
 

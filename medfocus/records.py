@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+Item = TypeVar("Item")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One picture of a data set, as its manifest lists it."""
 
@@ -36,9 +41,23 @@ def read_manifest(path: Path) -> list[Record]:
     """Read what ``write_manifest`` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            Record(**{**row, "width": int(row["width"]), "height": int(row["height"])})
+            Record(
+                **{
+                    **row,
+                    **{name: sys.intern(row[name]) for name in ("mode", "label", "split")},  # once in memory
+                    "width": int(row["width"]),
+                    "height": int(row["height"]),
+                }
+            )
             for row in csv.DictReader(file)
         ]
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of ``size`` items, the last one shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
 
 
 def spread_over_classes(labels: Sequence[str], count: int) -> list[int]:

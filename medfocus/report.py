@@ -11,18 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageFilter
 
 from medfocus.figures import COLOURS, MARKERS, blank, png
-from medfocus.images import letterbox, letterbox_mask, montage
 from medfocus.metrics import Interval, mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LEVELS = ("--", ":", "-.")
-_CONTOUR = (255, 140, 0)  # orange shows on grey pictures, light and dark
-_TILE = 176  # pixels a side of a contact sheet's tile
 _CONTROLLED = "multiply"  # the focus that the controls take something from
 # Control -> what has to be said of a data set where it does not score below the focus.
 _FINDINGS = {
@@ -227,58 +223,6 @@ def accuracy_figure(rows: Sequence[StudyRow], metric: str = "accuracy") -> bytes
         frameon=False,
     )
     return png(figure)
-
-
-def confusion_figure(counts: np.ndarray, classes: Sequence[str], title: str = "") -> bytes:
-    """Confusion matrix (K, K), rows the true class, columns the predicted -> PNG bytes.
-
-    Colours and percentages are shares of the true class; counts stand below them.
-    Raises ValueError where the shape does not fit the classes.
-    """
-    size = len(classes)
-    if counts.shape != (size, size):
-        raise ValueError(
-            f"confusion_figure: counts are {counts.shape} for {size} classes; give ({size}, {size})."
-        )
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (K, K)
-    side = 1.6 + 0.75 * max(size, 3)
-    figure = blank(side, side)
-    panel = figure.subplots()
-    panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for i in range(size):
-        for j in range(size):
-            colour = "white" if shares[i, j] > 0.6 else "black"
-            text = f"{100 * shares[i, j]:.0f} %\n{counts[i, j]:d}"
-            panel.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
-    panel.set_xticks(range(size), classes, fontsize=9, rotation=30, ha="right", rotation_mode="anchor")
-    panel.set_yticks(range(size), classes, fontsize=9)
-    panel.tick_params(length=0)
-    panel.spines[:].set_visible(False)
-    panel.set_xlabel("predicted class", fontsize=9)
-    panel.set_ylabel("true class", fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=10, wrap=True)
-    return png(figure)
-
-
-def mask_sheet(
-    pictures: Sequence[np.ndarray],
-    regions: Sequence[np.ndarray],
-    captions: Sequence[str],
-    columns: int = 6,
-) -> bytes:
-    """Contact sheet, PNG bytes: pictures (H, W, 3) uint8 with the contours of regions (H, W) bool."""
-    tiles = []
-    for picture, region in zip(pictures, regions, strict=True):
-        tile = letterbox(picture, _TILE, (0, 0, 0))
-        inside = Image.fromarray(letterbox_mask(region, _TILE) > 0.5).convert("L")
-        rim = np.asarray(inside.filter(ImageFilter.MaxFilter(3))) > np.asarray(
-            inside.filter(ImageFilter.MinFilter(3))
-        )
-        tiles.append(np.where(rim[..., None], np.array(_CONTOUR, dtype=np.uint8), tile))
-    buffer = io.BytesIO()
-    Image.fromarray(montage(tiles, columns, captions)).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def blocks_of(rows: Sequence[StudyRow]) -> list[list[StudyRow]]:

@@ -143,13 +143,17 @@ class Tracking:
             token = page.token or ""
         return newest
 
-    def log_page(self, cell_run: str, page: Path) -> bool:
-        """Keep a study's page with the parent of one of its cells' runs; False where the store lacks them."""
-        if cell_run not in self.runs_by_cell().values():
-            return False
-        parent = self.client.get_run(cell_run).data.tags["mlflow.parentRunId"]
+    def log_page(self, cell_run: str, page: Path) -> None:
+        """Keep a study's page with the parent of one of its cells' runs, if the store has it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            parent = self.client.get_run(cell_run).data.tags["mlflow.parentRunId"]
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return
         self.client.log_artifact(parent, str(page))
-        return True
 
     def register(
         self,

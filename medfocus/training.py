@@ -9,11 +9,6 @@ import torch
 from torch import Tensor, nn
 
 
-def passes(pictures: int, *, epochs: int, batch_size: int, max_steps: int) -> int:
-    """Epochs over so many pictures, as many as ``max_steps`` optimisation steps allow and at least one."""
-    return max(1, min(epochs, max_steps // math.ceil(pictures / batch_size)))
-
-
 def train(
     parameters: Iterable[nn.Parameter],
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -25,6 +20,7 @@ def train(
     lr: float,
     weight_decay: float,
     generator: torch.Generator,
+    max_steps: int | None = None,
 ) -> list[float]:
     """Minimise ``loss`` by AdamW with a cosine schedule and keep the last iterate.
 
@@ -41,15 +37,18 @@ def train(
         lr: Learning rate at the start of the cosine.
         weight_decay: AdamW's decoupled weight decay.
         generator: The source of batch order and view draws.
+        max_steps: A bound on the optimisation steps: no epoch but the first goes beyond it.
 
     Returns:
         The mean loss of every epoch.
     """
     count = len(labels)
+    per_epoch = math.ceil(count / batch_size)
+    if max_steps is not None:
+        epochs = max(1, min(epochs, max_steps // per_epoch))
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
-    steps = epochs * math.ceil(count / batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * per_epoch)
     history = []
     for _ in range(epochs):
         total = 0.0

@@ -22,7 +22,7 @@ from medfocus.methods import METHODS, Support
 from medfocus.methods.medfocusclip import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
 from medfocus.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
 from medfocus.prompts import class_embeddings
-from medfocus.training import passes, train
+from medfocus.training import train
 from medfocus.validation import Validation, out_of_fold
 from tests.conftest import TinyClip
 
@@ -443,10 +443,17 @@ def test_training_descends_and_keeps_the_last_iterate() -> None:
 
 
 def test_steps_bound_the_epochs_of_large_supports_and_one_epoch_is_always_made() -> None:
-    bound = {"epochs": 30, "max_steps": 40, "batch_size": 32}
-    assert passes(20, **bound) == 30  # an epoch is a step
-    assert passes(60, **bound) == 20  # of two steps each
-    assert passes(32 * 50, **bound) == 1  # an epoch is longer than the bound
+    def epochs(pictures: int) -> int:
+        weight = torch.nn.Parameter(torch.ones(()))
+        history = train(
+            [weight], lambda index, view: weight**2, torch.zeros(pictures), views=1, epochs=30, max_steps=40,
+            batch_size=32, lr=0.1, weight_decay=0.0, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        return len(history)
+
+    assert epochs(20) == 30  # an epoch is a step
+    assert epochs(60) == 20  # of two steps each
+    assert epochs(32 * 50) == 1  # an epoch is longer than the bound
 
 
 def test_validation_predicts_every_picture_once_by_a_method_that_has_not_seen_it(tiny_clip: TinyClip) -> None:

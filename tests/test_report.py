@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medfocus import report
+from medfocus import figures, report
 from medfocus.report import StudyRow
 
 COLUMNS = (
@@ -162,7 +162,7 @@ def test_accuracy_figure_takes_single_draws_and_more_systems_than_colours() -> N
 
 
 def test_figures_carry_no_time_and_no_version() -> None:
-    for png in (report.accuracy_figure(study()), report.confusion_figure(np.eye(2, dtype=int), ["a", "b"])):
+    for png in (report.accuracy_figure(study()), figures.confusion_figure(np.eye(2, dtype=int), ["a", "b"])):
         with Image.open(io.BytesIO(png)) as image:
             assert "Software" not in image.info
             assert not any("time" in key.lower() or "date" in key.lower() for key in map(str, image.info))
@@ -176,7 +176,7 @@ def test_figures_leave_no_trace_in_pyplot() -> None:
 
 def test_confusion_figure_colours_by_the_share_of_the_true_class() -> None:
     # 1 of 1 right is as dark as 100 of 100 right; the two off-diagonal cells are as light.
-    pixels = picture(report.confusion_figure(np.array([[1, 0], [0, 100]]), ["a", "b"]))
+    pixels = picture(figures.confusion_figure(np.array([[1, 0], [0, 100]]), ["a", "b"]))
     dark = (pixels == [8, 48, 107]).all(axis=2)  # the end of matplotlib's Blues
     light = (pixels == [247, 251, 255]).all(axis=2)  # and its start
     assert abs(dark.sum() - light.sum()) < 0.05 * dark.sum()
@@ -185,17 +185,17 @@ def test_confusion_figure_colours_by_the_share_of_the_true_class() -> None:
 
 def test_confusion_figure_refuses_counts_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"counts are \(2, 2\) for 3 classes; give \(3, 3\)"):
-        report.confusion_figure(np.eye(2, dtype=int), ["a", "b", "c"])
+        figures.confusion_figure(np.eye(2, dtype=int), ["a", "b", "c"])
 
 
 def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_picture() -> None:
     grey = np.full((120, 160, 3), 90, dtype=np.uint8)
     region = np.zeros((120, 160), dtype=bool)
     region[30:90, 40:120] = True
-    bare = picture(report.mask_sheet([grey], [np.zeros_like(region)], ["covid"]))
-    drawn = picture(report.mask_sheet([grey], [region], ["covid"]))
+    bare = picture(figures.mask_sheet([grey], [np.zeros_like(region)], ["covid"]))
+    drawn = picture(figures.mask_sheet([grey], [region], ["covid"]))
     changed = (bare != drawn).any(axis=2)
-    orange = (drawn == report._CONTOUR).all(axis=2)
+    orange = (drawn == figures._CONTOUR).all(axis=2)
     assert np.array_equal(changed, orange)
     # The region's rim at the tile's scale, 2 pixels wide: 2 * 2 * (80 + 60) * 176 / 160.
     assert orange.sum() == pytest.approx(4 * (80 + 60) * 176 / 160, rel=0.05)
@@ -203,8 +203,10 @@ def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_picture() -> No
 
 def test_mask_sheet_takes_pictures_of_any_sizes() -> None:
     pictures = [np.zeros((h, w, 3), dtype=np.uint8) for h, w in ((10, 300), (300, 10), (7, 7))]
-    sheet = report.mask_sheet(pictures, [np.ones(p.shape[:2], dtype=bool) for p in pictures], ["a", "b", "c"])
-    assert sheet == report.mask_sheet(
+    sheet = figures.mask_sheet(
+        pictures, [np.ones(p.shape[:2], dtype=bool) for p in pictures], ["a", "b", "c"]
+    )
+    assert sheet == figures.mask_sheet(
         pictures, [np.ones(p.shape[:2], dtype=bool) for p in pictures], ["a", "b", "c"]
     )
     assert picture(sheet).shape[1] > 3 * 176

@@ -52,9 +52,13 @@ def settings_key(name: str, settings: Mapping[str, object]) -> str:
 
 @cache
 def code_digest(package: Path) -> str:
-    """sha256 hex over the sources between a picture's bytes and its mask, in a copy of this package."""
+    """sha256 hex over the sources between a picture's bytes and its mask, in a copy of this package.
+
+    Where masks are kept changes none.
+    """
     digest = hashlib.sha256()
-    for path in [*sorted((package / "masks").glob("*.py")), package / "images.py"]:
+    sources = (path for path in sorted((package / "masks").glob("*.py")) if path.name != "store.py")
+    for path in [*sources, package / "images.py"]:
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -1,12 +1,13 @@
 """Where masks are kept: a cache by content, and the published view of one manifest.
 
-The cache holds one file a mask, named by the picture's bytes and the segmenter's key, so masks of other
-settings and other data sets live side by side and nothing in it is ever out of date. The published view
-holds exactly one manifest's masks, in a few deterministic files, and is what gets versioned.
+The cache names a mask by the picture's bytes and the segmenter's key, so masks of other settings and other
+data sets live side by side and nothing in it is ever out of date. The published view holds exactly one
+manifest's masks, in a few deterministic files, and is what gets versioned.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -14,9 +15,8 @@ import os
 import shutil
 import tempfile
 import zipfile
-import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -28,59 +28,50 @@ from PIL.PngImagePlugin import PngInfo
 
 from medfocus import images
 from medfocus.masks.segmenter import STATUSES, Mask, Segmenter
-from medfocus.records import Record
+from medfocus.records import Record, chunks
+from medfocus.shards import Shards, entry, start_of
 
 STATUS_FILE = "mask_status.csv"
 SHARD_SIZE = 1000  # masks a published file: version control is slow for one file a mask
 
-_PNG_START = b"\x89PNG\r\n\x1a\n"
+_LOOKED_UP = 1000  # pictures whose masks are looked for at once
 
 
 class MaskStore:
-    """A cache of masks in a folder. Many threads and processes may read and write it at once.
+    """A cache of masks: a folder of shards for each segmenter (see ``medfocus.shards``).
 
-    A mask is one file, a 1-bit PNG with score, status and coverage in its text chunks. It appears whole
-    or not at all, so a run that is killed leaves only finished masks behind.
+    Many threads and processes may read and write it at once. An entry is a 1-bit PNG, named by its picture's
+    sha256, with score, status and coverage in its text chunks.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """``folder`` is made at the first ``put``."""
-        self.folder = folder
+    def __init__(self, url: str | Path) -> None:
+        """A folder, or any URL that fsspec knows; made at the first ``put``."""
+        self.url = str(url)
+        self._shards: dict[str, Shards] = {}  # by the segmenter's key
 
-    def path(self, sha256: str, segmenter_key: str) -> Path:
-        """The file of one picture's mask, whether or not it exists."""
-        key = hashlib.sha256(f"{sha256} {segmenter_key}".encode()).hexdigest()
-        return self.folder / key[:2] / f"{key}.png"
-
-    def encoded(self, sha256: str, segmenter_key: str) -> bytes | None:
-        """The PNG bytes of one picture's mask, or None where there is none. A damaged file is removed."""
-        path = self.path(sha256, segmenter_key)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        if _is_whole_png(data):
-            return data
-        path.unlink(missing_ok=True)
-        return None
+    def encoded(self, shas: Iterable[str], segmenter_key: str) -> Iterator[tuple[str, bytes]]:
+        """sha256 and PNG bytes of those pictures that have a mask; a damaged one counts as none."""
+        return self._of(segmenter_key).read(shas)
 
     def get(self, sha256: str, segmenter_key: str) -> Mask | None:
-        """One picture's mask, or None where there is none. A damaged file is removed."""
-        data = self.encoded(sha256, segmenter_key)
+        """One picture's mask, or None where there is none."""
+        data = dict(self.encoded([sha256], segmenter_key)).get(sha256)
         return None if data is None else decode_mask(data)
 
-    def put(self, sha256: str, segmenter_key: str, mask: Mask) -> None:
-        """Keep one picture's mask: written beside, then moved into place."""
-        path = self.path(sha256, segmenter_key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, beside = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(encode_mask(mask))
-            os.replace(beside, path)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
+    def put(self, masks: Mapping[str, Mask], segmenter_key: str) -> None:
+        """Keep the masks of pictures, named by their sha256; on disk in half a second, or at ``close``."""
+        self._of(segmenter_key).put((sha, encode_mask(mask)) for sha, mask in masks.items())
+
+    def close(self) -> None:
+        """Have everything on disk."""
+        for shards in self._shards.values():
+            shards.close()
+
+    def _of(self, segmenter_key: str) -> Shards:
+        if segmenter_key not in self._shards:
+            name = hashlib.sha256(segmenter_key.encode()).hexdigest()[:32]
+            self._shards[segmenter_key] = Shards(f"{self.url}/{name}", suffix=".png")
+        return self._shards[segmenter_key]
 
 
 def encode_mask(mask: Mask) -> bytes:
@@ -118,8 +109,8 @@ def cache_masks(
 ) -> Cached:
     """See to it that the store has every picture's mask, computing only what is missing.
 
-    ``workers`` threads read and decode the next pictures and write the last masks while the segmenter
-    runs, at most two batches ahead, so memory does not grow with the number of pictures. The segmenter
+    ``workers`` threads read and decode the next pictures while the segmenter runs, at most two batches ahead,
+    so memory does not grow with the number of pictures. The segmenter
     always gets ``batch_size`` pictures (its own batch size, or a multiple), so that a mask does not depend
     on what else was missing. ``progress`` is called with the number of pictures finished since its last
     call, as ``tqdm.update`` takes it.
@@ -132,35 +123,37 @@ def cache_masks(
     waiting: deque[tuple[Record, Future[np.ndarray]]] = deque()
     in_work: set[str] = set()  # sha256 of the pictures in waiting
 
-    with ThreadPoolExecutor(workers) as pool:
+    def run_batch() -> int:
+        batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+        decoded = [picture.result() for _, picture in batch]
+        # A short batch is filled up: the last bits of a network's output can depend on the batch's size.
+        filled = decoded + decoded[-1:] * (batch_size - len(decoded))
+        masks = segmenter.segment(filled)[: len(decoded)]
+        for (record, _), picture, mask in zip(batch, decoded, masks, strict=True):
+            if mask.region.shape != picture.shape[:2]:
+                raise ValueError(
+                    f"{record.path}: the segmenter gave a mask of {mask.region.shape} for a picture of "
+                    f"{picture.shape[:2]}; segment() has to keep the picture's size."
+                )
+        keys = [record.sha256 for record, _ in batch]
+        store.put(dict(zip(keys, masks, strict=True)), segmenter.key)
+        in_work.difference_update(keys)
+        progress(len(batch))
+        return len(batch)
 
-        def run_batch() -> int:
-            batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-            decoded = [picture.result() for _, picture in batch]
-            # A short batch is filled up: the last bits of a network's output can depend on the batch's size.
-            filled = decoded + decoded[-1:] * (batch_size - len(decoded))
-            masks = segmenter.segment(filled)[: len(decoded)]
-            for (record, _), picture, mask in zip(batch, decoded, masks, strict=True):
-                if mask.region.shape != picture.shape[:2]:
-                    raise ValueError(
-                        f"{record.path}: the segmenter gave a mask of {mask.region.shape} for a picture of "
-                        f"{picture.shape[:2]}; segment() has to keep the picture's size."
-                    )
-            keys = [record.sha256 for record, _ in batch]
-            list(pool.map(store.put, keys, [segmenter.key] * len(batch), masks))
-            in_work.difference_update(keys)
-            progress(len(batch))
-            return len(batch)
-
-        for record, path in pictures:
-            if record.sha256 in in_work or store.encoded(record.sha256, segmenter.key) is not None:
-                reused += 1
-                progress(1)
-                continue
-            in_work.add(record.sha256)
-            waiting.append((record, pool.submit(_read_as_recorded, record, path)))
-            if len(waiting) >= 2 * batch_size:
-                computed += run_batch()
+    with ThreadPoolExecutor(workers) as pool, contextlib.closing(store):
+        for some in chunks(pictures, _LOOKED_UP):
+            known = {sha for sha, _ in store.encoded((record.sha256 for record, _ in some), segmenter.key)}
+            for record, path in some:
+                if record.sha256 in in_work or record.sha256 in known:
+                    reused += 1
+                    progress(1)
+                    continue
+                in_work.add(record.sha256)
+                known.add(record.sha256)
+                waiting.append((record, pool.submit(_read_as_recorded, record, path)))
+                if len(waiting) >= 2 * batch_size:
+                    computed += run_batch()
         while waiting:
             computed += run_batch()
     return Cached(computed, reused)
@@ -196,12 +189,12 @@ def publish(records: Iterable[Record], store: MaskStore, segmenter_key: str, fol
         beside.chmod(0o755)  # mkdtemp's own is for its owner alone
         for prefix, members in _shards(shas):
             with zipfile.ZipFile(beside / _shard_name(prefix), "w", zipfile.ZIP_STORED) as shard:
+                masks = dict(store.encoded(members, segmenter_key))
+                if len(masks) < len(members):
+                    raise ValueError(_lacking(records, store, segmenter_key))
                 for sha in members:
-                    data = store.encoded(sha, segmenter_key)
-                    if data is None:
-                        raise ValueError(_lacking(records, store, segmenter_key))
-                    shard.writestr(_zip_entry(f"{sha}.png"), data)
-                    facts[sha] = _read_facts(data)
+                    shard.writestr(entry(f"{sha}.png"), masks[sha])
+                    facts[sha] = _read_facts(masks[sha])
         with (beside / STATUS_FILE).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(field.name for field in fields(MaskStatus))
@@ -279,20 +272,6 @@ def _read_as_recorded(record: Record, path: Path) -> np.ndarray:
     return images.decode(data, str(path))
 
 
-def _is_whole_png(data: bytes) -> bool:
-    """Whether every chunk is there and matches its own checksum, up to the end mark."""
-    if not data.startswith(_PNG_START):
-        return False
-    at, kind = len(_PNG_START), b""
-    while at + 12 <= len(data) and kind != b"IEND":
-        end = at + 8 + int.from_bytes(data[at : at + 4], "big")  # length, kind, content, checksum
-        kind = data[at + 4 : at + 8]
-        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            return False
-        at = end + 4
-    return kind == b"IEND" and at == len(data)
-
-
 def _read_facts(data: bytes) -> tuple[str, float, float]:
     """Status, score and coverage of an encoded mask, without decoding its pixels."""
     with Image.open(io.BytesIO(data)) as picture:
@@ -312,24 +291,18 @@ def _shards(shas: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 def _lacking(records: Iterable[Record], store: MaskStore, segmenter_key: str) -> str:
     """The error of a publication for which masks are lacking."""
-    paths = [record.path for record in records if store.encoded(record.sha256, segmenter_key) is None]
+    records = list(records)
+    there = {sha for sha, _ in store.encoded((record.sha256 for record in records), segmenter_key)}
+    paths = [record.path for record in records if record.sha256 not in there]
     more = f", and those of {len(paths) - 1} more" if len(paths) > 1 else ""
     return (
-        f"{paths[0]}: the cache {store.folder} lacks its mask by this segmenter{more}. "
+        f"{paths[0]}: the cache {store.url} lacks its mask by this segmenter{more}. "
         "Run cache_masks on the same records first."
     )
 
 
 def _shard_name(prefix: str) -> str:
     return f"masks-{prefix}.zip" if prefix else "masks.zip"
-
-
-def _zip_entry(name: str) -> zipfile.ZipInfo:
-    """A zip member whose bytes do not depend on the clock or the machine."""
-    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.create_system = 3
-    entry.external_attr = 0o644 << 16
-    return entry
 
 
 def _swap_in(beside: Path, folder: Path) -> None:
@@ -346,7 +319,6 @@ def _index(shard: Path, changed: int) -> dict[str, tuple[int, int]]:
     """Where a shard's masks lie: sha256 -> (offset, bytes). ``changed``, its mtime, tells versions apart."""
     places: dict[str, tuple[int, int]] = {}
     with zipfile.ZipFile(shard) as file:
-        for entry in file.infolist():
-            start = entry.header_offset + 30 + len(entry.filename)  # as _zip_entry writes it: no extra field
-            places[entry.filename.removesuffix(".png")] = (start, entry.file_size)
+        for item in file.infolist():
+            places[item.filename.removesuffix(".png")] = (start_of(item), item.file_size)
     return places

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from medfocus import weights
 from medfocus.methods.protocol import PICTURES, Support
-from medfocus.training import passes, train
+from medfocus.training import train
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
@@ -114,9 +114,8 @@ class Backbone:
                 loss,
                 labels,
                 views=len(pictures),
-                epochs=passes(
-                    len(labels), epochs=self.epochs, batch_size=self.batch_size, max_steps=self.max_steps
-                ),
+                epochs=self.epochs,
+                max_steps=self.max_steps,
                 batch_size=self.batch_size,
                 lr=self.lr,
                 weight_decay=self.weight_decay,

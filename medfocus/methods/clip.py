@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from medfocus.methods.protocol import Support
 from medfocus.probe import Probe, fit_probe
-from medfocus.training import passes, train
+from medfocus.training import train
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
@@ -151,9 +151,8 @@ class ClipFewShot:
             loss,
             labels,
             views=len(tokens),
-            epochs=passes(
-                len(labels), epochs=self.epochs, batch_size=self.batch_size, max_steps=self.max_steps
-            ),
+            epochs=self.epochs,
+            max_steps=self.max_steps,
             batch_size=self.batch_size,
             lr=self.lr,
             weight_decay=self.weight_decay,

@@ -19,7 +19,7 @@ from medfocus.methods.fusion import FUSIONS, HEADS, Adapter, FusedClassifier, co
 from medfocus.methods.protocol import PICTURES, Support
 from medfocus.probe import Probe, fit_probe, stratified_folds
 from medfocus.prompts import class_embeddings
-from medfocus.training import passes, train
+from medfocus.training import train
 
 if TYPE_CHECKING:
     from medfocus.encoders import ClipEncoder
@@ -191,9 +191,8 @@ class MedFocusClip:
                 loss,
                 labels,
                 views=len(inputs),
-                epochs=passes(
-                    len(labels), epochs=self.epochs, batch_size=self.batch_size, max_steps=self.max_steps
-                ),
+                epochs=self.epochs,
+                max_steps=self.max_steps,
                 batch_size=self.batch_size,
                 lr=self.lr,
                 weight_decay=self.weight_decay,

@@ -15,13 +15,13 @@ from safetensors import safe_open
 
 from medfocus import phantoms
 from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.figures import mask_sheet
 from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
 from medfocus.pocket.clip import FEATHER
 from medfocus.pocket.pool import held_out
 from medfocus.pocket.sam2 import IMAGE_SIZE
 from medfocus.prompts import class_embeddings, text_prompts
 from medfocus.quality import innermost, iou, pointed
-from medfocus.report import mask_sheet
 from medfocus.views import view
 
 POINTS_PER_SIDE = 8  # of the choice without a prompt from outside: the default of params.yaml

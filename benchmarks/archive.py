@@ -1,0 +1,271 @@
+"""Whether memory and a rerun that has nothing to do stay small as the archive grows.
+
+Draws two archives of small pictures, a tenth and the whole, and takes each through the stages of a
+study, every stage in a process of its own:
+
+    ingest, duplicates      files -> manifest -> pairs of twins
+    masks, features         computed into an empty cache
+    masks again, features again    everything is cached
+    dvc repro again         the whole study, which is up to date (the large archive only)
+
+Beside the seconds stands the processor's time, which other work on the machine lengthens less. The peak is
+that of the stage's process, libraries and models included. What has to grow with N is in it: the manifest,
+the caches' index and the features, which `features.encode` gives as one tensor.
+
+    python -m benchmarks.archive
+    python -m benchmarks.archive --segmenter sam2 --large 1000 --no-repro
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.clone import ROOT, clone
+
+if TYPE_CHECKING:
+    from medfocus.masks.segmenter import Segmenter
+
+STEPS = ("ingest", "duplicates", "masks", "masks again", "features", "features again")
+MOST_PEAK = 1.1  # of the small archive's
+MOST_SECONDS = 5.0  # for what has nothing to do
+CLASSES = ("dark", "light")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--small", type=int, help="pictures; a tenth of --large unless told")
+    parser.add_argument("--large", type=int, default=10_000, help="pictures")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side")
+    parser.add_argument("--segmenter", choices=("otsu", "sam2"), default="otsu", help="sam2: the pocket one")
+    parser.add_argument("--repro", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--step", help=argparse.SUPPRESS)  # what a child process measures
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        began = time.perf_counter()
+        done = measured(options.step, options.folder, options.segmenter)
+        print(json.dumps({**done, "process_s": round(time.perf_counter() - began, 2), "peak_mib": _peak()}))
+        return
+
+    small = options.small or options.large // 10
+    result: dict[str, Any] = {"small": small, "large": options.large, "segmenter": options.segmenter}
+    with tempfile.TemporaryDirectory() as folder:
+        rows: dict[int, dict[str, Any]] = {}
+        for count in (small, options.large):
+            draw(Path(folder, str(count), "pictures"), count, options.size)
+            rows[count] = {step: _in_a_process(step, Path(folder, str(count)), options) for step in STEPS}
+            for step, row in rows[count].items():
+                times = f"{row['seconds']:8.2f} s {row['cpu_s']:8.2f} s CPU"
+                print(f"{count:7} {step:15} {times} {row['peak_mib']:8.1f} MiB", flush=True)
+        for step in ("masks", "features"):
+            result[f"peak_ratio_{step}"] = round(_ratio(rows[options.large][step], rows[small][step]), 3)
+            result[f"noop_{step}_s"] = rows[options.large][f"{step} again"]["seconds"]
+        if options.repro:
+            result |= repro(Path(folder, "project"), Path(folder, str(options.large), "pictures"))
+    result["steps"] = rows
+    for name, value in result.items():
+        most = MOST_PEAK if name.startswith("peak") else MOST_SECONDS
+        if name.startswith(("peak", "noop")):
+            verdict = "reached" if value <= most else f"FALLS SHORT by {value - most:.2f}"
+            print(f"{name:20} {value:8.3f}, at most {most}: {verdict}")
+    if options.json:
+        print(json.dumps(result))
+
+
+def draw(folder: Path, count: int, size: int) -> None:
+    """Write ``count`` different grey pictures as folder/train|test/class/number.png, a fifth for the test."""
+    import numpy as np
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for label in CLASSES:
+            Path(folder, split, label).mkdir(parents=True)
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        coarse = Image.fromarray(rng.integers(0, 200, (8, 8), dtype=np.uint8))
+        picture = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) // 2
+        picture = picture + rng.integers(0, 40, (size, size), dtype=np.uint8) + 80 * (i % 2)
+        path = Path(folder, "test" if i % 10 < 2 else "train", CLASSES[i % 2], f"{i:06}.png")
+        Image.fromarray(picture.astype(np.uint8)).save(path, compress_level=1)
+
+
+def measured(step: str, folder: Path, segmenter: str) -> dict[str, Any]:
+    """Run one stage on what the stages before it left in ``folder``; seconds without imports and models."""
+    # Imported here: what a stage does not need is not in its peak.
+    from medfocus.records import read_manifest, write_manifest
+
+    root, manifest = folder / "pictures", folder / "manifest.csv"
+    if step == "ingest":
+        from medfocus.ingest import ingest
+
+        began = _clocks()
+        write_manifest(ingest(root).records, manifest)
+        return _since(began)
+    if step == "duplicates":
+        from medfocus.duplicates import find_duplicates
+
+        began = _clocks()
+        found = find_duplicates(read_manifest(manifest), root)
+        return _since(began) | {"pairs": len(found)}
+    if step.startswith("masks"):
+        return _masks(folder, _segmenter(segmenter), again=step.endswith("again"))
+    return _features(folder, again=step.endswith("again"))
+
+
+def _segmenter(name: str) -> Segmenter:
+    if name == "otsu":
+        from medfocus.masks.otsu import OtsuSegmenter
+
+        return OtsuSegmenter()
+    import torch
+
+    from medfocus.masks.sam2 import build_segmenter
+
+    torch.set_num_threads(1)
+    return build_segmenter("pocket", "pocket", 128, "grid", points_per_side=8, batch_size=16)
+
+
+def _masks(folder: Path, segmenter: Segmenter, again: bool) -> dict[str, Any]:
+    from medfocus.masks.store import MaskStore, cache_masks, publish
+    from medfocus.records import read_manifest
+
+    began = _clocks()
+    records = read_manifest(folder / "manifest.csv")
+    store = MaskStore(folder / "cache" / "masks")
+    pictures = ((record, folder / "pictures" / record.path) for record in records)
+    done = cache_masks(pictures, segmenter, store, batch_size=16)
+    cached = time.perf_counter()
+    publish(records, store, segmenter.key, folder / "masks")
+    assert (done.computed == 0) == again, done
+    return _since(began) | {"publish_s": round(time.perf_counter() - cached, 2)}
+
+
+def _features(folder: Path, again: bool) -> dict[str, Any]:
+    import torch
+
+    from medfocus import features, images
+    from medfocus.encoders import build_clip
+    from medfocus.masks.store import PublishedMasks
+    from medfocus.records import read_manifest
+    from medfocus.views import view
+
+    torch.set_num_threads(1)
+    clip = build_clip("pocket", "random:0")
+    encoded = 0
+
+    def encode(views: torch.Tensor) -> torch.Tensor:
+        nonlocal encoded
+        encoded += len(views)
+        return clip.encode_images(clip.preprocess(views))
+
+    began = _clocks()
+    records = read_manifest(folder / "manifest.csv")
+    masks = PublishedMasks(folder / "masks")
+    result = features.encode(
+        records,
+        [record.sha256 for record in records],
+        lambda record: view(
+            images.read(folder / "pictures" / record.path), masks[record.sha256],
+            focus="multiply", size=clip.image_size, feather=0.01,
+        ),
+        encode,
+        cache=folder / "cache" / "features",
+        settings=clip.key,
+        batch_size=64,
+    )  # fmt: skip
+    assert (encoded == 0) == again, encoded
+    return _since(began) | {"result_mib": round(result.nbytes / 2**20, 1)}
+
+
+def repro(project: Path, pictures: Path) -> dict[str, float]:
+    """Run a small study of ``pictures`` in a clone of this project, then measure what doing nothing costs."""
+    import yaml
+
+    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["study"] |= {"methods": {"pixels": ["none"]}, "percents": [5], "seeds": [0]}
+    described = next(iter(content["datasets"].values()))
+    content["datasets"] = {"archive": {**described, "root": str(pictures), "modality": "other"}}
+    content["phantoms"] = {}
+    content["masks"] |= {"segmenter": "otsu", "keep": {}}
+    content["validation"] |= {"methods": ["pixels"]}
+    content["report"] |= {"baseline": "pixels"}
+    environment = clone(project, content)
+    dvc = [sys.executable, "-m", "dvc"]
+
+    def seconds(*command: str) -> tuple[float, float, str]:
+        began, before = time.perf_counter(), os.times()
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}: {done.stderr[-3000:]}")
+        after = os.times()
+        cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        return round(time.perf_counter() - began, 2), round(cpu, 2), done.stdout
+
+    first, _, _ = seconds(*dvc, "repro")
+    again, again_cpu, text = seconds(*dvc, "repro")
+    assert "Running stage" not in text, text
+    flow, flow_cpu, text = seconds(sys.executable, "-c", _AS_THE_FLOW)
+    print(f"dvc repro {first:.1f} s, again {again:.1f} s ({again_cpu:.1f} s CPU)")
+    in_dvc = round(float(text.split()[-1]), 2)
+    print(f"the flow's stages again {flow:.1f} s ({flow_cpu:.1f} s CPU), {in_dvc:.1f} s of them in DVC")
+    return {
+        "first_repro_s": first,
+        "noop_repro_s": again,
+        "repro_cpu_s": again_cpu,
+        "noop_flow_stages_s": in_dvc,
+        "flow_process_s": flow,
+    }
+
+
+_AS_THE_FLOW = """
+import time
+from pathlib import Path
+from flows.stages import reproduce
+from flows.study import open_study
+study = open_study(Path("params.yaml"))
+began = time.perf_counter()
+assert not any([reproduce(study.folder, stage) for stage in study.stages])
+print(time.perf_counter() - began)
+"""
+
+
+def _in_a_process(step: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.archive", "--step", step, "--folder", str(folder)]
+    command += ["--segmenter", options.segmenter]
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1]) | {"wall_s": round(time.perf_counter() - began, 2)}
+
+
+def _peak() -> float:
+    """MiB. Not getrusage's, which a child inherits from the process that starts it."""
+    status = Path("/proc/self/status").read_text()  # Linux
+    return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(began: tuple[float, float]) -> dict[str, float]:
+    seconds, cpu = (now - then for now, then in zip(_clocks(), began, strict=True))
+    return {"seconds": round(seconds, 2), "cpu_s": round(cpu, 2)}
+
+
+def _ratio(large: dict[str, Any], small: dict[str, Any]) -> float:
+    return large["peak_mib"] / small["peak_mib"]
+
+
+if __name__ == "__main__":
+    main()

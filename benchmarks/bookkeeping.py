@@ -1,0 +1,88 @@
+"""What Prefect, MLflow and DVC cost of a study's wall time.
+
+The whole of `make run` in a fresh clone, caches empty: what is not spent inside the stages, and what they
+spend on MLflow, is bookkeeping. It counts against it what else happens there: the start of Prefect's server,
+the check of the plan, the page, the registration of the best models with its trial predictions.
+
+    python -m benchmarks.bookkeeping
+    python -m benchmarks.bookkeeping --params studies/chest_ct.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.clone import ROOT, clone
+from medfocus.params import moved_paths, read_content
+
+MOST = 0.05
+ENOUGH = 600.0  # seconds of a study for which the bound is meant
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--params", type=Path, default=ROOT / "params.yaml")
+    parser.add_argument("--seeds", type=int, default=5, help="draws of every support")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder, "project")
+        content = moved_paths(read_content(options.params), options.params.resolve().parent, project)
+        if options.params.resolve() == ROOT / "params.yaml":  # its pictures are drawn there
+            content = read_content(options.params)
+        content["study"] |= {"seeds": list(range(options.seeds))}
+        environment = clone(project, content)
+        done = subprocess.run(
+            [sys.executable, "-c", _MEASURED], cwd=project, env=environment, stdout=subprocess.PIPE, text=True
+        )
+    if done.returncode:
+        raise SystemExit(f"the study ended with {done.returncode}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    compute = result["stages_s"] - result["mlflow_s"]
+    share = (result["wall_s"] - compute) / result["wall_s"]
+    verdict = "reached" if share <= MOST else f"FALLS SHORT by {share - MOST:.3f}"
+    if result["wall_s"] < ENOUGH:
+        verdict += f"; meant for {ENOUGH:.0f} s and more, as much of it is the same for any study"
+    for name, value in result.items():
+        print(f"{name:12} {value:8.1f}")
+    print(f"bookkeeping: {share:.3f} of the wall time, at most {MOST}: {verdict}")
+    if options.json:
+        print(json.dumps({**result, "bookkeeping": round(share, 4)}))
+
+
+_MEASURED = """
+import json, time
+from flows import pipeline, stages
+from medfocus import tracking
+
+spent = {"stages_s": 0.0, "mlflow_s": 0.0}
+
+def timed(run, name):
+    def measured(*arguments, **options):
+        began = time.perf_counter()
+        try:
+            return run(*arguments, **options)
+        finally:
+            spent[name] += time.perf_counter() - began
+    return measured
+
+stages._run_here = timed(stages._run_here, "stages_s")
+tracking.start = timed(tracking.start, "mlflow_s")
+for method in ("log_cell", "log_figure", "log_table"):
+    setattr(tracking.Study, method, timed(getattr(tracking.Study, method), "mlflow_s"))
+began = time.perf_counter()
+pipeline.main([])
+spent = {"wall_s": time.perf_counter() - began, **spent}
+print(json.dumps({name: round(value, 1) for name, value in spent.items()}))
+"""
+
+
+if __name__ == "__main__":
+    main()

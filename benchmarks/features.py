@@ -1,0 +1,154 @@
+"""CLIP's features from picture files against a bare loop over `encode_image`, side by side.
+
+The pipeline reads and decodes files, makes views in threads, encodes and fills a cache. The reference runs
+the same model on tensors that are ready in memory, in batches of the same size. Random weights: the clock
+does not care. Both alternate, so that a machine that slows down slows both; the ratio of the picture
+rates is the median over the repetitions, on one thread of torch's. Views need a core of their own to cost
+nothing: "on one core" is the ratio of the processor times, which is what is left where there is none.
+
+    python -m benchmarks.features
+    python -m benchmarks.features --root ../shared/data/covid19 --models ViT-B-32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from medfocus import features, images, phantoms
+from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.views import view
+
+LEAST = 0.9  # of the bare loop's picture rate
+LOUD = 0.2  # a shortfall of such a share of it is a regression
+ROUNDS = {"pocket": 8}  # how often a repetition takes all pictures; once unless told, as a ViT-B is slow
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, help="a folder of pictures; phantoms as JPEG unless told")
+    parser.add_argument("--size", type=int, default=512, help="pixels a side of the phantoms")
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=2, help="threads that make views")
+    parser.add_argument("--models", nargs="+", default=["ViT-B-32", "ViT-B-16", "pocket"])
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, object] = {"pictures": options.pictures, "batch_size": options.batch_size}
+    with tempfile.TemporaryDirectory() as folder:
+        root = options.root or _draw(Path(folder, "pictures"), options.pictures, options.size)
+        paths = _pick(root, options.pictures)
+        for model in options.models:
+            clip = build_clip(model, "random:0")
+            ratio, measured = _compare(clip, paths, options, Path(folder, "cache"))
+            name = model.lower().replace("-", "_")
+            result |= {f"ratio_{name}": ratio, **{f"{key}_{name}": value for key, value in measured.items()}}
+            print(
+                f"{model}: {len(paths)} pictures, {measured['bare_ms']} ms a picture in the bare loop, "
+                f"{measured['job_ms']} ms from files, {measured['forward']:.0%} of them in forward; a view "
+                f"takes {measured['view_ms']} ms of one thread\nratio {ratio:.3f} "
+                f"({measured['one_core']} on one core), at least {LEAST}: {_verdict(ratio)}",
+                flush=True,
+            )
+    if options.json:
+        print(json.dumps(result))
+
+
+def _compare(
+    clip: ClipEncoder, paths: Sequence[Path], options: argparse.Namespace, cache: Path
+) -> tuple[float, dict[str, float]]:
+    """Rate from files over rate of the bare loop, and what it is made of, milliseconds a picture."""
+    rounds = ROUNDS.get(clip.name, 1)
+    items = list(paths) * rounds
+    forward = 0.0
+
+    def made(path: Path) -> np.ndarray:
+        return view(images.read(path), None, focus="none", size=clip.image_size, feather=0.01)
+
+    def encoded(pixels: torch.Tensor) -> torch.Tensor:
+        nonlocal forward
+        began = time.perf_counter()
+        result = clip.encode_images(pixels)
+        forward += time.perf_counter() - began
+        return result
+
+    def bare() -> None:
+        for _ in range(rounds):
+            for start in range(0, len(ready), options.batch_size):
+                clip.encode_images(ready[start : start + options.batch_size])
+
+    def job(settings: str) -> None:
+        features.encode(
+            items,
+            [f"{i} {path}" for i, path in enumerate(items)],
+            made,
+            lambda views: encoded(clip.preprocess(views)),
+            cache=cache,
+            settings=settings,
+            batch_size=options.batch_size,
+            workers=options.workers,
+        )
+
+    began = time.process_time()
+    ready = clip.preprocess(np.stack([made(path) for path in paths]))  # (N, 3, S, S)
+    views = time.process_time() - began
+    clip.encode_images(ready[: options.batch_size])  # what is planned at the first pass only
+    seconds = []
+    for repeat in range(options.repeats):
+        clocks = [(time.perf_counter(), time.process_time())]
+        bare()
+        clocks.append((time.perf_counter(), time.process_time()))
+        job(f"{clip.key} {repeat}")  # into a cache that is empty
+        clocks.append((time.perf_counter(), time.process_time()))
+        seconds.append(np.diff(clocks, axis=0))
+    bare_s, job_s = np.moveaxis(np.array(seconds), 1, 0)  # (R, 2) each: wall and processor time
+    ratio, one_core = np.median(bare_s / job_s, axis=0)
+    milliseconds = [1e3 * float(np.median(part[:, 0])) / len(items) for part in (bare_s, job_s)]
+    return round(float(ratio), 3), {
+        "one_core": round(float(one_core), 3),
+        "bare_ms": round(milliseconds[0], 2),
+        "job_ms": round(milliseconds[1], 2),
+        "view_ms": round(1e3 * views / len(paths), 2),
+        "forward": round(forward / float(job_s[:, 0].sum()), 3),
+    }
+
+
+def _verdict(ratio: float) -> str:
+    if ratio >= LEAST:
+        return "reached"
+    short = f"FALLS SHORT by {LEAST - ratio:.3f}"
+    return f"{short}, MORE THAN {LOUD:.0%} BELOW ITS TARGET" if ratio < (1 - LOUD) * LEAST else short
+
+
+def _draw(folder: Path, count: int, size: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        rng = phantoms.generator(0, "chest_xray", "train", "normal", i)
+        picture = phantoms.draw("chest_xray", "normal", rng, size).picture
+        Image.fromarray(picture).save(folder / f"{i:05}.jpg", quality=90)
+    return folder
+
+
+def _pick(root: Path, count: int) -> list[Path]:
+    """``count`` of the pictures below a folder, spread over it; fewer where it has fewer."""
+    suffixes = (".png", ".jpg", ".jpeg")
+    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and "masks" not in p.parts)
+    if not found:
+        raise SystemExit(f"{root}: no PNG or JPEG in it; give --root the folder of a data set.")
+    return found[:: max(1, len(found) // count)][:count]
+
+
+if __name__ == "__main__":
+    main()

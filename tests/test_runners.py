@@ -1,0 +1,122 @@
+"""Claims about work by shards: every runner gives the same bytes, and a dead worker costs its shard alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import finetune, masks
+from flows.runners import by_shards
+from flows.stages import reproduce
+from medfocus.params import ScaleParams
+from medfocus.shards import Shards
+
+STAGES = ("phantoms@breast_ultrasound", *(f"{s}@phantom-breast" for s in ("ingest", "duplicates", "splits")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_server() -> Iterator[None]:
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def kept(cache: Path) -> dict[str, bytes]:
+    """Every entry of a cache: the folder's and its own name -> content."""
+    found = {}
+    for folder in sorted(path for path in cache.iterdir() if path.is_dir()):
+        shards = Shards(folder, suffix=".png" if cache.name == "masks" else ".npy")
+        shards._look()
+        names = [name.hex() for name in shards._places]
+        found |= {f"{folder.name}/{name}": content for name, content in shards.read(names)}
+    return found
+
+
+def test_masks_features_and_checkpoints_are_the_same_bytes_by_every_runner(
+    project: Path, tmp_path: Path
+) -> None:
+    content = yaml.safe_load((project / "params.yaml").read_text())
+    content["masks"] |= {"segmenter": "sam2", "batch_size": 4}
+    content["study"] |= {
+        "methods": {"pixels": ["none"], "medfocusclip": ["multiply"]},
+        "percents": [50],
+        "seeds": [0],
+    }
+    content["views"] |= {"batch_size": 8}
+    content["report"] |= {"baseline": "medfocusclip"}
+    made: dict[str, dict[str, bytes]] = {}
+    for runner, workers, pictures in (
+        ("here", 1, 500),
+        ("threads", 2, 7),
+        ("processes", 2, 11),
+        ("dask", 1, 20),
+    ):
+        shared = tmp_path / f"shared-{runner}"
+        content["scale"] |= {"runner": runner, "workers": workers, "pictures": pictures, "cache": str(shared)}
+        (project / "params.yaml").write_text(yaml.safe_dump(content))
+        if runner == "here":
+            for stage in STAGES:
+                reproduce(project, stage)
+        masks.main(["--dataset", "phantom-breast"])
+        finetune.main([])
+        outputs = [path for name in ("masks", "checkpoints") for path in Path("data", name).rglob("*")]
+        made[runner] = {str(path): path.read_bytes() for path in outputs if path.is_file()}
+        for kind in ("masks", "features"):
+            made[runner] |= {f"{kind}/{name}": data for name, data in kept(shared / kind).items()}
+        shutil.rmtree(project / ".cache" / "cells")
+    assert len([name for name in made["here"] if name.startswith("masks/")]) == 39
+    assert (
+        len([name for name in made["here"] if name.startswith("features/")]) == 12 * 3 + 12
+    )  # views; pixels
+    for runner, of_runner in made.items():
+        assert of_runner.keys() == made["here"].keys(), runner
+        assert of_runner == made["here"], runner
+
+
+def leaves_a_mark(job: tuple[Path, int]) -> int:
+    folder, number = job
+    with (folder / f"{number}.log").open("a") as log:
+        log.write("x")
+    if number == 3 and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / f"{number}.done").touch()
+    return 10
+
+
+def fails(job: tuple[Path, int]) -> int:
+    leaves_a_mark(job)
+    if job[1] == 1:
+        raise ValueError("scan1.png: cut short")
+    return 10
+
+
+SCALE = ScaleParams(runner="processes", workers=2, pictures=10, address=None, cache=None)
+
+
+@pytest.mark.parametrize("runner", ["processes", "dask"])
+def test_the_shard_of_a_killed_worker_is_done_again_and_the_others_are_whole(
+    tmp_path: Path, runner: str
+) -> None:
+    seen: list[int] = []
+    by_shards(leaves_a_mark, [(tmp_path, i) for i in range(6)], replace(SCALE, runner=runner), seen.append)
+    assert (tmp_path / "died").exists()
+    assert sum(seen) == 60
+    assert {path.stem for path in tmp_path.glob("*.done")} == set("012345")
+    assert (tmp_path / "3.log").read_text() == "xx"
+
+
+def test_a_fault_in_a_shard_is_the_error_of_the_run_and_the_others_are_done(tmp_path: Path) -> None:
+    (tmp_path / "died").touch()
+    with pytest.raises(ValueError, match=r"scan1\.png: cut short"):
+        by_shards(fails, [(tmp_path, i) for i in range(4)], replace(SCALE, runner="threads"), lambda _: None)
+    assert {path.stem for path in tmp_path.glob("*.done")} == set("0123")
+    assert (tmp_path / "1.log").read_text() == "xx" and (tmp_path / "2.log").read_text() == "x"
