@@ -198,9 +198,13 @@ class ScaleParams:
     cache: str | None  # URL for fsspec of the cache of masks and features; None: .cache in the project
 
     @model_validator(mode="after")
-    def _address_is_dasks(self) -> ScaleParams:
+    def _fits(self) -> ScaleParams:
         if self.address and self.runner != "dask":
             raise ValueError(f"address is {self.address!r}, but runner is {self.runner!r}; only dask has one")
+        if self.cache and "://" not in self.cache and not Path(self.cache).is_absolute():
+            raise ValueError(
+                f"cache is {self.cache!r}; give a URL such as s3://bucket/folder, or an absolute path"
+            )
         return self
 
 

@@ -126,3 +126,18 @@ def test_the_baseline_has_to_be_run_without_focus(tmp_path: Path) -> None:
     content["report"]["baseline"] = "lp++"
     with pytest.raises(ValueError, match=r"report\.baseline is 'lp\+\+', which study\.methods does not run"):
         load_params(write(tmp_path / "params.yaml", content))
+
+
+def test_a_scale_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    content = yaml.safe_load(DEFAULT.read_text())
+    for change, message in (
+        ({"runner": "processes", "address": "tcp://a:1"}, r"runner is 'processes'; only dask has one"),
+        ({"cache": "cache"}, r"cache is 'cache'; give a URL such as s3://bucket/folder, or an absolute path"),
+        (
+            {"runner": "ray"},
+            r"scale\.runner is 'ray': input should be 'here', 'threads', 'processes' or 'dask'",
+        ),
+        ({"workers": 0}, r"scale\.workers is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_params(write(tmp_path / "params.yaml", {**content, "scale": {**content["scale"], **change}}))
