@@ -2,7 +2,8 @@
 
 Each row is the masks stage (`python -m flows.masks`) on phantoms with the pocket SAM2, into an empty cache,
 once with a picture for each worker and once with all: the difference is the rate, the first is what starting
-costs (Prefect's server, the workers, their libraries). Every worker gets its share of the machine's cores.
+costs (Prefect's server, the workers, their libraries). Every worker computes with one thread, and so does the
+stage without workers.
 
     python -m benchmarks.scale
     python -m benchmarks.scale --pictures 1000 --workers 1 2
@@ -48,7 +49,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder, "project")
-        environment = clone(project, content)
+        environment = clone(project, content) | {"OMP_NUM_THREADS": "1"}
         for stage in (
             "phantoms --modality brain_mri",
             *(f"{s} --dataset archive" for s in ("ingest", "duplicates", "splits")),

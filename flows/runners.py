@@ -26,15 +26,15 @@ Job = TypeVar("Job")
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{work.__name__} {number}")
-def shard(work: Callable[[Any], int], job: object, number: int, cores: int) -> int:
+def shard(work: Callable[[Any], int], job: object, number: int, threads: int) -> int:
     """One shard: ``work`` on ``job``, in whatever thread or process the runner has for it.
 
-    A process takes so many ``cores``; 0 leaves that as it is.
+    Its torch computes with so many ``threads``; 0 leaves that as it is.
     """
-    if cores:
-        os.environ["OMP_NUM_THREADS"] = str(cores)  # for a torch that is still to be imported
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for a torch that is still to be imported
         if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(cores)
+            sys.modules["torch"].set_num_threads(threads)
     return work(job)
 
 
@@ -65,12 +65,12 @@ def _attempt(
 ) -> dict[int, BaseException]:
     """Every job once; number -> what went wrong."""
     failed: dict[int, BaseException] = {}
-    own = scale.runner != "threads" and not scale.address  # processes, all of this machine
-    cores = max(1, (os.cpu_count() or 1) // scale.workers) if own else 0
+    # As many as here: the last bits of a mask's score depend on it.
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules and not scale.address else 0
 
     @flow(name=f"shards of {work.__name__}", task_runner=_runner(scale))
     def shards() -> None:
-        futures = {shard.submit(work, job, number, cores): number for number, job in enumerate(jobs)}
+        futures = {shard.submit(work, job, number, threads): number for number, job in enumerate(jobs)}
         for future in as_completed(list(futures)):
             try:
                 progress(future.result())

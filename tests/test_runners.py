@@ -45,11 +45,7 @@ def test_masks_features_and_checkpoints_are_the_same_bytes_by_every_runner(
 ) -> None:
     content = yaml.safe_load((project / "params.yaml").read_text())
     content["masks"] |= {"segmenter": "sam2", "batch_size": 4}
-    content["study"] |= {
-        "methods": {"pixels": ["none"], "medfocusclip": ["multiply"]},
-        "percents": [50],
-        "seeds": [0],
-    }
+    content["study"] |= {"methods": {"medfocusclip": ["none"]}, "percents": [50], "seeds": [0]}
     content["views"] |= {"batch_size": 8}
     content["report"] |= {"baseline": "medfocusclip"}
     made: dict[str, dict[str, bytes]] = {}
@@ -73,9 +69,7 @@ def test_masks_features_and_checkpoints_are_the_same_bytes_by_every_runner(
             made[runner] |= {f"{kind}/{name}": data for name, data in kept(shared / kind).items()}
         shutil.rmtree(project / ".cache" / "cells")
     assert len([name for name in made["here"] if name.startswith("masks/")]) == 39
-    assert (
-        len([name for name in made["here"] if name.startswith("features/")]) == 12 * 3 + 12
-    )  # views; pixels
+    assert len([name for name in made["here"] if name.startswith("features/")]) == 12 * 3  # views
     for runner, of_runner in made.items():
         assert of_runner.keys() == made["here"].keys(), runner
         assert of_runner == made["here"], runner
