@@ -40,7 +40,7 @@ def kept(cache: Path) -> dict[str, bytes]:
     return found
 
 
-def test_masks_features_and_checkpoints_are_the_same_bytes_by_every_runner(
+def test_masks_features_and_checkpoints_are_the_same_bytes_by_threads_processes_and_here(
     project: Path, tmp_path: Path
 ) -> None:
     content = yaml.safe_load((project / "params.yaml").read_text())
@@ -53,7 +53,6 @@ def test_masks_features_and_checkpoints_are_the_same_bytes_by_every_runner(
         ("here", 1, 500),
         ("threads", 2, 7),
         ("processes", 2, 11),
-        ("dask", 1, 20),
     ):
         shared = tmp_path / f"shared-{runner}"
         content["scale"] |= {"runner": runner, "workers": workers, "pictures": pictures, "cache": str(shared)}
