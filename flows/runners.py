@@ -55,15 +55,16 @@ def by_shards(
     failed = _attempt(work, jobs, scale, progress)
     for error in failed.values():
         print(f"a shard is done again: {type(error).__name__}: {error}", file=sys.stderr)
-    again = _attempt(work, [jobs[number] for number in failed], scale, progress) if failed else {}
-    for error in again.values():
+    for error in _attempt(work, [jobs[number] for number in failed], scale, progress).values():
         raise error
 
 
 def _attempt(
     work: Callable[[Job], int], jobs: Sequence[Job], scale: ScaleParams, progress: Callable[[int], object]
 ) -> dict[int, BaseException]:
-    """Every job once; number -> what went wrong."""
+    """Every job once; number -> what went wrong. Without a job no server is started."""
+    if not jobs:
+        return {}
     failed: dict[int, BaseException] = {}
     # As many as here: the last bits of a mask's score depend on it.
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules and not scale.address else 0
