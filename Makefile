@@ -11,7 +11,10 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 # The stages are `python -m flows...`: that has to be the environment's Python.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install run study report repro test check schedule ui pocket lock wheel clean
+# With it in the environment every process would compile the libraries anew: 22 s of imports and not 9.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: install run study report repro retrain rollback test check schedule ui pocket lock wheel clean
 
 install: $(INSTALLED)
 
@@ -32,6 +35,13 @@ run: $(INSTALLED)
 
 repro: $(INSTALLED)
 	@$(BIN)/dvc repro
+
+# New pictures -> masks -> study -> gate -> registry, once, now; and the champion back to the one before.
+retrain: $(INSTALLED)
+	@$(BIN)/python -m flows.retrain --params $(PARAMS)
+
+rollback: $(INSTALLED)
+	@$(BIN)/python -m flows.rollback --params $(PARAMS) $(if $(DATASET),--dataset $(DATASET))
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -131,16 +131,23 @@ def evaluate(study: Study) -> None:
 
 @task(task_run_name="register {dataset}", cache_policy=NO_CACHE)
 def register_best(study: Study, dataset: str) -> Registration:
-    """The best cell by validation -> the model registry; champion only if it beats the champion."""
+    """The best cell by validation -> the model registry; champion only through the gate."""
     from flows import register
 
-    return register.register_best(study, dataset)
+    outcome = register.register_best(study, dataset)
+    told = register.told(outcome)
+    create_markdown_artifact(told, key=_key(f"gate-{dataset}"), description="Why it is champion, or why not")
+    return outcome.registration
 
 
 @flow(name="medfocus", flow_run_name="{params_file}", validate_parameters=False)
 def pipeline(params_file: Path = Path("params.yaml")) -> list[Registration]:
     """Ingest, split, mask, fine-tune on few shots, evaluate, register the best."""
-    study = open_study(Path(params_file))
+    return steps(open_study(Path(params_file)))
+
+
+def steps(study: Study) -> list[Registration]:
+    """The tasks of the flow, in their order; inside of a flow."""
     check_plan(study)
     for modality in study.params.phantoms:
         draw_phantoms(study, modality)

@@ -27,6 +27,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names fi
 # Fields that may be paths, beside names of what is found elsewhere.
 _PATHS = (("masks", "config"), ("masks", "checkpoint"), ("clip", "pretrained"), ("report", "published"))
 
+DRIFT_BY = "clip-zero-shot"  # the method whose features say how unlike two sets of pictures are
+
 _strict = ConfigDict(extra="forbid")
 
 
@@ -180,6 +182,29 @@ class TrackingParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class GateParams:
+    """What a model has to fulfil to become champion; see ``medfocus.gate``."""
+
+    margin: Annotated[float, Field(gt=-1, lt=1)]  # of accuracy above the champion; below 0: so much worse
+    p: Annotated[float, Field(gt=0, le=1)]  # at most, of the paired test; 1 asks for none
+    pictures: Positive  # at least, of the test set, that the champion has not learnt from
+    recall: dict[str, Annotated[float, Field(ge=0, le=1)]]  # floors by class; "all" for classes not named
+    calibration: Annotated[float, Field(gt=0, le=1)]  # expected calibration error at most
+
+
+@dataclass(frozen=True, config=_strict)
+class DriftParams:
+    """From when on new pictures are too unlike the champion's to promote; see ``medfocus.drift``."""
+
+    embedding: Annotated[float, Field(gt=0.5, le=1)]  # AUROC of telling new from old by CLIP's features
+    coverage: Annotated[float, Field(gt=0, le=1)]  # distance of the distributions of mask coverage
+    classes: Annotated[float, Field(gt=0, le=1)]  # total variation of the class shares
+    statistics: Annotated[float, Field(gt=0, le=1)]  # as coverage; of brightness, contrast, sharpness, size
+    p: Annotated[float, Field(gt=0, lt=1)]  # below which chance does not explain it
+    pictures: Positive  # old and new ones compared, at most
+
+
+@dataclass(frozen=True, config=_strict)
 class ReportParams:
     """What the page of a study compares."""
 
@@ -231,6 +256,8 @@ class Params:
     learning_rates: LearningRatesParams
     validation: ValidationParams
     tracking: TrackingParams
+    gate: GateParams
+    drift: DriftParams
     report: ReportParams
     scale: ScaleParams
     schedule: ScheduleParams
@@ -252,6 +279,10 @@ class Params:
             if kind not in self.methods or ("like" in self.methods[kind] and kind != name):
                 kinds = ", ".join(n for n, s in self.methods.items() if "like" not in s)
                 raise ValueError(f"methods.{name}.like is {kind!r}, which is no section; use one of {kinds}")
+        if DRIFT_BY not in self.methods:
+            raise ValueError(
+                f"methods has no {DRIFT_BY}, by whose features drift is measured; add {DRIFT_BY}: {{}}"
+            )
         if "none" not in self.study.methods.get(self.report.baseline, ()):
             plain = ", ".join(method for method, modes in self.study.methods.items() if "none" in modes)
             raise ValueError(

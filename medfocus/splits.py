@@ -72,21 +72,21 @@ def draw_splits(
     official = {record.path for record in records if record.split == "test"}
     if official:
         # Same picture or same patient, directly or by way of a third.
-        component = _components(records, twins)
+        component = components(records, twins)
         train = label.keys() - official - conflicting
         test = official
         seen = {component[path] for path in label.keys() - official}
         clean = {path for path in official - conflicting if component[path] not in seen}
     else:
         usable = [record for record in records if record.path not in conflicting]
-        test = clean = _draw_test(usable, _components(usable, groups), test_fraction)
+        test = clean = _draw_test(usable, components(usable, groups), test_fraction)
         train = {record.path for record in usable} - test
     by_class: dict[str, list[str]] = defaultdict(list)
     for path in train:
         by_class[label[path]].append(path)
     classes = sorted(set(label.values()))
     _check_train(classes, by_class, shots)
-    together = _components([record for record in records if record.path in train], groups)
+    together = components([record for record in records if record.path in train], groups)
     return Splits(
         classes=classes,
         train=sorted(train),
@@ -150,7 +150,7 @@ def _conflicting(records: Iterable[Record], twins: Mapping[str, Hashable]) -> se
     return {record.path for group in torn for record in group}
 
 
-def _components(records: Iterable[Record], groups: Mapping[str, Hashable]) -> dict[str, int]:
+def components(records: Iterable[Record], groups: Mapping[str, Hashable]) -> dict[str, int]:
     """Path -> connected component over groups and patients, numbered by first path."""
     ordered = sorted(records, key=lambda record: record.path)
     node: dict[tuple[str, Hashable], int] = {}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
 import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"  # the alias that served code loads
+_BEFORE, _ROLLED_BACK = "champion.before", "champion.rolled_back"  # tags of a version
 _MODEL_ARTIFACT = "model"  # the served model's folder inside the logged one
 _SERVED_WITH = (*PACKAGES, "timm", "numpy", "scipy", "pandas", "pillow", "safetensors", "huggingface_hub")
 _QUIET = {
@@ -46,6 +45,25 @@ class DataInput:
     digest: str  # of the manifest; MLflow keeps its first 36 characters
     source: str  # where it lies
     context: str = "training"
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version that holds the alias."""
+
+    name: str
+    version: str
+    cell_key: str
+    model_folder: Callable[[Path], Path]  # downloads its files into a folder; the folder of serve.save_model
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a challenger."""
+
+    promoted: bool
+    reason: str
+    tags: Mapping[str, str]  # more of the version
 
 
 @dataclass(frozen=True)
@@ -161,62 +179,78 @@ class Tracking:
         write_model: Callable[[Path], object],
         *,
         cell_key: str,
-        score: float,
-        test_digest: str,
-        rescore: Callable[[Path], float],
+        judge: Callable[[Champion | None], Verdict],
         classes: Sequence[str],
         example: bytes,
         tags: Mapping[str, object],
         run_id: str | None = None,
     ) -> Registration:
-        """Register a served model, and make it champion only if it beats the present one.
+        """Register a served model, and make it champion if ``judge`` says so; nothing else moves the alias.
 
-        Both are compared on the same test pictures: a champion that was scored on others is scored
-        anew by ``rescore``. A tie or a loss leaves the alias where it is. A cell that has a version
-        gets no second one.
+        The verdict's reason is kept as the tag ``gate`` of the version and of the run. A cell that has a
+        version gets no second one; one that was rolled back is not judged again.
 
         Args:
             name: Of the registered model; models that compete share it.
             write_model: Writes the folder of ``serve.save_model``; called only if a version is made.
             cell_key: Identifies the fitted model by content.
-            score: Of the challenger on the test split; higher is better.
-            test_digest: See ``test_digest``.
-            rescore: Maps the champion's model folder to its score on the present test split.
+            judge: Maps the present champion, if there is one, to the verdict on the challenger. It may
+                download the champion's files.
             classes: In the order of the model's output.
             example: An encoded picture, kept with the model as its input example; not a patient's.
             tags: More tags of the version.
             run_id: The run that fitted the model, where there is one.
 
         Raises:
-            ValueError: The score is not a finite number.
-            RuntimeError: The champion's files cannot be loaded and scored.
+            RuntimeError: The champion's files cannot be loaded and judged.
         """
-        if not math.isfinite(score):
-            raise ValueError(f"{name}: the challenger's score is {score}; give a finite number.")
         with _lock(self.home):
-            champion = self._champion(name)
-            if champion is not None and champion.tags.get("cell_key") == cell_key:
-                return Registration(name, str(champion.version), CHAMPION, "it is the champion already")
-            to_beat = None if champion is None else self._score_on(champion, test_digest, rescore)
-            scored = {"score": repr(score), "test_digest": test_digest}
-            version = self._version_of_cell(name, cell_key)
-            if version is None:
+            held = self._champion(name)
+            if held is not None and held.tags.get("cell_key") == cell_key:
+                return Registration(name, str(held.version), CHAMPION, "it is the champion already")
+            known = self._version_of_cell(name, cell_key)
+            if known is not None and _ROLLED_BACK in known.tags:
+                when = known.tags[_ROLLED_BACK]
+                reason = f"refused: it was rolled back on {when}; delete its tag {_ROLLED_BACK} to admit it"
+                return Registration(name, str(known.version), None, reason)
+            verdict = judge(None if held is None else self._opened(held))
+            said = {"gate": verdict.reason, **verdict.tags}
+            if known is None:
                 model_id = self._log_model(name, write_model, classes, example, run_id)
-                version = self._create_version(
-                    name, model_id, run_id, {**tags, **scored, "cell_key": cell_key}
-                )
+                version = self._create_version(name, model_id, run_id, {**tags, **said, "cell_key": cell_key})
             else:
-                self._set_version_tags(name, version, scored)
-            if champion is not None and to_beat is not None and score <= to_beat:
-                verb = "ties with" if score == to_beat else "loses to"
-                reason = f"{score:.4f} {verb} version {champion.version}, the champion ({to_beat:.4f})"
-                return Registration(name, version, None, reason)
+                version = str(known.version)
+                self._set_version_tags(name, version, said)
+            if run_id is not None:
+                self.client.set_tag(run_id, "gate", verdict.reason[:_LONGEST_TAG])
+            if not verdict.promoted:
+                return Registration(name, version, None, verdict.reason)
+            before = {_BEFORE: str(held.version)} if held is not None else {}
+            self._set_version_tags(name, version, before)
             self.client.set_registered_model_alias(name, CHAMPION, version)
-        if champion is None:
-            return Registration(name, version, CHAMPION, "there was no champion")
-        return Registration(
-            name, version, CHAMPION, f"{score:.4f} beats version {champion.version} ({to_beat:.4f})"
-        )
+            return Registration(name, version, CHAMPION, verdict.reason)
+
+    def rollback(self, name: str) -> tuple[str, str]:
+        """Give the alias back to the version that held it before: the version that had it, and that one.
+
+        The one that is rolled back keeps its files, and a tag by which it is not promoted again.
+
+        Raises ValueError where the model has no champion, or the champion none before it.
+        """
+        with _lock(self.home):
+            held = self._champion(name)
+            if held is None:
+                raise ValueError(f"{name} has no champion, so there is nothing to roll back.")
+            before = held.tags.get(_BEFORE)
+            if before is None:
+                raise ValueError(
+                    f"{name} version {held.version} is the first champion, so there is none to go back to. "
+                    f"To be without a champion, delete the alias {CHAMPION!r} in MLflow."
+                )
+            version = str(held.version)
+            self._set_version_tags(name, version, {_ROLLED_BACK: time.strftime("%Y-%m-%d %H:%M")})
+            self.client.set_registered_model_alias(name, CHAMPION, before)
+            return version, before
 
     def _champion(self, name: str) -> ModelVersion | None:
         from mlflow.exceptions import MlflowException
@@ -229,29 +263,19 @@ class Tracking:
                 return None
             raise
 
-    def _score_on(self, champion: ModelVersion, test_digest: str, rescore: Callable[[Path], float]) -> float:
-        """The champion's score on the present test split, from its tag or anew."""
-        if champion.tags.get("test_digest") == test_digest:
-            return float(champion.tags["score"])
-        from mlflow.artifacts import download_artifacts
+    def _opened(self, champion: ModelVersion) -> Champion:
+        def model_folder(into: Path) -> Path:
+            from mlflow.artifacts import download_artifacts
 
-        name, version = champion.name, str(champion.version)
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                source = self.client.get_model_version_download_uri(name, version)
-                model = download_artifacts(source, dst_path=folder, tracking_uri=self.uri)
-                score = float(rescore(Path(model) / "artifacts" / _MODEL_ARTIFACT))
-        except Exception as error:
-            raise RuntimeError(
-                f"{name} version {version}, the champion, cannot be scored on the present test split "
-                f"({error}). Restore its artefacts, or delete the alias {CHAMPION!r} to start anew."
-            ) from error
-        self._set_version_tags(name, version, {"score": repr(score), "test_digest": test_digest})
-        return score
+            source = self.client.get_model_version_download_uri(champion.name, str(champion.version))
+            model = download_artifacts(source, dst_path=str(into), tracking_uri=self.uri)
+            return Path(model) / "artifacts" / _MODEL_ARTIFACT
 
-    def _version_of_cell(self, name: str, cell_key: str) -> str | None:
+        return Champion(champion.name, str(champion.version), champion.tags["cell_key"], model_folder)
+
+    def _version_of_cell(self, name: str, cell_key: str) -> ModelVersion | None:
         found = self.client.search_model_versions(f"name = '{name}' and tags.cell_key = '{cell_key}'")
-        return str(found[0].version) if found else None
+        return found[0] if found else None
 
     def _set_version_tags(self, name: str, version: str, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
@@ -396,11 +420,6 @@ class Study:
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Numbers of the study as a whole."""
         self.tracking._log_params_and_metrics(self.run_id, {}, metrics)
-
-
-def test_digest(pictures: Iterable[tuple[str, str]]) -> str:
-    """Identify a test split: (sha256, label) of every picture, in any order -> sha256 hex."""
-    return hashlib.sha256(json.dumps(sorted(pictures)).encode()).hexdigest()
 
 
 def _lock(home: Path) -> FileLock:

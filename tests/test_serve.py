@@ -311,7 +311,7 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     store = tracking.start(None, tmp_path / "home", "serving")
     registered = store.register(
         "phantoms", lambda folder: shutil.copytree(model, folder),
-        cell_key="k", score=0.9, test_digest="t", rescore=lambda folder: 0.0,
+        cell_key="k", judge=lambda champion: tracking.Verdict(True, "promoted", {}),
         classes=CLASSES, example=encoded(0), tags={},
     )  # fmt: skip
     assert registered.alias == "champion"

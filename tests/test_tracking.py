@@ -15,7 +15,7 @@ import pytest
 
 from medfocus import tracking
 from medfocus.provenance import made_from
-from medfocus.tracking import DataInput, Tracking
+from medfocus.tracking import Champion, DataInput, Tracking, Verdict
 
 pytestmark = [
     # On import MLflow silences this in a way that "error" overrules.
@@ -268,12 +268,6 @@ def test_provenance_names_code_data_packages_and_host(tmp_path: Path) -> None:
     assert made_from(tmp_path, [0, 1])["git.dirty"] == "true"
 
 
-def test_a_split_has_the_same_digest_in_any_order_and_another_with_another_label() -> None:
-    pictures = [("aa", "covid"), ("bb", "normal")]
-    assert tracking.test_digest(pictures) == tracking.test_digest(reversed(pictures))
-    assert tracking.test_digest(pictures) != tracking.test_digest([("aa", "normal"), ("bb", "covid")])
-
-
 @pytest.fixture
 def register(opened: Tracking, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
     """``register`` of one model name a test, with a model folder that nothing loads."""
@@ -282,20 +276,17 @@ def register(opened: Tracking, tmp_path: Path, request: pytest.FixtureRequest) -
         folder.mkdir()
         (folder / "serve.json").write_text("{}")
 
-    def never(folder: Path) -> float:
-        raise AssertionError("the champion was scored anew")
-
-    def register(cell_key: str, score: float, digest: str = "test-a", rescore: Any = never) -> Any:
+    def register(cell_key: str, promoted: bool = True, judge: Any = None, run_id: str | None = None) -> Any:
+        said = Verdict(promoted, "promoted: better" if promoted else "refused: worse", {"accuracy": "0.8"})
         return opened.register(
             request.node.name.replace(".", "_"),  # MLflow takes no dots
             write_model,
             cell_key=cell_key,
-            score=score,
-            test_digest=digest,
-            rescore=rescore,
+            judge=judge or (lambda champion: said),
             classes=["covid", "normal"],
             example=b"png",
             tags={"dataset": "covid19"},
+            run_id=run_id,
         )
 
     return register
@@ -306,85 +297,95 @@ def champion(opened: Tracking, name: str) -> Any:
     return opened.client.get_model_version_by_alias(name, "champion")
 
 
-def test_the_first_model_is_champion(register: Callable[..., Any], opened: Tracking) -> None:
-    result = register("a", 0.8)
-    assert (result.version, result.alias, result.reason) == ("1", "champion", "there was no champion")
-    version = champion(opened, result.name)
-    assert version.tags == {"dataset": "covid19", "cell_key": "a", "score": "0.8", "test_digest": "test-a"}
-    assert version.status == "READY"
-
-
-def test_a_better_model_takes_the_alias(register: Callable[..., Any], opened: Tracking) -> None:
-    register("a", 0.8)
-    result = register("b", 0.9)
-    assert (result.version, result.alias) == ("2", "champion")
-    assert result.reason == "0.9000 beats version 1 (0.8000)"
-    assert champion(opened, result.name).version == 2
-
-
-@pytest.mark.parametrize(("score", "verb"), [(0.8, "ties with"), (0.7, "loses to")])
-def test_a_tie_and_a_loss_leave_the_alias_where_it_is(
-    register: Callable[..., Any], opened: Tracking, score: float, verb: str
+def test_a_model_becomes_champion_by_the_verdict_whose_reason_is_kept(
+    register: Callable[..., Any], opened: Tracking
 ) -> None:
-    register("a", 0.8)
-    result = register("b", score)
-    assert (result.version, result.alias) == ("2", None)
-    assert result.reason == f"{score:.4f} {verb} version 1, the champion (0.8000)"
+    with opened.study("s", {}) as study:
+        run_id = study.log_cell(name="cell", params={}, metrics={})
+    result = register("a", run_id=run_id)
+    assert (result.version, result.alias, result.reason) == ("1", "champion", "promoted: better")
+    version = champion(opened, result.name)
+    assert version.tags == {
+        "dataset": "covid19", "cell_key": "a", "gate": "promoted: better", "accuracy": "0.8"
+    }  # fmt: skip
+    assert version.status == "READY"
+    assert opened.client.get_run(run_id).data.tags["gate"] == "promoted: better"
+
+
+def test_a_refused_model_is_registered_and_leaves_the_alias_where_it_is(
+    register: Callable[..., Any], opened: Tracking
+) -> None:
+    register("a")
+    result = register("b", promoted=False)
+    assert (result.version, result.alias, result.reason) == ("2", None, "refused: worse")
     assert champion(opened, result.name).version == 1
+    assert opened.client.get_model_version(result.name, "2").tags["gate"] == "refused: worse"
 
 
-def test_the_champion_itself_is_not_registered_twice(register: Callable[..., Any], opened: Tracking) -> None:
-    register("a", 0.8)
-    result = register("a", 0.8)
+def test_a_model_is_refused_where_there_is_no_champion_yet(
+    register: Callable[..., Any], opened: Tracking
+) -> None:
+    result = register("a", promoted=False)
+    assert (result.version, result.alias) == ("1", None)
+    assert register("b").alias == "champion"
+
+
+def test_the_champion_itself_is_neither_judged_nor_registered_twice(
+    register: Callable[..., Any], opened: Tracking
+) -> None:
+    register("a")
+    result = register("a", promoted=False)
     assert (result.version, result.alias, result.reason) == ("1", "champion", "it is the champion already")
     assert len(opened.client.search_model_versions(f"name = '{result.name}'")) == 1
 
 
-def test_a_cell_that_lost_before_keeps_its_version(register: Callable[..., Any], opened: Tracking) -> None:
-    register("a", 0.8)
-    register("b", 0.7)
-    result = register("b", 0.7)
-    assert (result.version, result.alias) == ("2", None)
+def test_a_cell_that_lost_before_keeps_its_version_and_is_judged_again(
+    register: Callable[..., Any], opened: Tracking
+) -> None:
+    register("a")
+    register("b", promoted=False)
+    result = register("b")
+    assert (result.version, result.alias) == ("2", "champion")
     assert len(opened.client.search_model_versions(f"name = '{result.name}'")) == 2
 
 
-@pytest.mark.parametrize(("anew", "alias"), [(0.5, "champion"), (0.6, None), (0.65, None)])
-def test_a_champion_of_another_test_split_is_scored_anew(
-    register: Callable[..., Any], opened: Tracking, home: Path, anew: float, alias: str | None
+def test_who_judges_may_open_the_champions_files(
+    register: Callable[..., Any], opened: Tracking, home: Path, tmp_path: Path
 ) -> None:
     seen: list[str] = []
 
-    def rescore(folder: Path) -> float:
+    def judge(held: Champion | None) -> Verdict:
+        assert held is not None and (held.version, held.cell_key) == ("1", "a")
         tracking.start(None, home, "inside")  # does not wait for the lock that its own process holds
-        seen.extend(path.name for path in folder.iterdir())
-        return anew
+        seen.extend(path.name for path in held.model_folder(tmp_path / "down").iterdir())
+        return Verdict(False, "refused", {})
 
-    register("a", 0.99, "test-a")  # on an easier split
-    result = register("b", 0.6, "test-b", rescore)
+    register("a")
+    register("b", judge=judge)
     assert seen == ["serve.json"]
-    assert result.alias == alias
-    first = opened.client.get_model_version(result.name, "1")
-    assert (first.tags["score"], first.tags["test_digest"]) == (repr(anew), "test-b")
-    register("c", 0.1, "test-b")  # now known on this split: the fixture's rescore would raise
 
 
-def test_a_champion_that_cannot_be_loaded_is_one_clear_error(
+def test_rollback_gives_the_alias_back_and_the_model_is_not_promoted_again(
     register: Callable[..., Any], opened: Tracking
 ) -> None:
-    def broken(folder: Path) -> float:
-        raise FileNotFoundError("cell.safetensors is gone")
+    register("a")
+    register("b")
+    name = register("c").name
+    assert opened.rollback(name) == ("3", "2")
+    assert champion(opened, name).version == 2
+    result = register("c")
+    assert (result.version, result.alias) == ("3", None)
+    assert result.reason.startswith("refused: it was rolled back on 20")
+    assert opened.rollback(name) == ("2", "1")
+    with pytest.raises(ValueError, match="version 1 is the first champion, so there is none to go back to"):
+        opened.rollback(name)
+    assert register("d").alias == "champion"
+    assert opened.rollback(name) == ("4", "1")
 
-    name = register("a", 0.8).name
-    with pytest.raises(
-        RuntimeError, match=r"version 1, the champion, cannot be scored .*cell.safetensors is gone"
-    ):
-        register("b", 0.9, "test-b", broken)
-    assert champion(opened, name).version == 1
 
-
-def test_a_score_that_is_no_number_is_refused(register: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="the challenger's score is nan; give a finite number"):
-        register("a", float("nan"))
+def test_a_model_without_a_champion_cannot_be_rolled_back(opened: Tracking) -> None:
+    with pytest.raises(ValueError, match="nobody has no champion, so there is nothing to roll back"):
+        opened.rollback("nobody")
 
 
 def test_the_logged_model_holds_code_files_and_requirements_and_no_pickle(
@@ -392,7 +393,7 @@ def test_the_logged_model_holds_code_files_and_requirements_and_no_pickle(
 ) -> None:
     from mlflow.artifacts import download_artifacts
 
-    result = register("a", 0.8)
+    result = register("a")
     uri = opened.client.get_model_version_download_uri(result.name, "1")
     folder = Path(download_artifacts(uri, dst_path=str(tmp_path / "down"), tracking_uri=opened.uri))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

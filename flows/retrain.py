@@ -1,0 +1,49 @@
+"""Retraining as an operation: what came since is ingested and masked, the study run, the gate asked.
+
+It is the pipeline's flow, made to run by itself. A picture that was there before is not decoded, segmented
+or encoded again, a cell whose support is as it was is not fitted again, and the champion changes only by the
+gate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefect import flow
+
+from flows.pipeline import steps
+from flows.servers import prefect_api
+from flows.study import open_study
+
+if TYPE_CHECKING:
+    from medfocus.tracking import Registration
+
+
+@flow(name="retrain", flow_run_name="{params_file}", validate_parameters=False)
+def retrain(params_file: Path = Path("params.yaml")) -> list[Registration]:
+    """New pictures -> masks -> the study's cells -> gate -> registry."""
+    return steps(open_study(Path(params_file)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Retrain once, now, and say what the gate decided."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
+    params_file = parser.parse_args(arguments).params
+    open_study(params_file)  # a fault in the params file is said before a server starts
+    try:
+        with prefect_api():
+            registrations = retrain(params_file)
+    except Exception as error:
+        sys.exit(f"medfocus: {type(error).__name__}: {error}")
+    for registration in registrations:
+        alias = f"@{registration.alias}" if registration.alias else "without alias"
+        print(f"{registration.name} version {registration.version} {alias}: {registration.reason}")
+
+
+if __name__ == "__main__":
+    main()

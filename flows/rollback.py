@@ -1,0 +1,34 @@
+"""Give a data set's champion back to the version before it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flows.study import open_study
+from medfocus import tracking
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Roll back the model of ``--dataset``, or of the only data set of the study."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
+    parser.add_argument("--dataset", help="needed where the study has several")
+    options = parser.parse_args(arguments)
+    study = open_study(options.params)
+    names = list(study.params.datasets)
+    dataset = options.dataset or (names[0] if len(names) == 1 else None)
+    if dataset not in names:
+        sys.exit(f"rollback: which data set? Say `make rollback DATASET=` and one of {', '.join(names)}.")
+    store = tracking.start(None, study.home, study.params.tracking.experiment)
+    try:
+        before, now = store.rollback(f"medfocus-{dataset}")
+    except ValueError as error:
+        sys.exit(f"rollback: {error}")
+    print(f"medfocus-{dataset}: version {now} is champion again; version {before} was rolled back.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Claims about drift: the same kind of pictures passes, another is found, and few pictures prove nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+from scipy.stats import ks_2samp
+
+from medfocus import drift
+from medfocus.drift import Known, Pictures, measure, statistics
+
+BOUNDS = {"embedding": 0.8, "coverage": 0.4, "classes": 0.3, "statistics": 0.5}
+
+
+def drawn(count: int, seed: int) -> Pictures:
+    """Pictures of one kind: two classes, 16 features."""
+    rng = np.random.default_rng(seed)
+    return Pictures(
+        labels=rng.choice(["benign", "malignant"], count),
+        embeddings=rng.normal(size=(count, 16)).astype(np.float32),
+        coverage=rng.beta(2, 8, count),
+        statistics=rng.normal(size=(count, len(drift.STATISTICS))),
+        encoder="tower",
+    )
+
+
+def past(old: Pictures, new: Pictures) -> list[str]:
+    return [shift.name for shift in measure(old, new, BOUNDS, p=0.01) if shift.past]
+
+
+def test_pictures_of_the_same_kind_do_not_drift() -> None:
+    old = drawn(300, 0)
+    assert [past(old, drawn(60, seed)) for seed in range(1, 21)] == [[]] * 20
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("embedding", lambda p: replace(p, embeddings=p.embeddings + 0.8)),
+        ("coverage", lambda p: replace(p, coverage=1 - p.coverage)),
+        ("classes", lambda p: replace(p, labels=np.full(len(p.labels), "benign"))),
+        ("statistics", lambda p: replace(p, statistics=p.statistics + np.array([0, 0, 3, 0, 0]))),
+    ],
+)
+def test_each_kind_of_drift_is_found_and_no_other(name: str, change: object) -> None:
+    assert past(drawn(300, 0), change(drawn(60, 1))) == [name]  # pyright: ignore[reportCallIssue]
+
+
+def test_a_new_class_is_a_drift_of_the_class_shares() -> None:
+    new = drawn(60, 1)
+    assert past(drawn(300, 0), replace(new, labels=np.where(np.arange(60) < 30, "cyst", new.labels))) == [
+        "classes"
+    ]
+
+
+def test_a_large_difference_of_few_pictures_is_no_proof() -> None:
+    new = drawn(4, 1)
+    shifts = measure(drawn(300, 0), replace(new, embeddings=new.embeddings + 9), BOUNDS, p=0.01)
+    assert not any(shift.past for shift in shifts)
+    assert [shift.name for shift in shifts if np.isnan(shift.value)] == [
+        "embedding",
+        "coverage",
+        "statistics",
+    ]
+
+
+def test_features_of_two_towers_are_not_compared() -> None:
+    shifts = measure(drawn(300, 0), replace(drawn(60, 1), encoder="another"), BOUNDS, p=0.01)
+    assert np.isnan(shifts[0].value) and not shifts[0].past
+
+
+def test_distances_are_those_of_the_libraries_definitions() -> None:
+    old, new = drawn(80, 0), drawn(40, 1)
+    coverage = measure(old, new, BOUNDS, 0.01)[1]
+    reference = ks_2samp(old.coverage, new.coverage)
+    assert (coverage.value, coverage.p) == (reference.statistic, reference.pvalue)  # pyright: ignore
+    shares = [[np.mean(p.labels == name) for name in ("benign", "malignant")] for p in (old, new)]
+    variation = cdist(shares[:1], shares[1:], "cityblock").item() / 2
+    assert measure(old, new, BOUNDS, 0.01)[2].value == pytest.approx(variation)
+
+
+def test_brighter_flatter_and_larger_pictures_are_told_apart() -> None:
+    rng = np.random.default_rng(0)
+    grey = rng.uniform(0.2, 0.6, (64, 128))
+    base = statistics(grey)
+    names = dict(zip(drift.STATISTICS, base, strict=True))
+    assert names["aspect"] == 1 and names["pixels"] == 13
+    assert statistics(grey + 0.2)[0] == pytest.approx(base[0] + 0.2)
+    assert statistics(grey / 2)[1] == pytest.approx(base[1] / 2)
+    assert statistics(np.full((64, 64), 0.5))[2] < base[2]
+
+
+def test_what_a_model_was_made_with_comes_back_from_its_file(tmp_path: Path) -> None:
+    names = frozenset(f"{i:064x}" for i in range(40))
+    known = Known(names, frozenset(f"{i:064x}" for i in range(7)), drawn(40, 0))
+    known.save(tmp_path / "known.npz")
+    back = Known.load(tmp_path / "known.npz")
+    assert (back.names, back.learnt) == (known.names, known.learnt)
+    assert (back.sample.labels == known.sample.labels).all() and back.sample.encoder == "tower"
+    np.testing.assert_allclose(back.sample.embeddings, known.sample.embeddings, atol=2e-3)
+    np.testing.assert_array_equal(back.sample.statistics, known.sample.statistics)

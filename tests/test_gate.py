@@ -1,0 +1,109 @@
+"""Claims about the gate: each condition alone stops a challenger, and says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medfocus.drift import Shift
+from medfocus.gate import Champion, Decision, Rules, judge
+
+CLASSES = ("benign", "malignant")
+RULES = Rules(margin=0.0, p=0.05, pictures=20, recall={"all": 0.5}, calibration=0.2)
+LABELS = np.repeat([0, 1], 30)  # (60,)
+
+
+def probabilities(wrong: int, confidence: float = 0.95) -> np.ndarray:
+    """(60, 2): right but for ``wrong`` pictures of the first class."""
+    predicted = LABELS.copy()
+    predicted[:wrong] = 1
+    return np.where(np.eye(2, dtype=bool)[predicted], confidence, 1 - confidence)
+
+
+def champion(wrong: int, **changed: Any) -> Champion:
+    predicted = np.array(CLASSES)[LABELS]
+    predicted[:wrong] = CLASSES[1]
+    return replace(Champion("3", CLASSES, predicted, np.ones(60, bool)), **changed)
+
+
+def failed(decision: Decision) -> list[str]:
+    return [check.name for check in decision.checks if not check.passed]
+
+
+def test_a_challenger_that_is_surely_better_is_promoted_and_the_reason_has_every_number() -> None:
+    decision = judge(probabilities(2), LABELS, CLASSES, RULES, champion(12))
+    assert decision.promoted
+    assert decision.reason.startswith("promoted: classes: the same; test pictures new to both: 60; ")
+    assert "accuracy: 0.9667 to 0.8000 of version 3" in decision.reason
+    assert "paired test: p 0.00195 (10 pictures for it, 0 against)" in decision.reason
+
+
+def test_without_a_champion_only_recall_and_calibration_are_asked() -> None:
+    decision = judge(probabilities(2), LABELS, CLASSES, RULES, None)
+    assert [check.name for check in decision.checks] == [
+        "recall of benign", "recall of malignant", "calibration error"
+    ]  # fmt: skip
+    assert decision.promoted
+
+
+@pytest.mark.parametrize(
+    ("wrong", "theirs", "rules", "conditions"),
+    [
+        (2, 5, RULES, ["paired test"]),  # better by chance
+        (5, 5, RULES, ["accuracy", "paired test"]),
+        (12, 2, RULES, ["accuracy"]),  # surely worse
+        (2, 12, replace(RULES, margin=0.2), ["accuracy"]),
+        (5, 5, replace(RULES, margin=-0.02, p=1), []),  # no worse, where that is asked
+        (7, 5, replace(RULES, margin=-0.02, p=1), ["accuracy"]),
+        (16, 29, RULES, ["recall of benign", "calibration error"]),
+        (2, 12, replace(RULES, recall={"malignant": 1.0, "all": 0.95}), ["recall of benign"]),
+        (2, 12, replace(RULES, recall={"malignant": 1.0}), []),
+    ],
+)
+def test_each_condition_alone_stops_a_challenger(
+    wrong: int, theirs: int, rules: Rules, conditions: list[str]
+) -> None:
+    assert failed(judge(probabilities(wrong), LABELS, CLASSES, rules, champion(theirs))) == conditions
+
+
+def test_a_challenger_that_is_too_sure_of_itself_is_refused() -> None:
+    rules = replace(RULES, calibration=0.1)
+    assert not failed(judge(probabilities(2, 0.95), LABELS, CLASSES, rules, None))
+    assert failed(judge(probabilities(9, 0.999), LABELS, CLASSES, rules, None)) == ["calibration error"]
+
+
+def test_other_classes_stop_promotion() -> None:
+    decision = judge(probabilities(2), LABELS, CLASSES, RULES, champion(12, classes=("benign", "cyst")))
+    assert "classes: benign, malignant, asked those of version 3: benign, cyst" in decision.reason
+
+
+def test_only_pictures_that_the_champion_has_not_learnt_from_are_compared() -> None:
+    fair = np.ones(60, bool)
+    fair[:12] = False  # it has learnt these by heart, so they say nothing
+    decision = judge(probabilities(12), LABELS, CLASSES, replace(RULES, p=1), champion(0, fair=fair))
+    assert "accuracy: 1.0000 to 1.0000" in decision.reason
+    few = champion(12, fair=np.arange(60) < 10)
+    assert "test pictures new to both" in failed(judge(probabilities(0), LABELS, CLASSES, RULES, few))
+    none = champion(12, fair=np.zeros(60, bool))
+    assert failed(judge(probabilities(0), LABELS, CLASSES, RULES, none)) == ["test pictures new to both"]
+
+
+def test_a_drift_past_its_bound_stops_promotion_and_another_does_not() -> None:
+    shifts = [
+        Shift("embedding", 0.7, 0.85, 0.001, past=False),
+        Shift("classes", 0.5, 0.3, 1e-6, past=True),
+        Shift("coverage", float("nan"), 0.4, 1.0, past=False),
+    ]
+    decision = judge(probabilities(2), LABELS, CLASSES, RULES, champion(12), shifts)
+    assert failed(decision) == ["drift of classes"]
+    assert decision.reason == "refused: drift of classes: 0.500, p 1e-06, asked 0.3 at most"
+    assert decision.checks[-1].found == "too few pictures to tell"
+
+
+def test_a_class_without_a_test_picture_is_not_taken_for_recognised() -> None:
+    decision = judge(probabilities(0)[:30], LABELS[:30], CLASSES, RULES, None)
+    assert failed(decision) == ["recall of malignant"]
+    assert "recall of malignant: no test picture" in decision.reason
