@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # With it in the environment every process would compile the libraries anew: 22 s of imports and not 9.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install run study report repro retrain rollback test check schedule ui pocket lock wheel clean
+.PHONY: install run study report repro retrain rollback reproduce test check schedule ui pocket lock wheel clean
 
 install: $(INSTALLED)
 
@@ -42,6 +42,11 @@ retrain: $(INSTALLED)
 
 rollback: $(INSTALLED)
 	@$(BIN)/python -m flows.rollback --params $(PARAMS) $(if $(DATASET),--dataset $(DATASET))
+
+# A cell's MLflow run, rebuilt from its tags: its commit, its data, one fit; every metric compared exactly.
+reproduce: $(INSTALLED)
+	@test -n "$(RUN)" || { echo "Which run? make reproduce RUN=..., an id as reports/study.csv has it."; exit 1; }
+	@$(BIN)/python -m flows.reproduce --params $(PARAMS) --run $(RUN)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

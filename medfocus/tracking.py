@@ -21,6 +21,7 @@ from medfocus.provenance import PACKAGES, installed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"  # the alias that served code loads
@@ -130,6 +131,26 @@ class Tracking:
         with self._closing(run.info.run_id):
             self._log_params_and_metrics(run.info.run_id, params, {})
             yield Study(run.info.run_id, self)
+
+    def run(self, run_id: str) -> Run:
+        """A run by its id. Raises ValueError where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(run_id)
+        except MlflowException as error:
+            raise ValueError(
+                f"no run {run_id!r} in {self.uri}; give the id that MLflow's page or reports/study.csv has."
+            ) from error
+
+    def download(self, run_id: str, name: str, into: Path) -> Path:
+        """One of a run's files, copied into a folder. Raises ValueError where the run has none such."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return Path(self.client.download_artifacts(run_id, name, str(into)))
+        except (MlflowException, OSError) as error:
+            raise ValueError(f"the run {run_id} has no file {name} ({error}).") from error
 
     def close_dead_runs(self) -> list[str]:
         """Set RUNNING runs of this host whose process is gone to FAILED; their ids. In every experiment."""
@@ -417,9 +438,9 @@ class Study:
         """Keep a table with the study, as ``<name>.csv``."""
         self.tracking._log_file(self.run_id, f"{name}.csv", csv.encode())
 
-    def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Numbers of the study as a whole."""
-        self.tracking._log_params_and_metrics(self.run_id, {}, metrics)
+    def log_input(self, path: Path) -> None:
+        """Keep a file that the study was made from, as ``inputs/<its name>``."""
+        self.tracking._log_file(self.run_id, f"inputs/{path.name}", path.read_bytes())
 
 
 def _lock(home: Path) -> FileLock:
