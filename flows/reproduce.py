@@ -16,8 +16,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
+from dvc.repo import Repo
 
 from flows.cells import Cell
 from flows.study import Study, open_study
@@ -92,7 +94,7 @@ def _cell(run_id: str, tags: Mapping[str, str]) -> Cell:
             f"the run {run_id} was made from changed files that no commit has, so nobody can have them "
             "again. Commit first, then run."
         )
-    return Cell(**{name: int(tags[name]) if name == "seed" else tags[name] for name in Cell._fields})
+    return Cell(tags["dataset"], tags["method"], tags["focus"], tags["support"], int(tags["seed"]))
 
 
 def _other_versions(tags: Mapping[str, str]) -> list[str]:
@@ -110,8 +112,8 @@ def _bring_data(home: Path, clone: Path, folder: str, dataset: str) -> None:
     drawn = root in [f"data/phantoms/{modality}" for modality in params.phantoms]
     made = [f"data/manifests/{dataset}.csv", f"data/splits/{dataset}.json", f"data/masks/{dataset}"]
     outs = [*made, *([root] if drawn else [])]
+    _share_storage(home, clone)
     dvc = [sys.executable, "-m", "dvc"]
-    _run([*dvc, "cache", "dir", "--local", str(home / ".dvc" / "cache")], clone)
     try:
         _run([*dvc, "checkout", "--quiet", *outs], there)
     except RuntimeError:
@@ -120,6 +122,16 @@ def _bring_data(home: Path, clone: Path, folder: str, dataset: str) -> None:
     if drawn:
         content["datasets"][dataset]["root"] = root
     (there / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def _share_storage(home: Path, clone: Path) -> None:
+    """Have the clone use the project's DVC cache and today's remotes, which may be younger than the run."""
+    with Repo(str(home)) as project, Repo(str(clone)) as made:
+        settings: Any
+        with made.config.edit("local") as settings:
+            settings["cache"] = {"dir": project.cache.local_cache_dir}
+            for section in ("core", "remote"):
+                settings[section] = project.config[section]
 
 
 def _run(command: list[str], folder: Path, **environment: str) -> str:
