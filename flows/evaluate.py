@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     provenance = {
         "study": params.study.name,
         "study.folder": study.folder.relative_to(study.home).as_posix(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": "flows/evaluate.py",
         **made_from(study.folder, params.study.seeds),
     }
     rows: list[StudyRow] = []  # by cell key
@@ -77,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for kind, figure in _figures_of(dataset, best, values).items():
                 (figures / f"{kind}-{name}.png").write_bytes(figure)
                 run.log_figure(f"{kind}-{name}", figure)
+            best_run = run_ids[checkpoint.read_header(Path("data/checkpoints", best.path)).facts["key"]]
+            told = f"The cell of {name} that validation inside its support chose, on the test set."
+            run.describe(told, [f"confusion-{name}", f"reliability-{name}"], best_run)
             run.log_figure(f"masks-{name}", Path(f"reports/data/{name}/masks.png").read_bytes())
         accuracy = report.accuracy_figure(rows)
         (figures / "accuracy.png").write_bytes(accuracy)
@@ -84,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.write_study_csv(rows, RESULTS)
         PLOTS.parent.mkdir(parents=True, exist_ok=True)
         PLOTS.write_text(report.plot_table(rows), encoding="utf-8")
+        run.describe(_described(headline), ["accuracy"])
         METRICS.write_text(json.dumps(headline, indent=2) + "\n", encoding="utf-8")
         costs.write_lines(spent, costs.COSTS)
         _write_study_csv(study, run_ids)
@@ -218,10 +224,24 @@ def _log(
             "cell_key": header.facts["key"],
         },
         datasets=[
-            tracking.DataInput(dataset.name, dataset.digest, dataset.params.root, context)
-            for context in ("training", "testing")
+            tracking.DataInput(dataset.name, dataset.digest(paths), dataset.params.root, context)
+            for context, paths in (
+                ("training", dataset.support_paths(cell)),
+                ("testing", dataset.splits.test),
+            )
+            if paths
         ],
     )
+
+
+def _described(headline: dict[str, dict[str, object]]) -> str:
+    """The cell of each data set that validation chose, in Markdown."""
+    names = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
+    lines = [f"| chosen by validation | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for measured in headline.values():
+        values = [f"{measured[name]:.3f}" if name in measured else "–" for name in names]
+        lines.append(f"| {measured['best']} | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
 def _save_predictions(path: Path, dataset: Dataset, predicted: dict[Cell, dict[str, np.ndarray]]) -> None:

@@ -35,15 +35,16 @@ _QUIET = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # which pages the experiment is shown with
 _LONGEST_TAG = 5000  # characters; MLflow's databases take 8000 bytes
 
 
 @dataclass(frozen=True)
 class DataInput:
-    """A data set as a run used it."""
+    """Pictures of a data set as a run used them."""
 
     name: str
-    digest: str  # of the manifest; MLflow keeps its first 36 characters
+    digest: str  # of these pictures; MLflow keeps its first 36 characters
     source: str  # where it lies
     context: str = "training"
 
@@ -182,6 +183,10 @@ class Tracking:
             token = page.token or ""
         return newest
 
+    def describe_version(self, name: str, version: str, text: str) -> None:
+        """Give a registered version's page a Markdown text."""
+        self.client.update_model_version(name, version, text[:_LONGEST_TAG])
+
     def log_page(self, cell_run: str, page: Path) -> None:
         """Keep a study's page with the parent of one of its cells' runs, if the store has it."""
         from mlflow.exceptions import MlflowException
@@ -313,6 +318,7 @@ class Tracking:
         """Log the model folder as a pyfunc, models from code; its model id."""
         import mlflow
         import pandas as pd
+        from mlflow.entities import LoggedModelOutput
         from mlflow.models import ModelSignature
         from mlflow.types import ColSpec, Schema, TensorSpec
 
@@ -339,6 +345,8 @@ class Tracking:
             logged = self.client.create_logged_model(self.experiment_id, name, run_id)
             self.client.log_model_artifacts(logged.model_id, f"{folder}/pyfunc")
         self.client.finalize_logged_model(logged.model_id, "READY")
+        if run_id is not None:
+            self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         return logged.model_id
 
     def _create_version(
@@ -438,6 +446,14 @@ class Study:
         """Keep a table with the study, as ``<name>.csv``."""
         self.tracking._log_file(self.run_id, f"{name}.csv", csv.encode())
 
+    def describe(self, text: str, figures: Sequence[str], cell_run: str | None = None) -> None:
+        """Show a Markdown text, and under it figures of the study, on its page or on a cell's."""
+        links = [
+            f"![{name}](get-artifact?path=figures%2F{name}.png&run_uuid={self.run_id})" for name in figures
+        ]
+        note = "\n\n".join([text[:_LONGEST_TAG], *links])
+        self.tracking.client.set_tag(cell_run or self.run_id, "mlflow.note.content", note)
+
     def log_input(self, path: Path) -> None:
         """Keep a file that the study was made from, as ``inputs/<its name>``."""
         self.tracking._log_file(self.run_id, f"inputs/{path.name}", path.read_bytes())
@@ -474,7 +490,7 @@ def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, location)
+            return client.create_experiment(name, location, _KIND)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another process, on a server
                 raise
