@@ -19,14 +19,15 @@ _OURS = ("medfocus", "flows")
 
 
 class DiscreetError(RuntimeError):
-    """Stands for ``error``, whose text it does not have."""
+    """Stands for an error, without its text; in the process that raised it, ``error`` is that one."""
 
-    def __init__(self, told: str, error: Exception) -> None:
+    def __init__(self, told: str, error: Exception | None = None) -> None:
         super().__init__(told)
         self.error = error
 
-    def __reduce__(self) -> tuple[type[DiscreetError], tuple[str, Exception]]:
-        return type(self), (str(self), self.error)
+    def __reduce__(self) -> tuple[type[DiscreetError], tuple[str]]:
+        """Without ``error``: Prefect keeps what a flow raised as a pickle in its home."""
+        return type(self), (str(self),)
 
 
 def kind_and_place(error: BaseException) -> str:
@@ -62,5 +63,5 @@ def discreet(work: Callable[Given, Made]) -> Callable[Given, Made]:
 
 
 def whole(error: BaseException) -> BaseException:
-    """The error behind a ``DiscreetError``, any other as it is."""
-    return error.error if isinstance(error, DiscreetError) else error
+    """The error behind a ``DiscreetError``, where it is at hand; any other as it is."""
+    return error.error or error if isinstance(error, DiscreetError) else error

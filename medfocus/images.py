@@ -80,7 +80,8 @@ def open_picture(data: bytes, name: str) -> Image.Image:
     picture = read_header(data, name)
     try:
         picture.load()
-        return ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)  # a large picture is not copied if it is upright
+        return picture
     # Broken bytes make Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         raise _undecodable(name, error) from error
@@ -93,7 +94,9 @@ def to_rgb(picture: Image.Image, name: str) -> np.ndarray:
     elif picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
-    return np.array(picture.convert("RGB"))  # a copy, so that it may be written to
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")
+    return np.array(picture)  # a copy, so that it may be written to
 
 
 def decode(data: bytes, name: str) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -138,6 +140,23 @@ def test_a_picture_of_64_megapixels_passes_without_a_word_of_pillow() -> None:
     assert Image.MAX_IMAGE_PIXELS is not None and images.MOST_PIXELS <= Image.MAX_IMAGE_PIXELS
     with pytest.raises(ValueError, match=r"^x: cannot be decoded \("):  # the header was all there is
         images.decode(promising(8000, 8000), "x")
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+from medfocus import images
+assert images.read(Path(sys.argv[1])).shape == (8000, 8000, 3)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_the_largest_picture_takes_less_than_800_mib(tmp_path: Path) -> None:
+    Image.new("RGB", (8000, 8000), RED).save(tmp_path / "x.png", compress_level=1)
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "x.png")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 200 < float(told.stdout) < 800
 
 
 def test_a_text_that_unpacks_to_more_than_its_picture_is_refused() -> None:
