@@ -56,6 +56,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+	@$(BIN)/python -m benchmarks.audit
 
 # The retraining flow on the cron schedule of params.yaml, with Prefect's server on loopback.
 schedule: $(INSTALLED)

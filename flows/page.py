@@ -52,7 +52,7 @@ class Explained:
 
     dataset: str
     system: str
-    path: str
+    picture: str  # the first 12 hex digits of its sha256: the file's name may name a patient
     label: str
     predicted: str
     way: str  # of the attribution
@@ -134,7 +134,7 @@ class _Parts:
         pairs = read_pairs(reports / "duplicates.csv")
         self.warnings[name] = data_warnings(dataset.records.values(), splits, pairs)
         labels = dataset.labels(splits.test)
-        with np.load(Path("data/predictions", f"{name}.npz")) as file:
+        with np.load(Path("data/predictions", f"{name}.npz"), allow_pickle=False) as file:
             predicted = {cell: _main_classifier(file, cell) for cell in cells}
         draws: dict[tuple[str, float], list[np.ndarray]] = {}  # (system, percent) -> a draw's (N, K) each
         for cell, values in predicted.items():
@@ -202,16 +202,16 @@ class _Parts:
             if region is not None and cell.focus != "crop":
                 pointing = "hit" if pointing_hit(heat, letterbox_mask(region, len(view)) > 0.5) else "miss"
             covered = float(framed.mean()) if framed is not None else float("nan")
-            label, answer = record.label, dataset.classes[target]
+            label, answer, picture_id = record.label, dataset.classes[target], record.sha256[:12]
             self.lines.append(
-                Explained(dataset.name, system, record.path, label, answer, way, inside, covered, pointing)
+                Explained(dataset.name, system, picture_id, label, answer, way, inside, covered, pointing)
             )
             if i in shown:
                 self.gallery.append(
                     Example(
                         dataset.name,
                         system,
-                        record.path,
+                        picture_id,
                         picture,
                         label,
                         answer,

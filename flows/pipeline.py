@@ -27,6 +27,7 @@ from flows.servers import prefect_api
 from flows.stages import StageBusyError, reproduce
 from flows.study import PAGE, STUDY, Study, open_study
 from medfocus import report
+from medfocus.discreet import discreet, whole
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
@@ -38,10 +39,8 @@ async def _is_busy(task: Any, run: TaskRun, state: State[Any]) -> bool:
     """Only a stage that another run holds is worth waiting for; a fault stays a fault."""
     try:
         await state.aresult()
-    except StageBusyError:
-        return True
-    except BaseException:
-        return False
+    except BaseException as error:
+        return isinstance(whole(error), StageBusyError)
     return False
 
 
@@ -50,6 +49,7 @@ _waits = {"cache_policy": NO_CACHE, "retries": 60, "retry_delay_seconds": 5, "re
 
 
 @task(task_run_name="plan {study.params.study.name}", cache_policy=NO_CACHE)
+@discreet
 def check_plan(study: Study) -> None:
     """Build every method of the study once: a typo fails here, before any work."""
     from flows.cells import plan
@@ -58,43 +58,47 @@ def check_plan(study: Study) -> None:
 
 
 @task(task_run_name="phantoms {modality}", **_waits)
+@discreet
 def draw_phantoms(study: Study, modality: str) -> None:
     """Draw an embedded data set."""
     _reproduce(study, f"phantoms@{modality}")
 
 
 @task(task_run_name="ingest {dataset}", **_waits)
+@discreet
 def ingest(study: Study, dataset: str) -> None:
     """Raw folder -> manifest, and a report of what is left out."""
     if _reproduce(study, f"ingest@{dataset}"):
-        _table(
-            study.folder / f"reports/data/{dataset}/left_out.csv",
-            f"left-out-{dataset}",
-            "Left out at ingestion",
-        )
+        path = study.folder / f"reports/data/{dataset}/left_out.csv"
+        rows = [{"line": line, "fix": row["fix"]} for line, row in enumerate(_rows(path), start=2)]
+        described = f"Left out at ingestion; the lines are those of {path.relative_to(study.folder)}"
+        create_table_artifact(rows, key=_key(f"left-out-{dataset}"), description=described)
 
 
 @task(task_run_name="duplicates {dataset}", **_waits)
+@discreet
 def find_duplicates(study: Study, dataset: str) -> None:
     """Manifest -> pairs of twins."""
     _reproduce(study, f"duplicates@{dataset}")
 
 
 @task(task_run_name="splits {dataset}", **_waits)
+@discreet
 def draw_splits(study: Study, dataset: str) -> None:
     """Manifest and twins -> test sets and nested supports."""
     _reproduce(study, f"splits@{dataset}")
 
 
 @task(task_run_name="masks {dataset}", **_waits)
+@discreet
 def cache_masks(study: Study, dataset: str) -> None:
     """Manifest -> one mask a picture, with a contact sheet to look at."""
     if _reproduce(study, f"masks@{dataset}"):
         reports = study.folder / "reports/data" / dataset
-        _table(
-            reports / "masks.csv",
-            f"masks-{dataset}",
-            "Coverage, score and fallbacks of the masks, a line a class",
+        create_table_artifact(
+            _rows(reports / "masks.csv"),
+            key=_key(f"masks-{dataset}"),
+            description="Coverage, score and fallbacks of the masks, a line a class",
         )
         sheet = base64.b64encode((reports / "masks.png").read_bytes()).decode()
         create_image_artifact(
@@ -105,12 +109,14 @@ def cache_masks(study: Study, dataset: str) -> None:
 
 
 @task(task_run_name="fine-tune {study.params.study.name}", **_waits)
+@discreet
 def finetune(study: Study) -> None:
     """Every cell of the study -> a checkpoint, from its support alone."""
     _reproduce(study, "finetune")
 
 
 @task(task_run_name="evaluate {study.params.study.name}", **_waits)
+@discreet
 def evaluate(study: Study) -> None:
     """Checkpoints -> test scores, MLflow runs, figures."""
     ran = _reproduce(study, "evaluate")
@@ -130,6 +136,7 @@ def evaluate(study: Study) -> None:
 
 
 @task(task_run_name="register {dataset}", cache_policy=NO_CACHE)
+@discreet
 def register_best(study: Study, dataset: str) -> Registration:
     """The best cell by validation -> the model registry; champion only through the gate."""
     from flows import register
@@ -141,6 +148,7 @@ def register_best(study: Study, dataset: str) -> Registration:
 
 
 @flow(name="medfocus", flow_run_name="{params_file}", validate_parameters=False)
+@discreet
 def pipeline(params_file: Path = Path("params.yaml")) -> list[Registration]:
     """Ingest, split, mask, fine-tune on few shots, evaluate, register the best."""
     return steps(open_study(Path(params_file)))
@@ -175,10 +183,9 @@ def _key(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-def _table(path: Path, key: str, description: str) -> None:
+def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    create_table_artifact(rows, key=_key(key), description=description)
+        return list(csv.DictReader(file))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -190,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         open_study(params_file)  # a fault in the params file is said before a server starts
         with prefect_api():
             registrations = pipeline(params_file)
-    except Exception as error:
+    except Exception as raised:
+        error = whole(raised)
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
         sys.exit(f"medfocus: {type(error).__name__}: {error}{notes}")
     study = open_study(params_file)

@@ -135,7 +135,7 @@ class _Challenger:
         labels: list[str] = []
         for start in range(0, len(self.test), _CHUNK):
             some = self.test[start : start + _CHUNK]
-            labels += [p.label for p in predictor.predict([self._file(r).read_bytes() for r in some])]
+            labels += [p.label for p in predictor.predict([images.read_bytes(self._file(r)) for r in some])]
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{id(self)}.npy")
         np.save(beside, np.array(labels), allow_pickle=False)

@@ -18,12 +18,14 @@ from prefect import flow
 from flows.pipeline import steps
 from flows.servers import prefect_api
 from flows.study import open_study
+from medfocus.discreet import discreet, whole
 
 if TYPE_CHECKING:
     from medfocus.tracking import Registration
 
 
 @flow(name="retrain", flow_run_name="{params_file}", validate_parameters=False)
+@discreet
 def retrain(params_file: Path = Path("params.yaml")) -> list[Registration]:
     """New pictures -> masks -> the study's cells -> gate -> registry."""
     return steps(open_study(Path(params_file)))
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with prefect_api():
             registrations = retrain(params_file)
-    except Exception as error:
+    except Exception as raised:
+        error = whole(raised)
         sys.exit(f"medfocus: {type(error).__name__}: {error}")
     for registration in registrations:
         alias = f"@{registration.alias}" if registration.alias else "without alias"

@@ -18,6 +18,7 @@ from prefect.futures import as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.servers import prefect_api
+from medfocus.discreet import discreet, whole
 
 if TYPE_CHECKING:
     from medfocus.params import ScaleParams
@@ -26,6 +27,7 @@ Job = TypeVar("Job")
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{work.__name__} {number}")
+@discreet
 def shard(work: Callable[[Any], int], job: object, number: int, threads: int) -> int:
     """One shard: ``work`` on ``job``, in whatever thread or process the runner has for it.
 
@@ -70,13 +72,14 @@ def _attempt(
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules and not scale.address else 0
 
     @flow(name=f"shards of {work.__name__}", task_runner=_runner(scale))
+    @discreet
     def shards() -> None:
         futures = {shard.submit(work, job, number, threads): number for number, job in enumerate(jobs)}
         for future in as_completed(list(futures)):
             try:
                 progress(future.result())
             except Exception as error:
-                failed[futures[future]] = error
+                failed[futures[future]] = whole(error)
 
     with prefect_api():
         shards()
@@ -97,4 +100,6 @@ def _runner(scale: ScaleParams) -> TaskRunner[Any]:
         ) from error
     if scale.address:
         return DaskTaskRunner(address=scale.address)
-    return DaskTaskRunner(cluster_kwargs={"n_workers": scale.workers, "threads_per_worker": 1})
+    # By itself the page of a cluster would answer to the whole network.
+    own = {"n_workers": scale.workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+    return DaskTaskRunner(cluster_kwargs=own)

@@ -6,6 +6,8 @@ many pictures every difference is significant, with few a large one may be none.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from scipy import ndimage, stats
 
 STATISTICS = ("brightness", "contrast", "sharpness", "aspect", "pixels")
 LEAST = 5  # pictures of each set, below which nothing is said of their distributions
+MOST_BYTES = 1_000_000_000  # that the archive beside a model may unpack to; millions of pictures do
 _FOLDS = 5
 
 
@@ -54,18 +57,37 @@ class Known:
 
     @classmethod
     def load(cls, path: Path) -> Known:
-        """Read what ``save`` wrote. Raises FileNotFoundError where there is none."""
+        """Read what ``save`` wrote.
+
+        Raises FileNotFoundError where there is none, and ValueError for an archive that unpacks to more than
+        ``MOST_BYTES`` or holds a pickle.
+        """
+        file = _read_arrays(path)
+        names = [row.tobytes().hex() for row in file["names"]]
+        sample = Pictures(
+            file["labels"],
+            file["embeddings"].astype(np.float32),
+            file["coverage"],
+            file["statistics"],
+            str(file["encoder"]),
+        )
+        learnt = (name for name, at in zip(names, file["learnt"], strict=True) if at)
+        return cls(frozenset(names), frozenset(learnt), sample)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(item.file_size for item in archive.infolist())
+        if size > MOST_BYTES:
+            raise ValueError(f"unpacks to {size / 1e6:.0f} MB, and {MOST_BYTES / 1e6:.0f} are the most")
         with np.load(path, allow_pickle=False) as file:
-            names = [row.tobytes().hex() for row in file["names"]]
-            sample = Pictures(
-                file["labels"],
-                file["embeddings"].astype(np.float32),
-                file["coverage"],
-                file["statistics"],
-                str(file["encoder"]),
-            )
-            learnt = (name for name, at in zip(names, file["learnt"], strict=True) if at)
-            return cls(frozenset(names), frozenset(learnt), sample)
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}: not the arrays that a model is kept with ({error}). It was refused; restore the "
+            "model's artefacts or register it anew."
+        ) from error
 
 
 @dataclass(frozen=True)

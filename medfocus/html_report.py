@@ -40,7 +40,7 @@ class Example:
 
     dataset: str
     system: str
-    name: str  # of the picture
+    name: str  # of the picture, which names no patient
     picture: np.ndarray  # (H, W, 3) uint8
     true_class: str
     predicted: str

@@ -1,4 +1,8 @@
-"""The image edge: bytes to RGB arrays, and the few geometric steps that pictures and masks share."""
+"""The image edge: bytes to RGB arrays, and the few geometric steps that pictures and masks share.
+
+A picture comes from anywhere, so it meets three limits before any pixel is decoded: its format, its file's
+bytes, and the pixels that its header promises. Pillow's own guard against bombs lies behind them, higher up.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; it opens no file with another decoder
+MOST_PIXELS = 64_000_000  # of one picture
+MOST_BYTES = 256_000_000  # of one file
 _CAPTION_HEIGHT = 14  # pixels under each tile of a contact sheet
 _GAP = 4  # pixels between tiles
 
@@ -21,23 +28,63 @@ class PictureError(ValueError):
         super().__init__(f"{name}: {fault}. {fix}")
         self.name, self.fault, self.fix = name, fault, fix
 
+    def __reduce__(self) -> tuple[type[PictureError], tuple[str, str, str]]:
+        """So that a worker process can hand it back."""
+        return type(self), (self.name, self.fault, self.fix)
+
+
+def read_bytes(path: Path, name: str | None = None) -> bytes:
+    """A picture's file, of which no more is read than a picture may have.
+
+    Raises FileNotFoundError and other OSErrors, and PictureError naming ``name`` (default: the path) where it
+    is no ordinary file, such as a pipe that would never end, or is too large.
+    """
+    name = str(path) if name is None else name
+    if path.exists() and not path.is_file():
+        raise PictureError(name, "is no ordinary file", "Put the picture itself there, or remove it.")
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    _check_bytes(len(data), name)
+    return data
+
+
+def read_header(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """An encoded picture whose pixels are still to be decoded, within the limits of this module.
+
+    Raises PictureError, a ValueError, naming ``name``.
+    """
+    if not data:
+        raise PictureError(name, "the file is empty (0 bytes)", "Copy it again or remove it.")
+    _check_bytes(len(data), name)
+    try:
+        picture = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError as error:
+        fault = f"is no picture in a format that is read ({', '.join(formats)})"
+        raise PictureError(name, fault, "Export it again as PNG, or remove it.") from error
+    # Pillow's own guard speaks first where the bounds are passed by far; the sentence is one.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_many_pixels(name, "more") from error
+    except Exception as error:
+        raise _undecodable(name, error) from error
+    if picture.width * picture.height > MOST_PIXELS:
+        raise _too_many_pixels(name, f"{picture.width} x {picture.height}")
+    return picture
+
 
 def open_picture(data: bytes, name: str) -> Image.Image:
     """The first frame of an encoded picture, fully decoded, in its own mode, EXIF orientation applied.
 
-    Raises PictureError, a ValueError, naming ``name`` when the bytes are empty, broken or cut short.
+    Raises PictureError, a ValueError, naming ``name`` when the bytes are empty, broken or cut short, or past
+    one of the limits of this module; then no pixel was decoded.
     """
-    if not data:
-        raise PictureError(name, "the file is empty (0 bytes)", "Copy it again or remove it.")
+    picture = read_header(data, name)
     try:
-        picture = Image.open(io.BytesIO(data))
         picture.load()
-        return ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)  # a large picture is not copied if it is upright
+        return picture
     # Broken bytes make Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        fault = "not in a picture format that Pillow knows" if unknown else f"cannot be decoded ({error})"
-        raise PictureError(name, fault, "Export it again as PNG, or remove it.") from error
+        raise _undecodable(name, error) from error
 
 
 def to_rgb(picture: Image.Image, name: str) -> np.ndarray:
@@ -47,7 +94,9 @@ def to_rgb(picture: Image.Image, name: str) -> np.ndarray:
     elif picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
-    return np.array(picture.convert("RGB"))  # a copy, so that it may be written to
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")
+    return np.array(picture)  # a copy, so that it may be written to
 
 
 def decode(data: bytes, name: str) -> np.ndarray:
@@ -62,7 +111,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
 
 def read(path: Path) -> np.ndarray:
     """Picture file -> (H, W, 3) uint8 RGB; see ``decode``. Raises FileNotFoundError or ValueError."""
-    return decode(path.read_bytes(), str(path))
+    return decode(read_bytes(path), str(path))
 
 
 def grey(picture: np.ndarray) -> np.ndarray:
@@ -118,6 +167,21 @@ def montage(tiles: Sequence[np.ndarray], columns: int, captions: Sequence[str] |
             caption = _shortened(captions[i], tile_width, font)
             draw.text((x, y + tile_height + 1), caption, fill=(230, 230, 230), font=font)
     return np.asarray(sheet)
+
+
+def _check_bytes(count: int, name: str) -> None:
+    if count > MOST_BYTES:
+        fault = f"the file is larger than {MOST_BYTES // 1_000_000} MB, the most that is read"
+        raise PictureError(name, fault, "Export it smaller, as a compressed PNG for one, or remove it.")
+
+
+def _too_many_pixels(name: str, found: str) -> PictureError:
+    fault = f"has {found} pixels; {MOST_PIXELS // 1_000_000} megapixels are the most that is decoded"
+    return PictureError(name, fault, "Scale it down or cut it into tiles, or remove it.")
+
+
+def _undecodable(name: str, error: Exception) -> PictureError:
+    return PictureError(name, f"cannot be decoded ({error})", "Export it again as PNG, or remove it.")
 
 
 def _window(values: np.ndarray, name: str) -> np.ndarray:

@@ -6,6 +6,9 @@ What is read from ``root``:
     {class}/**/x.png           no official split
     a CSV manifest             columns path, label, and optionally split and patient
 
+A manifest comes with the pictures and is not trusted: what it names has to lie in ``root``, whether by
+``..``, by an absolute path or by a link. Links in folders of classes are their owner's, and are followed.
+
 Ground truth for measuring masks is never a picture: the folder ``masks`` at the top, and ``x_mask.png``
 (or ``x_mask_1.png``) beside ``x.png``. Hidden files and those of file managers are ignored.
 
@@ -30,7 +33,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from medfocus import images
@@ -214,7 +216,12 @@ def _list_manifest(root: Path, manifest: str, report: _Report) -> list[_Listed]:
         given = {name: (row[column] or "").strip() for name, column in columns.items()}
         path = _inside(root, file.parent, given["path"])
         split = _SPLITS.get(given.get("split", "").casefold() or "all")
-        if isinstance(path, Path):
+        if path is None:
+            fault, fix = (
+                f"leads out of {root}",
+                "Copy the picture into that folder and correct the path, or remove the row.",
+            )
+        elif not path:
             fault, fix = (
                 f"no such file inside {root}",
                 "Correct the path, relative to the CSV, or remove the row.",
@@ -242,13 +249,36 @@ def _list_manifest(root: Path, manifest: str, report: _Report) -> list[_Listed]:
     return items
 
 
-def _inside(root: Path, folder: Path, path: str) -> str | Path:
-    """``path``, seen from ``folder``, as a path relative to ``root``; a Path where that is no file in it."""
+def _inside(root: Path, folder: Path, path: str) -> str | None:
+    """``path``, seen from ``folder``, as a path relative to ``root``; "" for no file there, None for outside.
+
+    Outside nothing is looked at: whether there is a file is not told either.
+    """
+    top, found = Path(os.path.abspath(root)), None
     for spelling in (path, path.replace("\\", "/")):  # the latter was written on Windows
         file = Path(os.path.abspath(folder / spelling))
-        if file.is_file() and file.is_relative_to(os.path.abspath(root)):
-            return file.relative_to(os.path.abspath(root)).as_posix()
-    return folder / path
+        if not file.is_relative_to(top) or not _real(file).is_relative_to(_real(top)):
+            found = None
+        elif _is_file(file):
+            return file.relative_to(top).as_posix()
+        else:
+            found = ""
+    return found
+
+
+def _real(file: Path) -> Path:
+    """Where a path leads over its links; Path.resolve raises where they lead in a circle."""
+    try:
+        return Path(os.path.realpath(file))
+    except ValueError:  # a null byte, with which there is no file
+        return file
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # too long a name
+        return False
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -340,10 +370,10 @@ def _open_all(
 def _open(root: Path, item: _Listed) -> tuple[Record, int] | images.PictureError:
     """The record of one file and the number of its frames, or why there is none."""
     try:
-        data = (root / item.path).read_bytes()
+        data = images.read_bytes(root / item.path, item.path)
         picture = images.open_picture(data, item.path)
         images.to_rgb(picture, item.path)
-        frames = _frames(data) if item.path.casefold().endswith((".tif", ".tiff")) else 1
+        frames = _frames(data, item.path) if item.path.casefold().endswith((".tif", ".tiff")) else 1
     except OSError as error:
         return images.PictureError(item.path, f"cannot be read ({error.strerror})", "Copy or link it again.")
     except images.PictureError as error:
@@ -353,9 +383,13 @@ def _open(root: Path, item: _Listed) -> tuple[Record, int] | images.PictureError
     return Record(item.path, sha256, *size, _label(item.label), item.split, item.patient), frames
 
 
-def _frames(data: bytes) -> int:
-    with Image.open(io.BytesIO(data)) as stack:
-        return getattr(stack, "n_frames", 1)
+def _frames(data: bytes, name: str) -> int:
+    try:
+        with images.read_header(data, name) as stack:
+            return getattr(stack, "n_frames", 1)
+    except Exception as error:  # as in ``images.open_picture``
+        fault = f"holds several pictures, of which a later one is broken ({error})"
+        raise images.PictureError(name, fault, "Export the first as PNG, or remove it.") from error
 
 
 def _check_bytes(records: list[Record], report: _Report) -> list[Record]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _CELL, _CLIP, _SAM2, _SAM2_CONFIG = "cell.safetensors", "clip", "sam2.safetensors", "sam2.yaml"
 _ADAPTER, _TEXT = "adapter.safetensors", "text.safetensors"
 _PACKAGES = ("torch", "open_clip_torch", "sam2", "numpy", "pillow")
+_PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt", ".bin")
 _BATCH = 16  # pictures at once, so that memory does not grow with the request
 
 
@@ -148,8 +149,10 @@ class Predictor:
     def load(cls, folder: Path) -> Predictor:
         """Load what ``save_model`` wrote, on the CPU, without a look at anything outside of ``folder``.
 
-        Raises FileNotFoundError where it is no model folder, ValueError where its parts do not fit.
+        Raises FileNotFoundError where it is no model folder, ValueError where its parts do not fit or one of
+        them could run code when it is opened; then none was opened.
         """
+        _refuse_pickles(folder)
         from medfocus import checkpoint
         from medfocus.encoders import build_clip
 
@@ -211,6 +214,15 @@ class Predictor:
             )
             for picture, mask, p in zip(pictures, masks, probabilities, strict=True)
         ]
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.casefold() in _PICKLES:
+            raise ValueError(
+                f"{file}: a {file.suffix} file can run any code when it is opened, and a model folder has "
+                "none, so the model was refused. Take it from where it was registered, or register it anew."
+            )
 
 
 def _load_segmenter(

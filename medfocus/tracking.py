@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from filelock import FileLock
 
+from medfocus.discreet import kind_and_place
 from medfocus.provenance import PACKAGES, installed
 
 if TYPE_CHECKING:
@@ -394,7 +395,7 @@ class Tracking:
             yield
         except BaseException as error:
             killed = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
-            self.client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:_LONGEST_TAG])
+            self.client.set_tag(run_id, "error", kind_and_place(error))
             self.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
             raise
         self.client.set_terminated(run_id, "FINISHED")

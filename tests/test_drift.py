@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,3 +105,35 @@ def test_what_a_model_was_made_with_comes_back_from_its_file(tmp_path: Path) -> 
     assert (back.sample.labels == known.sample.labels).all() and back.sample.encoder == "tower"
     np.testing.assert_allclose(back.sample.embeddings, known.sample.embeddings, atol=2e-3)
     np.testing.assert_array_equal(back.sample.statistics, known.sample.statistics)
+
+
+@pytest.mark.parametrize("what", ["a pickle", "a bomb", "no archive"])
+def test_an_archive_from_elsewhere_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    path = tmp_path / "known.npz"
+    if what == "a pickle":
+        np.savez(path, names=np.array([object()]))
+    elif what == "a bomb":
+        np.savez_compressed(path, names=np.zeros((100_000, 32), np.uint8))
+        monkeypatch.setattr(drift, "MOST_BYTES", 1_000_000)
+        assert path.stat().st_size < 10_000
+    else:
+        path.write_bytes(b"no archive")
+    reasons = {"a pickle": "allow_pickle=False", "a bomb": "unpacks to 3 MB, and 1 are", "no archive": "zip"}
+    with pytest.raises(
+        ValueError, match=rf"known\.npz: not the arrays .*{reasons[what]}.*It was refused; restore"
+    ):
+        Known.load(path)
+
+
+def test_the_names_in_an_archive_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "known.npz"
+    Known(frozenset(), frozenset(), drawn(10, 0)).save(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("../escaped.npy", b"x")
+        archive.writestr(f"{tmp_path}/escaped.npy", b"x")
+    with contextlib.suppress(ValueError):
+        Known.load(path)
+    assert {file.name for file in tmp_path.rglob("*")} == {"in", "known.npz"}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from medfocus import images
 
@@ -93,8 +99,92 @@ def test_picture_that_is_cut_short_is_named_with_its_fix(form: str) -> None:
 
 
 def test_text_is_no_picture() -> None:
-    with pytest.raises(ValueError, match=r"^x: not in a picture format that Pillow knows\. Export it again"):
+    fault = r"^x: is no picture in a format that is read \(PNG, JPEG, TIFF, BMP, WEBP\)\. Export it again"
+    with pytest.raises(ValueError, match=fault):
         images.decode(b"no picture at all", "x")
+
+
+@pytest.mark.parametrize("form", ["GIF", "EPS", "PPM", "ICNS", "PCX"])
+def test_decoders_of_other_formats_see_no_byte(form: str) -> None:
+    with pytest.raises(ValueError, match=r"^x: is no picture in a format that is read"):
+        images.decode(encoded(Image.new("RGB", (32, 32)), form), "x")
+
+
+def promising(width: int, height: int) -> bytes:
+    """A PNG of so many pixels by its header, which has none of them."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "side", [8001, 10_000, 65_000]
+)  # of these Pillow warns of the second and refuses the third
+@pytest.mark.parametrize("warned", [True, False])
+def test_a_picture_above_64_megapixels_is_refused_by_its_header(side: int, warned: bool) -> None:
+    data = promising(side, side)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if warned else "ignore")
+        with pytest.raises(images.PictureError) as caught:
+            images.decode(data, "x.png")
+    text = str(caught.value)
+    assert text.startswith("x.png: has ") and "64 megapixels are the most that is decoded" in text
+    assert text.endswith("Scale it down or cut it into tiles, or remove it.")
+
+
+def test_a_picture_of_64_megapixels_passes_without_a_word_of_pillow() -> None:
+    assert images.read_header(promising(8000, 8000), "x").size == (8000, 8000)
+    assert Image.MAX_IMAGE_PIXELS is not None and images.MOST_PIXELS <= Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ValueError, match=r"^x: cannot be decoded \("):  # the header was all there is
+        images.decode(promising(8000, 8000), "x")
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from medfocus import images
+assert images.read(Path(sys.argv[1])).shape == (8000, 8000, 3)
+# Not ru_maxrss, which begins with the size of the process that started this one.
+print(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_the_largest_picture_takes_less_than_800_mib(tmp_path: Path) -> None:
+    Image.new("RGB", (8000, 8000), RED).save(tmp_path / "x.png", compress_level=1)
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "x.png")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 200 < int(told.stdout) / 1024 < 800
+
+
+def test_a_text_that_unpacks_to_more_than_its_picture_is_refused() -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * 2_000_000, zip=True)
+    data = encoded(Image.new("L", (4, 4)), pnginfo=text)
+    assert len(data) < 10_000
+    with pytest.raises(ValueError, match=r"^x: cannot be decoded \(.*too large"):
+        images.decode(data, "x")
+
+
+def test_of_a_file_no_more_is_read_than_a_picture_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert images.MOST_BYTES == 256_000_000
+    monkeypatch.setattr(images, "MOST_BYTES", 3_000_000)
+    (tmp_path / "x.png").write_bytes(bytes(3_000_001))
+    fault = (
+        r"x\.png: the file is larger than 3 MB, the most that is read\. Export it smaller, .* remove it\.$"
+    )
+    with pytest.raises(images.PictureError, match=fault):
+        images.read(tmp_path / "x.png")
+    with pytest.raises(images.PictureError, match=r"^upload: the file is larger than 3 MB"):
+        images.decode(bytes(3_000_001), "upload")
+    os.mkfifo(tmp_path / "pipe.png")  # to read it would wait for ever
+    with pytest.raises(images.PictureError, match=r"pipe\.png: is no ordinary file\. Put the picture itself"):
+        images.read(tmp_path / "pipe.png")
 
 
 def test_infinite_values_are_refused() -> None:

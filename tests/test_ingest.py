@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +110,24 @@ def test_every_unusable_file_is_left_out_in_one_report(tmp_path: Path) -> None:
     assert "cannot be decoded" in faults["train/cat/cut.png"]
     assert faults["train/cat/empty.png"] == "the file is empty (0 bytes). Copy it again or remove it."
     assert faults["train/cat/nan.tif"].startswith("holds values that are not finite. Replace them")
-    assert faults["train/cat/text.jpg"].startswith("not in a picture format that Pillow knows. Export it")
+    assert faults["train/cat/text.jpg"].startswith("is no picture in a format that is read (PNG, JPEG, TIFF")
     assert faults["train/cat/notes.txt"].startswith("is by its name no picture of a known format (png, jpg")
     assert (
         faults["train/cat/lost.png"] == "cannot be read (No such file or directory). Copy or link it again."
     )
     assert faults["train/loose.png"] == "lies in no class folder. Move it into the folder of its class."
     assert faults["extra"].startswith("holds 1 pictures beside the split folders, but is none itself. Move")
+
+
+def test_bombs_and_pipes_are_left_out_and_not_opened(tmp_path: Path) -> None:
+    cat = two_classes(tmp_path) / "train" / "cat"
+    Image.new("1", (9000, 9000)).save(cat / "bomb.png")
+    os.mkfifo(cat / "pipe.png")
+    result = ingest(tmp_path)
+    assert len(result.records) == 8
+    faults = {fault.path: fault.fault for fault in result.left_out}
+    assert faults["train/cat/pipe.png"] == "is no ordinary file"
+    assert faults["train/cat/bomb.png"].startswith("has 9000 x 9000 pixels; 64 megapixels are the most")
 
 
 def test_left_out_files_are_written_as_csv(tmp_path: Path) -> None:
@@ -255,11 +267,41 @@ def test_every_bad_row_is_left_out_with_its_line(tmp_path: Path) -> None:
     inside = f"no such file inside {data}"
     assert faults == {
         "line 4: none.png": inside,
-        "line 5: ../../outside.png": inside,
+        "line 5: ../../outside.png": f"leads out of {data}",
         "line 6: ": inside,
         "line 7: c.png": "the label is empty",
         "line 8: d.png": "the split 'holdout' is none of train, val, test",
     }
+
+
+def test_a_manifest_reads_nothing_outside_of_its_root(tmp_path: Path) -> None:
+    outside, data = picture(tmp_path / "outside.png"), tmp_path / "data"
+    for name in ("a", "b"):
+        picture(data / f"{name}.png")
+    (data / "link.png").symlink_to(outside)
+    (data / "folder").symlink_to(tmp_path)
+    (data / "inner.png").symlink_to(data / "a.png")
+    (data / "circle.png").symlink_to(data / "circle.png")
+    (tmp_path / "database").mkdir()
+    picture(tmp_path / "database" / "x.png")  # its path begins as the root's does
+    leading_out = [
+        *("../outside.png", "../nowhere.png", "../data/../outside.png", "../database/x.png"),
+        *(str(outside), "/etc/passwd", "link.png", "folder/outside.png", r"..\outside.png"),
+    ]
+    nowhere = ["nowhere.png", "circle.png", f"{'x' * 300}.png"]
+    within = ["../data/a.png,cat", "inner.png,cat", f"{data / 'b.png'},dog"]
+    lines = ["path,label", *within, *(f"{path},cat" for path in [*leading_out, *nowhere])]
+    (tmp_path / "seen").symlink_to(tmp_path)  # a root may lie behind a link itself
+    for root in (data, tmp_path / "seen" / "data"):
+        (data / "list.csv").write_text("\n".join(lines).replace(str(data / "b.png"), str(root / "b.png")))
+        result = ingest(root, manifest="list.csv")
+        assert paths(result) == ["a.png", "b.png", "inner.png"]
+        faults = {fault.path.partition(": ")[2]: fault for fault in result.left_out}
+        for path in leading_out:
+            assert faults[path].fault == f"leads out of {root}", path
+            assert faults[path].fix.startswith("Copy the picture into that folder and correct the path")
+        for path in nowhere:
+            assert faults[path].fault == f"no such file inside {root}", path
 
 
 def test_picture_listed_under_two_labels_is_left_out(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from medfocus.masks import choose, store
 from medfocus.masks.choose import Limits
 from medfocus.masks.otsu import OtsuSegmenter, otsu_threshold
 from medfocus.masks.sam2 import Prompts, Sam2Segmenter, box_prompt, build_segmenter, grid_prompts
-from medfocus.masks.sam2_model import load_predictor
+from medfocus.masks.sam2_model import _read_config, load_predictor
 from medfocus.masks.segmenter import Mask, Segmenter, code_digest, identity
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
 from medfocus.records import Record
@@ -633,6 +633,48 @@ def test_a_yaml_without_a_model_is_refused_and_one_with_a_model_is_taken(tmp_pat
     shutil.copy(shipped, tmp_path / "mine.yaml")
     _, mine = load_predictor(str(tmp_path / "mine.yaml"), "random:0", 128)
     assert mine == load_predictor("pocket", "random:0", 128)[1]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "{_target_: os.system, _args_: ['touch ran']}",
+        "{_target_: sam2.build_sam.os.system, _args_: ['touch ran']}",  # what a file of sam2 has imported
+        "{_target_: sam2.build_sam.build_sam2, config_file: x}",
+        "{_target_: sam2.modeling.sam2_base.trunc_normal_}",
+        "[{deeper: [{_target_: os.system, _args_: ['touch ran']}]}]",
+        "'${oc.create:{_target_:os.system,_args_:[touch ran]}}'",
+        "'\\${oc.create:{_target_:os.system,_args_:[touch ran]}}'",  # of which one look leaves the call
+    ],
+)
+def test_a_config_builds_sam2s_own_modules_and_calls_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = Path(choose.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
+    (tmp_path / "mine.yaml").write_text(f"{shipped.read_text()}  extra: {asked}\n")
+    refused = (
+        r"SAM2 config .*asks to build .*which is no module of sam2\.modeling.*it was refused\. Start from"
+    )
+    with pytest.raises(ValueError, match=refused):
+        load_predictor(str(tmp_path / "mine.yaml"), "random:0", 128)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_config_of_the_sam2_package_is_one_of_sam2s_own_modules() -> None:
+    import sam2
+
+    configs = sorted(Path(str(sam2.__path__[0])).glob("configs/sam2*/sam2*_hiera_*.yaml"))
+    configs = [config for config in configs if "training" not in str(config)]
+    assert len(configs) == 8
+    assert all(_read_config(str(config), 128) for config in configs)
+
+
+def test_a_mask_that_promises_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = store.encode_mask(identity(40, 40))
+    monkeypatch.setattr(images, "MOST_PIXELS", 1000)
+    with pytest.raises(ValueError, match="mask: has 40 x 40 pixels"):
+        store.decode_mask(data)
 
 
 # --- the cache

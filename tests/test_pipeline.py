@@ -23,6 +23,7 @@ from flows.cells import CONTROLS, Cell, Dataset, best_cell, shown_as, shown_unde
 from flows.pipeline import pipeline
 from flows.stages import StageBusyError, reproduce
 from flows.study import open_study
+from medfocus.discreet import DiscreetError, whole
 from medfocus.quality import center_box
 from medfocus.splits import read_splits
 from medfocus.views import view_key
@@ -321,9 +322,13 @@ def test_a_failure_names_its_stage_and_leaves_no_run_running(
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate.report, "accuracy_figure", breaks)
-        with pytest.raises(RuntimeError, match="the disk is full") as error:
+        with pytest.raises(
+            DiscreetError, match=r"^RuntimeError at flows\.evaluate:\d+; its text is on the"
+        ) as told:
             pipeline(Path("params.yaml"))
-    assert any("in stage evaluate of" in note for note in error.value.__notes__)
+    error = whole(told.value)
+    assert str(error) == "the disk is full"
+    assert any("in stage evaluate of" in note for note in error.__notes__)
     states = {run.info.status for run in runs(project) if "mlflow.parentRunId" not in run.data.tags}
     assert states == {"FAILED"}
     assert stale_stages(project) == {"evaluate"}

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_an_empty_request_has_an_empty_answer(predictor: Predictor) -> None:
     ("bad", "fault"),
     [
         (b"", "the file is empty"),
-        (b"no picture", "not in a picture format"),
+        (b"no picture", "is no picture in a format that is read"),
         (encoded(0)[:300], "cannot be decoded"),
     ],
 )
@@ -248,6 +249,46 @@ def test_another_clip_is_refused(fitted: Fitted, tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is no model folder \(no serve.json\)"):
         Predictor.load(tmp_path)
+
+
+class Touch:
+    """A pickle that makes a file when it is opened carelessly."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("python_model.pkl", r"python_model\.pkl: a \.pkl file can run any code when it is opened"),
+        ("clip/open_clip_pytorch_model.bin", r"open_clip_pytorch_model\.bin: a \.bin file can run any code"),
+        ("cell.safetensors", "cell.safetensors is not a MedFocusCLIP checkpoint"),
+        ("sam2.safetensors", "sam2.safetensors: not a whole safetensors file"),
+        ("clip/open_clip_model.safetensors", "open_clip_model.safetensors: not a whole safetensors file"),
+    ],
+)
+def test_a_model_folder_with_a_pickle_under_any_name_is_refused_and_its_code_never_runs(
+    model: Path, tmp_path: Path, name: str, fault: str
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / name).write_bytes(pickle.dumps({"w": Touch(tmp_path / "ran")}))
+    with pytest.raises(ValueError, match=fault):
+        Predictor.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_folder_builds_nothing_but_sam2(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    text = (folder / "sam2.yaml").read_text()
+    call = f"{{_target_: os.system, command: touch {tmp_path / 'ran'}}}"
+    (folder / "sam2.yaml").write_text(f"{text}  extra: {call}\n")
+    with pytest.raises(ValueError, match=r"asks to build 'os\.system', which is no module of sam2\.modeling"):
+        Predictor.load(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fitted, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ The sam2 package's configurations and modules, without those for video (arXiv 24
 
 from __future__ import annotations
 
+import importlib
 import importlib.resources
 import re
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,7 +52,8 @@ def load_predictor(
 
     Raises:
         FileNotFoundError: There is no such configuration or checkpoint.
-        ValueError: The image size does not fit, or the checkpoint is not one of this configuration.
+        ValueError: The image size does not fit, the checkpoint is not one of this configuration, or the
+            configuration names anything but the sam2 package's own modules; nothing of it was called then.
     """
     if image_size < SIZE_STEP or image_size % SIZE_STEP:
         near = max(SIZE_STEP, round(image_size / SIZE_STEP) * SIZE_STEP)
@@ -114,7 +117,38 @@ def _read_config(config: str, image_size: int) -> DictConfig:
         **_DYNAMIC_MULTIMASK,
     }
     OmegaConf.resolve(content)
+    for target in _targets(OmegaConf.to_container(model)):
+        if not _is_of_sam2(target):
+            raise ValueError(
+                f"SAM2 config {config!r}: it asks to build {target!r}, which is no module of sam2.modeling. "
+                "That could run any code, so it was refused. Start from one of the sam2 package's configs/."
+            )
     return model
+
+
+def _targets(content: object) -> Iterator[object]:
+    """What a configuration would have called, at any depth, and what is still to be filled in."""
+    if isinstance(content, dict):
+        if "_target_" in content:
+            yield content["_target_"]
+        content = list(content.values())
+    if isinstance(content, list):
+        for value in content:
+            yield from _targets(value)
+    elif isinstance(content, str) and "${" in content:  # escaped once, it would become anything later on
+        yield content
+
+
+def _is_of_sam2(target: object) -> bool:
+    """Whether ``target`` is a network's class where it is written, and nothing that its file imports."""
+    module, _, name = str(target).rpartition(".")
+    if not f"{module}.".startswith("sam2.modeling."):
+        return False
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:  # a.b.os.system: b.os is no module
+        return False
+    return isinstance(found, type) and issubclass(found, torch.nn.Module) and found.__module__ == module
 
 
 def config_path(config: str) -> Path:

@@ -86,7 +86,7 @@ def encode_mask(mask: Mask) -> bytes:
 
 def decode_mask(data: bytes) -> Mask:
     """The inverse of ``encode_mask``."""
-    with Image.open(io.BytesIO(data)) as picture:
+    with images.read_header(data, "mask", ("PNG",)) as picture:
         return Mask(np.array(picture), float(picture.info["score"]), picture.info["status"])
 
 
@@ -266,7 +266,7 @@ def summarise(rows: Iterable[MaskStatus]) -> list[dict[str, str | int | float]]:
 
 def _read_as_recorded(record: Record, path: Path) -> np.ndarray:
     """The picture (H, W, 3) uint8 of a record, if its file still holds the recorded bytes."""
-    data = path.read_bytes()
+    data = images.read_bytes(path)
     if hashlib.sha256(data).hexdigest() != record.sha256:
         raise ValueError(f"{path}: its bytes are not the manifest's (sha256 differs). Run ingest again.")
     return images.decode(data, str(path))
@@ -274,7 +274,7 @@ def _read_as_recorded(record: Record, path: Path) -> np.ndarray:
 
 def _read_facts(data: bytes) -> tuple[str, float, float]:
     """Status, score and coverage of an encoded mask, without decoding its pixels."""
-    with Image.open(io.BytesIO(data)) as picture:
+    with images.read_header(data, "mask", ("PNG",)) as picture:
         return picture.info["status"], float(picture.info["score"]), float(picture.info["coverage"])
 
 

@@ -99,7 +99,7 @@ class Pool:
 @cache
 def _shard(folder: Path, index: int) -> tuple[np.ndarray, list[Facts]]:
     facts = json.loads((folder / f"{index:03d}.json").read_text())
-    return np.load(folder / f"{index:03d}.npy", mmap_mode="r"), [
+    return np.load(folder / f"{index:03d}.npy", mmap_mode="r", allow_pickle=False), [
         Facts(f["modality"], f["label"], f["findings"], tuple(f["regions"])) for f in facts
     ]
 

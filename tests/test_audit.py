@@ -1,0 +1,67 @@
+"""An audit finds what is known, and never takes silence for a clean bill."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import audit
+
+KNOWN = {"id": "GHSA-1", "fix_versions": ["2.1"], "aliases": [], "description": ""}
+CLEAN, BAD = {"name": "a", "version": "1", "vulns": []}, {"name": "b", "version": "2", "vulns": [KNOWN]}
+SKIPPED = {"name": "c", "skip_reason": "not found"}
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, canary: object, lock: object) -> list[str]:
+    """Stand in for pip-audit: an answer for the canary, one for the lock; the files that it was given."""
+    asked: list[str] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(Path(command[command.index("--requirement") + 1]).name)
+        answer = canary if asked[-1] == "canary.txt" else lock
+        if isinstance(answer, list):
+            return subprocess.CompletedProcess(command, 0, json.dumps({"dependencies": answer}), "")
+        if answer is None:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, 1, "", f"Traceback\n{answer}\n")
+
+    monkeypatch.setattr(audit.subprocess, "run", run)
+    return asked
+
+
+def test_a_known_vulnerability_fails_the_check_with_the_version_that_mends_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answering(monkeypatch, [BAD], [CLEAN, BAD, SKIPPED])
+    assert audit.main(["x.lock"]) == 1
+    told = capsys.readouterr().out
+    assert "x.lock: b 2: GHSA-1, fixed in 2.1" in told
+    assert "x.lock: NOT AUDITED, as the index does not know them: c" in told
+    assert "x.lock: 2 packages audited, 1 vulnerabilities known" in told
+
+
+def test_an_audit_that_finds_nothing_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, [BAD], [CLEAN])
+    assert audit.main(["x.lock"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("canary", "reason"),
+    [
+        ([CLEAN], "the index that answers here knows no vulnerability of jinja2"),
+        ([SKIPPED], "the index that answers here knows no vulnerability of jinja2"),
+        (None, "pip-audit had no answer in 20 s"),
+        ("ConnectionError: no route", "pip-audit could not ask; it said: ConnectionError: no route"),
+    ],
+)
+def test_silence_is_no_clean_bill(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], canary: object, reason: str
+) -> None:
+    asked = answering(monkeypatch, canary, [BAD])
+    assert audit.main(["x.lock"]) == 0
+    assert capsys.readouterr().out.startswith(f"x.lock: NOT AUDITED: {reason}")
+    assert asked == ["canary.txt"], "nothing more is asked of an index that knows nothing"

@@ -1,0 +1,63 @@
+"""An error's text stays on the terminal; what would be written down knows its kind and place."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from pathlib import Path
+
+import pytest
+
+from medfocus import images
+from medfocus.discreet import DiscreetError, discreet, kind_and_place, whole
+
+
+@discreet
+def read(path: Path) -> int:
+    """Of the size of a picture."""
+    return images.read(path).size
+
+
+def raised(path: Path) -> DiscreetError:
+    with pytest.raises(DiscreetError) as caught:
+        read(path)
+    return caught.value
+
+
+def test_the_text_of_an_error_is_told_on_the_terminal_and_nowhere_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "DOE_JANE.png"
+    picture.touch()
+    error = raised(picture)
+    assert str(error).startswith("PictureError at medfocus.images:")
+    logged = "".join(traceback.format_exception(error))
+    assert "PictureError at medfocus.images:" in logged and "DOE_JANE" not in logged
+    assert f"{picture}: the file is empty (0 bytes). Copy it again" in capsys.readouterr().err
+    assert isinstance(whole(error), images.PictureError) and "DOE_JANE" in str(whole(error))
+
+
+def test_an_error_is_told_once_however_many_watch_over_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DiscreetError) as caught:
+        discreet(discreet(read))(tmp_path / "nowhere.png")
+    assert isinstance(caught.value.error, FileNotFoundError)
+    assert capsys.readouterr().err.count("nowhere.png") == 1
+
+
+def test_what_is_kept_of_an_error_as_a_pickle_has_no_text_either(tmp_path: Path) -> None:
+    (tmp_path / "DOE_JANE.png").touch()
+    kept = pickle.dumps(raised(tmp_path / "DOE_JANE.png"))
+    assert b"DOE_JANE" not in kept
+    error = pickle.loads(kept)
+    assert whole(error) is error and str(error).startswith("PictureError at medfocus.images:")
+
+
+def test_what_is_returned_passes_and_an_error_of_elsewhere_has_its_own_place() -> None:
+    assert discreet(max)(1, 2) == 2
+    with pytest.raises(ValueError, match="DOE_JANE") as caught:
+        int("DOE_JANE")
+    assert kind_and_place(caught.value).startswith("ValueError at ")
+    assert "DOE" not in kind_and_place(caught.value)
+    assert kind_and_place(KeyError("DOE_JANE")) == "KeyError"

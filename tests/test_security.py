@@ -1,0 +1,152 @@
+"""What no code of this project does, and what its servers listen to; docs/security.md says why."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import runners, servers
+from medfocus.params import ScaleParams
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    path for folder in ("medfocus", "flows", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+
+# Of each the reason; the ways that are safe are beside it in ``is_safe``.
+FORBIDDEN = {
+    "unpickles": (
+        *(
+            "pickle.load",
+            "pickle.loads",
+            "pickle.Unpickler",
+            "cloudpickle.load",
+            "cloudpickle.loads",
+            "dill.load",
+        ),
+        *("dill.loads", "joblib.load", "pandas.read_pickle", "shelve.open", "marshal.load", "marshal.loads"),
+        *("torch.load", "torch.jit.load", "torch.hub.load", "numpy.load"),
+    ),
+    "builds what a YAML names": ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all"),
+    "runs text": ("eval", "exec", "os.system", "os.popen"),
+    "unpacks an archive to wherever its names lead": ("shutil.unpack_archive", "tarfile.open"),
+}
+FORBIDDEN_METHODS = ("extract", "extractall")  # of any archive
+
+
+def faults(source: str) -> Iterator[str]:
+    """Calls that are forbidden, by the names that they were imported under."""
+    tree = ast.parse(source)
+    known: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {
+                a.asname or a.name.partition(".")[0]: a.name if a.asname else a.name.partition(".")[0]
+                for a in node.names
+            }
+        elif isinstance(node, ast.ImportFrom):
+            known |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        first, _, rest = ast.unparse(call.func).partition(".")
+        name = ".".join(filter(None, (known.get(first, first), rest)))
+        for reason, names in FORBIDDEN.items():
+            if name in names and not is_safe(name, call):
+                yield f"line {call.lineno}: {name} {reason}"
+        if isinstance(call.func, ast.Attribute) and call.func.attr in FORBIDDEN_METHODS:
+            yield f"line {call.lineno}: {call.func.attr} unpacks an archive to wherever its names lead"
+        if any(given(call, word) is True for word in ("shell", "trust_remote_code")):
+            yield f"line {call.lineno}: runs text"
+
+
+def is_safe(name: str, call: ast.Call) -> bool:
+    if name == "torch.load":
+        return given(call, "weights_only") is True
+    return name == "numpy.load" and given(call, "allow_pickle") is False
+
+
+def given(call: ast.Call, keyword: str) -> object:
+    """The constant that a call has for a keyword."""
+    values = [k.value.value for k in call.keywords if k.arg == keyword and isinstance(k.value, ast.Constant)]
+    return values[0] if values else None
+
+
+def test_no_code_unpickles_runs_text_or_unpacks_an_archive() -> None:
+    assert len(SOURCES) > 100
+    found = [
+        f"{path.relative_to(ROOT)}, {fault}" for path in SOURCES for fault in faults(path.read_text("utf-8"))
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle\npickle.loads(b'')",
+        "from pickle import load as read\nread(file)",
+        "import torch\ntorch.load(path)",
+        "import torch as t\nt.load(path, weights_only=False)",
+        "def f():\n    import numpy as np\n    np.load(path)",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+        "import joblib\njoblib.load(path)",
+        "import yaml\nyaml.load(text, Loader=yaml.Loader)",
+        "import zipfile\nzipfile.ZipFile(path).extractall(folder)",
+        "import subprocess\nsubprocess.run(text, shell=True)",
+        "eval(text)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    ],
+)
+def test_a_forbidden_call_is_found_under_any_name(source: str) -> None:
+    assert len(list(faults(source))) == 1
+
+
+def test_the_safe_ways_are_no_faults() -> None:
+    source = (
+        "import numpy as np, torch, yaml\nmodel.eval()\nnp.load(path, allow_pickle=False)\n"
+        "torch.load(path, weights_only=True)\nyaml.safe_load(text)"
+    )
+    assert not list(faults(source))
+
+
+@pytest.mark.parametrize("name", ["prefect", "mlflow"])
+def test_a_server_is_told_to_listen_on_loopback_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setattr(servers.subprocess, "Popen", lambda command, **_: started.append(command) or Ended())
+    port = servers.free_port()
+    server = servers.prefect_server(port) if name == "prefect" else servers.mlflow_server(tmp_path, port)
+    with pytest.raises(RuntimeError, match=r"does not answer at http://127\.0\.0\.1:"), server:
+        pass
+    (command,) = started
+    assert name in command and command[command.index("--host") + 1] == "127.0.0.1"
+
+
+class Ended:
+    """A process that is over."""
+
+    def poll(self) -> int:
+        return 1
+
+    def terminate(self) -> None: ...
+
+    def wait(self, timeout: float) -> None: ...
+
+
+def listening() -> set[str]:
+    """The addresses at which this process and its children listen."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    connections = [c for process in family for c in process.net_connections("inet")]
+    return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+def test_a_cluster_of_this_machine_listens_on_loopback_alone() -> None:
+    from distributed import LocalCluster
+
+    scale = ScaleParams(runner="dask", workers=1, pictures=10, address=None, cache=None)
+    with LocalCluster(**runners._runner(scale).cluster_kwargs):  # pyright: ignore
+        assert listening() == {"127.0.0.1"}
