@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # With it in the environment every process would compile the libraries anew: 22 s of imports and not 9.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install run study report repro retrain rollback test check schedule ui pocket lock wheel clean
+.PHONY: install run study report repro retrain rollback test check up schedule backfill ui pocket lock wheel clean
 
 install: $(INSTALLED)
 
@@ -52,9 +52,18 @@ check: $(INSTALLED)
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-# The retraining flow on the cron schedule of params.yaml, with Prefect's server on loopback.
+# Databases, MLflow, Prefect, a worker and the deployments of prefect.yaml, until Ctrl-C; docs/operations.md.
+# SQLITE=1 does without PostgreSQL, HOST=0.0.0.0 shows MLflow to others, by password.
+up: $(INSTALLED)
+	@$(BIN)/python -m flows.up $(if $(SQLITE),--sqlite) $(if $(HOST),--host $(HOST))
+
+# The same on SQLite files alone.
 schedule: $(INSTALLED)
-	@$(BIN)/python -m flows.schedule --params $(PARAMS)
+	@$(BIN)/python -m flows.up --sqlite
+
+# The masks that the manifests' pictures lack, once, now.
+backfill: $(INSTALLED)
+	@$(BIN)/python -m flows.backfill --params $(PARAMS)
 
 # MLflow's and Prefect's pages on loopback.
 ui: $(INSTALLED)
@@ -81,4 +90,4 @@ wheel: $(INSTALLED)
 	$(BIN)/uv build --wheel --quiet
 
 clean:
-	rm -rf data reports .cache mlflow.db mlruns .prefect
+	rm -rf data reports .cache mlflow.db mlflow-users.db mlruns .prefect .postgres

@@ -103,7 +103,7 @@ def start(uri: str | None, home: Path, experiment: str) -> Tracking:
     with _lock(home):
         if uri is None:
             uri = f"sqlite:///{home / 'mlflow.db'}"
-            _create_database(home / "mlflow.db")
+            _create(home / "mlflow.db")
         client = mlflow.MlflowClient(uri)
         served = uri.startswith(("http", "databricks"))
         location = None if served else (home / "mlruns").as_uri()
@@ -427,7 +427,13 @@ def _lock(home: Path) -> FileLock:
     return FileLock(home / "mlflow.lock", is_singleton=True)
 
 
-def _create_database(path: Path) -> None:
+def create_database(home: Path) -> None:
+    """Have MLflow's tables in ``home``/mlflow.db, before a server over it starts."""
+    with _lock(home):
+        _create(home / "mlflow.db")
+
+
+def _create(path: Path) -> None:
     """Make MLflow's tables in a file beside and move it in: a killed start leaves nothing half made."""
     if path.exists():
         return
