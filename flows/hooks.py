@@ -20,12 +20,17 @@ _log = logging.getLogger(__name__)
 
 
 def report_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Tell of a flow run that failed or crashed; a hook of Prefect's flows."""
+    tell(flow.name, flow_run, state)
+
+
+def tell(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
     """Post a failure to MEDFOCUS_WEBHOOK as JSON, or log it as one line where that is not set.
 
     An error's text may hold a file name, and that a patient's: only its class is told. Nothing here raises.
     """
     report = {
-        "flow": flow.name,
+        "flow": flow,
         "run": flow_run.name,
         "state": state.name,
         "error": _kind(state),
@@ -39,7 +44,7 @@ def report_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -
 
 
 def _kind(state: State[Any]) -> str | None:
-    """The class of the error; None where the process was killed and left none."""
+    """The class of the error; CrashedRun where the process was killed and left none."""
     try:
         error = state.result(raise_on_failure=False)
     except Exception:

@@ -23,6 +23,7 @@ from filelock import FileLock
 HOST = "127.0.0.1"
 PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
+POOL = "medfocus"  # the work pool of prefect.yaml
 _PATIENCE = 20.0  # seconds that a process has to end by itself
 
 
@@ -166,6 +167,7 @@ def running(
     log: Path | None = None,
     user: str | None = None,
     ask: signal.Signals = signal.SIGTERM,
+    from_below: bool = False,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A child process for the ``with`` block. After it neither the child nor a child of it is left.
 
@@ -177,6 +179,7 @@ def running(
         log: The file it writes to; without one its last words are kept for the error alone.
         user: The account it runs as; for root only.
         ask: The signal that asks it to end.
+        from_below: Whether its children are asked before it is.
 
     Raises RuntimeError where it ends before it is ready, or is not within two minutes.
     """
@@ -201,7 +204,7 @@ def running(
                 raise RuntimeError(f"{fault} It said: {said}")
             yield process
         finally:
-            _end(process, ask)
+            _end(process, ask, from_below)
 
 
 def _log_file(path: Path | None) -> BinaryIO:
@@ -217,19 +220,29 @@ def _group(user: str) -> int:
     return pwd.getpwnam(user).pw_gid
 
 
-def _end(process: subprocess.Popen[bytes], ask: signal.Signals) -> None:
+def _end(process: subprocess.Popen[bytes], ask: signal.Signals, from_below: bool) -> None:
     """End a process, and whatever of its children outlives it."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
+    if from_below:
+        _terminate(_children(process))
+    family = _children(process)
     process.send_signal(ask)
     try:
         process.wait(timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    left = living(family)
+    _terminate(family)
+
+
+def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+def _terminate(processes: Iterable[psutil.Process]) -> None:
+    """Ask them to end, and kill those that do not."""
+    left = living(processes)
     for child in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.terminate()

@@ -28,6 +28,7 @@ from flows.postgres import ROLE, postgres
 from flows.servers import (
     HOST,
     MLFLOW_PORT,
+    POOL,
     PREFECT_PORT,
     answers_at,
     living,
@@ -36,7 +37,6 @@ from flows.servers import (
     running,
 )
 from flows.study import find_home
-from flows.work import POOL
 from medfocus import tracking
 
 PASSWORD = "MLFLOW_AUTH_ADMIN_PASSWORD"  # MLflow's own names
@@ -123,13 +123,13 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def credentials(host: str, environment: Mapping[str, str]) -> Login | None:
-    """Name and password of MLflow's administrator; None on loopback, where none is asked for.
+    """Name and password of MLflow's administrator; None where none is given, which does on loopback alone.
 
     Raises ValueError where the server is to listen beyond loopback and no password is given.
     """
-    if host == "localhost" or ipaddress.ip_address(host).is_loopback:
-        return None
     password = environment.get(PASSWORD)
+    if not password and (host == "localhost" or ipaddress.ip_address(host).is_loopback):
+        return None
     if not password:
         raise ValueError(
             f"--host {host} is beyond loopback, where MLflow asks for a password, and there is no default "
@@ -187,7 +187,8 @@ def _worker(prefect: str, mlflow: str, login: Login | None, log: Path) -> Iterat
         environment["MLFLOW_TRACKING_PASSWORD"] = login.password
     command = [sys.executable, "-m", "flows.work", "--name", name]
     fault = "Prefect's worker does not come up."
-    with running(command, environment, lambda: _is_online(prefect, name), fault, log=log):
+    # The runs are asked to end before the worker is: then they still say how they ended.
+    with running(command, environment, lambda: _is_online(prefect, name), fault, log=log, from_below=True):
         yield
 
 

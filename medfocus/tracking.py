@@ -429,6 +429,8 @@ def _lock(home: Path) -> FileLock:
 
 def create_database(home: Path) -> None:
     """Have MLflow's tables in ``home``/mlflow.db, before a server over it starts."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     with _lock(home):
         _create(home / "mlflow.db")
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.flows import load_flow_from_entrypoint
 from prefect.states import Crashed, exception_to_failed_state
 
-from flows import hooks, postgres, up, work
+from flows import hooks, postgres, servers, up
 from flows.alone import NotAloneError, alone
 from flows.backfill import backfill
 from flows.retrain import retrain
@@ -141,7 +144,7 @@ def test_a_deployment_has_a_flow_that_takes_its_parameters_a_limit_and_a_hook(
     flow = load_flow_from_entrypoint(deployment["entrypoint"])
     assert isinstance(flow, Flow)
     assert set(deployment["parameters"]) == set(flow.parameters.properties)
-    assert deployment["work_pool"]["name"] == work.POOL
+    assert deployment["work_pool"]["name"] == servers.POOL
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
     assert flow.timeout_seconds and flow.on_failure_hooks and flow.on_crashed_hooks
 
@@ -173,7 +176,8 @@ def test_beyond_loopback_mlflow_does_not_start_without_a_password_of_ones_own() 
     for host in ("0.0.0.0", "192.0.2.7", "::"):
         with pytest.raises(ValueError, match=r"there is no default one. Set MLFLOW_AUTH_ADMIN_PASSWORD"):
             up.credentials(host, {})
-    assert up.credentials("0.0.0.0", {up.PASSWORD: "of my own"}) == up.Login("admin", "of my own")
+    for host in ("0.0.0.0", "127.0.0.1"):
+        assert up.credentials(host, {up.PASSWORD: "of my own"}) == up.Login("admin", "of my own")
     assert "of my own" not in repr(up.Login("admin", "of my own"))
     assert up.credentials("127.0.0.1", {}) is None and up.credentials("localhost", {}) is None
 
@@ -183,3 +187,44 @@ def test_without_postgresql_it_says_how_to_install_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(postgres.Path, "glob", lambda self, pattern: iter(()))
     with pytest.raises(FileNotFoundError, match="apt-get install postgresql"):
         postgres.find_programs()
+
+
+PASSWORDS = ("POSTGRES_PASSWORD", "MLFLOW_PASSWORD", "MLFLOW_SECRET_KEY", "PREFECT_PASSWORD")
+
+
+def test_the_containers_have_checks_listen_on_loopback_and_know_no_password_by_heart() -> None:
+    content = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+    assert set(content["services"]) == {"postgres", "mlflow", "prefect", "worker"}
+    secrets: list[str] = []
+    for service in content["services"].values():
+        assert service["healthcheck"]["test"][0] == "CMD"
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        assert set(service.get("depends_on", {})) <= set(content["services"])
+        for mounted in service.get("volumes", []):
+            source = mounted.split(":")[0]
+            assert source in content["volumes"] or (ROOT / source).exists()
+        secrets += [
+            value
+            for name, value in service["environment"].items()
+            if name.endswith(("PASSWORD", "SECRET_KEY", "AUTH_STRING"))
+        ]
+    assert len(secrets) == 8 and all(value.endswith(":?set it}") for value in secrets)
+    assert {name for value in secrets for name in PASSWORDS if f"${{{name}:?" in value} == set(PASSWORDS)
+    commands = [service.get("command", "") for service in content["services"].values()]
+    for module in ("flows.work", "prefect server start", "mlflow server --app-name basic-auth"):
+        assert any(f"python -m {module}" in command for command in commands)
+
+
+def test_compose_takes_the_file_and_no_password_left_out() -> None:
+    command = ["docker", "compose"]
+    if not shutil.which("docker") or subprocess.run([*command, "version"], capture_output=True).returncode:
+        command = ["docker-compose"]
+    if not shutil.which(command[0]):
+        pytest.skip("neither `docker compose` nor docker-compose is installed")
+    command += ["--file", str(ROOT / "compose.yaml"), "config", "--quiet"]
+    plain = {name: value for name, value in os.environ.items() if name not in PASSWORDS}
+    for left_out in (None, *PASSWORDS):
+        given = {name: "of my own" for name in PASSWORDS if name != left_out}
+        checked = subprocess.run(command, env={**plain, **given}, capture_output=True, text=True, check=False)
+        assert (checked.returncode == 0) == (left_out is None), checked.stderr
+        assert left_out is None or left_out in checked.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import sqlite3
@@ -148,7 +149,9 @@ def test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported(operatio
     assert runs and all(run.info.status != "RUNNING" for run in runs)
 
 
-def test_the_same_on_postgresql(operation: Path) -> None:
+def test_the_same_on_postgresql_and_behind_a_password(
+    operation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     try:
         find_programs()
     except FileNotFoundError as error:
@@ -156,7 +159,12 @@ def test_the_same_on_postgresql(operation: Path) -> None:
     # Not inside of pytest's own folder, which PostgreSQL's account may not enter where root runs the tests.
     folder = Path(tempfile.mkdtemp(prefix="medfocus-cluster-"))
     try:
-        with started(operation, "--database", str(folder)) as (pages, _):
+        login = {"MLFLOW_AUTH_ADMIN_USERNAME": "keeper", "MLFLOW_AUTH_ADMIN_PASSWORD": secrets.token_hex(8)}
+        with started(operation, "--database", str(folder), **login) as (pages, _):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                call(f"{pages}/api/2.0/mlflow/experiments/search", {"max_results": 1})
+            monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", login["MLFLOW_AUTH_ADMIN_USERNAME"])
+            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", login["MLFLOW_AUTH_ADMIN_PASSWORD"])
             assert wait_for(lambda: champion(pages), 240, operation) == "1"
         assert not (operation / "mlflow.db").exists() and not (operation / ".prefect/prefect.db").exists()
         assert (folder / "data/PG_VERSION").is_file() and not (folder / "data/postmaster.pid").exists()
