@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
+import sys
 import threading
 import urllib.request
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 WEBHOOK = "MEDFOCUS_WEBHOOK"  # environment: the address that a failure is posted to
 LIMIT = 10.0  # seconds that a webhook may take; the run is over by then and must not hang on it
 
-_log = logging.getLogger(__name__)
-
 
 def report_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Tell of a flow run that failed or crashed; a hook of Prefect's flows."""
@@ -25,7 +23,7 @@ def report_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -
 
 
 def tell(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
-    """Post a failure to MEDFOCUS_WEBHOOK as JSON, or log it as one line where that is not set.
+    """Post a failure to MEDFOCUS_WEBHOOK as JSON, or write it to stderr as one line where that is not set.
 
     An error's text may hold a file name, and that a patient's: only its class is told. Nothing here raises.
     """
@@ -40,7 +38,8 @@ def tell(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
     failed = _post(address, report) if address else None
     if not address or failed:
         told = f"; {WEBHOOK} did not take it ({failed})" if failed else ""
-        _log.error("%(flow)s, run %(run)s: %(state)s, %(error)s, %(page)s" + told, report)
+        line = "{flow}, run {run}: {state}, {error}, {page}".format(**report)
+        print(line + told, file=sys.stderr, flush=True)  # Prefect's console handler is for its own faults
 
 
 def _kind(state: State[Any]) -> str | None:

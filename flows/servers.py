@@ -181,7 +181,7 @@ def running(
         ask: The signal that asks it to end.
         from_below: Whether its children are asked before it is.
 
-    Raises RuntimeError where it ends before it is ready, or is not within two minutes.
+    Raises RuntimeError where it ends before it is ready, or is not within five minutes.
     """
     with _log_file(log) as written:
         process = subprocess.Popen(
@@ -270,7 +270,7 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _comes_up(ready: Callable[[], bool], process: subprocess.Popen[bytes], timeout: float = 120) -> bool:
+def _comes_up(ready: Callable[[], bool], process: subprocess.Popen[bytes], timeout: float = 300) -> bool:
     end = time.monotonic() + timeout
     while time.monotonic() < end and process.poll() is None:
         if ready():

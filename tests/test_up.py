@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,7 +133,7 @@ def test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported(operatio
             study = call(f"{api}/deployments/name/retrain/study")
             absent = {"parameters": {"params_file": "absent.yaml"}}
             call(f"{api}/deployments/{study['id']}/create_flow_run", absent)
-            assert wait_for(lambda: champion(pages), 240, operation) == "1"
+            assert wait_for(lambda: champion(pages), 400, operation) == "1"
             runs = call(f"{api}/flow_runs/filter", completed)
             assert all(run["auto_scheduled"] and run["deployment_id"] for run in runs)
             (failure,) = wait_for(lambda: told, 60, operation)
@@ -141,7 +142,14 @@ def test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported(operatio
     assert failure["page"].startswith(api.removesuffix("/api")) and failure["run"] == "absent.yaml"
     with contextlib.closing(sqlite3.connect(operation / ".prefect" / "prefect.db")) as database:
         states = {state for (state,) in database.execute("SELECT state_type FROM flow_run")}
+        worked = (
+            "SELECT start_time, end_time FROM flow_run WHERE state_type IN ('COMPLETED', 'FAILED', 'CRASHED')"
+        )
+        times = sorted(database.execute(worked).fetchall())
     assert "COMPLETED" in states and not states & {"RUNNING", "PENDING", "CANCELLING"}
+    assert len(times) > 1 and all(
+        end < start for (_, end), (start, _) in pairwise(times)
+    )  # never two at once
     client = mlflow.MlflowClient(f"sqlite:///{operation / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("medfocus")
     assert experiment is not None
@@ -165,7 +173,7 @@ def test_the_same_on_postgresql_and_behind_a_password(
                 call(f"{pages}/api/2.0/mlflow/experiments/search", {"max_results": 1})
             monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", login["MLFLOW_AUTH_ADMIN_USERNAME"])
             monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", login["MLFLOW_AUTH_ADMIN_PASSWORD"])
-            assert wait_for(lambda: champion(pages), 240, operation) == "1"
+            assert wait_for(lambda: champion(pages), 400, operation) == "1"
         assert not (operation / "mlflow.db").exists() and not (operation / ".prefect/prefect.db").exists()
         assert (folder / "data/PG_VERSION").is_file() and not (folder / "data/postmaster.pid").exists()
     finally:
