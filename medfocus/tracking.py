@@ -89,14 +89,9 @@ def start(uri: str | None, home: Path, experiment: str) -> Tracking:
     Raises:
         ValueError: The experiment was deleted.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    _quieten()
     import mlflow  # takes seconds, so not at the top
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It would warn that pip is missing, which environments made by uv do not have.
-    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
@@ -427,10 +422,21 @@ def _lock(home: Path) -> FileLock:
     return FileLock(home / "mlflow.lock", is_singleton=True)
 
 
+def _quieten() -> None:
+    """Import MLflow, and have it say no more than its faults."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401  # it sets the level of its loggers
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # It would warn that pip is missing, which environments made by uv do not have.
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
+
+
 def create_database(home: Path) -> None:
     """Have MLflow's tables in ``home``/mlflow.db, before a server over it starts."""
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    _quieten()
     with _lock(home):
         _create(home / "mlflow.db")
 
