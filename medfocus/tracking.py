@@ -92,21 +92,16 @@ def start(uri: str | None, home: Path, experiment: str) -> Tracking:
     Raises:
         ValueError: The experiment was deleted.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    _quieten()
     import mlflow  # takes seconds, so not at the top
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It would warn that pip is missing, which environments made by uv do not have.
-    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
     with _lock(home):
         if uri is None:
             uri = f"sqlite:///{home / 'mlflow.db'}"
-            _create_database(home / "mlflow.db")
+            _create(home / "mlflow.db")
         client = mlflow.MlflowClient(uri)
         served = uri.startswith(("http", "databricks"))
         location = None if served else (home / "mlruns").as_uri()
@@ -465,7 +460,26 @@ def _lock(home: Path) -> FileLock:
     return FileLock(home / "mlflow.lock", is_singleton=True)
 
 
-def _create_database(path: Path) -> None:
+def _quieten() -> None:
+    """Import MLflow, and have it say no more than its faults."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401  # it sets the level of its loggers
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # It would warn that pip is missing, which environments made by uv do not have.
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
+
+
+def create_database(home: Path) -> None:
+    """Have MLflow's tables in ``home``/mlflow.db, before a server over it starts."""
+    _quieten()
+    with _lock(home):
+        _create(home / "mlflow.db")
+
+
+def _create(path: Path) -> None:
     """Make MLflow's tables in a file beside and move it in: a killed start leaves nothing half made."""
     if path.exists():
         return
