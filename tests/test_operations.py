@@ -31,6 +31,7 @@ from flows.backfill import backfill
 from flows.retrain import retrain
 from flows.retries import is_passing
 from flows.stages import StageBusyError
+from medfocus.discreet import DiscreetError
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENT = "incoming/DOE^JANE^1961.png"
@@ -157,17 +158,21 @@ def test_the_nightly_run_has_a_time_and_a_zone_and_is_over_before_the_next() -> 
 def test_no_retraining_and_no_backfill_starts_where_another_works(project: Path) -> None:
     with alone(project):
         for flow in (retrain, backfill):
-            with pytest.raises(NotAloneError, match="another retraining or back-fill works here"):
+            with pytest.raises(DiscreetError, match=r"^NotAloneError at") as told:
                 flow.fn(Path("params.yaml"))
+            assert isinstance(told.value.error, NotAloneError)
+            assert "another retraining or back-fill works here" in str(told.value.error)
     with alone(project):  # it was given back
         pass
 
 
 def test_a_backfill_names_the_data_set_that_is_not_there(project: Path) -> None:
-    with pytest.raises(ValueError, match="no data set 'chest' there; it has phantom-breast"):
+    with pytest.raises(DiscreetError) as told:
         backfill.fn(Path("params.yaml"), ["chest"])
-    with pytest.raises(ValueError, match="phantom-breast has no manifest; ingest it first"):
+    assert "no data set 'chest' there; it has phantom-breast" in str(told.value.error)
+    with pytest.raises(DiscreetError) as told:
         backfill.fn(Path("params.yaml"))
+    assert "phantom-breast has no manifest; ingest it first" in str(told.value.error)
 
 
 def test_beyond_loopback_mlflow_does_not_start_without_a_password_of_ones_own() -> None:
