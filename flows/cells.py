@@ -221,6 +221,11 @@ class Dataset:
         content = sorted((self.records[path].sha256, self.records[path].label) for path in paths)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @cached_property
+    def test_digest(self) -> str:
+        """``digest`` of the whole test set."""
+        return self.digest(self.splits.test)
+
     def support_paths(self, cell: Cell) -> list[str]:
         """The pictures a cell may learn from; for a method that learns nothing, none."""
         return [] if cell.support == NOTHING else self.splits.supports[cell.seed][cell.support]

@@ -213,6 +213,7 @@ def _log(
 ) -> str:
     """One child run of MLflow."""
     settings = {f"method.{name}": value for name, value in header.settings.items()}
+    support, root = dataset.support_paths(cell), dataset.params.root
     return run.log_cell(
         name=cell.name,
         params={**cell._asdict(), "n_train": header.facts["n_train"], **settings},
@@ -224,12 +225,12 @@ def _log(
             "cell_key": header.facts["key"],
         },
         datasets=[
-            tracking.DataInput(dataset.name, dataset.digest(paths), dataset.params.root, context)
-            for context, paths in (
-                ("training", dataset.support_paths(cell)),
-                ("testing", dataset.splits.test),
-            )
-            if paths
+            *(
+                [tracking.DataInput(dataset.name, dataset.digest(support), root, "training")]
+                if support
+                else []
+            ),
+            tracking.DataInput(dataset.name, dataset.test_digest, root, "testing"),
         ],
     )
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import mlflow
@@ -18,7 +20,7 @@ from moto.server import ThreadedMotoServer
 
 from flows import reproduce
 from flows.pipeline import pipeline
-from tests.conftest import make_project, work_in
+from tests.conftest import ROOT, make_project, work_in
 
 
 def command(folder: Path, *words: str) -> str:
@@ -128,6 +130,23 @@ def test_an_experiment_over_a_parameter_is_shown_beside_the_study(shared: Path, 
 
 def _csv(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
+
+
+def test_the_search_in_the_docs_lists_the_best_cell_of_each_fraction(
+    shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "mlflow.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(snippet.replace("phantom-brain", "phantom-breast"), found)
+    with (shared / "reports" / "study.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] != "medfocusclip-head"]
+    for support, percent in (("0%", "0"), ("50%", "50"), ("100%", "100")):
+        best = max(float(row["accuracy"]) for row in rows if row["percent_of_train"] == percent)
+        cells = found["best_cell"]
+        assert float(cells[cells["tags.support"] == support]["metrics.accuracy"].iloc[0]) == best
+    assert set(found["best_system"].index.get_level_values(0)) == {"0%", "50%", "100%"}
+    assert "medfocusclip" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
