@@ -135,7 +135,7 @@ def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
 
 def test_unreadable_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"x\.png: not in a picture format that Pillow knows"):
+    with pytest.raises(ValueError, match=r"x\.png: is no picture in a format that is read"):
         find_duplicates([record("x.png")], tmp_path)
 
 
