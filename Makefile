@@ -14,7 +14,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # With it in the environment every process would compile the libraries anew: 22 s of imports and not 9.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install run study report repro retrain rollback test check schedule ui pocket lock wheel clean
+.PHONY: install run study report repro retrain rollback reproduce test check up schedule backfill ui pocket lock wheel \
+	clean
 
 install: $(INSTALLED)
 
@@ -43,6 +44,11 @@ retrain: $(INSTALLED)
 rollback: $(INSTALLED)
 	@$(BIN)/python -m flows.rollback --params $(PARAMS) $(if $(DATASET),--dataset $(DATASET))
 
+# A cell's MLflow run, rebuilt from its tags: its commit, its data, one fit; every metric compared exactly.
+reproduce: $(INSTALLED)
+	@test -n "$(RUN)" || { echo "Which run? make reproduce RUN=..., an id as reports/study.csv has it."; exit 1; }
+	@$(BIN)/python -m flows.reproduce --params $(PARAMS) --run $(RUN)
+
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
@@ -53,9 +59,18 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	@$(BIN)/python -m benchmarks.audit
 
-# The retraining flow on the cron schedule of params.yaml, with Prefect's server on loopback.
+# Databases, MLflow, Prefect, a worker and the deployments of prefect.yaml, until Ctrl-C; docs/operations.md.
+# SQLITE=1 does without PostgreSQL, HOST=0.0.0.0 shows MLflow to others, by password.
+up: $(INSTALLED)
+	@$(BIN)/python -m flows.up $(if $(SQLITE),--sqlite) $(if $(HOST),--host $(HOST))
+
+# The same on SQLite files alone.
 schedule: $(INSTALLED)
-	@$(BIN)/python -m flows.schedule --params $(PARAMS)
+	@$(BIN)/python -m flows.up --sqlite
+
+# The masks that the manifests' pictures lack, once, now.
+backfill: $(INSTALLED)
+	@$(BIN)/python -m flows.backfill --params $(PARAMS)
 
 # MLflow's and Prefect's pages on loopback.
 ui: $(INSTALLED)
@@ -82,4 +97,4 @@ wheel: $(INSTALLED)
 	$(BIN)/uv build --wheel --quiet
 
 clean:
-	rm -rf data reports .cache mlflow.db mlruns .prefect
+	rm -rf data reports .cache mlflow.db mlflow-users.db mlruns .prefect .postgres

@@ -183,7 +183,6 @@ class Dataset:
         self.records: dict[str, Record] = {r.path: r for r in read_manifest(self.manifest)}
         self.splits: Splits = read_splits(data / "splits" / f"{name}.json")
         self.masks = PublishedMasks(data / "masks" / name)
-        self.digest = hashlib.sha256(self.manifest.read_bytes()).hexdigest()
         self.classes: tuple[str, ...] = tuple(self.splits.classes)
         self._looking: dict[str, ClipEncoder] = {}  # by focus
         self._embedded: dict[tuple[str, str, int], dict[str, Tensor]] = {}  # -> path -> (V, ...)
@@ -216,6 +215,11 @@ class Dataset:
     def labels(self, paths: Sequence[str]) -> np.ndarray:
         """(N,) int64 class indices of pictures."""
         return np.array([self.classes.index(self.records[path].label) for path in paths], dtype=np.int64)
+
+    def digest(self, paths: Iterable[str]) -> str:
+        """sha256 hex over the bytes and the labels of pictures."""
+        content = sorted((self.records[path].sha256, self.records[path].label) for path in paths)
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def support_paths(self, cell: Cell) -> list[str]:
         """The pictures a cell may learn from; for a method that learns nothing, none."""

@@ -18,7 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True)
     dataset = parser.parse_args(arguments).dataset
     records = read_manifest(Path(f"data/manifests/{dataset}.csv"))
-    pairs = find_duplicates(records, here().root(dataset), progress=sys.stderr.isatty())
+    study = here()
+    pairs = find_duplicates(
+        records,
+        study.root(dataset),
+        progress=sys.stderr.isatty(),
+        cache=study.shared_cache("thumbnails"),
+    )
     report = Path("reports/data", dataset, "duplicates.csv")
     report.parent.mkdir(parents=True, exist_ok=True)
     write_pairs(pairs, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -15,11 +16,13 @@ from tqdm import tqdm
 
 from flows import costs
 from flows.cells import Cell, Dataset, best_cell, methods_of, plan
-from flows.study import PLOTS, RESULTS, STUDY, Study, here
+from flows.study import METRICS, PLOTS, RESULTS, STUDY, Study, here
 from medfocus import checkpoint, metrics, report, tracking
 from medfocus.figures import LIGHT, confusion_figure, reliability_panel
 from medfocus.provenance import made_from
 from medfocus.report import StudyRow
+
+INPUTS = ("params.yaml", "dvc.lock")  # with the commit all that it takes to have a run again
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,10 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures = Path("reports/figures")
     figures.mkdir(parents=True, exist_ok=True)
     store = tracking.start(None, study.home, params.tracking.experiment)
-    provenance = {"study": params.study.name, **made_from(study.folder, params.study.seeds)}
+    provenance = {
+        "study": params.study.name,
+        "study.folder": study.folder.relative_to(study.home).as_posix(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": "flows/evaluate.py",
+        **made_from(study.folder, params.study.seeds),
+    }
     rows: list[StudyRow] = []  # by cell key
     run_ids: dict[str, str] = {}
     spent: list[costs.Line] = []
+    headline: dict[str, dict[str, object]] = {}  # by data set
     with (
         store.study(params.study.name, _settings(study), provenance) as run,
         tqdm(total=len(cells), desc="evaluate", unit="cell", disable=None) as bar,
@@ -47,11 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 methods = methods_of(cell for cell in own if cell.focus == focus)
                 dataset.embed(methods, focus, dataset.splits.test, 1, "encode test")
             predicted: dict[Cell, dict[str, np.ndarray]] = {}  # -> classifier -> (N, K) probabilities
+            measured: dict[Cell, dict[str, float]] = {}
             for _, of_system in groupby(own, key=lambda cell: (cell.method, cell.focus)):
                 first: list[StudyRow] = []  # of each cell: its own classifier on the whole test set
                 for cell in of_system:
-                    predicted[cell], header, rate = _predict(dataset, cell)
-                    scored = _score(dataset, cell, header, predicted[cell])
+                    fitted = Path("data/checkpoints", cell.path)
+                    predicted[cell], header, rate = predict(dataset, cell, fitted)
+                    scored = score(dataset, cell, header, predicted[cell])
+                    measured[cell] = numbers(header, scored)
                     first.append(next(iter(scored.values())))
                     spent += _cost(dataset, cell, header, first[-1], rate)
                     run_ids[header.facts["key"]] = _log(run, dataset, cell, header, scored, provenance)
@@ -61,10 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     bar.write(report.progress_line(first), file=sys.stderr)
             _save_predictions(Path("data/predictions", f"{name}.npz"), dataset, predicted)
             best = best_cell(params, name, predicted)
+            headline[name] = {"best": best.name, **measured[best]}
             values = next(iter(predicted[best].values()))  # (N, K) of its own classifier
             for kind, figure in _figures_of(dataset, best, values).items():
                 (figures / f"{kind}-{name}.png").write_bytes(figure)
                 run.log_figure(f"{kind}-{name}", figure)
+            best_run = run_ids[checkpoint.read_header(Path("data/checkpoints", best.path)).facts["key"]]
+            told = f"The cell of {name} that validation inside its support chose, on the test set."
+            run.describe(told, [f"confusion-{name}", f"reliability-{name}"], best_run)
             run.log_figure(f"masks-{name}", Path(f"reports/data/{name}/masks.png").read_bytes())
         accuracy = report.accuracy_figure(rows)
         (figures / "accuracy.png").write_bytes(accuracy)
@@ -72,9 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.write_study_csv(rows, RESULTS)
         PLOTS.parent.mkdir(parents=True, exist_ok=True)
         PLOTS.write_text(report.plot_table(rows), encoding="utf-8")
+        run.describe(_described(headline), ["accuracy"])
+        METRICS.write_text(json.dumps(headline, indent=2) + "\n", encoding="utf-8")
         costs.write_lines(spent, costs.COSTS)
         _write_study_csv(study, run_ids)
         run.log_table("study", STUDY.read_text(encoding="utf-8"))
+        for name in INPUTS:
+            if (study.folder / name).exists():
+                run.log_input(study.folder / name)
 
 
 def restore_study_csv(study: Study) -> None:
@@ -113,12 +135,14 @@ def _cost(
     ]
 
 
-def _predict(dataset: Dataset, cell: Cell) -> tuple[dict[str, np.ndarray], checkpoint.Header, float]:
-    """Probabilities (N, K) of every classifier of a cell on the whole test set, in its order.
+def predict(
+    dataset: Dataset, cell: Cell, fitted: Path
+) -> tuple[dict[str, np.ndarray], checkpoint.Header, float]:
+    """Probabilities (N, K) of every classifier of a checkpoint on the whole test set, in its order.
 
     The last is the rate, in pictures a second, at which its own part predicted them.
     """
-    method, header = checkpoint.load(Path("data/checkpoints", cell.path), dataset.encoder_for(cell.focus))
+    method, header = checkpoint.load(fitted, dataset.encoder_for(cell.focus))
     inputs = dataset.inputs(method, cell.focus, dataset.splits.test, 1)[0]  # (N, ...)
     began = time.perf_counter()
     logits = method.logits(inputs)
@@ -127,7 +151,7 @@ def _predict(dataset: Dataset, cell: Cell) -> tuple[dict[str, np.ndarray], check
     return probabilities, header, rate
 
 
-def _score(
+def score(
     dataset: Dataset, cell: Cell, header: checkpoint.Header, probabilities: dict[str, np.ndarray]
 ) -> dict[tuple[str, str], StudyRow]:
     """(classifier, test set) -> its row. The first classifier is the method's own, others have their name."""
@@ -165,6 +189,20 @@ def test_sets(dataset: Dataset) -> dict[str, list[str]]:
     )
 
 
+def numbers(header: checkpoint.Header, rows: dict[tuple[str, str], StudyRow]) -> dict[str, float]:
+    """A cell's metrics by MLflow's names, the same for every cell, without those that are not finite."""
+    main_classifier, main_set = next(iter(rows))
+    found: dict[str, float] = {}
+    for (classifier, test_set), row in rows.items():
+        prefix = "" if classifier == main_classifier else f"{classifier}."
+        prefix += "" if test_set == main_set else f"{test_set}."
+        for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"):
+            found[prefix + name] = getattr(row, name)
+    if header.validation_count:
+        found["validation_accuracy"] = header.validation_correct / header.validation_count
+    return {name: value for name, value in found.items() if np.isfinite(value)}
+
+
 def _log(
     run: tracking.Study,
     dataset: Dataset,
@@ -173,27 +211,37 @@ def _log(
     rows: dict[tuple[str, str], StudyRow],
     provenance: dict[str, str],
 ) -> str:
-    """One child run of MLflow; the same metric names for every cell."""
-    main_classifier, main_set = next(iter(rows))
-    numbers: dict[str, float] = {}
-    for (classifier, test_set), row in rows.items():
-        prefix = "" if classifier == main_classifier else f"{classifier}."
-        prefix += "" if test_set == main_set else f"{test_set}."
-        for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"):
-            numbers[prefix + name] = getattr(row, name)
-    if header.validation_count:
-        numbers["validation_accuracy"] = header.validation_correct / header.validation_count
+    """One child run of MLflow."""
     settings = {f"method.{name}": value for name, value in header.settings.items()}
     return run.log_cell(
         name=cell.name,
         params={**cell._asdict(), "n_train": header.facts["n_train"], **settings},
-        metrics={name: value for name, value in numbers.items() if np.isfinite(value)},
-        tags={**provenance, **cell._asdict(), "test_set": main_set, "cell_key": header.facts["key"]},
+        metrics=numbers(header, rows),
+        tags={
+            **provenance,
+            **cell._asdict(),
+            "test_set": next(iter(rows))[1],
+            "cell_key": header.facts["key"],
+        },
         datasets=[
-            tracking.DataInput(dataset.name, dataset.digest, dataset.params.root, context)
-            for context in ("training", "testing")
+            tracking.DataInput(dataset.name, dataset.digest(paths), dataset.params.root, context)
+            for context, paths in (
+                ("training", dataset.support_paths(cell)),
+                ("testing", dataset.splits.test),
+            )
+            if paths
         ],
     )
+
+
+def _described(headline: dict[str, dict[str, object]]) -> str:
+    """The cell of each data set that validation chose, in Markdown."""
+    names = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
+    lines = [f"| chosen by validation | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for measured in headline.values():
+        values = [f"{measured[name]:.3f}" if name in measured else "–" for name in names]
+        lines.append(f"| {measured['best']} | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
 def _save_predictions(path: Path, dataset: Dataset, predicted: dict[Cell, dict[str, np.ndarray]]) -> None:

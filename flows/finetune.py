@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs", category=UserWarning)
         for name, own in groupby(cells, key=lambda cell: cell.dataset):
             dataset = Dataset(study, name, encoder)
-            paths = {cell: _path(dataset, cell) for cell in own}
+            paths = {cell: cached_path(dataset, cell) for cell in own}
             missing = [cell for cell, path in paths.items() if not path.exists()]
             bar.update(len(paths) - len(missing))
             todo = (delayed(fit)(job) for job in _prepared(dataset, {c: paths[c] for c in missing}))
@@ -152,7 +152,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _path(dataset: Dataset, cell: Cell) -> Path:
+def cached_path(dataset: Dataset, cell: Cell) -> Path:
     """Where the cache keeps a cell's checkpoint: named by everything that it depends on."""
     params = dataset.study.params
     settings, views = params.method(cell.method)[1], support_views(params, cell.method)
@@ -172,10 +172,11 @@ def _prepared(dataset: Dataset, cells: Mapping[Cell, Path]) -> Iterator[Fit]:
         views = support_views(params, cell.method)
         if seen_alike := alike.get((cell.focus, views)):
             dataset.embed(methods_of(seen_alike), cell.focus, pictures, views, "encode")
-        yield _prepare(dataset, cell, path)
+        yield prepare(dataset, cell, path)
 
 
-def _prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
+def prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
+    """A cell whose support is embedded, made ready for ``fit``, which writes ``path``."""
     params = dataset.study.params
     encoder = dataset.encoder_for(cell.focus)
     kind, settings = params.method(cell.method)

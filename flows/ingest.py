@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         manifest=params.manifest,
         patient_pattern=params.patient_pattern,
         progress=sys.stderr.isatty(),
+        cache=study.shared_cache("pictures"),
     )
     reports = Path("reports/data", dataset)
     reports.mkdir(parents=True, exist_ok=True)

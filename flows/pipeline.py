@@ -12,7 +12,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prefect import flow, task
 from prefect.artifacts import (
@@ -23,29 +23,15 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
+from flows.retries import PATIENT
 from flows.servers import prefect_api
-from flows.stages import StageBusyError, reproduce
+from flows.stages import reproduce
 from flows.study import PAGE, STUDY, Study, open_study
 from medfocus import report
 from medfocus.discreet import discreet, whole
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import State, TaskRun
-
     from medfocus.tracking import Registration
-
-
-async def _is_busy(task: Any, run: TaskRun, state: State[Any]) -> bool:
-    """Only a stage that another run holds is worth waiting for; a fault stays a fault."""
-    try:
-        await state.aresult()
-    except BaseException as error:
-        return isinstance(whole(error), StageBusyError)
-    return False
-
-
-# No cache policy but DVC: Prefect's keys know nothing of files or of the code that a task calls.
-_waits = {"cache_policy": NO_CACHE, "retries": 60, "retry_delay_seconds": 5, "retry_condition_fn": _is_busy}
 
 
 @task(task_run_name="plan {study.params.study.name}", cache_policy=NO_CACHE)
@@ -57,14 +43,14 @@ def check_plan(study: Study) -> None:
     plan(study.params)
 
 
-@task(task_run_name="phantoms {modality}", **_waits)
+@task(task_run_name="phantoms {modality}", **PATIENT)
 @discreet
 def draw_phantoms(study: Study, modality: str) -> None:
     """Draw an embedded data set."""
     _reproduce(study, f"phantoms@{modality}")
 
 
-@task(task_run_name="ingest {dataset}", **_waits)
+@task(task_run_name="ingest {dataset}", **PATIENT)
 @discreet
 def ingest(study: Study, dataset: str) -> None:
     """Raw folder -> manifest, and a report of what is left out."""
@@ -75,21 +61,21 @@ def ingest(study: Study, dataset: str) -> None:
         create_table_artifact(rows, key=_key(f"left-out-{dataset}"), description=described)
 
 
-@task(task_run_name="duplicates {dataset}", **_waits)
+@task(task_run_name="duplicates {dataset}", **PATIENT)
 @discreet
 def find_duplicates(study: Study, dataset: str) -> None:
     """Manifest -> pairs of twins."""
     _reproduce(study, f"duplicates@{dataset}")
 
 
-@task(task_run_name="splits {dataset}", **_waits)
+@task(task_run_name="splits {dataset}", **PATIENT)
 @discreet
 def draw_splits(study: Study, dataset: str) -> None:
     """Manifest and twins -> test sets and nested supports."""
     _reproduce(study, f"splits@{dataset}")
 
 
-@task(task_run_name="masks {dataset}", **_waits)
+@task(task_run_name="masks {dataset}", **PATIENT)
 @discreet
 def cache_masks(study: Study, dataset: str) -> None:
     """Manifest -> one mask a picture, with a contact sheet to look at."""
@@ -108,14 +94,14 @@ def cache_masks(study: Study, dataset: str) -> None:
         )
 
 
-@task(task_run_name="fine-tune {study.params.study.name}", **_waits)
+@task(task_run_name="fine-tune {study.params.study.name}", **PATIENT)
 @discreet
 def finetune(study: Study) -> None:
     """Every cell of the study -> a checkpoint, from its support alone."""
     _reproduce(study, "finetune")
 
 
-@task(task_run_name="evaluate {study.params.study.name}", **_waits)
+@task(task_run_name="evaluate {study.params.study.name}", **PATIENT)
 @discreet
 def evaluate(study: Study) -> None:
     """Checkpoints -> test scores, MLflow runs, figures."""
@@ -135,7 +121,7 @@ def evaluate(study: Study) -> None:
         )
 
 
-@task(task_run_name="register {dataset}", cache_policy=NO_CACHE)
+@task(task_run_name="register {dataset}", **PATIENT)
 @discreet
 def register_best(study: Study, dataset: str) -> Registration:
     """The best cell by validation -> the model registry; champion only through the gate."""

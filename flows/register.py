@@ -61,7 +61,10 @@ def register_best(study: Study, dataset: str) -> Outcome:
             },
             run_id=run_id,
         )
-    return Outcome(registration, challenger.checks, challenger.new)
+        outcome = Outcome(registration, challenger.checks, challenger.new)
+        if outcome.checks:
+            store.describe_version(registration.name, registration.version, told(outcome))
+    return outcome
 
 
 class _Challenger:

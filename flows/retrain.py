@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from prefect import flow
 
+from flows.alone import alone
+from flows.hooks import report_failure
 from flows.pipeline import steps
 from flows.servers import prefect_api
 from flows.study import open_study
@@ -24,11 +26,23 @@ if TYPE_CHECKING:
     from medfocus.tracking import Registration
 
 
-@flow(name="retrain", flow_run_name="{params_file}", validate_parameters=False)
+@flow(
+    name="retrain",
+    flow_run_name="{params_file}",
+    validate_parameters=False,
+    timeout_seconds=23 * 3600,  # it is over when the next night's begins
+    on_failure=[report_failure],
+    on_crashed=[report_failure],
+)
 @discreet
 def retrain(params_file: Path = Path("params.yaml")) -> list[Registration]:
-    """New pictures -> masks -> the study's cells -> gate -> registry."""
-    return steps(open_study(Path(params_file)))
+    """New pictures -> masks -> the study's cells -> gate -> registry.
+
+    Raises NotAloneError where another retraining or back-fill works in this checkout.
+    """
+    study = open_study(Path(params_file))
+    with alone(study.home):
+        return steps(study)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RESULTS = Path("reports/results.csv")  # DVC's output: rows by their cell's key, repeated exactly by a rerun
 STUDY = Path("reports/study.csv")  # the same rows by the ids of this machine's MLflow runs
 PLOTS = Path("reports/plots.csv")  # for `dvc plots`
+METRICS = Path("reports/metrics.json")  # for `dvc exp show`: of each data set the cell that validation chose
 PAGE = Path("reports/index.html")  # the whole study as one file to read and to send
 ADAPTER = "adapter.safetensors"  # beside the masks of a data set that it made
 _GENERATED = "# Made from the project's dvc.yaml by `make run PARAMS=...`; change that one.\n"

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from medfocus import images
 from medfocus.records import Record
+from medfocus.shards import Shards
 
 SAME = 0.8  # fine correlation from which two pictures are the same one
 NEAR = 0.7  # correlation from which they are at least neighbouring frames of one patient
@@ -71,16 +72,23 @@ class Pair:
 
 
 def find_duplicates(
-    records: Sequence[Record], root: Path, *, workers: int | None = None, progress: bool = False
+    records: Sequence[Record],
+    root: Path,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+    cache: str | Path | None = None,
 ) -> list[Pair]:
     """All pairs of pictures that are the same one or a neighbouring frame, sorted by path.
 
     ``kind`` says how ``path_b`` becomes ``path_a``; angles are anticlockwise. "re-encoded" covers every
-    change that leaves the geometry as it is. Raises FileNotFoundError or ValueError for an unreadable file.
+    change that leaves the geometry as it is. ``cache``, a folder or what fsspec knows, keeps the thumbnails:
+    a picture that it has is not opened. Raises FileNotFoundError or ValueError for an unreadable file.
     """
     records = sorted(records, key=lambda record: record.path)
     found = {pair: ("identical", 1.0) for pair in _same_bytes(records)}
-    thumbnails = _thumbnails([root / record.path for record in records], workers, progress)
+    known = None if cache is None else Shards(f"{cache}/{images.decoder_key(__file__)}", ".thumbnail")
+    thumbnails = _thumbnails(records, root, workers, progress, known)
     for i, j, kind, similarity in match(thumbnails):
         found.setdefault((i, j), (kind, similarity))
     return [_pair(records[i], records[j], *found[i, j]) for i, j in sorted(found)]
@@ -159,18 +167,31 @@ def _same_bytes(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
         yield from combinations(same, 2)
 
 
-def _thumbnails(paths: Sequence[Path], workers: int | None, progress: bool) -> np.ndarray:
-    """Picture files -> (N, 64, 64) uint8 grey, squashed to squares."""
+def _thumbnails(
+    records: Sequence[Record], root: Path, workers: int | None, progress: bool, known: Shards | None
+) -> np.ndarray:
+    """Pictures -> (N, 64, 64) uint8 grey, squashed to squares."""
 
-    def thumbnail(path: Path) -> np.ndarray:
-        grey = Image.fromarray(images.read(path)).convert("L")
+    def thumbnail(record: Record) -> np.ndarray:
+        grey = Image.fromarray(images.read(root / record.path)).convert("L")
         return np.asarray(grey.resize((_FINE, _FINE), Image.Resampling.BOX))
 
-    thumbnails = np.zeros((len(paths), _FINE, _FINE), dtype=np.uint8)
+    thumbnails = np.zeros((len(records), _FINE, _FINE), dtype=np.uint8)
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, record in enumerate(records):
+        places[record.sha256].append(place)
+    for sha256, content in known.read(places) if known is not None else ():
+        thumbnails[places.pop(sha256)] = np.frombuffer(content, dtype=np.uint8).reshape(_FINE, _FINE)
+    new = [places_of[0] for places_of in places.values()]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        done = tqdm(pool.map(thumbnail, paths), "thumbnails", len(paths), disable=not progress)
-        for i, picture in enumerate(done):
-            thumbnails[i] = picture
+        made = pool.map(thumbnail, [records[place] for place in new])
+        done = tqdm(made, "thumbnails", len(new), disable=not progress)
+        for (sha256, places_of), picture in zip(places.items(), done, strict=True):
+            thumbnails[places_of] = picture
+            if known is not None:
+                known.put([(sha256, picture.tobytes())])
+    if known is not None:
+        known.close()
     return thumbnails
 
 

@@ -6,12 +6,14 @@ bytes, and the pixels that its header promises. Pillow's own guard against bombs
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; it opens no file with another decoder
@@ -31,6 +33,15 @@ class PictureError(ValueError):
     def __reduce__(self) -> tuple[type[PictureError], tuple[str, str, str]]:
         """So that a worker process can hand it back."""
         return type(self), (self.name, self.fault, self.fix)
+
+
+def decoder_key(source: str) -> str:
+    """Hex digest of what decodes, and of the file of code that goes on from there.
+
+    What it made of a picture's bytes may be kept under their sha256 as long as this stays the same.
+    """
+    code = (Path(file).read_bytes() for file in (__file__, source))
+    return hashlib.sha256(b"\0".join([*code, PIL.__version__.encode()])).hexdigest()[:32]
 
 
 def read_bytes(path: Path, name: str | None = None) -> bytes:

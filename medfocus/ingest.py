@@ -24,23 +24,27 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from medfocus import images
-from medfocus.records import Record
+from medfocus.records import Record, chunks
+from medfocus.shards import Shards
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _SPLITS |= {"test": "test", "testing": "test", "all": ""}
+_AT_ONCE = 1000  # pictures of which the cache is asked together
 _MASKS = "masks"
 _MASK_STEM = re.compile(r"(.+)_mask(_\d+)?")
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # beside all whose name begins with a dot
@@ -83,6 +87,7 @@ def ingest(
     patient_pattern: str | None = None,
     workers: int | None = None,
     progress: bool = False,
+    cache: str | Path | None = None,
 ) -> Ingested:
     """Read, open and check every picture of the data set at ``root``.
 
@@ -93,6 +98,8 @@ def ingest(
             patient. A patient that the manifest gives has precedence.
         workers: Threads that open pictures; None takes one a core.
         progress: Whether a bar is shown.
+        cache: A folder, or what fsspec knows, that keeps by their bytes what decoding said of good pictures:
+            those in it are read and not decoded again.
 
     Raises:
         FileNotFoundError: ``root`` or the manifest does not exist.
@@ -106,7 +113,8 @@ def ingest(
     listed = _list_folders(root, report) if manifest is None else _list_manifest(root, manifest, report)
     listed = _with_patients(listed, patient_pattern, report)
     _check_spellings(listed, report)
-    records = _open_all(root, [item for item in listed if item.path], workers, progress, report)
+    known = None if cache is None else Shards(f"{cache}/{images.decoder_key(__file__)}", ".json")
+    records = _open_all(root, [item for item in listed if item.path], workers, progress, known, report)
     records = _check_bytes(records, report)
     _check_classes({_label(item.label) for item in listed}, records, report)
     if report.fatal:
@@ -347,40 +355,76 @@ def _check_spellings(listed: Iterable[_Listed], report: _Report) -> None:
             report.stop(min(variants), fault, "Choose one spelling and rename the others.")
 
 
+class _Facts(NamedTuple):
+    """What decoding a picture says of it."""
+
+    width: int
+    height: int
+    mode: str
+    frames: int
+
+
 def _open_all(
-    root: Path, files: Sequence[_Listed], workers: int | None, progress: bool, report: _Report
+    root: Path,
+    files: Sequence[_Listed],
+    workers: int | None,
+    progress: bool,
+    known: Shards | None,
+    report: _Report,
 ) -> list[Record]:
     records: list[Record] = []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # Pillow decodes outside of the GIL
-        opened = pool.map(lambda item: _open(root, item), files)
-        for item, result in zip(
-            files, tqdm(opened, "pictures", len(files), disable=not progress), strict=True
-        ):
-            if isinstance(result, images.PictureError):
-                report.leave_out(item.path, result.fault, result.fix)
-                continue
-            record, frames = result
-            records.append(record)
-            if frames > 1:
-                fault = f"holds {frames} pictures, of which the first is used"
-                report.mention(item.path, fault, "Export each as a file of its own.")
+    with (
+        ThreadPoolExecutor(workers or os.cpu_count()) as pool,  # Pillow decodes outside of the GIL
+        tqdm(desc="pictures", total=len(files), disable=not progress) as bar,
+    ):
+        for some in chunks(files, _AT_ONCE):
+            there: dict[str, _Facts] = {}
+            if known is not None:
+                hashes = {sha for sha in pool.map(lambda item: _hash(root, item), some) if sha}
+                there = {sha: _Facts(*json.loads(facts)) for sha, facts in known.read(hashes)}
+            opened = pool.map(lambda item, there=there: _open(root, item, there), some)
+            for item, result in zip(some, opened, strict=True):
+                bar.update()
+                if isinstance(result, images.PictureError):
+                    report.leave_out(item.path, result.fault, result.fix)
+                    continue
+                sha, facts = result
+                size = (facts.width, facts.height, facts.mode)
+                label = _label(item.label)
+                records.append(Record(item.path, sha, *size, label, item.split, item.patient))
+                if facts.frames > 1:
+                    fault = f"holds {facts.frames} pictures, of which the first is used"
+                    report.mention(item.path, fault, "Export each as a file of its own.")
+                if known is not None and sha not in there:
+                    known.put([(sha, json.dumps(facts).encode())])
+    if known is not None:
+        known.close()
     return records
 
 
-def _open(root: Path, item: _Listed) -> tuple[Record, int] | images.PictureError:
-    """The record of one file and the number of its frames, or why there is none."""
+def _hash(root: Path, item: _Listed) -> str | None:
+    """sha256 hex over a file's bytes; None where they cannot be read, of which ``_open`` tells."""
+    try:
+        return hashlib.sha256(images.read_bytes(root / item.path, item.path)).hexdigest()
+    except (OSError, images.PictureError):
+        return None
+
+
+def _open(root: Path, item: _Listed, known: Mapping[str, _Facts]) -> tuple[str, _Facts] | images.PictureError:
+    """One file's sha256 and facts, or why it is no picture; decoded where it is not ``known``."""
     try:
         data = images.read_bytes(root / item.path, item.path)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 in known:
+            return sha256, known[sha256]
         picture = images.open_picture(data, item.path)
         images.to_rgb(picture, item.path)
-        frames = _frames(data, item.path) if item.path.casefold().endswith((".tif", ".tiff")) else 1
+        frames = _frames(data, item.path) if picture.format == "TIFF" else 1
     except OSError as error:
         return images.PictureError(item.path, f"cannot be read ({error.strerror})", "Copy or link it again.")
     except images.PictureError as error:
         return error
-    sha256 = hashlib.sha256(data).hexdigest()
-    size = (picture.width, picture.height, picture.mode)
-    return Record(item.path, sha256, *size, _label(item.label), item.split, item.patient), frames
+    return sha256, _Facts(picture.width, picture.height, picture.mode, frames)
 
 
 def _frames(data: bytes, name: str) -> int:

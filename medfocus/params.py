@@ -234,14 +234,6 @@ class ScaleParams:
 
 
 @dataclass(frozen=True, config=_strict)
-class ScheduleParams:
-    """When the retraining flow runs by itself."""
-
-    cron: str
-    timezone: str
-
-
-@dataclass(frozen=True, config=_strict)
 class Params:
     """A whole params.yaml."""
 
@@ -260,7 +252,6 @@ class Params:
     drift: DriftParams
     report: ReportParams
     scale: ScaleParams
-    schedule: ScheduleParams
     device: Literal["auto", "cpu", "cuda"]  # auto: CUDA where there is one
 
     def method(self, name: str) -> tuple[str, dict[str, Any]]:

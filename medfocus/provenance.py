@@ -16,12 +16,13 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "sam2", "scikit-learn", "
 def made_from(repo: Path, seeds: Sequence[int]) -> dict[str, str]:
     """Tags that say from what a run was made: code, data, packages, seeds, host.
 
-    ``git.dirty`` is "true" where tracked files but ``dvc.lock`` differ from the commit; outside of a git
-    repository, or before its first commit, ``git.commit`` is "none".
+    ``git.dirty`` is "true" where tracked files but ``dvc.lock`` and ``params.yaml`` differ from the commit;
+    outside of a git repository, or before its first commit, ``git.commit`` is "none".
     """
     commit = _git(repo, "rev-parse", "--verify", "--quiet", "HEAD")
     lock = repo / "dvc.lock"
-    code = (":/", ":(top,exclude)*dvc.lock")  # the lock has its own hash, and a run may be what changes it
+    # The two are kept with every study, and a run may be what changes the lock.
+    code = (":/", ":(top,exclude)*dvc.lock", ":(top,exclude)*params.yaml")
     return {
         "git.commit": commit or "none",
         "git.dirty": str(bool(_git(repo, "status", "--porcelain", "-uno", "--", *code))).lower(),

@@ -22,6 +22,7 @@ from medfocus.provenance import PACKAGES, installed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"  # the alias that served code loads
@@ -35,15 +36,16 @@ _QUIET = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # which pages the experiment is shown with
 _LONGEST_TAG = 5000  # characters; MLflow's databases take 8000 bytes
 
 
 @dataclass(frozen=True)
 class DataInput:
-    """A data set as a run used it."""
+    """Pictures of a data set as a run used them."""
 
     name: str
-    digest: str  # of the manifest; MLflow keeps its first 36 characters
+    digest: str  # of these pictures; MLflow keeps its first 36 characters
     source: str  # where it lies
     context: str = "training"
 
@@ -90,21 +92,16 @@ def start(uri: str | None, home: Path, experiment: str) -> Tracking:
     Raises:
         ValueError: The experiment was deleted.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    _quieten()
     import mlflow  # takes seconds, so not at the top
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It would warn that pip is missing, which environments made by uv do not have.
-    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
     with _lock(home):
         if uri is None:
             uri = f"sqlite:///{home / 'mlflow.db'}"
-            _create_database(home / "mlflow.db")
+            _create(home / "mlflow.db")
         client = mlflow.MlflowClient(uri)
         served = uri.startswith(("http", "databricks"))
         location = None if served else (home / "mlruns").as_uri()
@@ -131,6 +128,26 @@ class Tracking:
         with self._closing(run.info.run_id):
             self._log_params_and_metrics(run.info.run_id, params, {})
             yield Study(run.info.run_id, self)
+
+    def run(self, run_id: str) -> Run:
+        """A run by its id. Raises ValueError where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(run_id)
+        except MlflowException as error:
+            raise ValueError(
+                f"no run {run_id!r} in {self.uri}; give the id that MLflow's page or reports/study.csv has."
+            ) from error
+
+    def download(self, run_id: str, name: str, into: Path) -> Path:
+        """One of a run's files, copied into a folder. Raises ValueError where the run has none such."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return Path(self.client.download_artifacts(run_id, name, str(into)))
+        except (MlflowException, OSError) as error:
+            raise ValueError(f"the run {run_id} has no file {name} ({error}).") from error
 
     def close_dead_runs(self) -> list[str]:
         """Set RUNNING runs of this host whose process is gone to FAILED; their ids. In every experiment."""
@@ -161,6 +178,10 @@ class Tracking:
                 newest.setdefault(run.data.tags["cell_key"], run.info.run_id)
             token = page.token or ""
         return newest
+
+    def describe_version(self, name: str, version: str, text: str) -> None:
+        """Give a registered version's page a Markdown text."""
+        self.client.update_model_version(name, version, text[:_LONGEST_TAG])
 
     def log_page(self, cell_run: str, page: Path) -> None:
         """Keep a study's page with the parent of one of its cells' runs, if the store has it."""
@@ -293,6 +314,7 @@ class Tracking:
         """Log the model folder as a pyfunc, models from code; its model id."""
         import mlflow
         import pandas as pd
+        from mlflow.entities import LoggedModelOutput
         from mlflow.models import ModelSignature
         from mlflow.types import ColSpec, Schema, TensorSpec
 
@@ -319,6 +341,8 @@ class Tracking:
             logged = self.client.create_logged_model(self.experiment_id, name, run_id)
             self.client.log_model_artifacts(logged.model_id, f"{folder}/pyfunc")
         self.client.finalize_logged_model(logged.model_id, "READY")
+        if run_id is not None:
+            self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         return logged.model_id
 
     def _create_version(
@@ -418,9 +442,17 @@ class Study:
         """Keep a table with the study, as ``<name>.csv``."""
         self.tracking._log_file(self.run_id, f"{name}.csv", csv.encode())
 
-    def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Numbers of the study as a whole."""
-        self.tracking._log_params_and_metrics(self.run_id, {}, metrics)
+    def describe(self, text: str, figures: Sequence[str], cell_run: str | None = None) -> None:
+        """Show a Markdown text, and under it figures of the study, on its page or on a cell's."""
+        links = [
+            f"![{name}](get-artifact?path=figures%2F{name}.png&run_uuid={self.run_id})" for name in figures
+        ]
+        note = "\n\n".join([text[:_LONGEST_TAG], *links])
+        self.tracking.client.set_tag(cell_run or self.run_id, "mlflow.note.content", note)
+
+    def log_input(self, path: Path) -> None:
+        """Keep a file that the study was made from, as ``inputs/<its name>``."""
+        self.tracking._log_file(self.run_id, f"inputs/{path.name}", path.read_bytes())
 
 
 def _lock(home: Path) -> FileLock:
@@ -428,7 +460,26 @@ def _lock(home: Path) -> FileLock:
     return FileLock(home / "mlflow.lock", is_singleton=True)
 
 
-def _create_database(path: Path) -> None:
+def _quieten() -> None:
+    """Import MLflow, and have it say no more than its faults."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401  # it sets the level of its loggers
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # It would warn that pip is missing, which environments made by uv do not have.
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
+
+
+def create_database(home: Path) -> None:
+    """Have MLflow's tables in ``home``/mlflow.db, before a server over it starts."""
+    _quieten()
+    with _lock(home):
+        _create(home / "mlflow.db")
+
+
+def _create(path: Path) -> None:
     """Make MLflow's tables in a file beside and move it in: a killed start leaves nothing half made."""
     if path.exists():
         return
@@ -454,7 +505,7 @@ def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, location)
+            return client.create_experiment(name, location, _KIND)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another process, on a server
                 raise

@@ -87,11 +87,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone of the project in a temporary folder, with a study of seconds: one data set, 40 pictures."""
+    """A clone of the project in a temporary folder, with a study of seconds: one data set, 39 pictures."""
+    make_project(tmp_path)
+    work_in(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def make_project(folder: Path) -> None:
+    """Make the clone of ``project`` in an empty folder."""
     for name in ("medfocus", "flows"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
+        shutil.copyfile(ROOT / name, folder / name)
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     content["study"] |= {
         "methods": {
@@ -110,7 +117,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     content["report"] |= {"baseline": "pixels"}
     content["gate"] |= {"recall": {}, "calibration": 0.99}  # 15 test pictures prove little
     content["methods"]["medfocusclip"] |= {"epochs": 5}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    (folder / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "1"}
     for command in (
         ["git", "init", "--quiet"],
@@ -118,11 +125,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["git", "add", "."],
         ["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "-m", "start"],
     ):
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+        subprocess.run(command, cwd=folder, env=environment, check=True)
+
+
+def work_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go into a project, with no server set and nothing of the machine's own Prefect."""
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / ".prefect"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setenv("PREFECT_HOME", str(folder / ".prefect"))
+    monkeypatch.chdir(folder)

@@ -133,6 +133,19 @@ def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
     assert find_duplicates([], tmp_path) == []
 
 
+def test_a_picture_is_opened_once(tmp_path: Path) -> None:
+    a, root, cache = texture(0), tmp_path / "set", tmp_path / "cache"
+    root.mkdir()
+    records = saved(root, {"a.png": a, "b.png": a.transpose(Transpose.ROTATE_90), "c.jpg": texture(2)})
+    first = find_duplicates(records, root, cache=cache)
+    assert first == find_duplicates(records, root) and len(first) == 1
+    for record in records:
+        (root / record.path).unlink()
+    assert find_duplicates(records, root, cache=cache) == first
+    records += saved(root, {"d.png": a.transpose(Transpose.FLIP_LEFT_RIGHT)})
+    assert len(find_duplicates(records, root, cache=cache)) == 3
+
+
 def test_unreadable_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"x\.png: is no picture in a format that is read"):

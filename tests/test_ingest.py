@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medfocus.images import open_picture
 from medfocus.ingest import Ingested, IngestError, ingest, write_left_out
 
 
@@ -385,3 +386,32 @@ def test_pneumonia_films_name_their_patients(shared_data: Path) -> None:
 def test_data_set_without_pictures_is_told_so(shared_data: Path) -> None:
     with pytest.raises(IngestError, match="no class folder was found"):
         ingest(shared_data / "pneumoniamnist")
+
+
+def test_a_picture_is_decoded_once_and_its_changed_bytes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time everything is as it was the first time, the faults and notes included."""
+    root, cache = two_classes(tmp_path / "set"), tmp_path / "cache"
+    stack = [Image.fromarray(np.full((8, 12), value, dtype=np.uint8)) for value in (0, 255)]
+    stack[0].save(root / "train" / "cat" / "stack.tif", save_all=True, append_images=stack[1:])
+    (root / "train" / "cat" / "cut.png").write_bytes((root / "train" / "cat" / "0.png").read_bytes()[:60])
+    decoded: list[str] = []
+
+    def counted(data: bytes, name: str) -> Image.Image:
+        decoded.append(name)
+        return open_picture(data, name)
+
+    monkeypatch.setattr("medfocus.images.open_picture", counted)
+    first = ingest(root, cache=cache)
+    assert sorted(decoded) == sorted([*paths(first), "train/cat/cut.png"])
+    decoded.clear()
+    assert ingest(root, cache=cache) == first == ingest(root)
+    assert decoded.count("train/cat/cut.png") == 2 and decoded.count("train/cat/0.png") == 1
+
+    decoded.clear()
+    picture(root / "train" / "cat" / "0.png", seed=1, size=(9, 9))
+    picture(root / "train" / "cat" / "new.png")
+    later = ingest(root, cache=cache)
+    assert sorted(decoded) == ["train/cat/0.png", "train/cat/cut.png", "train/cat/new.png"]
+    assert {(r.width, r.height) for r in later.records if r.path == "train/cat/0.png"} == {(9, 9)}

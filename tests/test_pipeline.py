@@ -170,7 +170,7 @@ def test_a_changed_value_makes_only_what_depends_on_it_stale(
     edit_params(project, "masks", min_area=0.01)
     run_flow(capsys)
     assert Path("data/masks/phantom-breast/mask_status.csv").read_text() == masks
-    edit_params(project, "schedule", cron="0 4 * * *")
+    edit_params(project, "gate", margin=0.02)
     assert stale_stages(project) == set()
 
 

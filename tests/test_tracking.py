@@ -207,12 +207,6 @@ def test_the_newest_finished_run_of_a_cell_is_found_by_its_key(opened: Tracking)
     assert opened.runs_by_cell() == {"a": newest, "b": only}
 
 
-def test_the_numbers_of_a_study_as_a_whole(opened: Tracking) -> None:
-    with opened.study("study", {}) as study:
-        study.log_metrics({"cells": 3})
-    assert run_of(opened, study.run_id).data.metrics == {"cells": 3}
-
-
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -253,6 +247,7 @@ def test_provenance_names_code_data_packages_and_host(tmp_path: Path) -> None:
     git("init", "-q")
     (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
     (tmp_path / "code.py").write_text("x = 1\n")
+    (tmp_path / "params.yaml").write_text("b: 1\n")
     git("add", ".")
     git("commit", "-q", "-m", "a")
     tags = made_from(tmp_path, [0, 1])
@@ -262,8 +257,9 @@ def test_provenance_names_code_data_packages_and_host(tmp_path: Path) -> None:
     assert tags["version.torch"].startswith("2.")
     assert {"host", "python", "version.open_clip_torch", "version.sam2"} <= set(tags)
     (tmp_path / "dvc.lock").write_text("schema: '2.1'\n")
+    (tmp_path / "params.yaml").write_text("b: 2\n")
     later = made_from(tmp_path, [0, 1])
-    assert later["git.dirty"] == "false"  # a run itself changes the lock, which has its own hash
+    assert later["git.dirty"] == "false"  # a run itself changes the lock, and both are kept with it
     assert later["dvc.lock.sha256"] != tags["dvc.lock.sha256"]
     (tmp_path / "code.py").write_text("x = 2\n")
     assert made_from(tmp_path, [0, 1])["git.dirty"] == "true"
