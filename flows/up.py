@@ -45,6 +45,9 @@ _KEY = "MLFLOW_FLASK_SERVER_SECRET_KEY"
 _AUTH = """[mlflow]
 default_permission = READ
 database_uri = {users}
+# A password is hashed slowly on purpose, and one model is a hundred requests. One process serves them all, so
+# nothing in its memory is stale.
+auth_cache_ttl_seconds = 60
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
 
