@@ -8,13 +8,13 @@ gate.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect import flow
 
+from flows.jobs import faults_in_one_line, only_job
 from flows.pipeline import steps
 from flows.servers import prefect_api
 from flows.study import open_study
@@ -34,12 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
     params_file = parser.parse_args(arguments).params
-    open_study(params_file)  # a fault in the params file is said before a server starts
-    try:
-        with prefect_api():
+    with faults_in_one_line():
+        study = open_study(params_file)  # a fault in the params file is said before a server starts
+        with only_job(study), prefect_api():
             registrations = retrain(params_file)
-    except Exception as error:
-        sys.exit(f"medfocus: {type(error).__name__}: {error}")
     for registration in registrations:
         alias = f"@{registration.alias}" if registration.alias else "without alias"
         print(f"{registration.name} version {registration.version} {alias}: {registration.reason}")
