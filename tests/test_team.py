@@ -17,9 +17,9 @@ import mlflow
 import pytest
 from moto.server import ThreadedMotoServer
 
-from tests.conftest import make_project, work_in
 from flows import reproduce
 from flows.pipeline import pipeline
+from tests.conftest import make_project, work_in
 
 
 def command(folder: Path, *words: str) -> str:
