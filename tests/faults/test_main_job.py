@@ -62,9 +62,11 @@ def interrupt(job: subprocess.Popen[str]) -> float:
     """Ctrl-C, which reaches the whole group; the seconds until the job has ended."""
     began = time.monotonic()
     os.killpg(job.pid, signal.SIGINT)
-    _, said = job.communicate(timeout=60)
+    job.wait(60)
     seconds = time.monotonic() - began
+    _, said = job.communicate(timeout=60)
     assert job.returncode == 130
+    print(f"ended in {seconds:.1f} s")
     assert "medfocus: interrupted. What was finished is kept." in said
     return seconds
 
@@ -84,7 +86,7 @@ def test_of_two_jobs_at_once_one_is_refused_and_ctrl_c_ends_the_other_in_time(ho
     assert re.search(
         rf"medfocus: JobRunningError: {home}: another main job runs here, process {job.pid} on \S+ since "
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(.*pipeline.py\)\. Wait for it, or end it: what it has finished is",
-        refused.stderr.read(),
+        refused.communicate()[1],
     )
     wait_for(job, "splits@phantom-breast: done")
     assert interrupt(job) < LIMIT, "in the masks"
