@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow
 
-from flows.alone import alone
 from flows.hooks import report_failure
+from flows.jobs import faults_in_one_line, only_retraining
 from flows.pipeline import cache_masks
 from flows.servers import prefect_api
 from flows.study import open_study
-from medfocus.discreet import discreet, whole
+from medfocus.discreet import discreet
 
 
 @flow(
@@ -30,11 +29,11 @@ def backfill(params_file: Path = Path("params.yaml"), datasets: Sequence[str] | 
     """Manifests -> masks, of ``datasets`` or of all; nothing is ingested and nothing is trained.
 
     Raises ValueError for a data set that the study does not have, or that was never ingested, and
-    NotAloneError where a retraining or another back-fill works in this checkout.
+    JobRunningError where a retraining or another back-fill works in this checkout.
     """
     study = open_study(Path(params_file))
     names = list(study.params.datasets) if datasets is None else list(datasets)
-    with alone(study.home):
+    with only_retraining(study.home):
         for name in names:
             if name not in study.params.datasets:
                 known = ", ".join(study.params.datasets)
@@ -51,13 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
     parser.add_argument("--dataset", action="append", help="may be given several times; all without it")
     options = parser.parse_args(arguments)
-    open_study(options.params)  # a fault in the params file is said before a server starts
-    try:
+    with faults_in_one_line():
+        open_study(options.params)  # a fault in the params file is said before a server starts
         with prefect_api():
             backfill(options.params, options.dataset)
-    except Exception as raised:
-        error = whole(raised)
-        sys.exit(f"medfocus: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

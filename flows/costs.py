@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
+
+from medfocus import files
 
 Done = TypeVar("Done")
 COSTS = Path("reports/costs.csv")
@@ -61,23 +64,24 @@ def measured(work: Callable[[], Done]) -> tuple[Done, float, float | None]:
 
 def write(fit: Fit, checkpoint: Path) -> None:
     """Keep a fit's cost beside its checkpoint."""
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.with_suffix(".json").write_text(json.dumps(asdict(fit)), encoding="utf-8")
+    files.write(checkpoint.with_suffix(".json"), json.dumps(asdict(fit)))
 
 
 def read(checkpoint: Path) -> Fit | None:
-    """What ``write`` kept; None where nothing was."""
-    path = checkpoint.with_suffix(".json")
-    return Fit(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    """What ``write`` kept; None where nothing was, or it is damaged."""
+    try:
+        return Fit(**json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):  # a fit's cost is worth no second fit
+        return None
 
 
 def write_lines(lines: Iterable[Line], path: Path) -> None:
     """Write costs.csv."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Line)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(line) for line in lines)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [f.name for f in fields(Line)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(line) for line in lines)
+    files.write(path, table.getvalue())
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 import warnings
@@ -36,7 +38,7 @@ from flows.cells import (
     support_views,
 )
 from flows.study import here
-from medfocus import checkpoint
+from medfocus import checkpoint, files
 from medfocus.methods import METHODS, Method, Support
 from medfocus.methods.choose import LearningRates
 from medfocus.validation import Validation, out_of_fold
@@ -76,8 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = here()
     cells = plan(study.params)  # before anything slow: a typo in a method's settings fails here
     encoder = study.encoder()
+    for left in Path("data").glob(".checkpoints.*"):  # by a run that was killed: DVC lets in one at a time
+        shutil.rmtree(left)
     beside = Path(f"data/.checkpoints.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
     # One thread a fit, a process a core: the fits are many and small.
     with (
         warnings.catch_warnings(),
@@ -90,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, own in groupby(cells, key=lambda cell: cell.dataset):
             dataset = Dataset(study, name, encoder)
             paths = {cell: cached_path(dataset, cell) for cell in own}
-            missing = [cell for cell, path in paths.items() if not path.exists()]
+            missing = [cell for cell, path in paths.items() if not files.is_sound(path)]
             bar.update(len(paths) - len(missing))
             todo = (delayed(fit)(job) for job in _prepared(dataset, {c: paths[c] for c in missing}))
             for _ in Parallel(return_as="generator_unordered")(todo):
@@ -127,7 +130,9 @@ def fit(job: Fit) -> None:
     )
     learnt = sum(value.numel() for value in method.state().values())
     costs.write(costs.Fit(seconds, peak_mib, learnt, getattr(method, "note", "")), job.path)
-    checkpoint.save(method, header, job.path)
+    beside = job.path.with_name(f".{job.path.name}.{os.getpid()}.finished")
+    checkpoint.save(method, header, beside)
+    files.seal(beside, job.path)
 
 
 @contextlib.contextmanager
@@ -141,7 +146,12 @@ def _workers_that_end() -> Iterator[None]:
 
 @cache
 def _end_with_parent() -> None:
-    """Have this worker end when the stage that started it is killed; loky's own would wait for minutes."""
+    """Have this worker end when the stage that started it is killed; loky's own would wait for minutes.
+
+    Ctrl-C reaches it as well as the stage, which ends it: it has nothing to say of its own.
+    """
+    if multiprocessing.current_process().name.startswith("Loky"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch() -> None:

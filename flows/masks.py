@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flows.study import ADAPTER, Study, here, study_in
-from medfocus import images
+from medfocus import files, images
 from medfocus.figures import mask_sheet
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
 from medfocus.quality import iou, known_region
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pictures = ((record, root / record.path) for record in records)
         cache_masks(pictures, segmenter, store, batch_size=params.batch_size, progress=bar.update)
     folder = Path("data/masks", dataset)
+    for left in folder.parent.glob(f".{dataset}.????????*"):  # by a killed run; DVC would take it for masks
+        shutil.rmtree(left)
     publish(records, store, segmenter.key, folder)
     if adapter:
         shutil.copyfile(adapter, folder / ADAPTER)
@@ -124,14 +126,14 @@ def _adapter(study: Study, dataset: str, taught: Taught) -> Path:
     params, plain = study.params.masks.adapter, study.sam2(dataset)
     settings = asdict(params)
     path = study.cache / "adapters" / f"{adapter_key(plain, taught.digest, settings)}.safetensors"
-    if path.is_file():
+    if files.is_sound(path):
         return path
     with tqdm(total=params.steps, desc=f"adapter {dataset}", unit="step", disable=None) as bar:
         state = train_adapter(taught, plain, **settings, progress=bar.update)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
     save_file(state, beside)
-    beside.replace(path)
+    files.seal(beside, path)
     return path
 
 

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import io
+import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,7 +20,7 @@ from flows import costs
 from flows.cells import CONTROLS, Cell, Dataset, best_cell, plan
 from flows.evaluate import test_sets
 from flows.study import PAGE, RESULTS, STUDY, Study, open_study
-from medfocus import checkpoint, metrics, tracking
+from medfocus import checkpoint, files, metrics, tracking
 from medfocus.attribution import inside_share, pointing_hit
 from medfocus.comparison import Scored, compare
 from medfocus.data_warnings import data_warnings
@@ -83,11 +85,12 @@ def write_page(study: Study) -> Path:
             dataset = Dataset(study, name, encoder)
             parts.add(dataset, [cell for cell in cells if cell.dataset == name])
         if parts.lines:
-            with ATTRIBUTION.open("w", newline="", encoding="utf-8") as file:
-                names = [f.name for f in dataclasses.fields(Explained)]
-                writer = csv.DictWriter(file, names, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(dataclasses.asdict(line) for line in parts.lines)
+            table = io.StringIO()
+            names = [f.name for f in dataclasses.fields(Explained)]
+            writer = csv.DictWriter(table, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(dataclasses.asdict(line) for line in parts.lines)
+            files.write(ATTRIBUTION, table.getvalue())
         differences = compare(parts.tests, page.baseline, np.random.default_rng(0))
         published = study.params.report.published
         page = dataclasses.replace(
@@ -104,10 +107,12 @@ def write_page(study: Study) -> Path:
             costs=_costs(rows),
             provenance=_provenance(study),
         )
-        PAGE.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.write_text(render(page), encoding="utf-8")
         store = tracking.start(None, study.home, study.params.tracking.experiment)
-        store.log_page(rows[0].mlflow_run_id, PAGE)
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder, PAGE.name)
+            written.write_text(render(page), encoding="utf-8")
+            store.log_page(rows[0].mlflow_run_id, written)
+            files.write(PAGE, written.read_bytes())  # last: where it stands all of this is done
     return study.folder / PAGE
 
 

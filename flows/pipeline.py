@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,14 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
+from flows.jobs import faults_in_one_line, only_job
 from flows.retries import PATIENT
-from flows.servers import prefect_api
+from flows.servers import must_answer, prefect_api
 from flows.stages import reproduce
-from flows.study import PAGE, STUDY, Study, open_study
+from flows.study import PAGE, RESULTS, STUDY, Study, open_study
 from medfocus import report
-from medfocus.discreet import discreet, whole
+from medfocus.discreet import discreet
+from medfocus.provenance import made_from
 
 if TYPE_CHECKING:
     from medfocus.tracking import Registration
@@ -37,10 +40,12 @@ if TYPE_CHECKING:
 @task(task_run_name="plan {study.params.study.name}", cache_policy=NO_CACHE)
 @discreet
 def check_plan(study: Study) -> None:
-    """Build every method of the study once: a typo fails here, before any work."""
+    """Build every method of the study once: a typo fails here, before any work; so does a missing server."""
     from flows.cells import plan
 
     plan(study.params)
+    if (store := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("http"):
+        must_answer(store, "MLFLOW_TRACKING_URI", "the runs are then kept in mlflow.db")
 
 
 @task(task_run_name="phantoms {modality}", **PATIENT)
@@ -106,11 +111,11 @@ def finetune(study: Study) -> None:
 def evaluate(study: Study) -> None:
     """Checkpoints -> test scores, MLflow runs, figures."""
     ran = _reproduce(study, "evaluate")
-    if not (study.folder / STUDY).exists():
+    if not _shows_results(study):
         from flows.evaluate import restore_study_csv  # takes seconds, as do the next ones
 
         restore_study_csv(study)
-    if ran or not (study.folder / PAGE).exists():
+    if not _page_is_current(study):
         from flows.page import write_page
 
         write_page(study)
@@ -142,17 +147,18 @@ def pipeline(params_file: Path = Path("params.yaml")) -> list[Registration]:
 
 def steps(study: Study) -> list[Registration]:
     """The tasks of the flow, in their order; inside of a flow."""
-    check_plan(study)
-    for modality in study.params.phantoms:
-        draw_phantoms(study, modality)
-    for dataset in study.params.datasets:
-        ingest(study, dataset)
-        find_duplicates(study, dataset)
-        draw_splits(study, dataset)
-        cache_masks(study, dataset)
-    finetune(study)
-    evaluate(study)
-    return [register_best(study, dataset) for dataset in study.params.datasets]
+    with only_job(study):
+        check_plan(study)
+        for modality in study.params.phantoms:
+            draw_phantoms(study, modality)
+        for dataset in study.params.datasets:
+            ingest(study, dataset)
+            find_duplicates(study, dataset)
+            draw_splits(study, dataset)
+            cache_masks(study, dataset)
+        finetune(study)
+        evaluate(study)
+        return [register_best(study, dataset) for dataset in study.params.datasets]
 
 
 def _reproduce(study: Study, stage: str) -> bool:
@@ -162,6 +168,22 @@ def _reproduce(study: Study, stage: str) -> bool:
     create_progress_artifact(done, key=_key(f"progress-{study.params.study.name}"), description=stage)
     print(f"{stage}: {'done' if ran else 'unchanged'}", file=sys.stderr, flush=True)
     return ran
+
+
+def _shows_results(study: Study) -> bool:
+    """Whether study.csv has the rows of the results; its last column, the runs' ids, is this machine's."""
+
+    def rows(path: Path) -> list[str]:
+        return [line.rpartition(",")[0] for line in path.read_text(encoding="utf-8").splitlines()]
+
+    shown = study.folder / STUDY
+    return shown.exists() and rows(shown) == rows(study.folder / RESULTS)
+
+
+def _page_is_current(study: Study) -> bool:
+    """Whether the page is there and of what dvc.lock names: a run may be killed before it writes one."""
+    page, lock = study.folder / PAGE, made_from(study.folder, ())["dvc.lock.sha256"]
+    return page.exists() and lock in page.read_text(encoding="utf-8")
 
 
 def _key(name: str) -> str:
@@ -179,15 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
     params_file = parser.parse_args(arguments).params
-    try:
-        open_study(params_file)  # a fault in the params file is said before a server starts
-        with prefect_api():
+    with faults_in_one_line():
+        study = open_study(params_file)  # a fault in the params file is said before a server starts
+        with only_job(study), prefect_api():
             registrations = pipeline(params_file)
-    except Exception as raised:
-        error = whole(raised)
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-        sys.exit(f"medfocus: {type(error).__name__}: {error}{notes}")
-    study = open_study(params_file)
     print()
     print(report.study_table(report.read_study_csv(study.folder / STUDY)))
     for registration in registrations:

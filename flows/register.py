@@ -13,7 +13,7 @@ import numpy as np
 
 from flows.cells import Cell, Dataset, best_cell, plan
 from flows.study import Study
-from medfocus import checkpoint, drift, gate, images, phantoms, serve, tracking
+from medfocus import checkpoint, drift, files, gate, images, phantoms, serve, tracking
 from medfocus.duplicates import groups, read_pairs
 from medfocus.params import DRIFT_BY
 from medfocus.phantoms import png
@@ -130,7 +130,7 @@ class _Challenger:
         content = " ".join([champion.cell_key, *(record.sha256 for record in self.test)])
         key = hashlib.sha256(content.encode()).hexdigest()
         path = self.study.cache / "champions" / f"{key}.npy"
-        if path.is_file():
+        if files.is_sound(path):
             return np.load(path, allow_pickle=False)
         labels: list[str] = []
         for start in range(0, len(self.test), _CHUNK):
@@ -139,7 +139,7 @@ class _Challenger:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{id(self)}.npy")
         np.save(beside, np.array(labels), allow_pickle=False)
-        beside.replace(path)
+        files.seal(beside, path)
         return np.array(labels)
 
     def _not_learnt(self, learnt: Iterable[str]) -> np.ndarray:

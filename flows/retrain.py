@@ -8,19 +8,18 @@ gate.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect import flow
 
-from flows.alone import alone
 from flows.hooks import report_failure
+from flows.jobs import faults_in_one_line, only_job, only_retraining
 from flows.pipeline import steps
 from flows.servers import prefect_api
 from flows.study import open_study
-from medfocus.discreet import discreet, whole
+from medfocus.discreet import discreet
 
 if TYPE_CHECKING:
     from medfocus.tracking import Registration
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
 def retrain(params_file: Path = Path("params.yaml")) -> list[Registration]:
     """New pictures -> masks -> the study's cells -> gate -> registry.
 
-    Raises NotAloneError where another retraining or back-fill works in this checkout.
+    Raises JobRunningError where another retraining or back-fill works in this checkout.
     """
     study = open_study(Path(params_file))
-    with alone(study.home):
+    with only_retraining(study.home):
         return steps(study)
 
 
@@ -50,13 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
     params_file = parser.parse_args(arguments).params
-    open_study(params_file)  # a fault in the params file is said before a server starts
-    try:
-        with prefect_api():
+    with faults_in_one_line():
+        study = open_study(params_file)  # a fault in the params file is said before a server starts
+        with only_job(study), prefect_api():
             registrations = retrain(params_file)
-    except Exception as raised:
-        error = whole(raised)
-        sys.exit(f"medfocus: {type(error).__name__}: {error}")
     for registration in registrations:
         alias = f"@{registration.alias}" if registration.alias else "without alias"
         print(f"{registration.name} version {registration.version} {alias}: {registration.reason}")

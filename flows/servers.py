@@ -50,9 +50,22 @@ def prefect_server(
         home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
         home.mkdir(parents=True, exist_ok=True)
         # Two servers that migrate one new database at once break each other: they come up one by one.
-        with FileLock(home / "server.lock"):
+        with FileLock(home / "server.lock"), _whole_database(home):
             stack.enter_context(_server(command, environment, f"{api}/health", "Prefect's server", log))
         yield api
+
+
+@contextlib.contextmanager
+def _whole_database(home: Path) -> Iterator[None]:
+    """Around the start of a server: a new database whose making was cut short is made anew."""
+    database, making = home / "prefect.db", home / "prefect.db.making"
+    if making.exists():
+        for left in home.glob("prefect.db*"):
+            left.unlink()
+    if not database.exists():
+        making.touch()
+    yield
+    making.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -60,12 +73,15 @@ def prefect_api() -> Iterator[None]:
     """The Prefect server of the environment, or one on loopback for the ``with`` block.
 
     Prefect would start one by itself, but that one loses the last records of a process that ends.
+
+    Raises ConnectionError where the environment names a server and none answers.
     """
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    if PREFECT_API_URL.value():
+    if given := PREFECT_API_URL.value():
+        must_answer(f"{given}/health", "PREFECT_API_URL", "a server on loopback is then started for the run")
         yield
         return
     port = PREFECT_PORT if prefect_answers() else free_port()
@@ -75,6 +91,27 @@ def prefect_api() -> Iterator[None]:
         finally:  # else they would be sent at exit, to a server that is gone
             EventsWorker.drain_all(timeout=15)
             APILogWorker.drain_all(timeout=15)
+
+
+def must_answer(url: str, setting: str, without: str, seconds: float = 10) -> None:
+    """See to it that a server is there before anything is computed; any answer will do.
+
+    Raises ConnectionError, naming the setting that asks for it, when none came in time.
+    """
+    end, reason = time.monotonic() + seconds, ""
+    while (left := end - time.monotonic()) > 0:
+        try:
+            with urllib.request.urlopen(url, timeout=left):
+                return
+        except urllib.error.HTTPError:
+            return
+        except (urllib.error.URLError, OSError) as error:
+            reason = str(error)
+            time.sleep(min(1, left))
+    raise ConnectionError(
+        f"{setting}: no server answers at {url} in {seconds:g} seconds ({reason}). Start it, mend the "
+        f"address, or unset {setting}: {without}."
+    )
 
 
 def free_port() -> int:

@@ -2,24 +2,36 @@
 
 DVC alone decides whether a stage is stale, locks its paths, keeps its run cache and writes
 dvc.lock; only the subprocess is saved, which would spend 10 to 20 s on importing torch, open_clip
-and MLflow for every stage. The seam is one private function of DVC, pinned with it; a contract
+and MLflow for every stage. The seam is two private functions of DVC, pinned with it; a contract
 test holds that what ran here leaves `dvc status` clean.
+
+DVC writes dvc.lock and its list of locked paths in place, so that a kill can leave half of one. Here
+dvc.lock appears whole or not at all; what a killed `dvc repro` left is made again from DVC's run cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import dvc.stage.run
+import dvc.utils.serialize._common
 from dvc.exceptions import ReproductionError
 from dvc.lock import LockError
 from dvc.repo import Repo
+from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
+from dvc.utils.serialize import ParseError
+from dvc.utils.strictyaml import YAMLValidationError
+
+from medfocus import files
 
 
 class StageBusyError(RuntimeError):
@@ -34,7 +46,22 @@ def reproduce(folder: Path, stage: str) -> bool:
         Exception: Whatever the stage itself raised, with the stage's name as a note.
     """
     logging.getLogger("dvc").setLevel(logging.WARNING)  # at INFO it advises on git at every stage
-    with contextlib.chdir(folder), Repo() as repo, patch.object(dvc.stage.run, "_run", _run_here):
+    for _ in range(2):  # files of DVC's own
+        try:
+            return _reproduce(folder, stage)
+        except (ParseError, YAMLValidationError, RWLockFileCorruptedError, RWLockFileFormatError) as error:
+            if not _mended(folder, error):
+                raise
+    return _reproduce(folder, stage)
+
+
+def _reproduce(folder: Path, stage: str) -> bool:
+    with (
+        contextlib.chdir(folder),
+        Repo() as repo,
+        patch.object(dvc.stage.run, "_run", _run_here),
+        patch.object(dvc.utils.serialize._common, "_dump_data", _dump_whole),
+    ):
         try:
             return bool(Repo.reproduce(repo, f"dvc.yaml:{stage}", single_item=True))
         except LockError as error:
@@ -44,7 +71,29 @@ def reproduce(folder: Path, stage: str) -> bool:
             if isinstance(cause, LockError):
                 raise StageBusyError(f"stage {stage}: {cause}") from cause
             cause.add_note(f"in stage {stage} of {folder / 'dvc.yaml'}")
-            raise cause from None
+            raise cause from cause.__cause__
+
+
+def _mended(folder: Path, error: Exception) -> bool:
+    """Whether what DVC could not read was a file that it makes itself, and is now out of the way."""
+    if isinstance(error, RWLockFileCorruptedError | RWLockFileFormatError):
+        with contextlib.chdir(folder), Repo() as repo:
+            damaged = Path(str(repo.tmp_dir), "rwlock")
+    else:
+        damaged = folder / "dvc.lock"
+        if "dvc.lock" not in str(error):
+            return False
+    aside = damaged.with_name(damaged.name + ".damaged")
+    damaged.replace(aside)
+    print(f"{damaged} was damaged, and is made again; see {aside}", file=sys.stderr, flush=True)
+    return True
+
+
+def _dump_whole(path: str, data: Any, dumper: Callable[..., Any], fs: Any = None, **settings: Any) -> None:
+    """Stand in for DVC's writing of a YAML or JSON file."""
+    text = io.StringIO()
+    dumper(data, text, **settings)
+    files.write(Path(path), text.getvalue())
 
 
 def _run_here(executable: str | None, cmd: str, **kwargs: Any) -> None:

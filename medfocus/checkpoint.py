@@ -38,8 +38,11 @@ def save(method: Method, header: Header, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     # One metadata key: safetensors writes several in no fixed order, and the bytes must be.
-    save_file(tensors, beside, metadata={"medfocus": json.dumps(asdict(header), sort_keys=True)})
-    beside.replace(path)
+    try:
+        save_file(tensors, beside, metadata={"medfocus": json.dumps(asdict(header), sort_keys=True)})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)  # of a disk that is full every byte counts
 
 
 def read_header(path: Path) -> Header:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medfocus import files
 from medfocus.figures import COLOURS, MARKERS, blank, png
 from medfocus.metrics import Interval, mean_interval
 
@@ -62,14 +63,14 @@ def system_name(method: str, focus: str) -> str:
 
 def write_study_csv(rows: Sequence[StudyRow], path: Path) -> None:
     """Write study.csv, one line a row, in the order given; floats with 6 decimals."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(StudyRow)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            values = asdict(row)
-            scores = {k: f"{v:.6f}" for k, v in values.items() if isinstance(v, float)}
-            writer.writerow({**values, **scores, "percent_of_train": _percent(row.percent_of_train)})
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [f.name for f in fields(StudyRow)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        values = asdict(row)
+        scores = {k: f"{v:.6f}" for k, v in values.items() if isinstance(v, float)}
+        writer.writerow({**values, **scores, "percent_of_train": _percent(row.percent_of_train)})
+    files.write(path, table.getvalue())
 
 
 def read_study_csv(path: Path) -> list[StudyRow]:

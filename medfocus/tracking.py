@@ -8,6 +8,7 @@ import os
 import socket
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -156,7 +157,7 @@ class Tracking:
         dead = [
             run.info.run_id
             for run in self.client.search_runs(experiments, mine)
-            if not _is_alive(int(run.data.tags["owner.pid"]), float(run.data.tags["owner.started"]))
+            if not _is_alive(run.data.tags)
         ]
         for run_id in dead:
             self.client.set_tag(run_id, "error", "The process that owned this run ended without closing it.")
@@ -365,6 +366,18 @@ class Tracking:
             )
         return str(version.version)
 
+    def _answers(self) -> bool:
+        """Whether a store that is a server is there: MLflow would ask one that is gone for minutes."""
+        place = urllib.parse.urlsplit(self.uri)
+        if not place.scheme.startswith("http"):
+            return True
+        try:
+            port = place.port or (443 if place.scheme == "https" else 80)
+            socket.create_connection((place.hostname or "", port), timeout=2).close()
+        except OSError:
+            return False
+        return True
+
     def _log_params_and_metrics(
         self, run_id: str, params: Mapping[str, object], metrics: Mapping[str, float]
     ) -> None:
@@ -390,8 +403,9 @@ class Tracking:
             yield
         except BaseException as error:
             killed = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
-            self.client.set_tag(run_id, "error", kind_and_place(error))
-            self.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
+            if self._answers():  # else the next start closes the run
+                self.client.set_tag(run_id, "error", kind_and_place(error))
+                self.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
             raise
         self.client.set_terminated(run_id, "FINISHED")
 
@@ -524,16 +538,32 @@ def _tags(tags: Mapping[str, object]) -> dict[str, Any]:
         "owner.host": socket.gethostname(),
         "owner.pid": os.getpid(),
         "owner.started": repr(psutil.Process().create_time()),
+        "owner.born": _born(os.getpid()),
     }
     return {key: str(value)[:_LONGEST_TAG] for key, value in {**tags, **owner}.items()}
 
 
-def _is_alive(pid: int, started: float) -> bool:
-    """Whether the process that started then still runs; a number may have been given to another since."""
+def _is_alive(owner: Mapping[str, str]) -> bool:
+    """Whether a run's process still runs; its number may have been given to another since."""
     try:
-        process = psutil.Process(pid)
-        # Start times are counted from the boot, whose own time a corrected clock may shift a little.
-        same = abs(process.create_time() - started) < 2
+        process = psutil.Process(int(owner["owner.pid"]))
+        if born := owner.get("owner.born"):
+            same = born == _born(process.pid)
+        else:  # a start as the clock had it, which a correction shifts
+            same = abs(process.create_time() - float(owner["owner.started"])) < 2
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _born(pid: int) -> str:
+    """What no other process of this host ever has: the boot, and when in it this one started, by no clock.
+
+    "" where the system is not Linux, or has no such process.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    except OSError:
+        return ""
+    return f"{boot} {ticks.split()[19]}"

@@ -93,7 +93,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make_project(folder: Path) -> None:
+def make_project(folder: Path, segmenter: str = "otsu") -> None:
     """Make the clone of ``project`` in an empty folder."""
     for name in ("medfocus", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -113,7 +113,7 @@ def make_project(folder: Path) -> None:
     content["phantoms"] = {
         "breast_ultrasound": {"seed": 0, "train_per_class": 8, "test_per_class": 5, "size": 96}
     }
-    content["masks"] |= {"segmenter": "otsu"}
+    content["masks"] |= {"segmenter": segmenter}
     content["report"] |= {"baseline": "pixels"}
     content["gate"] |= {"recall": {}, "calibration": 0.99}  # 15 test pictures prove little
     content["methods"]["medfocusclip"] |= {"epochs": 5}

@@ -19,6 +19,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 import yaml
+from filelock import FileLock
 from prefect import Flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.schedules import CronSchedule
@@ -26,8 +27,8 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.states import Crashed, exception_to_failed_state
 
 from flows import hooks, postgres, servers, up
-from flows.alone import NotAloneError, alone
 from flows.backfill import backfill
+from flows.jobs import JobRunningError, only_retraining
 from flows.retrain import retrain
 from flows.retries import is_passing
 from flows.stages import StageBusyError
@@ -156,13 +157,13 @@ def test_the_nightly_run_has_a_time_and_a_zone_and_is_over_before_the_next() -> 
 
 
 def test_no_retraining_and_no_backfill_starts_where_another_works(project: Path) -> None:
-    with alone(project):
+    with FileLock(project / ".cache" / ".retraining.lock"):
         for flow in (retrain, backfill):
-            with pytest.raises(DiscreetError, match=r"^NotAloneError at") as told:
+            with pytest.raises(DiscreetError, match=r"^JobRunningError at") as told:
                 flow.fn(Path("params.yaml"))
-            assert isinstance(told.value.error, NotAloneError)
+            assert isinstance(told.value.error, JobRunningError)
             assert "another retraining or back-fill works here" in str(told.value.error)
-    with alone(project):  # it was given back
+    with only_retraining(project):  # it was given back
         pass
 
 

@@ -282,17 +282,6 @@ def start_flow(project: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_two_flows_at_once_do_no_harm(project: Path) -> None:
-    both = [start_flow(project), start_flow(project)]
-    outputs = [process.communicate(timeout=400) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    stderr = outputs[0][1] + outputs[1][1]
-    for stage in ("finetune", "evaluate", "masks@phantom-breast"):
-        assert stderr.count(f"{stage}: done") == 1, stderr
-    assert "up to date" in dvc("status")
-    assert {run.info.status for run in runs(project)} == {"FINISHED"}
-
-
 def test_a_killed_flow_repeats_only_unfinished_cells(project: Path) -> None:
     process = start_flow(project)
     cells = project / ".cache/cells"

@@ -7,10 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from medfocus import tracking
@@ -117,10 +119,26 @@ def test_a_process_that_ends_in_order_finishes_its_run(
 
 
 def test_a_number_given_to_another_process_does_not_keep_a_run_alive(opened: Tracking) -> None:
-    tags = {**tracking._tags({}), "owner.started": "1.0"}  # this process's number, another start
-    run_id = opened.client.create_run(opened.experiment_id, tags=tags).info.run_id
-    assert opened.close_dead_runs() == [run_id]
-    assert run_of(opened, run_id).info.status == "FAILED"
+    own = tracking._tags({})
+    born = {**own, "owner.born": own["owner.born"] + "1"}  # this process's number, another start
+    before = {name: value for name, value in own.items() if name != "owner.born"} | {"owner.started": "1.0"}
+    runs = [opened.client.create_run(opened.experiment_id, tags=tags).info.run_id for tags in (born, before)]
+    assert sorted(opened.close_dead_runs()) == sorted(runs)
+    assert {run_of(opened, run_id).info.status for run_id in runs} == {"FAILED"}
+
+
+@pytest.mark.parametrize("hours", [-30 * 24, -1, 1])
+def test_a_clock_that_is_moved_takes_no_run_from_a_living_process(
+    opened: Tracking, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    run_id = opened.client.create_run(opened.experiment_id, tags=tracking._tags({})).info.run_id
+    now, started = time.time, psutil.Process.create_time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+    # A process's start is told as the boot's time by the clock, and so many seconds after it.
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: started(process) + 3600 * hours)
+    assert opened.close_dead_runs() == []
+    assert run_of(opened, run_id).info.status == "RUNNING"
+    opened.client.set_terminated(run_id)
 
 
 def test_runs_of_other_hosts_are_left_alone(opened: Tracking) -> None:

@@ -1,0 +1,211 @@
+"""Main jobs that begin in a moment and say where they are: forked from one that has imported everything.
+
+A job is the whole of `python -m flows.pipeline` but for the imports, the start of Prefect's server, which is
+shared, and the worker processes of the fits, which run in the job itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import selectors
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flows.servers import free_port, prefect_server
+
+PARTS = ("data", "masks", "features", "training", "evaluate", "page", "registry")
+_PART_OF = {name: "data" for name in ("phantoms", "ingest", "duplicates", "splits")} | {
+    "finetune": "training"
+}
+
+
+@contextlib.contextmanager
+def ready(folder: Path, port: int | None = None) -> Iterator[None]:
+    """Import what a main job does, start Prefect's server, and make ``folder``/template, a project to copy.
+
+    The process may have no thread but the one that forks.
+    """
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        os.environ.pop(name, None)
+    with prefect_server(port or free_port()) as api:
+        os.environ["PREFECT_API_URL"] = api
+        stages = (
+            "phantoms",
+            "ingest",
+            "duplicates",
+            "splits",
+            "masks",
+            "finetune",
+            "evaluate",
+            "page",
+            "register",
+        )
+        libraries = ("matplotlib.pyplot", "mlflow.pyfunc", "mlflow.store.db.utils", "open_clip")
+        for name in ("flows.pipeline", *(f"flows.{stage}" for stage in stages), *libraries):
+            importlib.import_module(name)
+        if threading.active_count() != 1:
+            raise RuntimeError(f"a library started threads when it was imported: {threading.enumerate()}")
+        from tests.conftest import make_project  # imports torch, which reads the environment of above
+
+        (folder / "template").mkdir()
+        make_project(folder / "template", segmenter="sam2")
+        yield
+
+
+def new_project(folder: Path, name: str) -> Path:
+    """A fresh copy of the template, in place of what had this name."""
+    project = folder / name
+    shutil.rmtree(project, ignore_errors=True)
+    shutil.copytree(folder / "template", project, symlinks=True)
+    return project
+
+
+@dataclass
+class Job:
+    """A main job under way."""
+
+    pid: int
+    _told: int  # a pipe that it says on what it does
+    _made: Path
+    seconds: dict[str, float] = field(default_factory=dict)  # spent so far in every part
+    part: str = "start"  # that it is in
+    ran: list[str] = field(default_factory=list)  # stages that were not up to date
+    code: int | None = None  # its exit code, once it has ended
+
+    def follow(self, part: str, seconds: float) -> None:
+        """Watch it until it has spent so long in a part, or has ended by itself."""
+        rest, last = b"", time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._told, selectors.EVENT_READ)
+            while self.seconds.get(part, 0.0) < seconds:
+                heard = os.read(self._told, 4096) if selector.select(0.002) else None
+                now = time.monotonic()
+                self.seconds[self.part] = self.seconds.get(self.part, 0.0) + now - last
+                last = now
+                if heard == b"":
+                    self._wait()
+                    return
+                *lines, rest = (rest + (heard or b"")).split(b"\n")
+                for line in lines:
+                    word, _, stage = line.decode().partition(" ")
+                    if stage:
+                        self.ran.append(stage)
+                    else:
+                        self.part = word
+
+    def kill(self) -> None:
+        """End it and all that it started, at once."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self._wait()
+
+    def made(self) -> set[str]:
+        """Masks and features that it made, "folder key"."""
+        return set(self._made.read_text(encoding="utf-8").splitlines()) if self._made.exists() else set()
+
+    def _wait(self) -> None:
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._told)
+
+
+def start(project: Path, log: Path, made: Path, hours: float = 0) -> Job:
+    """Begin a main job in a project, its clock moved by ``hours``; what it says goes to ``log``."""
+    made.unlink(missing_ok=True)
+    told, tell = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        os.close(tell)
+        os.setpgid(pid, pid)  # by whoever of the two comes first
+        return Job(pid, told, made)
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.close(told)
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.chdir(project)
+        now, now_ns = time.time, time.time_ns
+        time.time = lambda: now() + 3600 * hours
+        time.time_ns = lambda: now_ns() + int(3600e9 * hours)
+        code = _job(tell, os.open(made, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _job(tell: int, made: int) -> int:
+    """The main job in this process; its exit code."""
+    from flows import evaluate, finetune, page, pipeline, register
+    from flows.cells import Dataset
+    from medfocus.shards import Shards
+
+    def says(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*arguments: Any, **settings: Any) -> Any:
+            os.write(tell, f"{name}\n".encode())
+            return function(*arguments, **settings)
+
+        return told
+
+    reproduce, put = pipeline._reproduce, Shards.put
+
+    def stage(study: Any, name: str) -> bool:
+        kind = name.partition("@")[0]
+        os.write(tell, f"{_PART_OF.get(kind, kind)}\n".encode())
+        if ran := reproduce(study, name):
+            os.write(tell, f"ran {name}\n".encode())
+        return ran
+
+    def noted_put(self: Shards, entries: Any) -> None:
+        entries = list(entries)
+        os.write(made, "".join(f"{Path(self._folder).name} {key}\n" for key, _ in entries).encode())
+        put(self, entries)
+
+    module: Any
+    for module, name, stand_in in (
+        (pipeline, "_reproduce", stage),
+        (Shards, "put", noted_put),
+        (Dataset, "embed", says("features", Dataset.embed)),
+        (finetune, "fit", says("training", finetune.fit)),
+        (finetune, "parallel_config", lambda *_, **__: contextlib.nullcontext()),
+        (finetune, "_workers_that_end", contextlib.nullcontext),
+        (finetune, "_end_with_parent", lambda: None),
+        (evaluate, "_cost", says("evaluate", evaluate._cost)),
+        (page, "write_page", says("page", page.write_page)),
+        (register, "register_best", says("registry", register.register_best)),
+    ):
+        setattr(module, name, stand_in)
+    try:
+        pipeline.main([])
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+    return 0

@@ -1,0 +1,154 @@
+"""Claims about damaged caches and half-written files: found, and made again with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import costs, duplicates, finetune, ingest, masks, phantoms, splits, stages
+from medfocus import features, files
+from medfocus.shards import Shards
+
+
+def flip(path: Path, at: int) -> None:
+    """Turn one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    """Leave the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_sealed_file_is_believed_only_as_long_as_it_has_its_hash(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "cell.safetensors"
+    assert not files.is_sound(path)
+    path.write_bytes(b"from before there were seals")
+    assert files.is_sound(path)
+    for number in range(40):
+        (tmp_path / "beside").write_bytes(b"forty bytes of a finished checkpoint....")
+        files.seal(tmp_path / "beside", path)
+        assert files.is_sound(path) and not (tmp_path / "beside").exists()
+        flip(path, number)
+        assert not files.is_sound(path)
+    assert caplog.text.count(f"{path} is damaged") == 40
+
+
+def test_a_killed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.html"
+    files.write(path, "first")
+
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            files.write(path, "second")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_damaged_note_of_a_cost_is_no_note(tmp_path: Path) -> None:
+    costs.write(costs.Fit(1.5, None, 7, ""), tmp_path / "cell.safetensors")
+    note = tmp_path / "cell.json"
+    assert costs.read(tmp_path / "cell.safetensors") == costs.Fit(1.5, None, 7, "")
+    for content in ("", note.read_text()[:20], "{}"):
+        note.write_text(content)
+        assert costs.read(tmp_path / "cell.safetensors") is None
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Fits run here, without workers; the list of the checkpoints that they made."""
+    fitted: list[Path] = []
+    fit = finetune.fit
+
+    def noted(job: finetune.Fit) -> None:
+        fitted.append(job.path)
+        fit(job)
+
+    monkeypatch.setattr(finetune, "fit", noted)
+    monkeypatch.setattr(finetune, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(finetune, "_workers_that_end", contextlib.nullcontext)
+    monkeypatch.setattr(finetune, "parallel_config", lambda *_, **__: contextlib.nullcontext())
+    return fitted
+
+
+def published() -> dict[str, bytes]:
+    """Masks and checkpoints, as later stages read them."""
+    folders = (Path("data/masks"), Path("data/checkpoints"))
+    return {
+        str(path): path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_a_cut_or_flipped_cache_is_made_again_with_the_same_bytes(
+    project: Path,
+    in_this_process: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    phantoms.main(["--modality", "breast_ultrasound"])
+    for stage in (ingest, duplicates, splits, masks):
+        stage.main(["--dataset", "phantom-breast"])
+    finetune.main([])
+    whole = published()
+    assert len(in_this_process) == 17
+    (project / "data/.checkpoints.1").mkdir()  # what a killed run leaves
+    (project / "data/masks/.phantom-breast.abcdefgh.old").mkdir()
+
+    cells = sorted(in_this_process)
+    flip(cells[0], -1)
+    cut(cells[1])
+    cut(cells[2].with_suffix(".json"))
+    (shard,) = (project / ".cache/masks").rglob("*.zip")
+    flip(shard, shard.read_bytes().index(b"IDAT") + 6)
+    tables = sorted((project / ".cache/features").rglob("*.zip"))
+    flip(tables[0], tables[0].stat().st_size // 3)
+    cut(tables[1])
+    in_this_process.clear()
+    made: list[str] = []
+    put = Shards.put
+
+    def noted(self: Shards, entries: Any) -> None:
+        entries = list(entries)
+        made.extend(key for key, _ in entries)
+        put(self, entries)
+
+    monkeypatch.setattr(Shards, "put", noted)
+    features._opened.cache_clear()  # a new process knows nothing of the shards
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        masks.main(["--dataset", "phantom-breast"])
+        assert len(made) == 1, "one mask was flipped, one is made"
+        finetune.main([])
+    assert sorted(in_this_process) == cells[:2]
+    assert published() == whole
+    for damaged in (cells[0], cells[1], shard):
+        assert f"{damaged} is damaged" in caplog.text
+    assert not [path for path in (project / "data").rglob(".*") if path.is_dir()]
+
+
+@pytest.mark.parametrize("left", ["", "schema: '2.0'\nstages:\n  a:\n    cmd: 'pyt", "<<<<<<< ours\n"])
+def test_half_a_dvc_lock_is_set_aside_and_made_again(
+    project: Path, capsys: pytest.CaptureFixture[str], left: str
+) -> None:
+    stage = "phantoms@breast_ultrasound"
+    assert stages.reproduce(project, stage)
+    lock = project / "dvc.lock"
+    whole = lock.read_bytes()
+    lock.write_text(left)
+    (project / ".dvc/tmp/rwlock").write_text("")
+    stages.reproduce(project, stage)
+    assert lock.read_bytes() == whole
+    assert "dvc.lock was damaged, and is made again" in capsys.readouterr().err
+    assert (project / "dvc.lock.damaged").read_text() == left
+    assert not stages.reproduce(project, stage)
