@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--modality", required=True)
     modality = parser.parse_args(arguments).modality
     params = here().params.phantoms[modality]
+    for left in Path("data/phantoms").glob(f".{modality}-????????"):  # by a run that was killed
+        shutil.rmtree(left)
     phantoms.write(
         Path("data/phantoms", modality),
         modality,

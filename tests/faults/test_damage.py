@@ -96,6 +96,7 @@ def test_a_cut_or_flipped_cache_is_made_again_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    (project / "data/phantoms/.breast_ultrasound-abcdefgh/whole").mkdir(parents=True)  # a killed run left it
     phantoms.main(["--modality", "breast_ultrasound"])
     for stage in (ingest, duplicates, splits, masks):
         stage.main(["--dataset", "phantom-breast"])
