@@ -97,6 +97,8 @@ def make_project(folder: Path, segmenter: str = "otsu") -> None:
     """Make the clone of ``project`` in an empty folder."""
     for name in ("medfocus", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    own = shutil.ignore_patterns("cache", "tmp", "config.local")
+    shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=own)
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copyfile(ROOT / name, folder / name)
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -121,7 +123,6 @@ def make_project(folder: Path, segmenter: str = "otsu") -> None:
     environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "1"}
     for command in (
         ["git", "init", "--quiet"],
-        [sys.executable, "-m", "dvc", "init", "--quiet"],
         ["git", "add", "."],
         ["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "-m", "start"],
     ):

@@ -162,7 +162,7 @@ def test_no_retraining_and_no_backfill_starts_where_another_works(project: Path)
             with pytest.raises(DiscreetError, match=r"^JobRunningError at") as told:
                 flow.fn(Path("params.yaml"))
             assert isinstance(told.value.error, JobRunningError)
-            assert "another retraining or back-fill works here" in str(told.value.error)
+            assert "another retraining or back-fill runs here" in str(told.value.error)
     with only_retraining(project):  # it was given back
         pass
 
