@@ -76,12 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             best = best_cell(params, name, predicted)
             headline[name] = {"best": best.name, **measured[best]}
             values = next(iter(predicted[best].values()))  # (N, K) of its own classifier
-            for kind, figure in _figures_of(dataset, best, values).items():
+            drawn = _figures_of(dataset, best, values)
+            for kind, figure in drawn.items():
                 (figures / f"{kind}-{name}.png").write_bytes(figure)
                 run.log_figure(f"{kind}-{name}", figure)
             best_run = run_ids[checkpoint.read_header(Path("data/checkpoints", best.path)).facts["key"]]
             told = f"The cell of {name} that validation inside its support chose, on the test set."
-            run.describe(told, [f"confusion-{name}", f"reliability-{name}"], best_run)
+            run.describe(told, drawn, best_run)
             run.log_figure(f"masks-{name}", Path(f"reports/data/{name}/masks.png").read_bytes())
         accuracy = report.accuracy_figure(rows)
         (figures / "accuracy.png").write_bytes(accuracy)
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.write_study_csv(rows, RESULTS)
         PLOTS.parent.mkdir(parents=True, exist_ok=True)
         PLOTS.write_text(report.plot_table(rows), encoding="utf-8")
-        run.describe(_described(headline), ["accuracy"])
+        run.describe(_described(headline), {"accuracy": accuracy})
         METRICS.write_text(json.dumps(headline, indent=2) + "\n", encoding="utf-8")
         costs.write_lines(spent, costs.COSTS)
         _write_study_csv(study, run_ids)

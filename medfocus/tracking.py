@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 from filelock import FileLock
+from PIL import Image
 
 from medfocus.discreet import kind_and_place
 from medfocus.provenance import PACKAGES, installed
@@ -38,6 +40,7 @@ _QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # which pages the experiment is shown with
+_PAGE_WIDTH = 800  # pixels
 _LONGEST_TAG = 5000  # characters; MLflow's databases take 8000 bytes
 
 
@@ -425,9 +428,8 @@ class Study:
         metrics: Mapping[str, float],
         tags: Mapping[str, object] | None = None,
         datasets: Sequence[DataInput] = (),
-        figures: Mapping[str, bytes] | None = None,
     ) -> str:
-        """One finished child run with all of a cell's numbers; ``figures`` are PNG bytes by name. Its id."""
+        """One finished child run with all of a cell's numbers. Its id."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         tracking, client = self.tracking, self.tracking.client
@@ -444,8 +446,6 @@ class Study:
             ]
             if inputs:
                 client.log_inputs(run_id, inputs)
-            for figure, png in (figures or {}).items():
-                tracking._log_file(run_id, f"figures/{figure}.png", png)
         return run_id
 
     def log_figure(self, name: str, png: bytes) -> None:
@@ -456,17 +456,27 @@ class Study:
         """Keep a table with the study, as ``<name>.csv``."""
         self.tracking._log_file(self.run_id, f"{name}.csv", csv.encode())
 
-    def describe(self, text: str, figures: Sequence[str], cell_run: str | None = None) -> None:
-        """Show a Markdown text, and under it figures of the study, on its page or on a cell's."""
-        links = [
-            f"![{name}](get-artifact?path=figures%2F{name}.png&run_uuid={self.run_id})" for name in figures
-        ]
-        note = "\n\n".join([text[:_LONGEST_TAG], *links])
-        self.tracking.client.set_tag(cell_run or self.run_id, "mlflow.note.content", note)
+    def describe(self, text: str, figures: Mapping[str, bytes], cell_run: str | None = None) -> None:
+        """Show a Markdown text, and PNG figures by name under it, on the study's page or on a cell's."""
+        run_id = cell_run or self.run_id
+        lines = [text[:_LONGEST_TAG]]
+        for name, png in figures.items():
+            self.tracking._log_file(run_id, f"shown/{name}.png", _narrow(png))
+            lines.append(f"![{name}](get-artifact?path=shown%2F{name}.png&run_uuid={run_id})")
+        self.tracking.client.set_tag(run_id, "mlflow.note.content", "\n\n".join(lines))
 
     def log_input(self, path: Path) -> None:
         """Keep a file that the study was made from, as ``inputs/<its name>``."""
         self.tracking._log_file(self.run_id, f"inputs/{path.name}", path.read_bytes())
+
+
+def _narrow(png: bytes) -> bytes:
+    """A picture as wide as a run's page at most: it would show what is wider cut off."""
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
+        picture.thumbnail((_PAGE_WIDTH, 2 * _PAGE_WIDTH), Image.Resampling.LANCZOS)
+        narrow = io.BytesIO()
+        picture.save(narrow, "PNG")
+    return narrow.getvalue()
 
 
 def _lock(home: Path) -> FileLock:

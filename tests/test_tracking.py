@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import subprocess
@@ -11,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import psutil
 import pytest
+from PIL import Image
 
 from medfocus import tracking
 from medfocus.provenance import made_from
@@ -194,7 +197,6 @@ def test_a_cell_is_a_finished_child_with_all_its_numbers(opened: Tracking) -> No
             metrics={"accuracy": 0.75, "auroc": float("nan")},
             tags={"cell_key": "k"},
             datasets=[DataInput("covid19", "d" * 64, "/data/covid19")],
-            figures={"confusion": b"png"},
         )
     parent, cell = run_of(opened, study.run_id), run_of(opened, run_id)
     assert (parent.info.status, cell.info.status) == ("FINISHED", "FINISHED")
@@ -208,7 +210,23 @@ def test_a_cell_is_a_finished_child_with_all_its_numbers(opened: Tracking) -> No
     assert "auroc" in cell.data.metrics
     [data] = cell.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == ("covid19", "d" * 36, "training")
-    assert [f.path for f in opened.client.list_artifacts(run_id, "figures")] == ["figures/confusion.png"]
+
+
+def test_a_page_shows_its_figures_no_wider_than_it_is(opened: Tracking, tmp_path: Path) -> None:
+    wide = io.BytesIO()
+    Image.new("RGB", (2000, 500)).save(wide, "PNG")
+    with opened.study("study", {}) as study:
+        cell = study.log_cell(name="best", params={}, metrics={})
+        study.describe("The best cell.", {"confusion": wide.getvalue()}, cell)
+        study.describe("| a |\n|---|", {})
+    assert run_of(opened, study.run_id).data.tags["mlflow.note.content"] == "| a |\n|---|"
+    note = run_of(opened, cell).data.tags["mlflow.note.content"]
+    assert note.startswith("The best cell.\n\n![confusion](get-artifact?")
+    (link,) = re.findall(r"path=(\S+)&run_uuid=(\w+)\)", note)
+    assert link[1] == cell
+    shown = opened.download(cell, unquote(link[0]), tmp_path)
+    with Image.open(shown) as picture:
+        assert picture.size == (800, 200)
 
 
 def test_the_newest_finished_run_of_a_cell_is_found_by_its_key(opened: Tracking) -> None:
