@@ -18,6 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import pipeline, servers
 from flows.study import open_study
 from medfocus import tracking
+from medfocus.discreet import DiscreetError
 
 LOOPBACK = servers.HOST
 
@@ -74,8 +75,10 @@ def test_mlflow_s_server_is_asked_before_anything_is_computed(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     must_answer: Callable[..., None] = servers.must_answer
     monkeypatch.setattr(pipeline, "must_answer", lambda *given: must_answer(*given, seconds=0.5))
-    with pytest.raises(ConnectionError, match=f"MLFLOW_TRACKING_URI: no server answers at {address} "):
+    with pytest.raises(DiscreetError) as told:
         pipeline.check_plan.fn(open_study(project / "params.yaml"))
+    assert isinstance(told.value.error, ConnectionError)
+    assert f"MLFLOW_TRACKING_URI: no server answers at {address} " in str(told.value.error)
 
 
 def test_a_run_on_a_server_that_is_gone_ends_with_its_own_error_at_once(tmp_path: Path) -> None:
