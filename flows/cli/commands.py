@@ -137,3 +137,139 @@ def report(params: Params = Path("params.yaml")) -> None:
         with terminal.waiting("loading"):
             from flows.page import write_page
         print(write_page(opened))
+
+
+@app.command()
+def doctor() -> None:
+    """Look at versions, device, project, stores, servers, caches and disk; each fault with its fix.
+
+    Nothing is changed. Ends with 1 where there is a fault.
+
+    \b
+    Example:
+      medfocus doctor
+    """
+    with terminal.at_work():
+        from flows.cli import doctor as work
+
+        with terminal.waiting("looking"):
+            found = list(work.examine())
+        terminal.table(("", "", "found"), [(each.what, each.state, each.said) for each in found])
+        for each in found:
+            if each.fix:
+                print(f"{each.state}: {each.what}: {each.said}. {each.fix}")
+        faults = sum(each.state == "fault" for each in found)
+        print(f"{faults} faults" if faults != 1 else "1 fault")
+    if faults:
+        raise typer.Exit(1)
+
+
+models = typer.Typer(
+    rich_markup_mode=None,
+    help="Registered models and cached weights: list, fetch, export, import.",
+    epilog="Without a command they are listed. For a machine without a network: medfocus models fetch where "
+    "there is one, then copy the hub cache; medfocus models export there, medfocus models import here.",
+    invoke_without_command=True,
+)
+app.add_typer(models, name="models")
+
+
+@models.callback()
+def models_listed(context: typer.Context) -> None:
+    """List what is registered and what is cached."""
+    if context.invoked_subcommand is not None:
+        return
+    with terminal.at_work():
+        home = terminal.project()
+        with terminal.waiting("reading"):
+            from flows.cli import models as work
+            from medfocus import tracking
+
+            versions = tracking.registered(home)
+            weights = work.weights(home)
+        if versions:
+            rows = [
+                (each.name, each.version, each.alias, each.created, each.tags.get("gate", ""))
+                for each in versions
+            ]
+            terminal.table(("model", "version", "alias", "registered, UTC", "why"), rows)
+        else:
+            print("No model is registered: medfocus run makes one, medfocus models import brings one.")
+        terminal.table(("weights", "setting", "where"), [tuple(each) for each in weights])
+
+
+@models.command("fetch")
+def models_fetch(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Weights; those that studies name without it.")
+    ] = None,
+) -> None:
+    """Download weights into the local hub cache, where every later run finds them.
+
+    For a machine without a network run it elsewhere and copy the hub cache; medfocus doctor says where
+    it is.
+
+    \b
+    Examples:
+      medfocus models fetch                                what the studies here name
+      medfocus models fetch facebook/sam2.1-hiera-tiny     SAM2
+      medfocus models fetch ViT-B-16:openai                a model of open_clip and its tag
+      medfocus models fetch hf-hub:ORG/NAME                a CLIP on the hub
+    """
+    failed = False
+    with terminal.at_work():
+        from flows.cli import models as work
+
+        wanted = names or list(dict.fromkeys(work.asked_for(terminal.project())))
+        if not wanted:
+            print("No study here names weights that are not in the package: nothing to fetch.")
+        for name in wanted:
+            try:
+                print(f"{name}: {work.fetch(name)}")
+            except (ValueError, OSError, ImportError) as error:
+                terminal.tell(terminal.sentence(error))
+                failed = True
+    if failed:
+        raise typer.Exit(1)
+
+
+@models.command("export")
+def models_export(
+    file: Annotated[Path, typer.Argument(help="The zip to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="NAME, NAME@VERSION, or a model folder.")
+    ] = None,
+) -> None:
+    """Write a registered model to a zip of tensors and text, for another machine.
+
+    \b
+    Example:
+      medfocus models export breast.zip --model medfocus-phantom-breast
+    """
+    with terminal.at_work():
+        from flows.cli import models as work
+
+        told = work.export(terminal.project(), model, file)
+        print(
+            f"{told} -> {file}, {file.stat().st_size / 1e6:.1f} MB\nThere: medfocus models import {file.name}"
+        )
+
+
+@models.command("import")
+def models_import(
+    file: Annotated[Path, typer.Argument(help="What medfocus models export wrote.")],
+    name: Annotated[str | None, typer.Option(help="To register it as; the file's name without it.")] = None,
+) -> None:
+    """Check an exported model, load it once and register it here. It does not become champion.
+
+    \b
+    Example:
+      medfocus models import breast.zip --name medfocus-breast
+    """
+    with terminal.at_work():
+        from flows.cli import models as work
+        from flows.cli.init import slug
+
+        made = work.bring(terminal.project(), file, name or slug(file.stem))
+        print(f"{made.name} version {made.version}: {made.reason}")
+        print(f"Use it: medfocus predict FILES --out DIR --model {made.name}@{made.version}")
