@@ -273,3 +273,95 @@ def models_import(
         made = work.bring(terminal.project(), file, name or slug(file.stem))
         print(f"{made.name} version {made.version}: {made.reason}")
         print(f"Use it: medfocus predict FILES --out DIR --model {made.name}@{made.version}")
+
+
+Files = Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="A folder for the table and the pictures.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="NAME, NAME@VERSION or a model folder; else the only one.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Write over a table that is there.")]
+
+
+@app.command()
+def predict(files: Files, out: Out, model: Model = None, force: Force = False) -> None:
+    """Say the class of pictures: a line each in predictions.csv, and each with its mask drawn in.
+
+    Without a version the model is the champion or, where there is none, the newest.
+
+    \b
+    Examples:
+      medfocus predict scan1.png scan2.png --out answers
+      medfocus predict ../new-pictures --out answers --model medfocus-phantom-breast
+    """
+    _with_a_model("predict", files, out, model, force)
+
+
+@app.command()
+def explain(files: Files, out: Out, model: Model = None, force: Force = False) -> None:
+    """Show where in a picture an answer came from: a sheet each, and a line in explanations.csv.
+
+    \b
+    Example:
+      medfocus explain scan1.png --out why --model medfocus-phantom-breast
+    """
+    _with_a_model("explain", files, out, model, force)
+
+
+@app.command()
+def masks(
+    files: Files,
+    out: Out,
+    params: Params = Path("params.yaml"),
+    dataset: Annotated[str | None, typer.Option(help="Whose settings; the first one's without it.")] = None,
+    force: Force = False,
+) -> None:
+    """Find the region of pictures without any label: its mask, and the picture with it drawn in.
+
+    \b
+    Examples:
+      medfocus masks scan1.png --out masks
+      medfocus masks ../new-pictures --out masks --params studies/mine.yaml
+    """
+    with terminal.at_work():
+        from flows.cli import pictures as work
+        from flows.study import Study
+        from medfocus.masks.store import MaskStore
+        from medfocus.params import load_params
+
+        loaded = load_params(params)
+        name = dataset or next(iter(loaded.datasets))
+        if name not in loaded.datasets:
+            known = ", ".join(loaded.datasets)
+            raise typer.BadParameter(f"{params} has no {name!r}, but {known}.", param_hint="--dataset")
+        folder = work.Folder(out, work.MASKS, force=force)
+        study = Study(params.resolve().parent, terminal.project(), loaded)
+        with terminal.waiting("loading the segmenter"):
+            segmenter = study.segmenter(name)
+        given = work.Pictures(files, "masks")
+        store = MaskStore(study.shared_cache("masks"))
+        done = work.masks(segmenter, store, given, folder, batch_size=loaded.masks.batch_size)
+        print(f"{done} masks: {folder.table}" if done else "no mask was made")
+    if given.failed:
+        raise typer.Exit(1)
+
+
+def _with_a_model(what: str, files: list[Path], out: Path, model: str | None, force: bool) -> None:
+    with terminal.at_work():
+        from flows.cli import pictures as work
+
+        table = {"predict": work.PREDICTIONS, "explain": work.EXPLANATIONS}[what]
+        folder = work.Folder(out, table, force=force)
+        given = work.Pictures(files, what)
+        with terminal.waiting("loading the model"):
+            from flows.cli import models as registry
+            from medfocus.serve import Predictor
+
+            home = terminal.project() if model is None or not Path(model).is_dir() else Path.cwd()
+            with registry.opened(home, model) as (told, place):
+                predictor = Predictor.load(place)
+        terminal.tell(f"model: {told}. For research; not for clinical use.")
+        done = {"predict": work.predict, "explain": work.explain}[what](predictor, given, folder)
+        print(f"{done} of {done + given.failed}: {folder.table}" if done else "no picture could be read")
+    if given.failed:
+        raise typer.Exit(1)

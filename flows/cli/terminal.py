@@ -57,7 +57,7 @@ def sentence(error: Exception) -> str:
     from medfocus.discreet import whole
 
     told = whole(error)
-    own = isinstance(told, ValueError | JobRunningError | ConnectionError | FileNotFoundError)
+    own = isinstance(told, ValueError | JobRunningError | OSError)
     if own and getattr(told, "errno", None) is None:
         return str(told)
     return explained(told)
