@@ -14,10 +14,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Few-shot classification of medical pictures with region focus. For research; not for clinical use.",
     epilog="Begin with: medfocus doctor, then medfocus init PICTURES. "
     "Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted.",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("medfocusclip"))
+        raise typer.Exit
+
+
+@app.callback()
+def medfocus(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Few-shot classification of medical pictures with region focus. For research; not for clinical use."""
+
 
 Params = Annotated[Path, typer.Option("--params", "-p", help="A study's params file.", show_default=True)]
 
@@ -36,9 +53,9 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
-    """Look at a folder or a CSV of pictures and write a params file for it, with comments.
+    """Write a commented params file for a folder or a CSV of pictures.
 
-    Nothing is moved or changed. Folders are class/*.png or split/class/*.png, split being train, val or test.
+    Every picture is looked at; nothing is moved or changed. Folders are class/*.png or split/class/*.png, split being train, val or test.
 
     \b
     Examples:
@@ -118,8 +135,9 @@ def study(
         if name is not None:
             studies.run(studies.named(home, name))
             return
-        columns = ("study", "params file", "data sets", "cells", "page")
-        terminal.table(columns, [tuple(row) for row in studies.listed(home)])
+        with terminal.waiting("reading"):
+            rows = [tuple(row) for row in studies.listed(home)]
+        terminal.table(("study", "params file", "data sets", "cells", "page"), rows)
 
 
 @app.command()
@@ -141,9 +159,9 @@ def report(params: Params = Path("params.yaml")) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Look at versions, device, project, stores, servers, caches and disk; each fault with its fix.
+    """Say what is wrong with this installation, and the fix.
 
-    Nothing is changed. Ends with 1 where there is a fault.
+    Looks at versions, device, project, stores, servers, caches and disk, and changes nothing. Ends with 1 where there is a fault.
 
     \b
     Example:
@@ -166,7 +184,7 @@ def doctor() -> None:
 
 models = typer.Typer(
     rich_markup_mode=None,
-    help="Registered models and cached weights: list, fetch, export, import.",
+    help="List, fetch, export and import models and weights.",
     epilog="Without a command they are listed. For a machine without a network: medfocus models fetch where "
     "there is one, then copy the hub cache; medfocus models export there, medfocus models import here.",
     invoke_without_command=True,
@@ -204,7 +222,7 @@ def models_fetch(
         list[str] | None, typer.Argument(help="Weights; those that studies name without it.")
     ] = None,
 ) -> None:
-    """Download weights into the local hub cache, where every later run finds them.
+    """Download weights, so that later runs need no network.
 
     For a machine without a network run it elsewhere and copy the hub cache; medfocus doctor says where
     it is.
@@ -240,16 +258,17 @@ def models_export(
         str | None, typer.Option("--model", "-m", help="NAME, NAME@VERSION, or a model folder.")
     ] = None,
 ) -> None:
-    """Write a registered model to a zip of tensors and text, for another machine.
+    """Write a model to a zip of tensors and text.
 
     \b
     Example:
       medfocus models export breast.zip --model medfocus-phantom-breast
     """
     with terminal.at_work():
-        from flows.cli import models as work
+        with terminal.waiting("writing"):
+            from flows.cli import models as work
 
-        told = work.export(terminal.project(), model, file)
+            told = work.export(terminal.project(), model, file)
         print(
             f"{told} -> {file}, {file.stat().st_size / 1e6:.1f} MB\nThere: medfocus models import {file.name}"
         )
@@ -260,17 +279,20 @@ def models_import(
     file: Annotated[Path, typer.Argument(help="What medfocus models export wrote.")],
     name: Annotated[str | None, typer.Option(help="To register it as; the file's name without it.")] = None,
 ) -> None:
-    """Check an exported model, load it once and register it here. It does not become champion.
+    """Check an exported model and register it here.
+
+    It is loaded once before, and does not become champion.
 
     \b
     Example:
       medfocus models import breast.zip --name medfocus-breast
     """
     with terminal.at_work():
-        from flows.cli import models as work
-        from flows.cli.init import slug
+        with terminal.waiting("checking"):
+            from flows.cli import models as work
+            from flows.cli.init import slug
 
-        made = work.bring(terminal.project(), file, name or slug(file.stem))
+            made = work.bring(terminal.project(), file, name or slug(file.stem))
         print(f"{made.name} version {made.version}: {made.reason}")
         print(f"Use it: medfocus predict FILES --out DIR --model {made.name}@{made.version}")
 
@@ -285,9 +307,9 @@ Force = Annotated[bool, typer.Option("--force", help="Write over a table that is
 
 @app.command()
 def predict(files: Files, out: Out, model: Model = None, force: Force = False) -> None:
-    """Say the class of pictures: a line each in predictions.csv, and each with its mask drawn in.
+    """Say the class of pictures, with their masks drawn in.
 
-    Without a version the model is the champion or, where there is none, the newest.
+    A line each in predictions.csv, with every probability. Without a version the model is the champion or, where there is none, the newest.
 
     \b
     Examples:
@@ -299,7 +321,9 @@ def predict(files: Files, out: Out, model: Model = None, force: Force = False) -
 
 @app.command()
 def explain(files: Files, out: Out, model: Model = None, force: Force = False) -> None:
-    """Show where in a picture an answer came from: a sheet each, and a line in explanations.csv.
+    """Show where in a picture an answer came from.
+
+    A sheet each, and a line each in explanations.csv.
 
     \b
     Example:
@@ -316,7 +340,9 @@ def masks(
     dataset: Annotated[str | None, typer.Option(help="Whose settings; the first one's without it.")] = None,
     force: Force = False,
 ) -> None:
-    """Find the region of pictures without any label: its mask, and the picture with it drawn in.
+    """Find the region of pictures without any label.
+
+    Of each its mask and the picture with it drawn in, and a line in masks.csv.
 
     \b
     Examples:
