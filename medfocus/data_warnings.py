@@ -41,7 +41,9 @@ def data_warnings(records: Iterable[Record], splits: Splits, pairs: Sequence[Pai
         said.append(f"{whose} pictures in train and in test.")
     unknown = sum(not record.patient for record in by_path.values())
     if unknown:
-        of = "No picture has" if unknown == len(by_path) else f"{unknown} of {len(by_path)} pictures have no"
+        of = (
+            "No picture has a" if unknown == len(by_path) else f"{unknown} of {len(by_path)} pictures have no"
+        )
         said.append(f"{of} known patient: one patient may be in train and in test.")
     if splits.conflicting:
         number = len(splits.conflicting)

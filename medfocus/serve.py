@@ -189,10 +189,11 @@ class Predictor:
         predictions: list[Prediction] = []
         for start in range(0, len(pictures), _BATCH):
             batch = slice(start, start + _BATCH)
-            predictions += self._predict(list(map(images.decode, pictures[batch], names[batch])))
+            predictions += self.predict_decoded(list(map(images.decode, pictures[batch], names[batch])))
         return predictions
 
-    def _predict(self, pictures: Sequence[np.ndarray]) -> list[Prediction]:
+    def predict_decoded(self, pictures: Sequence[np.ndarray]) -> list[Prediction]:
+        """Pictures (H, W, 3) uint8 RGB, few enough for the memory -> one prediction each."""
         import torch
 
         masks = self.segmenter.segment(pictures)

@@ -83,6 +83,49 @@ class Registration:
     reason: str
 
 
+@dataclass(frozen=True)
+class Registered:
+    """A version in the registry."""
+
+    name: str
+    version: str
+    alias: str  # "champion", or "" where it holds none
+    created: str  # day and time, UTC
+    tags: Mapping[str, str]
+    model_folder: Callable[[Path], Path]  # as a champion's
+
+
+def registered(home: Path) -> list[Registered]:
+    """Every version in the registry by name, the newest first. Makes nothing where there is no store yet.
+
+    The store is that of ``start``: MLFLOW_TRACKING_URI, or ``home``/mlflow.db.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return []
+    _quieten()
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    champions = {
+        (model.name, str(model.aliases[CHAMPION]))
+        for model in _pages(client.search_registered_models)
+        if CHAMPION in model.aliases
+    }
+    found = [
+        Registered(
+            each.name,
+            str(each.version),
+            CHAMPION if (each.name, str(each.version)) in champions else "",
+            time.strftime("%Y-%m-%d %H:%M", time.gmtime((each.creation_timestamp or 0) / 1000)),
+            dict(each.tags),
+            _opener(client, uri, each.name, str(each.version)),
+        )
+        for each in _pages(client.search_model_versions)
+    ]
+    return sorted(found, key=lambda each: (each.name, -int(each.version)))
+
+
 def start(uri: str | None, home: Path, experiment: str) -> Tracking:
     """Open the tracking store and close the runs that dead processes of this host left RUNNING.
 
@@ -290,14 +333,9 @@ class Tracking:
             raise
 
     def _opened(self, champion: ModelVersion) -> Champion:
-        def model_folder(into: Path) -> Path:
-            from mlflow.artifacts import download_artifacts
-
-            source = self.client.get_model_version_download_uri(champion.name, str(champion.version))
-            model = download_artifacts(source, dst_path=str(into), tracking_uri=self.uri)
-            return Path(model) / "artifacts" / _MODEL_ARTIFACT
-
-        return Champion(champion.name, str(champion.version), champion.tags["cell_key"], model_folder)
+        name, version = champion.name, str(champion.version)
+        opener = _opener(self.client, self.uri, name, version)
+        return Champion(name, version, champion.tags["cell_key"], opener)
 
     def _version_of_cell(self, name: str, cell_key: str) -> ModelVersion | None:
         found = self.client.search_model_versions(f"name = '{name}' and tags.cell_key = '{cell_key}'")
@@ -477,6 +515,28 @@ def _narrow(png: bytes) -> bytes:
         narrow = io.BytesIO()
         picture.save(narrow, "PNG")
     return narrow.getvalue()
+
+
+def _opener(client: MlflowClient, uri: str, name: str, version: str) -> Callable[[Path], Path]:
+    """What downloads a version's files into a folder; the folder of serve.save_model."""
+
+    def model_folder(into: Path) -> Path:
+        from mlflow.artifacts import download_artifacts
+
+        source = client.get_model_version_download_uri(name, version)
+        model = download_artifacts(source, dst_path=str(into), tracking_uri=uri)
+        return Path(model) / "artifacts" / _MODEL_ARTIFACT
+
+    return model_folder
+
+
+def _pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """All that a search of MLflow's finds, page by page."""
+    token: str | None = None
+    while token != "":
+        page = search(page_token=token)
+        yield from page
+        token = page.token or ""
 
 
 def _lock(home: Path) -> FileLock:

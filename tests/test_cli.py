@@ -1,0 +1,465 @@
+"""The command ``medfocus``: what it writes can be run; what it says names the file, the fault and the fix."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from flows import servers
+from flows.cli import app, doctor, models
+from flows.cli.init import readable
+from flows.cli.modality import Look, guess
+from flows.study import open_study
+from medfocus import checkpoint, images, serve
+from medfocus.encoders import build_clip
+from medfocus.masks.otsu import OtsuSegmenter
+from medfocus.methods import METHODS, Support
+from medfocus.params import load_params
+from medfocus.views import view
+
+ROOT = Path(__file__).resolve().parents[1]
+FILM, SLICE, COLOUR = Look(0.0, 0.05, 0.5), Look(0.0, 0.4, 0.2), Look(0.2, 0.0, 0.6)
+
+COMMANDS = ["init", "run", "study", "report", "predict", "explain", "masks", "doctor"]
+COMMANDS += ["models fetch", "models export", "models import"]
+
+Medfocus = Callable[..., Result]
+
+
+@pytest.fixture
+def medfocus() -> Medfocus:
+    """The command, with its arguments as words."""
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project as far as a params file needs one, as the working directory."""
+    folder = tmp_path / "project"
+    (folder / ".dvc").mkdir(parents=True)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copyfile(ROOT / name, folder / name)
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(folder / ".prefect"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def draw(path: Path, seed: int) -> Path:
+    """A grey picture, as bright as a chest film."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(80, 180, (48, 48), dtype=np.uint8)
+    Image.fromarray(noise).resize((96, 96)).save(path)
+    return path
+
+
+def draw_classes(folder: Path, **counts: int) -> Path:
+    """class/N.png, no two alike."""
+    for k, (label, count) in enumerate(counts.items()):
+        for i in range(count):
+            draw(folder / label / f"{i}.png", seed=1000 * k + i)
+    return folder
+
+
+def test_init_writes_a_params_file_that_a_study_can_be_opened_with(home: Path, medfocus: Medfocus) -> None:
+    pictures = draw_classes(home / "cxr", pneumonia=12, normal=8)
+    result = medfocus("init", pictures)
+    assert result.exit_code == 0, result.output
+    study = open_study(home / "studies" / "cxr.yaml")
+    data = study.params.datasets["cxr"]
+    assert study.root("cxr").resolve() == pictures
+    assert (data.modality, data.flip) == ("chest_xray", False)
+    assert data.names == {"pneumonia": "pneumonia", "normal": "normal"}
+    assert study.params.phantoms == {}
+    assert "A GUESS" in (home / "studies" / "cxr.yaml").read_text()
+
+
+def test_every_percent_that_init_writes_leaves_each_class_a_picture(home: Path, medfocus: Medfocus) -> None:
+    draw_classes(home / "scans", few=7, many=30)
+    assert medfocus("init", "scans").exit_code == 0
+    percents = load_params(home / "studies" / "scans.yaml").study.percents
+    assert percents == (20, 50, 100)  # of 4 to train on: 5 % and 10 % would be none
+    assert "Unequal classes" in (home / "studies" / "scans.yaml").read_text()
+
+
+def test_init_reads_a_csv_with_its_patients(home: Path, medfocus: Medfocus) -> None:
+    folder = draw_classes(home / "pictures", a=6, b=6)
+    lines = [f"{label}/{i}.png,{label},p{i}" for label in "ab" for i in range(6)]
+    (folder / "clinic a.csv").write_text("\n".join(["path,label,patient", *lines]))
+    result = medfocus("init", folder / "clinic a.csv")
+    assert result.exit_code == 0, result.output
+    data = load_params(home / "studies" / "clinic-a.yaml").datasets["clinic-a"]
+    assert data.manifest == "clinic a.csv"
+    assert "known patient" not in result.output
+
+
+def test_init_overwrites_nothing_unless_it_is_told_to(home: Path, medfocus: Medfocus) -> None:
+    draw_classes(home / "scans", a=6, b=6)
+    out = home / "mine.yaml"
+    out.write_text("# edited\n")
+    result = medfocus("init", "scans", "--out", out)
+    assert (result.exit_code, out.read_text()) == (1, "# edited\n")
+    assert f"{out} is there already" in result.output and "--force" in result.output
+    assert medfocus("init", "scans", "--out", out, "--force").exit_code == 0
+    assert load_params(out).study.name == "scans"
+
+
+def test_the_params_file_names_no_file_for_that_may_name_a_patient(home: Path, medfocus: Medfocus) -> None:
+    draw_classes(home / "scans", a=6, b=6)
+    (home / "scans" / "a" / "Mueller_Eva.png").write_bytes(b"broken")
+    shutil.copyfile(home / "scans" / "b" / "0.png", home / "scans" / "b" / "Mueller_Eva.png")
+    result = medfocus("init", "scans")
+    assert result.exit_code == 0
+    assert "a/Mueller_Eva.png: is no picture in a format that is read" in result.output
+    written = (home / "studies" / "scans.yaml").read_text()
+    assert "Mueller" not in written and "1 file is left out" in written and "1 pair among 13" in written
+
+
+@pytest.mark.parametrize("label", ["no", "null", "a: b", "1e3", "it's", "#x", "two\nlines", "é"])
+def test_a_class_keeps_its_name_whatever_yaml_makes_of_it(home: Path, medfocus: Medfocus, label: str) -> None:
+    draw_classes(home / "scans", **{label: 5, "other": 5})
+    assert medfocus("init", "scans").exit_code == 0
+    names = load_params(home / "studies" / "scans.yaml").datasets["scans"].names
+    assert set(names) == {label, "other"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["init", "nowhere"], 1, "nowhere: no such folder or CSV; give the folder"),
+        (["init", "one"], 1, "one class only, 'a'"),
+        (["init", "two", "--modality", "knee"], 2, "'knee' is none of chest_xray, brain_mri"),
+        (["init", "two", "--name", "a b"], 2, "'a-b' would do"),
+        (["init", "two", "--root", "one"], 1, "--root is for a CSV"),
+        (["init"], 2, "Missing argument"),
+        (["study", "unheard-of"], 1, "no study 'unheard-of'"),
+        (["run", "--params", "none.yaml"], 1, "none.yaml: no such params file"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_a_fault_with_1_and_its_fix(
+    home: Path, medfocus: Medfocus, arguments: list[str], code: int, told: str
+) -> None:
+    draw_classes(home / "one", a=3)
+    draw_classes(home / "two", a=3, b=3)
+    result = medfocus(*arguments)
+    assert result.exit_code == code
+    assert told in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("texts", "look", "modality"),
+    [
+        (["cxr", "normal"], FILM, "chest_xray"),
+        (["Chest X-Ray", "Pneumonia"], FILM, "chest_xray"),
+        (["chest_ct", "adenocarcinoma"], SLICE, "chest_ct"),
+        (["brainTumor", "glioma"], SLICE, "brain_mri"),
+        (["breast ultrasound"], Look(0.0, 0.05, 0.3), "breast_ultrasound"),
+        (["cxr"], SLICE, "other"),  # the pictures contradict
+        (["brain ct"], SLICE, "other"),
+        (["breast mri"], SLICE, "other"),
+        (["knee xray"], FILM, "other"),
+        (["lung"], Look(0.0, 0.1, 0.3), "chest_xray"),
+        (["chest", "benign"], COLOUR, "other"),
+        (["study7", "positive"], FILM, "other"),
+    ],
+)
+def test_a_modality_is_guessed_where_names_and_pictures_agree_and_else_is_other(
+    texts: list[str], look: Look, modality: str
+) -> None:
+    assert guess(texts, look).modality == modality
+
+
+def test_class_names_become_words() -> None:
+    words = {"large_cell-carcinoma": "large cell carcinoma", "notumor": "no tumor", "NORMAL": "normal"}
+    words |= {"ViralPneumonia": "viral pneumonia", "TB": "tuberculosis", "Covid": "COVID-19"}
+    assert readable(words) == words
+
+
+def test_studies_are_listed_with_their_faults(home: Path, medfocus: Medfocus) -> None:
+    (home / "studies").mkdir()
+    (home / "studies" / "broken.yaml").write_text("extends: ../params.yaml\nspeed: fast\n")
+    result = medfocus("study")
+    assert result.exit_code == 0
+    assert "phantoms" in result.output and "phantom-chest" in result.output
+    assert "speed is not a known field" in " ".join(result.output.split())
+
+
+def test_help_is_quick_for_it_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from flows.cli import app\n"
+        "try: app(['init', '--help'])\n"
+        "finally: print('modules', *sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = set(result.stdout.rpartition("modules ")[2].split())
+    assert not {"torch", "numpy", "mlflow", "prefect", "dvc", "pandas", "medfocus"} & loaded
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(medfocus: Medfocus, command: str) -> None:
+    result = medfocus(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert f"  medfocus {command}" in result.output
+
+
+CLASSES = ("dark", "light")
+
+
+def shade(path: Path, bright: int, seed: int) -> Path:
+    """A disc on a dark or a light ground: the classes of ``model``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:90, :110]
+    grey = np.where((y - 45) ** 2 + (x - 55) ** 2 < 400, 240, 40 + 120 * bright)
+    noise = np.random.default_rng(seed).normal(0, 8, grey.shape)
+    Image.fromarray(np.clip(grey + noise, 0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: a linear probe on the embedded CLIP, which tells dark from light."""
+    folder = tmp_path_factory.mktemp("model")
+    encoder, segmenter = build_clip("pocket", "pocket"), OtsuSegmenter()
+    method = METHODS["clip-linear-probe"](encoder, folds=3)
+    pictures = [images.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
+    found = segmenter.segment(pictures)
+    views = [
+        view(picture, mask.region, focus="multiply", size=encoder.image_size, feather=0.01)
+        for picture, mask in zip(pictures, found, strict=True)
+    ]
+    features = method.embed(torch.from_numpy(np.stack(views)))
+    labels, text = torch.tensor([0, 1] * 4), encoder.encode_texts(list(CLASSES))
+    method.fit(Support(features[None], labels, torch.arange(8), text), torch.Generator().manual_seed(0))
+    header = checkpoint.Header(
+        "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"}
+    )
+    checkpoint.save(method, header, folder / "cell.safetensors")
+    serve.save_model(
+        folder / "model",
+        checkpoint=folder / "cell.safetensors",
+        encoder=encoder,
+        segmenter=segmenter,
+        segmenter_settings={},
+        feather=0.01,
+    )
+    return folder / "model"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_file_that_cannot_be_read_is_one_line_and_the_others_go_on(
+    home: Path, medfocus: Medfocus, model: Path
+) -> None:
+    shade(home / "in" / "a.png", 0, 50)
+    (home / "in" / "broken.png").write_bytes(b"no picture")
+    shade(home / "in" / "more" / "a.png", 1, 51)
+    result = medfocus("predict", "in", "gone.png", "--out", "out", "--model", model)
+    assert result.exit_code == 1
+    told = [line for line in result.output.splitlines() if ".png" in line]
+    assert [line.partition(": ")[2] for line in told] == [
+        "in/broken.png: is no picture in a format that is read (PNG, JPEG, TIFF, BMP, WEBP). "
+        "Export it again as PNG, or remove it.",
+        "gone.png: cannot be read (No such file or directory). Correct the path, or copy the file again.",
+    ]
+    lines = rows(home / "out" / "predictions.csv")
+    assert [(line["file"], line["overlay"]) for line in lines] == [
+        ("in/a.png", "a_overlay.png"),
+        ("in/more/a.png", "a_overlay_2.png"),
+    ]
+
+
+def test_predict_says_what_the_model_says_and_draws_the_mask(
+    home: Path, medfocus: Medfocus, model: Path
+) -> None:
+    files = [shade(home / f"{i}.png", i % 2, 60 + i) for i in range(3)]
+    result = medfocus("predict", *files, "--out", "out", "--model", model)
+    assert result.exit_code == 0, result.output
+    expected = serve.Predictor.load(model).predict([file.read_bytes() for file in files])
+    for line, prediction in zip(rows(home / "out" / "predictions.csv"), expected, strict=True):
+        assert line["label"] == prediction.label
+        assert float(line["probability_dark"]) == pytest.approx(prediction.probabilities["dark"], abs=1e-5)
+        overlay = images.read(home / "out" / line["overlay"])
+        assert np.array_equal((overlay != images.read(Path(line["file"]))).any(axis=2), prediction.mask)
+    again = medfocus("predict", *files, "--out", "out", "--model", model)
+    assert again.exit_code == 1 and "predictions.csv is there already" in again.output
+
+
+def test_explain_shows_each_picture_and_where_the_answer_came_from(
+    home: Path, medfocus: Medfocus, model: Path
+) -> None:
+    result = medfocus("explain", shade(home / "a.png", 0, 70), "--out", "why", "--model", model)
+    assert result.exit_code == 0, result.output
+    [line] = rows(home / "why" / "explanations.csv")
+    assert line["way"] == "gradient x attention" and 0 <= float(line["inside_mask"]) <= 1
+    assert images.read(home / "why" / line["sheet"]).shape[1] > 3 * 90
+
+
+def test_masks_are_those_of_the_studys_segmenter_and_are_kept(home: Path, medfocus: Medfocus) -> None:
+    text = (home / "params.yaml").read_text().replace("segmenter: sam2", "segmenter: otsu")
+    (home / "params.yaml").write_text(text)
+    picture = shade(home / "a.png", 0, 80)
+    for out in ("first", "second"):  # the second from the cache
+        result = medfocus("masks", picture, "--out", out)
+        assert result.exit_code == 0, result.output
+        [line] = rows(home / out / "masks.csv")
+        [mask] = open_study(home / "params.yaml").segmenter("phantom-chest").segment([images.read(picture)])
+        drawn = images.read(home / out / line["mask"])[..., 0] > 0
+        assert np.array_equal(drawn, mask.region) and line["status"] == mask.status
+    assert medfocus("masks", picture, "--out", "x", "--dataset", "knee").exit_code == 2
+
+
+def test_a_model_travels_as_a_zip_and_says_the_same_where_it_is_imported(
+    home: Path, medfocus: Medfocus, model: Path
+) -> None:
+    exported = medfocus("models", "export", "probe.zip", "--model", model)
+    assert exported.exit_code == 0, exported.output
+    imported = medfocus("models", "import", "probe.zip", "--name", "there")
+    assert imported.exit_code == 0, imported.output
+    assert "there version 1: imported" in imported.output
+    listed = medfocus("models")
+    assert "imported: no gate has tried it here" in listed.output and "champion" not in listed.output
+    picture = shade(home / "a.png", 1, 90)
+    assert medfocus("predict", picture, "--out", "there").exit_code == 0  # the only one that is registered
+    assert medfocus("predict", picture, "--out", "here", "--model", model).exit_code == 0
+    assert rows(home / "there" / "predictions.csv") == rows(home / "here" / "predictions.csv")
+    wrong = medfocus("predict", picture, "--out", "none", "--model", "there@7")
+    assert wrong.exit_code == 1 and "there has no version '7'; there are there@1" in wrong.output
+
+
+def rewrite(source: Path, target: Path, **changes: bytes | None) -> Path:
+    """A copy of an archive with members put in, put in place or (None) left out."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            if name not in changes:
+                new.writestr(name, old.read(name))
+        for name, data in changes.items():
+            if data is not None:
+                new.writestr(name, data)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"../../outside.json": b"{}"}, "holds '../../outside.json', which is no part of a model"),
+        ({"/tmp/outside.json": b"{}"}, "which is no part of a model"),
+        ({"python_model.pkl": b"x"}, "holds 'python_model.pkl', which is no part of a model"),
+        ({"cell.safetensors": b"x"}, "cell.safetensors is not what was exported (its sha256 differs)"),
+        ({"cell.safetensors": None}, "do not agree on cell.safetensors"),
+        ({"contents.json": None}, "has no contents.json that can be read"),
+        ({"contents.json": b'{"format": 2, "files": {}, "model": ""}'}, "of another kind"),
+        ({"serve.json": b" " * 10_000_001}, "serve.json unpacks to more than 10000000 bytes"),
+    ],
+)
+def test_an_archive_from_elsewhere_is_refused_with_the_reason_and_writes_nothing(
+    home: Path, model: Path, tmp_path: Path, changes: dict[str, bytes | None], fault: str
+) -> None:
+    models.export(home, str(model), home / "good.zip")
+    bad = rewrite(home / "good.zip", home / "bad.zip", **changes)
+    before = {path for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=f"bad.zip.*{re.escape(fault)}.*Export the model anew"):
+        models.bring(home, bad, "there")
+    assert {path for path in tmp_path.rglob("*")} == before
+
+
+def test_a_pickle_in_a_parts_place_is_refused_and_its_code_never_runs(home: Path, model: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (home / "ran",)
+
+    models.export(home, str(model), home / "good.zip")
+    data = pickle.dumps(Touch())
+    contents = json.loads(zipfile.ZipFile(home / "good.zip").read("contents.json"))
+    contents["files"]["cell.safetensors"] = hashlib.sha256(data).hexdigest()
+    changes = {"cell.safetensors": data, "contents.json": json.dumps(contents).encode()}
+    bad = rewrite(home / "good.zip", home / "bad.zip", **changes)
+    with pytest.raises(
+        ValueError, match=r"bad\.zip: its model cannot be loaded \(cell\.safetensors is not a"
+    ):
+        models.bring(home, bad, "there")
+    assert not (home / "ran").exists() and not (home / "mlflow.db").exists()
+
+
+def test_what_cannot_be_fetched_is_named_with_a_way_without_a_network(
+    home: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = medfocus("models", "fetch", "facebook/sam2.1-hiera-tiny", "nonsense")
+    assert result.exit_code == 1
+    assert "hf download facebook/sam2.1-hiera-tiny sam2.1_hiera_tiny.pt" in result.output
+    assert "'nonsense' is no name of weights" in result.output
+    assert "nothing to fetch" in medfocus("models", "fetch").output  # the embedded study needs none
+
+
+def test_weights_in_the_hub_cache_are_listed_as_cached(
+    home: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    hub = home / "hub" / "models--facebook--sam2.1-hiera-tiny"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("abc")
+    (hub / "snapshots" / "abc").mkdir(parents=True)
+    (hub / "snapshots" / "abc" / "sam2.1_hiera_tiny.pt").write_bytes(b"0" * 2_000_000)
+    told = {line.split()[0]: line for line in medfocus("models").output.splitlines() if "facebook" in line}
+    assert "cached, 2 MB" in told["facebook/sam2.1-hiera-tiny"]
+    assert "medfocus models fetch" in told["facebook/sam2.1-hiera-large"]
+
+
+def found(home: Path) -> dict[str, doctor.Finding]:
+    """The examination, by what was looked at; the last word counts."""
+    parts = (doctor.project(home), doctor.stores(home), doctor.servers(), doctor.disks(home))
+    return {each.what: each for part in parts for each in part}
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_sound_project(home: Path, medfocus: Medfocus) -> None:
+    (home / ".git").mkdir()
+    result = medfocus("doctor")
+    assert result.exit_code == 0, result.output
+    assert result.output.rstrip().endswith("0 faults")
+
+
+def test_the_doctor_names_each_fault_with_its_fix(
+    home: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "studies").mkdir()
+    (home / "studies" / "bad.yaml").write_text("extends: ../params.yaml\nspeed: fast\n")
+    (home / "mlflow.db").write_bytes(b"not a database" * 100)
+    monkeypatch.setenv("PREFECT_API_URL", f"http://me:secret@127.0.0.1:{servers.free_port()}/api")
+    monkeypatch.setattr(doctor, "_SECONDS", 0.2)
+    monkeypatch.setattr(doctor, "_LITTLE", 1e18)
+    findings = found(home)
+    expected = {
+        "project": "is no git clone",
+        "study": "speed is not a known field",
+        "MLflow": "mlflow.db is damaged",
+        "Prefect": "no server answers at http://127.0.0.1",
+        "disk": "free at",
+    }
+    for what, said in expected.items():
+        assert (findings[what].state, said in findings[what].said) == ("fault", True)
+        assert findings[what].fix
+    assert "secret" not in " ".join(each.said for each in findings.values())
+    assert medfocus("doctor").exit_code == 1
