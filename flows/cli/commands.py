@@ -55,7 +55,8 @@ def init(
 ) -> None:
     """Write a commented params file for a folder or a CSV of pictures.
 
-    Every picture is looked at; nothing is moved or changed. Folders are class/*.png or split/class/*.png, split being train, val or test.
+    Every picture is looked at; nothing is moved or changed. Folders are class/*.png or split/class/*.png,
+    split being train, val or test.
 
     \b
     Examples:
@@ -161,7 +162,8 @@ def report(params: Params = Path("params.yaml")) -> None:
 def doctor() -> None:
     """Say what is wrong with this installation, and the fix.
 
-    Looks at versions, device, project, stores, servers, caches and disk, and changes nothing. Ends with 1 where there is a fault.
+    Looks at versions, device, project, stores, servers, caches and disk, and changes nothing. Ends with 1
+    where there is a fault.
 
     \b
     Example:
@@ -309,7 +311,8 @@ Force = Annotated[bool, typer.Option("--force", help="Write over a table that is
 def predict(files: Files, out: Out, model: Model = None, force: Force = False) -> None:
     """Say the class of pictures, with their masks drawn in.
 
-    A line each in predictions.csv, with every probability. Without a version the model is the champion or, where there is none, the newest.
+    A line each in predictions.csv, with every probability. Without a version the model is the champion or,
+    where there is none, the newest.
 
     \b
     Examples:
