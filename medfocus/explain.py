@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from medfocus.attribution import grad_cam, gradient_attention, occlusion, to_maps
-from medfocus.focus import FILL
+from medfocus.focus import FILL, crop
+from medfocus.images import letterbox_mask
 from medfocus.region_attention import patch_coverage
 
 if TYPE_CHECKING:
@@ -55,6 +58,30 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
             maps = gradient_attention(visual, pixels[:, :3], lambda f: (f * slopes).sum(dim=1), bias)
             return maps, "gradient x attention"
     return _occluded(method, views, targets), "occlusion"
+
+
+def on_picture(heat: np.ndarray, mask: np.ndarray, focus: str) -> np.ndarray:
+    """An attribution of the whole picture's view (S, S) -> of the picture itself, (H, W), summing to one.
+
+    Args:
+        heat: As ``explain`` gives it.
+        mask: (H, W) bool, what the view was made with; an empty one is read as the whole picture.
+        focus: Of the view; "crop" shows a part of the picture, and what it leaves out gets nothing.
+    """
+    height, width = mask.shape
+    rows, columns = slice(0, height), slice(0, width)
+    if focus == "crop":
+        places = np.moveaxis(np.indices(mask.shape), 0, -1)  # (H, W, 2)
+        shown = crop(places, mask if mask.any() else np.ones_like(mask), 0.0)
+        (top, left), (bottom, right) = shown[0, 0], shown[-1, -1]
+        rows, columns = slice(top, bottom + 1), slice(left, right + 1)
+    found = np.zeros(mask.shape, np.float32)
+    part = found[rows, columns]
+    framed = letterbox_mask(np.ones(part.shape, bool), len(heat)) > 0.5  # (S, S), True on the picture
+    inside = Image.fromarray(np.ascontiguousarray(heat[np.ix_(framed.any(1), framed.any(0))], np.float32))
+    part[:] = np.asarray(inside.resize(part.shape[::-1], Image.Resampling.BILINEAR))
+    total = found.sum(dtype=np.float64)
+    return found / np.float32(total) if total > 0 else np.full(mask.shape, 1 / mask.size, np.float32)
 
 
 def _slopes(method: Method, features: Tensor, targets: Tensor) -> Tensor:

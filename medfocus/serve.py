@@ -27,6 +27,8 @@ from medfocus.metrics import softmax
 from medfocus.region_views import focused_view
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from medfocus.encoders import ClipEncoder
     from medfocus.methods import Method
 
@@ -201,9 +203,7 @@ class Predictor:
             focused_view(picture, mask.region, focus=self.focus, size=self.view_size, feather=self.feather)
             for picture, mask in zip(pictures, masks, strict=True)
         ]
-        inputs = self.method.embed(torch.from_numpy(np.stack(views)))  # (B, S, S, 3) -> (B, ...)
-        logits = next(iter(self.method.logits(inputs).values()))  # (B, K) of the main classifier
-        probabilities = softmax(logits.detach().double().numpy())  # (B, K)
+        probabilities = probabilities_of(self.method, self.method.embed(torch.from_numpy(np.stack(views))))
         return [
             Prediction(
                 label=self.classes[int(p.argmax())],
@@ -215,6 +215,12 @@ class Predictor:
             )
             for picture, mask, p in zip(pictures, masks, probabilities, strict=True)
         ]
+
+
+def probabilities_of(method: Method, inputs: Tensor) -> np.ndarray:
+    """What a fitted method's main classifier says of embedded pictures, inputs (N, ...) -> (N, K)."""
+    logits = next(iter(method.logits(inputs).values()))  # (N, K)
+    return softmax(logits.detach().cpu().double().numpy())
 
 
 def _refuse_pickles(folder: Path) -> None:

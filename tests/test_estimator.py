@@ -1,0 +1,369 @@
+"""MedFocusCLIP as scikit-learn's users expect a classifier to be."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils import estimator_checks
+from sklearn.utils.validation import check_is_fitted
+
+from medfocus import MedFocusCLIP, defaults, phantoms
+from medfocus.explain import on_picture
+from medfocus.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+MODALITY = "breast_ultrasound"
+LABELS = phantoms.MODALITIES[MODALITY]
+
+
+def drawn(each: int, split: str = "train") -> tuple[list[np.ndarray], list[str]]:
+    """So many phantoms of every class, grey pictures of 96 px, and their labels."""
+    pairs = [
+        (phantoms.draw(MODALITY, label, phantoms.generator(0, MODALITY, split, label, i), 96).picture, label)
+        for i in range(each)
+        for label in LABELS
+    ]
+    return [picture for picture, _ in pairs], [label for _, label in pairs]
+
+
+def small(**changes: Any) -> MedFocusCLIP:
+    """The paper's method with few steps and cheap masks."""
+    usual = {"segmenter": "otsu", "settings": {"epochs": 20}, "batch_size": 16}
+    return MedFocusCLIP(**{**usual, **changes})
+
+
+@pytest.fixture(scope="module")
+def fitted() -> MedFocusCLIP:
+    """As it comes, SAM2 and all, on six pictures a class."""
+    return MedFocusCLIP(modality=MODALITY).fit(*drawn(6))
+
+
+# --- the contract --------------------------------------------------------------------------------
+
+
+class OnRows(MedFocusCLIP):
+    """Paints every row of a table as upright bars, so that scikit-learn's own checks can be run.
+
+    Not run are the checks of what pictures do not have: columns with names and a fixed number, sparse
+    matrices, complex and infinite numbers, one-dimensional input, array namespaces; and those of sample
+    weights, a decision function and partial fits, which there are none of.
+    """
+
+    def fit(self, X: Any, y: Any, groups: Any = None) -> OnRows:
+        self.columns_ = np.asarray(X).shape[1]
+        return super().fit(self._painted(X), y, groups)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        if np.asarray(X).shape[1] != self.columns_:
+            raise ValueError(f"{np.asarray(X).shape[1]} columns, and {self.columns_} in fit")
+        return super().predict_proba(self._painted(X))
+
+    def _painted(self, X: Any) -> list[np.ndarray]:
+        values = np.clip(128 + 20 * np.asarray(X, dtype=float), 0, 255).astype(np.uint8)  # (N, F)
+        wide = np.repeat(values, max(1, 24 // values.shape[1]), axis=1)
+        return list(np.repeat(wide[:, None], 24, axis=1))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "check_estimator_cloneable",
+        "check_estimator_repr",
+        "check_estimator_tags_renamed",
+        "check_valid_tag_types",
+        "check_mixin_order",
+        "check_no_attributes_set_in_init",
+        "check_do_not_raise_errors_in_init_or_set_params",
+        "check_parameters_default_constructible",
+        "check_get_params_invariance",
+        "check_set_params",
+        "check_fit_score_takes_y",
+        "check_estimators_fit_returns_self",
+        "check_estimators_overwrite_params",
+        "check_dont_overwrite_parameters",
+        "check_estimators_unfitted",
+        "check_fit_check_is_fitted",
+        "check_fit_idempotent",
+        "check_dict_unchanged",
+        "check_estimators_pickle",
+        "check_readonly_memmap_input",
+        "check_f_contiguous_array_estimator",
+        "check_estimators_dtypes",
+        "check_pipeline_consistency",
+        "check_methods_sample_order_invariance",
+        "check_methods_subset_invariance",
+        "check_classifiers_classes",
+        "check_classifiers_one_label",
+        "check_classifiers_train",
+        "check_classifiers_regression_target",
+        "check_classifier_data_not_an_array",
+        "check_supervised_y_no_nan",
+        "check_supervised_y_2d",
+        "check_requires_y_none",
+        "check_fit2d_1sample",
+    ],
+)
+def test_it_meets_the_checks_of_scikit_learn(check: str) -> None:
+    getattr(estimator_checks, check)("OnRows", OnRows(method="pixels", focus="none", batch_size=8))
+
+
+def test_scikit_learn_is_told_that_it_takes_no_tables() -> None:
+    tags = MedFocusCLIP().__sklearn_tags__()
+    assert not tags.input_tags.two_d_array
+    assert tags.estimator_type == "classifier"
+
+
+def test_a_clone_has_the_parameters_and_nothing_learnt(fitted: MedFocusCLIP) -> None:
+    copy = cast("MedFocusCLIP", clone(fitted))
+    assert copy.get_params() == fitted.get_params()
+    with pytest.raises(NotFittedError):
+        copy.predict(drawn(1)[0])
+
+
+def test_every_parameter_goes_in_and_comes_out() -> None:
+    given = {"method": "lp++", "focus": "none", "settings": {"steps": 3}, "random_state": 7, "flip": True}
+    assert MedFocusCLIP().set_params(**given).get_params() == {**MedFocusCLIP().get_params(), **given}
+
+
+# --- fitting and predicting ----------------------------------------------------------------------
+
+
+def test_it_learns_phantoms_it_has_not_seen(fitted: MedFocusCLIP) -> None:
+    pictures, labels = drawn(6, "test")
+    probabilities = fitted.predict_proba(pictures)
+    assert probabilities.shape == (18, 3)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    assert list(fitted.classes_) == sorted(LABELS)
+    assert np.array_equal(fitted.predict(pictures), fitted.classes_[probabilities.argmax(1)])
+    assert fitted.score(pictures, labels) > 0.5  # chance is a third
+
+
+def test_cross_validation_keeps_masks_in_the_folder_it_is_given(tmp_path: Path) -> None:
+    pictures, labels = drawn(12)
+    scores = cross_val_score(small(cache=tmp_path / "masks"), pictures, labels, cv=3)
+    assert scores.shape == (3,)
+    assert scores.mean() > 0.4
+    assert any((tmp_path / "masks").rglob("*"))
+
+
+def test_it_ends_a_pipeline() -> None:
+    pictures, labels = drawn(3)
+    upright = make_pipeline(FunctionTransformer(lambda X: [np.rot90(p).copy() for p in X]), small())
+    turned = [np.rot90(picture, -1).copy() for picture in pictures]
+    probabilities = upright.fit(turned, labels).predict_proba(turned)
+    np.testing.assert_array_equal(probabilities, small().fit(pictures, labels).predict_proba(pictures))
+
+
+def test_the_same_random_state_gives_the_same_classifier_and_another_does_not() -> None:
+    pictures, labels = drawn(3)
+    first, again, other = (
+        small(random_state=seed).fit(pictures, labels).predict_proba(pictures) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-6
+
+
+def test_labels_may_be_numbers_with_words_for_them() -> None:
+    pictures, labels = drawn(2)
+    numbers = [LABELS.index(label) for label in labels]
+    words = {str(i): label for i, label in enumerate(LABELS)}
+    model = small(method="clip-zero-shot", settings=None, names=words).fit(pictures, numbers)
+    assert model.predict(pictures).dtype == np.asarray(numbers).dtype
+    named = small(method="clip-zero-shot", settings=None).fit(pictures, labels)
+    order = [list(named.classes_).index(label) for label in LABELS]
+    np.testing.assert_allclose(model.predict_proba(pictures), named.predict_proba(pictures)[:, order])
+
+
+def test_grey_colour_and_files_of_one_picture_are_the_same_to_it(
+    fitted: MedFocusCLIP, tmp_path: Path
+) -> None:
+    picture = drawn(1)[0][0]
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    colour = np.repeat(picture[:, :, None], 3, axis=2)
+    grey, rgb, file = fitted.predict_proba([picture, colour, tmp_path / "picture.png"])
+    np.testing.assert_array_equal(grey, rgb)
+    np.testing.assert_allclose(grey, file, atol=1e-6)
+
+
+def test_a_fitted_one_is_pickled_without_its_towers(fitted: MedFocusCLIP) -> None:
+    pictures = drawn(1)[0]
+    data = pickle.dumps(fitted)
+    assert len(data) < 1_000_000
+    np.testing.assert_array_equal(pickle.loads(data).predict_proba(pictures), fitted.predict_proba(pictures))
+
+
+def test_a_saved_one_comes_back(fitted: MedFocusCLIP, tmp_path: Path) -> None:
+    pictures = drawn(2)[0]
+    fitted.save(tmp_path / "model")
+    loaded = MedFocusCLIP.load(tmp_path / "model")
+    assert loaded.get_params() == fitted.get_params()
+    np.testing.assert_allclose(loaded.predict_proba(pictures), fitted.predict_proba(pictures), atol=1e-6)
+    (tmp_path / "model" / "estimator.json").unlink()
+    with pytest.raises(FileNotFoundError, match="give a folder that "):
+        MedFocusCLIP.load(tmp_path / "model")
+
+
+def test_it_gives_the_numbers_of_a_study_with_the_same_support(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import cells, duplicates, ingest, masks, splits, study
+
+    name = "phantom-breast"
+    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["datasets"] = {name: content["datasets"][name]}
+    content["phantoms"] = {}
+    content["study"] |= {"methods": {"medfocusclip": ["none", "crop"]}, "percents": [100], "seeds": [3]}
+    content["masks"] |= {"segmenter": "otsu"}
+    content["report"] |= {"baseline": "medfocusclip"}
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    root = Path(content["datasets"][name]["root"])
+    phantoms.write(root, MODALITY, seed=0, train_per_class=4, test_per_class=2, size=96)
+    for stage in (ingest, duplicates, splits, masks):
+        stage.main(["--dataset", name])
+
+    opened = study.here()
+    dataset = cells.Dataset(opened, name, opened.encoder())
+    cell = cells.Cell(name, "medfocusclip", "crop", "100%", 3)
+    paths, test = dataset.support_paths(cell), dataset.splits.test
+    method = cells.build_method(opened.params, "medfocusclip", dataset.encoder)
+    dataset.embed(["medfocusclip"], "crop", paths, 3, "train")
+    dataset.embed(["medfocusclip"], "crop", test, 1, "test")
+    method.fit(dataset.support(method, cell, 3), torch.Generator().manual_seed(3))
+    logits = next(iter(method.logits(dataset.inputs(method, "crop", test, 1)[0]).values()))
+
+    model = MedFocusCLIP(segmenter="otsu", modality=MODALITY, flip=True, random_state=3)
+    model.fit(
+        [root / path for path in paths],
+        [dataset.records[path].label for path in paths],
+        groups=[dataset.splits.groups[path] for path in paths],
+    )
+    own = model.predict_proba([root / path for path in test])
+    np.testing.assert_allclose(own, logits.double().softmax(dim=1).numpy(), atol=1e-5)
+
+
+# --- explaining ----------------------------------------------------------------------------------
+
+
+def test_an_explanation_has_mask_focus_and_attribution_on_the_picture(fitted: MedFocusCLIP) -> None:
+    picture = drawn(1)[0][0]
+    told = fitted.explain(picture)
+    assert told.label == fitted.predict([picture])[0]
+    assert (told.mask.shape, told.mask.dtype) == (picture.shape, np.dtype(bool))
+    assert told.focus.shape == (fitted.encoder_.image_size,) * 2 + (3,)
+    assert told.attribution.shape == picture.shape
+    assert told.attribution.sum() == pytest.approx(1, abs=1e-4)
+    other = fitted.explain(picture, label=next(c for c in fitted.classes_ if c != told.label))
+    assert np.abs(other.attribution - told.attribution).max() > 0
+
+
+def test_without_a_focus_the_mask_can_still_be_seen() -> None:
+    pictures, labels = drawn(2)
+    told = (
+        small(method="clip-linear-probe", focus="none", settings=None)
+        .fit(pictures, labels)
+        .explain(pictures[0])
+    )
+    assert 0 < told.mask.mean() < 1
+
+
+def test_what_a_crop_leaves_out_gets_no_attribution() -> None:
+    mask = np.zeros((60, 100), bool)
+    mask[5:15, 10:20] = True  # the crop is 40 x 40 around (10, 15), cut off at the picture
+    heat = np.full((32, 32), 1 / 32**2, np.float32)
+    found = on_picture(heat, mask, "crop")
+    assert found[:30, :35].min() > 0
+    assert found[30:].max() == found[:, 35:].max() == 0
+    assert found.sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_attribution_lands_where_the_view_shows_it() -> None:
+    heat = np.zeros((32, 32), np.float32)
+    heat[16, 24] = 1  # of a wide picture the view has bars above and below
+    found = on_picture(heat, np.ones((50, 100), bool), "multiply")
+    assert np.unravel_index(found.argmax(), found.shape) == pytest.approx((26, 76), abs=2)
+
+
+# --- refusing ------------------------------------------------------------------------------------
+
+
+PICTURE = np.zeros((80, 80), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "labels", "sentence"),
+    [
+        ([PICTURE, PICTURE], [0, 0], "y has 1 class"),
+        ([PICTURE, PICTURE], [0, 1, 1], "inconsistent numbers of samples"),
+        ([PICTURE, PICTURE[0]], [0, 1], r"X\[1\] is uint8 of shape \(80,\); a picture is uint8 of \(H, W\)"),
+        ([PICTURE / 255, PICTURE], [0, 1], r"X\[0\] is float64 .* Scale values to 0 to 255"),
+        ([PICTURE, None], [0, 1], r"X\[1\] is NoneType; give an array of uint8 or a path"),
+        (np.zeros((80, 80, 3), np.uint8), [0, 1], r"\[picture\] for a single one"),
+        ("picture.png", [0, 1], "give a list of pictures"),
+        (7, [0, 1], "X is int; give a list of pictures"),
+        ([], [], "X has 0 pictures"),
+        ([PICTURE, PICTURE], [0.1, 0.7], "Unknown label type"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_refused(pictures: Any, labels: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        small().fit(pictures, labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"method": "med"}, "method is 'med'; use one of pixels, "),
+        ({"focus": "zoom"}, "focus is 'zoom'; use one of none, "),
+        ({"segmenter": "unet"}, "segmenter is 'unet'; use one of sam2, otsu"),
+        ({"augmented": -1}, "augmented is -1; use 0 or more"),
+        (
+            {"settings": {"epoch": 3}},
+            "settings has 'epoch', which medfocusclip does not take; it takes tuning",
+        ),
+        ({"settings": {"segmenter_grid": 2}}, "asks for SAM2's features"),
+        ({"modality": "x-ray"}, "modality 'x-ray' has no text prompts"),
+    ],
+)
+def test_a_wrong_parameter_is_named_at_fit_with_what_there_is(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        small(**changes).fit(*drawn(1))
+
+
+def test_a_label_that_it_does_not_know_cannot_be_explained(fitted: MedFocusCLIP) -> None:
+    with pytest.raises(ValueError, match="'healthy' is none of the classes; give one of benign, "):
+        fitted.explain(PICTURE, label="healthy")
+
+
+# --- the numbers and the examples ----------------------------------------------------------------
+
+
+def test_its_numbers_are_those_of_the_embedded_study() -> None:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+    def listed(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    assert defaults.METHODS.keys() == METHODS.keys()
+    for name, values in defaults.METHODS.items():
+        assert listed(values) == params["methods"][name], name
+    assert params["learning_rates"] == defaults.LEARNING_RATES
+    assert params["masks"]["batch_size"] == defaults.SEGMENTER_BATCH
+    for values in defaults.SEGMENTERS.values():
+        assert all(params["masks"][name] == value for name, value in values.items() if name != "keep")
+    of_views = {name: MedFocusCLIP().get_params()[name] for name in params["views"]}
+    assert of_views == params["views"]
