@@ -45,7 +45,7 @@ from medfocus.masks.store import MaskStore, cache_masks
 from medfocus.quality import iou
 from medfocus.records import Record
 
-FULL, POINTS = "sam2.1_hiera_t", 5  # POINTS a side: on phantoms of another seed no worse than the generator
+FULL, POINTS = "sam2.1_hiera_t", 4  # POINTS a side: as the studies of large pictures take them
 DRAWN = 768  # pixels a side of the phantoms for the clock, of no size that the model sees
 POCKET_POINTS = 8  # as params.yaml has it
 HELD_OUT = 3_000_000  # seed of phantoms.generator: no picture of the pocket models' training
@@ -100,12 +100,12 @@ def clock(pictures: int, repeats: int, generator_repeats: int, now: Callable[[],
         ready = torch.rand(1, 3, size, size)
         rows[f"encoder, {size} px"] = lambda _, model=model, ready=ready: model.forward_image(ready)
         for name, strategy, points in (
-            ("grid 4 x 4", "grid", 4), ("grid 5 x 5", "grid", POINTS), ("grid 8 x 8", "grid", 8),
-            ("center", "center", 1), ("box", "box", 1),
+            ("grid 4 x 4", "grid", POINTS), ("grid 8 x 8", "grid", 8), ("center", "center", 1),
+            ("box", "box", 1),
         ):  # fmt: skip
             one = build_segmenter(**shared, image_size=size, strategy=strategy, points_per_side=points)
             rows[f"{name}, {size} px"] = lambda picture, one=one: one.segment([picture])
-    rows["plain grid 5 x 5, 1024 px"] = lambda picture: plain.segment([picture])
+    rows["plain grid 4 x 4, 1024 px"] = lambda picture: plain.segment([picture])
     square = torch.rand(GEMM, GEMM)
     rows["product of matrices"] = lambda _: square @ square
     generators = {f"generator {side} x {side}, 1024 px": generator(plain, side) for side in (16, 32)}
@@ -132,7 +132,7 @@ def clock(pictures: int, repeats: int, generator_repeats: int, now: Callable[[],
     for size in (1024, 512):
         median[f"limit, {size} px"] = flops[size] / rate
     encoder, grid, small = (
-        median[name] for name in ("encoder, 1024 px", "grid 5 x 5, 1024 px", "grid 5 x 5, 512 px")
+        median[name] for name in ("encoder, 1024 px", "grid 4 x 4, 1024 px", "grid 4 x 4, 512 px")
     )
     print(f"{FULL}, random weights, {torch.get_num_threads()} threads, {rate / 1e9:.0f} Gflop/s")
     for name, value in sorted(median.items(), key=lambda item: -item[1]):
@@ -141,7 +141,6 @@ def clock(pictures: int, repeats: int, generator_repeats: int, now: Callable[[],
         print(f"{name:26} {value:8.3f} s a picture ({spread}), {value / encoder:6.2f} times the encoder")
     ratios = {
         "ratio_to_encoder": grid / encoder,
-        "ratio_to_encoder_4x4": median["grid 4 x 4, 1024 px"] / encoder,
         "ratio_to_encoder_8x8": median["grid 8 x 8, 1024 px"] / encoder,
         "ratio_to_encoder_512": small / median["encoder, 512 px"],
     }
@@ -198,14 +197,12 @@ def agreement(per_class: int) -> dict[str, Any]:
 
     segmenters = {
         "generator": build_segmenter(**shared, strategy="automatic", points_per_side=16),
-        "grid": grid(POINTS),
-        "grid, lean": LeanSegmenter(grid(POINTS)),
+        "grid": grid(POCKET_POINTS),
+        "grid, lean": LeanSegmenter(grid(POCKET_POINTS)),
         "grid, 4 x 4": grid(4),
         "grid, 16 x 16, lean": LeanSegmenter(grid(16)),
-        "grid, edges": grid(POINTS, follow_edges=True),
-        "grid, edges, lean": LeanSegmenter(grid(POINTS, follow_edges=True)),
-        "grid, 8 x 8": grid(POCKET_POINTS),
-        "grid, 8 x 8, edges": grid(POCKET_POINTS, follow_edges=True),
+        "grid, edges": grid(POCKET_POINTS, follow_edges=True),
+        "grid, edges, lean": LeanSegmenter(grid(POCKET_POINTS, follow_edges=True)),
         "center": build_segmenter(**shared, strategy="center"),
         "box": build_segmenter(**shared, strategy="box"),
     }
@@ -273,7 +270,7 @@ def verdicts(result: Mapping[str, Any]) -> None:
         verdict = "reached" if agreed >= LEAST_MIOU or ours >= theirs else "FALLS SHORT"
         print(
             f"miou_with_generator: {agreed:.3f}, at least {LEAST_MIOU}, or IoU with the lesion no worse: "
-            f"{ours:.3f} with edges to the generator's {theirs:.3f}: {verdict}"
+            f"{ours:.3f} with edges, as params.yaml has it, to the generator's {theirs:.3f}: {verdict}"
         )
 
 
