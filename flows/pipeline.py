@@ -31,7 +31,7 @@ from flows.stages import reproduce
 from flows.study import PAGE, RESULTS, STUDY, Study, open_study
 from medfocus import report
 from medfocus.discreet import discreet
-from medfocus.provenance import made_from
+from medfocus.provenance import lock_digest
 
 if TYPE_CHECKING:
     from medfocus.tracking import Registration
@@ -182,8 +182,8 @@ def _shows_results(study: Study) -> bool:
 
 def _page_is_current(study: Study) -> bool:
     """Whether the page is there and of what dvc.lock names: a run may be killed before it writes one."""
-    page, lock = study.folder / PAGE, made_from(study.folder, ())["dvc.lock.sha256"]
-    return page.exists() and lock in page.read_text(encoding="utf-8")
+    page = study.folder / PAGE
+    return page.exists() and lock_digest(study.folder) in page.read_text(encoding="utf-8")
 
 
 def _key(name: str) -> str:

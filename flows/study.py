@@ -200,6 +200,11 @@ def find_home(start: Path) -> Path:
     )
 
 
+def params_files(home: Path) -> list[Path]:
+    """The params files of a project's studies, the embedded one first."""
+    return [home / "params.yaml", *sorted((home / "studies").glob("*.yaml"))]
+
+
 def here() -> Study:
     """The study of the working directory, as the stages see it."""
     return study_in(Path.cwd())

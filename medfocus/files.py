@@ -25,7 +25,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 def seal(beside: Path, path: Path) -> None:
     """Move a finished file to its place in a cache, its sha256 written first to ``path``.sha256."""
-    write(_seal_of(path), _digest(beside))
+    write(_seal_of(path), digest(beside))
     beside.replace(path)
 
 
@@ -37,7 +37,7 @@ def is_sound(path: Path) -> bool:
     if not path.is_file():
         return False
     seal = _seal_of(path)
-    if not seal.is_file() or seal.read_text(encoding="ascii", errors="replace") == _digest(path):
+    if not seal.is_file() or seal.read_text(encoding="ascii", errors="replace") == digest(path):
         return True
     _log.warning("%s is damaged (its sha256 is another): it is made again.", path)
     return False
@@ -47,6 +47,7 @@ def _seal_of(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """sha256 hex over a file's bytes, which need not fit into the memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,19 +20,24 @@ def made_from(repo: Path, seeds: Sequence[int]) -> dict[str, str]:
     outside of a git repository, or before its first commit, ``git.commit`` is "none".
     """
     commit = _git(repo, "rev-parse", "--verify", "--quiet", "HEAD")
-    lock = repo / "dvc.lock"
     # The two are kept with every study, and a run may be what changes the lock.
     code = (":/", ":(top,exclude)*dvc.lock", ":(top,exclude)*params.yaml")
     return {
         "git.commit": commit or "none",
         "git.dirty": str(bool(_git(repo, "status", "--porcelain", "-uno", "--", *code))).lower(),
-        "dvc.lock.sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else "none",
+        "dvc.lock.sha256": lock_digest(repo),
         "seeds": ",".join(map(str, seeds)),
         "host": socket.gethostname(),
         "python": platform.python_version(),
         **{f"version.{package}": version for package, version in installed(PACKAGES)},
         **({"mlflow.source.git.commit": commit} if commit else {}),  # the one that MLflow's pages show
     }
+
+
+def lock_digest(repo: Path) -> str:
+    """sha256 hex over ``dvc.lock``; "none" where there is none."""
+    lock = repo / "dvc.lock"
+    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else "none"
 
 
 def installed(packages: Iterable[str]) -> Iterator[tuple[str, str]]:

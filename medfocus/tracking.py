@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -212,18 +213,15 @@ class Tracking:
 
     def runs_by_cell(self) -> dict[str, str]:
         """The newest finished run of every cell of the experiment: tag ``cell_key`` -> run id."""
+        search = functools.partial(
+            self.client.search_runs,
+            [self.experiment_id],
+            "attributes.status = 'FINISHED' and tags.cell_key != ''",
+            order_by=["attributes.start_time DESC"],
+        )
         newest: dict[str, str] = {}
-        token: str | None = None
-        while token != "":
-            page = self.client.search_runs(
-                [self.experiment_id],
-                "attributes.status = 'FINISHED' and tags.cell_key != ''",
-                order_by=["attributes.start_time DESC"],
-                page_token=token,
-            )
-            for run in page:
-                newest.setdefault(run.data.tags["cell_key"], run.info.run_id)
-            token = page.token or ""
+        for run in _pages(search):
+            newest.setdefault(run.data.tags["cell_key"], run.info.run_id)
         return newest
 
     def describe_version(self, name: str, version: str, text: str) -> None:

@@ -20,6 +20,7 @@ import psutil
 
 from flows.cli import terminal
 from flows.servers import MLFLOW_PORT, PREFECT_PORT, answers, answers_at, must_answer, prefect_answers
+from flows.study import params_files
 
 PACKAGE = "medfocusclip"
 _SHOWN = ("torch", "prefect", "dvc", "mlflow", "open_clip_torch", "sam2")
@@ -119,7 +120,7 @@ def project(home: Path) -> Iterator[Finding]:
         yield Finding("project", "fault", f"{home} cannot be written", f"Run chmod -R u+w {home}.")
     else:
         yield Finding("project", "ok", str(home))
-    files = [home / "params.yaml", *sorted((home / "studies").glob("*.yaml"))]
+    files = params_files(home)
     good = 0
     for path in files:
         try:

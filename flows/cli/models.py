@@ -8,7 +8,6 @@ Which pictures the model was made with stays behind.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medfocus import tracking
+from flows.study import params_files
+from medfocus import files, tracking
 from medfocus.params import read_content
 from medfocus.tracking import Registered
 
@@ -66,7 +66,7 @@ def weights(home: Path) -> list[Weights]:
 
 def asked_for(home: Path) -> Iterator[str]:
     """What the params files of a project name that is neither in the package nor a file."""
-    for path in [home / "params.yaml", *sorted((home / "studies").glob("*.yaml"))]:
+    for path in params_files(home):
         try:
             content = read_content(path)
             checkpoint = str(content["masks"]["checkpoint"])
@@ -162,7 +162,11 @@ def export(home: Path, asked: str | None, path: Path) -> str:
         raise FileExistsError(f"{path} is there already. Give another name, or remove it.")
     with opened(home, asked) as (told, folder):
         present = [name for name in PARTS if (folder / name).is_file()]
-        contents = {"format": 1, "model": told, "files": {name: _digest(folder / name) for name in present}}
+        contents = {
+            "format": 1,
+            "model": told,
+            "files": {name: files.digest(folder / name) for name in present},
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -235,7 +239,7 @@ def unpack(path: Path, folder: Path) -> dict[str, Any]:
                     raise _refused(path, f"and its {CONTENTS} do not agree on {name}")
                 if name in names:
                     left -= _unpack_part(path, archive, name, folder / name, left)
-                    if _digest(folder / name) != contents["files"][name]:
+                    if files.digest(folder / name) != contents["files"][name]:
                         raise _refused(path, f"{name} is not what was exported (its sha256 differs)")
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -281,11 +285,6 @@ def _refused(path: Path, fault: str) -> ValueError:
 def _copy(folder: Path, target: Path) -> None:
 
     shutil.copytree(folder, target)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_sam2(name: str) -> bool:

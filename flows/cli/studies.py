@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.study import PAGE
+from flows.study import PAGE, params_files
 from medfocus.params import Params, load_params
 
 
@@ -32,7 +32,7 @@ def run(params: Path) -> None:
 
 def named(home: Path, name: str) -> Path:
     """The params file of a study by its name. Raises ValueError, which lists those that there are."""
-    files = {path.stem: path for path in _files(home)}
+    files = {path.stem: path for path in params_files(home)}
     if name not in files:
         raise ValueError(f"no study {name!r} in {home / 'studies'}; there are {', '.join(files)}.")
     return files[name]
@@ -40,7 +40,7 @@ def named(home: Path, name: str) -> Path:
 
 def listed(home: Path) -> Iterator[Listed]:
     """Every study of a project; one whose file has a fault says so."""
-    for path in _files(home):
+    for path in params_files(home):
         file = Path(os.path.relpath(path)).as_posix()
         try:
             params = load_params(path)
@@ -57,10 +57,6 @@ def _cells(params: Params) -> int:
     from flows.cells import plan  # takes seconds
 
     return len(plan(params))
-
-
-def _files(home: Path) -> list[Path]:
-    return [home / "params.yaml", *sorted((home / "studies").glob("*.yaml"))]
 
 
 def _must_be_a_clone() -> None:
