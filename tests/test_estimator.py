@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from sklearn.base import clone
@@ -267,7 +266,8 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     own = model.predict_proba([root / path for path in test])
     np.testing.assert_allclose(own, next(iter(probabilities.values())), atol=1e-5)
     if "lr" in changes:
-        assert header.settings["lr"] in changes["lr"] and cast("Any", model.method_).lr == header.settings["lr"]
+        chosen = header.settings["lr"]
+        assert chosen in changes["lr"] and cast("Any", model.method_).lr == chosen
 
 
 # --- explaining ----------------------------------------------------------------------------------
