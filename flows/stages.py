@@ -2,12 +2,12 @@
 
 DVC alone decides whether a stage is stale, locks its paths, keeps its run cache and writes
 dvc.lock; only the subprocess is saved, which would spend 10 to 20 s on importing torch, open_clip
-and MLflow for every stage. The seam is three private functions of DVC, pinned with it; a contract
+and MLflow for every stage. The seam is four private functions of DVC, pinned with it; a contract
 test holds that what ran here leaves `dvc status` clean.
 
 DVC writes dvc.lock and its list of locked paths in place. Where a file system cannot clone files, it learns
 that from an empty object that it made in its cache. A kill can leave half of the ones and the empty other.
-Here each appears whole or not at all; what a killed `dvc repro` left is made again from DVC's run cache.
+Here each appears whole or not at all; what a killed `dvc repro` left is made again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import io
 import logging
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest.mock import patch
 
+import dvc.rwlock
 import dvc.stage.run
 import dvc.utils.serialize._common
 import dvc_objects.fs.system
@@ -65,6 +67,7 @@ def _reproduce(folder: Path, stage: str) -> bool:
         patch.object(dvc.stage.run, "_run", _run_here),
         patch.object(dvc.utils.serialize._common, "_dump_data", _dump_whole),
         patch.object(dvc_objects.fs.system, "reflink", _clone_whole),
+        patch.object(dvc.rwlock, "_edit_rwlock", _edit_locks_whole),
     ):
         try:
             return bool(Repo.reproduce(repo, f"dvc.yaml:{stage}", single_item=True))
@@ -108,6 +111,34 @@ def _clone_whole(source: str, target: str) -> None:
     beside = Path(target).with_name(tmp_fname())
     _clone(source, str(beside))
     beside.replace(target)
+
+
+_edit_locks = dvc.rwlock._edit_rwlock
+
+
+def _edit_locks_whole(folder: str, fs: Any, hardlink: bool) -> contextlib.AbstractContextManager[Any]:
+    """Stand in for DVC's reading and writing of the list of locked paths."""
+    return _edit_locks(folder, _Whole(fs), hardlink)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A file system of DVC's, as far as its list of locks needs one, in which files appear whole."""
+
+    fs: Any
+
+    def join(self, *parts: str) -> str:
+        return self.fs.join(*parts)
+
+    @contextlib.contextmanager
+    def open(self, path: str, mode: str = "r", encoding: str = "utf-8") -> Iterator[IO[str]]:
+        if mode == "w":
+            text = io.StringIO()
+            yield text
+            files.write(Path(path), text.getvalue())
+        else:
+            with self.fs.open(path, mode, encoding=encoding) as file:
+                yield file
 
 
 def _run_here(executable: str | None, cmd: str, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -139,12 +139,13 @@ def test_a_cut_or_flipped_cache_is_made_again_with_the_same_bytes(
     assert not [path for path in (project / "data").rglob(".*") if path.is_dir()]
 
 
+class Killed(BaseException):
+    """Nothing that DVC has to clean up after errors sees it."""
+
+
 def test_a_kill_while_dvc_tries_to_clone_a_file_leaves_no_empty_object_in_its_cache(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        """Nothing cleans up after it, as after a kill -9."""
-
     def killed(*_: object) -> None:
         raise Killed
 
@@ -158,6 +159,22 @@ def test_a_kill_while_dvc_tries_to_clone_a_file_leaves_no_empty_object_in_its_ca
     assert whole.damaged(project) == []
     assert stages.reproduce(project, stage)
     assert whole.damaged(project) == []
+
+
+def test_a_kill_while_dvc_writes_its_list_of_locks_leaves_the_one_before(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(content: object, file: IO[str]) -> None:
+        file.write('{"write": {"da')
+        file.flush()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dvc.rwlock.json.dump", half)
+        with pytest.raises(Killed):
+            stages.reproduce(project, "phantoms@breast_ultrasound")
+    assert whole.damaged(project) == [] and not list((project / ".dvc/tmp").glob(".rwlock*"))
+    assert stages.reproduce(project, "phantoms@breast_ultrasound")
 
 
 @pytest.mark.parametrize("left", ["", "schema: '2.0'\nstages:\n  a:\n    cmd: 'pyt", "<<<<<<< ours\n"])
