@@ -161,6 +161,35 @@ def mlflow_keeper(
         yield f"http://{_reached(host)}:{port}"
 
 
+@contextlib.contextmanager
+def model_server(store: str, model: str, port: int, log: Path | None = None) -> Iterator[str]:
+    """MLflow's scoring server on loopback, out of this environment and without a network; its address.
+
+    Args:
+        store: The tracking URI of the registry.
+        model: Such as ``models:/NAME@champion``.
+        port: The port.
+        log: The file that it writes to.
+    """
+    command = [
+        *(sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"),
+        *("--host", HOST, "--port", str(port)),
+    ]
+    environment = {
+        "MLFLOW_TRACKING_URI": store,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",  # warnings would put the names of foreign columns into the log
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # it starts uvicorn by name
+    }
+    address = f"http://{HOST}:{port}"
+    with tempfile.TemporaryDirectory() as copy:  # of the model, which it would leave behind
+        environment["TMPDIR"] = copy
+        with _server(command, environment, f"{address}/ping", "The scoring server", log):
+            yield address
+
+
 def _mlflow(
     host: str, port: int, store: str, options: list[str], environment: Mapping[str, str], log: Path | None
 ) -> contextlib.AbstractContextManager[None]:
