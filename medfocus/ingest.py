@@ -1,13 +1,15 @@
-"""A data set's folders or CSV -> checked records, and one report of every fault in it.
+"""A data set's folders or manifest -> checked records, and one report of every fault in it.
 
 What is read from ``root``:
 
     {split}/{class}/**/x.png   split is train, val (valid, validation), test, or all: no official split
     {class}/**/x.png           no official split
-    a CSV manifest             columns path, label, and optionally split and patient
+    a manifest                 columns path, label, and optionally split and patient, or others that
+                               ``columns`` names; CSV, semicolons, tabs or Parquet
 
-A manifest comes with the pictures and is not trusted: what it names has to lie in ``root``, whether by
-``..``, by an absolute path or by a link. Links in folders of classes are their owner's, and are followed.
+Where ``root`` only wraps one of the first two (one folder inside, that in turn), it is read from there. A
+manifest comes with the pictures and is not trusted: what it names has to lie in ``root``, whether by ``..``,
+by an absolute path or by a link. Links in folders of classes are their owner's, and are followed.
 
 Ground truth for measuring masks is never a picture: the folder ``masks`` at the top, and ``x_mask.png``
 (or ``x_mask_1.png``) beside ``x.png``. Hidden files and those of file managers are ignored.
@@ -69,6 +71,7 @@ def ingest(
     root: Path,
     *,
     manifest: str | None = None,
+    columns: Mapping[str, str] | None = None,
     patient_pattern: str | None = None,
     workers: int | None = None,
     progress: bool = False,
@@ -78,7 +81,8 @@ def ingest(
 
     Args:
         root: The data set's folder; record paths are relative to it.
-        manifest: A CSV inside ``root`` that lists the pictures; its paths are relative to its own folder.
+        manifest: A table inside ``root`` that lists the pictures; its paths are relative to its own folder.
+        columns: What the manifest calls path, label, split and patient, where it is not that.
         patient_pattern: A regular expression whose one group, searched for in each relative path, is the
             patient. A patient that the manifest gives has precedence.
         workers: Threads that open pictures; None takes one a core.
@@ -95,7 +99,10 @@ def ingest(
             f"{root}: no such folder; give the folder that holds the data set's pictures."
         )
     report = _Report()
-    listed = list_folders(root, report) if manifest is None else list_manifest(root, manifest, report)
+    if manifest is None:
+        listed = list_folders(root, report)
+    else:
+        listed = list_manifest(root, manifest, report, columns)
     listed = with_patients(listed, patient_pattern, report)
     check_spellings(listed, report)
     known = None if cache is None else Shards(f"{cache}/{images.decoder_key(__file__)}", ".json")
@@ -232,5 +239,4 @@ def _check_classes(labels: set[str], records: Sequence[Record], report: _Report)
         fix = "Give a folder of split/class/*.png, of class/*.png, or a CSV manifest."
         report.stop(".", "no class folder was found", fix)
     elif len(labels) == 1:
-        fix = "Add another; if this folder only wraps the data set, give the folder inside it."
-        report.stop(".", f"there is one class only, {min(labels)!r}", fix)
+        report.stop(".", f"there is one class only, {min(labels)!r}", "Add another.")

@@ -5,21 +5,21 @@ What is read is described in ``medfocus.ingest``; here no picture is opened.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from medfocus import tables
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _SPLITS |= {"test": "test", "testing": "test", "all": ""}
-_MASKS = "masks"
-_MASK_STEM = re.compile(r"(.+)_mask(_\d+)?")
+MASKS = "masks"  # the folder of known regions
+MASK_STEM = re.compile(r"(.+)_mask(_\d+)?")
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # beside all whose name begins with a dot
 
 
@@ -63,20 +63,58 @@ class Report:
         self.reported.append(Fault(path, fault, fix))
 
 
+def unwrapped(root: Path) -> Path:
+    """The folder that holds the data set: ``root``, or what it only wraps, as archives do that are unpacked.
+
+    A wrapper has one folder (a folder of masks apart) and no picture, and that folder is no split and holds
+    folders and no picture. Only as much of a folder is read as tells.
+    """
+    inner = _only_folder(root)
+    while inner is not None and not _is_split(inner) and not _has_pictures(inner) and _has_folders(inner):
+        root, inner = inner, _only_folder(inner)
+    return root
+
+
+def _only_folder(folder: Path) -> Path | None:
+    """The one folder in ``folder``; None where there are several, none, or pictures."""
+    only: Path | None = None
+    for entry in filter(_is_seen, folder.iterdir()):
+        if _is_picture(entry):
+            return None
+        if entry.is_dir() and entry.name.casefold() != MASKS:
+            if only is not None:
+                return None
+            only = entry
+    return only
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(_is_picture(entry) for entry in filter(_is_seen, folder.iterdir()))
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() for entry in filter(_is_seen, folder.iterdir()))
+
+
 def list_folders(root: Path, report: Report) -> list[Listed]:
-    """The pictures of class folders, with or without folders of splits above them."""
-    tops = [entry for entry in _entries(root) if entry.name.casefold() != _MASKS]
+    """The pictures of class folders, with or without folders of splits above them; see ``unwrapped``."""
+    top = unwrapped(root)
+    tops = [entry for entry in _entries(top) if entry.name.casefold() != MASKS]
     folders = [entry for entry in tops if entry.is_dir()]
     splits = {folder: _SPLITS[folder.name.casefold()] for folder in folders if _is_split(folder)}
     if "" in splits.values() and len(splits) > 1:
         names = ", ".join(folder.name for folder in splits)
         report.stop("all", f"stands beside split folders ({names})", "Keep either all or the others.")
     for folder in folders if splits else []:
-        if folder not in splits and (count := sum(map(_is_picture, _files(folder)))):
-            fault = f"holds {count} pictures beside the split folders, but is none itself"
+        pictures = [] if folder in splits else list(filter(_is_picture, _files(folder)))
+        if pictures and all((top / picture.relative_to(folder)).is_file() for picture in pictures):
+            fault = f"repeats {len(pictures)} pictures of the split folders beside it, by their paths"
+            report.leave_out(folder.relative_to(root).as_posix(), fault, "Remove it, if it is a copy.")
+        elif pictures:
+            fault = f"holds {len(pictures)} pictures beside the split folders, but is none itself"
             fix = "Move them into train, val, test or all to have them in."
-            report.leave_out(folder.name, fault, fix)
-    loose = [entry for folder in (root, *splits) for entry in _entries(folder) if _is_picture(entry)]
+            report.leave_out(folder.relative_to(root).as_posix(), fault, fix)
+    loose = [entry for folder in (top, *splits) for entry in _entries(folder) if _is_picture(entry)]
     for file in loose:
         fix = "Move it into the folder of its class."
         report.leave_out(file.relative_to(root).as_posix(), "lies in no class folder", fix)
@@ -98,7 +136,7 @@ def _list_class(root: Path, folder: Path, split: str, report: Report) -> list[Li
     listed: list[Listed] = []
     for file in files:
         path = file.relative_to(root).as_posix()
-        mask = _MASK_STEM.fullmatch(file.stem.casefold())
+        mask = MASK_STEM.fullmatch(file.stem.casefold())
         if mask and (file.parent, mask[1]) in pictures:
             continue
         if not _is_picture(file):
@@ -112,48 +150,34 @@ def _list_class(root: Path, folder: Path, split: str, report: Report) -> list[Li
     return listed or [Listed("", folder.name, split, "")]
 
 
-def list_manifest(root: Path, manifest: str, report: Report) -> list[Listed]:
-    """The pictures that a CSV inside ``root`` lists. Raises FileNotFoundError where there is none."""
+def list_manifest(
+    root: Path, manifest: str, report: Report, columns: Mapping[str, str] | None = None
+) -> list[Listed]:
+    """The pictures that a table inside ``root`` lists; ``columns`` are its names for ``tables.COLUMNS``.
+
+    Raises FileNotFoundError where there is none.
+    """
     file = root / manifest
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such manifest; give a CSV by its path inside {root}.")
+    named = {ours: tables.folded((columns or {}).get(ours, ours)) for ours in tables.COLUMNS}
     try:
-        rows = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline=""))
-    except UnicodeDecodeError as error:
-        report.stop(manifest, f"is not UTF-8 ({error})", "Save it again as UTF-8 CSV.")
-        return []
-    columns = {name.strip().casefold(): name for name in rows.fieldnames or []}
-    if missing := {"path", "label"} - columns.keys():
-        fault = f"has no column {' and no column '.join(sorted(missing))} (its columns: {', '.join(columns)})"
-        fix = "Name the columns path, label and, where known, split and patient; separate them by commas."
-        report.stop(manifest, fault, fix)
+        table = tables.read_table(file, set(named.values()))
+        places = _columns(table.heading, named, columns or {})
+    except tables.TableError as error:
+        report.stop(manifest, error.fault, error.fix)
         return []
     listed: dict[str, set[Listed]] = defaultdict(set)
-    for row in rows:
-        given = {name: (row[column] or "").strip() for name, column in columns.items()}
-        path = _inside(root, file.parent, given["path"])
-        split = _SPLITS.get(given.get("split", "").casefold() or "all")
-        if path is None:
-            fault, fix = (
-                f"leads out of {root}",
-                "Copy the picture into that folder and correct the path, or remove the row.",
-            )
-        elif not path:
-            fault, fix = (
-                f"no such file inside {root}",
-                "Correct the path, relative to the CSV, or remove the row.",
-            )
-        elif not given["label"]:
-            fault, fix = "the label is empty", "Fill it in or remove the row."
-        elif split is None:
-            fault, fix = (
-                f"the split {given['split']!r} is none of train, val, test",
-                "Correct it, or empty it.",
-            )
-        else:
-            listed[path].add(Listed(path, given["label"], split, given.get("patient", "")))
-            continue
-        report.leave_out(f"{manifest}, line {rows.line_num}: {given['path']}", fault, fix)
+    for where, row in table.rows:
+        given = {ours: row[place] if place < len(row) else "" for ours, place in places.items()}
+        found = _of_row(root, file.parent, given)
+        if any(row[len(table.heading) :]):
+            fault = f"has {len(row)} cells, and the heading {len(table.heading)}"
+            found = fault, "Put cells that hold the separator into quotes."
+        if isinstance(found, Listed):
+            listed[found.path].add(found)
+        elif any(row):
+            report.leave_out(f"{manifest}, {where}: {given['path']}", *found)
     for path, items in listed.items():
         if len(items) > 1:
             fault = f"is listed in {manifest} {len(items)} times, with different labels, splits or patients"
@@ -163,7 +187,57 @@ def list_manifest(root: Path, manifest: str, report: Report) -> list[Listed]:
     if without and len(without) < len(items):
         fault = f"gives {len(without)} of {len(items)} pictures no split (the first is {without[0].path!r})"
         report.stop(manifest, fault, "Fill the column split in every row, or leave it out.")
-    return items
+    return _without_masks(items, manifest, report)
+
+
+def _columns(heading: Sequence[str], named: Mapping[str, str], columns: Mapping[str, str]) -> dict[str, int]:
+    """Our name of a column -> its place. Raises tables.TableError where one is not there, or there twice."""
+    there = [tables.folded(name) for name in heading]
+    has = f"its columns: {', '.join(heading)}"
+    missing = {ours for ours in ("path", "label", *columns) if named[ours] not in there}
+    if told := sorted(missing & columns.keys()):
+        fault = " and ".join(f"no column {columns[ours]!r}, which columns.{ours} names" for ours in told)
+        raise tables.TableError(f"has {fault} ({has})", "Correct columns in the params file.")
+    if missing:
+        fault = f"has no column {' and no column '.join(sorted(missing))} ({has})"
+        fix = "Rename them to path, label and, where known, split and patient, or say in the params file "
+        fix += "which they are, as in columns: {path: File, label: Diagnosis}."
+        raise tables.TableError(fault, fix)
+    for ours, name in named.items():
+        if there.count(name) > 1:
+            fault = f"has {there.count(name)} columns for {ours} ({has})"
+            raise tables.TableError(fault, "Rename all but the one that is meant.")
+    return {ours: there.index(name) for ours, name in named.items() if name in there}
+
+
+def _of_row(root: Path, folder: Path, given: Mapping[str, str]) -> Listed | tuple[str, str]:
+    """The file that a row stands for, or the row's fault and the fix."""
+    path = _inside(root, folder, given["path"])
+    split = _SPLITS.get(given.get("split", "").casefold() or "all")
+    if path is None:
+        fix = "Copy the picture into that folder and correct the path, or remove the row."
+        return f"leads out of {root}", fix
+    if not path:
+        return f"no such file inside {root}", "Correct the path, relative to the CSV, or remove the row."
+    if not given["label"]:
+        return "the label is empty", "Fill it in or remove the row."
+    if split is None:
+        return f"the split {given['split']!r} is none of train, val, test", "Correct it, or empty it."
+    return Listed(path, given["label"], split, given.get("patient", ""))
+
+
+def _without_masks(items: list[Listed], manifest: str, report: Report) -> list[Listed]:
+    """Without those whose names make them the ground truth of another that is listed beside them."""
+    stems = {Path(item.path).with_suffix("").as_posix().casefold(): item.path for item in items}
+    kept: list[Listed] = []
+    for item in items:
+        mask = MASK_STEM.fullmatch(Path(item.path).with_suffix("").as_posix().casefold())
+        if mask and mask[1] in stems:
+            fault = f"is listed in {manifest}, but is by its name the known region of {stems[mask[1]]}"
+            report.leave_out(item.path, fault, "Remove the row, or rename the file if it is a picture.")
+        else:
+            kept.append(item)
+    return kept
 
 
 def _inside(root: Path, folder: Path, path: str) -> str | None:
@@ -200,8 +274,11 @@ def _is_file(file: Path) -> bool:
 
 def _entries(folder: Path) -> list[Path]:
     """What a folder holds, sorted, without what file managers leave behind."""
-    visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    return sorted(entry for entry in visible if entry.name.casefold() not in _CLUTTER)
+    return sorted(filter(_is_seen, folder.iterdir()))
+
+
+def _is_seen(entry: Path) -> bool:
+    return not entry.name.startswith(".") and entry.name.casefold() not in _CLUTTER
 
 
 def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
