@@ -16,8 +16,8 @@ from pathlib import Path
 from medfocus import tables
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-_SPLITS |= {"test": "test", "testing": "test", "all": ""}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLITS |= {"test": "test", "testing": "test", "all": ""}
 MASKS = "masks"  # the folder of known regions
 MASK_STEM = re.compile(r"(.+)_mask(_\d+)?")
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # beside all whose name begins with a dot
@@ -101,7 +101,7 @@ def list_folders(root: Path, report: Report) -> list[Listed]:
     top = unwrapped(root)
     tops = [entry for entry in _entries(top) if entry.name.casefold() != MASKS]
     folders = [entry for entry in tops if entry.is_dir()]
-    splits = {folder: _SPLITS[folder.name.casefold()] for folder in folders if _is_split(folder)}
+    splits = {folder: SPLITS[folder.name.casefold()] for folder in folders if _is_split(folder)}
     if "" in splits.values() and len(splits) > 1:
         names = ", ".join(folder.name for folder in splits)
         report.stop("all", f"stands beside split folders ({names})", "Keep either all or the others.")
@@ -212,8 +212,8 @@ def _columns(heading: Sequence[str], named: Mapping[str, str], columns: Mapping[
 
 def _of_row(root: Path, folder: Path, given: Mapping[str, str]) -> Listed | tuple[str, str]:
     """The file that a row stands for, or the row's fault and the fix."""
-    path = _inside(root, folder, given["path"])
-    split = _SPLITS.get(given.get("split", "").casefold() or "all")
+    path = inside(root, folder, given["path"])
+    split = SPLITS.get(given.get("split", "").casefold() or "all")
     if path is None:
         fix = "Copy the picture into that folder and correct the path, or remove the row."
         return f"leads out of {root}", fix
@@ -240,7 +240,7 @@ def _without_masks(items: list[Listed], manifest: str, report: Report) -> list[L
     return kept
 
 
-def _inside(root: Path, folder: Path, path: str) -> str | None:
+def inside(root: Path, folder: Path, path: str) -> str | None:
     """``path``, seen from ``folder``, as a path relative to ``root``; "" for no file there, None for outside.
 
     Outside nothing is looked at: whether there is a file is not told either.
@@ -298,7 +298,7 @@ def _is_picture(file: Path) -> bool:
 def _is_split(folder: Path) -> bool:
     """Whether a top folder is a split. "all" is a leukaemia as well: without folders inside it is a class."""
     name = folder.name.casefold()
-    return name in _SPLITS and (name != "all" or any(entry.is_dir() for entry in _entries(folder)))
+    return name in SPLITS and (name != "all" or any(entry.is_dir() for entry in _entries(folder)))
 
 
 def label_of(spelled: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 COLUMNS = ("path", "label", "split", "patient")  # of a manifest
 SUFFIXES = (".csv", ".tsv", ".tab", ".txt", ".parquet", ".pq")
-SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods")
+SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods")  # refused, with the way out
 MAX_BYTES = 1_000_000_000  # of a file, and of what a Parquet file says that it unpacks to
 _SEPARATORS = (",", ";", "\t")
 _LOOKED_AT = 20  # lines that choose the separator
