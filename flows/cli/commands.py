@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import terminal
+from flows.cli import convert, terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,9 +41,7 @@ Params = Annotated[Path, typer.Option("--params", "-p", help="A study's params f
 
 @app.command()
 def init(
-    data: Annotated[
-        Path, typer.Argument(help="A folder of classes or of splits, or a table of path, label.")
-    ],
+    data: Annotated[Path, typer.Argument(help="A folder of classes or of splits, or a table of paths.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; studies/NAME.yaml without it.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the data set; its folder's without it.")] = None,
     root: Annotated[
@@ -195,6 +193,7 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+app.add_typer(convert.app, name="convert")
 models = typer.Typer(
     rich_markup_mode=None,
     help="List, fetch, export and import models and weights.",
