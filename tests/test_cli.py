@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from flows import ingest as stage
 from flows import servers
 from flows.cli import app, doctor, models
 from flows.cli.init import readable
@@ -28,10 +30,10 @@ from flows.cli.modality import Look, guess
 from flows.study import open_study
 from medfocus import checkpoint, images, serve
 from medfocus.encoders import build_clip
-from medfocus.ingest import ingest
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.methods import METHODS, Support
 from medfocus.params import load_params
+from medfocus.records import read_manifest
 from medfocus.views import view
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +113,9 @@ def test_init_reads_a_csv_with_its_patients(home: Path, medfocus: Medfocus) -> N
     assert "known patient" not in result.output
 
 
-def test_init_proposes_the_columns_by_their_values(home: Path, medfocus: Medfocus) -> None:
+def test_init_proposes_the_columns_by_their_values(
+    home: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = draw_classes(home / "pictures", a=6, b=6)
     lines = ["PID;Datei;Geschlecht;Diagnose;Menge"]
     for label in "ab":
@@ -124,7 +128,9 @@ def test_init_proposes_the_columns_by_their_values(home: Path, medfocus: Medfocu
     study = load_params(home / "studies" / "list.yaml").datasets["list"]
     assert study.columns == columns
     assert "columns: path is Datei, label is Diagnose" in result.output
-    found = ingest(folder, manifest="list.csv", columns=study.columns).records
+    monkeypatch.chdir(open_study(home / "studies" / "list.yaml").folder)
+    stage.main(["--dataset", "list"])
+    found = read_manifest(Path("data/manifests/list.csv"))
     assert {(r.label, r.split, r.patient) for r in found} >= {("A", "train", "0"), ("B", "test", "5")}
 
 
@@ -149,6 +155,20 @@ def test_init_looks_through_a_wrapper_and_says_so(home: Path, medfocus: Medfocus
     assert "(busi only wraps it)" in result.output
     study = open_study(home / "studies" / "busi.yaml")
     assert study.root("busi").resolve() == home / "busi" / "Dataset_BUSI_with_GT"
+
+
+def test_the_stage_reads_through_a_wrapper_and_says_so(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load((home / "params.yaml").read_text())
+    content["datasets"]["phantom-breast"]["root"] = "archive"
+    (home / "params.yaml").write_text(yaml.safe_dump(content))
+    draw_classes(home / "archive" / "Dataset_BUSI_with_GT", a=3, b=3)
+    monkeypatch.chdir(home)
+    stage.main(["--dataset", "phantom-breast"])
+    assert "phantom-breast: archive only wraps Dataset_BUSI_with_GT: read there" in capsys.readouterr().err
+    found = read_manifest(Path("data/manifests/phantom-breast.csv"))
+    assert found[0].path == "Dataset_BUSI_with_GT/a/0.png" and len(found) == 6
 
 
 def test_init_overwrites_nothing_unless_it_is_told_to(home: Path, medfocus: Medfocus) -> None:
