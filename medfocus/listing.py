@@ -218,7 +218,7 @@ def _of_row(root: Path, folder: Path, given: Mapping[str, str]) -> Listed | tupl
         fix = "Copy the picture into that folder and correct the path, or remove the row."
         return f"leads out of {root}", fix
     if not path:
-        return f"no such file inside {root}", "Correct the path, relative to the CSV, or remove the row."
+        return f"no such file inside {root}", "Correct the path, relative to the manifest, or remove the row."
     if not given["label"]:
         return "the label is empty", "Fill it in or remove the row."
     if split is None:

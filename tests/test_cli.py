@@ -136,8 +136,9 @@ def test_init_proposes_the_columns_by_their_values(
 
 def test_init_asks_where_two_columns_may_be_the_classes(home: Path, medfocus: Medfocus) -> None:
     folder = draw_classes(home / "pictures", a=6, b=6)
-    lines = [f"{label}/{i}.png,{'FM'[i % 2]},{label}" for label in "ab" for i in range(6)]
-    (folder / "list.csv").write_text("\n".join(["Bild,Geschlecht,Gruppe", *lines]))
+    draw_classes(folder, c=12)
+    lines = [f"c/{i}.png,{'FM'[i % 2]},{40 + i},{'ab'[i % 2]}" for i in range(12)] * 2  # twelve ages
+    (folder / "list.csv").write_text("\n".join(["Bild,Geschlecht,Alter,Gruppe", *lines]))
     told = medfocus("init", folder / "list.csv")
     assert told.exit_code == 1
     assert "several columns may be the classes (Geschlecht, Gruppe). Say which with --column" in told.output

@@ -204,8 +204,8 @@ def test_parquet_with_numbers_categories_and_nulls(four: Path) -> None:
     assert rows(four, "list.parquet") == [("a.png", "1", "train", "7"), ("b.png", "2", "train", "8")]
     assert left_out(four, "list.parquet") == {
         "list.parquet, row 3: c.png": "the label is empty. Fill it in or remove the row.",
-        "list.parquet, row 4: ": f"no such file inside {four}. Correct the path, relative to the CSV, or "
-        "remove the row.",
+        "list.parquet, row 4: ": f"no such file inside {four}. Correct the path, relative to the manifest, "
+        "or remove the row.",
     }
 
 
@@ -266,3 +266,17 @@ def test_what_is_no_table_is_told_and_raises_nothing_else(four: Path) -> None:
     (four / "list.csv").write_text("")
     with pytest.raises(IngestError, match="has no column label and no column path"):
         ingest(four, manifest="list.csv")
+
+
+def test_a_table_that_is_too_large_is_not_read(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 10_000
+    pd.DataFrame({"path": ["a.png"] * rows, "label": ["cat"] * rows, "n": range(rows)}).to_parquet(
+        four / "l.pq"
+    )
+    (four / "list.csv").write_text("path,label\na.png,cat\n" * 10_000)
+    monkeypatch.setattr("medfocus.tables.MAX_BYTES", 80_000)
+    with pytest.raises(IngestError, match=r"list\.csv: has 0\.0 GB; .* are the most. Divide it"):
+        ingest(four, manifest="list.csv")
+    assert (four / "l.pq").stat().st_size < 80_000, "what it unpacks to is what is refused"
+    with pytest.raises(IngestError, match=r"l\.pq: says that it unpacks to .* GB in 10000 rows"):
+        ingest(four, manifest="l.pq")

@@ -12,6 +12,7 @@ from medfocus.tables import COLUMNS, Table, TableError, folded, read_table
 
 _LOOKED_AT = 200  # rows, of which half have to name files
 _CLASSES = (2, 50)  # distinct values that a label may have
+_GRADES = 10  # of them, where all are numbers: more are ages, sizes, counts
 _TOLD = {  # parts of headings, as clinics write them
     "label": "label class diagnos finding befund categor target klasse classe kategorie pathology dx",
     "patient": "patient subject pid proband person",
@@ -97,10 +98,13 @@ def _label(file: Path, columns: Mapping[str, list[str]]) -> str:
 
 
 def _is_few(values: Sequence[str]) -> bool:
-    """Whether values may be classes: from 2 to 50 of them, most more than once."""
+    """Whether values may be classes: from 2 to 50 of them (numbers: 10), most more than once."""
     counts = Counter(values)
     often = sum(count > 1 for count in counts.values())
-    return _CLASSES[0] <= len(counts) <= _CLASSES[1] and 2 * often > len(counts)
+    fewest, most = _CLASSES
+    if all(re.fullmatch(r"-?[\d.,]+", value) for value in counts):
+        most = _GRADES
+    return fewest <= len(counts) <= most and 2 * often > len(counts)
 
 
 def _is_split(values: Sequence[str]) -> bool:
