@@ -93,8 +93,9 @@ lock:
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
 
+# dist/: the sdist, and the wheel that is built from it, by the locked hatchling.
 wheel: $(INSTALLED)
-	$(BIN)/uv build --wheel --quiet
+	$(BIN)/uv build --quiet --no-build-isolation
 
 clean:
 	rm -rf data reports .cache mlflow.db mlflow-users.db mlruns .prefect .postgres

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flows.study import here
 from medfocus.ingest import ingest, write_left_out
+from medfocus.listing import unwrapped
 from medfocus.records import write_manifest
 
 
@@ -18,10 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True)
     dataset = parser.parse_args(arguments).dataset
     study = here()
-    params = study.params.datasets[dataset]
+    params, root = study.params.datasets[dataset], study.root(dataset)
+    if params.manifest is None and root.is_dir() and (top := unwrapped(root)) != root:
+        print(f"{dataset}: {params.root} only wraps {top.relative_to(root)}: read there", file=sys.stderr)
     found = ingest(
-        study.root(dataset),
+        root,
         manifest=params.manifest,
+        columns=params.columns,
         patient_pattern=params.patient_pattern,
         progress=sys.stderr.isatty(),
         cache=study.shared_cache("pictures"),

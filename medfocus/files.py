@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 _log = logging.getLogger(__name__)
 
@@ -51,3 +56,26 @@ def digest(path: Path) -> str:
     """sha256 hex over a file's bytes, which need not fit into the memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` to be filled, which takes its place where nothing is raised.
+
+    What a kill left of an earlier one is removed. Raises FileExistsError where ``path`` is there already.
+    """
+    if path.exists():
+        raise FileExistsError(
+            f"{path} is there already, and nothing is written over. Give another folder, or remove it."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not psutil.pid_exists(int(left.name.split(".")[-2])):
+            shutil.rmtree(left)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.mkdir()
+        yield beside
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,6 +1,6 @@
 """params.yaml -> frozen dataclasses, one a section; every fault of the file is reported at once.
 
-No field has a default: every number of a study stands in its params.yaml. What depends on the
+No field has a default but ``columns``: every number of a study stands in its params.yaml. What depends on the
 data (enough pictures a class, files that exist) is checked where the data is.
 """
 
@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+
+from medfocus.tables import COLUMNS
 
 Modality = Literal["chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "other"]
 Mark = Literal["contour", "circle", "box", "arrow"]
@@ -76,13 +78,23 @@ class DatasetParams:
     root: (
         str  # folder of split/class/*.png|jpg, class/*.png|jpg, or of the CSV below; relative to params.yaml
     )
-    manifest: str | None  # CSV inside root with path, label and optional split, patient
+    manifest: str | None  # table (CSV, Parquet) inside root: path, label and optional split, patient
     patient_pattern: str | None  # regular expression over the path, its one group is the patient
     modality: Modality  # chooses the text templates and how many segments a mask unites
     names: dict[str, str]  # label -> the words for it in a text prompt; the label itself where absent
     templates: tuple[str, ...]  # text prompts with {c} for the class; empty: the modality's own
     flip: bool  # whether views may be mirrored; never for chest films
     licence: str = ""  # of the pictures, as their source states it; for the data sheet
+    # What the manifest calls our columns, where it is not that. It may be left out: most have no need of it.
+    columns: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _columns_are_of_a_manifest(self) -> DatasetParams:
+        if unknown := sorted(self.columns.keys() - COLUMNS):
+            raise ValueError(f"columns has {unknown[0]!r}, which is none of {', '.join(COLUMNS)}")
+        if self.columns and self.manifest is None:
+            raise ValueError("columns is given, but manifest is null: name the table, or leave columns out")
+        return self
 
 
 @dataclass(frozen=True, config=_strict)

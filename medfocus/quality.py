@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from medfocus import images
+from medfocus.listing import MASK_STEM, MASKS, SUFFIXES, unwrapped
 from medfocus.masks.choose import connected
 
 if TYPE_CHECKING:
@@ -23,17 +26,45 @@ LEAST_PART = 0.1  # of the largest connected part: smaller ones get no point of 
 def known_region(root: Path, path: str, height: int, width: int) -> np.ndarray | None:
     """The known region (H, W) bool of the picture ``path`` below ``root``; None for none or an empty one.
 
-    ``root/masks/<path>.png`` is united with all ``root/masks/<path without suffix>_mask*.png``, each brought
-    to the picture's size. Raises as ``medfocus.images.read`` does.
+    ``root/masks/<path>.png`` is united with all ``root/masks/<path without suffix>_mask*.png``, and with what
+    lies beside the picture as ``<its name>_mask.png`` or ``_mask_1.png``, each brought to the picture's size.
+    Where ``root`` only wraps the data set, the folder ``masks`` may also be in there. Raises as
+    ``medfocus.images.read`` does.
     """
-    place = (root / "masks" / path).with_suffix(".png")
-    files = [place] if place.is_file() else []
-    files += place.parent.glob(f"{glob.escape(place.stem)}_mask*.png")
     region = np.zeros((height, width), bool)
-    for file in files:
+    for file in _files_of(root, path):
         plane = Image.fromarray(images.read(file)[..., 0])
         region |= np.asarray(plane.resize((width, height), Image.Resampling.NEAREST)) > 127
     return region if region.any() else None
+
+
+def _files_of(root: Path, path: str) -> list[Path]:
+    """The files of a picture's known region."""
+    picture, tops = root / path, {root, unwrapped(root)} if root.is_dir() else {root}
+    files: list[Path] = []
+    for top in tops:
+        if picture.is_relative_to(top):
+            place = (top / MASKS / picture.relative_to(top)).with_suffix(".png")
+            files += [place] if place.is_file() else []
+            files += place.parent.glob(f"{glob.escape(place.stem)}_mask*.png")
+    if picture.parent.is_dir():
+        folder = picture.parent
+        files += _beside(folder, folder.stat().st_mtime_ns).get(picture.stem.casefold(), [])
+    return files
+
+
+@lru_cache(maxsize=64)
+def _beside(folder: Path, changed: int) -> dict[str, list[Path]]:
+    """Name of a picture, without suffix and case -> the masks of it in ``folder``, as that was ``changed``.
+
+    So a folder is listed once and not once a picture.
+    """
+    found: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted(folder.iterdir()):
+        mask = MASK_STEM.fullmatch(file.stem.casefold())
+        if mask and file.suffix.casefold() in SUFFIXES:
+            found[mask[1]].append(file)
+    return found
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:

@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from flows import ingest as stage
 from flows import servers
 from flows.cli import app, doctor, models
 from flows.cli.init import readable
@@ -31,13 +33,14 @@ from medfocus.encoders import build_clip
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.methods import METHODS, Support
 from medfocus.params import load_params
+from medfocus.records import read_manifest
 from medfocus.views import view
 
 ROOT = Path(__file__).resolve().parents[1]
 FILM, SLICE, COLOUR = Look(0.0, 0.05, 0.5), Look(0.0, 0.4, 0.2), Look(0.2, 0.0, 0.6)
 
 COMMANDS = ["init", "run", "study", "report", "predict", "explain", "masks", "doctor"]
-COMMANDS += ["models fetch", "models export", "models import"]
+COMMANDS += ["convert medmnist", "convert coco", "models fetch", "models export", "models import"]
 
 Medfocus = Callable[..., Result]
 
@@ -110,6 +113,65 @@ def test_init_reads_a_csv_with_its_patients(home: Path, medfocus: Medfocus) -> N
     assert "known patient" not in result.output
 
 
+def test_init_proposes_the_columns_by_their_values(
+    home: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = draw_classes(home / "pictures", a=6, b=6)
+    lines = ["PID;Datei;Geschlecht;Diagnose;Menge"]
+    for label in "ab":
+        parts = ["train"] * 4 + ["test"] * 2
+        lines += [f"{i};{label}/{i}.png;{'FM'[i % 2]};{label.upper()};{parts[i]}" for i in range(6)]
+    (folder / "list.csv").write_text("\n".join(lines), encoding="utf-8")
+    result = medfocus("init", folder / "list.csv")
+    assert result.exit_code == 0, result.output
+    columns = {"path": "Datei", "label": "Diagnose", "split": "Menge", "patient": "PID"}
+    study = load_params(home / "studies" / "list.yaml").datasets["list"]
+    assert study.columns == columns
+    assert "columns: path is Datei, label is Diagnose" in result.output
+    monkeypatch.chdir(open_study(home / "studies" / "list.yaml").folder)
+    stage.main(["--dataset", "list"])
+    found = read_manifest(Path("data/manifests/list.csv"))
+    assert {(r.label, r.split, r.patient) for r in found} >= {("A", "train", "0"), ("B", "test", "5")}
+
+
+def test_init_asks_where_two_columns_may_be_the_classes(home: Path, medfocus: Medfocus) -> None:
+    folder = draw_classes(home / "pictures", a=6, b=6)
+    draw_classes(folder, c=12)
+    lines = [f"c/{i}.png,{'FM'[i % 2]},{40 + i},{'ab'[i % 2]}" for i in range(12)] * 2  # twelve ages
+    (folder / "list.csv").write_text("\n".join(["Bild,Geschlecht,Alter,Gruppe", *lines]))
+    told = medfocus("init", folder / "list.csv")
+    assert told.exit_code == 1
+    assert "several columns may be the classes (Geschlecht, Gruppe). Say which with --column" in told.output
+    assert medfocus("init", folder / "list.csv", "--column", "label=Gruppe").exit_code == 0
+    named = load_params(home / "studies" / "list.yaml").datasets["list"].columns
+    assert named == {"path": "Bild", "label": "Gruppe"}
+    wrong = medfocus("init", folder / "list.csv", "--column", "labels=Gruppe")
+    assert "'labels=Gruppe' is not as in label=Diagnosis" in wrong.output
+
+
+def test_init_looks_through_a_wrapper_and_says_so(home: Path, medfocus: Medfocus) -> None:
+    draw_classes(home / "busi" / "Dataset_BUSI_with_GT", a=6, b=6)
+    result = medfocus("init", "busi")
+    assert result.exit_code == 0, result.output
+    assert "(busi only wraps it)" in result.output
+    study = open_study(home / "studies" / "busi.yaml")
+    assert study.root("busi").resolve() == home / "busi" / "Dataset_BUSI_with_GT"
+
+
+def test_the_stage_reads_through_a_wrapper_and_says_so(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load((home / "params.yaml").read_text())
+    content["datasets"]["phantom-breast"]["root"] = "archive"
+    (home / "params.yaml").write_text(yaml.safe_dump(content))
+    draw_classes(home / "archive" / "Dataset_BUSI_with_GT", a=3, b=3)
+    monkeypatch.chdir(home)
+    stage.main(["--dataset", "phantom-breast"])
+    assert "phantom-breast: archive only wraps Dataset_BUSI_with_GT: read there" in capsys.readouterr().err
+    found = read_manifest(Path("data/manifests/phantom-breast.csv"))
+    assert found[0].path == "Dataset_BUSI_with_GT/a/0.png" and len(found) == 6
+
+
 def test_init_overwrites_nothing_unless_it_is_told_to(home: Path, medfocus: Medfocus) -> None:
     draw_classes(home / "scans", a=6, b=6)
     out = home / "mine.yaml"
@@ -147,7 +209,7 @@ def test_a_class_keeps_its_name_whatever_yaml_makes_of_it(home: Path, medfocus: 
         (["init", "one"], 1, "one class only, 'a'"),
         (["init", "two", "--modality", "knee"], 2, "'knee' is none of chest_xray, brain_mri"),
         (["init", "two", "--name", "a b"], 2, "'a-b' would do"),
-        (["init", "two", "--root", "one"], 1, "--root is for a CSV"),
+        (["init", "two", "--root", "one"], 1, "--root is for a table"),
         (["init"], 2, "Missing argument"),
         (["study", "unheard-of"], 1, "no study 'unheard-of'"),
         (["run", "--params", "none.yaml"], 1, "none.yaml: no such params file"),

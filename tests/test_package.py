@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
+
+from benchmarks import licences
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,16 +20,49 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert not {"torch", "numpy", "mlflow", "prefect", "pandas"} & set(result.stdout.split())
 
 
+def built(target: str, source: Path, out: Path) -> Path:
+    """An sdist or a wheel, by the locked hatchling."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(out)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (made,) = out.glob("*.whl" if target == "wheel" else "*.tar.gz")
+    return made
+
+
+def tracked(*under: str) -> set[str]:
+    command = ["git", "ls-files", *under]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines())
+
+
 def test_the_wheel_holds_the_packages_and_their_data(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    held = set(zipfile.ZipFile(wheel).namelist())
-    tracked = subprocess.run(
-        ["git", "ls-files", "medfocus", "flows"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert set(tracked.stdout.splitlines()) <= held
+    held = set(zipfile.ZipFile(built("wheel", ROOT, tmp_path)).namelist())
+    assert tracked("medfocus", "flows") <= held
     assert not any(name.startswith(("tests", "data")) for name in held)
+
+
+def test_the_sdist_holds_what_it_must_and_gives_the_same_wheel(tmp_path: Path) -> None:
+    sdist = built("sdist", ROOT, tmp_path)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    held = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    texts = {"README.md", "CHANGELOG.md", "LICENSE", "THIRD_PARTY.md", "requirements.lock", "params.yaml"}
+    assert tracked("medfocus", "flows", "docs", "studies/*.yaml", "examples", "dvc.yaml") | texts <= held
+    beside = {name for name in held if not name.startswith(("medfocus/", "flows/", "docs/"))}
+    assert beside <= tracked() | {"PKG-INFO"}, "a checkout's own studies and data stay there"
+    wheels = [zipfile.ZipFile(built("wheel", folder, tmp_path / folder.name)) for folder in (ROOT, source)]
+    here, there = ({each.filename: each.CRC for each in wheel.infolist()} for wheel in wheels)
+    assert here == there
+
+
+def test_the_licence_of_every_direct_dependency_is_listed_as_its_metadata_has_it() -> None:
+    listed = (ROOT / "THIRD_PARTY.md").read_text(encoding="utf-8").splitlines()
+    names = [line.split(" | ")[0].removeprefix("| ") for line in listed if line.startswith("| ")]
+    dependencies = licences.direct()
+    assert len(dependencies) > 50 and set(names) == {"package", *dependencies}
+    rows = [licences.row(name, part) for name, part in dependencies.items()]
+    assert [row for row in rows if row and row not in listed] == []
+    assert sum(row is not None for row in rows) > 50
+    assert "not named" not in "".join(listed)
 
 
 def test_the_lock_pins_every_package_by_hash_and_names_no_registry() -> None:

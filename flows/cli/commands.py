@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import terminal
+from flows.cli import convert, terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,11 +41,14 @@ Params = Annotated[Path, typer.Option("--params", "-p", help="A study's params f
 
 @app.command()
 def init(
-    data: Annotated[Path, typer.Argument(help="A folder of classes or of splits, or a CSV of path,label.")],
+    data: Annotated[Path, typer.Argument(help="A folder of classes or of splits, or a table of paths.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; studies/NAME.yaml without it.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the data set; its folder's without it.")] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Of a CSV: the folder that holds it and the pictures.")
+        Path | None, typer.Option(help="Of a table: the folder that holds it and the pictures.")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Of a table: what it calls ours, as label=Diagnosis.")
     ] = None,
     modality: Annotated[str | None, typer.Option(help="Where it is known; a guess without it.")] = None,
     patient_pattern: Annotated[
@@ -53,20 +56,21 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
-    """Write a commented params file for a folder or a CSV of pictures.
+    """Write a commented params file for a folder or a table of pictures.
 
     Every picture is looked at; nothing is moved or changed. Folders are class/*.png or split/class/*.png,
-    split being train, val or test.
+    split being train, val or test. A table is CSV, with commas, semicolons or tabs, or Parquet.
 
     \b
     Examples:
       medfocus init ../pictures/chest
       medfocus init ../pictures/chest --modality chest_xray --patient-pattern 'person(\\d+)_'
-      medfocus init ../pictures/list.csv --name clinic-a
+      medfocus init ../pictures/list.csv --name clinic-a --column label=Diagnosis
     """
     with terminal.at_work():
         from typing import get_args
 
+        from flows.cli import columns
         from flows.cli import init as work
         from medfocus.params import Modality, load_params
 
@@ -85,6 +89,7 @@ def init(
             home=home,
             root=root,
             name=name,
+            columns=columns.given(column or ()),
             modality=modality,
             patient_pattern=patient_pattern,
             test_fraction=load_params(base).splits.test_fraction,
@@ -93,6 +98,10 @@ def init(
         work.write(described, path, base, force=force)
         terminal.table(("class", "in prompts", "train", "test"), work.summary(described))
         known = described.modality
+        if described.manifest is None and described.root.resolve() != data.resolve():
+            print(f"root: {described.root} ({data} only wraps it)")
+        if described.columns:
+            print(f"columns: {', '.join(f'{ours} is {name}' for ours, name in described.columns.items())}")
         print(f"modality: {known.modality} ({known.reason})")
         for warning in described.warnings:
             print(f"warning: {warning}")
@@ -184,6 +193,7 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+app.add_typer(convert.app, name="convert")
 models = typer.Typer(
     rich_markup_mode=None,
     help="List, fetch, export and import models and weights.",

@@ -1,4 +1,4 @@
-"""A folder or a CSV of pictures -> a commented params file of a study, checked as the pipeline checks it."""
+"""A folder or a table of pictures -> a commented params file of a study, checked as the pipeline does."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import yaml
 
+from flows.cli.columns import propose
 from flows.cli.modality import Guess, guess, look_at
-from medfocus import files
+from medfocus import files, tables
 from medfocus.data_warnings import data_warnings
 from medfocus.duplicates import find_duplicates, groups, twins
 from medfocus.ingest import Ingested, ingest
+from medfocus.listing import unwrapped
 from medfocus.params import Modality, load_params
 from medfocus.prompts import TEMPLATES
 from medfocus.records import spread_over_classes
@@ -46,6 +48,7 @@ class Described:
     name: str
     root: Path
     manifest: str | None
+    columns: dict[str, str]  # of the manifest, where they have other names
     patient_pattern: str | None
     found: Ingested
     splits: Splits
@@ -79,6 +82,7 @@ def describe(
     home: Path,
     root: Path | None = None,
     name: str | None = None,
+    columns: Mapping[str, str] | None = None,
     modality: str | None = None,
     patient_pattern: str | None = None,
     test_fraction: float,
@@ -86,24 +90,27 @@ def describe(
     """Look at every picture of ``data``, as the stages of a study will; what they cache they find again.
 
     Args:
-        data: A folder of classes or of splits, or a CSV manifest.
+        data: A folder of classes or of splits, or that only wraps one; or a table that lists pictures.
         home: The project, in whose caches pictures and thumbnails are kept.
-        root: Of a CSV, the folder that its paths stay in; None for the CSV's own.
-        name: Of the data set; None for that of the folder or the CSV.
+        root: Of a table, the folder that its paths stay in; None for the table's own.
+        name: Of the data set; None for that of the folder or the table.
+        columns: What the table calls path, label, split and patient, as far as it is known.
         modality: Where it is known; None guesses.
         patient_pattern: A regular expression whose one group is the patient.
         test_fraction: Of a test set that is drawn, where there is no official one.
 
     Raises:
-        FileNotFoundError: There is no such folder or CSV.
+        FileNotFoundError: There is no such folder or table.
         ValueError: The data set cannot be used, with every fault; or there are too few pictures.
     """
     folder, manifest = _place(data, root)
+    named = propose(data, folder, columns or {}) if manifest else {}
     caches = home / ".cache"
     shown = sys.stderr.isatty()
     found = ingest(
         folder,
         manifest=manifest,
+        columns=named,
         patient_pattern=patient_pattern,
         progress=shown,
         cache=caches / "pictures",
@@ -124,13 +131,15 @@ def describe(
         raise ValueError(f"{data}: {error}") from error
     labels = [record.label for record in records]
     look = look_at([folder / records[i].path for i in spread_over_classes(labels, _GLANCED)])
-    texts = [folder.name, data.stem, *splits.classes]
+    given = Path(os.path.abspath(data))
+    texts = [folder.name, given.stem, *splits.classes]
     known = Guess(modality, "as it was given") if modality else guess(texts, look)
     duplicates = [_duplicates(len(twins(pairs)), len(pairs), len(records))] if pairs else []
     return Described(
-        name=name or slug(data.stem if manifest else folder.name),
+        name=name or slug(given.stem if manifest else given.name),
         root=folder,
         manifest=manifest,
+        columns=named,
         patient_pattern=patient_pattern,
         found=found,
         splits=splits,
@@ -199,6 +208,7 @@ def text(described: Described, folder: Path, base: Path) -> str:
         f"  {_yaml(described.name)}:",
         f"    root: {_yaml(_root(described.root, folder, base.parent))}",
         f"    manifest: {_yaml(described.manifest)}",
+        *_columns(described.columns),
         "    # A regular expression over the path whose one group is the patient, such as 'person(\\d+)_'.",
         "    # With it no patient is in train and in test; without it nobody knows.",
         f"    patient_pattern: {_yaml(described.patient_pattern)}",
@@ -251,15 +261,24 @@ def _readable(label: str) -> str:
     return " ".join(word if word.isupper() else word[:1].lower() + word[1:] for word in told) or label
 
 
+def _columns(columns: Mapping[str, str]) -> list[str]:
+    pairs = ", ".join(f"{ours}: {_yaml(theirs)}" for ours, theirs in columns.items())
+    said = "    # What the table calls them; A GUESS from its values, where it was not given: read it."
+    return [said, f"    columns: {{{pairs}}}"] if columns else []
+
+
 def _place(data: Path, root: Path | None) -> tuple[Path, str | None]:
     if data.is_dir():
         if root is not None:
-            raise ValueError(f"{root}: --root is for a CSV, and {data} is a folder. Leave it out.")
-        return Path(os.path.abspath(data)), None
+            raise ValueError(f"{root}: --root is for a table, and {data} is a folder. Leave it out.")
+        return unwrapped(Path(os.path.abspath(data))), None
     if not data.is_file():
         raise FileNotFoundError(f"{data}: no such folder or CSV; give the folder that holds the pictures.")
-    if data.suffix.casefold() != ".csv":
-        raise ValueError(f"{data}: is neither a folder nor a CSV. Give the folder that holds the pictures.")
+    if data.suffix.casefold() not in (*tables.SUFFIXES, *tables.SPREADSHEETS):
+        known = ", ".join(suffix[1:] for suffix in tables.SUFFIXES)
+        raise ValueError(
+            f"{data}: is neither a folder nor a table ({known}). Give the folder that holds the pictures."
+        )
     folder, file = Path(os.path.abspath(root or data.parent)), Path(os.path.abspath(data))
     if not file.is_relative_to(folder):
         raise ValueError(
