@@ -258,7 +258,7 @@ def test_where_the_like_is_run_is_a_test(test: str) -> None:
 def takes_medfocus(words: Sequence[str]) -> None:
     """The command line, by the Typer app itself and to the last option, without running it."""
 
-    def descend(command: Any, name: str, words: list[str], parent: Any = None) -> None:
+    def descend(command: Any, name: str | None, words: list[str], parent: Any = None) -> None:
         context = command.make_context(name, words, parent=parent)
         if isinstance(command, TyperGroup) and (left := [*context._protected_args, *context.args]):
             name, command, words = command.resolve_command(context, left)
@@ -400,6 +400,28 @@ def test_commands_in_the_text_exist_with_their_options() -> None:
             )
 
 
+def anchors_of(page: Path) -> set[str]:
+    """Of the headings, as a git viewer makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = (re.sub(r"[^\w\s-]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+def test_links_lead_somewhere_in_a_git_viewer_too() -> None:
+    count = 0
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if target.startswith(("http://", "https://")):
+                continue
+            file, _, anchor = target.partition("#")
+            place = page.parent / file if file else page
+            assert place.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors_of(place), f"{page.name}: {target}"
+            count += 1
+    assert count > 50
+
+
+SYSTEMS = ("pixels", "pixels-svm", "clip-linear-probe", "medfocusclip", "medfocusclip (crop)")
 MADE = ("data/", "reports/", "site/", "mlruns/", "studies/mine")  # by a run, or by the reader
 PLACES = "compose|docs|examples|flows|medfocus|studies|tests"
 
@@ -454,6 +476,31 @@ def test_a_block_says_what_it_is_and_can_be_read(block: Block) -> None:
         assert yaml.safe_load(block.text) is not None
 
 
+def test_figures_of_choosing_a_method_stand_in_the_results() -> None:
+    known = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md"))
+    told = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    figures = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", told)
+    assert len(figures) > 100
+    assert [figure for figure in figures if figure not in known] == []
+    for line in told.splitlines():  # and in the tables in the row of that system, of that data set
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and "±" in line:
+            section = known.partition(f"## {cells[0]}\n")[2].partition("\n## ")[0]
+            for system, figure in zip(SYSTEMS, cells[2:], strict=True):
+                rows = [row for row in section.splitlines() if row.startswith(f"| {system} |")]
+                assert any(f"| {figure} |" in row for row in rows), f"{cells[0]}, {system}: {figure}"
+
+
+def test_the_picture_of_the_architecture_has_the_stages_of_dvc_yaml() -> None:
+    drawn = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert re.findall(r'id="stage-(\w+)"', drawn) == list(stages)
+    for name, stage in stages.items():
+        box = drawn.partition(f'id="stage-{name}"')[2].partition("</g>")[0]
+        (folder,) = re.findall(r">((?:data|reports)/\w+)<", box)
+        assert any(out.startswith(folder) for out in stage.get("do", stage)["outs"]), name
+
+
 # --- What is run ---------------------------------------------------------------------------------
 
 
@@ -491,6 +538,24 @@ def test_the_commands_do_what_the_pages_say(project: Path) -> None:
     assert "2 of 3: answers/predictions.csv" in printed[PREDICT]
 
 
+def test_the_python_of_the_readme_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After ``test_the_commands_do_what_the_pages_say``, which registers the model."""
+    fit, load = (block.text for block in BLOCKS if (block.page, block.language) == ("README.md", "python"))
+    pictures = sorted((project / "data" / "phantoms" / "breast_ultrasound" / "train").rglob("*.png"))
+    given = {
+        "pictures": pictures,
+        "labels": [picture.parent.name for picture in pictures],
+        "others": pictures[:2],
+    }
+    exec(fit, given)
+    shutil.copyfile(pictures[0], "picture.png")
+    registered = load.replace("medfocus-phantom-breast@champion", "medfocus-breast/1")
+    assert registered != load
+    found: dict[str, Any] = {}
+    exec(registered.replace("model.predict", "answer = model.predict"), found)
+    assert {"label", "overlay"} <= set(found["answer"].columns)
+
+
 def shorten(study: Path) -> None:
     """What ``init`` wrote, corrected to a few cells of seconds."""
     content = yaml.safe_load(study.read_text(encoding="utf-8"))
@@ -518,3 +583,47 @@ def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere(tmp_path: 
         assert not [tag for tag in loaded if 'rel="canonical"' not in tag], file.name
         if file.suffix == ".html":
             assert "For research use only" in text, file.name
+
+
+# --- The examples of docs/extending.md -----------------------------------------------------------
+
+
+def changed(text: str, hunk: str) -> str:
+    """A text with the lines (or parts) of a hunk that begin with - taken out and those with + put in."""
+    lines = hunk.splitlines()
+    before = "\n".join(line[1:] for line in lines if line[0] in " -")
+    after = "\n".join(line[1:] for line in lines if line[0] in " +")
+    assert text.count(before) == 1, f"stands {text.count(before)} times there: {before}"
+    return text.replace(before, after)
+
+
+def test_the_examples_of_extending_meet_the_contracts(tmp_path: Path) -> None:
+    own = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    for name in ("medfocus", "flows", "studies"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=own)
+    for file in (ROOT / "medfocus" / "data").glob("*.safetensors"):
+        (tmp_path / "medfocus" / "data" / file.name).symlink_to(file)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=own)
+    for name in ("params.yaml", "pyproject.toml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    new = []
+    for block in (each for each in BLOCKS if each.page == "docs/extending.md"):
+        first, _, rest = block.text.partition("\n")
+        file = tmp_path / first.removeprefix("# ")
+        if block.language == "python":
+            file.write_text(f"{rest}\n", encoding="utf-8")
+            new.append(file.relative_to(tmp_path).as_posix())
+        elif block.language == "diff":
+            text = file.read_text(encoding="utf-8")
+            for hunk in rest.split("\n@@\n"):
+                text = changed(text, hunk)
+            file.write_text(text, encoding="utf-8")
+    tests = [file for file in new if file.startswith("tests/")]
+    assert len(tests) == 2 and len(new) == 3
+    theirs = "least-squares or dim or ridge or jpeg_2000 or a_study_may_name or unknown_mode"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-vv", "-k", theirs, *tests]
+    command += [f"tests/test_{room}.py" for room in ("methods", "focus", "params")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    passed = re.findall(r"\[(least-squares|[\d.-]*dim)[\d.-]*\] PASSED", done.stdout)
+    assert len(passed) >= 10 and {"least-squares", "dim"} <= set(passed), done.stdout
