@@ -14,8 +14,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # With it in the environment every process would compile the libraries anew: 22 s of imports and not 9.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install run study report repro retrain rollback reproduce test check up schedule backfill ui pocket lock wheel \
-	clean
+.PHONY: install run study report repro retrain rollback reproduce test check up schedule backfill ui docs pocket lock \
+	wheel clean
 
 install: $(INSTALLED)
 
@@ -83,6 +83,10 @@ study: $(INSTALLED)
 # The page of a study that was run, anew: reports/index.html.
 report: $(INSTALLED)
 	@$(BIN)/python -m flows.page --params $(PARAMS)
+
+# The pages of docs/ as a site in site/, to be opened as files: it loads nothing from elsewhere.
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Train the two small models of medfocus/data again, from the seed, and compare their figures: a good hour.
 pocket: $(INSTALLED)

@@ -1,0 +1,629 @@
+"""The documents: a command they show is run here, or by a test that is named; what they name is there."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer.main
+import yaml
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+from typer.testing import CliRunner
+
+from flows import phantoms
+from flows.cli import app
+from medfocus.params import read_content
+from tests.conftest import ROOT, make_project, work_in
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+SHELL = ("", "sh")  # every line is a command; an indented block has the language ""
+CONSOLE = "console"  # those that begin with $; so it is in every block that has such a line
+OTHER = ("python", "yaml", "json", "ini", "diff", "text")
+
+
+class Block(NamedTuple):
+    """A block of code."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+class Command(NamedTuple):
+    """A command of a block, its words without comment and without what is set before them."""
+
+    page: str
+    line: int
+    words: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """As the lists below have it."""
+        return " ".join(self.words)
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    """Fenced blocks, and blocks that are indented by four after an empty line and outside of a list."""
+    name, lines = page.relative_to(ROOT).as_posix(), page.read_text(encoding="utf-8").splitlines()
+    i, before = 0, ""
+    while i < len(lines):
+        start, line = i, lines[i]
+        if fence := re.match(r"( *)```(\S*)", line):
+            i += 1
+            while not lines[i].startswith(f"{fence[1]}```"):
+                i += 1
+            yield Block(name, start + 1, fence[2], "\n".join(lines[start + 1 : i]))
+        elif line.startswith("    ") and not lines[i - 1].strip() and not re.match(r"[-*] |\d+\. ", before):
+            while i + 1 < len(lines) and (lines[i + 1].startswith("    ") or not lines[i + 1].strip()):
+                i += 1
+            yield Block(name, start + 1, "", "\n".join(each[4:] for each in lines[start : i + 1]).rstrip())
+        elif line.strip() and not line.startswith(" "):
+            before = line
+        i += 1
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def commands_in(block: Block) -> Iterator[Command]:
+    """The commands of a block: a line each, further ones after && and |."""
+    lines = block.text.replace("\\\n", "  ").splitlines()
+    asked = [line[2:] for line in lines if line.startswith("$ ")]
+    if block.language == CONSOLE or (asked and block.language in SHELL):
+        lines = asked
+    elif block.language not in SHELL:
+        return
+    for line in lines:
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word not in ("&&", "|"):
+                words.append(word)
+                continue
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words = words[1:]
+            if words:
+                words[0] = words[0].removeprefix(".venv/bin/")
+                yield Command(block.page, block.line, tuple(words))
+            words = []
+
+
+COMMANDS = [command for block in BLOCKS for command in commands_in(block)]
+
+MAIN_JOB = "test_pipeline.py::test_flow_and_repro_share_their_stages"
+OPERATION = "test_up.py::test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported"
+TEAM = "test_team.py::test_a_fresh_clone_pulls_what_was_pushed_and_has_nothing_to_do"
+EXPERIMENT = "test_team.py::test_an_experiment_over_a_parameter_is_shown_beside_the_study"
+REPRODUCED = "test_team.py::test_a_run_comes_out_again_from_its_tags_alone"
+HERE = "test_docs.py::test_the_commands_do_what_the_pages_say"
+POSTGRESQL = "test_up.py::test_the_same_on_postgresql_and_behind_a_password"
+RETRAINED = "test_retrain.py::test_new_pictures_are_taken_in_and_the_champion_changes_only_by_the_gate"
+CLUSTER = "test_runners.py::test_the_shard_of_a_killed_worker_is_done_again_and_the_others_are_whole"
+PARSED = "test_docs.py::test_a_command_is_one_that_its_program_takes"
+
+# In this order, in one project of 39 pictures with a folder ``new`` of two pictures and a broken one.
+RUN_HERE = (
+    "medfocus doctor",
+    "mkdir -p ../pictures",
+    "cp -r data/phantoms/breast_ultrasound/train ../pictures/mine",
+    "medfocus init ../pictures/mine",
+    "medfocus init data/phantoms/breast_ultrasound --name breast",
+    "medfocus run --params studies/breast.yaml",
+    "medfocus study",
+    "medfocus report --params studies/breast.yaml",
+    "medfocus models",
+    "medfocus predict new --out answers --model medfocus-breast",
+    "medfocus models export breast.zip --model medfocus-breast",
+    "medfocus models import breast.zip --name medfocus-breast",
+)
+PREDICT = "medfocus predict new --out answers --model medfocus-breast"  # ends with 1, as its page shows
+
+PG_DUMP = "pg_dump --host /tmp/medfocus-XXXXXXXX --username medfocus --format custom --file"
+
+MALIGNANT = "data/phantoms/breast_ultrasound/test/malignant"
+
+# The test that runs the like of a command, the command, and why it is not run here.
+NOT_RUN_HERE = {
+    "test_package.py::test_the_lock_meets_the_declared_dependencies": {
+        "make install": "minutes, and the network",
+    },
+    MAIN_JOB: {
+        "make run": "minutes: three data sets and five draws",
+        "make study": "hours: every system",
+    },
+    PARSED: {
+        "make test": "it is what runs this",
+        "pip install medfocusclip[dask]": "the network",
+        "git clone ... medfocusclip": "no address",
+        "cd medfocusclip": "needs the clone",
+        "source .venv/bin/activate": "changes a shell",
+    },
+    "test_audit.py::test_a_known_vulnerability_fails_the_check_with_the_version_that_mends_it": {
+        "make check": "it is run beside the tests",
+    },
+    HERE: {
+        "make report": "needs the study of make run",
+        "medfocus run --params studies/mine.yaml": "as that of studies/breast.yaml",
+        "medfocus predict ../new --out answers --model medfocus-mine": "as that of new",
+        "medfocus predict new --out answers --model medfocus-mine --force": "as that of medfocus-breast",
+        f"medfocus predict {MALIGNANT} --out answers --model medfocus-phantom-breast": "needs make run",
+    },
+    "test_up.py::test_the_mlflow_page_answers_on_loopback_over_the_projects_database": {
+        "make ui": "runs until Ctrl-C",
+    },
+    POSTGRESQL: {
+        "make up": "runs until Ctrl-C",
+        f"{PG_DUMP} mlflow.dump mlflow": "needs make up",
+        f"{PG_DUMP} prefect.dump prefect": "needs make up",
+    },
+    OPERATION: {
+        "make up SQLITE=1": "runs until Ctrl-C",
+        "export PREFECT_API_URL=http://127.0.0.1:4200/api": "the address of make up",
+        "prefect deployment run retrain/study --param params_file=studies/busi.yaml": (
+            "needs make up, and the pictures"
+        ),
+    },
+    "test_operations.py::test_beyond_loopback_mlflow_does_not_start_without_a_password_of_ones_own": {
+        "make up HOST=0.0.0.0": "no test listens beyond loopback",
+    },
+    "test_docs.py::test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere": {
+        "make docs": "the same by python -m",
+    },
+    "test_pipeline.py::test_after_a_repro_the_flow_runs_nothing": {
+        "make repro": "minutes",
+    },
+    "test_pocket.py::test_the_packaged_figures_hold_on_a_few_held_out_pictures": {
+        "make pocket": "an hour",
+    },
+    RETRAINED: {
+        "make retrain": "minutes",
+        "make rollback": "needs two champions",
+    },
+    REPRODUCED: {
+        "make reproduce RUN=...": "needs a run",
+        "make reproduce RUN=f81aa2...": "needs a run",
+    },
+    "test_cli.py::test_what_cannot_be_fetched_is_named_with_a_way_without_a_network": {
+        "medfocus models fetch facebook/sam2.1-hiera-tiny": "the network",
+    },
+    "test_cli.py::test_explain_shows_each_picture_and_where_the_answer_came_from": {
+        f"medfocus explain {MALIGNANT}/00000.png --out why --model medfocus-phantom-breast": "needs make run",
+    },
+    EXPERIMENT: {
+        "dvc exp run --name short --set-param methods.medfocusclip.epochs=30": "needs a study that was run",
+        "dvc exp show --only-changed": "needs an experiment",
+        "dvc plots diff HEAD short": "needs an experiment",
+    },
+    TEAM: {
+        "dvc remote add --default team s3://bucket/medfocus": "no such bucket",
+        "dvc push": "needs the remote",
+        "dvc pull": "needs the remote",
+        "dvc repro": "needs what was pulled",
+        "git clone ...": "no address",
+    },
+    "test_pipeline.py::test_a_killed_flow_repeats_only_unfinished_cells": {
+        "python tests/faults/kill.py --instants 100": "half an hour",
+    },
+    "test_shards.py::test_a_full_disk_leaves_no_half_shard": {
+        "python tests/faults/disk.py": "minutes, and root",
+    },
+    "faults/test_servers.py::test_mlflow_s_server_is_asked_before_anything_is_computed": {
+        "python tests/faults/servers.py": "minutes",
+    },
+    "test_tracking.py::test_a_clock_that_is_moved_takes_no_run_from_a_living_process": {
+        "python tests/faults/clock.py": "moves the clock",
+    },
+    "test_operations.py::test_a_deployment_has_a_flow_that_takes_its_parameters_a_limit_and_a_hook": {
+        'prefect deployment run backfill/backfill --param datasets=["phantom-chest"]': "needs make up",
+    },
+    CLUSTER: {
+        "dask scheduler": "runs until Ctrl-C",
+        "dask worker tcp://SCHEDULER:8786 --nthreads 1 --nworkers 1": "needs a second machine",
+    },
+}
+
+
+def test_every_command_of_the_documents_is_run_here_or_says_where_the_like_is() -> None:
+    shown: dict[str, list[str]] = {}
+    for command in COMMANDS:
+        shown.setdefault(command.text, []).append(f"{command.page}:{command.line}")
+    elsewhere = [text for each in NOT_RUN_HERE.values() for text in each]
+    known = {*RUN_HERE, *elsewhere}
+    assert len(known) == len(RUN_HERE) + len(elsewhere), "one is listed twice"
+    unknown = {text: places for text, places in shown.items() if text not in known}
+    assert not unknown, "put each into RUN_HERE, or into NOT_RUN_HERE with the test that runs the like"
+    assert known <= shown.keys(), "no page shows these any more"
+
+
+@pytest.mark.parametrize("test", sorted(NOT_RUN_HERE))
+def test_where_the_like_is_run_is_a_test(test: str) -> None:
+    file, _, name = test.partition("::")
+    assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+def takes_medfocus(words: Sequence[str]) -> None:
+    """The command line, by the Typer app itself and to the last option, without running it."""
+
+    def descend(command: Any, name: str | None, words: list[str], parent: Any = None) -> None:
+        context = command.make_context(name, words, parent=parent)
+        if isinstance(command, TyperGroup) and (left := [*context._protected_args, *context.args]):
+            name, command, words = command.resolve_command(context, left)
+            descend(command, name, words, context)
+
+    descend(typer.main.get_command(app), "medfocus", list(words))
+
+
+def takes_make(words: Sequence[str]) -> None:
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class ParsedError(Exception):
+    """The arguments are good."""
+
+
+def takes_python(words: Sequence[str]) -> None:
+    """A module or a script with its own parser, which is stopped when the arguments were parsed."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self: argparse.ArgumentParser, given: Any = None, space: Any = None) -> None:
+        parse(self, given, space)
+        raise ParsedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "path", [str(ROOT), *sys.path])
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        patch.setattr(sys, "argv", ["python", *words[2 if words[0] == "-m" else 1 :]])
+        if words[0] == "-m":
+            with pytest.raises(ParsedError):
+                runpy.run_module(words[1], run_name="__main__")
+        elif "argparse" in (text := (ROOT / words[0]).read_text(encoding="utf-8")):
+            with pytest.raises(ParsedError):
+                runpy.run_path(words[0], run_name="__main__")
+        else:
+            assert '__name__ == "__main__"' in text and len(words) == 1
+
+
+def takes_dvc(words: Sequence[str]) -> None:
+    from dvc.cli.parser import get_main_parser
+
+    get_main_parser().parse_args(list(words))
+
+
+def takes_prefect(words: Sequence[str]) -> None:
+    """``deployment run FLOW/NAME --param NAME=VALUE``, by prefect.yaml."""
+    assert tuple(words[:2]) == ("deployment", "run") and words[3] == "--param"
+    flow, _, name = words[2].partition("/")
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    (deployment,) = (each for each in deployments if each["name"] == name)
+    assert deployment["entrypoint"].endswith(f":{flow}")
+    assert words[4].partition("=")[0] in deployment["parameters"]
+
+
+def takes_pip(words: Sequence[str]) -> None:
+    """``install medfocusclip[EXTRA]``, by pyproject.toml."""
+    package = re.fullmatch(r"medfocusclip\[(\w+)\]", words[1])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert words[0] == "install" and package and package[1] in extras["optional-dependencies"]
+
+
+def takes_anything(words: Sequence[str]) -> None:
+    """Of programs that are none of ours, each line is in NOT_RUN_HERE by its words."""
+
+
+TAKES: dict[str, Callable[[Sequence[str]], None]] = {
+    "medfocus": takes_medfocus,
+    "make": takes_make,
+    "python": takes_python,
+    "dvc": takes_dvc,
+    "prefect": takes_prefect,
+    "pip": takes_pip,
+    **dict.fromkeys(
+        ("cd", "cp", "curl", "dask", "export", "git", "mkdir", "pg_dump", "source"), takes_anything
+    ),
+}
+
+
+@pytest.mark.parametrize("program", sorted({command.words[0] for command in COMMANDS}))
+def test_a_command_is_one_that_its_program_takes(program: str) -> None:
+    for words in sorted({command.words for command in COMMANDS if command.words[0] == program}):
+        try:
+            TAKES[program](words[1:])
+        except (TyperException, SystemExit) as error:
+            pytest.fail(f"{' '.join(words)}: {error}")
+
+
+# --- What stands in the text ---------------------------------------------------------------------
+
+
+class Span(NamedTuple):
+    """Code inside of a line of text."""
+
+    page: str
+    line: int
+    text: str
+
+
+def spans_of(page: Path) -> Iterator[Span]:
+    inside = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.lstrip().startswith("```"):
+            inside = not inside
+        elif not inside and not line.startswith("    "):
+            for found in re.finditer(r"(?<!`)`([^`]+)`(?!`)", line):
+                yield Span(page.relative_to(ROOT).as_posix(), number, found[1])
+
+
+SPANS = [span for page in PAGES for span in spans_of(page)]
+
+
+def options_of(path: Sequence[str]) -> set[str]:
+    """The options of a command of ``medfocus``; () is the program itself."""
+    command: Any = typer.main.get_command(app)
+    for word in path:
+        assert isinstance(command, TyperGroup), path
+        command = command.commands[word]
+    return {option for each in command.params for option in each.opts} | {"--help"}
+
+
+def test_commands_in_the_text_exist_with_their_options() -> None:
+    for page, line, text in SPANS:
+        words = text.split()
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            words = words[1:]
+        if words[:1] == ["medfocus"] and len(words) > 1 and not words[1].startswith("--"):
+            group = 2 if words[1] == "models" and len(words) > 2 and words[2].isalpha() else 1
+            path = [word for word in words[1 : 1 + group] if word.islower()]
+            given = {word.partition("=")[0] for word in words if word.startswith("-")}
+            assert given <= options_of(path), f"{page}:{line}: {text}"
+        elif words[:1] == ["make"] and len(words) > 1:
+            takes_make([word for word in words[1:] if "<" not in word])
+        elif words[:2] == ["python", "-m"]:
+            file = ROOT / words[2].replace(".", "/")
+            assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), (
+                f"{page}:{line}: {text}"
+            )
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Of the headings, as a git viewer makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = (re.sub(r"[^\w\s-]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+def test_links_lead_somewhere_in_a_git_viewer_too() -> None:
+    count = 0
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if target.startswith(("http://", "https://")):
+                continue
+            file, _, anchor = target.partition("#")
+            place = page.parent / file if file else page
+            assert place.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors_of(place), f"{page.name}: {target}"
+            count += 1
+    assert count > 50
+
+
+SYSTEMS = ("pixels", "pixels-svm", "clip-linear-probe", "medfocusclip", "medfocusclip (crop)")
+MADE = ("data/", "reports/", "site/", "mlruns/", "studies/mine")  # by a run, or by the reader
+PLACES = "compose|docs|examples|flows|medfocus|studies|tests"
+
+
+def test_files_that_the_documents_name_are_there() -> None:
+    for page, line, text in SPANS:
+        named = re.fullmatch(rf"(?:(?:{PLACES})/)?[\w/-]*[\w-]\.(?:py|md|ipynb|toml|yaml|lock)", text)
+        if not named or text.startswith(MADE):
+            continue
+        found = (ROOT / text).exists() or any(
+            ROOT.glob(f"{folder}/{text}") for folder in ("tests", "tests/faults", "flows", "docs")
+        )
+        assert found or text in ("busi.yaml", "MLmodel"), f"{page}:{line}: {text}"
+
+
+def test_tests_that_the_documents_name_are_there() -> None:
+    files = [*(ROOT / "tests").glob("test_*.py"), *(ROOT / "tests" / "faults").glob("test_*.py")]
+    tests = {
+        node.name
+        for file in files
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = [span for span in SPANS if re.fullmatch(r"test_\w+_\w+", span.text)]
+    assert len(named) > 10
+    for page, line, text in named:
+        assert text in tests, f"{page}:{line}: {text}"
+
+
+def test_settings_that_the_documents_name_are_in_params_yaml() -> None:
+    params = read_content(ROOT / "params.yaml")
+    named = 0
+    for page, line, text in SPANS:
+        if not re.fullmatch(r"[a-z_]+(\.[a-z_+0-9-]+)+", text) or text.split(".")[0] not in params:
+            continue
+        if text.endswith((".csv", ".md", ".png", ".py", ".yaml")):
+            continue
+        place: Any = params
+        for key in text.split("."):
+            assert isinstance(place, dict) and key in place, f"{page}:{line}: {text}"
+            place = place[key]
+        named += 1
+    assert named > 5
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page}:{block.line}")
+def test_a_block_says_what_it_is_and_can_be_read(block: Block) -> None:
+    assert block.language in (*SHELL, CONSOLE, *OTHER), "say sh, console or text"
+    if block.language == "python":
+        compile(block.text, f"{block.page}:{block.line}", "exec")
+    elif block.language in ("yaml", "json"):
+        assert yaml.safe_load(block.text) is not None
+
+
+def test_figures_of_choosing_a_method_stand_in_the_results() -> None:
+    known = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md"))
+    told = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    figures = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", told)
+    assert len(figures) > 100
+    assert [figure for figure in figures if figure not in known] == []
+    for line in told.splitlines():  # and in the tables in the row of that system, of that data set
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and "±" in line:
+            section = known.partition(f"## {cells[0]}\n")[2].partition("\n## ")[0]
+            for system, figure in zip(SYSTEMS, cells[2:], strict=True):
+                rows = [row for row in section.splitlines() if row.startswith(f"| {system} |")]
+                assert any(f"| {figure} |" in row for row in rows), f"{cells[0]}, {system}: {figure}"
+
+
+def test_the_picture_of_the_architecture_has_the_stages_of_dvc_yaml() -> None:
+    drawn = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert re.findall(r'id="stage-(\w+)"', drawn) == list(stages)
+    for name, stage in stages.items():
+        box = drawn.partition(f'id="stage-{name}"')[2].partition("</g>")[0]
+        (folder,) = re.findall(r">((?:data|reports)/\w+)<", box)
+        assert any(out.startswith(folder) for out in stage.get("do", stage)["outs"]), name
+
+
+# --- What is run ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project of seconds, with the pictures that the pages speak of, as the working directory."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    folder = tmp_path_factory.mktemp("docs") / "medfocusclip"
+    folder.mkdir()
+    make_project(folder)
+    with pytest.MonkeyPatch.context() as patch, prefect_test_harness(server_startup_timeout=120):
+        work_in(folder, patch)
+        phantoms.main(["--modality", "breast_ultrasound"])
+        drawn = folder / "data" / "phantoms" / "breast_ultrasound"
+        (folder / "new").mkdir()
+        for name, picture in zip("ab", sorted((drawn / "test").rglob("*.png")), strict=False):
+            shutil.copyfile(picture, folder / "new" / f"{name}.png")
+        (folder / "new" / "c.png").write_bytes(b"no picture")
+        yield folder
+
+
+def test_the_commands_do_what_the_pages_say(project: Path) -> None:
+    printed = {}
+    for text in RUN_HERE:
+        words = shlex.split(text)
+        if words[0] != "medfocus":
+            subprocess.run(words, check=True)
+            continue
+        result = CliRunner().invoke(app, words[1:])
+        assert result.exit_code == (1 if text == PREDICT else 0), f"{text}: {result.output}"
+        printed[text] = result.output
+        if "--name breast" in text:
+            shorten(project / "studies" / "breast.yaml")
+    assert "2 of 3: answers/predictions.csv" in printed[PREDICT]
+
+
+def test_the_python_of_the_readme_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After ``test_the_commands_do_what_the_pages_say``, which registers the model."""
+    fit, load = (block.text for block in BLOCKS if (block.page, block.language) == ("README.md", "python"))
+    pictures = sorted((project / "data" / "phantoms" / "breast_ultrasound" / "train").rglob("*.png"))
+    given = {
+        "pictures": pictures,
+        "labels": [picture.parent.name for picture in pictures],
+        "others": pictures[:2],
+    }
+    exec(fit, given)
+    shutil.copyfile(pictures[0], "picture.png")
+    registered = load.replace("medfocus-phantom-breast@champion", "medfocus-breast/1")
+    assert registered != load
+    found: dict[str, Any] = {}
+    exec(registered.replace("model.predict", "answer = model.predict"), found)
+    assert {"label", "overlay"} <= set(found["answer"].columns)
+
+
+def shorten(study: Path) -> None:
+    """What ``init`` wrote, corrected to a few cells of seconds."""
+    content = yaml.safe_load(study.read_text(encoding="utf-8"))
+    content["study"] |= {
+        "methods": {"clip-linear-probe": ["none"], "medfocusclip": ["none"]},
+        "percents": [100],
+        "seeds": [0],
+    }
+    study.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.css")]
+    assert len(files) > len(PAGES) - 2
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        loaded = re.findall(
+            r"<(?:link|script|img|iframe|source)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*>", text
+        )
+        loaded += re.findall(r"url\(\"?(?:https?:)?//[^)]*\)|@import[^;]*//[^;]*;", text)
+        assert not [tag for tag in loaded if 'rel="canonical"' not in tag], file.name
+        if file.suffix == ".html":
+            assert "For research use only" in text, file.name
+
+
+# --- The examples of docs/extending.md -----------------------------------------------------------
+
+
+def changed(text: str, hunk: str) -> str:
+    """A text with the lines (or parts) of a hunk that begin with - taken out and those with + put in."""
+    lines = hunk.splitlines()
+    before = "\n".join(line[1:] for line in lines if line[0] in " -")
+    after = "\n".join(line[1:] for line in lines if line[0] in " +")
+    assert text.count(before) == 1, f"stands {text.count(before)} times there: {before}"
+    return text.replace(before, after)
+
+
+def test_the_examples_of_extending_meet_the_contracts(tmp_path: Path) -> None:
+    own = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    for name in ("medfocus", "flows", "studies"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=own)
+    for file in (ROOT / "medfocus" / "data").glob("*.safetensors"):
+        (tmp_path / "medfocus" / "data" / file.name).symlink_to(file)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=own)
+    for name in ("params.yaml", "pyproject.toml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    new = []
+    for block in (each for each in BLOCKS if each.page == "docs/extending.md"):
+        first, _, rest = block.text.partition("\n")
+        file = tmp_path / first.removeprefix("# ")
+        if block.language == "python":
+            file.write_text(f"{rest}\n", encoding="utf-8")
+            new.append(file.relative_to(tmp_path).as_posix())
+        elif block.language == "diff":
+            text = file.read_text(encoding="utf-8")
+            for hunk in rest.split("\n@@\n"):
+                text = changed(text, hunk)
+            file.write_text(text, encoding="utf-8")
+    tests = [file for file in new if file.startswith("tests/")]
+    assert len(tests) == 2 and len(new) == 3
+    theirs = "least-squares or dim or ridge or jpeg_2000 or a_study_may_name or unknown_mode"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-vv", "-k", theirs, *tests]
+    command += [f"tests/test_{room}.py" for room in ("methods", "focus", "params")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    passed = re.findall(r"\[(least-squares|[\d.-]*dim)[\d.-]*\] PASSED", done.stdout)
+    assert len(passed) >= 10 and {"least-squares", "dim"} <= set(passed), done.stdout
