@@ -127,6 +127,23 @@ def registered(home: Path) -> list[Registered]:
     return sorted(found, key=lambda each: (each.name, -int(each.version)))
 
 
+def measured(home: Path, name: str, version: str) -> dict[str, float]:
+    """What a registered version's run found on its test pictures; nothing where no run is known.
+
+    The store is that of ``registered``.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = _client(home)
+    try:
+        run_id = client.get_model_version(name, version).run_id
+        return dict(client.get_run(run_id).data.metrics) if run_id else {}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # an imported model, a run that was deleted
+            raise
+        return {}
+
+
 def start(uri: str | None, home: Path, experiment: str) -> Tracking:
     """Open the tracking store and close the runs that dead processes of this host left RUNNING.
 
@@ -579,6 +596,16 @@ def _create(path: Path) -> None:
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     engine.dispose()
     beside.replace(path)
+
+
+def _client(home: Path) -> MlflowClient:
+    """Of the store that is there: MLFLOW_TRACKING_URI, or ``home``/mlflow.db."""
+    _quieten()
+    import mlflow
+
+    return mlflow.MlflowClient(
+        os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+    )
 
 
 def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
