@@ -28,7 +28,7 @@ _FILL, _LINE = 96, 255  # opacity of the mask, inside and along its outline
 class Attribution:
     """Where an answer came from."""
 
-    layer: bytes  # PNG with alpha, of the size of the picture that is shown
+    layer: bytes  # PNG with alpha, of the size that is shown
     way: str  # see medfocus.explain
     inside: float | None  # share inside of the mask; None where that says nothing
 

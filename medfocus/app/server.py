@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,10 +118,6 @@ def build(reader: Reader, about: About, door: Door, bounds: Bounds | None = None
         desk.desk.remove(name)
         return Response(status_code=204)
 
-    @app.get("/pictures/{name}/picture.png")
-    async def picture(name: str) -> Response:
-        return _png(desk.opened(name).shown)
-
     @app.post("/pictures/{name}/points")
     async def points(name: str, request: Request) -> Response:
         return await desk.edit(name, request)
@@ -128,10 +125,6 @@ def build(reader: Reader, about: About, door: Door, bounds: Bounds | None = None
     @app.get("/pictures/{name}/{which}/attribution")
     async def attribution(name: str, which: Which) -> Response:
         return await desk.attribute(name, which)
-
-    @app.get("/pictures/{name}/{which}/{layer}.png")
-    async def layer(name: str, which: Which, layer: Literal["mask", "view", "attribution"]) -> Response:
-        return desk.layer(name, which, layer)
 
     return Guard(app, door)
 
@@ -189,7 +182,7 @@ class Workplace:
             "id": self.desk.put(opened),
             "width": width,
             "height": height,
-            "shown": opened.shown_size,
+            "shown": {"size": opened.shown_size, "picture": _inline(opened.shown)},
             "first": _told(opened.first),
         }
 
@@ -229,26 +222,13 @@ class Workplace:
             raise Refused(422, "the points", "have no region that SAM2 finds", fix) from error
 
     async def attribute(self, name: str, which: Which) -> Response:
-        """Compute where an answer came from; its layer is there afterwards."""
-        reading = self._reading(name, which)
-        made = await self._do(partial(self.reader.attribute, reading))
-        return JSONResponse({"way": made.way, "inside": made.inside})
-
-    def layer(self, name: str, which: Which, layer: str) -> Response:
-        """A layer's PNG."""
-        reading = self._reading(name, which)
-        if layer != "attribution":
-            return _png(reading.layers[layer])
-        if reading.attribution is None:
-            raise Refused(404, "the attribution", "was not asked for yet", "Ask for it first.")
-        return _png(reading.attribution.layer)
-
-    def _reading(self, name: str, which: Which) -> Reading:
+        """Where the answer of a reading came from."""
         opened = self.opened(name)
         reading = opened.first if which == "first" else opened.edited
         if reading is None:
             raise Refused(404, "this picture", "has no edited mask", "Set a point first.")
-        return reading
+        made = await self._do(partial(self.reader.attribute, reading))
+        return JSONResponse({"way": made.way, "inside": made.inside, "layer": _inline(made.layer)})
 
     async def _do(self, work: Callable[[], Made]) -> Made:
         """Work in the one thread. Raises Refused where there is no room, or what went wrong is no fault."""
@@ -271,6 +251,7 @@ def _told(reading: Reading) -> dict[str, Any]:
         "label": reading.label,
         "probabilities": reading.probabilities,
         "mask": {"status": mask.status, "score": mask.score, "coverage": mask.coverage},
+        "layers": {name: _inline(png) for name, png in reading.layers.items()},
     }
 
 
@@ -296,15 +277,16 @@ def calibration_note(measured: Mapping[str, float]) -> str:
     """How far a model's probabilities can be believed, as far as its registration says."""
     if "ece" not in measured:
         return "How well calibrated these probabilities are is not known for this model."
-    right = f" {100 * measured['accuracy']:.1f} % of them were right." if "accuracy" in measured else ""
+    right = f" {100 * measured['accuracy']:.1f}\u00a0% of them were right." if "accuracy" in measured else ""
     return (
         f"On its test pictures the certainty that the model stated and its accuracy differed by "
         f"{100 * measured['ece']:.1f} percentage points on average (expected calibration error).{right}"
     )
 
 
-def _png(data: bytes) -> Response:
-    return Response(data, media_type="image/png")
+def _inline(png: bytes) -> str:
+    """As an address of its own: what a card shows stays there when the server has forgotten the picture."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _busy() -> Refused:

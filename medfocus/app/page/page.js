@@ -4,6 +4,13 @@ const settings = document.body.dataset;
 const mostBytes = Number(settings.mostBytes);
 const isPointed = settings.pointed === "yes";
 const SVG = "http://www.w3.org/2000/svg";
+const STATUSES = {
+  chosen: "chosen",
+  relaxed: "within wider limits",
+  box: "from the box around the picture",
+  identity: "none found: the whole picture",
+  edited: "edited",
+};
 const STEP = 0.01; // of the keyboard's cross, in sides of the picture; five times with Shift
 
 const all = document.getElementById("pictures");
@@ -34,7 +41,13 @@ async function ask(path, options) {
   return content;
 }
 
-const sentence = (text) => (text ? text[0].toUpperCase() + text.slice(1).replace(/\.?$/, ".") : "");
+const sentence = (text) => text[0].toUpperCase() + text.slice(1).replace(/\.?$/, ".");
+
+/** What went wrong, in a sentence; the card has the file's name already. */
+function fault(error, name) {
+  if (!error.place || error.fault.startsWith("the ")) return sentence(error.fault);
+  return sentence(`${error.place === name ? "this file" : error.place} ${error.fault}`);
+}
 
 /** One picture: its card, what the model says of it, and the points set in it. */
 class Card {
@@ -54,6 +67,7 @@ class Card {
     this.find(".remove").addEventListener("click", () => this.remove());
     all.append(this.root);
     forget.hidden = false;
+    drop.classList.remove("empty");
   }
 
   find(what) { return this.root.querySelector(what); }
@@ -61,7 +75,7 @@ class Card {
   fail(error) {
     this.find(".waiting").hidden = true;
     this.find(".error").hidden = false;
-    this.find(".fault").textContent = sentence(error.place ? `${error.place}: ${error.fault}` : error.fault);
+    this.find(".fault").textContent = fault(error, this.file.name);
     this.find(".fix").textContent = error.fix || "";
   }
 
@@ -93,10 +107,12 @@ class Card {
     this.edited = null;
     this.find(".size").textContent = `${answer.width} × ${answer.height}`;
     const picture = this.find(".picture");
-    [picture.width, picture.height] = answer.shown;
-    picture.src = `/pictures/${this.id}/picture.png`;
+    const [width, height] = answer.shown.size;
+    picture.src = answer.shown.picture;
     picture.alt = `${this.file.name}, as it was given`;
-    this.stage = this.find(".stage");
+    this.frame = this.find(".frame");
+    this.frame.style.aspectRatio = `${width} / ${height}`;
+    this.frame.style.maxWidth = `${Math.round(72 * width / height)}vh`;
     this.mask = this.find(".layer.mask");
     this.heat = this.find(".layer.attribution");
     this.slide(".mask-opacity", this.mask);
@@ -110,9 +126,8 @@ class Card {
   }
 
   sayOff() {
-    this.stage.setAttribute("role", "img");
-    this.stage.setAttribute("aria-label", "The picture with its mask");
-    this.stage.removeAttribute("tabindex");
+    this.frame.removeAttribute("role");
+    this.frame.removeAttribute("tabindex");
     this.find(".off").hidden = false;
     this.find(".off").textContent =
       `The mask cannot be edited: this model's masks come from ${settings.segmenter}, and points need SAM2.`;
@@ -135,14 +150,13 @@ class Card {
 
   /** Everything that depends on the mask. */
   show() {
-    const place = `/pictures/${this.id}/${this.which}`;
-    const stamp = this.sent ? `?${this.sent}` : "";
-    this.mask.src = `${place}/mask.png${stamp}`;
+    this.mask.src = this.now.layers.mask;
+    this.root.classList.toggle("edited", Boolean(this.edited));
     this.mask.alt = `Mask, ${percent(this.now.mask.coverage)} of the picture`;
     this.showAnswer();
     this.showChances();
     this.showMask();
-    this.showViews(place, stamp);
+    this.showViews();
     this.heat.hidden = true;
     this.find(".way").textContent = "";
     this.attributed = null;
@@ -198,8 +212,8 @@ class Card {
 
   showMask() {
     const { status, score, coverage } = this.now.mask;
-    const facts = [["Mask", status], ["Score", score.toFixed(2)], ["Covers", percent(coverage)]];
-    if (this.edited) facts.push(["Before", `${this.first.mask.status}, ${percent(this.first.mask.coverage)}`]);
+    const facts = [["Mask", STATUSES[status]], ["Score", score.toFixed(2)], ["Covers", percent(coverage)]];
+    if (this.edited) facts.push(["Before", `${STATUSES[this.first.mask.status]}, ${percent(this.first.mask.coverage)}`]);
     this.find(".mask-facts").replaceChildren(...facts.map(([name, value]) => {
       const pair = document.createElement("div");
       const term = document.createElement("dt");
@@ -211,13 +225,13 @@ class Card {
     }));
   }
 
-  showViews(place, stamp) {
+  showViews() {
     const [before, after] = [this.find("figure.before img"), this.find("figure.after img")];
-    before.src = `/pictures/${this.id}/first/view.png`;
+    before.src = this.first.layers.view;
     before.alt = `What CLIP sees of ${this.file.name}: the focus ${settings.focus} with the first mask`;
     this.find("figure.after").hidden = !this.edited;
     if (!this.edited) return;
-    after.src = `${place}/view.png${stamp}`;
+    after.src = this.edited.layers.view;
     after.alt = `What CLIP sees of ${this.file.name} with the edited mask`;
   }
 
@@ -226,39 +240,38 @@ class Card {
     if (this.attributed === key) return;
     this.attributed = key;
     const label = this.now.label;
-    const path = `/pictures/${this.id}/${this.which}/attribution`;
     this.find(".way").textContent = "Computing where the answer came from …";
     try {
-      const { way, inside } = await ask(path);
+      const { way, inside, layer } = await ask(`/pictures/${this.id}/${this.which}/attribution`);
       if (this.attributed !== key) return;
-      this.heat.src = `${path}.png?${this.sent}`;
+      this.heat.src = layer;
       this.heat.alt = `Attribution of ${label} by ${way}`;
       this.heat.hidden = false;
       const share = inside === null ? "" : ` ${percent(inside)} of it lies inside the mask.`;
       this.find(".way").textContent = `Attribution of ${label}: ${way}.${share}`;
     } catch (error) {
-      if (this.attributed === key) this.find(".way").textContent = `Attribution: ${error.fault}. ${error.fix}`;
+      if (this.attributed === key) this.find(".way").textContent = `${fault(error, this.file.name)} ${error.fix}`;
     }
   }
 
   startEditing() {
-    const stage = this.stage;
-    stage.classList.add("editable");
-    stage.setAttribute("aria-label", "The picture with its mask. Arrow keys move a cross, Enter sets a point inside, " +
+    const frame = this.frame;
+    frame.classList.add("editable");
+    frame.setAttribute("aria-label", "The picture with its mask. Arrow keys move a cross, Enter sets a point inside, " +
       "Shift and Enter one outside, Backspace takes the last one back.");
     const place = (event) => {
-      const box = this.find(".picture").getBoundingClientRect();
+      const box = frame.getBoundingClientRect();
       const share = (value, from, size) => Math.min(1, Math.max(0, (value - from) / size));
       return { x: share(event.clientX, box.left, box.width), y: share(event.clientY, box.top, box.height) };
     };
-    stage.addEventListener("click", (event) => this.add({ ...place(event), inside: this.isInside(event) }));
-    stage.addEventListener("contextmenu", (event) => {
+    frame.addEventListener("click", (event) => this.add({ ...place(event), inside: this.isInside(event) }));
+    frame.addEventListener("contextmenu", (event) => {
       event.preventDefault();
       this.add({ ...place(event), inside: false });
     });
-    stage.addEventListener("keydown", (event) => this.key(event));
-    stage.addEventListener("focus", () => { if (stage.matches(":focus-visible")) this.moveCross(0, 0); });
-    stage.addEventListener("blur", () => { this.find(".cursor").hidden = true; });
+    frame.addEventListener("keydown", (event) => this.key(event));
+    frame.addEventListener("focus", () => { if (frame.matches(":focus-visible")) this.moveCross(0, 0); });
+    frame.addEventListener("blur", () => { this.find(".cursor").hidden = true; });
     this.find(".undo").addEventListener("click", () => { this.points.pop(); this.edit(); });
     this.find(".clear").addEventListener("click", () => { this.points = []; this.edit(); });
   }
@@ -326,7 +339,7 @@ class Card {
       mark.className = `mark ${point.inside ? "in" : "out"}`;
       mark.style.left = `${100 * point.x}%`;
       mark.style.top = `${100 * point.y}%`;
-      this.stage.append(mark);
+      this.frame.append(mark);
     }
     for (const name of [".undo", ".clear"]) this.find(name).disabled = !this.points.length;
   }
@@ -339,6 +352,7 @@ class Card {
     (next ? next.querySelector(".remove") : input).focus();
     cards.delete(this);
     forget.hidden = !cards.size;
+    drop.classList.toggle("empty", !cards.size);
   }
 }
 
