@@ -13,9 +13,9 @@ import uvicorn
 
 from flows.cli import models, terminal
 from medfocus import tracking
-from medfocus.app.guard import door, is_loopback
+from medfocus.app.guard import Guard, door, is_loopback
 from medfocus.app.reading import Reader
-from medfocus.app.server import NOTICE, About, build
+from medfocus.app.server import NOTICE, About, Workplace, build
 from medfocus.serve import Predictor
 
 PASSWORD = "MEDFOCUS_APP_PASSWORD"
@@ -73,10 +73,8 @@ def load(home: Path, asked: str | None) -> tuple[Reader, About]:
 def serve(
     reader: Reader, about: About, bound: socket.socket, host: str, secret: str | None, *, browser: bool
 ) -> None:
-    """Answer until Ctrl-C. Nothing that is asked is written to a log: a name in it may be a patient's."""
-    app = build(reader, about, door(host, secret))
-    config = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False, ws="none")
-    server = uvicorn.Server(config)
+    """Answer until Ctrl-C."""
+    server = configured(build(Workplace(reader), about, door(host, secret)))
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{bound.getsockname()[1]}/"
     print(url, flush=True)
@@ -87,6 +85,12 @@ def serve(
         server.run(sockets=[bound])
     except KeyboardInterrupt:
         terminal.tell("ended. No picture was kept.")
+
+
+def configured(app: Guard) -> uvicorn.Server:
+    """A server that writes no log of what is asked of it: a name in it may be a patient's."""
+    config = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False, ws="none")
+    return uvicorn.Server(config)
 
 
 def has_display() -> bool:

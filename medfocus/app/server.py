@@ -80,9 +80,8 @@ class GivenPoints(_Given):
     points: Annotated[list[GivenPoint], Field(max_length=MOST_POINTS)]
 
 
-def build(reader: Reader, about: About, door: Door, bounds: Bounds | None = None) -> Guard:
+def build(desk: Workplace, about: About, door: Door) -> Guard:
     """The ASGI application. What it is given it keeps in memory, and writes nowhere."""
-    desk = Workplace(reader, bounds or Bounds())
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -132,8 +131,9 @@ def build(reader: Reader, about: About, door: Door, bounds: Bounds | None = None
 class Workplace:
     """The pictures at hand and the one thread that reads them."""
 
-    def __init__(self, reader: Reader, bounds: Bounds) -> None:
-        self.reader, self.bounds = reader, bounds
+    def __init__(self, reader: Reader, bounds: Bounds | None = None) -> None:
+        self.reader = reader
+        self.bounds = bounds = bounds or Bounds()
         self.desk: Desk[Opened] = Desk(most=bounds.pictures, most_bytes=bounds.bytes, seconds=bounds.seconds)
         self.worker = Worker(bounds.jobs)
         self._uploading = 0
@@ -277,9 +277,9 @@ def calibration_note(measured: Mapping[str, float]) -> str:
     """How far a model's probabilities can be believed, as far as its registration says."""
     if "ece" not in measured:
         return "How well calibrated these probabilities are is not known for this model."
-    right = f" {100 * measured['accuracy']:.1f}\u00a0% of them were right." if "accuracy" in measured else ""
+    right = f" Its accuracy there: {100 * measured['accuracy']:.1f}\u00a0%." if "accuracy" in measured else ""
     return (
-        f"On its test pictures the certainty that the model stated and its accuracy differed by "
+        f"On its test pictures what the model held for certain and what was right differed by "
         f"{100 * measured['ece']:.1f} percentage points on average (expected calibration error).{right}"
     )
 

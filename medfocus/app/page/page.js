@@ -21,7 +21,7 @@ const forget = document.getElementById("forget");
 let line = Promise.resolve(); // pictures are sent one after the other
 let count = 0;
 
-const percent = (share) => (100 * share).toFixed(1) + " %";
+const percent = (share) => (100 * share).toFixed(1) + "\u00a0%";
 
 function say(text) { said.textContent = text; }
 
