@@ -19,7 +19,7 @@ from medfocus import metrics
 from medfocus.data_warnings import data_warnings, mask_warnings
 from medfocus.duplicates import Pair
 from medfocus.gate import Check
-from medfocus.ingest import SUFFIXES
+from medfocus.listing import SUFFIXES
 from medfocus.records import Record
 from medfocus.splits import Splits
 

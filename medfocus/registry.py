@@ -62,6 +62,7 @@ class Registered:
     created: str  # day and time, UTC
     tags: Mapping[str, str]
     model_folder: Callable[[Path], Path]  # as a champion's
+    metrics: Callable[[], Mapping[str, float]]  # of its run on the test pictures; none where no run is known
     text: Callable[[str], str]  # of a file kept with the version; FileNotFoundError where it has none such
 
 
@@ -90,6 +91,7 @@ def registered(home: Path) -> list[Registered]:
             time.strftime("%Y-%m-%d %H:%M", time.gmtime((each.creation_timestamp or 0) / 1000)),
             dict(each.tags),
             _opener(client, uri, each.name, str(each.version)),
+            _measured(client, each.run_id),
             _reader(client, uri, each.name, str(each.version)),
         )
         for each in pages(client.search_model_versions)
@@ -303,6 +305,22 @@ def _opener(client: MlflowClient, uri: str, name: str, version: str) -> Callable
         return Path(model) / "artifacts" / _MODEL_ARTIFACT
 
     return model_folder
+
+
+def _measured(client: MlflowClient, run_id: str | None) -> Callable[[], Mapping[str, float]]:
+    """What asks for the metrics of a version's run."""
+
+    def metrics() -> Mapping[str, float]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return dict(client.get_run(run_id).data.metrics) if run_id else {}
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # the run was deleted
+                raise
+            return {}
+
+    return metrics
 
 
 def _reader(client: MlflowClient, uri: str, name: str, version: str) -> Callable[[str], str]:
