@@ -50,11 +50,7 @@ class Command(NamedTuple):
     page: str
     line: int
     words: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """As the lists below have it."""
-        return " ".join(self.words)
+    text: str  # as the lists below have it; of several lines the first alone
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
@@ -81,25 +77,46 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def commands_in(block: Block) -> Iterator[Command]:
-    """The commands of a block: a line each, further ones after && and |."""
-    lines = block.text.replace("\\\n", "  ").splitlines()
-    asked = [line[2:] for line in lines if line.startswith("$ ")]
-    if block.language == CONSOLE or (asked and block.language in SHELL):
-        lines = asked
-    elif block.language not in SHELL:
+    """The commands of a block: a line each, or as many as the shell wants; further ones after &&."""
+    lines = block.text.splitlines()
+    is_console = block.language == CONSOLE or any(line.startswith("$ ") for line in lines)
+    if block.language not in (*SHELL, CONSOLE):
         return
+    whole = ""
     for line in lines:
-        words: list[str] = []
-        for word in [*shlex.split(line, comments=True), "&&"]:
-            if word not in ("&&", "|"):
-                words.append(word)
-                continue
-            while words and re.match(r"[A-Z_]+=", words[0]):
-                words = words[1:]
-            if words:
-                words[0] = words[0].removeprefix(".venv/bin/")
-                yield Command(block.page, block.line, tuple(words))
-            words = []
+        if not whole and is_console and not line.startswith("$ "):
+            continue
+        whole += line.removeprefix("$ ") if not whole else f"\n{line}"
+        if not is_whole(whole):
+            continue
+        for part in parts_of(whole):
+            while part and re.match(r"[A-Za-z_]+=", part[0]):
+                part = part[1:]
+            if part:
+                words = (part[0].removeprefix(".venv/bin/"), *part[1:])
+                text = " ".join(words) if "\n" not in whole else f"{whole.partition(chr(10))[0]} ..."
+                yield Command(block.page, block.line, words, text)
+        whole = ""
+    assert not whole, f"{block.page}:{block.line}: the shell waits for more: {whole}"
+
+
+def is_whole(command: str) -> bool:
+    """Whether the shell would not wait for a further line."""
+    if not re.search(r"[\n{}|\\'\"]|\bdo\b", command):
+        return True
+    asked = ["bash", "-n", "-c", command]
+    return not command.endswith("\\") and subprocess.run(asked, capture_output=True).returncode == 0
+
+
+def parts_of(command: str) -> list[list[str]]:
+    """The words before, between and after &&; what follows a pipe belongs to what stands before it."""
+    parts: list[list[str]] = [[]]
+    for word in shlex.split(command.replace("\\\n", " "), comments=True):
+        if word == "&&":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
 
 
 COMMANDS = [command for block in BLOCKS for command in commands_in(block)]
@@ -276,27 +293,34 @@ class ParsedError(Exception):
     """The arguments are good."""
 
 
-def takes_python(words: Sequence[str]) -> None:
-    """A module or a script with its own parser, which is stopped when the arguments were parsed."""
+def takes_python(words: Sequence[str], *, is_whole_line: bool = True) -> None:
+    """A module or a script with its own parser, which is stopped when the arguments were parsed.
+
+    Of a line that is not whole only the options have to exist.
+    """
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self: argparse.ArgumentParser, given: Any = None, space: Any = None) -> None:
-        parse(self, given, space)
+        if is_whole_line:
+            parse(self, given, space)
+        assert {word for word in words if word.startswith("--")} <= self._option_string_actions.keys(), words
         raise ParsedError
 
-    with pytest.MonkeyPatch.context() as patch:
+    is_module, name = words[0] == "-m", words[1] if words[0] == "-m" else words[0]
+    file = ROOT / (name.replace(".", "/") if is_module else name)
+    source = next(place for place in (file, file.with_suffix(".py"), file / "__main__.py") if place.is_file())
+    if "argparse" not in source.read_text(encoding="utf-8"):  # it takes nothing, and would start to work
+        assert words[-1] == name
+        return
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ParsedError):
         patch.chdir(ROOT)
         patch.setattr(sys, "path", [str(ROOT), *sys.path])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        patch.setattr(sys, "argv", ["python", *words[2 if words[0] == "-m" else 1 :]])
-        if words[0] == "-m":
-            with pytest.raises(ParsedError):
-                runpy.run_module(words[1], run_name="__main__")
-        elif "argparse" in (text := (ROOT / words[0]).read_text(encoding="utf-8")):
-            with pytest.raises(ParsedError):
-                runpy.run_path(words[0], run_name="__main__")
+        patch.setattr(sys, "argv", ["python", *words[2 if is_module else 1 :]])
+        if is_module:
+            runpy.run_module(name, run_name="__main__")
         else:
-            assert '__name__ == "__main__"' in text and len(words) == 1
+            runpy.run_path(name, run_name="__main__")
 
 
 def takes_dvc(words: Sequence[str]) -> None:
@@ -394,10 +418,7 @@ def test_commands_in_the_text_exist_with_their_options() -> None:
         elif words[:1] == ["make"] and len(words) > 1:
             takes_make([word for word in words[1:] if "<" not in word])
         elif words[:2] == ["python", "-m"]:
-            file = ROOT / words[2].replace(".", "/")
-            assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), (
-                f"{page}:{line}: {text}"
-            )
+            takes_python(words[1:], is_whole_line=False)
 
 
 def anchors_of(page: Path) -> set[str]:
