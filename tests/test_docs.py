@@ -312,15 +312,14 @@ def takes_python(words: Sequence[str], *, is_whole_line: bool = True) -> None:
     if "argparse" not in source.read_text(encoding="utf-8"):  # it takes nothing, and would start to work
         assert words[-1] == name
         return
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ParsedError):
+    run: Callable[..., object] = runpy.run_module if is_module else runpy.run_path
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "path", [str(ROOT), *sys.path])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         patch.setattr(sys, "argv", ["python", *words[2 if is_module else 1 :]])
-        if is_module:
-            runpy.run_module(name, run_name="__main__")
-        else:
-            runpy.run_path(name, run_name="__main__")
+        with pytest.raises(ParsedError):
+            run(name, run_name="__main__")
 
 
 def takes_dvc(words: Sequence[str]) -> None:
