@@ -50,7 +50,7 @@ class Command(NamedTuple):
     page: str
     line: int
     words: tuple[str, ...]
-    text: str  # as the lists below have it; of several lines the first alone
+    text: str  # as the lists below have it; of several lines how the first begins
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
@@ -80,7 +80,7 @@ def commands_in(block: Block) -> Iterator[Command]:
     """The commands of a block: a line each, or as many as the shell wants; further ones after &&."""
     lines = block.text.splitlines()
     is_console = block.language == CONSOLE or any(line.startswith("$ ") for line in lines)
-    if block.language not in (*SHELL, CONSOLE):
+    if block.language not in (*SHELL, CONSOLE) or block.text.startswith(('{"', "|")):  # JSON, a table
         return
     whole = ""
     for line in lines:
@@ -94,7 +94,7 @@ def commands_in(block: Block) -> Iterator[Command]:
                 part = part[1:]
             if part:
                 words = (part[0].removeprefix(".venv/bin/"), *part[1:])
-                text = " ".join(words) if "\n" not in whole else f"{whole.partition(chr(10))[0]} ..."
+                text = " ".join(words) if "\n" not in whole else f"{whole.partition(chr(10))[0][:60]} ..."
                 yield Command(block.page, block.line, words, text)
         whole = ""
     if whole:  # the shell waits for more, so it is no command; the first test says so
