@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer.main
 import yaml
+from playwright.sync_api import sync_playwright
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.testing import CliRunner
@@ -588,12 +589,19 @@ def shorten(study: Path) -> None:
     study.write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
-def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    files = [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.css")]
+    return folder
+
+
+def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    files = [*site.rglob("*.html"), *site.rglob("*.css")]
     assert len(files) > len(PAGES) - 2
     for file in files:
         text = file.read_text(encoding="utf-8")
@@ -604,6 +612,26 @@ def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere(tmp_path: 
         assert not [tag for tag in loaded if 'rel="canonical"' not in tag], file.name
         if file.suffix == ".html":
             assert "For research use only" in text, file.name
+
+
+def test_the_site_is_searched_where_it_is_opened_as_a_file(site: Path) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = playwright.chromium.launch(executable_path=browser, args=arguments)
+        page = opened.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((site / "start.html").as_uri())
+        page.fill("input.md-search__input", "cocoop")
+        page.wait_for_selector(".md-search-result__link")
+        found = page.inner_text(".md-search-result__list")
+        opened.close()
+    assert "CoCoOp run out of memory" in found
+    assert {url.partition(":")[0] for url in asked} <= {"file", "data"}
 
 
 # --- The examples of docs/extending.md -----------------------------------------------------------
