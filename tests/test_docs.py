@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer.main
 import yaml
+from playwright.sync_api import sync_playwright
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.testing import CliRunner
@@ -50,11 +51,7 @@ class Command(NamedTuple):
     page: str
     line: int
     words: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """As the lists below have it."""
-        return " ".join(self.words)
+    text: str  # as the lists below have it; of several lines how the first begins
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
@@ -81,25 +78,47 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def commands_in(block: Block) -> Iterator[Command]:
-    """The commands of a block: a line each, further ones after && and |."""
-    lines = block.text.replace("\\\n", "  ").splitlines()
-    asked = [line[2:] for line in lines if line.startswith("$ ")]
-    if block.language == CONSOLE or (asked and block.language in SHELL):
-        lines = asked
-    elif block.language not in SHELL:
+    """The commands of a block: a line each, or as many as the shell wants; further ones after &&."""
+    lines = block.text.splitlines()
+    is_console = block.language == CONSOLE or any(line.startswith("$ ") for line in lines)
+    if block.language not in (*SHELL, CONSOLE) or block.text.startswith(('{"', "|")):  # JSON, a table
         return
+    whole = ""
     for line in lines:
-        words: list[str] = []
-        for word in [*shlex.split(line, comments=True), "&&"]:
-            if word not in ("&&", "|"):
-                words.append(word)
-                continue
-            while words and re.match(r"[A-Z_]+=", words[0]):
-                words = words[1:]
-            if words:
-                words[0] = words[0].removeprefix(".venv/bin/")
-                yield Command(block.page, block.line, tuple(words))
-            words = []
+        if not whole and is_console and not line.startswith("$ "):
+            continue
+        whole += line.removeprefix("$ ") if not whole else f"\n{line}"
+        if not is_whole(whole):
+            continue
+        for part in parts_of(whole):
+            while part and re.match(r"[A-Za-z_]+=", part[0]):
+                part = part[1:]
+            if part:
+                words = (part[0].removeprefix(".venv/bin/"), *part[1:])
+                text = " ".join(words) if "\n" not in whole else f"{whole.partition(chr(10))[0][:60]} ..."
+                yield Command(block.page, block.line, words, text)
+        whole = ""
+    if whole:  # the shell waits for more, so it is no command; the first test says so
+        yield Command(block.page, block.line, ("?",), whole)
+
+
+def is_whole(command: str) -> bool:
+    """Whether the shell would not wait for a further line."""
+    if not re.search(r"[\n{}|\\'\"]|\bdo\b", command):
+        return True
+    asked = ["bash", "-n", "-c", command]
+    return not command.endswith("\\") and subprocess.run(asked, capture_output=True).returncode == 0
+
+
+def parts_of(command: str) -> list[list[str]]:
+    """The words before, between and after &&; what follows a pipe belongs to what stands before it."""
+    parts: list[list[str]] = [[]]
+    for word in shlex.split(command.replace("\\\n", " "), comments=True):
+        if word == "&&":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
 
 
 COMMANDS = [command for block in BLOCKS for command in commands_in(block)]
@@ -245,7 +264,7 @@ def test_every_command_of_the_documents_is_run_here_or_says_where_the_like_is() 
     known = {*RUN_HERE, *elsewhere}
     assert len(known) == len(RUN_HERE) + len(elsewhere), "one is listed twice"
     unknown = {text: places for text, places in shown.items() if text not in known}
-    assert not unknown, "put each into RUN_HERE, or into NOT_RUN_HERE with the test that runs the like"
+    assert not unknown, "run it here, name in NOT_RUN_HERE the test that runs the like, or fence it as text"
     assert known <= shown.keys(), "no page shows these any more"
 
 
@@ -276,27 +295,33 @@ class ParsedError(Exception):
     """The arguments are good."""
 
 
-def takes_python(words: Sequence[str]) -> None:
-    """A module or a script with its own parser, which is stopped when the arguments were parsed."""
+def takes_python(words: Sequence[str], *, is_whole_line: bool = True) -> None:
+    """A module or a script with its own parser, which is stopped when the arguments were parsed.
+
+    Of a line that is not whole only the options have to exist.
+    """
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self: argparse.ArgumentParser, given: Any = None, space: Any = None) -> None:
-        parse(self, given, space)
+        if is_whole_line:
+            parse(self, given, space)
+        assert {word for word in words if word.startswith("--")} <= self._option_string_actions.keys(), words
         raise ParsedError
 
+    is_module, name = words[0] == "-m", words[1] if words[0] == "-m" else words[0]
+    file = ROOT / (name.replace(".", "/") if is_module else name)
+    source = next(place for place in (file, file.with_suffix(".py"), file / "__main__.py") if place.is_file())
+    if "argparse" not in source.read_text(encoding="utf-8"):  # it takes nothing, and would start to work
+        assert words[-1] == name
+        return
+    run: Callable[..., object] = runpy.run_module if is_module else runpy.run_path
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "path", [str(ROOT), *sys.path])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        patch.setattr(sys, "argv", ["python", *words[2 if words[0] == "-m" else 1 :]])
-        if words[0] == "-m":
-            with pytest.raises(ParsedError):
-                runpy.run_module(words[1], run_name="__main__")
-        elif "argparse" in (text := (ROOT / words[0]).read_text(encoding="utf-8")):
-            with pytest.raises(ParsedError):
-                runpy.run_path(words[0], run_name="__main__")
-        else:
-            assert '__name__ == "__main__"' in text and len(words) == 1
+        patch.setattr(sys, "argv", ["python", *words[2 if is_module else 1 :]])
+        with pytest.raises(ParsedError):
+            run(name, run_name="__main__")
 
 
 def takes_dvc(words: Sequence[str]) -> None:
@@ -394,10 +419,7 @@ def test_commands_in_the_text_exist_with_their_options() -> None:
         elif words[:1] == ["make"] and len(words) > 1:
             takes_make([word for word in words[1:] if "<" not in word])
         elif words[:2] == ["python", "-m"]:
-            file = ROOT / words[2].replace(".", "/")
-            assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), (
-                f"{page}:{line}: {text}"
-            )
+            takes_python(words[1:], is_whole_line=False)
 
 
 def anchors_of(page: Path) -> set[str]:
@@ -567,12 +589,19 @@ def shorten(study: Path) -> None:
     study.write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
-def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    files = [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.css")]
+    return folder
+
+
+def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    files = [*site.rglob("*.html"), *site.rglob("*.css")]
     assert len(files) > len(PAGES) - 2
     for file in files:
         text = file.read_text(encoding="utf-8")
@@ -583,6 +612,26 @@ def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere(tmp_path: 
         assert not [tag for tag in loaded if 'rel="canonical"' not in tag], file.name
         if file.suffix == ".html":
             assert "For research use only" in text, file.name
+
+
+def test_the_site_is_searched_where_it_is_opened_as_a_file(site: Path) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = playwright.chromium.launch(executable_path=browser, args=arguments)
+        page = opened.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((site / "start.html").as_uri())
+        page.fill("input.md-search__input", "cocoop")
+        page.wait_for_selector(".md-search-result__link")
+        found = page.inner_text(".md-search-result__list")
+        opened.close()
+    assert "CoCoOp run out of memory" in found
+    assert {url.partition(":")[0] for url in asked} <= {"file", "data"}
 
 
 # --- The examples of docs/extending.md -----------------------------------------------------------
