@@ -101,7 +101,7 @@ def registered(home: Path) -> list[Registered]:
 
     The store is that of ``start``: MLFLOW_TRACKING_URI, or ``home``/mlflow.db.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+    uri = _store(home)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return []
     _quieten()
@@ -132,9 +132,11 @@ def measured(home: Path, name: str, version: str) -> dict[str, float]:
 
     The store is that of ``registered``.
     """
+    _quieten()
+    import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = _client(home)
+    client = mlflow.MlflowClient(_store(home))
     try:
         run_id = client.get_model_version(name, version).run_id
         return dict(client.get_run(run_id).data.metrics) if run_id else {}
@@ -598,14 +600,9 @@ def _create(path: Path) -> None:
     beside.replace(path)
 
 
-def _client(home: Path) -> MlflowClient:
-    """Of the store that is there: MLFLOW_TRACKING_URI, or ``home``/mlflow.db."""
-    _quieten()
-    import mlflow
-
-    return mlflow.MlflowClient(
-        os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
-    )
+def _store(home: Path) -> str:
+    """The URI of the store that is there: MLFLOW_TRACKING_URI, or ``home``/mlflow.db."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
 
 
 def _experiment(client: MlflowClient, name: str, location: str | None) -> str:

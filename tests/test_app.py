@@ -596,16 +596,36 @@ def test_no_path_leads_out_of_the_page(opened: Opener) -> None:
 def test_what_goes_wrong_inside_is_told_without_its_text(
     opened: Opener, reader: Reader, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(data: bytes, name: str) -> None:
-        raise RuntimeError(f"broken in {name}")
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken in Anna_Example.png")
 
+    client, files = opened(), given(("Anna_Example.png", encoded(20)))
     monkeypatch.setattr(reader, "open", fail)
-    answer = opened().post("/pictures", files=given(("Anna_Example.png", encoded(20))))
+    [told] = client.post("/pictures", files=files).json()["pictures"]
+    assert told["error"]["status"] == 500
+    assert told["error"]["fault"].startswith("cannot be read here (RuntimeError at ")
+    monkeypatch.setattr("medfocus.app.server.uploads", fail)
+    answer = client.post("/pictures", files=files)
     assert answer.status_code == 500
-    told = answer.json()["pictures"][0]["error"]
-    assert told["fault"].startswith("cannot be read here (RuntimeError at ")
+    assert answer.json()["error"]["fault"].startswith("went wrong here (RuntimeError at ")
     output = capfd.readouterr()
-    assert "Anna" not in json.dumps(told) + output.out + output.err
+    assert "RuntimeError at" in output.err
+    assert "Anna" not in json.dumps(told["error"]) + answer.text + output.out + output.err
+
+
+def test_a_model_folder_is_named_and_nothing_is_claimed_of_it(folder: Path) -> None:
+    _, about = workstation.load(Path.cwd(), str(folder))
+    assert (about.model, about.version, about.dataset, about.measured) == ("model", "", "", {})
+    assert about.segmenter == "SAM2"
+
+
+def test_no_browser_is_opened_where_there_is_no_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    assert not workstation.has_display()
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert workstation.has_display()
 
 
 # --- the page in a browser ----------------------------------------------------------------------

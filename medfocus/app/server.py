@@ -94,6 +94,7 @@ def build(desk: Workplace, about: About, door: Door) -> Guard:
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _not_found)
+    app.add_exception_handler(Exception, _went_wrong)
     app.add_exception_handler(404, _not_found)
     app.add_exception_handler(405, _not_found)
     page = _page(desk, about)
@@ -277,10 +278,10 @@ def calibration_note(measured: Mapping[str, float]) -> str:
     """How far a model's probabilities can be believed, as far as its registration says."""
     if "ece" not in measured:
         return "How well calibrated these probabilities are is not known for this model."
-    right = f" Its accuracy there: {100 * measured['accuracy']:.1f}\u00a0%." if "accuracy" in measured else ""
+    right = f" Accuracy there: {100 * measured['accuracy']:.1f}\u00a0%." if "accuracy" in measured else ""
     return (
-        f"On its test pictures what the model held for certain and what was right differed by "
-        f"{100 * measured['ece']:.1f} percentage points on average (expected calibration error).{right}"
+        "On its test pictures the probability that the model stated for its answer and its accuracy differed "
+        f"by {100 * measured['ece']:.1f} percentage points on average (expected calibration error).{right}"
     )
 
 
@@ -300,6 +301,11 @@ def _missing() -> Refused:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     return error.response()
+
+
+async def _went_wrong(request: Request, error: Exception) -> Response:
+    fault = f"went wrong here ({kind_and_place(error)})"
+    return Refused(500, "the request", fault, "Try again, or start anew.").response()
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

@@ -178,6 +178,7 @@ class Card {
 
   showChances() {
     for (const head of [".after-head", ".delta-head"]) this.find(head).hidden = !this.edited;
+    this.find(".before-head").textContent = this.edited ? "first" : "probability";
     const rows = Object.entries(this.first.probabilities).map(([name, before]) => this.row(name, before));
     this.find(".chances tbody").replaceChildren(...rows);
   }
@@ -230,6 +231,7 @@ class Card {
     before.src = this.first.layers.view;
     before.alt = `What CLIP sees of ${this.file.name}: the focus ${settings.focus} with the first mask`;
     this.find("figure.after").hidden = !this.edited;
+    this.find("figure.before figcaption").textContent = this.edited ? "What CLIP sees: first" : "What CLIP sees";
     if (!this.edited) return;
     after.src = this.edited.layers.view;
     after.alt = `What CLIP sees of ${this.file.name} with the edited mask`;
