@@ -13,7 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ from medfocus.app.server import About, Bounds, Workplace, build, calibration_not
 from medfocus.app.uploads import Limits, body
 from medfocus.encoders import build_clip
 from medfocus.explain import explain
+from medfocus.masks.lean.segmenter import LeanSegmenter
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2 import build_segmenter
-from medfocus.masks.segmenter import Segmenter
+from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.masks.segmenter import Mask, Segmenter, identity
 from medfocus.methods import METHODS, Support
 from medfocus.serve import Predictor, probabilities_of
 from medfocus.views import view
@@ -276,6 +278,38 @@ def test_a_point_outside_alone_keeps_the_middle_of_the_first_mask(opened: Opener
     both = set_points(client, answer["id"], (middle.x, middle.y, True), (0.05, 0.05, False)).json()
     assert alone["edited"]["layers"] == both["edited"]["layers"]
     assert not region_of(alone["edited"])[int(0.05 * 192), int(0.05 * 192)]
+
+
+@dataclass(frozen=True)
+class Informed:
+    """As an adapter or a text stands on SAM2: other masks, from the same network."""
+
+    plain: Sam2Segmenter
+    key = "informed"
+
+    def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
+        return [identity(*picture.shape[:2]) for picture in pictures]
+
+
+def test_masks_that_stand_on_sam2_are_edited_by_sam2_as_it_was(opened: Opener, reader: Reader) -> None:
+    plain: Any = reader.predictor.segmenter
+    informed = Reader(replace(reader.predictor, segmenter=Informed(plain)))
+    [answer] = post(client := opened(model=informed), MISSED)
+    assert answer["first"]["mask"]["status"] == "identity"
+    told = set_points(client, answer["id"], (*LESION, True)).json()
+    [own] = post(other := opened(), MISSED)
+    assert told == set_points(other, own["id"], (*LESION, True)).json()
+
+
+def test_a_lean_segmenter_answers_points_inside_and_outside_as_the_plain_one_does(reader: Reader) -> None:
+    plain: Any = reader.predictor.segmenter
+    lean, picture = LeanSegmenter(plain), drawn(20)
+    points = [Point(0.4, 0.5, True), Point(0.6, 0.4, True), Point(0.1, 0.1, False)]
+    made, expected = (
+        clicks.mask_at(each, picture, clicks.encode(each, picture), points) for each in (lean, plain)
+    )
+    assert made.score == pytest.approx(expected.score, abs=1e-4)
+    assert (made.region != expected.region).mean() < 0.001
 
 
 def test_of_the_candidates_the_one_that_follows_the_most_points_is_taken(reader: Reader) -> None:
