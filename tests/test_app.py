@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
@@ -666,45 +667,53 @@ def test_no_browser_is_opened_where_there_is_no_display(monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="module")
-def chromium() -> str:
+def browser() -> Iterator[Browser]:
     """The machine's Chromium."""
     names = ("chromium", "chromium-browser", "google-chrome")
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
         pytest.skip(f"the page is not looked at: none of {', '.join(names)} is on this machine")
-    return found
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=arguments)
+        yield started
+        started.close()
 
 
-@pytest.fixture(scope="module")
-def served(reader: Reader) -> Iterator[str]:
-    """The page as ``medfocus app`` serves it."""
+@contextlib.contextmanager
+def served(model: Reader) -> Iterator[str]:
+    """The page as ``medfocus app`` serves it; its address."""
     bound = workstation.listening("127.0.0.1", 0)
-    server = workstation.configured(build(Workplace(reader), ABOUT, door("127.0.0.1", None)))
+    server = workstation.configured(build(Workplace(model), ABOUT, door("127.0.0.1", None)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
-    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    bound.close()
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()
+
+
+@contextlib.contextmanager
+def looked_at(browser: Browser, model: Reader) -> Iterator[Page]:
+    """The page, opened; afterwards nothing but it was asked for, and its console is empty."""
+    asked, said = [], []
+    with served(model) as url, browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        context.on("request", lambda request: asked.append(request.url))
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(url)
+        yield page
+        elsewhere = [each for each in asked if not each.startswith((f"{url}/", "data:image/png;base64,"))]
+        assert len(asked) > 3 and elsewhere == [] and said == []
 
 
 @pytest.fixture
-def page(chromium: str, served: str) -> Iterator[Page]:
-    """The page, opened; afterwards nothing but it was asked for, and its console is empty."""
-    asked, said = [], []
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        context = browser.new_context(viewport={"width": 1280, "height": 900})
-        context.on("request", lambda request: asked.append(request.url))
-        made = context.new_page()
-        made.on("console", lambda message: said.append(message.text))
-        made.on("pageerror", lambda error: said.append(str(error)))
-        made.goto(served)
-        yield made
-        browser.close()
-    elsewhere = [url for url in asked if not url.startswith((f"{served}/", "data:image/png;base64,"))]
-    assert len(asked) > 3 and elsewhere == [] and said == []
+def page(browser: Browser, reader: Reader) -> Iterator[Page]:
+    with looked_at(browser, reader) as page:
+        yield page
 
 
 def upload(page: Page, tmp_path: Path, number: int = MISSED) -> Locator:
@@ -792,7 +801,7 @@ def test_on_a_narrow_screen_nothing_runs_out_of_it(page: Page, tmp_path: Path) -
     assert page.locator("th[scope=row]").first.evaluate("e => e.getClientRects()[0].height") < 40
 
 
-def test_a_file_that_is_no_picture_is_told_on_its_card(page: Page, served: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_picture_is_told_on_its_card(page: Page, tmp_path: Path) -> None:
     page.route(
         "**/pictures",
         lambda route: route.fulfill(
@@ -819,3 +828,14 @@ def test_a_file_that_is_no_picture_is_told_on_its_card(page: Page, served: str, 
         "This file cannot be decoded (<b>odd</b>).",
         "Export it again.",
     ]
+
+
+def test_where_masks_cannot_be_edited_the_page_says_why(
+    browser: Browser, otsu: Reader, tmp_path: Path
+) -> None:
+    with looked_at(browser, otsu) as page:
+        card = upload(page, tmp_path)
+        assert "points need SAM2" in card.locator(".off").inner_text()
+        card.locator(".frame").click()
+        assert card.get_by_role("button", name="Undo").count() == 0
+        assert card.locator(".mark").count() == 0
