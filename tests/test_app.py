@@ -739,6 +739,7 @@ def test_a_reader_sees_probabilities_clicks_and_sees_them_change(
     first = [f"{100 * p:.1f}\u00a0%" for p in expected.probabilities.values()]
     assert chances(card) == first
     assert card.locator(".answer .label").inner_text() == expected.label
+    assert card.get_by_text("Calibration error of this model: 6.2 percentage points.").is_visible()
     for name in ("picture", "layer.mask"):
         drawn_width = card.locator(f"img.{name}").evaluate("image => image.complete && image.naturalWidth")
         assert drawn_width == 192

@@ -266,6 +266,7 @@ def _page(desk: Workplace, about: About) -> str:
         classes=predictor.classes,
         focus=predictor.focus,
         calibration=calibration_note(about.measured),
+        calibration_short=calibration_short(about.measured),
         is_pointed=desk.reader.is_pointed,
         bounds=desk.bounds,
         most_bytes=MOST_BYTES,
@@ -283,6 +284,13 @@ def calibration_note(measured: Mapping[str, float]) -> str:
         "On its test pictures the probability that the model stated for its answer and its accuracy differed "
         f"by {100 * measured['ece']:.1f} percentage points on average (expected calibration error).{right}"
     )
+
+
+def calibration_short(measured: Mapping[str, float]) -> str:
+    """The same beside each answer."""
+    if "ece" not in measured:
+        return "Calibration of this model: not known."
+    return f"Calibration error of this model: {100 * measured['ece']:.1f} percentage points."
 
 
 def _inline(png: bytes) -> str:
