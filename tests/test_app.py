@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -13,7 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
@@ -36,9 +38,10 @@ from medfocus.app.server import About, Bounds, Workplace, build, calibration_not
 from medfocus.app.uploads import Limits, body
 from medfocus.encoders import build_clip
 from medfocus.explain import explain
+from medfocus.masks.lean.segmenter import LeanSegmenter
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2 import build_segmenter
-from medfocus.masks.segmenter import Segmenter
+from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.masks.segmenter import Mask, Segmenter, identity
 from medfocus.methods import METHODS, Support
 from medfocus.serve import Predictor, probabilities_of
 from medfocus.views import view
@@ -276,6 +279,38 @@ def test_a_point_outside_alone_keeps_the_middle_of_the_first_mask(opened: Opener
     both = set_points(client, answer["id"], (middle.x, middle.y, True), (0.05, 0.05, False)).json()
     assert alone["edited"]["layers"] == both["edited"]["layers"]
     assert not region_of(alone["edited"])[int(0.05 * 192), int(0.05 * 192)]
+
+
+@dataclass(frozen=True)
+class Informed:
+    """As an adapter or a text stands on SAM2: other masks, from the same network."""
+
+    plain: Sam2Segmenter
+    key = "informed"
+
+    def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
+        return [identity(*picture.shape[:2]) for picture in pictures]
+
+
+def test_masks_that_stand_on_sam2_are_edited_by_sam2_as_it_was(opened: Opener, reader: Reader) -> None:
+    plain: Any = reader.predictor.segmenter
+    informed = Reader(replace(reader.predictor, segmenter=Informed(plain)))
+    [answer] = post(client := opened(model=informed), MISSED)
+    assert answer["first"]["mask"]["status"] == "identity"
+    told = set_points(client, answer["id"], (*LESION, True)).json()
+    [own] = post(other := opened(), MISSED)
+    assert told == set_points(other, own["id"], (*LESION, True)).json()
+
+
+def test_a_lean_segmenter_answers_points_inside_and_outside_as_the_plain_one_does(reader: Reader) -> None:
+    plain: Any = reader.predictor.segmenter
+    lean, picture = LeanSegmenter(plain), drawn(20)
+    points = [Point(0.4, 0.5, True), Point(0.6, 0.4, True), Point(0.1, 0.1, False)]
+    made, expected = (
+        clicks.mask_at(each, picture, clicks.encode(each, picture), points) for each in (lean, plain)
+    )
+    assert made.score == pytest.approx(expected.score, abs=1e-4)
+    assert (made.region != expected.region).mean() < 0.001
 
 
 def test_of_the_candidates_the_one_that_follows_the_most_points_is_taken(reader: Reader) -> None:
@@ -596,61 +631,89 @@ def test_no_path_leads_out_of_the_page(opened: Opener) -> None:
 def test_what_goes_wrong_inside_is_told_without_its_text(
     opened: Opener, reader: Reader, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(data: bytes, name: str) -> None:
-        raise RuntimeError(f"broken in {name}")
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken in Anna_Example.png")
 
+    client, files = opened(), given(("Anna_Example.png", encoded(20)))
     monkeypatch.setattr(reader, "open", fail)
-    answer = opened().post("/pictures", files=given(("Anna_Example.png", encoded(20))))
+    [told] = client.post("/pictures", files=files).json()["pictures"]
+    assert told["error"]["status"] == 500
+    assert told["error"]["fault"].startswith("cannot be read here (RuntimeError at ")
+    monkeypatch.setattr("medfocus.app.server.uploads", fail)
+    answer = client.post("/pictures", files=files)
     assert answer.status_code == 500
-    told = answer.json()["pictures"][0]["error"]
-    assert told["fault"].startswith("cannot be read here (RuntimeError at ")
+    assert answer.json()["error"]["fault"].startswith("went wrong here (RuntimeError at ")
     output = capfd.readouterr()
-    assert "Anna" not in json.dumps(told) + output.out + output.err
+    assert "RuntimeError at" in output.err
+    assert "Anna" not in json.dumps(told["error"]) + answer.text + output.out + output.err
+
+
+def test_a_model_folder_is_named_and_nothing_is_claimed_of_it(folder: Path) -> None:
+    _, about = workstation.load(Path.cwd(), str(folder))
+    assert (about.model, about.version, about.dataset, about.measured) == ("model", "", "", {})
+    assert about.segmenter == "SAM2"
+
+
+def test_no_browser_is_opened_where_there_is_no_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    assert not workstation.has_display()
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert workstation.has_display()
 
 
 # --- the page in a browser ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def chromium() -> str:
+def browser() -> Iterator[Browser]:
     """The machine's Chromium."""
     names = ("chromium", "chromium-browser", "google-chrome")
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
         pytest.skip(f"the page is not looked at: none of {', '.join(names)} is on this machine")
-    return found
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=arguments)
+        yield started
+        started.close()
 
 
-@pytest.fixture(scope="module")
-def served(reader: Reader) -> Iterator[str]:
-    """The page as ``medfocus app`` serves it."""
+@contextlib.contextmanager
+def served(model: Reader) -> Iterator[str]:
+    """The page as ``medfocus app`` serves it; its address."""
     bound = workstation.listening("127.0.0.1", 0)
-    server = workstation.configured(build(Workplace(reader), ABOUT, door("127.0.0.1", None)))
+    server = workstation.configured(build(Workplace(model), ABOUT, door("127.0.0.1", None)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
-    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    bound.close()
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()
+
+
+@contextlib.contextmanager
+def looked_at(browser: Browser, model: Reader) -> Iterator[Page]:
+    """The page, opened; afterwards nothing but it was asked for, and its console is empty."""
+    asked, said = [], []
+    with served(model) as url, browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        context.on("request", lambda request: asked.append(request.url))
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(url)
+        yield page
+        elsewhere = [each for each in asked if not each.startswith((f"{url}/", "data:image/png;base64,"))]
+        assert len(asked) > 3 and elsewhere == [] and said == []
 
 
 @pytest.fixture
-def page(chromium: str, served: str) -> Iterator[Page]:
-    """The page, opened; afterwards nothing but it was asked for, and its console is empty."""
-    asked, said = [], []
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        context = browser.new_context(viewport={"width": 1280, "height": 900})
-        context.on("request", lambda request: asked.append(request.url))
-        made = context.new_page()
-        made.on("console", lambda message: said.append(message.text))
-        made.on("pageerror", lambda error: said.append(str(error)))
-        made.goto(served)
-        yield made
-        browser.close()
-    elsewhere = [url for url in asked if not url.startswith((f"{served}/", "data:image/png;base64,"))]
-    assert len(asked) > 3 and elsewhere == [] and said == []
+def page(browser: Browser, reader: Reader) -> Iterator[Page]:
+    with looked_at(browser, reader) as page:
+        yield page
 
 
 def upload(page: Page, tmp_path: Path, number: int = MISSED) -> Locator:
@@ -676,6 +739,7 @@ def test_a_reader_sees_probabilities_clicks_and_sees_them_change(
     first = [f"{100 * p:.1f}\u00a0%" for p in expected.probabilities.values()]
     assert chances(card) == first
     assert card.locator(".answer .label").inner_text() == expected.label
+    assert card.get_by_text("Calibration error of this model: 6.2 percentage points.").is_visible()
     for name in ("picture", "layer.mask"):
         drawn_width = card.locator(f"img.{name}").evaluate("image => image.complete && image.naturalWidth")
         assert drawn_width == 192
@@ -738,7 +802,7 @@ def test_on_a_narrow_screen_nothing_runs_out_of_it(page: Page, tmp_path: Path) -
     assert page.locator("th[scope=row]").first.evaluate("e => e.getClientRects()[0].height") < 40
 
 
-def test_a_file_that_is_no_picture_is_told_on_its_card(page: Page, served: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_picture_is_told_on_its_card(page: Page, tmp_path: Path) -> None:
     page.route(
         "**/pictures",
         lambda route: route.fulfill(
@@ -765,3 +829,14 @@ def test_a_file_that_is_no_picture_is_told_on_its_card(page: Page, served: str, 
         "This file cannot be decoded (<b>odd</b>).",
         "Export it again.",
     ]
+
+
+def test_where_masks_cannot_be_edited_the_page_says_why(
+    browser: Browser, otsu: Reader, tmp_path: Path
+) -> None:
+    with looked_at(browser, otsu) as page:
+        card = upload(page, tmp_path)
+        assert "points need SAM2" in card.locator(".off").inner_text()
+        card.locator(".frame").click()
+        assert card.get_by_role("button", name="Undo").count() == 0
+        assert card.locator(".mark").count() == 0

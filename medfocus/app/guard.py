@@ -13,12 +13,15 @@ import hmac
 import ipaddress
 import json
 import socket
+import sys
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from medfocus.discreet import kind_and_place
 
 _SAFE = ("GET", "HEAD")
 HEADERS = {
@@ -112,7 +115,10 @@ class Guard:
                 response.headers["WWW-Authenticate"] = 'Basic realm="MedFocusCLIP", charset="UTF-8"'
             await response(scope, receive, sealed)
             return
-        await self.app(scope, receive, sealed)
+        try:
+            await self.app(scope, receive, sealed)
+        except Exception as error:  # it was answered; a log would have its text, and that may name a file
+            print(f"medfocus: {kind_and_place(error)}", file=sys.stderr)
 
 
 def door(host: str, password: str | None) -> Door:

@@ -94,6 +94,7 @@ def build(desk: Workplace, about: About, door: Door) -> Guard:
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _not_found)
+    app.add_exception_handler(Exception, _went_wrong)
     app.add_exception_handler(404, _not_found)
     app.add_exception_handler(405, _not_found)
     page = _page(desk, about)
@@ -265,6 +266,7 @@ def _page(desk: Workplace, about: About) -> str:
         classes=predictor.classes,
         focus=predictor.focus,
         calibration=calibration_note(about.measured),
+        calibration_short=calibration_short(about.measured),
         is_pointed=desk.reader.is_pointed,
         bounds=desk.bounds,
         most_bytes=MOST_BYTES,
@@ -277,11 +279,18 @@ def calibration_note(measured: Mapping[str, float]) -> str:
     """How far a model's probabilities can be believed, as far as its registration says."""
     if "ece" not in measured:
         return "How well calibrated these probabilities are is not known for this model."
-    right = f" Its accuracy there: {100 * measured['accuracy']:.1f}\u00a0%." if "accuracy" in measured else ""
+    right = f" Accuracy there: {100 * measured['accuracy']:.1f}\u00a0%." if "accuracy" in measured else ""
     return (
-        f"On its test pictures what the model held for certain and what was right differed by "
-        f"{100 * measured['ece']:.1f} percentage points on average (expected calibration error).{right}"
+        "On its test pictures the probability that the model stated for its answer and its accuracy differed "
+        f"by {100 * measured['ece']:.1f} percentage points on average (expected calibration error).{right}"
     )
+
+
+def calibration_short(measured: Mapping[str, float]) -> str:
+    """The same beside each answer."""
+    if "ece" not in measured:
+        return "Calibration of this model: not known."
+    return f"Calibration error of this model: {100 * measured['ece']:.1f} percentage points."
 
 
 def _inline(png: bytes) -> str:
@@ -300,6 +309,11 @@ def _missing() -> Refused:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     return error.response()
+
+
+async def _went_wrong(request: Request, error: Exception) -> Response:
+    fault = f"went wrong here ({kind_and_place(error)})"
+    return Refused(500, "the request", fault, "Try again, or start anew.").response()
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

@@ -54,7 +54,7 @@ class Card {
   constructor(file) {
     this.file = file;
     this.points = [];
-    this.sent = 0; // edits asked for, so that only the last one's answer is shown
+    this.edits = 0; // how often the mask has changed
     this.cross = { x: 0.5, y: 0.5 };
     this.ways = {};
     this.root = document.getElementById("card").content.firstElementChild.cloneNode(true);
@@ -84,6 +84,12 @@ class Card {
     if (this.file.size > mostBytes) {
       const most = Math.floor(mostBytes / 1e6);
       this.fail({ fault: `The file is larger than ${most} MB, the most that is read.`, fix: "Export it smaller." });
+      return;
+    }
+    try {
+      await this.file.slice(0, 1).arrayBuffer();
+    } catch {
+      this.fail({ fault: "The browser cannot read this file.", fix: "Choose the files of a folder, not the folder." });
       return;
     }
     this.find(".doing").textContent = "Reading";
@@ -178,6 +184,7 @@ class Card {
 
   showChances() {
     for (const head of [".after-head", ".delta-head"]) this.find(head).hidden = !this.edited;
+    this.find(".before-head").textContent = this.edited ? "first" : "probability";
     const rows = Object.entries(this.first.probabilities).map(([name, before]) => this.row(name, before));
     this.find(".chances tbody").replaceChildren(...rows);
   }
@@ -230,13 +237,14 @@ class Card {
     before.src = this.first.layers.view;
     before.alt = `What CLIP sees of ${this.file.name}: the focus ${settings.focus} with the first mask`;
     this.find("figure.after").hidden = !this.edited;
+    this.find("figure.before figcaption").textContent = this.edited ? "What CLIP sees: first" : "What CLIP sees";
     if (!this.edited) return;
     after.src = this.edited.layers.view;
     after.alt = `What CLIP sees of ${this.file.name} with the edited mask`;
   }
 
   async attribute() {
-    const key = `${this.which}${this.sent}`;
+    const key = this.edits;
     if (this.attributed === key) return;
     this.attributed = key;
     const label = this.now.label;
@@ -302,32 +310,42 @@ class Card {
     this.edit();
   }
 
+  /** Ask for the mask of all points; what is set meanwhile is asked for afterwards, together. */
   async edit() {
-    const mine = ++this.sent;
     this.mark();
-    this.find(".error").hidden = true;
+    this.isStale = true;
+    if (this.isEditing) return;
+    this.isEditing = true;
     this.find(".working").hidden = false;
+    while (this.isStale && !this.gone) {
+      this.isStale = false;
+      await this.answer();
+    }
+    this.find(".working").hidden = true;
+    this.isEditing = false;
+  }
+
+  async answer() {
+    const points = [...this.points];
+    this.find(".error").hidden = true;
     try {
       const answer = await ask(`/pictures/${this.id}/points`, {
         method: "POST",
         headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ points: this.points }),
+        body: JSON.stringify({ points }),
       });
-      if (mine !== this.sent) return;
+      this.edits += 1;
       this.edited = answer.edited;
       this.show();
-      this.tell(answer.followed);
+      this.tell(points.length - answer.followed, points.length);
     } catch (error) {
-      if (mine === this.sent) this.fail(error);
-    } finally {
-      if (mine === this.sent) this.find(".working").hidden = true;
+      this.fail(error);
     }
   }
 
-  tell(followed) {
+  tell(missed, count) {
     if (!this.edited) { say("The first mask is back."); return; }
-    const missed = this.points.length - followed;
-    const short = missed ? ` The mask does not follow ${missed} of ${this.points.length} points.` : "";
+    const short = missed ? ` The mask does not follow ${missed} of ${count} points.` : "";
     this.find(".change").textContent += short;
     say(`Edited: ${this.edited.label}, ${percent(this.edited.probabilities[this.edited.label])}.${short}`);
   }
