@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     measured[cell] = numbers(header, scored)
                     first.append(next(iter(scored.values())))
                     spent += _cost(dataset, cell, header, first[-1], rate)
-                    run_ids[header.facts["key"]] = _log(run, dataset, cell, header, scored, provenance)
+                    key = header.facts["key"]
+                    run_ids[key] = _log(run, dataset, cell, header, measured[cell], provenance)
                     rows += scored.values()
                     bar.update()
                 if not bar.disable:
@@ -209,7 +210,7 @@ def _log(
     dataset: Dataset,
     cell: Cell,
     header: checkpoint.Header,
-    rows: dict[tuple[str, str], StudyRow],
+    measured: dict[str, float],
     provenance: dict[str, str],
 ) -> str:
     """One child run of MLflow."""
@@ -218,11 +219,11 @@ def _log(
     return run.log_cell(
         name=cell.name,
         params={**cell._asdict(), "n_train": header.facts["n_train"], **settings},
-        metrics=numbers(header, rows),
+        metrics=measured,
         tags={
             **provenance,
             **cell._asdict(),
-            "test_set": next(iter(rows))[1],
+            "test_set": next(iter(test_sets(dataset))),
             "cell_key": header.facts["key"],
         },
         datasets=[

@@ -2,11 +2,12 @@
 
 DVC alone decides whether a stage is stale, locks its paths, keeps its run cache and writes
 dvc.lock; only the subprocess is saved, which would spend 10 to 20 s on importing torch, open_clip
-and MLflow for every stage. The seam is two private functions of DVC, pinned with it; a contract
+and MLflow for every stage. The seam is three private functions of DVC, pinned with it; a contract
 test holds that what ran here leaves `dvc status` clean.
 
-DVC writes dvc.lock and its list of locked paths in place, so that a kill can leave half of one. Here
-dvc.lock appears whole or not at all; what a killed `dvc repro` left is made again from DVC's run cache.
+DVC writes dvc.lock and its list of locked paths in place. Where a file system cannot clone files, it learns
+that from an empty object that it made in its cache. A kill can leave half of the ones and the empty other.
+Here each appears whole or not at all; what a killed `dvc repro` left is made again from DVC's run cache.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from unittest.mock import patch
 
 import dvc.stage.run
 import dvc.utils.serialize._common
+import dvc_objects.fs.system
 from dvc.exceptions import ReproductionError
 from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
 from dvc.utils.serialize import ParseError
 from dvc.utils.strictyaml import YAMLValidationError
+from dvc_objects.fs.utils import tmp_fname
 
 from medfocus import files
 
@@ -61,6 +64,7 @@ def _reproduce(folder: Path, stage: str) -> bool:
         Repo() as repo,
         patch.object(dvc.stage.run, "_run", _run_here),
         patch.object(dvc.utils.serialize._common, "_dump_data", _dump_whole),
+        patch.object(dvc_objects.fs.system, "reflink", _clone_whole),
     ):
         try:
             return bool(Repo.reproduce(repo, f"dvc.yaml:{stage}", single_item=True))
@@ -94,6 +98,16 @@ def _dump_whole(path: str, data: Any, dumper: Callable[..., Any], fs: Any = None
     text = io.StringIO()
     dumper(data, text, **settings)
     files.write(Path(path), text.getvalue())
+
+
+_clone = dvc_objects.fs.system.reflink  # which makes the file, clones into it, and removes it if it cannot
+
+
+def _clone_whole(source: str, target: str) -> None:
+    """Stand in for DVC's cloning of a file: beside the target, as DVC names what is half done, then moved."""
+    beside = Path(target).with_name(tmp_fname())
+    _clone(source, str(beside))
+    beside.replace(target)
 
 
 def _run_here(executable: str | None, cmd: str, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ it, on the terminal; a database that is backed up, shared and shown on a page ge
 from __future__ import annotations
 
 import functools
+import linecache
 import sys
 import traceback
 from collections.abc import Callable
@@ -42,8 +43,20 @@ def kind_and_place(error: BaseException) -> str:
     return f"{kind} at {module}:{line}"
 
 
+def in_full(error: BaseException) -> str:
+    """An error as the terminal has it: with the way to it, unless this project raised it on purpose."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if frames:
+        frame, number = frames[-1]
+        ours = str(frame.f_globals.get("__name__", "?")).partition(".")[0] in _OURS
+        line = linecache.getline(frame.f_code.co_filename, number)
+        if ours and line.lstrip().startswith("raise "):
+            return "".join(traceback.format_exception_only(error))
+    return "".join(traceback.format_exception(error))
+
+
 def discreet(work: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Have ``work`` tell its errors on the terminal, whole, and raise ``DiscreetError`` in their place.
+    """Have ``work`` tell its errors on the terminal, in full, and raise ``DiscreetError`` in their place.
 
     It stands below ``@task`` and ``@flow``, so that they see the latter alone.
     """
@@ -55,7 +68,7 @@ def discreet(work: Callable[Given, Made]) -> Callable[Given, Made]:
         except DiscreetError:
             raise
         except Exception as error:
-            traceback.print_exception(error, file=sys.stderr)
+            print(in_full(error), end="", file=sys.stderr)
             told = DiscreetError(f"{kind_and_place(error)}; its text is on the terminal", error)
         raise told  # out here it has no context, which a log would print
 

@@ -37,6 +37,17 @@ def test_the_text_of_an_error_is_told_on_the_terminal_and_nowhere_else(
     assert isinstance(whole(error), images.PictureError) and "DOE_JANE" in str(whole(error))
 
 
+def test_a_fault_that_was_foreseen_is_told_in_its_sentence_and_any_other_with_the_way_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.png").touch()
+    raised(tmp_path / "empty.png")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("medfocus.images.PictureError: ")
+    raised(tmp_path / "nowhere.png")  # of the system
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_an_error_is_told_once_however_many_watch_over_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from sklearn.base import clone
@@ -216,44 +215,59 @@ def test_a_saved_one_comes_back(fitted: MedFocusCLIP, tmp_path: Path) -> None:
         MedFocusCLIP.load(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "segmenter"),
+    [
+        ("medfocusclip", {}, "otsu"),
+        ("medfocusclip", {"segmenter_grid": 2, "layers": [1]}, "sam2"),  # SAM2's own features join
+        ("clip-adapter", {"lr": [0.0001, 0.01], "epochs": 20}, "otsu"),  # a rate is chosen
+    ],
+)
 def test_it_gives_the_numbers_of_a_study_with_the_same_support(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any], segmenter: str
 ) -> None:
-    from flows import cells, duplicates, ingest, masks, splits, study
+    from flows import cells, duplicates, evaluate, finetune, ingest, masks, splits, study
 
-    name = "phantom-breast"
+    data = "phantom-breast"
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    content["datasets"] = {name: content["datasets"][name]}
+    content["datasets"] = {data: content["datasets"][data]}
     content["phantoms"] = {}
-    content["study"] |= {"methods": {"medfocusclip": ["none", "crop"]}, "percents": [100], "seeds": [3]}
-    content["masks"] |= {"segmenter": "otsu"}
-    content["report"] |= {"baseline": "medfocusclip"}
+    content["study"] |= {"methods": {name: ["none", "crop"]}, "percents": [100], "seeds": [3]}
+    content["methods"][name] |= changes
+    content["masks"] |= {"segmenter": segmenter}
+    content["report"] |= {"baseline": name}
     (tmp_path / ".dvc").mkdir()
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    root = Path(content["datasets"][name]["root"])
+    root = Path(content["datasets"][data]["root"])
     phantoms.write(root, MODALITY, seed=0, train_per_class=4, test_per_class=2, size=96)
     for stage in (ingest, duplicates, splits, masks):
-        stage.main(["--dataset", name])
+        stage.main(["--dataset", data])
 
     opened = study.here()
-    dataset = cells.Dataset(opened, name, opened.encoder())
-    cell = cells.Cell(name, "medfocusclip", "crop", "100%", 3)
+    dataset = cells.Dataset(opened, data, opened.encoder())
+    cell = cells.Cell(data, name, "crop", "100%", 3)
     paths, test = dataset.support_paths(cell), dataset.splits.test
-    method = cells.build_method(opened.params, "medfocusclip", dataset.encoder)
-    dataset.embed(["medfocusclip"], "crop", paths, 3, "train")
-    dataset.embed(["medfocusclip"], "crop", test, 1, "test")
-    method.fit(dataset.support(method, cell, 3), torch.Generator().manual_seed(3))
-    logits = next(iter(method.logits(dataset.inputs(method, "crop", test, 1)[0]).values()))
+    dataset.embed([name], "crop", paths, cells.support_views(opened.params, name), "train")
+    dataset.embed([name], "crop", test, 1, "test")
+    monkeypatch.setattr(finetune, "_end_with_parent", lambda: None)  # no worker here
+    finetune.fit(finetune.prepare(dataset, cell, tmp_path / "cell.safetensors"))
+    probabilities, header, _ = evaluate.predict(dataset, cell, tmp_path / "cell.safetensors")
 
-    model = MedFocusCLIP(segmenter="otsu", modality=MODALITY, flip=True, random_state=3)
+    settings = defaults.METHODS[name] | changes
+    model = MedFocusCLIP(
+        method=name, settings=settings, segmenter=segmenter, modality=MODALITY, flip=True, random_state=3
+    )
     model.fit(
         [root / path for path in paths],
         [dataset.records[path].label for path in paths],
         groups=[dataset.splits.groups[path] for path in paths],
     )
     own = model.predict_proba([root / path for path in test])
-    np.testing.assert_allclose(own, logits.double().softmax(dim=1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(own, next(iter(probabilities.values())), atol=1e-5)
+    if "lr" in changes:
+        chosen = header.settings["lr"]
+        assert chosen in changes["lr"] and cast("Any", model.method_).lr == chosen
 
 
 # --- explaining ----------------------------------------------------------------------------------

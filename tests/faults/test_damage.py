@@ -12,6 +12,7 @@ import pytest
 from flows import costs, duplicates, finetune, ingest, masks, phantoms, splits, stages
 from medfocus import features, files
 from medfocus.shards import Shards
+from tests.faults import whole
 
 
 def flip(path: Path, at: int) -> None:
@@ -136,6 +137,27 @@ def test_a_cut_or_flipped_cache_is_made_again_with_the_same_bytes(
     for damaged in (cells[0], cells[1], shard):
         assert f"{damaged} is damaged" in caplog.text
     assert not [path for path in (project / "data").rglob(".*") if path.is_dir()]
+
+
+def test_a_kill_while_dvc_tries_to_clone_a_file_leaves_no_empty_object_in_its_cache(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """Nothing cleans up after it, as after a kill -9."""
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    stage = "phantoms@breast_ultrasound"
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.ioctl", killed)
+        with pytest.raises(Killed):
+            stages.reproduce(project, stage)
+    tried = [path for path in (project / ".dvc/cache").rglob("*.tmp") if path.stat().st_size == 0]
+    assert len(tried) == 1  # it was killed there
+    assert whole.damaged(project) == []
+    assert stages.reproduce(project, stage)
+    assert whole.damaged(project) == []
 
 
 @pytest.mark.parametrize("left", ["", "schema: '2.0'\nstages:\n  a:\n    cmd: 'pyt", "<<<<<<< ours\n"])
