@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medfocus import tables
+from medfocus import frames, tables
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom", ".nii", ".nii.gz")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLITS |= {"test": "test", "testing": "test", "all": ""}
 MASKS = "masks"  # the folder of known regions
@@ -79,7 +79,7 @@ def _only_folder(folder: Path) -> Path | None:
     """The one folder in ``folder``; None where there are several, none, or pictures."""
     only: Path | None = None
     for entry in filter(_is_seen, folder.iterdir()):
-        if _is_picture(entry):
+        if is_picture(entry):
             return None
         if entry.is_dir() and entry.name.casefold() != MASKS:
             if only is not None:
@@ -89,7 +89,7 @@ def _only_folder(folder: Path) -> Path | None:
 
 
 def _has_pictures(folder: Path) -> bool:
-    return any(_is_picture(entry) for entry in filter(_is_seen, folder.iterdir()))
+    return any(is_picture(entry) for entry in filter(_is_seen, folder.iterdir()))
 
 
 def _has_folders(folder: Path) -> bool:
@@ -106,7 +106,7 @@ def list_folders(root: Path, report: Report) -> list[Listed]:
         names = ", ".join(folder.name for folder in splits)
         report.stop("all", f"stands beside split folders ({names})", "Keep either all or the others.")
     for folder in folders if splits else []:
-        pictures = [] if folder in splits else list(filter(_is_picture, _files(folder)))
+        pictures = [] if folder in splits else list(filter(is_picture, _files(folder)))
         if pictures and all((top / picture.relative_to(folder)).is_file() for picture in pictures):
             fault = f"repeats {len(pictures)} pictures of the split folders beside it, by their paths"
             report.leave_out(folder.relative_to(root).as_posix(), fault, "Remove it, if it is a copy.")
@@ -114,7 +114,7 @@ def list_folders(root: Path, report: Report) -> list[Listed]:
             fault = f"holds {len(pictures)} pictures beside the split folders, but is none itself"
             fix = "Move them into train, val, test or all to have them in."
             report.leave_out(folder.relative_to(root).as_posix(), fault, fix)
-    loose = [entry for folder in (top, *splits) for entry in _entries(folder) if _is_picture(entry)]
+    loose = [entry for folder in (top, *splits) for entry in _entries(folder) if is_picture(entry)]
     for file in loose:
         fix = "Move it into the folder of its class."
         report.leave_out(file.relative_to(root).as_posix(), "lies in no class folder", fix)
@@ -132,14 +132,14 @@ def list_folders(root: Path, report: Report) -> list[Listed]:
 def _list_class(root: Path, folder: Path, split: str, report: Report) -> list[Listed]:
     """The pictures of one class folder, in it and below."""
     files = list(_files(folder))
-    pictures = {(file.parent, file.stem.casefold()) for file in files if _is_picture(file)}
+    pictures = {(file.parent, frames.stem(file.name).casefold()) for file in files if is_picture(file)}
     listed: list[Listed] = []
     for file in files:
         path = file.relative_to(root).as_posix()
-        mask = MASK_STEM.fullmatch(file.stem.casefold())
+        mask = MASK_STEM.fullmatch(frames.stem(file.name).casefold())
         if mask and (file.parent, mask[1]) in pictures:
             continue
-        if not _is_picture(file):
+        if not is_picture(file):
             known = ", ".join(suffix[1:] for suffix in SUFFIXES)
             fault = f"is by its name no picture of a known format ({known})"
             report.leave_out(path, fault, "Export it as PNG, or remove it.")
@@ -228,16 +228,20 @@ def _of_row(root: Path, folder: Path, given: Mapping[str, str]) -> Listed | tupl
 
 def _without_masks(items: list[Listed], manifest: str, report: Report) -> list[Listed]:
     """Without those whose names make them the ground truth of another that is listed beside them."""
-    stems = {Path(item.path).with_suffix("").as_posix().casefold(): item.path for item in items}
+    stems = {_stem(item.path): item.path for item in items}
     kept: list[Listed] = []
     for item in items:
-        mask = MASK_STEM.fullmatch(Path(item.path).with_suffix("").as_posix().casefold())
+        mask = MASK_STEM.fullmatch(_stem(item.path))
         if mask and mask[1] in stems:
             fault = f"is listed in {manifest}, but is by its name the known region of {stems[mask[1]]}"
             report.leave_out(item.path, fault, "Remove the row, or rename the file if it is a picture.")
         else:
             kept.append(item)
     return kept
+
+
+def _stem(path: str) -> str:
+    return Path(path).with_name(frames.stem(Path(path).name)).as_posix().casefold()
 
 
 def inside(root: Path, folder: Path, path: str) -> str | None:
@@ -247,11 +251,12 @@ def inside(root: Path, folder: Path, path: str) -> str | None:
     """
     top, found = Path(os.path.abspath(root)), None
     for spelling in (path, path.replace("\\", "/")):  # the latter was written on Windows
-        file = Path(os.path.abspath(folder / spelling))
-        if not file.is_relative_to(top) or not _real(file).is_relative_to(_real(top)):
+        named = Path(os.path.abspath(folder / spelling))
+        file, _ = frames.split(named)  # of one slice its volume
+        if not named.is_relative_to(top) or not _real(file).is_relative_to(_real(top)):
             found = None
         elif _is_file(file):
-            return file.relative_to(top).as_posix()
+            return named.relative_to(top).as_posix()
         else:
             found = ""
     return found
@@ -291,8 +296,19 @@ def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield entry
 
 
-def _is_picture(file: Path) -> bool:
-    return file.suffix.casefold() in SUFFIXES and not file.is_dir()
+def is_picture(file: Path) -> bool:
+    """Whether a file is one by its name, or by DICOM's mark in it: scanners give names without a suffix."""
+    return not file.is_dir() and (file.name.casefold().endswith(SUFFIXES) or _is_marked(file))
+
+
+def _is_marked(file: Path) -> bool:
+    try:
+        if not file.is_file():
+            return False
+        with file.open("rb") as opened:
+            return opened.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def _is_split(folder: Path) -> bool:

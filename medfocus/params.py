@@ -1,6 +1,7 @@
 """params.yaml -> frozen dataclasses, one a section; every fault of the file is reported at once.
 
-No field has a default but ``columns``: every number of a study stands in its params.yaml. What depends on the
+No field has a default but ``slices`` and ``columns`` of a data set, which most have no use for: every
+number of a study stands in its params.yaml. What depends on the
 data (enough pictures a class, files that exist) is checked where the data is.
 """
 
@@ -72,6 +73,14 @@ class StudyParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class SlicesParams:
+    """Which slices of a NIfTI volume are pictures."""
+
+    axis: Annotated[int, Field(ge=0, le=2)]  # of the patient: 0 sagittal, 1 coronal, 2 axial slices
+    every: Positive  # so many'th slice
+
+
+@dataclass(frozen=True, config=_strict)
 class DatasetParams:
     """One data set: where its pictures are and how they are spoken of."""
 
@@ -84,9 +93,10 @@ class DatasetParams:
     names: dict[str, str]  # label -> the words for it in a text prompt; the label itself where absent
     templates: tuple[str, ...]  # text prompts with {c} for the class; empty: the modality's own
     flip: bool  # whether views may be mirrored; never for chest films
+    # These may be left out, as most have no need of them.
     licence: str = ""  # of the pictures, as their source states it; for the data sheet
-    # What the manifest calls our columns, where it is not that. It may be left out: most have no need of it.
-    columns: dict[str, str] = Field(default_factory=dict)
+    slices: SlicesParams = SlicesParams(2, 1)  # of volumes
+    columns: dict[str, str] = Field(default_factory=dict)  # what the manifest calls path, label, ...
 
     @model_validator(mode="after")
     def _columns_are_of_a_manifest(self) -> DatasetParams:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from medfocus import images
+from medfocus import frames, images
 from medfocus.listing import MASK_STEM, MASKS, SUFFIXES, unwrapped
 from medfocus.masks.choose import connected
 
@@ -26,10 +26,10 @@ LEAST_PART = 0.1  # of the largest connected part: smaller ones get no point of 
 def known_region(root: Path, path: str, height: int, width: int) -> np.ndarray | None:
     """The known region (H, W) bool of the picture ``path`` below ``root``; None for none or an empty one.
 
-    ``root/masks/<path>.png`` is united with all ``root/masks/<path without suffix>_mask*.png``, and with what
-    lies beside the picture as ``<its name>_mask.png`` or ``_mask_1.png``, each brought to the picture's size.
-    Where ``root`` only wraps the data set, the folder ``masks`` may also be in there. Raises as
-    ``medfocus.images.read`` does.
+    ``root/masks/<path without suffix>.png`` is united with all ``root/masks/<path without
+    suffix>_mask*.png``, and with what lies beside the picture as ``<its name>_mask.png`` or ``_mask_1.png``,
+    each brought to the picture's size; those of ``x.dcm#07`` begin with ``x_07``. Where ``root`` only wraps
+    the data set, the folder ``masks`` may also be in there. Raises as ``medfocus.images.read`` does.
     """
     region = np.zeros((height, width), bool)
     for file in _files_of(root, path):
@@ -40,16 +40,18 @@ def known_region(root: Path, path: str, height: int, width: int) -> np.ndarray |
 
 def _files_of(root: Path, path: str) -> list[Path]:
     """The files of a picture's known region."""
-    picture, tops = root / path, {root, unwrapped(root)} if root.is_dir() else {root}
+    picture = root / path
+    stem = frames.flat(picture.name)
+    tops = {root, unwrapped(root)} if root.is_dir() else {root}
     files: list[Path] = []
     for top in tops:
         if picture.is_relative_to(top):
-            place = (top / MASKS / picture.relative_to(top)).with_suffix(".png")
+            place = top / MASKS / picture.relative_to(top).with_name(f"{stem}.png")
             files += [place] if place.is_file() else []
             files += place.parent.glob(f"{glob.escape(place.stem)}_mask*.png")
     if picture.parent.is_dir():
         folder = picture.parent
-        files += _beside(folder, folder.stat().st_mtime_ns).get(picture.stem.casefold(), [])
+        files += _beside(folder, folder.stat().st_mtime_ns).get(stem.casefold(), [])
     return files
 
 
@@ -61,8 +63,8 @@ def _beside(folder: Path, changed: int) -> dict[str, list[Path]]:
     """
     found: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(folder.iterdir()):
-        mask = MASK_STEM.fullmatch(file.stem.casefold())
-        if mask and file.suffix.casefold() in SUFFIXES:
+        mask = MASK_STEM.fullmatch(frames.stem(file.name).casefold())
+        if mask and file.name.casefold().endswith(SUFFIXES):
             found[mask[1]].append(file)
     return found
 

@@ -16,10 +16,11 @@ from typing import get_args
 import yaml
 
 from flows.cli.columns import propose
-from flows.cli.modality import Guess, guess, look_at
-from medfocus import files, tables
+from flows.cli.modality import Guess, guess, look_at, told
+from medfocus import files, images, patients, tables
 from medfocus.data_warnings import data_warnings
 from medfocus.duplicates import find_duplicates, groups, twins
+from medfocus.frames import MARK
 from medfocus.ingest import Ingested, ingest
 from medfocus.listing import unwrapped
 from medfocus.params import Modality, load_params
@@ -114,6 +115,7 @@ def describe(
         patient_pattern=patient_pattern,
         progress=shown,
         cache=caches / "pictures",
+        salt_file=home / patients.FILE,
     )
     records = found.records
     pairs = find_duplicates(records, folder, progress=shown, cache=caches / "thumbnails")
@@ -130,10 +132,13 @@ def describe(
     except ValueError as error:
         raise ValueError(f"{data}: {error}") from error
     labels = [record.label for record in records]
-    look = look_at([folder / records[i].path for i in spread_over_classes(labels, _GLANCED)])
+    glanced = [folder / records[i].path for i in spread_over_classes(labels, _GLANCED)]
     given = Path(os.path.abspath(data))
     texts = [folder.name, given.stem, *splits.classes]
-    known = Guess(modality, "as it was given") if modality else guess(texts, look)
+    if modality:
+        known = Guess(modality, "as it was given")
+    else:
+        known = told(map(images.told_by_header, glanced)) or guess(texts, look_at(glanced))
     duplicates = [_duplicates(len(twins(pairs)), len(pairs), len(records))] if pairs else []
     return Described(
         name=name or slug(given.stem if manifest else given.name),
@@ -210,7 +215,7 @@ def text(described: Described, folder: Path, base: Path) -> str:
         f"    manifest: {_yaml(described.manifest)}",
         *_columns(described.columns),
         "    # A regular expression over the path whose one group is the patient, such as 'person(\\d+)_'.",
-        "    # With it no patient is in train and in test; without it nobody knows.",
+        f"    # {_PATIENTS[all(record.patient for record in described.found.records)]}",
         f"    patient_pattern: {_yaml(described.patient_pattern)}",
         *_comment(f"{_said(known)} One of {', '.join(get_args(Modality))}.", 4),
         f"    modality: {_yaml(known.modality)}",
@@ -221,6 +226,7 @@ def text(described: Described, folder: Path, base: Path) -> str:
         "    # Text prompts with {c} for the class. Empty: those of the modality, which are",
         *(f"    #   {template}" for template in TEMPLATES[known.modality]),
         "    templates: []",
+        *(_SLICES if any(_is_slice(record.path) for record in described.found.records) else []),
         *_comment(_FLIP[known.modality == "other"], 4),
         f"    flip: {_yaml(known.modality not in ('chest_xray', 'other'))}",
         "",
@@ -238,10 +244,22 @@ def text(described: Described, folder: Path, base: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+_PATIENTS = {
+    False: "With it no patient is in train and in test; without it nobody knows.",
+    True: "Every picture's patient is known already: none is in train and in test.",
+}
+_SLICES = [
+    "    # How volumes are cut: axis 0 gives sagittal slices, 1 coronal, 2 axial; every so many'th is taken.",
+    "    slices: {axis: 2, every: 1}",
+]
 _FLIP = {
     False: "Whether views may be mirrored; never for chest films, whose heart is on one side.",
     True: "Whether views may be mirrored. True only where left and right are alike.",
 }
+
+
+def _is_slice(path: str) -> bool:
+    return re.search(f"{MARK}[xyz]=", path) is not None
 
 
 def readable(labels: Iterable[str]) -> dict[str, str]:
