@@ -196,14 +196,9 @@ class Predictor:
 
     def predict_decoded(self, pictures: Sequence[np.ndarray]) -> list[Prediction]:
         """Pictures (H, W, 3) uint8 RGB, few enough for the memory -> one prediction each."""
-        import torch
-
         masks = self.segmenter.segment(pictures)
-        views = [
-            focused_view(picture, mask.region, focus=self.focus, size=self.view_size, feather=self.feather)
-            for picture, mask in zip(pictures, masks, strict=True)
-        ]
-        probabilities = probabilities_of(self.method, self.method.embed(torch.from_numpy(np.stack(views))))
+        views = [self.view(picture, mask.region) for picture, mask in zip(pictures, masks, strict=True)]
+        probabilities = self.probabilities(np.stack(views))
         return [
             Prediction(
                 label=self.classes[int(p.argmax())],
@@ -215,6 +210,16 @@ class Predictor:
             )
             for picture, mask, p in zip(pictures, masks, probabilities, strict=True)
         ]
+
+    def view(self, picture: np.ndarray, region: np.ndarray) -> np.ndarray:
+        """What CLIP sees of a picture (H, W, 3) uint8 with a region (H, W) bool: (S, S, C) uint8."""
+        return focused_view(picture, region, focus=self.focus, size=self.view_size, feather=self.feather)
+
+    def probabilities(self, views: np.ndarray) -> np.ndarray:
+        """Views (N, S, S, C) uint8 -> (N, K), in the order of ``classes``."""
+        import torch
+
+        return probabilities_of(self.method, self.method.embed(torch.from_numpy(views)))
 
 
 def probabilities_of(method: Method, inputs: Tensor) -> np.ndarray:

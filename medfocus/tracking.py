@@ -101,7 +101,7 @@ def registered(home: Path) -> list[Registered]:
 
     The store is that of ``start``: MLFLOW_TRACKING_URI, or ``home``/mlflow.db.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+    uri = _store(home)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return []
     _quieten()
@@ -125,6 +125,25 @@ def registered(home: Path) -> list[Registered]:
         for each in _pages(client.search_model_versions)
     ]
     return sorted(found, key=lambda each: (each.name, -int(each.version)))
+
+
+def measured(home: Path, name: str, version: str) -> dict[str, float]:
+    """What a registered version's run found on its test pictures; nothing where no run is known.
+
+    The store is that of ``registered``.
+    """
+    _quieten()
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient(_store(home))
+    try:
+        run_id = client.get_model_version(name, version).run_id
+        return dict(client.get_run(run_id).data.metrics) if run_id else {}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # an imported model, a run that was deleted
+            raise
+        return {}
 
 
 def start(uri: str | None, home: Path, experiment: str) -> Tracking:
@@ -579,6 +598,11 @@ def _create(path: Path) -> None:
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     engine.dispose()
     beside.replace(path)
+
+
+def _store(home: Path) -> str:
+    """The URI of the store that is there: MLFLOW_TRACKING_URI, or ``home``/mlflow.db."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
 
 
 def _experiment(client: MlflowClient, name: str, location: str | None) -> str:

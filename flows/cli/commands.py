@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -373,6 +374,35 @@ def masks(
         print(f"{done} masks: {folder.table}" if done else "no mask was made")
     if given.failed:
         raise typer.Exit(1)
+
+
+@app.command("app")
+def workstation(
+    model: Model = None,
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8600,
+    host: Annotated[
+        str, typer.Option(help="Beyond loopback a password is asked for: MEDFOCUS_APP_PASSWORD.")
+    ] = "127.0.0.1",
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Open none.")] = False,
+) -> None:
+    """Show a page where pictures are read and their masks corrected, until Ctrl-C.
+
+    It listens on this machine alone. Pictures stay in its memory, and no longer than they are looked at.
+
+    \b
+    Examples:
+      medfocus app
+      medfocus app --model medfocus-phantom-brain@1 --port 0 --no-browser
+    """
+    with terminal.at_work():
+        with terminal.waiting("loading the model"):
+            from flows.cli import workstation as work
+
+            secret, bound = work.password(host, os.environ), work.listening(host, port)
+            home = terminal.project() if model is None or not Path(model).is_dir() else Path.cwd()
+            reader, about = work.load(home, model)
+        terminal.tell(f"model: {about.model} {about.version}".rstrip())
+        work.serve(reader, about, bound, host, secret, browser=not no_browser)
 
 
 def _with_a_model(what: str, files: list[Path], out: Path, model: str | None, force: bool) -> None:
