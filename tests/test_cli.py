@@ -36,7 +36,7 @@ from medfocus.views import view
 ROOT = Path(__file__).resolve().parents[1]
 FILM, SLICE, COLOUR = Look(0.0, 0.05, 0.5), Look(0.0, 0.4, 0.2), Look(0.2, 0.0, 0.6)
 
-COMMANDS = ["init", "run", "study", "report", "predict", "explain", "masks", "doctor"]
+COMMANDS = ["init", "run", "study", "report", "predict", "explain", "masks", "app", "doctor"]
 COMMANDS += ["models fetch", "models export", "models import"]
 
 Medfocus = Callable[..., Result]

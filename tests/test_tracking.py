@@ -345,6 +345,16 @@ def test_a_model_becomes_champion_by_the_verdict_whose_reason_is_kept(
     assert opened.client.get_run(run_id).data.tags["gate"] == "promoted: better"
 
 
+def test_a_version_has_the_numbers_of_its_run_where_there_is_one(
+    register: Callable[..., Any], opened: Tracking, home: Path
+) -> None:
+    with opened.study("s", {}) as study:
+        run_id = study.log_cell(name="cell", params={}, metrics={"ece": 0.125, "accuracy": 0.5})
+    made, imported = register("a", run_id=run_id), register("b")
+    assert tracking.measured(home, made.name, made.version) == {"ece": 0.125, "accuracy": 0.5}
+    assert tracking.measured(home, imported.name, imported.version) == {}
+
+
 def test_a_refused_model_is_registered_and_leaves_the_alias_where_it_is(
     register: Callable[..., Any], opened: Tracking
 ) -> None:
