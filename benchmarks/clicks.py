@@ -1,0 +1,140 @@
+"""How long a reader's click takes on the page of ``medfocus app``, beside the first reading of the picture.
+
+`open` reads a phantom for the first time: decoding, SAM2's encoding, its mask, the prediction, the layers of
+the page. `click` is what a point costs then: prompt encoder, mask decoder, and all of the prediction again.
+`encoding` and `points` are SAM2's parts of the two. Every repetition times every row in turn; medians of the
+wall's clock, so on a machine that others share the ratios say more than the milliseconds. With --full the
+parts of SAM2.1-tiny at 1024 px too, with random weights: the clock does not care.
+
+Masks: the mean IoU with the known lesion of held-out phantoms, of the first mask, and of one point's.
+
+    python -m benchmarks.clicks --model medfocus-phantom-brain
+    python -m benchmarks.clicks --model FOLDER --repeats 20 --full
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flows.cli import workstation
+from medfocus import phantoms
+from medfocus.app import clicks
+from medfocus.app.reading import Reader
+from medfocus.masks.lean.segmenter import build_segmenter
+from medfocus.masks.sam2 import Sam2Segmenter
+from medfocus.phantoms.phantom import Phantom
+from medfocus.quality import iou
+
+HELD_OUT = 3_000_000  # seed of phantoms.generator: no picture of the pocket models' training
+FULL = "sam2.1_hiera_t"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="as medfocus app takes it")
+    parser.add_argument("--modality", default="brain_mri", choices=phantoms.MODALITIES)
+    parser.add_argument("--pictures", type=int, default=6, help="a class with a lesion")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--full", action="store_true", help="SAM2.1-tiny at 1024 px, too")
+    options = parser.parse_args()
+    reader, about = workstation.load(Path.cwd(), options.model)
+    segmenter = clicks.pointed(reader.predictor.segmenter)
+    if segmenter is None:
+        parser.error(f"--model {about.model}: its masks are not SAM2's. Give another one.")
+    drawn = [
+        phantom
+        for label in phantoms.MODALITIES[options.modality]
+        for i in range(options.pictures)
+        if (phantom := draw(options.modality, label, i)).region.any()
+    ]
+    print(f"{about.model} {about.version}, {torch.get_num_threads()} threads, median of {options.repeats}")
+    told(timed(steps(reader, segmenter, drawn[0]), options.repeats))
+    if options.full:
+        print(f"{FULL} at 1024 px, random weights")
+        full = build_segmenter(FULL, "random:0", 1024, "grid", points_per_side=4)
+        told(timed(parts(full, rgb(drawn[0]), clicks.deepest(drawn[0].region)), options.repeats))
+    first, after = quality(segmenter, drawn)
+    print(f"IoU with the lesion, {len(drawn)} phantoms: first mask {first:.3f}, one point in it {after:.3f}")
+
+
+def draw(modality: str, label: str, number: int) -> Phantom:
+    return phantoms.draw(modality, label, phantoms.generator(HELD_OUT, modality, "test", label, number))
+
+
+def rgb(phantom: Phantom) -> np.ndarray:
+    return np.repeat(phantom.picture[..., None], 3, axis=2)
+
+
+Steps = dict[str, Callable[[], object]]
+
+
+def steps(reader: Reader, segmenter: Sam2Segmenter, phantom: Phantom) -> Steps:
+    """What the page waits for."""
+    buffer = io.BytesIO()
+    Image.fromarray(phantom.picture).save(buffer, "PNG")
+    opened = reader.open(buffer.getvalue(), "a phantom")
+    point = clicks.deepest(phantom.region)
+    whole: Steps = {
+        "open": lambda: reader.open(buffer.getvalue(), "a phantom"),
+        "click": lambda: reader.edit(opened, [point]),
+    }
+    return whole | parts(segmenter, opened.pixels, point)
+
+
+def parts(segmenter: Sam2Segmenter, picture: np.ndarray, point: clicks.Point) -> Steps:
+    """SAM2's share."""
+    features = clicks.encode(segmenter, picture)
+    return {
+        "encoding": lambda: clicks.encode(segmenter, picture),
+        "points": lambda: clicks.mask_at(segmenter, picture, features, [point]),
+    }
+
+
+def timed(work: Steps, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, after one round that does not count."""
+    taken: dict[str, list[float]] = defaultdict(list)
+    for number in range(repeats + 1):
+        for name, step in work.items():
+            start = time.perf_counter()
+            with contextlib.suppress(clicks.NothingThereError):  # random weights may find nothing
+                step()
+            if number:
+                taken[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def told(taken: dict[str, float]) -> None:
+    print("  ".join(f"{name} {value:.1f} ms" for name, value in taken.items()))
+    for part, whole in (("click", "open"), ("points", "encoding")):
+        if part in taken:
+            print(f"  {part} / {whole}: {taken[part] / taken[whole]:.2f}")
+
+
+def quality(segmenter: Sam2Segmenter, drawn: list[Phantom]) -> tuple[float, float]:
+    """Mean IoU with the lesion: of the first mask, and of the mask at the lesion's deepest point."""
+    found: list[tuple[float, float]] = []
+    for phantom in drawn:
+        picture = rgb(phantom)
+        features = clicks.encode(segmenter, picture)
+        mask = clicks.mask_at(segmenter, picture, features, [clicks.deepest(phantom.region)])
+        [first] = segmenter.segment([picture])
+        found.append((iou(first.region, phantom.region), iou(mask.region, phantom.region)))
+    first, after = np.mean(found, axis=0).tolist()
+    return first, after
+
+
+if __name__ == "__main__":
+    main()
