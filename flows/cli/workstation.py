@@ -19,7 +19,6 @@ from medfocus.app.server import NOTICE, About, Workplace, build
 from medfocus.serve import Predictor
 
 PASSWORD = "MEDFOCUS_APP_PASSWORD"
-PORT = 8600
 
 
 def password(host: str, environment: Mapping[str, str]) -> str | None:
@@ -75,7 +74,7 @@ def serve(
 ) -> None:
     """Answer until Ctrl-C."""
     server = configured(build(Workplace(reader), about, door(host, secret)))
-    shown = f"[{host}]" if ":" in host else host
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{bound.getsockname()[1]}/"
     print(url, flush=True)
     terminal.tell(f"{NOTICE} Ctrl-C ends it.")

@@ -125,7 +125,7 @@ def door(host: str, password: str | None) -> Door:
     """The door of a server that listens on ``host``: on loopback for loopback's names alone."""
     if is_loopback(host):
         return Door(frozenset({"localhost", "127.0.0.1", "::1", host.casefold()}), False, password)
-    own = {host.casefold(), socket.gethostname().casefold(), "localhost"}
+    own = {socket.gethostname().casefold(), "localhost"} | (set() if _is_address(host) else {host.casefold()})
     return Door(frozenset(own), True, password)
 
 
