@@ -626,7 +626,10 @@ def test_the_site_is_searched_where_it_is_opened_as_a_file(site: Path) -> None:
         page = opened.new_page()
         page.on("request", lambda request: asked.append(request.url))
         page.goto((site / "start.html").as_uri())
-        page.fill("input.md-search__input", "cocoop")
+        page.click("input.md-search__input")
+        ready = "!document.querySelector('.md-search-result__meta').textContent.includes('Initializing')"
+        page.wait_for_function(ready)
+        page.keyboard.type("cocoop")  # the theme listens to keys
         page.wait_for_selector(".md-search-result__link")
         found = page.inner_text(".md-search-result__list")
         opened.close()
