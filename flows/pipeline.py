@@ -34,7 +34,7 @@ from medfocus.discreet import discreet
 from medfocus.provenance import lock_digest
 
 if TYPE_CHECKING:
-    from medfocus.tracking import Registration
+    from medfocus.registry import Registration
 
 
 @task(task_run_name="plan {study.params.study.name}", cache_policy=NO_CACHE)

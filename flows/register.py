@@ -13,7 +13,7 @@ import numpy as np
 
 from flows.cells import Cell, Dataset, best_cell, plan
 from flows.study import Study
-from medfocus import checkpoint, drift, files, gate, images, phantoms, serve, tracking
+from medfocus import checkpoint, drift, files, gate, images, phantoms, registry, serve, tracking
 from medfocus.duplicates import groups, read_pairs
 from medfocus.params import DRIFT_BY
 from medfocus.phantoms import png
@@ -29,7 +29,7 @@ _CHUNK = 64  # pictures served at once; each prediction holds an overlay
 class Outcome:
     """What became of a data set's best cell."""
 
-    registration: tracking.Registration
+    registration: registry.Registration
     checks: tuple[gate.Check, ...]  # none where nothing had to be decided
     new: int | None  # pictures that the present champion was made without; None where it was not asked
 
@@ -47,7 +47,8 @@ def register_best(study: Study, dataset: str) -> Outcome:
         header = challenger.header
         store = tracking.start(None, study.home, study.params.tracking.experiment)
         run_id = store.runs_by_cell().get(header.facts["key"])
-        registration = store.register(
+        registration = registry.register(
+            store,
             f"medfocus-{dataset}",
             challenger.write_model,
             cell_key=header.facts["key"],
@@ -63,7 +64,7 @@ def register_best(study: Study, dataset: str) -> Outcome:
         )
         outcome = Outcome(registration, challenger.checks, challenger.new)
         if outcome.checks:
-            store.describe_version(registration.name, registration.version, told(outcome))
+            registry.describe(store, registration.name, registration.version, told(outcome))
     return outcome
 
 
@@ -78,7 +79,7 @@ class _Challenger:
         self.checks: tuple[gate.Check, ...] = ()
         self.new: int | None = None
 
-    def judge(self, champion: tracking.Champion | None) -> tracking.Verdict:
+    def judge(self, champion: registry.Champion | None) -> registry.Verdict:
         """The gate's decision, and every check of it kept in ``checks``."""
         params = self.study.params
         probabilities, labels = _predictions(self.dataset.name, self.cell)
@@ -91,7 +92,7 @@ class _Challenger:
         decision = gate.judge(probabilities, labels, self.dataset.classes, rules, held, shifts)
         self.checks = decision.checks
         accuracy = float((probabilities.argmax(1) == labels).mean())
-        return tracking.Verdict(decision.promoted, decision.reason, {"accuracy": repr(accuracy)})
+        return registry.Verdict(decision.promoted, decision.reason, {"accuracy": repr(accuracy)})
 
     def write_model(self, folder: Path) -> None:
         """The served model, and beside it which pictures it was made with and what they are like."""
@@ -109,7 +110,7 @@ class _Challenger:
         names = frozenset(record.sha256 for record in records.values())
         drift.Known(names, learnt, self._sample(records.values())).save(folder / _KNOWN)
 
-    def _champion(self, champion: tracking.Champion, folder: Path) -> tuple[gate.Champion, drift.Known]:
+    def _champion(self, champion: registry.Champion, folder: Path) -> tuple[gate.Champion, drift.Known]:
         """The present champion on the test pictures, and what it was made with."""
         try:
             model = champion.model_folder(folder)
@@ -120,12 +121,12 @@ class _Challenger:
             raise RuntimeError(
                 f"{champion.name} version {champion.version}, the champion, cannot be tried on the present "
                 f"test pictures ({error}). Restore its artefacts, go back by `make rollback`, or delete the "
-                f"alias {tracking.CHAMPION!r} to start anew."
+                f"alias {registry.CHAMPION!r} to start anew."
             ) from error
         fair = self._not_learnt(known.learnt)
         return gate.Champion(champion.version, predictor.classes, predicted, fair), known
 
-    def _predicted(self, champion: tracking.Champion, predictor: serve.Predictor) -> np.ndarray:
+    def _predicted(self, champion: registry.Champion, predictor: serve.Predictor) -> np.ndarray:
         """(N,) the champion's label for every test picture; computed once for a champion and a test set."""
         content = " ".join([champion.cell_key, *(record.sha256 for record in self.test)])
         key = hashlib.sha256(content.encode()).hexdigest()

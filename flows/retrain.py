@@ -22,7 +22,7 @@ from flows.study import open_study
 from medfocus.discreet import discreet
 
 if TYPE_CHECKING:
-    from medfocus.tracking import Registration
+    from medfocus.registry import Registration
 
 
 @flow(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.study import open_study
-from medfocus import tracking
+from medfocus import registry, tracking
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"rollback: which data set? Say `make rollback DATASET=` and one of {', '.join(names)}.")
     store = tracking.start(None, study.home, study.params.tracking.experiment)
     try:
-        before, now = store.rollback(f"medfocus-{dataset}")
+        before, now = registry.rollback(store, f"medfocus-{dataset}")
     except ValueError as error:
         sys.exit(f"rollback: {error}")
     print(f"medfocus-{dataset}: version {now} is champion again; version {before} was rolled back.")

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medfocus import checkpoint, features, images, serve, tracking
+from medfocus import checkpoint, features, images, registry, serve, tracking
 from medfocus.encoders import ClipEncoder, build_clip
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
@@ -350,9 +350,9 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     store = tracking.start(None, tmp_path / "home", "serving")
-    registered = store.register(
-        "phantoms", lambda folder: shutil.copytree(model, folder),
-        cell_key="k", judge=lambda champion: tracking.Verdict(True, "promoted", {}),
+    registered = registry.register(
+        store, "phantoms", lambda folder: shutil.copytree(model, folder),
+        cell_key="k", judge=lambda champion: registry.Verdict(True, "promoted", {}),
         classes=CLASSES, example=encoded(0), tags={},
     )  # fmt: skip
     assert registered.alias == "champion"

@@ -18,9 +18,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from medfocus import tracking
+from medfocus import registry, tracking
 from medfocus.provenance import made_from
-from medfocus.tracking import Champion, DataInput, Tracking, Verdict
+from medfocus.registry import Champion, Verdict
+from medfocus.tracking import DataInput, Tracking
 
 pytestmark = [
     # On import MLflow silences this in a way that "error" overrules.
@@ -311,7 +312,8 @@ def register(opened: Tracking, tmp_path: Path, request: pytest.FixtureRequest) -
 
     def register(cell_key: str, promoted: bool = True, judge: Any = None, run_id: str | None = None) -> Any:
         said = Verdict(promoted, "promoted: better" if promoted else "refused: worse", {"accuracy": "0.8"})
-        return opened.register(
+        return registry.register(
+            opened,
             request.node.name.replace(".", "_"),  # MLflow takes no dots
             write_model,
             cell_key=cell_key,
@@ -404,21 +406,21 @@ def test_rollback_gives_the_alias_back_and_the_model_is_not_promoted_again(
     register("a")
     register("b")
     name = register("c").name
-    assert opened.rollback(name) == ("3", "2")
+    assert registry.rollback(opened, name) == ("3", "2")
     assert champion(opened, name).version == 2
     result = register("c")
     assert (result.version, result.alias) == ("3", None)
     assert result.reason.startswith("refused: it was rolled back on 20")
-    assert opened.rollback(name) == ("2", "1")
+    assert registry.rollback(opened, name) == ("2", "1")
     with pytest.raises(ValueError, match="version 1 is the first champion, so there is none to go back to"):
-        opened.rollback(name)
+        registry.rollback(opened, name)
     assert register("d").alias == "champion"
-    assert opened.rollback(name) == ("4", "1")
+    assert registry.rollback(opened, name) == ("4", "1")
 
 
 def test_a_model_without_a_champion_cannot_be_rolled_back(opened: Tracking) -> None:
     with pytest.raises(ValueError, match="nobody has no champion, so there is nothing to roll back"):
-        opened.rollback("nobody")
+        registry.rollback(opened, "nobody")
 
 
 def test_the_logged_model_holds_code_files_and_requirements_and_no_pickle(

@@ -31,7 +31,7 @@ from mlflow.exceptions import MlflowException
 from flows.hooks import WEBHOOK
 from flows.postgres import find_programs
 from flows.servers import free_port, living, mlflow_server
-from medfocus import tracking
+from medfocus import registry, tracking
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "medfocus-phantom-breast"
@@ -94,7 +94,7 @@ def wait_for(asked: Callable[[], T | None], seconds: float, home: Path) -> T:
 
 def champion(address: str) -> str | None:
     try:
-        return mlflow.MlflowClient(address).get_model_version_by_alias(NAME, tracking.CHAMPION).version
+        return mlflow.MlflowClient(address).get_model_version_by_alias(NAME, registry.CHAMPION).version
     except MlflowException:
         return None
 

@@ -203,9 +203,9 @@ def models_listed(context: typer.Context) -> None:
         home = terminal.project()
         with terminal.waiting("reading"):
             from flows.cli import models as work
-            from medfocus import tracking
+            from medfocus import registry
 
-            versions = tracking.registered(home)
+            versions = registry.registered(home)
             weights = work.weights(home)
         if versions:
             rows = [

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flows.study import params_files
-from medfocus import files, tracking
+from medfocus import files, registry, tracking
 from medfocus.params import read_content
-from medfocus.tracking import Registered
+from medfocus.registry import Registered
 
 PARTS = (
     "serve.json",
@@ -119,7 +119,7 @@ def choose(home: Path, asked: str | None) -> Registered:
 
     Raises ValueError, which lists those that there are.
     """
-    found = tracking.registered(home)
+    found = registry.registered(home)
     names = list(dict.fromkeys(each.name for each in found))
     if not found:
         raise ValueError(
@@ -132,7 +132,7 @@ def choose(home: Path, asked: str | None) -> Registered:
     own = [each for each in found if each.name == name]
     if not own:
         raise ValueError(f"no model {name!r} is registered; there are {', '.join(names)}.")
-    if version and version != tracking.CHAMPION:
+    if version and version != registry.CHAMPION:
         own = [each for each in own if each.version == version]
     elif champion := [each for each in own if each.alias]:
         own = champion
@@ -180,7 +180,7 @@ def export(home: Path, asked: str | None, path: Path) -> str:
     return told
 
 
-def bring(home: Path, path: Path, name: str) -> tracking.Registration:
+def bring(home: Path, path: Path, name: str) -> registry.Registration:
     """Check an exported model, load it once, and register it as ``name``; it does not become champion.
 
     The gate, which tries a champion on new pictures, needs to know which ones it was made with, and that
@@ -209,11 +209,12 @@ def bring(home: Path, path: Path, name: str) -> tracking.Registration:
         shown = phantoms.draw("chest_xray", "normal", random)
         store = tracking.start(None, home, "medfocus")
         key = str(header.facts.get("key") or contents["files"]["cell.safetensors"])
-        return store.register(
+        return registry.register(
+            store,
             name,
             lambda target: _copy(folder, target),
             cell_key=key,
-            judge=lambda champion: tracking.Verdict(False, "imported: no gate has tried it here", {}),
+            judge=lambda champion: registry.Verdict(False, "imported: no gate has tried it here", {}),
             classes=header.classes,
             example=png.encode(shown.picture),
             tags={"imported": path.name, "imported.model": contents["model"]},
