@@ -123,11 +123,9 @@ class Tracking:
         """Set RUNNING runs of this host whose process is gone to FAILED; their ids. In every experiment."""
         experiments = [e.experiment_id for e in self.client.search_experiments()]
         mine = f"attributes.status = 'RUNNING' and tags.`owner.host` = '{socket.gethostname()}'"
-        dead = [
-            run.info.run_id
-            for run in self.client.search_runs(experiments, mine)
-            if not _is_alive(run.data.tags)
-        ]
+        search = functools.partial(self.client.search_runs, experiments, mine)
+        # All pages before anything changes: a run that is closed is no longer found, and moves the next page.
+        dead = [run.info.run_id for run in pages(search) if not _is_alive(run.data.tags)]
         for run_id in dead:
             self.client.set_tag(run_id, "error", "The process that owned this run ended without closing it.")
             self.client.set_terminated(run_id, "FAILED")

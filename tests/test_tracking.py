@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -129,6 +130,16 @@ def test_a_number_given_to_another_process_does_not_keep_a_run_alive(opened: Tra
     runs = [opened.client.create_run(opened.experiment_id, tags=tags).info.run_id for tags in (born, before)]
     assert sorted(opened.close_dead_runs()) == sorted(runs)
     assert {run_of(opened, run_id).info.status for run_id in runs} == {"FAILED"}
+
+
+def test_dead_runs_on_every_page_of_a_search_are_closed(
+    opened: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = {**tracking._tags({}), "owner.pid": "99999999"}  # above the largest number of a process
+    runs = [opened.client.create_run(opened.experiment_id, tags=gone).info.run_id for _ in range(3)]
+    one_a_page = functools.partial(opened.client.search_runs, max_results=1)
+    monkeypatch.setattr(opened.client, "search_runs", one_a_page)
+    assert sorted(opened.close_dead_runs()) == sorted(runs)
 
 
 @pytest.mark.parametrize("hours", [-30 * 24, -1, 1])
