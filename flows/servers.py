@@ -161,6 +161,30 @@ def mlflow_keeper(
         yield f"http://{_reached(host)}:{port}"
 
 
+@contextlib.contextmanager
+def model_server(store: str, model: str, port: int, log: Path | None = None) -> Iterator[str]:
+    """MLflow's scoring server on loopback, out of this environment and without a network; its address.
+
+    Args:
+        store: The tracking URI of the registry.
+        model: Such as ``models:/NAME@champion``.
+        port: The port.
+        log: The file that it writes to.
+    """
+    command = [
+        *(sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"),
+        *("--host", HOST, "--port", str(port)),
+    ]
+    environment = {
+        "MLFLOW_TRACKING_URI": store,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # it starts uvicorn by name
+    }
+    with _server(command, environment, f"http://{HOST}:{port}/ping", "The scoring server", log):
+        yield f"http://{HOST}:{port}"
+
+
 def _mlflow(
     host: str, port: int, store: str, options: list[str], environment: Mapping[str, str], log: Path | None
 ) -> contextlib.AbstractContextManager[None]:

@@ -223,7 +223,7 @@ def _log_model(
     import pandas as pd
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
     package = Path(__file__).parent
     outputs: list[ColSpec | TensorSpec] = [
@@ -231,8 +231,12 @@ def _log_model(
         *(ColSpec("double", f"probability_{name}") for name in classes),
         ColSpec("string", "mask_status"),
         ColSpec("double", "mask_score"),
-        ColSpec("string", "overlay"),
+        ColSpec("string", "overlay", required=False),
     ]
+    # As "binary" MLflow would decode base64 by itself, laxly, and a column that is asked for it would miss
+    # with a print of the rest: this way every fault is told by the model, in its own words. Bytes do as well.
+    picture = ColSpec("string", "picture", required=False)
+    overlay = ParamSpec("overlay", DataType.boolean, True)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder, _MODEL_ARTIFACT))
         mlflow.pyfunc.save_model(
@@ -240,7 +244,7 @@ def _log_model(
             python_model=str(package / "pyfunc.py"),
             artifacts={_MODEL_ARTIFACT: f"{folder}/{_MODEL_ARTIFACT}"},
             code_paths=[str(package)],
-            signature=ModelSignature(Schema([ColSpec("binary", "picture")]), Schema(outputs)),
+            signature=ModelSignature(Schema([picture]), Schema(outputs), ParamSchema([overlay])),
             input_example=pd.DataFrame({"picture": [example]}),
             # Given, so that MLflow neither loads the model nor asks an index to find them out.
             pip_requirements=[f"{package}=={version}" for package, version in installed(_SERVED_WITH)],

@@ -7,19 +7,29 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from mlflow.pyfunc.model import PythonModelContext
 from PIL import Image
 
-from medfocus import checkpoint, features, images, registry, serve, tracking
+from flows import servers
+from medfocus import checkpoint, features, images, pyfunc, registry, serve, tracking
 from medfocus.encoders import ClipEncoder, build_clip
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
@@ -27,6 +37,7 @@ from medfocus.masks.store import decode_mask, encode_mask
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.methods.protocol import Support
 from medfocus.metrics import softmax
+from medfocus.pyfunc import FocusClassifier, ServedError
 from medfocus.serve import Predictor
 from medfocus.views import view
 
@@ -38,6 +49,7 @@ pytestmark = [
 ]
 
 CLASSES = ("blob", "stripes")
+PATIENT = "DOE_JANE_1970"
 SEGMENTER: dict[str, Any] = {
     "config": "pocket", "checkpoint": "random:0", "image_size": 128, "strategy": "grid", "points_per_side": 3,
     "keep": 1, "min_area": 0.01, "max_area": 0.7,
@@ -345,23 +357,30 @@ print(json.dumps({
 """
 
 
-def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
-    fitted: Fitted, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    store = tracking.start(None, tmp_path / "home", "serving")
-    registered = registry.register(
-        store, "phantoms", lambda folder: shutil.copytree(model, folder),
-        cell_key="k", judge=lambda champion: registry.Verdict(True, "promoted", {}),
-        classes=CLASSES, example=encoded(0), tags={},
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a registry that has the model as its champion."""
+    home = tmp_path_factory.mktemp("registry") / "home"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        registered = registry.register(
+            tracking.start(None, home, "serving"), "phantoms", lambda folder: shutil.copytree(model, folder),
+            cell_key="k", judge=lambda champion: registry.Verdict(True, "promoted", {}),
+            classes=CLASSES, example=encoded(0), tags={},
+        )  # fmt: skip
     assert registered.alias == "champion"
+    return home
+
+
+def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
+    fitted: Fitted, home: Path, tmp_path: Path
+) -> None:
     pictures = [encoded(seed) for seed in (30, 31, 32)]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | tracking._QUIET
     result = subprocess.run(
-        [sys.executable, "-c", _CLIENT, store.uri],
+        [sys.executable, "-c", _CLIENT, f"sqlite:///{home / 'mlflow.db'}"],
         input=json.dumps([base64.b64encode(data).decode() for data in pictures]),
         capture_output=True, text=True, cwd=elsewhere, env=environment, check=False,
     )  # fmt: skip
@@ -369,11 +388,235 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     answer = json.loads(result.stdout.splitlines()[-1])
     columns = ["label", "probability_blob", "probability_stripes", "mask_status", "mask_score", "overlay"]
     assert answer["columns"] == columns
-    assert answer["signature"][0] == [{"type": "binary", "name": "picture", "required": True}]
+    assert answer["signature"][0] == [{"type": "string", "name": "picture", "required": False}]
     assert answer["signature"][1] == columns
     assert answer["example"] == 1  # and the batch is of three
     np.testing.assert_allclose(answer["probabilities"], fitted.evaluated(pictures), atol=1e-6)
     assert answer["same"]
     assert images.decode(base64.b64decode(answer["overlay"]), "overlay").shape == (90, 110, 3)
     assert answer["fault"].startswith("picture 2 of 2: a text that is not base64")
-    assert Path(answer["package"]).is_relative_to(tmp_path / "home" / "mlruns")  # the code travels with it
+    assert Path(answer["package"]).is_relative_to(home / "mlruns")  # the code travels with it
+
+
+@dataclass(frozen=True)
+class Served:
+    """A scoring server of MLflow's, and where it writes its log."""
+
+    address: str
+    log: Path
+
+    def post(self, body: object, content_type: str = "application/json") -> tuple[int, Any]:
+        """The status and the content of its answer to a request."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = Request(f"{self.address}/invocations", data, {"Content-Type": content_type})
+        try:
+            with urlopen(request, timeout=60) as response:
+                return response.status, json.load(response)
+        except HTTPError as error:
+            return error.code, json.load(error)
+
+
+@pytest.fixture(scope="module")
+def served(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`mlflow models serve` on loopback with the champion; a process of its own, ended after the tests."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    store = f"sqlite:///{home / 'mlflow.db'}"
+    with servers.model_server(store, "models:/phantoms@champion", servers.free_port(), log) as address:
+        yield Served(address, log)
+
+
+def base64_of(*seeds: int) -> list[str]:
+    return [base64.b64encode(encoded(seed)).decode() for seed in seeds]
+
+
+FORMS: dict[str, Any] = {
+    "dataframe_split": lambda texts: {"columns": ["picture"], "data": [[text] for text in texts]},
+    "dataframe_records": lambda texts: [{"picture": text} for text in texts],
+    "inputs": lambda texts: {"picture": texts},
+    "instances": lambda texts: [{"picture": text} for text in texts],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_json_form_of_mlflows_gets_the_evaluations_answers(
+    fitted: Fitted, served: Served, form: str
+) -> None:
+    status, answer = served.post({form: FORMS[form](base64_of(30, 31, 32))})
+    assert status == 200
+    found = [[row["probability_blob"], row["probability_stripes"]] for row in answer["predictions"]]
+    np.testing.assert_allclose(found, fitted.evaluated([encoded(s) for s in (30, 31, 32)]), atol=1e-6)
+    overlay = base64.b64decode(answer["predictions"][2]["overlay"])
+    assert images.decode(overlay, "overlay").shape == (90, 110, 3)
+
+
+@pytest.mark.parametrize("form", ["inputs", "instances"])
+def test_a_bare_list_is_read_as_pictures(served: Served, form: str) -> None:
+    texts = base64_of(30, 31)
+    assert served.post({form: texts}) == served.post({"dataframe_records": FORMS["instances"](texts)})
+
+
+def test_overlays_are_left_out_where_the_request_says_so(served: Served) -> None:
+    request = {"dataframe_records": FORMS["instances"](base64_of(30, 31))}
+    _, whole = served.post(request)
+    status, lean = served.post({**request, "params": {"overlay": False}})
+    assert status == 200
+    assert lean["predictions"] == [
+        {name: value for name, value in row.items() if name != "overlay"} for row in whole["predictions"]
+    ]
+
+
+def large() -> str:
+    """81 megapixels in a few kilobytes."""
+    buffer = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+NOT_BASE64 = r"picture 1 of 1: a text that is not base64 \(.+\)\. Encode the file's bytes\."
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "told"),
+    [
+        (["not base64!"], 400, NOT_BASE64),
+        (["ü"], 400, NOT_BASE64),
+        ([*base64_of(0), 3], 400, r"picture 2 of 2: int is no picture\. Give a file's bytes, or base64.+"),
+        ([*base64_of(0), None], 400, r"picture 2 of 2: .+ is no picture\. Give a file's bytes.+"),
+        ([["a list"]], 400, r"picture 1 of 1: list is no picture\. Give a file's bytes.+"),
+        ([""], 400, r"picture 1 of 1: the file is empty \(0 bytes\)\. .+"),
+        (["aGVsbG8="], 400, r"picture 1 of 1: is no picture in a format that is read .+\. Export it again.+"),
+        ([base64_of(0)[0][:400]], 400, r"picture 1 of 1: cannot be decoded .+\. Export it again.+"),
+        ([large()], 400, r"picture 1 of 1: has 9000 x 9000 pixels; 64 megapixels .+\. Scale it down.+"),
+        ([], 400, r"the request has no picture\. Give one at least, in the column 'picture'\."),
+        (
+            ["aGVsbG8="] * 65,
+            413,
+            r"the request has 65 pictures, and 64 are the most\. Send them in several.+",
+        ),
+    ],
+)
+def test_a_bad_picture_in_a_request_is_told_by_place_fault_and_fix_and_no_more(
+    served: Served, values: list[object], status: int, told: str
+) -> None:
+    rows = [[value, f"{PATIENT}.png"] for value in values]
+    names = [f"{PATIENT}/{i}" for i in range(len(rows))]
+    request = {"columns": ["picture", "file"], "data": rows, "index": names}
+    found, answer = served.post({"dataframe_split": request})
+    assert (found, set(answer)) == (status, {"error_code", "message"})
+    assert re.fullmatch(told, answer["message"])
+    assert PATIENT not in served.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"dataframe_records": []},
+        {"dataframe_records": [{"image": "aGVsbG8="}]},
+        {"dataframe_split": {"data": [["aGVsbG8="]]}},
+        {"inputs": {}},
+        {"inputs": 3},
+        {"prompt": "aGVsbG8="},
+    ],
+)
+def test_a_request_without_the_column_is_told_its_name(served: Served, body: object) -> None:
+    told = "the request has no column 'picture'. Give the pictures there, each in base64."
+    assert served.post(body) == (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": told})
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (b"{no json", "application/json", 400),
+        ([1], "application/json", 400),
+        ({}, "application/json", 400),
+        ({"inputs": ["aGVsbG8="], "instances": ["aGVsbG8="]}, "application/json", 400),
+        ({"dataframe_records": {"picture": "aGVsbG8="}}, "application/json", 400),
+        ({"inputs": ["aGVsbG8="], "params": {"overlay": "no"}}, "application/json", 400),
+    ],
+)
+def test_what_mlflow_itself_refuses_is_the_requests_fault_without_a_trace(
+    served: Served, body: object, content_type: str, status: int
+) -> None:
+    found, answer = served.post(body, content_type)
+    assert found == status
+    assert "stack_trace" not in answer and answer["message"]
+
+
+def test_concurrent_requests_get_the_answers_of_serial_ones(served: Served) -> None:
+    requests = [{"inputs": base64_of(*range(seed, seed + 1 + seed % 3))} for seed in range(40, 52)]
+    serial = [served.post(request) for request in requests]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(served.post, requests)) == serial
+    assert {status for status, _ in serial} == {200}
+    assert len({repr(answer) for _, answer in serial}) == len(requests)
+
+
+@pytest.mark.parametrize(("path", "said"), [("ping", b""), ("health", b""), ("version", b"3.")])
+def test_the_servers_state_can_be_asked(served: Served, path: str, said: bytes) -> None:
+    with urlopen(f"{served.address}/{path}", timeout=10) as response:
+        assert response.status == 200
+        assert response.read().strip().startswith(said)
+
+
+class Alone:
+    """A predictor that two threads must not be in at once."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+
+    def predict(self, pictures: list[bytes], overlay: bool) -> list[serve.Prediction]:
+        self.inside += 1
+        time.sleep(0.01)
+        assert self.inside == 1
+        self.inside -= 1
+        return [serve.Prediction("blob", {}, np.zeros((1, 1), bool), "chosen", 0.5, b"") for _ in pictures]
+
+
+class Broken:
+    """A predictor that fails in its inside."""
+
+    def predict(self, pictures: list[bytes], overlay: bool) -> list[serve.Prediction]:
+        raise OSError(f"/data/{PATIENT}/cell.safetensors: no space left on device")
+
+
+def answered(predictor: Any, values: list[Any]) -> pd.DataFrame:
+    """What the registered model's code says with another predictor inside."""
+    model = FocusClassifier()
+    model.predictor, model.one_at_a_time = predictor, threading.Lock()
+    return model.predict(PythonModelContext({}, {}), pd.DataFrame({"picture": values}))
+
+
+def test_one_thread_at_a_time_predicts() -> None:
+    model = FocusClassifier()
+    model.predictor, model.one_at_a_time = cast("Predictor", Alone()), threading.Lock()
+    frame = pd.DataFrame({"picture": [b"x"]})
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: model.predict(PythonModelContext({}, {}), frame), range(16)))
+    assert [answer["label"].tolist() for answer in answers] == [["blob"]] * 16
+
+
+def test_an_internal_fault_is_a_500_by_kind_and_place_and_its_text_is_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(ServedError) as raised:
+        answered(Broken(), [b"x"])
+    raised.value.message = "Failed to predict data 'what was sent'"  # as the scoring server does
+    answer = json.loads(raised.value.serialize_as_json())
+    assert raised.value.get_http_status_code() == 500
+    assert set(answer) == {"error_code", "message"}
+    assert answer["error_code"] == "INTERNAL_ERROR"
+    told = r"the prediction failed at no fault of the request \(OSError at \S+:\d+\)\. Look into the .+ log\."
+    assert re.fullmatch(told, answer["message"])
+    assert "no space left on device" in caplog.text
+
+
+def test_a_served_request_is_bounded_in_bytes_and_a_call_in_a_process_of_its_own_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len(answered(Alone(), [b"x"] * 65)) == 65
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    monkeypatch.setattr(pyfunc, "MOST_BYTES", 2_000_000)
+    told = r"pictures have 3 MB, and 2 are the most\. Send them in several requests\."
+    with pytest.raises(ServedError, match=told) as raised:
+        answered(Alone(), ["A" * 1_000_000] * 4)
+    assert raised.value.get_http_status_code() == 413
