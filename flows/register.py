@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from flows import cards
 from flows.cells import Cell, Dataset, best_cell, plan
 from flows.study import Study
+from medfocus import cards as texts
 from medfocus import checkpoint, drift, files, gate, images, phantoms, registry, serve, tracking
 from medfocus.duplicates import groups, read_pairs
 from medfocus.params import DRIFT_BY
@@ -61,10 +63,12 @@ def register_best(study: Study, dataset: str) -> Outcome:
                 "validation": f"{header.validation_correct} of {header.validation_count}",
             },
             run_id=run_id,
+            cards=challenger.cards,
         )
         outcome = Outcome(registration, challenger.checks, challenger.new)
         if outcome.checks:
-            registry.describe(store, registration.name, registration.version, told(outcome))
+            said = f"{told(outcome)}\n\n{challenger.headline}"
+            registry.describe(store, registration.name, registration.version, said, (texts.CARD, texts.SHEET))
     return outcome
 
 
@@ -77,6 +81,7 @@ class _Challenger:
         self.header = checkpoint.read_header(self.checkpoint)
         self.test = [dataset.records[path] for path in dataset.splits.test]
         self.checks: tuple[gate.Check, ...] = ()
+        self.reason = ""
         self.new: int | None = None
 
     def judge(self, champion: registry.Champion | None) -> registry.Verdict:
@@ -90,7 +95,7 @@ class _Challenger:
             shifts = self._shifts(known)
         rules = gate.Rules(**{f.name: getattr(params.gate, f.name) for f in fields(gate.Rules)})
         decision = gate.judge(probabilities, labels, self.dataset.classes, rules, held, shifts)
-        self.checks = decision.checks
+        self.checks, self.reason = decision.checks, decision.reason
         accuracy = float((probabilities.argmax(1) == labels).mean())
         return registry.Verdict(decision.promoted, decision.reason, {"accuracy": repr(accuracy)})
 
@@ -109,6 +114,24 @@ class _Challenger:
         learnt = frozenset(records[path].sha256 for path in self.dataset.support_paths(self.cell))
         names = frozenset(record.sha256 for record in records.values())
         drift.Known(names, learnt, self._sample(records.values())).save(folder / _KNOWN)
+
+    def cards(self, served: Path) -> dict[str, str]:
+        """The model card and the data sheet, after ``judge`` and ``write_model``."""
+        return cards.of_version(
+            self.dataset,
+            self.cell,
+            self.header,
+            _predictions(self.dataset.name, self.cell)[0],
+            served,
+            reason=self.reason,
+            checks=self.checks,
+            new=self.new,
+        )
+
+    @property
+    def headline(self) -> str:
+        """The card in one paragraph."""
+        return cards.headline(self.dataset, _predictions(self.dataset.name, self.cell)[0])
 
     def _champion(self, champion: registry.Champion, folder: Path) -> tuple[gate.Champion, drift.Known]:
         """The present champion on the test pictures, and what it was made with."""
@@ -195,10 +218,7 @@ def told(outcome: Outcome) -> str:
     if outcome.new is not None:
         lines += ["", f"{outcome.new} pictures came since the champion was made."]
     if outcome.checks:
-        lines += ["", "| check | found | asked | |", "|---|---|---|---|"]
-    for check in outcome.checks:
-        verdict = "met" if check.passed else "**not met**"
-        lines.append(f"| {check.name} | {check.found} | {check.asked} | {verdict} |")
+        lines += ["", *texts.checks_table(outcome.checks)]
     return "\n".join(lines)
 
 

@@ -128,8 +128,14 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(float(array.mean()), float(half), len(array))
 
 
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """95 % Wilson interval of a share; (0, 1) where nothing was counted."""
+    if count == 0:
+        return 0.0, 1.0
+    interval = stats.binomtest(correct, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def wilson_lower(correct: int, count: int) -> float:
     """Lower end of the 95 % Wilson interval of a share: 5 of 5 is worth less than 230 of 251."""
-    if count == 0:
-        return 0.0
-    return float(stats.binomtest(correct, count).proportion_ci(method="wilson").low)
+    return wilson(correct, count)[0]

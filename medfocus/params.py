@@ -82,6 +82,7 @@ class DatasetParams:
     names: dict[str, str]  # label -> the words for it in a text prompt; the label itself where absent
     templates: tuple[str, ...]  # text prompts with {c} for the class; empty: the modality's own
     flip: bool  # whether views may be mirrored; never for chest films
+    licence: str = ""  # of the pictures, as their source states it; for the data sheet
 
 
 @dataclass(frozen=True, config=_strict)

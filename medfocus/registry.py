@@ -62,6 +62,7 @@ class Registered:
     created: str  # day and time, UTC
     tags: Mapping[str, str]
     model_folder: Callable[[Path], Path]  # as a champion's
+    text: Callable[[str], str]  # of a file kept with the version; FileNotFoundError where it has none such
 
 
 def registered(home: Path) -> list[Registered]:
@@ -89,6 +90,7 @@ def registered(home: Path) -> list[Registered]:
             time.strftime("%Y-%m-%d %H:%M", time.gmtime((each.creation_timestamp or 0) / 1000)),
             dict(each.tags),
             _opener(client, uri, each.name, str(each.version)),
+            _reader(client, uri, each.name, str(each.version)),
         )
         for each in pages(client.search_model_versions)
     ]
@@ -106,6 +108,7 @@ def register(
     example: bytes,
     tags: Mapping[str, object],
     run_id: str | None = None,
+    cards: Callable[[Path], Mapping[str, str]] | None = None,
 ) -> Registration:
     """Register a served model, and make it champion if ``judge`` says so; nothing else moves the alias.
 
@@ -123,6 +126,8 @@ def register(
         example: An encoded picture, kept with the model as its input example; not a patient's.
         tags: More tags of the version.
         run_id: The run that fitted the model, where there is one.
+        cards: Maps the written model folder to texts by their files' names, which are kept with the version
+            and with the run; called only if a version is made, after ``judge``.
 
     Raises:
         RuntimeError: The champion's files cannot be loaded and judged.
@@ -139,7 +144,7 @@ def register(
         verdict = judge(None if held is None else _opened(store, held))
         said = {"gate": verdict.reason, **verdict.tags}
         if known is None:
-            model_id = _log_model(store, name, write_model, classes, example, run_id)
+            model_id = _log_model(store, name, write_model, classes, example, run_id, cards)
             version = _create_version(store, name, model_id, run_id, {**tags, **said, "cell_key": cell_key})
         else:
             version = str(known.version)
@@ -177,9 +182,12 @@ def rollback(store: Tracking, name: str) -> tuple[str, str]:
         return version, before
 
 
-def describe(store: Tracking, name: str, version: str, text: str) -> None:
-    """Give a registered version's page a Markdown text."""
-    store.client.update_model_version(name, version, text[:LONGEST_TAG])
+def describe(store: Tracking, name: str, version: str, text: str, cards: Sequence[str] = ()) -> None:
+    """Give a registered version's page a Markdown text, and links to those of its run's files."""
+    run_id = store.client.get_model_version(name, version).run_id
+    links = [f"[{file}](get-artifact?path={file}&run_uuid={run_id})" for file in cards if run_id]
+    end = "\n\n" + ", ".join(links) if links else ""
+    store.client.update_model_version(name, version, text[: LONGEST_TAG - len(end)] + end)
 
 
 def _champion(store: Tracking, name: str) -> ModelVersion | None:
@@ -217,6 +225,7 @@ def _log_model(
     classes: Sequence[str],
     example: bytes,
     run_id: str | None,
+    cards: Callable[[Path], Mapping[str, str]] | None,
 ) -> str:
     """Log the model folder as a pyfunc, models from code; its model id."""
     import mlflow
@@ -249,6 +258,11 @@ def _log_model(
             # Given, so that MLflow neither loads the model nor asks an index to find them out.
             pip_requirements=[f"{package}=={version}" for package, version in installed(_SERVED_WITH)],
         )
+        for file, text in (cards(Path(folder, _MODEL_ARTIFACT)) if cards else {}).items():
+            path = Path(folder, "pyfunc", file)  # beside MLmodel, where no code looks for it
+            path.write_text(text, encoding="utf-8")
+            if run_id is not None:
+                store.client.log_artifact(run_id, str(path))
         logged = store.client.create_logged_model(store.experiment_id, name, run_id)
         store.client.log_model_artifacts(logged.model_id, f"{folder}/pyfunc")
     store.client.finalize_logged_model(logged.model_id, "READY")
@@ -289,3 +303,24 @@ def _opener(client: MlflowClient, uri: str, name: str, version: str) -> Callable
         return Path(model) / "artifacts" / _MODEL_ARTIFACT
 
     return model_folder
+
+
+def _reader(client: MlflowClient, uri: str, name: str, version: str) -> Callable[[str], str]:
+    """What reads a text that is kept beside a version's model."""
+
+    def text(file: str) -> str:
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        source = client.get_model_version_download_uri(name, version)
+        try:
+            with tempfile.TemporaryDirectory() as into:
+                path = download_artifacts(f"{source}/{file}", dst_path=into, tracking_uri=uri)
+                return Path(path).read_text(encoding="utf-8")
+        except (MlflowException, OSError) as error:
+            raise FileNotFoundError(
+                f"{name} version {version} has no {file}. It was imported, or registered before there were "
+                "such; register it anew to have one."
+            ) from error
+
+    return text

@@ -17,13 +17,16 @@ import mlflow
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from flows import finetune, stages
 from flows.cells import CONTROLS, Cell, Dataset, best_cell, shown_as, shown_under
+from flows.cli import app
 from flows.pipeline import pipeline
 from flows.stages import StageBusyError, reproduce
 from flows.study import open_study
 from medfocus.discreet import DiscreetError, whole
+from medfocus.provenance import lock_digest
 from medfocus.quality import center_box
 from medfocus.splits import read_splits
 from medfocus.views import view_key
@@ -127,6 +130,17 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
 
     client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     assert str(client.get_model_version_by_alias("medfocus-phantom-breast", "champion").version) == "1"
+    version = client.get_model_version("medfocus-phantom-breast", "1")
+    assert {"card.md", "datasheet.md"} <= {file.path for file in client.list_artifacts(version.run_id)}
+    assert "[card.md](get-artifact?path=card.md&" in version.description
+    metrics = by_id[version.run_id].data.metrics
+    shown = CliRunner().invoke(app, ["models", "card", "medfocus-phantom-breast@1"]).output
+    assert f"| accuracy | {100 * metrics['accuracy']:.1f} % [" in shown
+    for name, metric in (("macro-F1", "macro_f1"), ("AUROC", "auroc"), ("calibration error", "ece")):
+        assert f"| {name} | {metrics[metric]:.3f} |" in shown
+    sheet = CliRunner().invoke(app, ["models", "card", "medfocus-phantom-breast", "--sheet"]).output
+    assert "39 breast_ultrasound pictures in 3 classes" in sheet
+    assert lock_digest(project) in sheet
     kept = {file.path for file in client.list_artifacts(parent)}
     assert {"index.html", "study.csv", "figures"} <= kept
 

@@ -124,6 +124,9 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
         FOLDER,
         LEFT_OUT,
     }
+    (sheet,) = Path("mlruns/models").rglob("datasheet.md")
+    assert "- left out: 1, empty file" in sheet.read_text()
+    assert "- kept, but reported: 1, test picture with the same bytes in train" in sheet.read_text()
     shared = [path for path in Path("reports").rglob("*") if path.is_file() and path not in owners]
     databases = list(project.glob("mlflow.db*"))
     assert databases and (project / "mlruns").is_dir()

@@ -299,6 +299,26 @@ def models_import(
         print(f"Use it: medfocus predict FILES --out DIR --model {made.name}@{made.version}")
 
 
+@models.command("card")
+def models_card(
+    model: Annotated[str, typer.Argument(help="NAME, or NAME@VERSION.")],
+    sheet: Annotated[bool, typer.Option("--sheet", help="The data sheet instead.")] = False,
+) -> None:
+    """Print a version's model card: what it is for, what it scores, where it fails.
+
+    \b
+    Examples:
+      medfocus models card medfocus-phantom-breast
+      medfocus models card medfocus-phantom-breast@1 --sheet
+    """
+    with terminal.at_work():
+        from flows.cli import models as work
+        from medfocus import cards
+
+        chosen = work.choose(terminal.project(), model)
+        print(chosen.text(cards.SHEET if sheet else cards.CARD), end="")
+
+
 Files = Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="A folder for the table and the pictures.")]
 Model = Annotated[

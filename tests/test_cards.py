@@ -1,0 +1,202 @@
+"""Claims about the model card and the data sheet: the numbers, their intervals, and whom they do not name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from medfocus import cards, metrics
+from medfocus.cards import Data, Model
+from medfocus.duplicates import Pair
+from medfocus.gate import Check
+from medfocus.records import Record
+from medfocus.splits import Splits
+
+PATIENT, FILE = "MRN_0815_4711", "DOE_JANE_1970"
+CLASSES = ("cyst", "solid")
+
+
+def record(number: int, label: str, split: str) -> Record:
+    width = 96 if number % 3 else 128
+    path = f"{split}/{label}/{FILE}_{number}.png"
+    return Record(path, f"{number:064x}", width, 96, "L", label, split, f"{PATIENT}_{number}")
+
+
+TRAIN = [record(i, CLASSES[i % 2], "train") for i in range(30)]
+TEST = [record(100 + i, CLASSES[i % 2], "test") for i in range(60)]
+PATHS = [each.path for each in TEST]
+LABELS = np.array([i % 2 for i in range(60)])
+# Of the class "solid" 10 of 30 are taken for "cyst"; with the first 40 pictures alone it is 10 of 20.
+WRONG = [i for i in range(40) if i % 2][:10]
+PROBABILITIES = np.eye(2)[[1 - label if i in WRONG else label for i, label in enumerate(LABELS)]] * 0.8 + 0.1
+
+
+@pytest.fixture
+def data() -> Data:
+    twins = Pair(TRAIN[0].path, PATHS[59], "re-encoded", 0.95, "train", "test", "cyst", "solid")
+    splits = Splits(
+        classes=list(CLASSES),
+        train=[each.path for each in TRAIN],
+        test=PATHS,
+        clean_test=PATHS[:40],
+        conflicting=[PATHS[59]],
+        straddling_twins=[PATHS[59]],
+        straddling_patients=[f"{PATIENT}_3"],
+        groups={},
+        supports={},
+    )
+    return Data(
+        name="clinic",
+        modality="breast_ultrasound",
+        licence="",
+        records=[*TRAIN, *TEST],
+        splits=splits,
+        pairs=[twins],
+        left_out=[
+            "the file is empty (0 bytes)",
+            f"holds the same bytes as {FILE}, which has another label, 'x'",
+        ],
+        reported=[f"holds the same bytes as {FILE}.png, so this test picture is seen in training", FILE],
+        statuses={path: "relaxed" if i < 6 else "chosen" for i, path in enumerate(PATHS)},
+        coverage={path: i / 100 for i, path in enumerate(PATHS)},
+        mask_lines=[{"label": "cyst", "pictures": "45", "coverage": "0.25", "iou": ""}],
+        segmenter="Otsu's threshold",
+        drift=[],
+        new=None,
+        made={"git.commit": "0a1b", "dvc.lock.sha256": "2c3d"},
+    )
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model(
+        name="medfocus-clinic",
+        method="medfocusclip",
+        focus="crop",
+        support="20%",
+        seed=3,
+        learnt={"cyst": 3, "solid": 25},
+        settings={"epochs": 5},
+        parts={"CLIP": "pocket; sha256 aa"},
+        pocket=True,
+        validation="17 of 28",
+        probabilities=PROBABILITIES,
+        labels=LABELS,
+        classes=CLASSES,
+        test_sets={"official": PATHS, "clean": PATHS[:40]},
+        checks=[Check("recall of solid", False, "0.667", "0.7 at least")],
+        reason="refused: recall of solid: 0.667, asked 0.7 at least",
+    )
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The lines of all tables by their first cell."""
+    cells = [re.split(r" ?\| ?", line.strip("|")) for line in text.splitlines() if line.startswith("| ")]
+    return {first.strip(): [each.strip() for each in others] for first, *others in cells}
+
+
+def test_every_test_set_has_its_scores_with_wilson_intervals(model: Model, data: Data) -> None:
+    found = rows(cards.model_card(model, data))
+    low, high = (100 * end for end in metrics.wilson(50, 60))
+    assert found["accuracy"] == [f"83.3 % [{low:.1f}, {high:.1f}], 50 of 60", "75.0 % [59.8, 85.8], 30 of 40"]
+    assert found["solid"][:2] == ["66.7 % [48.8, 80.8], 20 of 30", "50.0 % [29.9, 70.1], 10 of 20"]
+    assert found["balanced accuracy"] == ["0.833", "0.750"]
+    expected = metrics.score(PROBABILITIES, LABELS)
+    assert found["AUROC"][0] == f"{expected['auroc']:.3f}"
+    assert found["calibration error"][0] == f"{expected['ece']:.3f}"
+
+
+def test_failures_are_counted_by_what_is_known_of_a_picture_and_small_groups_say_so(
+    model: Model, data: Data
+) -> None:
+    card = cards.model_card(model, data)
+    found = rows(card)
+    assert found["solid taken for cyst"] == ["33.3 % [19.2, 51.2], 10 of 30"]
+    assert found["mask from relaxed"] == ["50.0 % [18.8, 81.2], 3 of 6", "fewer than 20: too few to tell"]
+    assert found["mask from chosen"][1] == ""
+    thirds = [found[f"mask covers {group}"] for group in ("up to 19.7 %", "19.7 % to 39.3 %", "above 39.3 %")]
+    assert [each[0].rpartition(", ")[2] for each in thirds] == ["10 of 20", "20 of 20", "20 of 20"]
+    assert {"size 128 x 96", "size 96 x 96"} <= set(found)
+    assert "The same for all test pictures: mode." in card
+
+
+def test_a_class_without_a_test_picture_has_no_recall_and_no_auroc(model: Model, data: Data) -> None:
+    named = ("cyst", "scar", "solid")
+    spread = np.insert(PROBABILITIES, 1, 0.0, axis=1)
+    without = replace(
+        model, classes=named, probabilities=spread, labels=LABELS * 2, learnt={name: 1 for name in named}
+    )
+    found = rows(cards.model_card(without, data))
+    assert found["scar"] == ["no picture", "no picture"] and found["AUROC"][0] == "cannot be told"
+    assert "weakest class solid, recall 66.7 %" in cards.headline("official", spread, LABELS * 2, named)
+
+
+def test_the_card_says_what_it_is_not_for_and_where_not_to_believe_it(model: Model, data: Data) -> None:
+    card = cards.model_card(model, data)
+    for told in (
+        "**Not for clinical use**",
+        "refused: recall of solid: 0.667, asked 0.7 at least",
+        "| recall of solid | 0.667 | 0.7 at least | **not met** |",
+        "1 of 60 test pictures occur in train as well",
+        "1 patient has pictures in train and in test",
+        "trained on drawn pictures alone",
+        "ingestion found 1 files whose label contradicts another's",
+        "Learnt from fewer than 20 pictures: cyst (3)",
+        "17 of 28 right out of fold",
+    ):
+        assert told in card
+    elsewhere = replace(model, pocket=False, validation="0 of 0", learnt={"cyst": 20, "solid": 20})
+    assert not re.search("drawn pictures|Learnt from fewer|0 of 0", cards.model_card(elsewhere, data))
+
+
+def test_the_sheet_counts_pictures_faults_twins_and_patients(data: Data) -> None:
+    sheet = cards.data_sheet(data)
+    for told in (
+        "90 breast_ultrasound pictures in 2 classes. The test set is the official one.",
+        "| cyst | 15 | 30 | 20 |",
+        "Patients: 90 are known, for 90 of 90 pictures.",
+        "Sizes: 2, sides of 96 to 128 pixels. Modes: L (90). Files: png (90).",
+        "- left out: 1, empty file\n- left out: 1, the same bytes under two labels",
+        "- kept, but reported: 1, of another kind\n- kept, but reported: 1, test picture with the same bytes",
+        "| re-encoded | 1 | 1 |",
+        "| cyst | 45 | 0.250 |",
+        "Licence: not stated.",
+        "| git.commit | 0a1b |",
+        "There was no champion yet",
+    ):
+        assert told in sheet
+    drift = Check("drift of coverage", False, "0.510, p 1e-05", "0.4 at most")
+    later = cards.data_sheet(replace(data, licence="CC BY 4.0", new=12, drift=[drift]))
+    assert "Licence: CC BY 4.0." in later and "12 pictures came since the present champion" in later
+    assert "| drift of coverage | 0.510, p 1e-05 | 0.4 at most | **not met** |" in later
+
+
+def test_a_drawn_test_set_and_unknown_patients_are_said(data: Data) -> None:
+    records = [replace(each, split="", patient="") for each in data.records]
+    sheet = cards.data_sheet(replace(data, records=records))
+    assert "There is no official test set; one was drawn" in sheet and "Patients: none is known." in sheet
+
+
+def test_neither_names_a_file_or_a_patient_and_both_are_the_same_each_time(model: Model, data: Data) -> None:
+    odd = replace(data.records[0], path=f"x/1.{FILE}")  # a suffix that is a name
+    planted = replace(data, records=[odd, *data.records[1:]], pairs=[], splits=replace(data.splits, train=[]))
+    texts = [cards.model_card(model, data), cards.data_sheet(data), cards.data_sheet(planted)]
+    assert not re.search(f"{PATIENT}|{FILE}|{FILE.lower()}", "".join(texts))
+    assert texts[:2] == [cards.model_card(model, data), cards.data_sheet(data)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("is no picture in a format that is read (PNG, JPEG)", "no picture in a format that is read"),
+        ("cannot be decoded (image file is truncated)", "cannot be decoded"),
+        ("holds 3 pictures, of which the first is used", "several pictures in one file"),
+        (f"'p(.)' finds no patient in 2 pictures (the first is '{FILE}.png')", "no patient by the pattern"),
+        (f"something new about {FILE}", "of another kind"),
+    ],
+)
+def test_a_fault_is_counted_by_its_kind_and_never_by_its_text(fault: str, kind: str) -> None:
+    assert cards.fault_kinds([fault, fault]) == {kind: 2}
