@@ -179,10 +179,15 @@ def model_server(store: str, model: str, port: int, log: Path | None = None) -> 
         "MLFLOW_TRACKING_URI": store,
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",  # warnings would put the names of foreign columns into the log
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # it starts uvicorn by name
     }
-    with _server(command, environment, f"http://{HOST}:{port}/ping", "The scoring server", log):
-        yield f"http://{HOST}:{port}"
+    address = f"http://{HOST}:{port}"
+    with tempfile.TemporaryDirectory() as copy:  # of the model, which it would leave behind
+        environment["TMPDIR"] = copy
+        with _server(command, environment, f"{address}/ping", "The scoring server", log):
+            yield address
 
 
 def _mlflow(
