@@ -41,7 +41,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--pictures", type=int, default=256, help="a repetition")
+    parser.add_argument("--pictures", type=int, default=128, help="a repetition")
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="pictures a request")
     parser.add_argument("--repeats", type=int, default=2)

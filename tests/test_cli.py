@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILM, SLICE, COLOUR = Look(0.0, 0.05, 0.5), Look(0.0, 0.4, 0.2), Look(0.2, 0.0, 0.6)
 
 COMMANDS = ["init", "run", "study", "report", "predict", "explain", "masks", "doctor"]
-COMMANDS += ["models fetch", "models export", "models import"]
+COMMANDS += ["models card", "models fetch", "models export", "models import"]
 
 Medfocus = Callable[..., Result]
 

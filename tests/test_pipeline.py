@@ -131,6 +131,7 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
     client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     assert str(client.get_model_version_by_alias("medfocus-phantom-breast", "champion").version) == "1"
     version = client.get_model_version("medfocus-phantom-breast", "1")
+    assert version.run_id and version.description
     assert {"card.md", "datasheet.md"} <= {file.path for file in client.list_artifacts(version.run_id)}
     assert "[card.md](get-artifact?path=card.md&" in version.description
     metrics = by_id[version.run_id].data.metrics

@@ -37,7 +37,10 @@ def outputs(project: Path) -> dict[str, str]:
 
 
 def registry(project: Path) -> dict[str, str]:
-    """The champions by their cell, and every file that they are served from."""
+    """The champions by their cell, every file that they are served from, and their cards.
+
+    Their data sheets name the commit, which no two projects have in common.
+    """
     found: dict[str, str] = {}
     champions = _rows(
         project,
@@ -48,7 +51,8 @@ def registry(project: Path) -> dict[str, str]:
     )
     for name, cell_key, place in champions:
         found[f"champion of {name}"] = cell_key
-        for path in sorted(Path(place.removeprefix("file://"), "artifacts").rglob("*")):
+        kept = Path(place.removeprefix("file://"))
+        for path in [kept / "card.md", *sorted((kept / "artifacts").rglob("*"))]:
             if path.is_file():
                 found[f"champion of {name}: {path.name}"] = _sha256(path.read_bytes())
     return found
