@@ -184,8 +184,8 @@ def model_server(store: str, model: str, port: int, log: Path | None = None) -> 
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # it starts uvicorn by name
     }
     address = f"http://{HOST}:{port}"
-    with tempfile.TemporaryDirectory() as copy:  # of the model, which it would leave behind
-        environment["TMPDIR"] = copy
+    with tempfile.TemporaryDirectory() as temporary:  # it does not tidy up when it is ended
+        environment["TMPDIR"] = temporary
         with _server(command, environment, f"{address}/ping", "The scoring server", log):
             yield address
 
