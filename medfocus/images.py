@@ -2,6 +2,7 @@
 
 A picture comes from anywhere, so it meets three limits before any pixel is decoded: its format, its file's
 bytes, and the pixels that its header promises. Pillow's own guard against bombs lies behind them, higher up.
+DICOM and NIfTI, known by their bytes and not by their names, meet the same limits.
 """
 
 from __future__ import annotations
@@ -9,30 +10,37 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from medfocus import frames
+from medfocus.frames import PictureError
+
+if TYPE_CHECKING:
+    from medfocus.dicom import Dicom
+    from medfocus.nifti import Volume
+
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; it opens no file with another decoder
 MOST_PIXELS = 64_000_000  # of one picture
 MOST_BYTES = 256_000_000  # of one file
+MOST_KEPT = 1_000_000_000  # of the opened files of several pictures that are kept for the next of theirs
 _CAPTION_HEIGHT = 14  # pixels under each tile of a contact sheet
 _GAP = 4  # pixels between tiles
 
 
-class PictureError(ValueError):
-    """A file that is no usable picture: which, why, and what to do."""
-
-    def __init__(self, name: str, fault: str, fix: str) -> None:
-        super().__init__(f"{name}: {fault}. {fix}")
-        self.name, self.fault, self.fix = name, fault, fix
-
-    def __reduce__(self) -> tuple[type[PictureError], tuple[str, str, str]]:
-        """So that a worker process can hand it back."""
-        return type(self), (self.name, self.fault, self.fix)
+def sources() -> list[Path]:
+    """The files of code between a picture's bytes and its pixels."""
+    here = Path(__file__).parent
+    return [here / name for name in ("images.py", "frames.py", "dicom.py", "nifti.py")]
 
 
 def decoder_key(source: str) -> str:
@@ -40,8 +48,9 @@ def decoder_key(source: str) -> str:
 
     What it made of a picture's bytes may be kept under their sha256 as long as this stays the same.
     """
-    code = (Path(file).read_bytes() for file in (__file__, source))
-    return hashlib.sha256(b"\0".join([*code, PIL.__version__.encode()])).hexdigest()[:32]
+    code = [file.read_bytes() for file in (*sources(), Path(source))]
+    versions = [PIL.__version__, *(version(name) for name in ("pydicom", "python-gdcm", "nibabel"))]
+    return hashlib.sha256(b"\0".join([*code, *(text.encode() for text in versions)])).hexdigest()[:32]
 
 
 def read_bytes(path: Path, name: str | None = None) -> bytes:
@@ -114,15 +123,100 @@ def decode(data: bytes, name: str) -> np.ndarray:
     """Encoded picture -> (H, W, 3) uint8 RGB.
 
     Grey beyond 8 bits (and float) is windowed to 8 bits by its own minimum and maximum; alpha is
-    composited over black; the EXIF orientation is applied; of several frames the first is taken.
+    composited over black; the EXIF orientation is applied; of several frames of a TIFF the first is taken.
+    DICOM and NIfTI are known by their bytes and shown as ``medfocus.dicom`` and ``medfocus.nifti`` say; of
+    several frames or slices nobody has chosen one, so they are refused.
     Raises PictureError, a ValueError, naming ``name``, the fault and the fix.
     """
-    return to_rgb(open_picture(data, name), name)
+    stack = open_stack(data, name)
+    if stack is None:
+        return to_rgb(open_picture(data, name), name)
+    if stack.only is None:
+        fix = "Name the one that is meant behind a #, or export it as a file of its own."
+        raise PictureError(name, "holds several pictures", fix)
+    return _rgb(stack.pixels(stack.only))
+
+
+def open_stack(data: bytes, name: str) -> Dicom | Volume | None:
+    """A DICOM or NIfTI file, within the limits of this module; None for what is neither by its bytes.
+
+    Raises PictureError, a ValueError, naming ``name``.
+    """
+    kind = frames.kind(data)
+    if not kind:
+        return None
+    _check_bytes(len(data), name)
+    if kind == "dicom":
+        from medfocus.dicom import Dicom
+
+        return Dicom(data, name, most_pixels=MOST_PIXELS, most_bytes=MOST_BYTES)
+    from medfocus.nifti import Volume
+
+    return Volume(data, name, most_pixels=MOST_PIXELS)
 
 
 def read(path: Path) -> np.ndarray:
-    """Picture file -> (H, W, 3) uint8 RGB; see ``decode``. Raises FileNotFoundError or ValueError."""
-    return decode(read_bytes(path), str(path))
+    """Picture file -> (H, W, 3) uint8 RGB; see ``decode``. ``x.dcm#07`` is a frame, see ``medfocus.frames``.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    return read_named(path)[1]
+
+
+def read_named(path: Path) -> tuple[str, np.ndarray]:
+    """A picture's sha256 hex, as its record has it, and its pixels; see ``read``."""
+    file, frame = frames.split(path)
+    if frame:
+        stack = _lately_opened(file)
+        frame = stack.find(frame)
+        return frames.digest(stack.sha256, frame), _rgb(stack.pixels(frame))
+    data = read_bytes(path)
+    return hashlib.sha256(data).hexdigest(), decode(data, str(path))
+
+
+def frames_of(path: Path) -> list[Path]:
+    """The pictures of a file: its frames or axial slices by their names, or the path itself for its only one.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    file, frame = frames.split(path)
+    if frame or not frames.kind(_head(file)):
+        return [path]
+    stack = _lately_opened(file)
+    if stack.only is not None:
+        return [path]
+    return [path.with_name(f"{path.name}{frames.MARK}{name}") for name in stack.names()]
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(4096)
+
+
+_lately: OrderedDict[tuple[object, ...], Dicom | Volume] = OrderedDict()
+_lately_lock = threading.Lock()
+
+
+def _lately_opened(file: Path) -> Dicom | Volume:
+    """An opened file of several pictures, for they are asked for one after the other.
+
+    The last one is kept, and those before it up to MOST_KEPT bytes. Raises as ``read`` does.
+    """
+    status = file.stat()
+    key = (os.path.realpath(file), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    with _lately_lock:  # or each of several threads would open it
+        stack = _lately.pop(key, None) or open_stack(read_bytes(file), str(file))
+        if stack is None:
+            raise PictureError(str(file), "holds one picture", "Leave out the # and what follows.")
+        _lately[key] = stack
+        while len(_lately) > 1 and sum(kept.size for kept in _lately.values()) > MOST_KEPT:
+            _lately.popitem(last=False)
+        return stack
+
+
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, 3) uint8 -> (H, W, 3)."""
+    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels)
 
 
 def grey(picture: np.ndarray) -> np.ndarray:
