@@ -18,7 +18,7 @@ from PIL import Image
 from flows.cli import terminal
 from medfocus import images
 from medfocus.images import PictureError
-from medfocus.ingest import SUFFIXES
+from medfocus.listing import SUFFIXES
 from medfocus.records import Record, chunks
 
 if TYPE_CHECKING:
