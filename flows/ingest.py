@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.study import here
+from medfocus import patients
 from medfocus.ingest import ingest, write_left_out
 from medfocus.records import write_manifest
 
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         patient_pattern=params.patient_pattern,
         progress=sys.stderr.isatty(),
         cache=study.shared_cache("pictures"),
+        slices=(params.slices.axis, params.slices.every),
+        salt_file=study.home / patients.FILE,
     )
     reports = Path("reports/data", dataset)
     reports.mkdir(parents=True, exist_ok=True)

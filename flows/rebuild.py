@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Sequence
 
 from flows import evaluate, finetune
 from flows.cells import Cell, Dataset, support_views
 from flows.study import Study, here
+from medfocus import images
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,7 +30,7 @@ def rebuild(study: Study, cell: Cell) -> tuple[dict[str, float], str]:
     dataset = Dataset(study, cell.dataset, study.encoder())
     support, test = dataset.support_paths(cell), dataset.splits.test
     for path in (*support, *test):
-        if hashlib.sha256((dataset.root / path).read_bytes()).hexdigest() != dataset.records[path].sha256:
+        if images.read_named(dataset.root / path)[0] != dataset.records[path].sha256:
             raise ValueError(f"{dataset.root / path}: changed since the run; bring back the picture of then.")
     if support:
         views = support_views(study.params, cell.method)

@@ -22,7 +22,7 @@ from medfocus.records import Record
 from medfocus.splits import components
 
 _KNOWN = "pictures.npz"  # in the model's folder: what it was made with
-_CHUNK = 64  # pictures served at once; each prediction holds an overlay
+_CHUNK = 16  # pictures at once; each prediction holds an overlay
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ class _Challenger:
         labels: list[str] = []
         for start in range(0, len(self.test), _CHUNK):
             some = self.test[start : start + _CHUNK]
-            labels += [p.label for p in predictor.predict([images.read_bytes(self._file(r)) for r in some])]
+            pictures = [self.dataset.picture(record) for record in some]
+            labels += [said.label for said in predictor.predict_decoded(pictures)]
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{id(self)}.npy")
         np.save(beside, np.array(labels), allow_pickle=False)
@@ -175,9 +176,6 @@ class _Challenger:
             statistics=np.stack(numbers),
             encoder=self.dataset.encoder.key,
         )
-
-    def _file(self, record: Record) -> Path:
-        return self.dataset.root / record.path
 
 
 def _predictions(dataset: str, cell: Cell) -> tuple[np.ndarray, np.ndarray]:

@@ -23,11 +23,11 @@ from typing import Any, cast
 
 import numpy as np
 import pydicom
-from pydicom.datadict import DicomDictionary
+from pydicom.datadict import dictionary_has_tag
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame, parse_basic_offsets, parse_fragments
 from pydicom.filereader import read_dataset, read_preamble
-from pydicom.pixels import get_decoder
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import (
     apply_color_lut,
     apply_modality_lut,
@@ -52,7 +52,8 @@ _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _NAMED = ("SOPClassUID", "Modality", "PatientID", "BodyPartExamined", *_PIXELS)
 _DERIVED = ("SEG", "RTDOSE")  # pixels that are regions or doses
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-_TAGS = [tag for tag in DicomDictionary if tag >> 16 == 0x0028]  # how pixels are stored and shown
+# How pixels are stored and shown.
+_TAGS = [tag for tag in range(0x00280000, 0x00290000) if dictionary_has_tag(tag)]
 _BLOCK = 1 << 20  # bytes inflated at once to be counted
 _MOST_RUNS = 16_000_000  # bytes of an RLE frame, which may unpack to 64 times as many
 _FIX = "Export it again, uncompressed for one, or remove it."
@@ -61,6 +62,9 @@ _ONE = threading.RLock()  # warnings and logs are silenced for the whole process
 
 class Dicom:
     """An opened DICOM file; see ``medfocus.frames.Stack``."""
+
+    is_volume = False
+    volumes = 1
 
     def __init__(self, data: bytes, name: str, *, most_pixels: int, most_bytes: int) -> None:
         """Read the header. No pixel is decoded, and none at all of a file that is past a limit.
@@ -95,7 +99,7 @@ class Dicom:
 
     @property
     def only(self) -> str | None:
-        """"" where there is one frame."""
+        """ "" where there is one frame."""
         return "" if self.frames == 1 else None
 
     def find(self, frame: str) -> str:

@@ -430,8 +430,7 @@ def _opened(X: Pictures) -> list[_Picture]:
 
 def _open(given: Any, name: str) -> _Picture:
     if isinstance(given, str | os.PathLike):
-        data = images.read_bytes(Path(given))
-        return _Picture(hashlib.sha256(data).hexdigest(), images.decode(data, os.fspath(given)))
+        return _Picture(*images.read_named(Path(given)))
     if not isinstance(given, np.ndarray):
         raise ValueError(f"{name} is {type(given).__name__}; give an array of uint8 or a path.")
     grey, colour = given.ndim == 2, given.ndim == 3 and given.shape[2] == 3

@@ -7,6 +7,7 @@ padded with zeros, so that sorting is order. A file whose own name has a ``#`` s
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -33,11 +34,17 @@ class PictureError(ValueError):
 
 
 class Stack(Protocol):
-    """An opened file of one picture or more, all of one size, as ``medfocus.dicom`` and ``.nifti`` make it."""
+    """An opened file of one picture or more, all of one size; see ``medfocus.dicom`` and ``.nifti``."""
 
     sha256: str  # of the file's bytes
     mode: str  # Pillow's word for what is stored: "L", "I;16", "F", "RGB"
     size: int  # bytes that it keeps in memory
+    is_volume: bool  # whether its pictures are slices
+    volumes: int  # of which the first is used
+    patient_id: str  # as the header has it, for ``medfocus.patients`` alone; "" where it has none
+    modality: str  # DICOM's word: "CR", "DX", "CT", "MR", "US", ...; "" where unknown
+    body_part: str  # DICOM's word: "CHEST", "HEAD", ...; "" where unknown
+    is_burnt_in: bool  # whether the header says that there is text in the pixels
 
     @property
     def only(self) -> str | None:
@@ -50,6 +57,10 @@ class Stack(Protocol):
 
     def find(self, frame: str) -> str:
         """The full name of a picture that is named with or without zeros. Raises PictureError."""
+        ...
+
+    def has_window(self, frame: str) -> bool:
+        """Whether it is known how to show the picture; else it goes from its minimum to its maximum."""
         ...
 
     def pixels(self, frame: str) -> np.ndarray:
@@ -72,10 +83,25 @@ def kind(data: bytes) -> Literal["dicom", "nifti", ""]:
 
 def split(path: Path) -> tuple[Path, str]:
     """A file, and the name of the picture in it: "" for a file that is one picture, or that is not there."""
-    file, mark, frame = path.name.rpartition(MARK)
-    if not mark or not file or path.exists() or not path.with_name(file).is_file():
+    file, _, frame = path.name.rpartition(MARK)
+    try:
+        if not file or path.exists() or not path.with_name(file).is_file():
+            return path, ""
+    except (OSError, ValueError):  # too long a name, or one with a null byte
         return path, ""
     return path.with_name(file), frame
+
+
+def stem(name: str) -> str:
+    """A file's name without its suffix, .nii.gz being one."""
+    packed = name.casefold().endswith(".nii.gz")
+    return name[: -len(".nii.gz")] if packed else Path(name).stem
+
+
+def flat(name: str) -> str:
+    """A picture's name for files that are made of it: that of ``x.dcm#07`` is ``x_07``."""
+    found = re.fullmatch(r"(.+)#(\d+|[xyz]=\d+)", name)
+    return f"{stem(found[1])}_{found[2]}" if found else stem(name)
 
 
 def digest(sha256: str, frame: str) -> str:

@@ -16,31 +16,21 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from medfocus import frames
-from medfocus.frames import PictureError
-
-if TYPE_CHECKING:
-    from medfocus.dicom import Dicom
-    from medfocus.nifti import Volume
+from medfocus.frames import PictureError, Stack
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; it opens no file with another decoder
 MOST_PIXELS = 64_000_000  # of one picture
 MOST_BYTES = 256_000_000  # of one file
 MOST_KEPT = 1_000_000_000  # of the opened files of several pictures that are kept for the next of theirs
+SOURCES = ("images.py", "frames.py", "dicom.py", "nifti.py")  # between a picture's bytes and its pixels
 _CAPTION_HEIGHT = 14  # pixels under each tile of a contact sheet
 _GAP = 4  # pixels between tiles
-
-
-def sources() -> list[Path]:
-    """The files of code between a picture's bytes and its pixels."""
-    here = Path(__file__).parent
-    return [here / name for name in ("images.py", "frames.py", "dicom.py", "nifti.py")]
 
 
 def decoder_key(source: str) -> str:
@@ -48,7 +38,8 @@ def decoder_key(source: str) -> str:
 
     What it made of a picture's bytes may be kept under their sha256 as long as this stays the same.
     """
-    code = [file.read_bytes() for file in (*sources(), Path(source))]
+    here = Path(__file__).parent
+    code = [file.read_bytes() for file in (*(here / name for name in SOURCES), Path(source))]
     versions = [PIL.__version__, *(version(name) for name in ("pydicom", "python-gdcm", "nibabel"))]
     return hashlib.sha256(b"\0".join([*code, *(text.encode() for text in versions)])).hexdigest()[:32]
 
@@ -137,7 +128,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
     return _rgb(stack.pixels(stack.only))
 
 
-def open_stack(data: bytes, name: str) -> Dicom | Volume | None:
+def open_stack(data: bytes, name: str) -> Stack | None:
     """A DICOM or NIfTI file, within the limits of this module; None for what is neither by its bytes.
 
     Raises PictureError, a ValueError, naming ``name``.
@@ -188,16 +179,28 @@ def frames_of(path: Path) -> list[Path]:
     return [path.with_name(f"{path.name}{frames.MARK}{name}") for name in stack.names()]
 
 
+def told_by_header(path: Path) -> tuple[str, str]:
+    """How and of what a DICOM file was taken, in DICOM's words ("CR", "CHEST"); empty where it is not told.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    file, _ = frames.split(path)
+    if frames.kind(_head(file)) != "dicom":
+        return "", ""
+    stack = _lately_opened(file)
+    return stack.modality, stack.body_part
+
+
 def _head(file: Path) -> bytes:
     with file.open("rb") as opened:
         return opened.read(4096)
 
 
-_lately: OrderedDict[tuple[object, ...], Dicom | Volume] = OrderedDict()
+_lately: OrderedDict[tuple[object, ...], Stack] = OrderedDict()
 _lately_lock = threading.Lock()
 
 
-def _lately_opened(file: Path) -> Dicom | Volume:
+def _lately_opened(file: Path) -> Stack:
     """An opened file of several pictures, for they are asked for one after the other.
 
     The last one is kept, and those before it up to MOST_KEPT bytes. Raises as ``read`` does.

@@ -22,26 +22,17 @@ names every fault of every weight.
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
-from tqdm import tqdm
-
-from medfocus import images
+from medfocus import images, opening
 from medfocus.listing import Fault, check_spellings, label_of, list_folders, list_manifest, with_patients
-from medfocus.listing import Listed as _Listed
 from medfocus.listing import Report as _Report
-from medfocus.records import Record, chunks
+from medfocus.patients import Salt
+from medfocus.records import Record
 from medfocus.shards import Shards
-
-_AT_ONCE = 1000  # pictures of which the cache is asked together
 
 
 @dataclass(frozen=True)
@@ -73,6 +64,8 @@ def ingest(
     workers: int | None = None,
     progress: bool = False,
     cache: str | Path | None = None,
+    slices: tuple[int, int] = (2, 1),
+    salt_file: Path | None = None,
 ) -> Ingested:
     """Read, open and check every picture of the data set at ``root``.
 
@@ -85,6 +78,9 @@ def ingest(
         progress: Whether a bar is shown.
         cache: A folder, or what fsspec knows, that keeps by their bytes what decoding said of good pictures:
             those in it are read and not decoded again.
+        slices: The axis of the patient's along which volumes are cut (0 sagittal, 1 coronal, 2 axial), and
+            every how many'th slice is taken.
+        salt_file: What patients' ids in DICOM headers are made pseudonyms with; see ``medfocus.patients``.
 
     Raises:
         FileNotFoundError: ``root`` or the manifest does not exist.
@@ -98,8 +94,10 @@ def ingest(
     listed = list_folders(root, report) if manifest is None else list_manifest(root, manifest, report)
     listed = with_patients(listed, patient_pattern, report)
     check_spellings(listed, report)
-    known = None if cache is None else Shards(f"{cache}/{images.decoder_key(__file__)}", ".json")
-    records = _open_all(root, [item for item in listed if item.path], workers, progress, known, report)
+    known = None if cache is None else Shards(f"{cache}/{images.decoder_key(opening.__file__)}", ".json")
+    reading = opening.Reading(*slices, Salt(salt_file))
+    files = [item for item in listed if item.path]
+    records = opening.open_all(root, files, reading, workers, progress, known, report)
     records = _check_bytes(records, report)
     _check_classes({label_of(item.label) for item in listed}, records, report)
     if report.fatal:
@@ -113,87 +111,6 @@ def write_left_out(left_out: Iterable[Fault], path: Path) -> None:
         writer = csv.DictWriter(file, [f.name for f in fields(Fault)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(fault) for fault in left_out)
-
-
-class _Facts(NamedTuple):
-    """What decoding a picture says of it."""
-
-    width: int
-    height: int
-    mode: str
-    frames: int
-
-
-def _open_all(
-    root: Path,
-    files: Sequence[_Listed],
-    workers: int | None,
-    progress: bool,
-    known: Shards | None,
-    report: _Report,
-) -> list[Record]:
-    records: list[Record] = []
-    with (
-        ThreadPoolExecutor(workers or os.cpu_count()) as pool,  # Pillow decodes outside of the GIL
-        tqdm(desc="pictures", total=len(files), disable=not progress) as bar,
-    ):
-        for some in chunks(files, _AT_ONCE):
-            there: dict[str, _Facts] = {}
-            if known is not None:
-                hashes = {sha for sha in pool.map(lambda item: _hash(root, item), some) if sha}
-                there = {sha: _Facts(*json.loads(facts)) for sha, facts in known.read(hashes)}
-            opened = pool.map(lambda item, there=there: _open(root, item, there), some)
-            for item, result in zip(some, opened, strict=True):
-                bar.update()
-                if isinstance(result, images.PictureError):
-                    report.leave_out(item.path, result.fault, result.fix)
-                    continue
-                sha, facts = result
-                size = (facts.width, facts.height, facts.mode)
-                label = label_of(item.label)
-                records.append(Record(item.path, sha, *size, label, item.split, item.patient))
-                if facts.frames > 1:
-                    fault = f"holds {facts.frames} pictures, of which the first is used"
-                    report.mention(item.path, fault, "Export each as a file of its own.")
-                if known is not None and sha not in there:
-                    known.put([(sha, json.dumps(facts).encode())])
-    if known is not None:
-        known.close()
-    return records
-
-
-def _hash(root: Path, item: _Listed) -> str | None:
-    """sha256 hex over a file's bytes; None where they cannot be read, of which ``_open`` tells."""
-    try:
-        return hashlib.sha256(images.read_bytes(root / item.path, item.path)).hexdigest()
-    except (OSError, images.PictureError):
-        return None
-
-
-def _open(root: Path, item: _Listed, known: Mapping[str, _Facts]) -> tuple[str, _Facts] | images.PictureError:
-    """One file's sha256 and facts, or why it is no picture; decoded where it is not ``known``."""
-    try:
-        data = images.read_bytes(root / item.path, item.path)
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 in known:
-            return sha256, known[sha256]
-        picture = images.open_picture(data, item.path)
-        images.to_rgb(picture, item.path)
-        frames = _frames(data, item.path) if picture.format == "TIFF" else 1
-    except OSError as error:
-        return images.PictureError(item.path, f"cannot be read ({error.strerror})", "Copy or link it again.")
-    except images.PictureError as error:
-        return error
-    return sha256, _Facts(picture.width, picture.height, picture.mode, frames)
-
-
-def _frames(data: bytes, name: str) -> int:
-    try:
-        with images.read_header(data, name) as stack:
-            return getattr(stack, "n_frames", 1)
-    except Exception as error:  # as in ``images.open_picture``
-        fault = f"holds several pictures, of which a later one is broken ({error})"
-        raise images.PictureError(name, fault, "Export the first as PNG, or remove it.") from error
 
 
 def _check_bytes(records: list[Record], report: _Report) -> list[Record]:

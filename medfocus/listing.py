@@ -15,7 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+from medfocus import frames
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom", ".nii", ".nii.gz")
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _SPLITS |= {"test": "test", "testing": "test", "all": ""}
 _MASKS = "masks"
@@ -72,11 +74,11 @@ def list_folders(root: Path, report: Report) -> list[Listed]:
         names = ", ".join(folder.name for folder in splits)
         report.stop("all", f"stands beside split folders ({names})", "Keep either all or the others.")
     for folder in folders if splits else []:
-        if folder not in splits and (count := sum(map(_is_picture, _files(folder)))):
+        if folder not in splits and (count := sum(map(is_picture, _files(folder)))):
             fault = f"holds {count} pictures beside the split folders, but is none itself"
             fix = "Move them into train, val, test or all to have them in."
             report.leave_out(folder.name, fault, fix)
-    loose = [entry for folder in (root, *splits) for entry in _entries(folder) if _is_picture(entry)]
+    loose = [entry for folder in (root, *splits) for entry in _entries(folder) if is_picture(entry)]
     for file in loose:
         fix = "Move it into the folder of its class."
         report.leave_out(file.relative_to(root).as_posix(), "lies in no class folder", fix)
@@ -94,14 +96,14 @@ def list_folders(root: Path, report: Report) -> list[Listed]:
 def _list_class(root: Path, folder: Path, split: str, report: Report) -> list[Listed]:
     """The pictures of one class folder, in it and below."""
     files = list(_files(folder))
-    pictures = {(file.parent, file.stem.casefold()) for file in files if _is_picture(file)}
+    pictures = {(file.parent, frames.stem(file.name).casefold()) for file in files if is_picture(file)}
     listed: list[Listed] = []
     for file in files:
         path = file.relative_to(root).as_posix()
-        mask = _MASK_STEM.fullmatch(file.stem.casefold())
+        mask = _MASK_STEM.fullmatch(frames.stem(file.name).casefold())
         if mask and (file.parent, mask[1]) in pictures:
             continue
-        if not _is_picture(file):
+        if not is_picture(file):
             known = ", ".join(suffix[1:] for suffix in SUFFIXES)
             fault = f"is by its name no picture of a known format ({known})"
             report.leave_out(path, fault, "Export it as PNG, or remove it.")
@@ -173,11 +175,12 @@ def _inside(root: Path, folder: Path, path: str) -> str | None:
     """
     top, found = Path(os.path.abspath(root)), None
     for spelling in (path, path.replace("\\", "/")):  # the latter was written on Windows
-        file = Path(os.path.abspath(folder / spelling))
-        if not file.is_relative_to(top) or not _real(file).is_relative_to(_real(top)):
+        named = Path(os.path.abspath(folder / spelling))
+        file, _ = frames.split(named)  # of one slice its volume
+        if not named.is_relative_to(top) or not _real(file).is_relative_to(_real(top)):
             found = None
         elif _is_file(file):
-            return file.relative_to(top).as_posix()
+            return named.relative_to(top).as_posix()
         else:
             found = ""
     return found
@@ -214,8 +217,19 @@ def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield entry
 
 
-def _is_picture(file: Path) -> bool:
-    return file.suffix.casefold() in SUFFIXES and not file.is_dir()
+def is_picture(file: Path) -> bool:
+    """Whether a file is one by its name, or by DICOM's mark in it: scanners give names without a suffix."""
+    return not file.is_dir() and (file.name.casefold().endswith(SUFFIXES) or _is_marked(file))
+
+
+def _is_marked(file: Path) -> bool:
+    try:
+        if not file.is_file():
+            return False
+        with file.open("rb") as opened:
+            return opened.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def _is_split(folder: Path) -> bool:

@@ -1,8 +1,8 @@
 """NIfTI: the bytes of a volume -> its slices, upright.
 
-The axes are turned to those of the patient (x to the right, y to the front, z to the head; what nibabel calls
-RAS+), and a slice is shown as radiologists look at it: head or front up, the patient's right on the left side.
-Voxels are not made square.
+The axes are turned to those of the patient: x to the right, y to the front, z to the head (nibabel's RAS+). A
+slice is shown as radiologists look at it, head or front up, the patient's right on the left. Voxels are not
+made square.
 
 One window for the whole volume, from the 1st to the 99th percentile of its voxels: with a window of its own
 every slice would look alike bright, and minimum and maximum are set by one hot voxel or one speck of metal.
@@ -35,11 +35,15 @@ _FIX = "Export it again as a NIfTI file of one volume, or remove it."
 class Volume:
     """An opened NIfTI file; see ``medfocus.frames.Stack``."""
 
+    is_volume = True
+    patient_id = modality = body_part = ""  # a NIfTI header has none
+    is_burnt_in = False
+
     def __init__(self, data: bytes, name: str, *, most_pixels: int) -> None:
         """Unpack and turn a volume; of four dimensions, the first of its volumes.
 
-        Raises PictureError naming ``name`` for broken bytes, for more than MOST_BYTES, for slices of more than
-        ``most_pixels``, for a header that promises more than there is, and for colours or complex numbers.
+        Raises PictureError naming ``name`` for broken bytes, more than MOST_BYTES, slices of more than
+        ``most_pixels``, a header that promises more than there is, and colours or complex numbers.
         """
         self.name, self.sha256 = name, hashlib.sha256(data).hexdigest()
         unpacked = _unpacked(data, name)
@@ -56,7 +60,9 @@ class Volume:
         self.size = len(unpacked)
         shape = self._voxels.shape
         if max(shape[0] * shape[1], shape[0] * shape[2], shape[1] * shape[2]) > most_pixels:
-            fault = f"has slices of {' x '.join(map(str, shape))} voxels; {most_pixels // 1_000_000} megapixels"
+            fault = (
+                f"has slices of {' x '.join(map(str, shape))} voxels; {most_pixels // 1_000_000} megapixels"
+            )
             raise PictureError(name, f"{fault} are the most that is decoded", "Scale it down, or remove it.")
         kind = self._voxels.dtype.kind
         self.mode = "F" if kind == "f" else "L" if self._voxels.dtype.itemsize == 1 else "I;16"
@@ -81,6 +87,10 @@ class Volume:
         ends = ", ".join(f"{axis}={n - 1}" for axis, n in zip(AXES, self._voxels.shape, strict=True))
         fault = f"has no slice {frame!r}; they go from 0 to {ends}"
         raise PictureError(self.name, fault, "Correct what stands behind the #.")
+
+    def has_window(self, frame: str) -> bool:
+        """Every slice has the volume's."""
+        return True
 
     def pixels(self, frame: str) -> np.ndarray:
         """(H, W) uint8."""
@@ -107,7 +117,7 @@ def _unpacked(data: bytes, name: str) -> bytes:
 
 
 def _voxels(header: Any, unpacked: bytes, name: str) -> tuple[np.ndarray, int]:
-    """The first volume (X, Y, Z) in the patient's axes, its voxels as stored; and how many volumes there are."""
+    """The first volume (X, Y, Z) in the patient's axes, its voxels as stored; and how many there are."""
     shape = tuple(int(n) for n in header.get_data_shape())
     dtype = header.get_data_dtype()
     if bytes(header["magic"]).startswith(b"ni1"):
@@ -122,7 +132,9 @@ def _voxels(header: Any, unpacked: bytes, name: str) -> tuple[np.ndarray, int]:
     if count * dtype.itemsize > MOST_BYTES:
         raise _too_large(name)
     if offset < 0 or offset + count * dtype.itemsize > len(unpacked):
-        fault = f"promises {count * dtype.itemsize} bytes of voxels and holds {max(0, len(unpacked) - offset)}"
+        fault = (
+            f"promises {count * dtype.itemsize} bytes of voxels and holds {max(0, len(unpacked) - offset)}"
+        )
         raise PictureError(name, fault, "Copy it again, or remove it.")
     voxels = np.frombuffer(unpacked, dtype, count, offset).reshape(first, order="F")
     turned = apply_orientation(voxels, io_orientation(header.get_best_affine()))

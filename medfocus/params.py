@@ -1,6 +1,7 @@
 """params.yaml -> frozen dataclasses, one a section; every fault of the file is reported at once.
 
-No field has a default: every number of a study stands in its params.yaml. What depends on the
+No field has a default but ``slices`` of a data set, which most have no use for: every number of a
+study stands in its params.yaml. What depends on the
 data (enough pictures a class, files that exist) is checked where the data is.
 """
 
@@ -70,6 +71,14 @@ class StudyParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class SlicesParams:
+    """Which slices of a NIfTI volume are pictures."""
+
+    axis: Annotated[int, Field(ge=0, le=2)]  # of the patient: 0 sagittal, 1 coronal, 2 axial slices
+    every: Positive  # so many'th slice
+
+
+@dataclass(frozen=True, config=_strict)
 class DatasetParams:
     """One data set: where its pictures are and how they are spoken of."""
 
@@ -82,6 +91,7 @@ class DatasetParams:
     names: dict[str, str]  # label -> the words for it in a text prompt; the label itself where absent
     templates: tuple[str, ...]  # text prompts with {c} for the class; empty: the modality's own
     flip: bool  # whether views may be mirrored; never for chest films
+    slices: SlicesParams = SlicesParams(2, 1)  # of volumes; the one field that may be left out
 
 
 @dataclass(frozen=True, config=_strict)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from medfocus import images
+from medfocus import frames, images
 from medfocus.masks.choose import connected
 
 if TYPE_CHECKING:
@@ -23,10 +23,11 @@ LEAST_PART = 0.1  # of the largest connected part: smaller ones get no point of 
 def known_region(root: Path, path: str, height: int, width: int) -> np.ndarray | None:
     """The known region (H, W) bool of the picture ``path`` below ``root``; None for none or an empty one.
 
-    ``root/masks/<path>.png`` is united with all ``root/masks/<path without suffix>_mask*.png``, each brought
-    to the picture's size. Raises as ``medfocus.images.read`` does.
+    ``root/masks/<path without suffix>.png`` is united with all ``root/masks/<path without
+    suffix>_mask*.png``, each brought to the picture's size; those of ``x.dcm#07`` begin with ``x_07``.
+    Raises as ``medfocus.images.read`` does.
     """
-    place = (root / "masks" / path).with_suffix(".png")
+    place = root / "masks" / Path(path).with_name(f"{frames.flat(Path(path).name)}.png")
     files = [place] if place.is_file() else []
     files += place.parent.glob(f"{glob.escape(place.stem)}_mask*.png")
     region = np.zeros((height, width), bool)

@@ -12,7 +12,7 @@ import numpy as np
 
 from medfocus.focus import FILL
 from medfocus.focus import focus as apply_focus
-from medfocus.images import letterbox
+from medfocus.images import SOURCES, letterbox
 
 AREA = (0.5, 1.0)  # share of the picture that a random crop keeps, as the method's authors have it
 _KEPT = 0.5  # share of the mask that has to be left in a crop
@@ -105,5 +105,5 @@ def _window(plane: np.ndarray, crop: Crop) -> tuple[slice, slice]:
 def _code_digest() -> str:
     """sha256 hex over the sources between a decoded picture and its view."""
     here = Path(__file__).parent
-    sources = [(here / name).read_bytes() for name in ("images.py", "focus.py", "views.py")]
+    sources = [(here / name).read_bytes() for name in (*SOURCES, "focus.py", "views.py")]
     return hashlib.sha256(b"\0".join(sources)).hexdigest()

@@ -15,8 +15,8 @@ from typing import get_args
 
 import yaml
 
-from flows.cli.modality import Guess, guess, look_at
-from medfocus import files
+from flows.cli.modality import Guess, guess, look_at, told
+from medfocus import files, images, patients
 from medfocus.data_warnings import data_warnings
 from medfocus.duplicates import find_duplicates, groups, twins
 from medfocus.ingest import Ingested, ingest
@@ -107,6 +107,7 @@ def describe(
         patient_pattern=patient_pattern,
         progress=shown,
         cache=caches / "pictures",
+        salt_file=home / patients.FILE,
     )
     records = found.records
     pairs = find_duplicates(records, folder, progress=shown, cache=caches / "thumbnails")
@@ -123,9 +124,12 @@ def describe(
     except ValueError as error:
         raise ValueError(f"{data}: {error}") from error
     labels = [record.label for record in records]
-    look = look_at([folder / records[i].path for i in spread_over_classes(labels, _GLANCED)])
+    glanced = [folder / records[i].path for i in spread_over_classes(labels, _GLANCED)]
     texts = [folder.name, data.stem, *splits.classes]
-    known = Guess(modality, "as it was given") if modality else guess(texts, look)
+    if modality:
+        known = Guess(modality, "as it was given")
+    else:
+        known = told(map(images.told_by_header, glanced)) or guess(texts, look_at(glanced))
     duplicates = [_duplicates(len(twins(pairs)), len(pairs), len(records))] if pairs else []
     return Described(
         name=name or slug(data.stem if manifest else folder.name),

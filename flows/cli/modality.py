@@ -76,6 +76,34 @@ _KINDS = {
 _TECHNIQUES = frozenset().union(*(kind.technique for kind in _KINDS.values()))
 
 
+# DICOM's words for how something is taken -> for what of the body, "" if not told -> the modality.
+_LUNGS = ("CHEST", "THORAX", "LUNG")
+_TOLD = {
+    **dict.fromkeys(("CR", "DX", "DR"), dict.fromkeys(_LUNGS, "chest_xray")),
+    "CT": dict.fromkeys((*_LUNGS, ""), "chest_ct"),
+    "MR": dict.fromkeys(("BRAIN", "HEAD"), "brain_mri"),
+    "US": {"BREAST": "breast_ultrasound"},
+}
+
+
+def told(headers: Iterable[tuple[str, str]]) -> Guess | None:
+    """The modality by DICOM's tags Modality and BodyPartExamined; None where these do not decide.
+
+    They do where all pictures have the same, and the part is one that is known here.
+    """
+    several = set(headers)
+    if len(several) != 1:
+        return None
+    [(modality, body_part)] = several
+    for word, meant in _TOLD.get(modality, {}).items():
+        if word == body_part or (word and word in body_part):
+            part = f", BodyPartExamined {body_part}" if body_part else ""
+            return Guess(meant, f"by DICOM's Modality {modality}{part}")
+    if modality and body_part:
+        return Guess(OTHER, f"DICOM's Modality is {modality}, BodyPartExamined {body_part}")
+    return None
+
+
 def look_at(files: Sequence[Path]) -> Look:
     """What readable pictures look like; at least one is needed."""
     rows = []

@@ -6,7 +6,6 @@ A file that cannot be read is told in a line and left out; the others go on.
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from flows.cli import terminal
-from medfocus import images
+from medfocus import frames, images
 from medfocus.images import PictureError
-from medfocus.listing import SUFFIXES
+from medfocus.listing import SUFFIXES, is_picture
 from medfocus.records import Record, chunks
 
 if TYPE_CHECKING:
@@ -34,8 +33,8 @@ PREDICTIONS, EXPLANATIONS, MASKS = "predictions.csv", "explanations.csv", "masks
 class Given:
     """A user's picture, read."""
 
-    path: Path
-    data: bytes
+    path: Path  # of a frame or slice with its name behind a #
+    sha256: str  # as a record has it
     pixels: np.ndarray  # (H, W, 3) uint8 RGB
 
 
@@ -49,7 +48,8 @@ class Pictures:
 
     def batches(self) -> Iterator[list[Given]]:
         """What can be read, a few at a time, with a bar."""
-        files = list(dict.fromkeys(file for path in self.given for file in _below(path)))
+        below = (file for path in self.given for file in _below(path))
+        files = list(dict.fromkeys(one for file in below for one in _pictures_in(file)))
         for path in self.given:
             if path.is_dir() and not any(True for _ in _below(path)):
                 known = ", ".join(suffix[1:] for suffix in SUFFIXES)
@@ -62,8 +62,7 @@ class Pictures:
 
     def _read(self, path: Path) -> Given | None:
         try:
-            data = images.read_bytes(path)
-            return Given(path, data, images.decode(data, str(path)))
+            return Given(path, *images.read_named(path))
         except PictureError as error:
             self._tell(error)
         except OSError as error:
@@ -90,7 +89,7 @@ class Folder:
 
     def picture(self, source: Path, kind: str, pixels: np.ndarray) -> str:
         """Save a PNG named after a user's file; its name. A further one of the same name gets a number."""
-        stem, number = f"{source.stem}_{kind}", 1
+        stem, number = f"{frames.flat(source.name)}_{kind}", 1
         while self._is_taken(name := f"{stem}{'' if number == 1 else f'_{number}'}.png"):
             number += 1
         self._taken.add(name)
@@ -229,11 +228,18 @@ def _below(path: Path) -> Iterator[Path]:
         return
     for file in sorted(path.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.suffix.casefold() in SUFFIXES and not hidden and not file.is_dir():
+        if not hidden and is_picture(file):
             yield file
+
+
+def _pictures_in(file: Path) -> list[Path]:
+    """The frames or slices of a file; of another file itself, of a bad one too, for that is told later."""
+    try:
+        return images.frames_of(file)
+    except (PictureError, OSError):
+        return [file]
 
 
 def _record(one: Given) -> Record:
     height, width = one.pixels.shape[:2]
-    sha256 = hashlib.sha256(one.data).hexdigest()
-    return Record(str(one.path), sha256, width, height, "RGB", label="", split="", patient="")
+    return Record(str(one.path), one.sha256, width, height, "RGB", label="", split="", patient="")

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from medfocus import images
+
 STATUSES = ("chosen", "relaxed", "box", "identity")  # the rungs of the fallback ladder, best first
 
 
@@ -58,7 +60,7 @@ def code_digest(package: Path) -> str:
     """
     digest = hashlib.sha256()
     sources = (path for path in sorted((package / "masks").glob("*.py")) if path.name != "store.py")
-    for path in [*sources, package / "images.py"]:
+    for path in [*sources, *(package / name for name in images.SOURCES)]:
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -266,10 +266,10 @@ def summarise(rows: Iterable[MaskStatus]) -> list[dict[str, str | int | float]]:
 
 def _read_as_recorded(record: Record, path: Path) -> np.ndarray:
     """The picture (H, W, 3) uint8 of a record, if its file still holds the recorded bytes."""
-    data = images.read_bytes(path)
-    if hashlib.sha256(data).hexdigest() != record.sha256:
+    sha256, picture = images.read_named(path)
+    if sha256 != record.sha256:
         raise ValueError(f"{path}: its bytes are not the manifest's (sha256 differs). Run ingest again.")
-    return images.decode(data, str(path))
+    return picture
 
 
 def _read_facts(data: bytes) -> tuple[str, float, float]:
