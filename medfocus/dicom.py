@@ -132,12 +132,15 @@ class Dicom:
 
     def _check_header(self, most_pixels: int) -> None:
         data, name = self._data, self.name
-        sort = data.SOPClassUID.name if data.get("SOPClassUID") else "DICOM of an unknown sort"
+        uid = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
+        sort = uid.name if uid else "DICOM of an unknown sort"
         pixels = any(tag in data for tag in _PIXELS) and "Rows" in data and "Columns" in data
         if not pixels or data.get("Modality") in _DERIVED:
             fix = "Export the pictures that belong to it, or remove it."
             raise PictureError(name, f"holds no picture ({sort})", fix)
         rows, columns = int(data.Rows), int(data.Columns)
+        if rows < 1 or columns < 1:
+            raise PictureError(name, f"has {columns} x {rows} pixels", _FIX)
         if rows * columns > most_pixels:
             fault = f"has {columns} x {rows} pixels; {most_pixels // 1_000_000} megapixels are the most that "
             fix = "Scale it down or cut it into tiles, or remove it."
