@@ -70,7 +70,8 @@ def read_header(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> I
     try:
         picture = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        fault = f"is no picture in a format that is read ({', '.join(formats)})"
+        known = (*formats, "DICOM", "NIFTI") if formats == FORMATS else formats
+        fault = f"is no picture in a format that is read ({', '.join(known)})"
         raise PictureError(name, fault, "Export it again as PNG, or remove it.") from error
     # Pillow's own guard speaks first where the bounds are passed by far; the sentence is one.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

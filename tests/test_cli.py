@@ -13,6 +13,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,8 +31,9 @@ from medfocus import checkpoint, images, serve
 from medfocus.encoders import build_clip
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.methods import METHODS, Support
-from medfocus.params import load_params
+from medfocus.params import SlicesParams, load_params
 from medfocus.views import view
+from tests.dicoms import dicom, nifti
 
 ROOT = Path(__file__).resolve().parents[1]
 FILM, SLICE, COLOUR = Look(0.0, 0.05, 0.5), Look(0.0, 0.4, 0.2), Look(0.2, 0.0, 0.6)
@@ -108,6 +110,34 @@ def test_init_reads_a_csv_with_its_patients(home: Path, medfocus: Medfocus) -> N
     data = load_params(home / "studies" / "clinic-a.yaml").datasets["clinic-a"]
     assert data.manifest == "clinic a.csv"
     assert "known patient" not in result.output
+
+
+def test_init_reads_patients_and_modality_out_of_dicom_headers(home: Path, medfocus: Medfocus) -> None:
+    for label in "ab":
+        (home / "scans" / label).mkdir(parents=True)
+        for i in range(8):
+            noise = np.random.default_rng(ord(label) * 9 + i).integers(0, 4096, (32, 32)).astype(np.uint16)
+            tags: dict[str, Any] = {"Modality": "CT", "BodyPartExamined": "CHEST", "PatientID": f"MRN-{label}-{i // 2}"}
+            (home / "scans" / label / f"IM{i}").write_bytes(
+                dicom(noise, WindowCenter=9, WindowWidth=9, **tags)
+            )
+    result = medfocus("init", "scans")
+    assert result.exit_code == 0, result.output
+    assert "modality: chest_ct (by DICOM's Modality CT, BodyPartExamined CHEST)" in result.output
+    text = (home / "studies" / "scans.yaml").read_text()
+    assert "known patient" not in text and "Every picture's patient is known" in text
+    assert load_params(home / "studies" / "scans.yaml").datasets["scans"].slices == SlicesParams(2, 1)
+    assert "MRN" not in text + result.output and (home / ".patient-salt").is_file()
+
+
+def test_init_of_volumes_writes_how_they_are_cut(home: Path, medfocus: Medfocus) -> None:
+    for label in "ab":
+        for i in range(4):
+            noise = np.random.default_rng(ord(label) * 9 + i).integers(0, 400, (24, 24, 2)).astype(np.int16)
+            nifti(home / "scans" / label / f"{i}.nii.gz", noise)
+    assert medfocus("init", "scans").exit_code == 0
+    text = (home / "studies" / "scans.yaml").read_text()
+    assert "    slices: {axis: 2, every: 1}\n" in text
 
 
 def test_init_overwrites_nothing_unless_it_is_told_to(home: Path, medfocus: Medfocus) -> None:
@@ -279,7 +309,8 @@ def test_a_file_that_cannot_be_read_is_one_line_and_the_others_go_on(
     assert result.exit_code == 1
     told = [line for line in result.output.splitlines() if ".png" in line]
     assert [line.partition(": ")[2] for line in told] == [
-        "in/broken.png: is no picture in a format that is read (PNG, JPEG, TIFF, BMP, WEBP). "
+        "in/broken.png: is no picture in a format that is read (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
+        "NIFTI). "
         "Export it again as PNG, or remove it.",
         "gone.png: cannot be read (No such file or directory). Correct the path, or copy the file again.",
     ]
@@ -304,6 +335,27 @@ def test_predict_says_what_the_model_says_and_draws_the_mask(
         assert np.array_equal((overlay != images.read(Path(line["file"]))).any(axis=2), prediction.mask)
     again = medfocus("predict", *files, "--out", "out", "--model", model)
     assert again.exit_code == 1 and "predictions.csv is there already" in again.output
+
+
+def test_every_frame_of_a_file_is_answered_under_its_name(
+    home: Path, medfocus: Medfocus, model: Path
+) -> None:
+    pictures = [images.read(shade(home / f"{i}.png", i % 2, 60 + i))[..., 0] for i in range(3)]
+    (home / "in").mkdir()
+    (home / "in" / "cine").write_bytes(dicom(np.stack(pictures), NumberOfFrames=3))
+    volume = np.zeros((40, 30, 11), np.int16)
+    volume[10:20, 10:20] = 90
+    nifti(home / "in" / "head.nii.gz", volume)
+    result = medfocus("predict", "in", "--out", "out", "--model", model)
+    assert result.exit_code == 0, result.output
+    lines = rows(home / "out" / "predictions.csv")
+    slices = [f"in/head.nii.gz#z={z:02}" for z in range(11)]
+    assert [line["file"] for line in lines] == ["in/cine#0", "in/cine#1", "in/cine#2", *slices]
+    assert [line["overlay"] for line in lines[2:4]] == ["cine_2_overlay.png", "head_z=00_overlay.png"]
+    expected = serve.Predictor.load(model).predict_decoded([np.stack([p] * 3, axis=2) for p in pictures])
+    assert [line["label"] for line in lines[:3]] == [one.label for one in expected]
+    assert medfocus("predict", "in/cine#1", "--out", "one", "--model", model).exit_code == 0
+    assert [line["file"] for line in rows(home / "one" / "predictions.csv")] == ["in/cine#1"]
 
 
 def test_explain_shows_each_picture_and_where_the_answer_came_from(

@@ -295,7 +295,7 @@ def test_pydicom_is_not_imported_for_other_pictures(tmp_path: Path) -> None:
     ],
 )
 def test_a_header_that_promises_too_much_is_refused_before_a_pixel_is_decoded(
-    tags: dict[str, int], fault: str, monkeypatch: pytest.MonkeyPatch
+    tags: dict[str, Any], fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader.Dicom, "_stored", lambda *_: pytest.fail("a pixel was decoded"))
     with pytest.raises(images.PictureError) as caught:

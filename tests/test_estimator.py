@@ -21,6 +21,7 @@ from sklearn.utils.validation import check_is_fitted
 from medfocus import MedFocusCLIP, defaults, phantoms
 from medfocus.explain import on_picture
 from medfocus.methods import METHODS
+from tests.dicoms import dicom
 
 ROOT = Path(__file__).resolve().parents[1]
 MODALITY = "breast_ultrasound"
@@ -50,6 +51,15 @@ def fitted() -> MedFocusCLIP:
 
 
 # --- the contract --------------------------------------------------------------------------------
+
+
+def test_files_of_dicom_and_their_frames_are_pictures(tmp_path: Path) -> None:
+    frames, labels = drawn(2)
+    (tmp_path / "x.dcm").write_bytes(dicom(np.stack(frames), NumberOfFrames=len(frames)))
+    paths = [Path(f"{tmp_path / 'x.dcm'}#{i}") for i in range(len(frames))]
+    settings: dict[str, Any] = {"method": "nearest-class-mean", "focus": "none"}
+    of_files = MedFocusCLIP(**settings).fit(paths, labels).predict_proba(paths)
+    assert np.array_equal(of_files, MedFocusCLIP(**settings).fit(frames, labels).predict_proba(frames))
 
 
 class OnRows(MedFocusCLIP):

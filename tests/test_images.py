@@ -99,7 +99,8 @@ def test_picture_that_is_cut_short_is_named_with_its_fix(form: str) -> None:
 
 
 def test_text_is_no_picture() -> None:
-    fault = r"^x: is no picture in a format that is read \(PNG, JPEG, TIFF, BMP, WEBP\)\. Export it again"
+    known = "PNG, JPEG, TIFF, BMP, WEBP, DICOM, NIFTI"
+    fault = rf"^x: is no picture in a format that is read \({known}\)\. Export it again"
     with pytest.raises(ValueError, match=fault):
         images.decode(b"no picture at all", "x")
 

@@ -44,6 +44,22 @@ def test_every_fault_is_reported_with_its_place_and_value(tmp_path: Path) -> Non
     assert "splits.test_fractoin is not a known field" in text
 
 
+def test_slices_may_be_left_out_and_are_checked(tmp_path: Path) -> None:
+    content = yaml.safe_load(DEFAULT.read_text())
+    dataset = content["datasets"]["phantom-chest"]
+    path = tmp_path / "params.yaml"
+    for slices, expected in ((None, (2, 1)), ({"axis": 0, "every": 5}, (0, 5))):
+        if slices:
+            dataset["slices"] = slices
+        path.write_text(yaml.safe_dump(content))
+        found = load_params(path).datasets["phantom-chest"].slices
+        assert (found.axis, found.every) == expected
+    dataset["slices"] = {"axis": 3, "every": 0}
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"slices\.axis is 3: (?s:.*)slices\.every is 0: "):
+        load_params(path)
+
+
 def test_a_study_of_an_unknown_method_lists_the_known_ones(tmp_path: Path) -> None:
     content = yaml.safe_load(DEFAULT.read_text())
     content["study"]["methods"]["medfocusclop"] = ["none"]

@@ -28,10 +28,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from flows import cells, finetune, pipeline, servers
 from medfocus import phantoms
+from tests.dicoms import dicom
 
 FOLDER, FILE, PATIENT = "ROE_RICHARD_1961", "DOE_JANE_1970", "MRN_0815_4711"
 TEXT, EXIF, LEFT_OUT = "DUPONT_MARIE_1955", "MUSTERMANN_ERIKA", "SMITH_JOHN_1948"
-PLANTED = (FOLDER, FILE, PATIENT, TEXT, EXIF, LEFT_OUT)
+HEADER, NAME = "MRN_2718_2818", "ROSSI^MARIO"  # in DICOM headers
+PLANTED = (FOLDER, FILE, PATIENT, TEXT, EXIF, LEFT_OUT, HEADER, NAME)
 TOLD_TO_THE_OWNER = ("left_out.csv", "reported.csv", "duplicates.csv")  # which files to mend, by their names
 
 
@@ -51,9 +53,10 @@ def clinic(project: Path) -> Path:
     for split, count in (("train", 6), ("test", 4)):
         for label in phantoms.MODALITIES["breast_ultrasound"]:
             for number in range(count):
-                name = f"{FILE}_{split}_{label}_{number}.{'jpg' if number % 2 else 'png'}"
+                name = f"{FILE}_{split}_{label}_{number}.{('png', 'jpg', 'dcm')[number % 3]}"
                 save(drawn(split, label, number), folder / name)
-                lines.append(f"{FOLDER}/{name},{label},{split},{PATIENT}_{split}_{label}_{number}")
+                own = "" if number % 3 == 2 else f"{PATIENT}_{split}_{label}_{number}"
+                lines.append(f"{FOLDER}/{name},{label},{split},{own}")
     twin = folder / f"{FILE}_twin.png"  # a test picture that is in train as well
     twin.write_bytes((folder / f"{FILE}_train_cyst_0.png").read_bytes())
     lines.append(f"{FOLDER}/{twin.name},cyst,test,{PATIENT}_twin")
@@ -68,6 +71,9 @@ def drawn(split: str, label: str, number: int) -> np.ndarray:
 
 def save(picture: np.ndarray, path: Path) -> None:
     """With a name in what its format has for texts."""
+    if path.suffix == ".dcm":
+        path.write_bytes(dicom(picture, PatientID=f"{HEADER}_{path.stem}"[:64], PatientName=NAME))
+        return
     text, exif = PngInfo(), Image.Exif()
     text.add_text("PatientName", TEXT)
     text.add_text("Comment", TEXT * 9, zip=True)
@@ -103,7 +109,7 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
 
     # The terminal names the file, twice: where it happened and at the end.
     assert str(ended.value).startswith(f"medfocus: PictureError: {broken}: cannot be decoded")
-    assert f"PictureError: {broken}: cannot be decoded" in told and "flows/evaluate.py" in told
+    assert f"PictureError: {broken}: cannot be decoded" in told and "in stage evaluate" in told
     # Both runs left what is looked through: a fault's kind and place, the pictures by their bytes' digest.
     prefect, home = project / ".prefect", f"sqlite:///{project / 'mlflow.db'}"
     assert any("PictureError at medfocus.images:" in text for _, text in rows_of(prefect / "prefect.db"))
@@ -120,6 +126,7 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
     assert planted_in([Path("incoming"), Path("data/manifests"), *owners]) == set(PLANTED), (
         "the search finds them all"
     )
+    assert not planted_in([Path("data"), *owners, Path(".cache")]) & {HEADER, NAME}, "not even to the owner"
     assert len(owners) == 3 and planted_in([Path("reports/data/phantom-breast/left_out.csv")]) == {
         FOLDER,
         LEFT_OUT,

@@ -19,6 +19,7 @@ from flows.cli.modality import Guess, guess, look_at, told
 from medfocus import files, images, patients
 from medfocus.data_warnings import data_warnings
 from medfocus.duplicates import find_duplicates, groups, twins
+from medfocus.frames import MARK
 from medfocus.ingest import Ingested, ingest
 from medfocus.params import Modality, load_params
 from medfocus.prompts import TEMPLATES
@@ -204,7 +205,7 @@ def text(described: Described, folder: Path, base: Path) -> str:
         f"    root: {_yaml(_root(described.root, folder, base.parent))}",
         f"    manifest: {_yaml(described.manifest)}",
         "    # A regular expression over the path whose one group is the patient, such as 'person(\\d+)_'.",
-        "    # With it no patient is in train and in test; without it nobody knows.",
+        f"    # {_PATIENTS[all(record.patient for record in described.found.records)]}",
         f"    patient_pattern: {_yaml(described.patient_pattern)}",
         *_comment(f"{_said(known)} One of {', '.join(get_args(Modality))}.", 4),
         f"    modality: {_yaml(known.modality)}",
@@ -215,6 +216,7 @@ def text(described: Described, folder: Path, base: Path) -> str:
         "    # Text prompts with {c} for the class. Empty: those of the modality, which are",
         *(f"    #   {template}" for template in TEMPLATES[known.modality]),
         "    templates: []",
+        *(_SLICES if any(_is_slice(record.path) for record in described.found.records) else []),
         *_comment(_FLIP[known.modality == "other"], 4),
         f"    flip: {_yaml(known.modality not in ('chest_xray', 'other'))}",
         "",
@@ -232,10 +234,22 @@ def text(described: Described, folder: Path, base: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+_PATIENTS = {
+    False: "With it no patient is in train and in test; without it nobody knows.",
+    True: "Every picture's patient is known already: none is in train and in test.",
+}
+_SLICES = [
+    "    # How volumes are cut: axis 0 gives sagittal slices, 1 coronal, 2 axial; every so many'th is taken.",
+    "    slices: {axis: 2, every: 1}",
+]
 _FLIP = {
     False: "Whether views may be mirrored; never for chest films, whose heart is on one side.",
     True: "Whether views may be mirrored. True only where left and right are alike.",
 }
+
+
+def _is_slice(path: str) -> bool:
+    return re.search(f"{MARK}[xyz]=", path) is not None
 
 
 def readable(labels: Iterable[str]) -> dict[str, str]:
