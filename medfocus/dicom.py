@@ -46,6 +46,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from medfocus import apart
 from medfocus.frames import PictureError
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -57,6 +58,7 @@ _TAGS = [tag for tag in range(0x00280000, 0x00290000) if dictionary_has_tag(tag)
 _BLOCK = 1 << 20  # bytes inflated at once to be counted
 _MOST_RUNS = 16_000_000  # bytes of an RLE frame, which may unpack to 64 times as many
 _FIX = "Export it again, uncompressed for one, or remove it."
+_GDCM = apart.Gdcm()
 _ONE = threading.RLock()  # warnings and logs are silenced for the whole process
 
 
@@ -78,12 +80,13 @@ class Dicom:
             self._check_header(most_pixels)
             self.patient_id = str(self._data.get("PatientID") or "").strip("\0 ")
             self._data.pop("PatientID", None)
-        self.modality, self.body_part = (
-            str(self._data.get(tag) or "").strip().upper() for tag in ("Modality", "BodyPartExamined")
-        )
-        self.is_burnt_in = str(self._data.get("BurnedInAnnotation") or "").strip().upper() == "YES"
-        self._bits = int(self._data.get("BitsStored") or self._data.get("BitsAllocated") or 64)
-        self.mode = "RGB" if self.is_colour else "L" if self._bits <= 8 else "I;16"
+            self.modality, self.body_part, burnt_in = (
+                str(self._data.get(tag) or "").strip().upper()
+                for tag in ("Modality", "BodyPartExamined", "BurnedInAnnotation")
+            )
+            self.is_burnt_in = burnt_in == "YES"
+            self._bits = int(self._data.get("BitsStored") or self._data.get("BitsAllocated") or 64)
+            self.mode = "RGB" if self.is_colour else "L" if self._bits <= 8 else "I;16"
 
     @property
     def is_colour(self) -> bool:
@@ -175,12 +178,21 @@ class Dicom:
     def _stored(self, index: int) -> tuple[np.ndarray, str]:
         """A frame as it is stored, YBR made RGB, and its photometric interpretation."""
         syntax = self._data.file_meta.TransferSyntaxUID
+        decoder, stream = get_decoder(syntax), b""
         if syntax.is_encapsulated:
-            self._check_codestream(get_frame(self._data.PixelData, index, number_of_frames=self.frames))
-        array, meta = get_decoder(syntax).as_array(
-            self._data, index=index, validate=True, raw=False, **as_pixel_options(self._data)
-        )
-        return array, str(meta["photometric_interpretation"])
+            stream = get_frame(self._data.PixelData, index, number_of_frames=self.frames)
+            self._check_codestream(stream)
+        options = as_pixel_options(self._data)
+        plugins = decoder.available_plugins if stream else ()
+        if "gdcm" not in plugins:
+            array, meta = decoder.as_array(self._data, index=index, **options)
+            return array, str(meta["photometric_interpretation"])
+        if "pillow" in plugins:
+            with contextlib.suppress(Exception):  # it cannot read all that GDCM can
+                array, meta = decoder.as_array(self._data, index=index, decoding_plugin="pillow", **options)
+                return array, str(meta["photometric_interpretation"])
+        plain = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
+        return _GDCM.decode(stream, **{**plain, "syntax": str(syntax), "number_of_frames": 1})
 
     def _check_codestream(self, stream: bytes) -> None:
         """A compressed picture has to be as large as its header says, before it is decoded."""

@@ -28,7 +28,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; it opens no 
 MOST_PIXELS = 64_000_000  # of one picture
 MOST_BYTES = 256_000_000  # of one file
 MOST_KEPT = 1_000_000_000  # of the opened files of several pictures that are kept for the next of theirs
-SOURCES = ("images.py", "frames.py", "dicom.py", "nifti.py")  # between a picture's bytes and its pixels
+# Between a picture's bytes and its pixels.
+SOURCES = ("images.py", "frames.py", "dicom.py", "apart.py", "gdcm_frame.py", "nifti.py")
 _CAPTION_HEIGHT = 14  # pixels under each tile of a contact sheet
 _GAP = 4  # pixels between tiles
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import logging
 import math
 import re
 import zlib
@@ -29,6 +30,8 @@ AXES = "xyz"
 MOST_BYTES = 1_000_000_000  # of a volume, unpacked
 _WINDOW = (1, 99)  # percentiles
 _SAMPLE = 4_000_000  # voxels that the percentiles are taken from, at least, where there are more
+_SILENT = logging.Logger("nibabel")  # what it mends in a header changes no voxel
+_SILENT.addHandler(logging.NullHandler())
 _FIX = "Export it again as a NIfTI file of one volume, or remove it."
 
 
@@ -49,7 +52,8 @@ class Volume:
         unpacked = _unpacked(data, name)
         try:
             sort = Nifti2Header if unpacked[4:7] == b"n+2" else Nifti1Header
-            header = sort.from_fileobj(io.BytesIO(unpacked))
+            header = sort.from_fileobj(io.BytesIO(unpacked), check=False)
+            header.check_fix(logger=_SILENT)
             self._voxels, self.volumes = _voxels(header, unpacked, name)
             slope, _ = header.get_slope_inter()
         except PictureError:

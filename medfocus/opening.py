@@ -39,7 +39,8 @@ class Reading:
         sha256 = hashlib.sha256(data).hexdigest()
         if not frames.kind(data):
             return sha256
-        content = f"{sha256} {frame} {self.axis} {self.every} {self.salt.fingerprint}"
+        salt = self.salt.fingerprint if frames.kind(data) == "dicom" else ""
+        content = f"{sha256} {frame} {self.axis} {self.every} {salt}"
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -125,7 +126,7 @@ def _tell(path: str, facts: _Facts, report: Report) -> None:
         report.mention(path, fault, "Export each as a file of its own.")
     if facts.constant:
         some = "1 slice" if facts.constant == 1 else f"{facts.constant} slices"
-        report.leave_out(path, f"has {some} of one shade", "Nothing to do: the others are used.")
+        report.mention(path, f"has {some} of one shade, left out", "Nothing to do: the others are used.")
     if facts.is_burnt_in:
         fault = "has text burnt into its pixels, as its header says, which may name the patient"
         report.mention(path, fault, "Look at it before its pictures are shown to others.")
@@ -138,7 +139,7 @@ def _tell_of_all(without_window: int, without_patient: int, report: Report) -> N
         )
         report.mention(".", fault, "Export them with a window if they look wrong.")
     if without_patient:
-        fault = f"{without_patient} files of several pictures name no patient, and each counts as one"
+        fault = f"files of several pictures without a known patient: {without_patient}; each counts as one"
         report.mention(".", fault, "Give patients by a manifest or a pattern if they have several files.")
 
 

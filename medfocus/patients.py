@@ -44,9 +44,16 @@ class Salt:
             return _checked(given, f"the environment's {VARIABLE}")
         if self._file is None:
             return secrets.token_bytes(32)
-        if not self._file.exists():
-            _make(self._file)
-        return _checked(self._file.read_text(encoding="utf-8").strip(), str(self._file))
+        try:
+            if not self._file.exists():
+                _make(self._file)
+            text = self._file.read_text(encoding="utf-8")
+        except OSError as error:  # which is not to be taken for that of a picture
+            raise ValueError(
+                f"{self._file}: the salt of patients' pseudonyms cannot be read or made ({error.strerror}). "
+                f"Give access to it, or set {VARIABLE}."
+            ) from error
+        return _checked(text.strip(), str(self._file))
 
 
 def _checked(salt: str, place: str) -> bytes:
@@ -66,7 +73,17 @@ def _make(file: Path) -> None:
             opened.write(secrets.token_hex(32) + "\n")
             opened.flush()
             os.fsync(opened.fileno())
-        with contextlib.suppress(FileExistsError):
-            os.link(beside, file)
+        _move(beside, file)
     finally:
-        os.unlink(beside)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+
+
+def _move(beside: str, file: Path) -> None:
+    try:
+        os.link(beside, file)  # unlike a move it fails where another process was first
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not file.exists():
+            os.replace(beside, file)

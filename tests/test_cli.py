@@ -117,7 +117,11 @@ def test_init_reads_patients_and_modality_out_of_dicom_headers(home: Path, medfo
         (home / "scans" / label).mkdir(parents=True)
         for i in range(8):
             noise = np.random.default_rng(ord(label) * 9 + i).integers(0, 4096, (32, 32)).astype(np.uint16)
-            tags: dict[str, Any] = {"Modality": "CT", "BodyPartExamined": "CHEST", "PatientID": f"MRN-{label}-{i // 2}"}
+            tags: dict[str, Any] = {
+                "Modality": "CT",
+                "BodyPartExamined": "CHEST",
+                "PatientID": f"MRN-{label}-{i // 2}",
+            }
             (home / "scans" / label / f"IM{i}").write_bytes(
                 dicom(noise, WindowCenter=9, WindowWidth=9, **tags)
             )

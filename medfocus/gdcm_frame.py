@@ -1,0 +1,48 @@
+"""A process of its own in which GDCM decodes frames: some broken ones end the process they are decoded in.
+
+It is started as a file, so it imports nothing of this project. A request is a line of JSON (what pydicom's
+decoder takes) and a frame; an answer is a line of JSON and the frame's pixels. It ends with its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from typing import BinaryIO
+
+from pydicom.encaps import encapsulate
+from pydicom.pixels.decoders.base import get_decoder
+
+MOST_MEMORY = 6_000_000_000  # bytes of address space
+
+
+def main(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer until there is no request any more."""
+    warnings.simplefilter("ignore")
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows; or it has a lower limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    while line := requests.readline():
+        options = json.loads(line)
+        stream = requests.read(options.pop("length"))
+        pixels = b""
+        try:
+            decoder = get_decoder(options.pop("syntax"))
+            array, meta = decoder.as_array(encapsulate([stream]), index=0, decoding_plugin="gdcm", **options)
+            pixels = array.tobytes()
+            told = {
+                "shape": array.shape,
+                "dtype": array.dtype.str,
+                "interpretation": str(meta["photometric_interpretation"]),
+            }
+        except Exception as error:
+            told = {"error": str(error) or type(error).__name__}
+        answers.write(json.dumps({**told, "length": len(pixels)}).encode() + b"\n" + pixels)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.stdin.buffer, sys.stdout.buffer)
