@@ -6,6 +6,11 @@ What is read from ``root``:
     {class}/**/x.png           no official split
     a CSV manifest             columns path, label, and optionally split and patient
 
+A picture is PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI. A file of several frames or slices becomes a record
+each, ``x.dcm#07`` or ``x.nii.gz#z=057`` (see ``medfocus.frames``), and a manifest may name one of them. The
+patient is the manifest's, else the pattern's, else that of the DICOM header as a pseudonym (see
+``medfocus.patients``); frames or slices of a file whose patient nobody knows are together one patient's.
+
 A manifest comes with the pictures and is not trusted: what it names has to lie in ``root``, whether by
 ``..``, by an absolute path or by a link. Links in folders of classes are their owner's, and are followed.
 

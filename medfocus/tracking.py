@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 CHAMPION = "champion"  # the alias that served code loads
 _BEFORE, _ROLLED_BACK = "champion.before", "champion.rolled_back"  # tags of a version
 _MODEL_ARTIFACT = "model"  # the served model's folder inside the logged one
-_SERVED_WITH = (*PACKAGES, "timm", "numpy", "scipy", "pandas", "pillow", "safetensors", "huggingface_hub")
+_SERVED_WITH = (
+    *(*PACKAGES, "timm", "numpy", "scipy", "pandas", "pillow", "safetensors", "huggingface_hub"),
+    *("pydicom", "python-gdcm", "nibabel"),
+)
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",  # mlflow ignores "1"

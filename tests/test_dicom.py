@@ -29,7 +29,8 @@ from medfocus.duplicates import find_duplicates, groups, twins
 from medfocus.ingest import Ingested, ingest
 from medfocus.patients import Salt
 from medfocus.quality import known_region
-from medfocus.splits import draw_splits
+from medfocus.records import Record
+from medfocus.splits import Splits, draw_splits
 from tests.dicoms import baseline, dicom, jpeg, jpeg2000, shown
 
 RAMP = np.arange(256, dtype=np.uint16).reshape(16, 16) * 16  # 12 bits
@@ -448,24 +449,27 @@ def read(root: Path, **options: Any) -> Ingested:
     return ingest(root, salt_file=root.parent / patients.FILE, **options)
 
 
-def test_a_folder_of_dicoms_is_read_and_its_patients_never_straddle(folder: Path) -> None:
+def drawn(records: list[Record], folder: Path) -> Splits:
+    pairs = find_duplicates(records, folder)
+    same, near = groups(records, twins(pairs)), groups(records, pairs)
+    return draw_splits(records, near, same, test_fraction=0.3, fractions=[0.5], shots=[], seeds=[0])
+
+
+def test_a_folder_of_dicoms_is_read_and_its_patients_never_straddle(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = read(folder)
     assert not found.left_out and not found.reported and len(found.records) == 20
     assert all(record.mode == "I;16" and len(record.patient) == 16 for record in found.records)
     assert len({record.patient for record in found.records}) == 10
-    pairs = find_duplicates(found.records, folder)
-    splits = draw_splits(
-        found.records,
-        groups(found.records, pairs),
-        groups(found.records, twins(pairs)),
-        test_fraction=0.3,
-        fractions=[0.5],
-        shots=[],
-        seeds=[0],
-    )
+    splits = drawn(found.records, folder)
     patient = {record.path: record.patient for record in found.records}
     test, train = ({patient[path] for path in part} for part in (splits.test, splits.train))
     assert test and train and not test & train
+    monkeypatch.setenv(patients.VARIABLE, "a team's own secret")
+    other = read(folder).records
+    assert not {record.patient for record in other} & set(patient.values())
+    assert drawn(other, folder) == splits, "draws go by paths and by who is whose, not by pseudonyms"
 
 
 def test_a_patient_that_the_pattern_or_the_manifest_gives_goes_before_the_headers(folder: Path) -> None:
