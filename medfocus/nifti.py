@@ -99,7 +99,7 @@ class Volume:
     def pixels(self, frame: str) -> np.ndarray:
         """(H, W) uint8."""
         axis, number = AXES.index(frame[0]), int(frame[2:])
-        plane = np.take(self._voxels, number, axis=axis).T[::-1, ::-1].astype(np.float64)
+        plane = np.moveaxis(self._voxels, axis, 0)[number].T[::-1, ::-1].astype(np.float64)
         share = (plane - self._dark) / (self._bright - self._dark)  # dark above bright: a negative slope
         return np.rint(np.clip(np.nan_to_num(share, nan=0.0), 0, 1) * 255).astype(np.uint8)
 

@@ -594,7 +594,8 @@ def test_the_key_tells_weights_configs_and_settings_apart() -> None:
 def test_changed_code_changes_the_key(tmp_path: Path) -> None:
     package = Path(choose.__file__).parents[1]
     shutil.copytree(package / "masks", tmp_path / "a" / "masks")
-    shutil.copy(package / "images.py", tmp_path / "a")
+    for name in images.SOURCES:
+        shutil.copy(package / name, tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert code_digest(tmp_path / "a") == code_digest(package)
     with (tmp_path / "b" / "masks" / "choose.py").open("a") as file:
