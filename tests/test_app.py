@@ -377,7 +377,7 @@ def test_a_broken_picture_has_an_error_of_its_own_and_the_others_are_read(opened
     assert second["error"] == {
         "status": 422,
         "place": "b.png",
-        "fault": f"is no picture in a format that is read ({', '.join(images.FORMATS)})",
+        "fault": f"is no picture in a format that is read ({', '.join((*images.FORMATS, 'DICOM', 'NIFTI'))})",
         "fix": "Export it again as PNG, or remove it.",
     }
     assert third["error"]["place"] == "c.png" and "cannot be decoded" in third["error"]["fault"]

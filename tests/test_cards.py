@@ -195,6 +195,9 @@ def test_neither_names_a_file_or_a_patient_and_both_are_the_same_each_time(model
         ("cannot be decoded (image file is truncated)", "cannot be decoded"),
         ("holds 3 pictures, of which the first is used", "several pictures in one file"),
         (f"'p(.)' finds no patient in 2 pictures (the first is '{FILE}.png')", "no patient by the pattern"),
+        ("holds no picture (Encapsulated PDF Storage)", "DICOM without a picture"),
+        ("has 3 slices of one shade, left out", "slices of one shade"),
+        ("7 DICOM pictures have no window, so each goes from its", "DICOM pictures without a window"),
         (f"something new about {FILE}", "of another kind"),
     ],
 )
