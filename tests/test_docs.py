@@ -81,8 +81,11 @@ def commands_in(block: Block) -> Iterator[Command]:
     """The commands of a block: a line each, or as many as the shell wants; further ones after &&."""
     lines = block.text.splitlines()
     is_console = block.language == CONSOLE or any(line.startswith("$ ") for line in lines)
-    if block.language not in (*SHELL, CONSOLE) or block.text.startswith(('{"', "|")):  # JSON, a table
+    if block.language not in (*SHELL, CONSOLE):
         return
+    if not block.language and not is_console:
+        parts = re.split(r"\n\s*\n", block.text)
+        lines = "\n".join(part for part in parts if not is_printed(part)).splitlines()
     whole = ""
     for line in lines:
         if not whole and is_console and not line.startswith("$ "):
@@ -100,6 +103,12 @@ def commands_in(block: Block) -> Iterator[Command]:
         whole = ""
     if whole:  # the shell waits for more, so it is no command; the first test says so
         yield Command(block.page, block.line, ("?",), whole)
+
+
+def is_printed(text: str) -> bool:
+    """Whether no line of an indented block begins with a program, so that it shows what one printed."""
+    first = [line.split()[0].removeprefix(".venv/bin/") for line in text.splitlines() if line.strip()]
+    return not any(word in TAKES or re.match(r"[A-Za-z_]+=", word) or shutil.which(word) for word in first)
 
 
 def is_whole(command: str) -> bool:
@@ -120,8 +129,6 @@ def parts_of(command: str) -> list[list[str]]:
             parts[-1].append(word)
     return parts
 
-
-COMMANDS = [command for block in BLOCKS for command in commands_in(block)]
 
 MAIN_JOB = "test_pipeline.py::test_flow_and_repro_share_their_stages"
 OPERATION = "test_up.py::test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported"
@@ -362,6 +369,9 @@ TAKES: dict[str, Callable[[Sequence[str]], None]] = {
         ("cd", "cp", "curl", "dask", "export", "git", "mkdir", "pg_dump", "source"), takes_anything
     ),
 }
+
+
+COMMANDS = [command for block in BLOCKS for command in commands_in(block)]
 
 
 @pytest.mark.parametrize("program", sorted({command.words[0] for command in COMMANDS}))
