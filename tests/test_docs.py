@@ -271,8 +271,9 @@ def test_every_command_of_the_documents_is_run_here_or_says_where_the_like_is() 
     known = {*RUN_HERE, *elsewhere}
     assert len(known) == len(RUN_HERE) + len(elsewhere), "one is listed twice"
     unknown = {text: places for text, places in shown.items() if text not in known}
-    assert not unknown, "run it here, name in NOT_RUN_HERE the test that runs the like, or fence it as text"
-    assert known <= shown.keys(), "no page shows these any more"
+    fix = "run it here, name in NOT_RUN_HERE the test that runs the like, or fence it as text"
+    assert not unknown, f"{fix}: {unknown}"
+    assert known <= shown.keys(), f"no page shows these any more: {known - shown.keys()}"
 
 
 @pytest.mark.parametrize("test", sorted(NOT_RUN_HERE))
