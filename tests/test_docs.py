@@ -152,6 +152,7 @@ RUN_HERE = (
     "medfocus study",
     "medfocus report --params studies/breast.yaml",
     "medfocus models",
+    "medfocus models card medfocus-breast",
     "medfocus predict new --out answers --model medfocus-breast",
     "medfocus models export breast.zip --model medfocus-breast",
     "medfocus models import breast.zip --name medfocus-breast",
@@ -160,7 +161,9 @@ PREDICT = "medfocus predict new --out answers --model medfocus-breast"  # ends w
 
 PG_DUMP = "pg_dump --host /tmp/medfocus-XXXXXXXX --username medfocus --format custom --file"
 
-MALIGNANT = "data/phantoms/breast_ultrasound/test/malignant"
+BREAST = "data/phantoms/breast_ultrasound"
+MALIGNANT = f"{BREAST}/test/malignant"
+COCO = "medfocus convert coco"
 
 # The test that runs the like of a command, the command, and why it is not run here.
 NOT_RUN_HERE = {
@@ -228,6 +231,62 @@ NOT_RUN_HERE = {
     },
     "test_cli.py::test_explain_shows_each_picture_and_where_the_answer_came_from": {
         f"medfocus explain {MALIGNANT}/00000.png --out why --model medfocus-phantom-breast": "needs make run",
+    },
+    "test_app.py::test_a_reader_sees_probabilities_clicks_and_sees_them_change": {
+        "medfocus app": "runs until Ctrl-C",
+        "medfocus app --model medfocus-mine": "runs until Ctrl-C",
+        "medfocus app --model medfocus-phantom-brain@1": "runs until Ctrl-C",
+        "medfocus app --port 0 --no-browser": "runs until Ctrl-C",
+    },
+    "test_convert.py::test_every_pixel_and_label_of_medmnist_arrives": {
+        "medfocus convert medmnist pneumoniamnist.npz ../pictures/pneumonia": "no such file",
+    },
+    "test_convert.py::test_a_set_is_fetched_by_its_name_or_the_way_is_told": {
+        "medfocus convert medmnist breastmnist --size 224 ../pictures/breast": "the network",
+    },
+    "test_convert.py::test_instances_become_known_regions_and_labels": {
+        "medfocus convert coco instances.json ../pictures/lesions --pictures images": "no such file",
+        f"{COCO} data/own/instances.json data/own/lesions --pictures {BREAST}": "no such file",
+    },
+    "test_cli.py::test_init_looks_through_a_wrapper_and_says_so": {
+        "medfocus init data/own/archive --name busi-like --modality breast_ultrasound": "no such archive",
+    },
+    "test_cli.py::test_init_proposes_the_columns_by_their_values": {
+        f"medfocus init {BREAST}/befunde.csv --name clinic": "no such table",
+        "medfocus init data/own/scans/befunde.csv": "no such table",
+    },
+    "test_cli.py::test_init_reads_patients_and_modality_out_of_dicom_headers": {
+        "medfocus init pictures/films": "no such films",
+    },
+    "test_cli.py::test_init_of_volumes_writes_how_they_are_cut": {
+        "medfocus init pictures/heads --modality brain_mri": "no such volumes",
+    },
+    "test_cli.py::test_every_frame_of_a_file_is_answered_under_its_name": {
+        "medfocus predict new --out answers --model medfocus-chest@1": "no such model",
+        "cut -d, -f1-2 answers/predictions.csv": "the same",
+    },
+    "test_ingest.py::test_every_unusable_file_is_left_out_in_one_report": {
+        "medfocus init data/own/scans --modality breast_ultrasound": "no such folder",
+    },
+    "test_cards.py::test_every_test_set_has_its_scores_with_wilson_intervals": {
+        "medfocus models card medfocus-phantom-breast@1": "as that of medfocus-breast",
+        "medfocus models card medfocus-phantom-breast --sheet": "as that of medfocus-breast",
+    },
+    "test_serve.py::test_every_json_form_of_mlflows_gets_the_evaluations_answers": {
+        "export MLFLOW_TRACKING_URI=sqlite:///mlflow.db": "for the server below",
+        "export MLFLOW_LOGGING_LEVEL=ERROR MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true": "the same",
+        "mlflow models serve --model-uri models:/medfocus-phantom-bre ...": "runs until Ctrl-C",
+        """printf '{"dataframe_records": [{"picture": "%s"}], "params": ...""": "asks the server",
+        """{ printf '{"params": {"overlay": false}, "dataframe_records" ...""": "asks the server",
+    },
+    "test_serve.py::test_overlays_are_left_out_where_the_request_says_so": {
+        """printf '{"dataframe_records": [{"picture": "%s"}]}' "$(base6 ...""": "asks the server",
+    },
+    "test_serve.py::test_a_bad_picture_in_a_request_is_told_by_place_fault_and_fix_and_no_more": {
+        """echo '{"dataframe_records": [{"picture": "not base64!"}]}' | ...""": "asks the server",
+    },
+    "test_serve.py::test_a_request_without_the_column_is_told_its_name": {
+        """echo '{"dataframe_records": [{"image": "aGVsbG8="}]}' | ...""": "asks the server",
     },
     EXPERIMENT: {
         "dvc exp run --name short --set-param methods.medfocusclip.epochs=30": "needs a study that was run",
@@ -367,7 +426,22 @@ TAKES: dict[str, Callable[[Sequence[str]], None]] = {
     "prefect": takes_prefect,
     "pip": takes_pip,
     **dict.fromkeys(
-        ("cd", "cp", "curl", "dask", "export", "git", "mkdir", "pg_dump", "source"), takes_anything
+        (
+            "cd",
+            "cp",
+            "cut",
+            "dask",
+            "echo",
+            "export",
+            "git",
+            "mkdir",
+            "mlflow",
+            "pg_dump",
+            "printf",
+            "source",
+            "{",
+        ),
+        takes_anything,
     ),
 }
 
