@@ -279,5 +279,5 @@ def _write_json(path: Path, content: object) -> None:
 
 def _png(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=3)  # a third of the usual time, 5 % larger
     return buffer.getvalue()
