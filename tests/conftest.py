@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,16 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real pictures at {SHARED_DATA}; set MEDFOCUS_SHARED_DATA to their folder")
     return SHARED_DATA
+
+
+@pytest.fixture
+def sets_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a test that calls ``mlflow.set_tracking_uri``, which writes the environment: it is undone."""
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    yield
+    mlflow.set_tracking_uri("")
 
 
 class TinyTail(nn.Module):

@@ -43,7 +43,7 @@ def test_a_fault_that_was_foreseen_is_told_in_its_sentence_and_any_other_with_th
     (tmp_path / "empty.png").touch()
     raised(tmp_path / "empty.png")
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("medfocus.images.PictureError: ")
+    assert told.count("\n") == 1 and told.startswith("medfocus.frames.PictureError: ")
     raised(tmp_path / "nowhere.png")  # of the system
     assert "Traceback" in capsys.readouterr().err
 

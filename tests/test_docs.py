@@ -383,6 +383,7 @@ def takes_python(words: Sequence[str], *, is_whole_line: bool = True) -> None:
         return
     run: Callable[..., object] = runpy.run_module if is_module else runpy.run_path
     with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, name, raising=False)  # another test may have imported it
         patch.chdir(ROOT)
         patch.setattr(sys, "path", [str(ROOT), *sys.path])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
@@ -645,7 +646,7 @@ def test_the_commands_do_what_the_pages_say(project: Path) -> None:
     assert "2 of 3: answers/predictions.csv" in printed[PREDICT]
 
 
-def test_the_python_of_the_readme_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_of_the_readme_runs(project: Path, sets_tracking_uri: None) -> None:
     """After ``test_the_commands_do_what_the_pages_say``, which registers the model."""
     fit, load = (block.text for block in BLOCKS if (block.page, block.language) == ("README.md", "python"))
     pictures = sorted((project / "data" / "phantoms" / "breast_ultrasound" / "train").rglob("*.png"))

@@ -19,6 +19,7 @@ from torch import Tensor
 import medfocus
 from flows import masks as stage
 from flows.study import ADAPTER, find_home, here
+from medfocus import images
 from medfocus.masks.informed import adapter
 from medfocus.masks.informed.adapter import (
     Adapters,
@@ -251,7 +252,8 @@ def test_a_state_of_another_sam2_is_refused(plain: Sam2Segmenter, state: dict[st
 def test_this_code_is_no_part_of_the_other_strategies_keys(tmp_path: Path) -> None:
     package = Path(medfocus.__file__).parent
     shutil.copytree(package / "masks", tmp_path / "masks")
-    shutil.copy(package / "images.py", tmp_path)
+    for name in images.SOURCES:
+        shutil.copy(package / name, tmp_path)
     with (tmp_path / "masks" / "informed" / "adapter.py").open("a") as file:
         file.write("LOW_SHARE = 0.5\n")
     assert code_digest(tmp_path) == code_digest(package)

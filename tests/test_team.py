@@ -133,16 +133,12 @@ def _csv(text: str) -> list[dict[str, str]]:
 
 
 def test_the_search_in_the_docs_lists_the_best_cell_of_each_fraction(
-    shared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shared: Path, capsys: pytest.CaptureFixture[str], sets_tracking_uri: None
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     text = (ROOT / "docs" / "mlflow.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     found: dict[str, Any] = {}
-    try:
-        exec(snippet.replace("phantom-brain", "phantom-breast"), found)
-    finally:
-        mlflow.set_tracking_uri("")
+    exec(snippet.replace("phantom-brain", "phantom-breast"), found)
     with (shared / "reports" / "study.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["method"] != "medfocusclip-head"]
     for support, percent in (("0%", "0"), ("50%", "50"), ("100%", "100")):
