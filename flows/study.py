@@ -26,6 +26,7 @@ PLOTS = Path("reports/plots.csv")  # for `dvc plots`
 METRICS = Path("reports/metrics.json")  # for `dvc exp show`: of each data set the cell that validation chose
 PAGE = Path("reports/index.html")  # the whole study as one file to read and to send
 ADAPTER = "adapter.safetensors"  # beside the masks of a data set that it made
+CODE_HERE = "  - code: .\n"  # the line of the project's dvc.yaml that says where the code of the stages is
 _GENERATED = "# Made from the project's dvc.yaml by `make run PARAMS=...`; change that one.\n"
 
 
@@ -196,7 +197,7 @@ def find_home(start: Path) -> Path:
         if (folder / ".dvc").is_dir():
             return folder
     raise FileNotFoundError(
-        f"{start.resolve()} is in no DVC project; work in a clone, or run `git init` and `dvc init` first."
+        f"{start.resolve()} is in no project; go into one, or begin one with `medfocus new FOLDER`."
     )
 
 
@@ -243,10 +244,13 @@ def open_study(params_file: Path, home: Path | None = None) -> Study:
 
 def _stages_for(home: Path, folder: Path) -> str:
     text = (home / "dvc.yaml").read_text(encoding="utf-8")
-    here, there = "  - code: .\n", f"  - code: {Path(os.path.relpath(home, folder)).as_posix()}\n"
-    if here not in text:
+    found = re.search(r"^  - code: (.+)\n", text, re.MULTILINE)
+    if found is None:
         raise ValueError(f"{home / 'dvc.yaml'}: the line '- code: .' under vars is gone; put it back.")
-    return _GENERATED + text.replace(here, there, 1)
+    if Path(found[1]).is_absolute():  # of packages that are installed
+        return _GENERATED + text
+    there = Path(os.path.relpath(home / found[1], folder)).as_posix()
+    return _GENERATED + text.replace(found[0], f"  - code: {there}\n", 1)
 
 
 def _adopt(source: Path, folder: Path) -> None:

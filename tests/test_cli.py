@@ -24,7 +24,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from flows import ingest as stage
-from flows import servers
+from flows import servers, stages
 from flows.cli import app, doctor, models
 from flows.cli.init import readable
 from flows.cli.modality import Look, guess
@@ -41,7 +41,7 @@ from tests.dicoms import dicom, nifti
 ROOT = Path(__file__).resolve().parents[1]
 FILM, SLICE, COLOUR = Look(0.0, 0.05, 0.5), Look(0.0, 0.4, 0.2), Look(0.2, 0.0, 0.6)
 
-COMMANDS = ["init", "run", "study", "report", "predict", "explain", "masks", "doctor"]
+COMMANDS = ["new", "init", "run", "study", "report", "predict", "explain", "masks", "doctor"]
 COMMANDS += ["convert medmnist", "convert coco", "app"]
 COMMANDS += ["models card", "models fetch", "models export", "models import"]
 
@@ -82,6 +82,23 @@ def draw_classes(folder: Path, **counts: int) -> Path:
         for i in range(count):
             draw(folder / label / f"{i}.png", seed=1000 * k + i)
     return folder
+
+
+def test_a_project_can_be_begun_anywhere_and_its_stages_run(
+    tmp_path: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert medfocus("new", "films").exit_code == 0
+    again = medfocus("new", "films")
+    assert again.exit_code == 1 and "films/params.yaml is there already." in again.output
+    monkeypatch.chdir(tmp_path / "films")
+    pictures = draw_classes(tmp_path / "pictures", normal=5, covid=5)
+    assert medfocus("init", pictures, "--name", "own").exit_code == 0
+    study = open_study(Path("studies/own.yaml"))
+    assert study.home == Path.cwd() and f"- code: {ROOT.as_posix()}\n" in Path("dvc.yaml").read_text()
+    for name in ("ingest@own", "duplicates@own", "splits@own"):
+        assert stages.reproduce(study.folder, name) and not stages.reproduce(study.folder, name)
+    assert len((study.folder / "data/manifests/own.csv").read_text().splitlines()) == 11
 
 
 def test_init_writes_a_params_file_that_a_study_can_be_opened_with(home: Path, medfocus: Medfocus) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 from benchmarks import licences
+from flows.cli import new
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +37,7 @@ def tracked(*under: str) -> set[str]:
 def test_the_wheel_holds_the_packages_and_their_data(tmp_path: Path) -> None:
     held = set(zipfile.ZipFile(built("wheel", ROOT, tmp_path)).namelist())
     assert tracked("medfocus", "flows") <= held
+    assert {f"flows/project/{name}" for name in new.FILES} <= held
     assert not any(name.startswith(("tests", "data")) for name in held)
 
 

@@ -112,6 +112,22 @@ def init(
 
 
 @app.command()
+def new(folder: Annotated[Path, typer.Argument(help="It is made; or is empty of such files.")]) -> None:
+    """Begin a project: a git repository with DVC and the embedded study. A clone is one already.
+
+    \b
+    Examples:
+      medfocus new films
+      cd films && medfocus init ../pictures/chest
+    """
+    with terminal.at_work():
+        from flows.cli import new as work
+
+        work.begin(folder)
+        print(f"begun: {folder}\nGo there, then: medfocus run, or medfocus init PICTURES.")
+
+
+@app.command()
 def run(params: Params = Path("params.yaml")) -> None:
     """Run a study: ingest, split, mask, fine-tune, evaluate, register. What is done is not done again.
 

@@ -48,7 +48,8 @@ def examine() -> Iterator[Finding]:
     try:
         home = terminal.project()
     except FileNotFoundError as error:
-        yield Finding("project", "fault", str(error), "Go into the clone, then run medfocus doctor again.")
+        fault, _, fix = str(error).partition("; ")
+        yield Finding("project", "fault", fault, fix[:1].upper() + fix[1:])
         return
     yield from project(home)
     yield from stores(home)
