@@ -8,16 +8,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 _PROGRAM = Path(__file__).with_name("gdcm_frame.py")
+_SECONDS = 60  # that a frame may take; a large one takes a few
 
 
 class Broken(RuntimeError):
-    """The process ended while it decoded."""
+    """The process ended, or had to be ended, while it decoded."""
 
 
 class Gdcm:
@@ -35,6 +37,8 @@ class Gdcm:
         """
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
+        watch = threading.Timer(_SECONDS, process.kill)
+        watch.start()
         try:
             process.stdin.write(json.dumps({**options, "length": len(stream)}).encode() + b"\n" + stream)
             process.stdin.flush()
@@ -42,7 +46,11 @@ class Gdcm:
             pixels = process.stdout.read(told["length"])
         except (OSError, ValueError) as error:  # a pipe whose other end is gone, or half an answer
             self.close()
-            raise Broken("GDCM broke down over its compressed pixels") from error
+            raise Broken(
+                f"GDCM broke down over its compressed pixels, or took more than {_SECONDS} s"
+            ) from error
+        finally:
+            watch.cancel()
         if "error" in told:
             raise ValueError(told["error"])
         array = np.frombuffer(bytearray(pixels), told["dtype"]).reshape(told["shape"])

@@ -47,7 +47,7 @@ from pydicom.uid import (
 )
 
 from medfocus import apart
-from medfocus.frames import PictureError
+from medfocus.frames import PictureError, TooLargeError
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _NAMED = ("SOPClassUID", "Modality", "PatientID", "BodyPartExamined", *_PIXELS)
@@ -147,7 +147,7 @@ class Dicom:
         if rows * columns > most_pixels:
             fault = f"has {columns} x {rows} pixels; {most_pixels // 1_000_000} megapixels are the most that "
             fix = "Scale it down or cut it into tiles, or remove it."
-            raise PictureError(name, f"{fault}is decoded", fix)
+            raise TooLargeError(name, f"{fault}is decoded", fix)
         syntax = data.file_meta.get("TransferSyntaxUID")
         if not syntax:
             raise PictureError(name, "does not say how its pixels are stored (no Transfer Syntax UID)", _FIX)
@@ -227,7 +227,7 @@ class Dicom:
 def _read(data: bytes, name: str, most_bytes: int) -> Any:
     if _is_deflated(data) and _inflated(data, most_bytes) > most_bytes:
         fault = f"unpacks to more than {most_bytes // 1_000_000} MB, the most that is read"
-        raise PictureError(name, fault, "Export it smaller, or remove it.")
+        raise TooLargeError(name, fault, "Export it smaller, or remove it.")
     tags = [*_TAGS, *_NAMED, *_GROUPS]
     found = pydicom.dcmread(io.BytesIO(data), force=True, specific_tags=cast(Any, tags))
     if not found.file_meta.get("TransferSyntaxUID") and found.original_encoding == (True, True):

@@ -33,6 +33,10 @@ class PictureError(ValueError):
         return type(self), (self.name, self.fault, self.fix)
 
 
+class TooLargeError(PictureError):
+    """A file past a limit of ``medfocus.images``, however good it may be."""
+
+
 class Stack(Protocol):
     """An opened file of one picture or more, all of one size; see ``medfocus.dicom`` and ``.nifti``."""
 

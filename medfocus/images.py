@@ -22,7 +22,7 @@ import PIL
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from medfocus import frames
-from medfocus.frames import PictureError, Stack
+from medfocus.frames import PictureError, Stack, TooLargeError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; it opens no file with another decoder
 MOST_PIXELS = 64_000_000  # of one picture
@@ -282,12 +282,12 @@ def montage(tiles: Sequence[np.ndarray], columns: int, captions: Sequence[str] |
 def _check_bytes(count: int, name: str) -> None:
     if count > MOST_BYTES:
         fault = f"the file is larger than {MOST_BYTES // 1_000_000} MB, the most that is read"
-        raise PictureError(name, fault, "Export it smaller, as a compressed PNG for one, or remove it.")
+        raise TooLargeError(name, fault, "Export it smaller, as a compressed PNG for one, or remove it.")
 
 
 def _too_many_pixels(name: str, found: str) -> PictureError:
     fault = f"has {found} pixels; {MOST_PIXELS // 1_000_000} megapixels are the most that is decoded"
-    return PictureError(name, fault, "Scale it down or cut it into tiles, or remove it.")
+    return TooLargeError(name, fault, "Scale it down or cut it into tiles, or remove it.")
 
 
 def _undecodable(name: str, error: Exception) -> PictureError:

@@ -24,7 +24,7 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.orientations import apply_orientation, io_orientation
 
-from medfocus.frames import PictureError
+from medfocus.frames import PictureError, TooLargeError
 
 AXES = "xyz"
 MOST_BYTES = 1_000_000_000  # of a volume, unpacked
@@ -67,7 +67,7 @@ class Volume:
             fault = (
                 f"has slices of {' x '.join(map(str, shape))} voxels; {most_pixels // 1_000_000} megapixels"
             )
-            raise PictureError(name, f"{fault} are the most that is decoded", "Scale it down, or remove it.")
+            raise TooLargeError(name, f"{fault} are the most that is decoded", "Scale it down, or remove it.")
         kind = self._voxels.dtype.kind
         self.mode = "F" if kind == "f" else "L" if self._voxels.dtype.itemsize == 1 else "I;16"
         self._dark, self._bright = _window(self._voxels, name)
@@ -160,4 +160,4 @@ def _window(voxels: np.ndarray, name: str) -> tuple[float, float]:
 
 def _too_large(name: str) -> PictureError:
     fault = f"unpacks to more than {MOST_BYTES // 1_000_000} MB, the most that is read"
-    return PictureError(name, fault, "Cut it into volumes that are smaller, or remove it.")
+    return TooLargeError(name, fault, "Cut it into volumes that are smaller, or remove it.")

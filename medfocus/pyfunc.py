@@ -23,7 +23,8 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from medfocus.discreet import kind_and_place
-from medfocus.images import MOST_BYTES, PictureError
+from medfocus.frames import PictureError, TooLargeError
+from medfocus.images import MOST_BYTES
 from medfocus.serve import Predictor
 
 MOST_PICTURES = 64  # of a request to a server; what runs in a process of its own may give more
@@ -72,7 +73,7 @@ class FocusClassifier(PythonModel):
             with self.one_at_a_time:
                 predictions = self.predictor.predict(pictures, overlay=overlay)
         except PictureError as error:
-            raise ServedError(str(error)) from error
+            raise ServedError(str(error), 413 if isinstance(error, TooLargeError) else 400) from error
         except Exception as error:
             logging.getLogger(__name__).exception("A prediction failed.")
             told = f"the prediction failed at no fault of the request ({kind_and_place(error)})"

@@ -397,7 +397,7 @@ def test_a_picture_of_too_many_pixels_is_413_by_its_header(opened: Opener) -> No
 
 
 def test_a_file_of_too_many_bytes_is_413(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medfocus.app.server.MOST_BYTES", 1000)
+    monkeypatch.setattr("medfocus.images.MOST_BYTES", 1000)
     answer = opened().post("/pictures", files=given(("big.png", encoded(20))))
     assert answer.status_code == 413
     assert "the most that is read" in answer.json()["pictures"][0]["error"]["fault"]

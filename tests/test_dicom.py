@@ -23,8 +23,8 @@ from pydicom.filewriter import write_dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from flows.cli.modality import OTHER, told
+from medfocus import apart, frames, images, patients
 from medfocus import dicom as reader
-from medfocus import frames, images, patients
 from medfocus.duplicates import find_duplicates, groups, twins
 from medfocus.ingest import Ingested, ingest
 from medfocus.patients import Salt
@@ -321,6 +321,17 @@ def test_a_frame_that_ends_gdcms_process_is_refused_and_the_next_one_is_read() -
     with pytest.raises(images.PictureError, match="GDCM broke down over its compressed pixels"):
         images.decode(data[:bits] + b"\x80" + data[bits + 1 :], "x")
     assert images.decode(data, "x").shape == (64, 64, 3)
+
+
+def test_a_frame_over_which_gdcm_does_not_come_to_an_end_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = tmp_path / "endless.py"
+    endless.write_text("import sys, time\nsys.stdin.buffer.readline()\ntime.sleep(600)\n")
+    monkeypatch.setattr(apart, "_PROGRAM", endless)
+    monkeypatch.setattr(apart, "_SECONDS", 0.5)
+    with pytest.raises(apart.Broken, match=r"took more than 0\.5 s"):
+        apart.Gdcm().decode(b"frame")
 
 
 def test_broken_headers_are_refused_or_read_and_nothing_else() -> None:

@@ -486,7 +486,7 @@ NOT_BASE64 = r"picture 1 of 1: a text that is not base64 \(.+\)\. Encode the fil
         ([""], 400, r"picture 1 of 1: the file is empty \(0 bytes\)\. .+"),
         (["aGVsbG8="], 400, r"picture 1 of 1: is no picture in a format that is read .+\. Export it again.+"),
         ([base64_of(0)[0][:400]], 400, r"picture 1 of 1: cannot be decoded .+\. Export it again.+"),
-        ([large()], 400, r"picture 1 of 1: has 9000 x 9000 pixels; 64 megapixels .+\. Scale it down.+"),
+        ([large()], 413, r"picture 1 of 1: has 9000 x 9000 pixels; 64 megapixels .+\. Scale it down.+"),
         ([], 400, r"the request has no picture\. Give one at least, in the column 'picture'\."),
         (
             ["aGVsbG8="] * 65,

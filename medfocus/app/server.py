@@ -25,14 +25,14 @@ from medfocus.app.reading import Opened, Reader, Reading
 from medfocus.app.uploads import Limits, Upload, body, uploads
 from medfocus.app.worker import Busy, Worker
 from medfocus.discreet import kind_and_place
-from medfocus.images import MOST_BYTES, PictureError
+from medfocus.frames import PictureError, TooLargeError
+from medfocus.images import MOST_BYTES
 
 NOTICE = "For research; not for clinical use."
 MOST_POINTS = 64
 _MOST_JSON = 64_000  # bytes
 _STATIC = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _PAGE = Path(__file__).parent / "page"
-_TOO_LARGE = "the most that is"  # in the fault of a PictureError past one of images' limits
 
 Made = TypeVar("Made")
 Which = Literal["first", "edited"]
@@ -188,13 +188,10 @@ class Workplace:
         }
 
     def _open(self, upload: Upload) -> Opened:
-        if len(upload.data) > MOST_BYTES:
-            fault = f"the file is larger than {MOST_BYTES // 1_000_000} MB, the most that is read"
-            raise Refused(413, upload.name, fault, "Export it smaller.")
         try:
             return self.reader.open(upload.data, upload.name)
         except PictureError as error:
-            status = 413 if _TOO_LARGE in error.fault else 422
+            status = 413 if isinstance(error, TooLargeError) else 422
             raise Refused(status, error.name, error.fault, error.fix) from error
 
     async def edit(self, name: str, request: Request) -> Response:
