@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real pictures at {SHARED_DATA}; set MEDFOCUS_SHARED_DATA to their folder")
     return SHARED_DATA
+
+
+def and_no_more(work: Callable[..., object], *given: object) -> None:
+    """Work of a forked process, which ends here: what libraries do at an exit is their own process's."""
+    work(*given)
+    os._exit(0)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from medfocus.features import encode
 from medfocus.focus import FILL, FOCUS
 from medfocus.images import letterbox, read
 from medfocus.views import Crop, crop_box, view, view_key
+from tests.conftest import and_no_more
 
 SHA = hashlib.sha256(b"a picture").hexdigest()
 ITEMS = list(range(23))
@@ -319,7 +320,7 @@ def test_a_killed_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
 )  # Python 3.12 frowns on it; spawning takes 10 s
 def test_two_processes_at_once_do_no_harm(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=encode_all, args=(tmp_path,)) for _ in range(3)]
+    processes = [context.Process(target=and_no_more, args=(encode_all, tmp_path)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -371,5 +371,5 @@ def test_a_params_file_from_elsewhere_becomes_a_study_of_its_own(
 def test_work_outside_of_a_project_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.study import find_home
 
-    with pytest.raises(FileNotFoundError, match="is in no DVC project; work in a clone"):
+    with pytest.raises(FileNotFoundError, match="is in no project; go into one, or begin one"):
         find_home(tmp_path)
