@@ -8,9 +8,11 @@ import errno
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from medfocus.discreet import whole
 
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 _SAFE = "What was finished is kept: run the same command again."
+_MOMENT = 0.1  # seconds
 _LITTLE = 2**20  # bytes: a disk with less is called full
 # Libraries hide the OSError of a disk: safetensors, SQLAlchemy, MLflow and joblib's workers keep its words.
 _FULL = ("no space left", "disk is full", "disk quota exceeded")
@@ -79,15 +82,29 @@ def _told(holder: Path) -> str:
 @contextlib.contextmanager
 def faults_in_one_line() -> Iterator[None]:
     """Let a program end with what went wrong inside the block in one line, or at Ctrl-C with 130."""
+    before, sys.unraisablehook = sys.unraisablehook, _insist
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not any(isinstance(cause, KeyboardInterrupt) for cause in _chain(whole(error))):
+            sys.exit(f"medfocus: {explained(whole(error))}")
+        # Or what a library made of it on its way here.
         print("\nmedfocus: interrupted. What was finished is kept.", file=sys.stderr, flush=True)
         sys.stdout.flush()
         atexit._run_exitfuncs()
         os._exit(INTERRUPTED)  # all is told and closed; an interpreter takes seconds to take itself apart
-    except Exception as error:
-        sys.exit(f"medfocus: {explained(whole(error))}")
+    finally:
+        sys.unraisablehook = before
+
+
+def _insist(dropped: sys.UnraisableHookArgs) -> None:
+    """Say Ctrl-C again where it came while memory was tidied up: Python drops what is raised there."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        again = threading.Timer(_MOMENT, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def explained(error: BaseException) -> str:

@@ -112,3 +112,26 @@ def test_of_two_jobs_at_once_one_is_refused_and_ctrl_c_ends_the_other_in_time(ho
     prefect = home / ".prefect/prefect.db"
     assert states(prefect, "select state_type from flow_run") == {"CRASHED"}
     assert states(prefect, "select state_type from task_run") <= {"COMPLETED", "CRASHED"}
+
+
+DROPPED = """
+    class Tidied:
+        def __del__(self):
+            raise KeyboardInterrupt
+    del [Tidied()][0]
+    time.sleep(60)
+"""
+WRAPPED = """
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise RuntimeError("the server is gone")
+"""
+
+
+@pytest.mark.parametrize("work", [DROPPED, WRAPPED])
+def test_ctrl_c_is_not_lost_in_what_tidies_up(work: str) -> None:
+    """What is raised while Python frees memory is only reported; an error of tidying up takes its place."""
+    code = f"import time\nfrom flows.jobs import faults_in_one_line\nwith faults_in_one_line():{work}"
+    job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (job.returncode, job.stderr) == (130, "\nmedfocus: interrupted. What was finished is kept.\n")
