@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import yaml
 from torch import Tensor, nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 SHARED_DATA = Path(
     os.environ.get("MEDFOCUS_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -32,6 +36,22 @@ def and_no_more(work: Callable[..., object], *given: object) -> None:
     """Work of a forked process, which ends here: what libraries do at an exit is their own process's."""
     work(*given)
     os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The machine's Chromium; what it would show is not tested, and said so, where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"no page is looked at: none of {', '.join(names)} is on this machine")
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=arguments)
+        yield started
+        started.close()
 
 
 @pytest.fixture

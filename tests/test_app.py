@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
@@ -664,20 +663,6 @@ def test_no_browser_is_opened_where_there_is_no_display(monkeypatch: pytest.Monk
 
 
 # --- the page in a browser ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """The machine's Chromium."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip(f"the page is not looked at: none of {', '.join(names)} is on this machine")
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=arguments)
-        yield started
-        started.close()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer.main
 import yaml
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.testing import CliRunner
@@ -705,16 +705,9 @@ def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere(site: Path
             assert "For research use only" in text, file.name
 
 
-def test_the_site_is_searched_where_it_is_opened_as_a_file(site: Path) -> None:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next((found for name in names if (found := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
+def test_the_site_is_searched_where_it_is_opened_as_a_file(site: Path, browser: Browser) -> None:
     asked: list[str] = []
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        opened = playwright.chromium.launch(executable_path=browser, args=arguments)
-        page = opened.new_page()
+    with browser.new_page() as page:
         page.on("request", lambda request: asked.append(request.url))
         page.goto((site / "start.html").as_uri())
         page.click("input.md-search__input")
@@ -723,7 +716,6 @@ def test_the_site_is_searched_where_it_is_opened_as_a_file(site: Path) -> None:
         page.keyboard.type("cocoop")  # the theme listens to keys
         page.wait_for_selector(".md-search-result__link")
         found = page.inner_text(".md-search-result__list")
-        opened.close()
     assert "CoCoOp run out of memory" in found
     assert {url.partition(":")[0] for url in asked} <= {"file", "data"}
 

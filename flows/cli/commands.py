@@ -445,10 +445,14 @@ def workstation(
             from flows.cli import workstation as work
 
             secret, bound = work.password(host, os.environ), work.listening(host, port)
-            home = terminal.project() if model is None or not Path(model).is_dir() else Path.cwd()
-            reader, about = work.load(home, model)
+            reader, about = work.load(_home_of(model), model)
         terminal.tell(f"model: {about.model} {about.version}".rstrip())
         work.serve(reader, about, bound, host, secret, browser=not no_browser)
+
+
+def _home_of(model: str | None) -> Path:
+    """The project whose registry knows a model; a model folder needs none."""
+    return terminal.project() if model is None or not Path(model).is_dir() else Path.cwd()
 
 
 def _with_a_model(what: str, files: list[Path], out: Path, model: str | None, force: bool) -> None:
@@ -462,8 +466,7 @@ def _with_a_model(what: str, files: list[Path], out: Path, model: str | None, fo
             from flows.cli import models as registry
             from medfocus.serve import Predictor
 
-            home = terminal.project() if model is None or not Path(model).is_dir() else Path.cwd()
-            with registry.opened(home, model) as (told, place):
+            with registry.opened(_home_of(model), model) as (told, place):
                 predictor = Predictor.load(place)
         terminal.tell(f"model: {told}. For research; not for clinical use.")
         done = {"predict": work.predict, "explain": work.explain}[what](predictor, given, folder)
