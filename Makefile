@@ -62,11 +62,11 @@ check: $(INSTALLED)
 # Databases, MLflow, Prefect, a worker and the deployments of prefect.yaml, until Ctrl-C; docs/operations.md.
 # SQLITE=1 does without PostgreSQL, HOST=0.0.0.0 shows MLflow to others, by password.
 up: $(INSTALLED)
-	@$(BIN)/python -m flows.up $(if $(SQLITE),--sqlite) $(if $(HOST),--host $(HOST))
+	@$(BIN)/python -m flows.operations.stack $(if $(SQLITE),--sqlite) $(if $(HOST),--host $(HOST))
 
 # The same on SQLite files alone.
 schedule: $(INSTALLED)
-	@$(BIN)/python -m flows.up --sqlite
+	@$(BIN)/python -m flows.operations.stack --sqlite
 
 # The masks that the manifests' pictures lack, once, now.
 backfill: $(INSTALLED)
@@ -74,7 +74,7 @@ backfill: $(INSTALLED)
 
 # MLflow's and Prefect's pages on loopback.
 ui: $(INSTALLED)
-	@$(BIN)/python -m flows.ui
+	@$(BIN)/python -m flows.operations.ui
 
 # Every system on the embedded data: hours; `make run` is its small part.
 study: $(INSTALLED)
@@ -82,7 +82,7 @@ study: $(INSTALLED)
 
 # The page of a study that was run, anew: reports/index.html.
 report: $(INSTALLED)
-	@$(BIN)/python -m flows.page --params $(PARAMS)
+	@$(BIN)/python -m flows.release.page --params $(PARAMS)
 
 # The pages of docs/ as a site in site/, to be opened as files: it loads nothing from elsewhere.
 docs: $(INSTALLED)

@@ -103,17 +103,17 @@ def draw(folder: Path, count: int, size: int) -> None:
 def measured(step: str, folder: Path, segmenter: str) -> dict[str, Any]:
     """Run one stage on what the stages before it left in ``folder``; seconds without imports and models."""
     # Imported here: what a stage does not need is not in its peak.
-    from medfocus.records import read_manifest, write_manifest
+    from medfocus.datasets.records import read_manifest, write_manifest
 
     root, manifest = folder / "pictures", folder / "manifest.csv"
     if step == "ingest":
-        from medfocus.ingest import ingest
+        from medfocus.datasets.ingest import ingest
 
         began = _clocks()
         write_manifest(ingest(root).records, manifest)
         return _since(began)
     if step == "duplicates":
-        from medfocus.duplicates import find_duplicates
+        from medfocus.datasets.duplicates import find_duplicates
 
         began = _clocks()
         found = find_duplicates(read_manifest(manifest), root)
@@ -130,15 +130,15 @@ def _segmenter(name: str) -> Segmenter:
         return OtsuSegmenter()
     import torch
 
-    from medfocus.masks.sam2 import build_segmenter
+    from medfocus.masks.sam2.segmenter import build_segmenter
 
     torch.set_num_threads(1)
     return build_segmenter("pocket", "pocket", 128, "grid", points_per_side=8, batch_size=16)
 
 
 def _masks(folder: Path, segmenter: Segmenter, again: bool) -> dict[str, Any]:
+    from medfocus.datasets.records import read_manifest
     from medfocus.masks.store import MaskStore, cache_masks, publish
-    from medfocus.records import read_manifest
 
     began = _clocks()
     records = read_manifest(folder / "manifest.csv")
@@ -154,11 +154,12 @@ def _masks(folder: Path, segmenter: Segmenter, again: bool) -> dict[str, Any]:
 def _features(folder: Path, again: bool) -> dict[str, Any]:
     import torch
 
-    from medfocus import features, images
-    from medfocus.encoders import build_clip
+    from medfocus.clip import features
+    from medfocus.clip.encoder import build_clip
+    from medfocus.datasets.records import read_manifest
+    from medfocus.focus.view import view
+    from medfocus.images import decode
     from medfocus.masks.store import PublishedMasks
-    from medfocus.records import read_manifest
-    from medfocus.views import view
 
     torch.set_num_threads(1)
     clip = build_clip("pocket", "random:0")
@@ -176,7 +177,7 @@ def _features(folder: Path, again: bool) -> dict[str, Any]:
         records,
         [record.sha256 for record in records],
         lambda record: view(
-            images.read(folder / "pictures" / record.path), masks[record.sha256],
+            decode.read(folder / "pictures" / record.path), masks[record.sha256],
             focus="multiply", size=clip.image_size, feather=0.01,
         ),
         encode,
@@ -231,8 +232,8 @@ def repro(project: Path, pictures: Path) -> dict[str, float]:
 _AS_THE_FLOW = """
 import time
 from pathlib import Path
-from flows.stages import reproduce
-from flows.study import open_study
+from flows.stages.dvc import reproduce
+from flows.study.study import open_study
 study = open_study(Path("params.yaml"))
 began = time.perf_counter()
 assert not any([reproduce(study.folder, stage) for stage in study.stages])

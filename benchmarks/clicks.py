@@ -31,10 +31,10 @@ from flows.cli import workstation
 from medfocus import phantoms
 from medfocus.app import clicks
 from medfocus.app.reading import Reader
-from medfocus.masks.lean.segmenter import build_segmenter
-from medfocus.masks.sam2 import Sam2Segmenter
+from medfocus.masks.quality import iou
+from medfocus.masks.sam2.fast_segmenter import build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter
 from medfocus.phantoms.phantom import Phantom
-from medfocus.quality import iou
 
 HELD_OUT = 3_000_000  # seed of phantoms.generator: no picture of the pocket models' training
 FULL = "sam2.1_hiera_t"

@@ -23,9 +23,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from medfocus import features, images, phantoms
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.views import view
+from medfocus import phantoms
+from medfocus.clip import features
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.focus.view import view
+from medfocus.images import decode
 
 LEAST = 0.9  # of the bare loop's picture rate
 LOUD = 0.2  # a shortfall of such a share of it is a regression
@@ -75,7 +77,7 @@ def _compare(
     forward = 0.0
 
     def made(path: Path) -> np.ndarray:
-        return view(images.read(path), None, focus="none", size=clip.image_size, feather=0.01)
+        return view(decode.read(path), None, focus="none", size=clip.image_size, feather=0.01)
 
     def encoded(pixels: torch.Tensor) -> torch.Tensor:
         nonlocal forward

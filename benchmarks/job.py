@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medfocus import features, images
-from medfocus.encoders import build_clip
-from medfocus.ingest import ingest
-from medfocus.masks.lean.segmenter import build_segmenter
+from medfocus.clip import features
+from medfocus.clip.encoder import build_clip
+from medfocus.datasets.ingest import ingest
+from medfocus.focus.view import view
+from medfocus.images import decode
+from medfocus.masks.sam2.fast_segmenter import build_segmenter
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
-from medfocus.views import view
 
 CHUNK = 32  # pictures between changing over
 FEATHER = 0.01
@@ -78,7 +79,7 @@ def main() -> None:
         store = MaskStore(Path(folder, "masks"))
         for start in range(0, len(records), CHUNK):
             some = records[start : start + CHUNK]
-            bare([images.read(arguments.root / record.path) for record in some])
+            bare([decode.read(arguments.root / record.path) for record in some])
             began = time.perf_counter()
             pairs = [(record, arguments.root / record.path) for record in some]
             cache_masks(pairs, segmenter, store, batch_size=arguments.batch_size)
@@ -90,7 +91,7 @@ def main() -> None:
                 some,
                 [record.sha256 for record in some],
                 lambda record, masks=masks: view(
-                    images.read(arguments.root / record.path),
+                    decode.read(arguments.root / record.path),
                     masks[record.sha256],
                     focus="multiply",
                     size=clip.image_size,

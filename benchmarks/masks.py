@@ -38,12 +38,12 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from medfocus import phantoms
-from medfocus.masks import sam2
-from medfocus.masks.lean.segmenter import LeanSegmenter, build_segmenter
-from medfocus.masks.sam2 import Sam2Segmenter
+from medfocus.datasets.records import Record
+from medfocus.masks.quality import iou
+from medfocus.masks.sam2 import segmenter
+from medfocus.masks.sam2.fast_segmenter import LeanSegmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter
 from medfocus.masks.store import MaskStore, cache_masks
-from medfocus.quality import iou
-from medfocus.records import Record
 
 FULL, POINTS = "sam2.1_hiera_t", 4  # POINTS a side: as the studies of large pictures take them
 DRAWN = 768  # pixels a side of the phantoms for the clock, of no size that the model sees
@@ -91,10 +91,10 @@ def clock(pictures: int, repeats: int, generator_repeats: int, now: Callable[[],
     """Seconds of every row by ``now``, and the ratios."""
     shown = [drawn("chest_xray", "normal", number, DRAWN) for number in range(pictures)]
     shared = {"config": FULL, "checkpoint": "random:0", "batch_size": 1}
-    plain = sam2.build_segmenter(**shared, image_size=1024, strategy="grid", points_per_side=POINTS)
+    plain = segmenter.build_segmenter(**shared, image_size=1024, strategy="grid", points_per_side=POINTS)
     rows: dict[str, Callable[[np.ndarray], object]] = {}
     for size in (1024, 512):
-        model = plain.model if size == 1024 else sam2.build_segmenter(
+        model = plain.model if size == 1024 else segmenter.build_segmenter(
             **shared, image_size=size, strategy="grid"
         ).model  # fmt: skip
         ready = torch.rand(1, 3, size, size)
@@ -216,9 +216,9 @@ def agreement(per_class: int) -> dict[str, Any]:
                 rng = phantoms.generator(HELD_OUT, modality, "test", label, number)
                 phantom = phantoms.draw(modality, label, rng)
                 picture, masks = np.repeat(phantom.picture[..., None], 3, 2), {}
-                for name, segmenter in segmenters.items():
+                for name, made in segmenters.items():
                     began = time.perf_counter()
-                    masks[name] = segmenter.segment([picture])[0].region
+                    masks[name] = made.segment([picture])[0].region
                     seconds[name].append(time.perf_counter() - began)
                 for name, mask in masks.items():
                     with_generator[name].append(iou(mask, masks["generator"]))

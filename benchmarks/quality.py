@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from medfocus import images
-from medfocus.masks.lean.segmenter import build_segmenter
+from medfocus.images import decode
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.quality import center_box, dice, innermost, iou, known_region, parts, pointed
+from medfocus.masks.quality import center_box, dice, innermost, iou, known_region, parts, pointed
+from medfocus.masks.sam2.fast_segmenter import build_segmenter
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def _pictures(root: Path, per_class: int | None) -> list[tuple[str, np.ndarray, 
         inside = path.relative_to(root)
         if inside.parts[0] == "masks" or len(found[path.parent.name]) == per_class:
             continue
-        picture = images.read(path)
+        picture = decode.read(path)
         region = known_region(root, str(inside), *picture.shape[:2])
         if region is not None:
             found[path.parent.name].append((path.parent.name, picture, region))

@@ -1,9 +1,9 @@
 """Masks by shards: the picture rate of every runner with 1, 2 and 4 workers.
 
-Each row is the masks stage (`python -m flows.masks`) on phantoms with the pocket SAM2, into an empty cache,
-once with a picture for each worker and once with all: the difference is the rate, the first is what starting
-costs (Prefect's server, the workers, their libraries). Every worker computes with one thread, and so does the
-stage without workers.
+Each row is the masks stage (`python -m flows.stages.masks`) on phantoms with the pocket SAM2, into an empty
+cache, once with a picture for each worker and once with all: the difference is the rate, the first is what
+starting costs (Prefect's server, the workers, their libraries). Every worker computes with one thread,
+and so does the stage without workers.
 
     python -m benchmarks.scale
     python -m benchmarks.scale --pictures 1000 --workers 1 2
@@ -94,7 +94,7 @@ def _run(stage: str, project: Path, environment: dict[str, str]) -> float:
     name, *arguments = stage.split(" ")
     began = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", f"flows.{name}", *arguments], cwd=project, env=environment, check=True
+        [sys.executable, "-m", f"flows.stages.{name}", *arguments], cwd=project, env=environment, check=True
     )
     return time.perf_counter() - began
 

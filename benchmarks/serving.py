@@ -28,10 +28,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from flows.servers import free_port, model_server
-from medfocus import phantoms, registry, tracking
+from flows.servers.servers import free_port, model_server
+from medfocus import phantoms
 from medfocus.phantoms import png
-from medfocus.serve import Predictor
+from medfocus.serving.predictor import Predictor
+from medfocus.tracking import registry, runs
 
 MODALITY = "breast_ultrasound"
 
@@ -145,7 +146,7 @@ def _registered(home: Path, model: Path) -> str:
     labels = [label for label in phantoms.MODALITIES[MODALITY] for _ in range(8)]
     drawn = [_drawn("train", i, 192, label) for i, label in enumerate(labels)]
     MedFocusCLIP(modality=MODALITY).fit(drawn, labels).save(model)
-    store = tracking.start(None, home, "benchmark")
+    store = runs.start(None, home, "benchmark")
     registry.register(
         store,
         "benchmark",

@@ -78,7 +78,7 @@ def _write_study(folder: Path, train: int) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     (folder / ".dvc").mkdir()  # marks the project; nothing here asks DVC
 
-    from flows import duplicates, ingest, masks, phantoms, splits
+    from flows.stages import duplicates, ingest, masks, phantoms, splits
 
     phantoms.main(["--modality", "brain_mri"])
     for stage in (ingest, duplicates, splits, masks):
@@ -86,9 +86,10 @@ def _write_study(folder: Path, train: int) -> None:
 
 
 def _measure() -> dict[str, Any]:
-    from flows import costs, evaluate, finetune
-    from flows.cells import Dataset, plan
-    from flows.study import here
+    from flows.stages import evaluate, finetune
+    from flows.study import costs
+    from flows.study.cells import Dataset, plan
+    from flows.study.study import here
 
     study = here()
     embed, spent = Dataset.embed, {"embed": 0.0}
@@ -141,10 +142,10 @@ def _measure() -> dict[str, Any]:
 @contextlib.contextmanager
 def _counted() -> Iterator[list[int]]:
     """How many views pass a picture tower in the block."""
-    from medfocus import encoders
+    from medfocus.clip import encoder
 
     passed = [0]
-    build: Callable[..., Any] = encoders.build_clip
+    build: Callable[..., Any] = encoder.build_clip
 
     def counting(*arguments: Any, **options: Any) -> Any:
         encoder = build(*arguments, **options)
@@ -155,7 +156,7 @@ def _counted() -> Iterator[list[int]]:
         encoder.model.visual.conv1.register_forward_pre_hook(count)
         return encoder
 
-    with patch.object(encoders, "build_clip", counting):
+    with patch.object(encoder, "build_clip", counting):
         yield passed
 
 

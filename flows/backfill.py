@@ -8,12 +8,12 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.hooks import report_failure
-from flows.jobs import faults_in_one_line, only_retraining
+from flows.operations.jobs import faults_in_one_line, only_retraining
+from flows.operations.notify import report_failure
 from flows.pipeline import cache_masks
-from flows.servers import prefect_api
-from flows.study import open_study
-from medfocus.discreet import discreet
+from flows.servers.servers import prefect_api
+from flows.study.study import open_study
+from medfocus.storage.redaction import discreet
 
 
 @flow(

@@ -24,24 +24,24 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
-from flows.jobs import faults_in_one_line, only_job
-from flows.retries import PATIENT
-from flows.servers import must_answer, prefect_api
-from flows.stages import reproduce
-from flows.study import PAGE, RESULTS, STUDY, Study, open_study
-from medfocus import report
-from medfocus.discreet import discreet
-from medfocus.provenance import lock_digest
+from flows.operations.jobs import faults_in_one_line, only_job
+from flows.operations.retries import PATIENT
+from flows.servers.servers import must_answer, prefect_api
+from flows.stages.dvc import reproduce
+from flows.study.study import PAGE, RESULTS, STUDY, Study, open_study
+from medfocus.reports import tables
+from medfocus.storage.redaction import discreet
+from medfocus.tracking.provenance import lock_digest
 
 if TYPE_CHECKING:
-    from medfocus.registry import Registration
+    from medfocus.tracking.registry import Registration
 
 
 @task(task_run_name="plan {study.params.study.name}", cache_policy=NO_CACHE)
 @discreet
 def check_plan(study: Study) -> None:
     """Build every method of the study once: a typo fails here, before any work; so does a missing server."""
-    from flows.cells import plan
+    from flows.study.cells import plan
 
     plan(study.params)
     if (store := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("http"):
@@ -112,17 +112,17 @@ def evaluate(study: Study) -> None:
     """Checkpoints -> test scores, MLflow runs, figures."""
     ran = _reproduce(study, "evaluate")
     if not _shows_results(study):
-        from flows.evaluate import restore_study_csv  # takes seconds, as do the next ones
+        from flows.stages.evaluate import restore_study_csv  # takes seconds, as do the next ones
 
         restore_study_csv(study)
     if not _page_is_current(study):
-        from flows.page import write_page
+        from flows.release.page import write_page
 
         write_page(study)
     if ran:
-        rows = report.read_study_csv(study.folder / STUDY)
+        rows = tables.read_study_csv(study.folder / STUDY)
         create_markdown_artifact(
-            report.markdown_table(rows), key="study-table", description="Accuracy on the test sets"
+            tables.markdown_table(rows), key="study-table", description="Accuracy on the test sets"
         )
 
 
@@ -130,7 +130,7 @@ def evaluate(study: Study) -> None:
 @discreet
 def register_best(study: Study, dataset: str) -> Registration:
     """The best cell by validation -> the model registry; champion only through the gate."""
-    from flows import register
+    from flows.release import register
 
     outcome = register.register_best(study, dataset)
     told = register.told(outcome)
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with only_job(study), prefect_api():
             registrations = pipeline(params_file)
     print()
-    print(report.study_table(report.read_study_csv(study.folder / STUDY)))
+    print(tables.study_table(tables.read_study_csv(study.folder / STUDY)))
     for registration in registrations:
         alias = f"@{registration.alias}" if registration.alias else "without alias"
         print(f"model {registration.name} version {registration.version} {alias}: {registration.reason}")

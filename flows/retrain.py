@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 from prefect import flow
 
-from flows.hooks import report_failure
-from flows.jobs import faults_in_one_line, only_job, only_retraining
+from flows.operations.jobs import faults_in_one_line, only_job, only_retraining
+from flows.operations.notify import report_failure
 from flows.pipeline import steps
-from flows.servers import prefect_api
-from flows.study import open_study
-from medfocus.discreet import discreet
+from flows.servers.servers import prefect_api
+from flows.study.study import open_study
+from medfocus.storage.redaction import discreet
 
 if TYPE_CHECKING:
-    from medfocus.registry import Registration
+    from medfocus.tracking.registry import Registration
 
 
 @flow(

@@ -22,7 +22,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medfocus import images
+from medfocus.images import decode
 
 
 def dicom(
@@ -75,7 +75,7 @@ def baseline(stored: np.ndarray, **tags: Any) -> bytes:
 
 def shown(data: bytes, frame: str = "") -> np.ndarray:
     """What is made of a file of grey pictures, (H, W) uint8."""
-    stack = images.open_stack(data, "x")
+    stack = decode.open_stack(data, "x")
     assert stack is not None
     pixels = stack.pixels(stack.find(frame) if frame else frame)
     assert pixels.dtype == np.uint8

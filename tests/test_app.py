@@ -27,7 +27,7 @@ from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from flows.cli import workstation
-from medfocus import checkpoint, images, phantoms, serve
+from medfocus import phantoms
 from medfocus.app import clicks
 from medfocus.app.clicks import Point
 from medfocus.app.desk import Desk
@@ -35,15 +35,17 @@ from medfocus.app.guard import Refused, door
 from medfocus.app.reading import Reader
 from medfocus.app.server import About, Bounds, Workplace, build, calibration_note
 from medfocus.app.uploads import Limits, body
-from medfocus.encoders import build_clip
-from medfocus.explain import explain
-from medfocus.masks.lean.segmenter import LeanSegmenter
+from medfocus.clip.encoder import build_clip
+from medfocus.explain.explain import explain
+from medfocus.focus.view import view
+from medfocus.images import decode
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.fast_segmenter import LeanSegmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.masks.segmenter import Mask, Segmenter, identity
 from medfocus.methods import METHODS, Support
-from medfocus.serve import Predictor, probabilities_of
-from medfocus.views import view
+from medfocus.serving import checkpoint, predictor
+from medfocus.serving.predictor import Predictor, probabilities_of
 
 HOME = "http://127.0.0.1:8600"
 ABOUT = About("medfocus-brain", "3 (champion)", "brain", "clip-linear-probe", "SAM2", {"ece": 0.0625})
@@ -85,7 +87,7 @@ def save(folder: Path, segmenter: Segmenter, settings: dict[str, Any]) -> Path:
         "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"}
     )
     checkpoint.save(method, header, folder / "cell.safetensors")
-    serve.save_model(
+    predictor.save_model(
         folder / "model", checkpoint=folder / "cell.safetensors", encoder=encoder, segmenter=segmenter,
         segmenter_settings=settings, feather=0.01,
     )  # fmt: skip
@@ -376,7 +378,7 @@ def test_a_broken_picture_has_an_error_of_its_own_and_the_others_are_read(opened
     assert second["error"] == {
         "status": 422,
         "place": "b.png",
-        "fault": f"is no picture in a format that is read ({', '.join((*images.FORMATS, 'DICOM', 'NIFTI'))})",
+        "fault": f"is no picture in a format that is read ({', '.join((*decode.FORMATS, 'DICOM', 'NIFTI'))})",
         "fix": "Export it again as PNG, or remove it.",
     }
     assert third["error"]["place"] == "c.png" and "cannot be decoded" in third["error"]["fault"]
@@ -396,7 +398,7 @@ def test_a_picture_of_too_many_pixels_is_413_by_its_header(opened: Opener) -> No
 
 
 def test_a_file_of_too_many_bytes_is_413(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medfocus.images.MOST_BYTES", 1000)
+    monkeypatch.setattr("medfocus.images.decode.MOST_BYTES", 1000)
     answer = opened().post("/pictures", files=given(("big.png", encoded(20))))
     assert answer.status_code == 413
     assert "the most that is read" in answer.json()["pictures"][0]["error"]["fault"]

@@ -12,7 +12,9 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from medfocus.attribution import (
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.lora import LoraTowers
+from medfocus.explain.attribution import (
     attended,
     attention_rollout,
     grad_cam,
@@ -23,8 +25,6 @@ from medfocus.attribution import (
     rollout,
     to_maps,
 )
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.lora import LoraTowers
 
 ENCODERS = ("pocket", "ViT-B-32")
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus import checkpoint
 from medfocus.methods import PICTURES, Support
 from medfocus.methods.backbone import Backbone, _two_or_more
+from medfocus.serving import checkpoint
 
 CLASSES = 3
 SMALL: dict[str, dict[str, Any]] = {

@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from medfocus import cards, metrics
-from medfocus.cards import Data, Model
-from medfocus.duplicates import Pair
-from medfocus.gate import Check
-from medfocus.records import Record
-from medfocus.splits import Splits
+from medfocus.datasets.duplicates import Pair
+from medfocus.datasets.records import Record
+from medfocus.datasets.splits import Splits
+from medfocus.evaluation import metrics
+from medfocus.evaluation.gate import Check
+from medfocus.reports import cards
+from medfocus.reports.cards import Data, Model
 
 PATIENT, FILE = "MRN_0815_4711", "DOE_JANE_1970"
 CLASSES = ("cyst", "solid")

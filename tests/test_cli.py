@@ -23,19 +23,21 @@ from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from flows import ingest as stage
-from flows import servers, stages
 from flows.cli import app, doctor, models
 from flows.cli.init import readable
 from flows.cli.modality import Look, guess
-from flows.study import open_study
-from medfocus import checkpoint, images, serve
-from medfocus.encoders import build_clip
+from flows.servers import servers
+from flows.stages import dvc
+from flows.stages import ingest as stage
+from flows.study.params import SlicesParams, load_params
+from flows.study.study import open_study
+from medfocus.clip.encoder import build_clip
+from medfocus.datasets.records import read_manifest
+from medfocus.focus.view import view
+from medfocus.images import decode
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.methods import METHODS, Support
-from medfocus.params import SlicesParams, load_params
-from medfocus.records import read_manifest
-from medfocus.views import view
+from medfocus.serving import checkpoint, predictor
 from tests.dicoms import dicom, nifti
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +99,7 @@ def test_a_project_can_be_begun_anywhere_and_its_stages_run(
     study = open_study(Path("studies/own.yaml"))
     assert study.home == Path.cwd() and f"- code: {ROOT.as_posix()}\n" in Path("dvc.yaml").read_text()
     for name in ("ingest@own", "duplicates@own", "splits@own"):
-        assert stages.reproduce(study.folder, name) and not stages.reproduce(study.folder, name)
+        assert dvc.reproduce(study.folder, name) and not dvc.reproduce(study.folder, name)
     assert len((study.folder / "data/manifests/own.csv").read_text().splitlines()) == 11
 
 
@@ -354,7 +356,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     encoder, segmenter = build_clip("pocket", "pocket"), OtsuSegmenter()
     method = METHODS["clip-linear-probe"](encoder, folds=3)
-    pictures = [images.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
+    pictures = [decode.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
     found = segmenter.segment(pictures)
     views = [
         view(picture, mask.region, focus="multiply", size=encoder.image_size, feather=0.01)
@@ -367,7 +369,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"}
     )
     checkpoint.save(method, header, folder / "cell.safetensors")
-    serve.save_model(
+    predictor.save_model(
         folder / "model",
         checkpoint=folder / "cell.safetensors",
         encoder=encoder,
@@ -411,12 +413,12 @@ def test_predict_says_what_the_model_says_and_draws_the_mask(
     files = [shade(home / f"{i}.png", i % 2, 60 + i) for i in range(3)]
     result = medfocus("predict", *files, "--out", "out", "--model", model)
     assert result.exit_code == 0, result.output
-    expected = serve.Predictor.load(model).predict([file.read_bytes() for file in files])
+    expected = predictor.Predictor.load(model).predict([file.read_bytes() for file in files])
     for line, prediction in zip(rows(home / "out" / "predictions.csv"), expected, strict=True):
         assert line["label"] == prediction.label
         assert float(line["probability_dark"]) == pytest.approx(prediction.probabilities["dark"], abs=1e-5)
-        overlay = images.read(home / "out" / line["overlay"])
-        assert np.array_equal((overlay != images.read(Path(line["file"]))).any(axis=2), prediction.mask)
+        overlay = decode.read(home / "out" / line["overlay"])
+        assert np.array_equal((overlay != decode.read(Path(line["file"]))).any(axis=2), prediction.mask)
     again = medfocus("predict", *files, "--out", "out", "--model", model)
     assert again.exit_code == 1 and "predictions.csv is there already" in again.output
 
@@ -424,7 +426,7 @@ def test_predict_says_what_the_model_says_and_draws_the_mask(
 def test_every_frame_of_a_file_is_answered_under_its_name(
     home: Path, medfocus: Medfocus, model: Path
 ) -> None:
-    pictures = [images.read(shade(home / f"{i}.png", i % 2, 60 + i))[..., 0] for i in range(3)]
+    pictures = [decode.read(shade(home / f"{i}.png", i % 2, 60 + i))[..., 0] for i in range(3)]
     (home / "in").mkdir()
     (home / "in" / "cine").write_bytes(dicom(np.stack(pictures), NumberOfFrames=3))
     volume = np.zeros((40, 30, 11), np.int16)
@@ -436,7 +438,7 @@ def test_every_frame_of_a_file_is_answered_under_its_name(
     slices = [f"in/head.nii.gz#z={z:02}" for z in range(11)]
     assert [line["file"] for line in lines] == ["in/cine#0", "in/cine#1", "in/cine#2", *slices]
     assert [line["overlay"] for line in lines[2:4]] == ["cine_2_overlay.png", "head_z=00_overlay.png"]
-    expected = serve.Predictor.load(model).predict_decoded([np.stack([p] * 3, axis=2) for p in pictures])
+    expected = predictor.Predictor.load(model).predict_decoded([np.stack([p] * 3, axis=2) for p in pictures])
     assert [line["label"] for line in lines[:3]] == [one.label for one in expected]
     assert medfocus("predict", "in/cine#1", "--out", "one", "--model", model).exit_code == 0
     assert [line["file"] for line in rows(home / "one" / "predictions.csv")] == ["in/cine#1"]
@@ -449,7 +451,7 @@ def test_explain_shows_each_picture_and_where_the_answer_came_from(
     assert result.exit_code == 0, result.output
     [line] = rows(home / "why" / "explanations.csv")
     assert line["way"] == "gradient x attention" and 0 <= float(line["inside_mask"]) <= 1
-    assert images.read(home / "why" / line["sheet"]).shape[1] > 3 * 90
+    assert decode.read(home / "why" / line["sheet"]).shape[1] > 3 * 90
 
 
 def test_masks_are_those_of_the_studys_segmenter_and_are_kept(home: Path, medfocus: Medfocus) -> None:
@@ -460,8 +462,8 @@ def test_masks_are_those_of_the_studys_segmenter_and_are_kept(home: Path, medfoc
         result = medfocus("masks", picture, "--out", out)
         assert result.exit_code == 0, result.output
         [line] = rows(home / out / "masks.csv")
-        [mask] = open_study(home / "params.yaml").segmenter("phantom-chest").segment([images.read(picture)])
-        drawn = images.read(home / out / line["mask"])[..., 0] > 0
+        [mask] = open_study(home / "params.yaml").segmenter("phantom-chest").segment([decode.read(picture)])
+        drawn = decode.read(home / out / line["mask"])[..., 0] > 0
         assert np.array_equal(drawn, mask.region) and line["status"] == mask.status
     assert medfocus("masks", picture, "--out", "x", "--dataset", "knee").exit_code == 2
 

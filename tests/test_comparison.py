@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from medfocus.comparison import Scored, bootstrap, compare, holm, mcnemar, paired_sums, sign_flip
+from medfocus.evaluation.comparison import Scored, bootstrap, compare, holm, mcnemar, paired_sums, sign_flip
 
 
 def results(*accuracies: float, pictures: int = 60, seed: int = 0) -> np.ndarray:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from flows import costs
+from flows.study import costs
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 MEASURED = """
 import time
-from flows import costs
+from flows.study import costs
 
 def hungry():
     block = bytearray(40 * 2**20)  # 40 MiB, every page written to

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from medfocus import images
-from medfocus.discreet import DiscreetError, discreet, kind_and_place, whole
+from medfocus.images import decode
+from medfocus.storage.redaction import DiscreetError, discreet, kind_and_place, whole
 
 
 @discreet
 def read(path: Path) -> int:
     """Of the size of a picture."""
-    return images.read(path).size
+    return decode.read(path).size
 
 
 def raised(path: Path) -> DiscreetError:
@@ -30,11 +30,11 @@ def test_the_text_of_an_error_is_told_on_the_terminal_and_nowhere_else(
     picture = tmp_path / "DOE_JANE.png"
     picture.touch()
     error = raised(picture)
-    assert str(error).startswith("PictureError at medfocus.images:")
+    assert str(error).startswith("PictureError at medfocus.images.decode:")
     logged = "".join(traceback.format_exception(error))
-    assert "PictureError at medfocus.images:" in logged and "DOE_JANE" not in logged
+    assert "PictureError at medfocus.images.decode:" in logged and "DOE_JANE" not in logged
     assert f"{picture}: the file is empty (0 bytes). Copy it again" in capsys.readouterr().err
-    assert isinstance(whole(error), images.PictureError) and "DOE_JANE" in str(whole(error))
+    assert isinstance(whole(error), decode.PictureError) and "DOE_JANE" in str(whole(error))
 
 
 def test_a_fault_that_was_foreseen_is_told_in_its_sentence_and_any_other_with_the_way_to_it(
@@ -43,7 +43,7 @@ def test_a_fault_that_was_foreseen_is_told_in_its_sentence_and_any_other_with_th
     (tmp_path / "empty.png").touch()
     raised(tmp_path / "empty.png")
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("medfocus.frames.PictureError: ")
+    assert told.count("\n") == 1 and told.startswith("medfocus.images.stack.PictureError: ")
     raised(tmp_path / "nowhere.png")  # of the system
     assert "Traceback" in capsys.readouterr().err
 
@@ -62,7 +62,7 @@ def test_what_is_kept_of_an_error_as_a_pickle_has_no_text_either(tmp_path: Path)
     kept = pickle.dumps(raised(tmp_path / "DOE_JANE.png"))
     assert b"DOE_JANE" not in kept
     error = pickle.loads(kept)
-    assert whole(error) is error and str(error).startswith("PictureError at medfocus.images:")
+    assert whole(error) is error and str(error).startswith("PictureError at medfocus.images.decode:")
 
 
 def test_what_is_returned_passes_and_an_error_of_elsewhere_has_its_own_place() -> None:

@@ -24,9 +24,9 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.testing import CliRunner
 
-from flows import phantoms
 from flows.cli import app
-from medfocus.params import read_content
+from flows.stages import phantoms
+from flows.study.params import read_content
 from tests.conftest import ROOT, make_project, work_in
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

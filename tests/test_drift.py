@@ -12,8 +12,8 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.stats import ks_2samp
 
-from medfocus import drift
-from medfocus.drift import Known, Pictures, measure, statistics
+from medfocus.evaluation import drift
+from medfocus.evaluation.drift import Known, Pictures, measure, statistics
 
 BOUNDS = {"embedding": 0.8, "coverage": 0.4, "classes": 0.3, "statistics": 0.5}
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from PIL.Image import Transpose
 from scipy.ndimage import gaussian_filter
 
-from medfocus.duplicates import (
+from medfocus.datasets.duplicates import (
     Pair,
     find_duplicates,
     groups,
@@ -27,8 +27,8 @@ from medfocus.duplicates import (
     twins_across,
     write_pairs,
 )
-from medfocus.ingest import ingest
-from medfocus.records import Record
+from medfocus.datasets.ingest import ingest
+from medfocus.datasets.records import Record
 
 # What is done to picture a to make picture b, and the way back that is to be found.
 TURNS = {

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from medfocus.masks import edges
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.masks.quality import innermost, iou
+from medfocus.masks.sam2 import edges
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.pocket.pool import held_out
-from medfocus.quality import innermost, iou
 
 NOISE = np.random.default_rng(0)
 

@@ -21,9 +21,9 @@ from torch.nn.functional import normalize
 from torchvision.transforms.functional import normalize as normalize_pixels
 from torchvision.transforms.functional import to_tensor
 
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.pocket_tokenizer import CONFIGS, pocket_tokenizer, write_merges
-from medfocus.prompts import TEMPLATES, class_embeddings, text_prompts
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompts import TEMPLATES, class_embeddings, text_prompts
+from medfocus.clip.tokenizer import CONFIGS, pocket_tokenizer, write_merges
 
 LAION_HUB_ID = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 OPENAI_HUB_ID = "timm/vit_base_patch32_clip_224.openai"

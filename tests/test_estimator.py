@@ -18,9 +18,10 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
 from sklearn.utils.validation import check_is_fitted
 
-from medfocus import MedFocusCLIP, defaults, phantoms
-from medfocus.explain import on_picture
+from medfocus import MedFocusCLIP, phantoms
+from medfocus.explain.explain import on_picture
 from medfocus.methods import METHODS
+from medfocus.serving import defaults
 from tests.dicoms import dicom
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,7 +237,8 @@ def test_a_saved_one_comes_back(fitted: MedFocusCLIP, tmp_path: Path) -> None:
 def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any], segmenter: str
 ) -> None:
-    from flows import cells, duplicates, evaluate, finetune, ingest, masks, splits, study
+    from flows.stages import duplicates, evaluate, finetune, ingest, masks, splits
+    from flows.study import cells, study
 
     data = "phantom-breast"
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfocus.attribution import pointing_hit
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.explain import explain
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.explain.attribution import pointing_hit
+from medfocus.explain.explain import explain
 from medfocus.methods import METHODS, Support
 
 SIZE = 96

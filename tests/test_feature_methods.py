@@ -14,17 +14,17 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional
 
-from flows.cells import Cell, build_method, plan
-from medfocus import checkpoint
+from flows.study.cells import Cell, build_method, plan
+from flows.study.params import load_params
+from medfocus.learning.probe import stratified_folds
+from medfocus.learning.selection import LearningRates, choose
 from medfocus.methods import METHODS, Support
-from medfocus.methods.choose import LearningRates, choose
 from medfocus.methods.clip_adapter import RATIO_WITHOUT_VALIDATION, Adapter
 from medfocus.methods.lp_plus_plus import minimise, start, step_sizes
 from medfocus.methods.pixels import RbfMachine
 from medfocus.methods.ss_text import closed_form
 from medfocus.methods.tip_adapter import ALPHA, BETA, Cache, cache_logits
-from medfocus.params import load_params
-from medfocus.probe import stratified_folds
+from medfocus.serving import checkpoint
 from tests.conftest import TinyClip
 from tests.test_methods import SETTINGS, coloured_pictures, random_features, support_of
 

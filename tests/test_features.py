@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfocus import features
-from medfocus import shards as shards_module
-from medfocus.encoders import build_clip
-from medfocus.features import encode
-from medfocus.focus import FILL, FOCUS
-from medfocus.images import letterbox, read
-from medfocus.views import Crop, crop_box, view, view_key
+from medfocus.clip import features
+from medfocus.clip.encoder import build_clip
+from medfocus.clip.features import encode
+from medfocus.focus.modes import FILL, FOCUS
+from medfocus.focus.view import Crop, crop_box, view, view_key
+from medfocus.images.decode import letterbox, read
+from medfocus.storage import shards as shards_module
 from tests.conftest import and_no_more
 
 SHA = hashlib.sha256(b"a picture").hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from medfocus.focus import FILL, FOCUS, MARK_COLOUR, SEGMENT_COLOURS, focus, soft_edge
+from medfocus.focus.modes import FILL, FOCUS, MARK_COLOUR, SEGMENT_COLOURS, focus, soft_edge
 
 MODES = list(FOCUS)
 MARKS = ["contour", "circle", "box", "arrow"]

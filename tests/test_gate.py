@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medfocus.drift import Shift
-from medfocus.gate import Champion, Decision, Rules, judge
+from medfocus.evaluation.drift import Shift
+from medfocus.evaluation.gate import Champion, Decision, Rules, judge
 
 CLASSES = ("benign", "malignant")
 RULES = Rules(margin=0.0, p=0.05, pictures=20, recall={"all": 0.5}, calibration=0.2)

@@ -17,11 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medfocus import figures
-from medfocus.comparison import Difference
-from medfocus.data_warnings import data_warnings, mask_warnings
-from medfocus.duplicates import Pair
-from medfocus.html_report import (
+from medfocus.datasets.duplicates import Pair
+from medfocus.datasets.records import Record
+from medfocus.datasets.splits import Splits
+from medfocus.evaluation.comparison import Difference
+from medfocus.evaluation.metrics import reliability
+from medfocus.reports import figures
+from medfocus.reports.data_warnings import data_warnings, mask_warnings
+from medfocus.reports.page import (
     Calibration,
     Confusion,
     Cost,
@@ -31,11 +34,8 @@ from medfocus.html_report import (
     Report,
     render,
 )
-from medfocus.metrics import reliability
-from medfocus.records import Record
-from medfocus.report import Published, StudyRow, plot_table, read_published
-from medfocus.splits import Splits
-from medfocus.verdicts import verdict_sentences
+from medfocus.reports.tables import Published, StudyRow, plot_table, read_published
+from medfocus.reports.verdicts import verdict_sentences
 
 VOID = {"meta", "link", "img", "source", "br"}
 CURVE = reliability(np.array([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]]), np.array([0, 1, 1]), 10)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medfocus.images import open_picture
-from medfocus.ingest import Ingested, IngestError, ingest, write_left_out
+from medfocus.datasets.ingest import Ingested, IngestError, ingest, write_left_out
+from medfocus.images.decode import open_picture
 
 
 def picture(path: Path, seed: int | None = None, mode: str = "L", size: tuple[int, int] = (12, 8)) -> Path:
@@ -402,7 +402,7 @@ def test_a_picture_is_decoded_once_and_its_changed_bytes_again(
         decoded.append(name)
         return open_picture(data, name)
 
-    monkeypatch.setattr("medfocus.images.open_picture", counted)
+    monkeypatch.setattr("medfocus.images.decode.open_picture", counted)
     first = ingest(root, cache=cache)
     assert sorted(decoded) == sorted([*paths(first), "train/cat/cut.png"])
     decoded.clear()

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from medfocus import phantoms
-from medfocus.masks import sam2
-from medfocus.masks.choose import Limits
-from medfocus.masks.lean import segmenter as lean_module
-from medfocus.masks.lean.segmenter import LEAST_SIZE, LeanSegmenter, build_segmenter, fits
-from medfocus.masks.sam2 import Sam2Segmenter, grid_prompts
-from medfocus.masks.sam2_model import load_predictor
+from medfocus.masks.candidates import Limits
+from medfocus.masks.sam2 import fast_segmenter as lean_module
+from medfocus.masks.sam2 import segmenter
+from medfocus.masks.sam2.fast_segmenter import LEAST_SIZE, LeanSegmenter, build_segmenter, fits
+from medfocus.masks.sam2.model import load_predictor
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, grid_prompts
 
 SIZE = 256  # pixels: lean segmenters are for larger ones, but do the same at every size
 
@@ -51,9 +51,9 @@ def pictures() -> list[np.ndarray]:
     return [drawn(modality, label) for modality, labels in phantoms.MODALITIES.items() for label in labels]
 
 
-@pytest.mark.parametrize("prompts", [grid_prompts(3), sam2.box_prompt(0.5)], ids=["points", "box"])
+@pytest.mark.parametrize("prompts", [grid_prompts(3), segmenter.box_prompt(0.5)], ids=["points", "box"])
 def test_the_lean_decoder_draws_the_same_masks(
-    pair: tuple[Sam2Segmenter, LeanSegmenter], prompts: sam2.Prompts
+    pair: tuple[Sam2Segmenter, LeanSegmenter], prompts: segmenter.Prompts
 ) -> None:
     plain, lean = pair
     features = plain.encode(pictures()[:2])
@@ -105,7 +105,9 @@ def test_few_points_are_drawn_once_a_good_region_was_found(monkeypatch: pytest.M
         predictor, key, strategy="grid", points_per_side=8, keep=1, limits=Limits(0.01, 0.7, 0.7, 0.85)
     )
     lean, count = LeanSegmenter(plain), 0
-    monkeypatch.setattr("medfocus.masks.lean.decoder._CHUNK_BYTES", 1)  # one point at a time, as at 1024 px
+    monkeypatch.setattr(
+        "medfocus.masks.sam2.fast_decoder._CHUNK_BYTES", 1
+    )  # one point at a time, as at 1024 px
     draw = lean.decoder.logits
 
     def counted(scene: Any, answer: Any) -> Tensor:
@@ -133,7 +135,7 @@ def test_answers_that_are_no_numbers_never_win(monkeypatch: pytest.MonkeyPatch) 
 
 def test_small_pictures_and_sam2s_own_generator_keep_the_plain_segmenter_and_its_key() -> None:
     for size, strategy in ((128, "grid"), (256, "box"), (LEAST_SIZE, "automatic")):
-        plain = sam2.build_segmenter("pocket", "random:0", size, strategy)
+        plain = segmenter.build_segmenter("pocket", "random:0", size, strategy)
         built = build_segmenter("pocket", "random:0", size, strategy)
         assert type(built) is Sam2Segmenter
         assert (built.key, built.features_key) == (plain.key, plain.features_key)
@@ -150,7 +152,7 @@ def test_the_key_differs_where_rounding_may_and_with_every_setting(monkeypatch: 
     ]  # fmt: skip
     segmenters = [built(**change) for change in changes]
     assert all(isinstance(one, LeanSegmenter) for one in segmenters)
-    plain = sam2.build_segmenter("pocket", "random:0", LEAST_SIZE, "grid")
+    plain = segmenter.build_segmenter("pocket", "random:0", LEAST_SIZE, "grid")
     assert len({plain.key, *(one.key for one in segmenters)}) == len(changes) + 1
     assert segmenters[0].features_key == segmenters[4].features_key != plain.features_key
     assert built(batch_size=1).key == segmenters[0].key
@@ -159,14 +161,14 @@ def test_the_key_differs_where_rounding_may_and_with_every_setting(monkeypatch: 
 
 
 def test_a_box_in_the_middle_stays_the_box_that_was_asked_for() -> None:
-    plain = sam2.build_segmenter("pocket", "pocket", 128, "box", box_side=0.4)
+    plain = segmenter.build_segmenter("pocket", "pocket", 128, "box", box_side=0.4)
     picture = drawn("brain_mri", "glioma")
     one, other = (each.segment([picture])[0] for each in (LeanSegmenter(plain), plain))
     assert (one.status, one.score) == (other.status, pytest.approx(other.score, abs=1e-5))
 
 
 def test_a_model_of_another_kind_is_refused_with_what_to_take_instead() -> None:
-    plain = sam2.build_segmenter("pocket", "random:0", 128, "grid")
+    plain = segmenter.build_segmenter("pocket", "random:0", 128, "grid")
     plain.model.image_encoder.neck.fpn_top_down_levels = [0, 1, 2, 3]  # pyright: ignore
     assert not fits(plain)
     with pytest.raises(ValueError, match=r"no lean segmenter for .* Take the plain one"):

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from medfocus.ingest import IngestError, ingest
-from medfocus.listing import unwrapped
-from medfocus.quality import known_region
-from medfocus.records import Record
+from medfocus.datasets.ingest import IngestError, ingest
+from medfocus.datasets.listing import unwrapped
+from medfocus.datasets.records import Record
+from medfocus.masks.quality import known_region
 
 
 def draw(path: Path, value: int | None = None) -> Path:
@@ -274,7 +274,7 @@ def test_a_table_that_is_too_large_is_not_read(four: Path, monkeypatch: pytest.M
         four / "l.pq"
     )
     (four / "list.csv").write_text("path,label\na.png,cat\n" * 10_000)
-    monkeypatch.setattr("medfocus.tables.MAX_BYTES", 80_000)
+    monkeypatch.setattr("medfocus.storage.tables.MAX_BYTES", 80_000)
     with pytest.raises(IngestError, match=r"list\.csv: has 0\.0 GB; .* are the most. Divide it"):
         ingest(four, manifest="list.csv")
     assert (four / "l.pq").stat().st_size < 80_000, "what it unpacks to is what is refused"

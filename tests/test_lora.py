@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus import weights
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.lora import LoraAttention, LoraTowers, LowRank
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.lora import LoraAttention, LoraTowers, LowRank
+from medfocus.clip.prompts import class_embeddings
 from medfocus.methods import Support
 from medfocus.methods.clip_lora import ClipLora
 from medfocus.methods.medfocusclip import MedFocusClip
-from medfocus.prompts import class_embeddings
+from medfocus.storage import weights
 
 CLASSES = ("red", "green", "blue")
 PROMPTS = tuple((f"a photo of {name}", f"This is a scan of {name}") for name in CLASSES)

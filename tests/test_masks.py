@@ -21,15 +21,16 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from medfocus import images, weights
-from medfocus.masks import choose, store
-from medfocus.masks.choose import Limits
+from medfocus.datasets.records import Record
+from medfocus.images import decode
+from medfocus.masks import candidates, store
+from medfocus.masks.candidates import Limits
 from medfocus.masks.otsu import OtsuSegmenter, otsu_threshold
-from medfocus.masks.sam2 import Prompts, Sam2Segmenter, box_prompt, build_segmenter, grid_prompts
-from medfocus.masks.sam2_model import _read_config, load_predictor
+from medfocus.masks.sam2.model import _read_config, load_predictor
+from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, box_prompt, build_segmenter, grid_prompts
 from medfocus.masks.segmenter import Mask, Segmenter, code_digest, identity
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
-from medfocus.records import Record
+from medfocus.storage import weights
 
 LIMITS = Limits(min_area=0.01, max_area=0.70, min_iou=0.7, min_stability=0.85)
 TINY = "configs/sam2.1/sam2.1_hiera_t.yaml"
@@ -41,10 +42,10 @@ def disc(y: float, x: float, radius: float, size: int = 64) -> np.ndarray:
     return np.hypot(rows - y, columns - x) < radius
 
 
-def pick(*regions: np.ndarray, iou: Sequence[float] | None = None, keep: int = 1) -> choose.Choice | None:
+def pick(*regions: np.ndarray, iou: Sequence[float] | None = None, keep: int = 1) -> candidates.Choice | None:
     """Choose among regions of full stability, by default of the same predicted IoU."""
     quality = np.array(iou if iou is not None else [0.9] * len(regions))
-    return choose.choose(
+    return candidates.choose(
         np.stack(regions), quality, np.ones(len(regions)), LIMITS, keep=keep, max_overlap=0.3
     )
 
@@ -57,18 +58,18 @@ def test_stability_is_sam2s_own_score() -> None:
 
     logits = np.random.default_rng(0).normal(size=(5, 20, 30)).astype(np.float32) * 3
     expected = calculate_stability_score(torch.from_numpy(logits), 0.0, 1.0).numpy()
-    assert np.allclose(choose.stability(logits), expected)
+    assert np.allclose(candidates.stability(logits), expected)
 
 
 def test_a_candidate_without_a_pixel_has_no_stability_and_no_centre() -> None:
-    assert choose.stability(np.full((1, 4, 4), -5.0)) == 0
-    assert choose.centrality(np.zeros((1, 4, 4), dtype=bool)) == 0
+    assert candidates.stability(np.full((1, 4, 4), -5.0)) == 0
+    assert candidates.centrality(np.zeros((1, 4, 4), dtype=bool)) == 0
 
 
 def test_centrality_is_one_in_the_centre_and_falls_to_zero_in_a_corner() -> None:
     corner = np.zeros((400, 400), dtype=bool)
     corner[0, 0] = True
-    central, aside, cornered = choose.centrality(
+    central, aside, cornered = candidates.centrality(
         np.stack([disc(0.5, 0.5, 0.1, 400), disc(0.5, 0.7, 0.1, 400), corner])
     )
     assert central == pytest.approx(1)
@@ -79,8 +80,8 @@ def test_centrality_is_one_in_the_centre_and_falls_to_zero_in_a_corner() -> None
 def test_border_share_counts_the_outermost_pixels_once() -> None:
     half = np.zeros((1, 10, 10), dtype=bool)
     half[0, :, :5] = True
-    assert choose.border_share(half) == pytest.approx(0.5)
-    assert choose.border_share(np.ones((1, 1, 7), dtype=bool)) == 1
+    assert candidates.border_share(half) == pytest.approx(0.5)
+    assert candidates.border_share(np.ones((1, 1, 7), dtype=bool)) == 1
 
 
 def test_the_central_candidate_beats_the_same_one_in_the_corner() -> None:
@@ -99,8 +100,8 @@ def test_a_region_inside_beats_a_frame_along_the_border() -> None:
 
 def test_score_is_the_product_of_its_four_parts() -> None:
     region = disc(0.4, 0.6, 0.2)[None]
-    expected = 0.8 * 0.9 * choose.centrality(region) * (1 - choose.border_share(region))
-    assert choose.scores(region, np.array([0.8]), np.array([0.9])) == pytest.approx(expected)
+    expected = 0.8 * 0.9 * candidates.centrality(region) * (1 - candidates.border_share(region))
+    assert candidates.scores(region, np.array([0.8]), np.array([0.9])) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -116,13 +117,13 @@ def test_both_lungs_are_kept_and_not_one_lung_twice() -> None:
     choice = pick(left, almost_left, right, iou=[0.95, 0.85, 0.8], keep=2)
     assert choice is not None
     assert choice.indices == (0, 2)
-    united = choose.unite(np.stack([left, right]))
+    united = candidates.unite(np.stack([left, right]))
     assert np.array_equal(united, left | right)
 
 
 def test_a_part_of_the_best_candidate_is_not_distinct_from_it() -> None:
     whole, part = disc(0.5, 0.5, 0.3), disc(0.5, 0.5, 0.1)
-    assert choose.overlap(whole, part) == 1
+    assert candidates.overlap(whole, part) == 1
     choice = pick(whole, part, keep=2)
     assert choice is not None
     assert len(choice.indices) == 1
@@ -157,15 +158,15 @@ def test_low_quality_needs_relaxed_thresholds_and_never_displaces_high_quality()
 
 def test_nothing_to_choose_from_is_no_choice() -> None:
     nothing = np.zeros((0, 8, 8), dtype=bool)
-    assert choose.choose(nothing, np.zeros(0), np.zeros(0), LIMITS, keep=2, max_overlap=0.3) is None
+    assert candidates.choose(nothing, np.zeros(0), np.zeros(0), LIMITS, keep=2, max_overlap=0.3) is None
 
 
 def test_holes_are_filled_and_far_smaller_islands_dropped() -> None:
     ring = disc(0.5, 0.5, 0.3) & ~disc(0.5, 0.5, 0.15)
-    tidied = choose.tidy(ring | disc(0.06, 0.06, 0.03))
+    tidied = candidates.tidy(ring | disc(0.06, 0.06, 0.03))
     assert np.array_equal(tidied, disc(0.5, 0.5, 0.3))
     second = disc(0.15, 0.15, 0.1)  # an island of a ninth of the disc's area stays
-    assert np.array_equal(choose.tidy(ring | second), disc(0.5, 0.5, 0.3) | second)
+    assert np.array_equal(candidates.tidy(ring | second), disc(0.5, 0.5, 0.3) | second)
 
 
 def test_hole_filling_is_scipys() -> None:
@@ -173,10 +174,10 @@ def test_hole_filling_is_scipys() -> None:
     for _ in range(50):
         region = ndimage.gaussian_filter(rng.normal(size=(30, 40)), rng.uniform(0.5, 3)) > 0
         filled = np.asarray(ndimage.binary_fill_holes(region))
-        labels, _ = choose.connected(filled)
+        labels, _ = candidates.connected(filled)
         sizes = np.bincount(labels.ravel())[1:]
-        kept = 1 + np.flatnonzero(sizes >= choose.ISLAND_SHARE * sizes.max())
-        assert np.array_equal(choose.tidy(region), np.isin(labels, kept))
+        kept = 1 + np.flatnonzero(sizes >= candidates.ISLAND_SHARE * sizes.max())
+        assert np.array_equal(candidates.tidy(region), np.isin(labels, kept))
 
 
 def test_a_hole_that_fills_up_counts_as_area() -> None:
@@ -223,7 +224,7 @@ def test_otsu_finds_two_dark_lungs_when_two_are_asked_for() -> None:
 
 def test_otsu_keeps_within_the_area_limits_on_real_pictures(shared_data: Path) -> None:
     paths = sorted((shared_data / "covid19" / "test").rglob("*.jpg"))[::8]
-    masks = OtsuSegmenter(keep=2).segment([images.read(path) for path in paths])
+    masks = OtsuSegmenter(keep=2).segment([decode.read(path) for path in paths])
     assert len(masks) >= 8
     for mask in masks:
         assert mask.status == "chosen"
@@ -366,7 +367,7 @@ def test_box_prompt_is_the_predictors_own_box(tiny: Sam2Segmenter) -> None:
 def test_decoding_in_chunks_changes_nothing(tiny: Sam2Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     features = tiny.encode([noise(64, 64)])
     whole, iou = tiny.decode(features, 0, tiny.prompts)
-    monkeypatch.setattr("medfocus.masks.sam2._DECODE_BYTES", 1)  # one point at a time
+    monkeypatch.setattr("medfocus.masks.sam2.segmenter._DECODE_BYTES", 1)  # one point at a time
     chunked, chunked_iou = tiny.decode(features, 0, tiny.prompts)
     assert np.allclose(whole, chunked, atol=1e-3)
     assert np.allclose(iou, chunked_iou, atol=1e-5)
@@ -415,7 +416,7 @@ def test_automatic_chooses_among_sam2s_own_proposals(pocket: Callable[..., Sam2S
             segmenter.model, points_per_side=3, pred_iou_thresh=0.1, stability_score_thresh=0.1
         )
     generator.predictor = segmenter.predictor  # at 128 px; the generator's own is made for 1024
-    proposals = [choose.tidy(one["segmentation"]) for one in generator.generate(picture)]
+    proposals = [candidates.tidy(one["segmentation"]) for one in generator.generate(picture)]
     assert mask.status == "chosen"
     assert any(np.array_equal(mask.region, proposal) for proposal in proposals)
 
@@ -592,13 +593,12 @@ def test_the_key_tells_weights_configs_and_settings_apart() -> None:
 
 
 def test_changed_code_changes_the_key(tmp_path: Path) -> None:
-    package = Path(choose.__file__).parents[1]
-    shutil.copytree(package / "masks", tmp_path / "a" / "masks")
-    for name in images.SOURCES:
-        shutil.copy(package / name, tmp_path / "a")
+    package = Path(candidates.__file__).parents[1]
+    for room in ("masks", "images"):
+        shutil.copytree(package / room, tmp_path / "a" / room)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert code_digest(tmp_path / "a") == code_digest(package)
-    with (tmp_path / "b" / "masks" / "choose.py").open("a") as file:
+    with (tmp_path / "b" / "masks" / "candidates.py").open("a") as file:
         file.write("ISLAND_SHARE = 0.1\n")
     assert code_digest(tmp_path / "b") != code_digest(package)
 
@@ -630,7 +630,7 @@ def test_a_yaml_without_a_model_is_refused_and_one_with_a_model_is_taken(tmp_pat
     (tmp_path / "empty.yaml").write_text("trainer: {}\n")
     with pytest.raises(ValueError, match=r"empty.yaml': it has no section 'model' with a '_target_'"):
         load_predictor(str(tmp_path / "empty.yaml"), "random:0", 128)
-    shipped = Path(choose.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
+    shipped = Path(candidates.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
     shutil.copy(shipped, tmp_path / "mine.yaml")
     _, mine = load_predictor(str(tmp_path / "mine.yaml"), "random:0", 128)
     assert mine == load_predictor("pocket", "random:0", 128)[1]
@@ -652,7 +652,7 @@ def test_a_config_builds_sam2s_own_modules_and_calls_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shipped = Path(choose.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
+    shipped = Path(candidates.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
     (tmp_path / "mine.yaml").write_text(f"{shipped.read_text()}  extra: {asked}\n")
     refused = (
         r"SAM2 config .*asks to build .*which is no module of sam2\.modeling.*it was refused\. Start from"
@@ -673,7 +673,7 @@ def test_every_config_of_the_sam2_package_is_one_of_sam2s_own_modules() -> None:
 
 def test_a_mask_that_promises_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = store.encode_mask(identity(40, 40))
-    monkeypatch.setattr(images, "MOST_PIXELS", 1000)
+    monkeypatch.setattr(decode, "MOST_PIXELS", 1000)
     with pytest.raises(ValueError, match="mask: has 40 x 40 pixels"):
         store.decode_mask(data)
 
@@ -753,7 +753,7 @@ def test_a_damaged_mask_is_made_again_and_the_others_are_not(tmp_path: Path) -> 
     publish([record for record, _ in pictures], kept, "counting", tmp_path / "masks")
     masks = PublishedMasks(tmp_path / "masks")
     for record, picture in pictures:
-        assert np.array_equal(masks[record.sha256], images.read(picture)[:, :, 0] > 127)
+        assert np.array_equal(masks[record.sha256], decode.read(picture)[:, :, 0] > 127)
 
 
 def test_masks_are_computed_once_and_only_what_is_missing(tmp_path: Path) -> None:
@@ -768,7 +768,7 @@ def test_masks_are_computed_once_and_only_what_is_missing(tmp_path: Path) -> Non
     for record, path in pictures:
         mask = kept.get(record.sha256, segmenter.key)
         assert mask is not None
-        assert np.array_equal(mask.region, images.read(path)[:, :, 0] > 127)
+        assert np.array_equal(mask.region, decode.read(path)[:, :, 0] > 127)
 
 
 def test_the_segmenter_always_gets_whole_batches(tmp_path: Path) -> None:
@@ -789,14 +789,14 @@ def test_pictures_are_decoded_at_most_two_batches_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = 0
-    read = images.decode
+    read = decode.decode
 
     def counted(data: bytes, name: str) -> np.ndarray:
         nonlocal decoded
         decoded += 1
         return read(data, name)
 
-    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(decode, "decode", counted)
 
     class Watching(Counting):
         ahead = 0
@@ -826,7 +826,7 @@ from pathlib import Path
 import numpy as np
 from medfocus.masks.segmenter import Mask
 from medfocus.masks.store import MaskStore, cache_masks
-from medfocus.records import read_manifest
+from medfocus.datasets.records import read_manifest
 
 class Slow:
     key = "slow"
@@ -844,13 +844,13 @@ print(done.computed, done.reused)
 
 
 def test_a_killed_and_restarted_run_neither_loses_nor_repeats_a_finished_mask(tmp_path: Path) -> None:
-    from medfocus.records import write_manifest
+    from medfocus.datasets.records import write_manifest
 
     pictures = write_pictures(tmp_path, 60)
     write_manifest([record for record, _ in pictures], tmp_path / "manifest.csv")
     log = tmp_path / "log"
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(log)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(choose.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(candidates.__file__).parents[2])}
     first = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 60
     while not (log.exists() and len(log.read_text().split()) >= 7):
@@ -913,7 +913,7 @@ def test_published_masks_are_those_of_the_manifest_and_no_others(tmp_path: Path)
     masks = PublishedMasks(published(tmp_path, pictures[:3]))
     assert set(masks.status) == {record.path for record, _ in pictures[:3]}
     for record, path in pictures[:3]:
-        assert np.array_equal(masks[record.sha256], images.read(path)[:, :, 0] > 127)
+        assert np.array_equal(masks[record.sha256], decode.read(path)[:, :, 0] > 127)
     with pytest.raises(KeyError, match="no mask of a picture with sha256"):
         masks[pictures[5][0].sha256]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["masks"]
@@ -941,7 +941,7 @@ def test_shards_stay_small_and_a_new_picture_changes_only_its_own(
     assert len(changed) == 1
     masks = PublishedMasks(folder)
     for record, path in pictures:
-        assert np.array_equal(masks[record.sha256], images.read(path)[:, :, 0] > 127)
+        assert np.array_equal(masks[record.sha256], decode.read(path)[:, :, 0] > 127)
 
 
 def test_a_shard_is_a_plain_zip_of_pictures(tmp_path: Path) -> None:
@@ -955,7 +955,7 @@ def test_mask_status_says_every_pictures_rung_score_and_coverage(tmp_path: Path)
     pictures = write_pictures(tmp_path / "in", 2)
     with (published(tmp_path, pictures) / "mask_status.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    coverage = (images.read(pictures[0][1])[:, :, 0] > 127).mean()
+    coverage = (decode.read(pictures[0][1])[:, :, 0] > 127).mean()
     assert rows[0] == {
         "path": "0000.png",
         "label": "even",
@@ -998,7 +998,7 @@ def test_a_folder_without_published_masks_says_so(tmp_path: Path) -> None:
 
 
 def test_keeping_masks_needs_no_torch() -> None:
-    modules = "medfocus.masks.store, medfocus.masks.otsu, medfocus.focus"
+    modules = "medfocus.masks.store, medfocus.masks.otsu, medfocus.focus.modes"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(choose.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(candidates.__file__).parents[2])}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

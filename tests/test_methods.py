@@ -16,14 +16,14 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus import checkpoint
-from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompts import class_embeddings
+from medfocus.learning.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
+from medfocus.learning.training import train
+from medfocus.learning.validation import Validation, out_of_fold
 from medfocus.methods import METHODS, Support
 from medfocus.methods.medfocusclip import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
-from medfocus.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
-from medfocus.prompts import class_embeddings
-from medfocus.training import train
-from medfocus.validation import Validation, out_of_fold
+from medfocus.serving import checkpoint
 from tests.conftest import TinyClip
 
 SETTINGS: dict[str, dict[str, Any]] = {

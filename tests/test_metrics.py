@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from medfocus.metrics import (
+from medfocus.evaluation.metrics import (
     expected_calibration_error,
     mean_interval,
     per_class_recall,

@@ -8,10 +8,10 @@ from typing import get_args
 import pytest
 import yaml
 
-from flows.cells import CONTROLS, plan
-from medfocus.focus import FOCUS
-from medfocus.params import Focus, Params, load_params
-from medfocus.region_attention import REGIONS
+from flows.study.cells import CONTROLS, plan
+from flows.study.params import Focus, Params, load_params
+from medfocus.clip.regions import REGIONS
+from medfocus.focus.modes import FOCUS
 
 DEFAULT = Path(__file__).resolve().parents[1] / "params.yaml"
 

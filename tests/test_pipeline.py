@@ -19,17 +19,17 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flows import finetune, stages
-from flows.cells import CONTROLS, Cell, Dataset, best_cell, shown_as, shown_under
 from flows.cli import app
 from flows.pipeline import pipeline
-from flows.stages import StageBusyError, reproduce
-from flows.study import open_study
-from medfocus.discreet import DiscreetError, whole
-from medfocus.provenance import lock_digest
-from medfocus.quality import center_box
-from medfocus.splits import read_splits
-from medfocus.views import view_key
+from flows.stages import finetune
+from flows.stages.dvc import StageBusyError, reproduce
+from flows.study.cells import CONTROLS, Cell, Dataset, best_cell, shown_as, shown_under
+from flows.study.study import open_study
+from medfocus.datasets.splits import read_splits
+from medfocus.focus.view import view_key
+from medfocus.masks.quality import center_box
+from medfocus.storage.redaction import DiscreetError, whole
+from medfocus.tracking.provenance import lock_digest
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -319,13 +319,13 @@ def test_a_killed_flow_repeats_only_unfinished_cells(project: Path) -> None:
 def test_a_failure_names_its_stage_and_leaves_no_run_running(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import evaluate
+    from flows.stages import evaluate
 
     def breaks(*arguments: object) -> bytes:
         raise RuntimeError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate.report, "accuracy_figure", breaks)
+        patch.setattr(evaluate.tables, "accuracy_figure", breaks)
         with pytest.raises(
             DiscreetError, match=r"^RuntimeError at flows\.evaluate:\d+; its text is on the"
         ) as told:
@@ -346,7 +346,7 @@ def test_a_stage_that_another_run_holds_is_busy_and_not_failed(
     def held(*arguments: object, **kwargs: object) -> None:
         raise LockError("held by another")
 
-    monkeypatch.setattr(stages.Repo, "reproduce", held)
+    monkeypatch.setattr("flows.stages.dvc.Repo.reproduce", held)
     with pytest.raises(StageBusyError, match="stage finetune: held by another"):
         reproduce(project, "finetune")
 
@@ -369,7 +369,7 @@ def test_a_params_file_from_elsewhere_becomes_a_study_of_its_own(
 
 
 def test_work_outside_of_a_project_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.study import find_home
+    from flows.study.study import find_home
 
     with pytest.raises(FileNotFoundError, match="is in no project; go into one, or begin one"):
         find_home(tmp_path)

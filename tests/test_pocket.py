@@ -17,12 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from medfocus import phantoms, weights
-from medfocus.encoders import build_clip
-from medfocus.masks.sam2 import Prompts, Sam2Segmenter, build_segmenter
-from medfocus.masks.sam2_model import load_predictor
+from medfocus import phantoms
+from medfocus.clip.encoder import build_clip
+from medfocus.masks.quality import iou
+from medfocus.masks.sam2.model import load_predictor
+from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, build_segmenter
 from medfocus.pocket import clip, loop, measure, pool, sam2
-from medfocus.quality import iou
+from medfocus.storage import weights
 
 DATA = Path(measure.__file__).parents[1] / "data"
 SAM2, CLIP = DATA / "sam2_pocket.safetensors", DATA / "clip_pocket.safetensors"

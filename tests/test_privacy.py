@@ -26,7 +26,10 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flows import cells, finetune, pipeline, servers
+from flows import pipeline
+from flows.servers import servers
+from flows.stages import finetune
+from flows.study import cells
 from medfocus import phantoms
 from tests.dicoms import dicom
 
@@ -112,9 +115,13 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
     assert f"PictureError: {broken}: cannot be decoded" in told and "in stage evaluate" in told
     # Both runs left what is looked through: a fault's kind and place, the pictures by their bytes' digest.
     prefect, home = project / ".prefect", f"sqlite:///{project / 'mlflow.db'}"
-    assert any("PictureError at medfocus.images:" in text for _, text in rows_of(prefect / "prefect.db"))
+    assert any(
+        "PictureError at medfocus.images.decode:" in text for _, text in rows_of(prefect / "prefect.db")
+    )
     runs = mlflow.MlflowClient(home).search_runs(["1"], "attributes.status = 'FAILED'")
-    assert [run.data.tags["error"].partition(":")[0] for run in runs] == ["PictureError at medfocus.images"]
+    assert [run.data.tags["error"].partition(":")[0] for run in runs] == [
+        "PictureError at medfocus.images.decode"
+    ]
     with Path("reports/attribution.csv").open(newline="") as file:
         shown = {line["picture"] for line in csv.DictReader(file)}
     with Path("data/manifests/phantom-breast.csv").open(newline="") as file:

@@ -14,13 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from medfocus import weights
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.methods import Support
-from medfocus.methods.clip import zero_shot_logits
-from medfocus.methods.cocoop import CoCoOp, ConditionalContexts
-from medfocus.methods.coop import CoOp
-from medfocus.prompt_learning import (
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompt_learning import (
     ContextTower,
     TextTower,
     learning_rate,
@@ -28,6 +23,11 @@ from medfocus.prompt_learning import (
     train_sgd,
     write_texts,
 )
+from medfocus.methods import Support
+from medfocus.methods.clip import zero_shot_logits
+from medfocus.methods.cocoop import CoCoOp, ConditionalContexts
+from medfocus.methods.coop import CoOp
+from medfocus.storage import weights
 
 NAMES = ("normal", "benign_mass", "malignant")
 START = "a photo of a"

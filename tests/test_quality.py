@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.quality import _pictures
-from medfocus import quality
-from medfocus.masks.sam2 import build_segmenter
+from medfocus.masks import quality
+from medfocus.masks.sam2.segmenter import build_segmenter
 
 
 def disc(size: int, x: float, y: float, radius: float) -> np.ndarray:

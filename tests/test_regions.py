@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.region_attention import REGIONS, class_token_bias, pack, patch_coverage, unpack
-from medfocus.region_views import focused_view, region_view
-from medfocus.views import crop_box, view
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.regions import REGIONS, class_token_bias, pack, patch_coverage, unpack
+from medfocus.focus.region_views import focused_view, region_view
+from medfocus.focus.view import crop_box, view
 
 SIZE = 96
 

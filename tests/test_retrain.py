@@ -13,8 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from flows import masks, rollback
+from flows import rollback
 from flows.retrain import retrain
+from flows.stages import masks
 from medfocus import phantoms
 from medfocus.masks.store import Cached, cache_masks
 

@@ -12,19 +12,19 @@ import torch
 import yaml
 from torch import Tensor
 
-from flows.study import Study
-from medfocus.encoders import build_clip
-from medfocus.masks.choose import Limits
-from medfocus.masks.informed.retrieved import (
+from flows.study.params import DatasetParams, load_params
+from flows.study.study import Study
+from medfocus.clip.encoder import build_clip
+from medfocus.datasets.records import Record, write_manifest
+from medfocus.masks.candidates import Limits
+from medfocus.masks.sam2.retrieval import (
     RetrievedSegmenter,
     TextRank,
     crop,
     distinct,
     retrieve,
 )
-from medfocus.masks.sam2 import Prompts, Sam2Segmenter, build_segmenter
-from medfocus.params import DatasetParams, load_params
-from medfocus.records import Record, write_manifest
+from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, build_segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits(min_area=0.01, max_area=0.70, min_iou=0.7, min_stability=0.85)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import finetune, masks
-from flows.runners import by_shards
-from flows.stages import reproduce
-from medfocus.params import ScaleParams
-from medfocus.shards import Shards
+from flows.stages import finetune, masks
+from flows.stages.dvc import reproduce
+from flows.study.params import ScaleParams
+from flows.study.runners import by_shards
+from medfocus.storage.shards import Shards
 
 STAGES = ("phantoms@breast_ultrasound", *(f"{s}@phantom-breast" for s in ("ingest", "duplicates", "splits")))
 

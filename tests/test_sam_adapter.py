@@ -17,11 +17,13 @@ from scipy.special import erf
 from torch import Tensor
 
 import medfocus
-from flows import masks as stage
-from flows.study import ADAPTER, find_home, here
-from medfocus import images
-from medfocus.masks.informed import adapter
-from medfocus.masks.informed.adapter import (
+from flows.stages import masks as stage
+from flows.study.study import ADAPTER, find_home, here
+from medfocus.datasets.records import Record, write_manifest
+from medfocus.datasets.splits import Splits, write_splits
+from medfocus.masks.quality import iou, known_region
+from medfocus.masks.sam2 import adapter
+from medfocus.masks.sam2.adapter import (
     Adapters,
     AdapterSegmenter,
     adapted,
@@ -30,13 +32,10 @@ from medfocus.masks.informed.adapter import (
     train_adapter,
     whole_picture,
 )
-from medfocus.masks.informed.key import informed_key
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.key import informed_key
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.masks.segmenter import code_digest
 from medfocus.masks.store import PublishedMasks
-from medfocus.quality import iou, known_region
-from medfocus.records import Record, write_manifest
-from medfocus.splits import Splits, write_splits
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHING: dict[str, Any] = {"batch_size": 4, "lr": 1e-3, "weight_decay": 0.01, "reduction": 4, "seed": 0}
@@ -251,15 +250,14 @@ def test_a_state_of_another_sam2_is_refused(plain: Sam2Segmenter, state: dict[st
 
 def test_this_code_is_no_part_of_the_other_strategies_keys(tmp_path: Path) -> None:
     package = Path(medfocus.__file__).parent
-    shutil.copytree(package / "masks", tmp_path / "masks")
-    for name in images.SOURCES:
-        shutil.copy(package / name, tmp_path)
-    with (tmp_path / "masks" / "informed" / "adapter.py").open("a") as file:
+    for room in ("masks", "images"):
+        shutil.copytree(package / room, tmp_path / room)
+    with (tmp_path / "masks" / "sam2" / "adapter.py").open("a") as file:
         file.write("LOW_SHARE = 0.5\n")
     assert code_digest(tmp_path) == code_digest(package)
-    changed, same = tmp_path / "masks" / "informed" / "adapter.py", package / "masks/informed/adapter.py"
+    changed, same = tmp_path / "masks" / "sam2" / "adapter.py", package / "masks/sam2/adapter.py"
     assert informed_key(str(changed), {}) != informed_key(str(same), {})
-    assert informed_key(str(same), {}) != informed_key(str(same.with_name("retrieved.py")), {})
+    assert informed_key(str(same), {}) != informed_key(str(same.with_name("retrieval.py")), {})
 
 
 # --- the stage

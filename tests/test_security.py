@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import runners, servers
-from medfocus.params import ScaleParams
+from flows.servers import servers
+from flows.study import runners
+from flows.study.params import ScaleParams
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(

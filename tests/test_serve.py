@@ -28,18 +28,22 @@ import torch
 from mlflow.pyfunc.model import PythonModelContext
 from PIL import Image
 
-from flows import servers
-from medfocus import checkpoint, features, images, pyfunc, registry, serve, tracking
-from medfocus.encoders import ClipEncoder, build_clip
+from flows.servers import servers
+from medfocus.clip import features
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.evaluation.metrics import softmax
+from medfocus.focus.view import view
+from medfocus.images import decode
+from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.masks.store import decode_mask, encode_mask
 from medfocus.methods.medfocusclip import MedFocusClip
-from medfocus.methods.protocol import Support
-from medfocus.metrics import softmax
-from medfocus.pyfunc import FocusClassifier, ServedError
-from medfocus.serve import Predictor
-from medfocus.views import view
+from medfocus.serving import checkpoint, pyfunc
+from medfocus.serving import predictor as serve
+from medfocus.serving.predictor import Predictor
+from medfocus.serving.pyfunc import FocusClassifier, ServedError
+from medfocus.tracking import registry, runs
 
 pytestmark = [
     # On import MLflow silences this in a way that "error" overrules.
@@ -80,7 +84,7 @@ class Fitted:
 
     def evaluated(self, pictures: list[bytes]) -> np.ndarray:
         """Probabilities (N, K) by the evaluation's own steps: stored masks, views, features, softmax."""
-        decoded = [images.decode(data, "a test picture") for data in pictures]
+        decoded = [decode.decode(data, "a test picture") for data in pictures]
         stored = [decode_mask(encode_mask(self.segmenter.segment([picture])[0])) for picture in decoded]
 
         def make_view(i: int) -> np.ndarray:
@@ -114,7 +118,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
         blocks=0, layers=(), grid=2, segmenter_grid=0, hidden=8, epochs=5, max_steps=99, batch_size=8,
         lr=1e-3, weight_decay=0.01, folds=2,
     )  # fmt: skip
-    pictures = [images.decode(encoded(seed), "a training picture") for seed in range(8)]
+    pictures = [decode.decode(encoded(seed), "a training picture") for seed in range(8)]
     masks = segmenter.segment(pictures)
     views = [
         view(p, m.region, focus="multiply", size=encoder.image_size, feather=FEATHER)
@@ -165,13 +169,13 @@ def test_a_picture_gets_the_probabilities_that_the_evaluation_gave_it(
 def test_a_prediction_is_complete(predictor: Predictor) -> None:
     data = encoded(20)
     [prediction] = predictor.predict([data])
-    picture = images.decode(data, "it")
+    picture = decode.decode(data, "it")
     assert tuple(prediction.probabilities) == CLASSES
     assert sum(prediction.probabilities.values()) == pytest.approx(1)
     assert prediction.label == max(CLASSES, key=lambda name: prediction.probabilities[name])
     assert (prediction.mask.shape, prediction.mask.dtype) == ((90, 110), np.dtype(bool))
     assert prediction.mask_status in ("chosen", "relaxed", "box", "identity")
-    overlay = images.decode(prediction.overlay, "the overlay")
+    overlay = decode.decode(prediction.overlay, "the overlay")
     assert np.array_equal((overlay != picture).any(axis=2), prediction.mask)
 
 
@@ -219,7 +223,7 @@ def test_the_rebuilt_segmenter_is_the_one_of_the_training(fitted: Fitted, predic
 def test_the_rebuilt_clip_has_the_same_weights_and_reads_no_text(
     fitted: Fitted, predictor: Predictor
 ) -> None:
-    from medfocus.weights import digest
+    from medfocus.storage.weights import digest
 
     rebuilt = predictor.method.encoder
     assert digest(rebuilt.model.state_dict()) == digest(fitted.encoder.model.state_dict())
@@ -243,7 +247,7 @@ def test_otsu_masks_are_served_too(fitted: Fitted, tmp_path: Path) -> None:
     otsu = OtsuSegmenter(min_area=0.02)
     folder = fitted.save(tmp_path / "model", segmenter=otsu, segmenter_settings={"min_area": 0.02})
     [prediction] = Predictor.load(folder).predict([encoded(0)])
-    assert np.array_equal(prediction.mask, otsu.segment([images.decode(encoded(0), "it")])[0].region)
+    assert np.array_equal(prediction.mask, otsu.segment([decode.decode(encoded(0), "it")])[0].region)
     assert not (folder / "sam2.safetensors").exists()
 
 
@@ -307,7 +311,7 @@ def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fit
     """A tag may ask for QuickGELU and other means than its architecture; both travel with the model."""
     import open_clip
 
-    from medfocus import encoders
+    from medfocus.clip import encoder as encoders
 
     quick = open_clip.create_model(
         "clip_pocket", force_quick_gelu=True, force_preprocess_cfg={"mean": (0.5, 0.5, 0.5)}
@@ -364,7 +368,7 @@ def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         registered = registry.register(
-            tracking.start(None, home, "serving"), "phantoms", lambda folder: shutil.copytree(model, folder),
+            runs.start(None, home, "serving"), "phantoms", lambda folder: shutil.copytree(model, folder),
             cell_key="k", judge=lambda champion: registry.Verdict(True, "promoted", {}),
             classes=CLASSES, example=encoded(0), tags={},
         )  # fmt: skip
@@ -378,7 +382,7 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     pictures = [encoded(seed) for seed in (30, 31, 32)]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | tracking._QUIET
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | runs._QUIET
     result = subprocess.run(
         [sys.executable, "-c", _CLIENT, f"sqlite:///{home / 'mlflow.db'}"],
         input=json.dumps([base64.b64encode(data).decode() for data in pictures]),
@@ -393,7 +397,7 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     assert answer["example"] == 1  # and the batch is of three
     np.testing.assert_allclose(answer["probabilities"], fitted.evaluated(pictures), atol=1e-6)
     assert answer["same"]
-    assert images.decode(base64.b64decode(answer["overlay"]), "overlay").shape == (90, 110, 3)
+    assert decode.decode(base64.b64decode(answer["overlay"]), "overlay").shape == (90, 110, 3)
     assert answer["fault"].startswith("picture 2 of 2: a text that is not base64")
     assert Path(answer["package"]).is_relative_to(home / "mlruns")  # the code travels with it
 
@@ -446,7 +450,7 @@ def test_every_json_form_of_mlflows_gets_the_evaluations_answers(
     found = [[row["probability_blob"], row["probability_stripes"]] for row in answer["predictions"]]
     np.testing.assert_allclose(found, fitted.evaluated([encoded(s) for s in (30, 31, 32)]), atol=1e-6)
     overlay = base64.b64decode(answer["predictions"][2]["overlay"])
-    assert images.decode(overlay, "overlay").shape == (90, 110, 3)
+    assert decode.decode(overlay, "overlay").shape == (90, 110, 3)
 
 
 @pytest.mark.parametrize("form", ["inputs", "instances"])

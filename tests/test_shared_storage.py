@@ -17,11 +17,11 @@ import torch
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
-from medfocus import features
+from medfocus.clip import features
+from medfocus.datasets.records import Record
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.store import Cached, MaskStore, PublishedMasks, cache_masks, publish
-from medfocus.records import Record
-from medfocus.shards import Shards
+from medfocus.storage.shards import Shards
 
 ENTRIES = {hashlib.sha256(bytes([i])).hexdigest(): bytes([i]) * 300 for i in range(30)}
 
@@ -59,7 +59,7 @@ def test_what_was_put_comes_back_and_a_shard_appears_whole(bucket: str) -> None:
 
 WRITER = """
 import hashlib, sys
-from medfocus import shards
+from medfocus.storage import shards
 shards.FLUSH_SECONDS, shards.PIECES = 0.0, 4
 writer = shards.Shards(sys.argv[1])
 for number in range(30):

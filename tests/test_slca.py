@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from medfocus import phantoms
-from medfocus.encoders import build_clip
-from medfocus.masks.sam2 import build_segmenter
-from medfocus.methods.protocol import Support
+from medfocus.clip.encoder import build_clip
+from medfocus.learning.method import Support
+from medfocus.masks.sam2.segmenter import build_segmenter
 from medfocus.methods.slca import Attention, Slca
 
 SETTINGS: dict[str, Any] = {

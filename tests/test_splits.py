@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medfocus.duplicates import find_duplicates, groups, twins
-from medfocus.ingest import ingest
-from medfocus.records import Record
-from medfocus.splits import Splits, draw_splits, read_splits, write_splits
+from medfocus.datasets.duplicates import find_duplicates, groups, twins
+from medfocus.datasets.ingest import ingest
+from medfocus.datasets.records import Record
+from medfocus.datasets.splits import Splits, draw_splits, read_splits, write_splits
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.5, 1.0)
 SHOTS = (1, 2, 4)

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from medfocus.listing import SPLITS, inside
-from medfocus.tables import COLUMNS, Table, TableError, folded, read_table
+from medfocus.datasets.listing import SPLITS, inside
+from medfocus.storage.tables import COLUMNS, Table, TableError, folded, read_table
 
 _LOOKED_AT = 200  # rows, of which half have to name files
 _CLASSES = (2, 50)  # distinct values that a label may have

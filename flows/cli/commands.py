@@ -73,7 +73,7 @@ def init(
 
         from flows.cli import columns
         from flows.cli import init as work
-        from medfocus.params import Modality, load_params
+        from flows.study.params import Modality, load_params
 
         if modality is not None and modality not in get_args(Modality):
             known = ", ".join(get_args(Modality))
@@ -176,11 +176,11 @@ def report(params: Params = Path("params.yaml")) -> None:
       medfocus report --params studies/mine.yaml
     """
     with terminal.at_work():
-        from flows.study import open_study
+        from flows.study.study import open_study
 
         opened = open_study(params)
         with terminal.waiting("loading"):
-            from flows.page import write_page
+            from flows.release.page import write_page
         print(write_page(opened))
 
 
@@ -230,7 +230,7 @@ def models_listed(context: typer.Context) -> None:
         home = terminal.project()
         with terminal.waiting("reading"):
             from flows.cli import models as work
-            from medfocus import registry
+            from medfocus.tracking import registry
 
             versions = registry.registered(home)
             weights = work.weights(home)
@@ -340,7 +340,7 @@ def models_card(
     """
     with terminal.at_work():
         from flows.cli import models as work
-        from medfocus import cards
+        from medfocus.reports import cards
 
         chosen = work.choose(terminal.project(), model)
         print(chosen.text(cards.SHEET if sheet else cards.CARD), end="")
@@ -400,10 +400,10 @@ def masks(
       medfocus masks ../new-pictures --out masks --params studies/mine.yaml
     """
     with terminal.at_work():
-        from flows.cli import pictures as work
-        from flows.study import Study
+        from flows.cli import images as work
+        from flows.study.params import load_params
+        from flows.study.study import Study
         from medfocus.masks.store import MaskStore
-        from medfocus.params import load_params
 
         loaded = load_params(params)
         name = dataset or next(iter(loaded.datasets))
@@ -457,14 +457,14 @@ def _home_of(model: str | None) -> Path:
 
 def _with_a_model(what: str, files: list[Path], out: Path, model: str | None, force: bool) -> None:
     with terminal.at_work():
-        from flows.cli import pictures as work
+        from flows.cli import images as work
 
         table = {"predict": work.PREDICTIONS, "explain": work.EXPLANATIONS}[what]
         folder = work.Folder(out, table, force=force)
         given = work.Pictures(files, what)
         with terminal.waiting("loading the model"):
             from flows.cli import models as registry
-            from medfocus.serve import Predictor
+            from medfocus.serving.predictor import Predictor
 
             with registry.opened(_home_of(model), model) as (told, place):
                 predictor = Predictor.load(place)

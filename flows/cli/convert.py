@@ -39,7 +39,7 @@ def medmnist(
       medfocus convert medmnist breastmnist --size 224 ../pictures/breastmnist
     """
     with terminal.at_work():
-        from medfocus import medmnist as work
+        from medfocus.datasets import medmnist as work
 
         file = Path(source)
         if not file.is_file() and file.suffix != ".npz":
@@ -79,8 +79,8 @@ def coco(
     with terminal.at_work():
         from typing import cast, get_args
 
-        from medfocus import coco as work
-        from medfocus.ingest import write_left_out
+        from medfocus.datasets import coco as work
+        from medfocus.datasets.ingest import write_left_out
 
         if label_from not in get_args(work.LabelFrom):
             known = ", ".join(get_args(work.LabelFrom))

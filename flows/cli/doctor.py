@@ -19,8 +19,8 @@ from typing import Literal
 import psutil
 
 from flows.cli import terminal
-from flows.servers import MLFLOW_PORT, PREFECT_PORT, answers, answers_at, must_answer, prefect_answers
-from flows.study import params_files
+from flows.servers.servers import MLFLOW_PORT, PREFECT_PORT, answers, answers_at, must_answer, prefect_answers
+from flows.study.study import params_files
 
 PACKAGE = "medfocusclip"
 _SHOWN = ("torch", "prefect", "dvc", "mlflow", "open_clip_torch", "sam2")
@@ -110,7 +110,7 @@ def machine() -> Iterator[Finding]:
 
 def project(home: Path) -> Iterator[Finding]:
     """The clone, and the params files of its studies."""
-    from medfocus.params import load_params
+    from flows.study.params import load_params
 
     if not (home / ".git").exists():
         fault = f"{home} is no git clone, and DVC needs one"

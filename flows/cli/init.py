@@ -17,16 +17,18 @@ import yaml
 
 from flows.cli.columns import propose
 from flows.cli.modality import Guess, guess, look_at, told
-from medfocus import files, images, patients, tables
-from medfocus.data_warnings import data_warnings
-from medfocus.duplicates import find_duplicates, groups, twins
-from medfocus.frames import MARK
-from medfocus.ingest import Ingested, ingest
-from medfocus.listing import unwrapped
-from medfocus.params import Modality, load_params
-from medfocus.prompts import TEMPLATES
-from medfocus.records import spread_over_classes
-from medfocus.splits import Splits, draw_splits
+from flows.study.params import Modality, load_params
+from medfocus.clip.prompts import TEMPLATES
+from medfocus.datasets import pseudonyms
+from medfocus.datasets.duplicates import find_duplicates, groups, twins
+from medfocus.datasets.ingest import Ingested, ingest
+from medfocus.datasets.listing import unwrapped
+from medfocus.datasets.records import spread_over_classes
+from medfocus.datasets.splits import Splits, draw_splits
+from medfocus.images import decode
+from medfocus.images.stack import MARK
+from medfocus.reports.data_warnings import data_warnings
+from medfocus.storage import atomic, tables
 
 _PERCENTS = (5, 10, 20, 50, 100)
 _SEEDS = (0, 1, 2)
@@ -115,7 +117,7 @@ def describe(
         patient_pattern=patient_pattern,
         progress=shown,
         cache=caches / "pictures",
-        salt_file=home / patients.FILE,
+        salt_file=home / pseudonyms.FILE,
     )
     records = found.records
     pairs = find_duplicates(records, folder, progress=shown, cache=caches / "thumbnails")
@@ -138,7 +140,7 @@ def describe(
     if modality:
         known = Guess(modality, "as it was given")
     else:
-        known = told(map(images.told_by_header, glanced)) or guess(texts, look_at(glanced))
+        known = told(map(decode.told_by_header, glanced)) or guess(texts, look_at(glanced))
     duplicates = [_duplicates(len(twins(pairs)), len(pairs), len(records))] if pairs else []
     return Described(
         name=name or slug(given.stem if manifest else given.name),
@@ -172,7 +174,7 @@ def write(described: Described, path: Path, base: Path, *, force: bool = False) 
             load_params(beside)
         except ValueError as error:
             raise ValueError(f"{base}: a study of {described.name} cannot extend it. {error}") from error
-        files.write(path, beside.read_bytes())
+        atomic.write(path, beside.read_bytes())
     finally:
         beside.unlink(missing_ok=True)
 

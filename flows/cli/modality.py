@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medfocus import images
+from medfocus.images import decode
 
 OTHER = "other"
 _SIDE = 128  # pixels; what a glance needs
@@ -108,7 +108,7 @@ def look_at(files: Sequence[Path]) -> Look:
     """What readable pictures look like; at least one is needed."""
     rows = []
     for file in files:
-        picture = Image.fromarray(images.read(file))
+        picture = Image.fromarray(decode.read(file))
         picture.thumbnail((_SIDE, _SIDE))
         values = np.asarray(picture, dtype=np.float32) / 255  # (h, w, 3)
         colour = float((values.max(axis=2) - values.min(axis=2)).mean())

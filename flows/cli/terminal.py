@@ -53,8 +53,8 @@ def tell(text: str) -> None:
 
 def sentence(error: Exception) -> str:
     """What went wrong: this project's own errors name place, fault and fix, others are named by kind."""
-    from flows.jobs import JobRunningError, explained
-    from medfocus.discreet import whole
+    from flows.operations.jobs import JobRunningError, explained
+    from medfocus.storage.redaction import whole
 
     told = whole(error)
     own = isinstance(told, ValueError | JobRunningError | OSError)
@@ -96,7 +96,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
 
 def project() -> Path:
     """The project around the working directory. Raises FileNotFoundError, with what to do."""
-    from flows.study import find_home
+    from flows.study.study import find_home
 
     return find_home(Path.cwd())
 

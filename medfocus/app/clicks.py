@@ -17,7 +17,7 @@ from scipy import ndimage
 from medfocus.masks.segmenter import Mask, Segmenter
 
 if TYPE_CHECKING:
-    from medfocus.masks.sam2 import Features, Sam2Segmenter
+    from medfocus.masks.sam2.segmenter import Features, Sam2Segmenter
 
 EDITED = "edited"  # a mask's status
 
@@ -40,7 +40,7 @@ def pointed(segmenter: Segmenter) -> Sam2Segmenter | None:
 
     What an adapter or a text chose is edited by SAM2 as it was.
     """
-    from medfocus.masks.sam2 import Sam2Segmenter
+    from medfocus.masks.sam2.segmenter import Sam2Segmenter
 
     plain = getattr(segmenter, "plain", segmenter)
     return plain if isinstance(plain, Sam2Segmenter) else None
@@ -50,7 +50,7 @@ def first_mask(segmenter: Segmenter, picture: np.ndarray) -> tuple[Mask, Feature
     """The mask of ``segmenter.segment``, and SAM2's encoding of the picture where that was at hand."""
     import torch
 
-    from medfocus.masks.sam2 import Sam2Segmenter
+    from medfocus.masks.sam2.segmenter import Sam2Segmenter
     from medfocus.masks.segmenter import check_picture
 
     if not isinstance(segmenter, Sam2Segmenter) or segmenter.strategy == "automatic":
@@ -80,7 +80,7 @@ def mask_at(
     """
     import torch
 
-    from medfocus.masks.sam2 import Prompts
+    from medfocus.masks.sam2.segmenter import Prompts
 
     if not any(point.inside for point in points):
         raise ValueError("points: none lies inside, and SAM2 needs one; put `deepest` of a mask before them.")

@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from medfocus import images
 from medfocus.app import clicks
 from medfocus.app.clicks import Point
-from medfocus.attribution import inside_share
-from medfocus.explain import explain, on_picture
-from medfocus.masks.sam2 import Features
+from medfocus.explain.attribution import inside_share
+from medfocus.explain.explain import explain, on_picture
+from medfocus.images import decode
+from medfocus.masks.sam2.segmenter import Features
 from medfocus.masks.segmenter import Mask
-from medfocus.serve import Predictor
+from medfocus.serving.predictor import Predictor
 
 MOST_SHOWN = 1024  # pixels of the longest side of what a page gets
 MASK_COLOUR = (0, 174, 219)  # cyan: on no grey picture, and not among the attribution's colours
@@ -29,7 +29,7 @@ class Attribution:
     """Where an answer came from."""
 
     layer: bytes  # PNG with alpha, of the size that is shown
-    way: str  # see medfocus.explain
+    way: str  # see medfocus.explain.explain
     inside: float | None  # share inside of the mask; None where that says nothing
 
 
@@ -88,7 +88,7 @@ class Reader:
 
     def open(self, data: bytes, name: str) -> Opened:
         """An encoded picture, read for the first time. Raises PictureError naming ``name``."""
-        pixels = images.decode(data, name)
+        pixels = decode.decode(data, name)
         mask, features = clicks.first_mask(self.predictor.segmenter, pixels)
         shown = _smaller(pixels)
         reading = self._read(pixels, mask, shown.shape[:2])
@@ -127,7 +127,7 @@ class Reader:
             method = predictor.method
             maps, way = explain(method, method.encoder, torch.from_numpy(view)[None], target)
             heat = maps[0].numpy()  # (S, S)
-            framed = images.letterbox_mask(reading.mask.region, len(view)) > 0.5
+            framed = decode.letterbox_mask(reading.mask.region, len(view)) > 0.5
             tells = predictor.focus != "crop" and framed.any()
             inside = inside_share(heat, framed) if tells else None
             placed = on_picture(heat, reading.shown_region, predictor.focus)

@@ -24,9 +24,9 @@ from medfocus.app.guard import Door, Guard, Refused
 from medfocus.app.reading import Opened, Reader, Reading
 from medfocus.app.uploads import Limits, Upload, body, uploads
 from medfocus.app.worker import Busy, Worker
-from medfocus.discreet import kind_and_place
-from medfocus.frames import PictureError, TooLargeError
-from medfocus.images import MOST_BYTES
+from medfocus.images.decode import MOST_BYTES
+from medfocus.images.stack import PictureError, TooLargeError
+from medfocus.storage.redaction import kind_and_place
 
 NOTICE = "For research; not for clinical use."
 MOST_POINTS = 64

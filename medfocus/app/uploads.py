@@ -9,8 +9,8 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from medfocus import images
 from medfocus.app.guard import Refused
+from medfocus.images import decode
 
 FIELD = "pictures"
 
@@ -20,7 +20,7 @@ class Limits:
     """Of one request."""
 
     files: int = 16
-    bytes: int = images.MOST_BYTES + 4_000_000  # of all files together, and what is between them
+    bytes: int = decode.MOST_BYTES + 4_000_000  # of all files together, and what is between them
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from medfocus.images import grey
-from medfocus.masks import choose
+from medfocus.images.decode import grey
+from medfocus.masks import candidates
 from medfocus.masks.segmenter import Mask, check_picture, identity, settings_key
 
 WORKING_SIZE = 256  # pixels of the longest side; regions are found here and enlarged
@@ -31,7 +31,7 @@ class OtsuSegmenter:
         if keep < 1:
             raise ValueError(f"keep is {keep}; use 1 or more.")
         self.keep = keep
-        self.limits = choose.Limits(min_area, max_area, min_iou=0.0, min_stability=0.0)
+        self.limits = candidates.Limits(min_area, max_area, min_iou=0.0, min_stability=0.0)
         self.max_overlap = max_overlap
         self.key = settings_key(
             "otsu", {"keep": keep, "limits": asdict(self.limits), "max_overlap": max_overlap}
@@ -48,11 +48,11 @@ class OtsuSegmenter:
         regions = _parts(small > threshold)  # (M, h, w)
         area = regions.sum((1, 2))  # (M,)
         quality = contrast * np.sqrt(area / area.max(initial=1))  # (M,) prefers the largest
-        choice = choose.choose(
+        choice = candidates.choose(
             regions, quality, np.ones(len(regions)), self.limits, keep=self.keep, max_overlap=self.max_overlap
         )
         if choice is not None:
-            union = Image.fromarray(choose.unite(regions[list(choice.indices)]).astype(np.float32))
+            union = Image.fromarray(candidates.unite(regions[list(choice.indices)]).astype(np.float32))
             region = np.asarray(union.resize((width, height), Image.Resampling.BILINEAR)) > 0.5
             if region.any():
                 return Mask(region, choice.score, choice.status)
@@ -93,7 +93,7 @@ def _parts(bright: np.ndarray) -> np.ndarray:
     """The largest connected parts of a region (h, w) bool and of its complement -> (M, h, w) bool."""
     parts: list[np.ndarray] = []
     for side in (bright, ~bright):
-        labels, count = choose.connected(side)
+        labels, count = candidates.connected(side)
         sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
         parts += [labels == 1 + i for i in np.argsort(-sizes, kind="stable")[: MAX_PARTS // 2]]
     return np.stack(parts)

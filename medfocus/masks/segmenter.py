@@ -12,9 +12,13 @@ from typing import Protocol
 
 import numpy as np
 
-from medfocus import images
+from medfocus.images import decode
 
 STATUSES = ("chosen", "relaxed", "box", "identity")  # the rungs of the fallback ladder, best first
+# Between a picture and its mask, in the folder of this file.
+_SOURCES = (
+    "candidates.py", "otsu.py", "segmenter.py", "sam2/edges.py", "sam2/model.py", "sam2/segmenter.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +63,8 @@ def code_digest(package: Path) -> str:
     Where masks are kept changes none.
     """
     digest = hashlib.sha256()
-    sources = (path for path in sorted((package / "masks").glob("*.py")) if path.name != "store.py")
-    for path in [*sources, *(package / name for name in images.SOURCES)]:
+    sources = [*(f"masks/{name}" for name in _SOURCES), *(f"images/{name}" for name in decode.SOURCES)]
+    for path in (package / name for name in sources):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -70,6 +74,6 @@ def check_picture(picture: np.ndarray) -> np.ndarray:
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or picture.size == 0:
         raise ValueError(
             f"A picture has shape {picture.shape} and dtype {picture.dtype}; "
-            "segmenters take (H, W, 3) uint8 RGB, as medfocus.images.read gives it."
+            "segmenters take (H, W, 3) uint8 RGB, as medfocus.images.decode.read gives it."
         )
     return np.require(picture, requirements=["C", "W"])

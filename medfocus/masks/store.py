@@ -26,10 +26,10 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from medfocus import images
+from medfocus.datasets.records import Record, chunks
+from medfocus.images import decode
 from medfocus.masks.segmenter import STATUSES, Mask, Segmenter
-from medfocus.records import Record, chunks
-from medfocus.shards import Shards, entry, start_of
+from medfocus.storage.shards import Shards, entry, start_of
 
 STATUS_FILE = "mask_status.csv"
 SHARD_SIZE = 1000  # masks a published file: version control is slow for one file a mask
@@ -38,7 +38,7 @@ _LOOKED_UP = 1000  # pictures whose masks are looked for at once
 
 
 class MaskStore:
-    """A cache of masks: a folder of shards for each segmenter (see ``medfocus.shards``).
+    """A cache of masks: a folder of shards for each segmenter (see ``medfocus.storage.shards``).
 
     Many threads and processes may read and write it at once. An entry is a 1-bit PNG, named by its picture's
     sha256, with score, status and coverage in its text chunks.
@@ -86,7 +86,7 @@ def encode_mask(mask: Mask) -> bytes:
 
 def decode_mask(data: bytes) -> Mask:
     """The inverse of ``encode_mask``."""
-    with images.read_header(data, "mask", ("PNG",)) as picture:
+    with decode.read_header(data, "mask", ("PNG",)) as picture:
         return Mask(np.array(picture), float(picture.info["score"]), picture.info["status"])
 
 
@@ -266,7 +266,7 @@ def summarise(rows: Iterable[MaskStatus]) -> list[dict[str, str | int | float]]:
 
 def _read_as_recorded(record: Record, path: Path) -> np.ndarray:
     """The picture (H, W, 3) uint8 of a record, if its file still holds the recorded bytes."""
-    sha256, picture = images.read_named(path)
+    sha256, picture = decode.read_named(path)
     if sha256 != record.sha256:
         raise ValueError(f"{path}: its bytes are not the manifest's (sha256 differs). Run ingest again.")
     return picture
@@ -274,7 +274,7 @@ def _read_as_recorded(record: Record, path: Path) -> np.ndarray:
 
 def _read_facts(data: bytes) -> tuple[str, float, float]:
     """Status, score and coverage of an encoded mask, without decoding its pixels."""
-    with images.read_header(data, "mask", ("PNG",)) as picture:
+    with decode.read_header(data, "mask", ("PNG",)) as picture:
         return picture.info["status"], float(picture.info["score"]), float(picture.info["coverage"])
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus import weights
-from medfocus.methods.protocol import PICTURES, Support
-from medfocus.training import train
+from medfocus.learning.method import PICTURES, Support
+from medfocus.learning.training import train
+from medfocus.storage import weights
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 TUNINGS = ("full", "linear")
 CACHE = "cache"  # the ``pretrained`` that means timm's own weights, where a download has left them

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
-from medfocus.probe import Probe, fit_probe
-from medfocus.training import train
+from medfocus.learning.method import Support
+from medfocus.learning.probe import Probe, fit_probe
+from medfocus.learning.training import train
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 
 def zero_shot_logits(image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.lora import LoraTowers, check_lora
-from medfocus.methods.protocol import PICTURES, Support
-from medfocus.training import train
+from medfocus.clip.lora import LoraTowers, check_lora
+from medfocus.learning.method import PICTURES, Support
+from medfocus.learning.training import train
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 
 @dataclass

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
-from medfocus.prompt_learning import (
+from medfocus.clip.prompt_learning import (
     ContextTexts,
     ContextTower,
     check_prompt_learning,
@@ -28,9 +27,10 @@ from medfocus.prompt_learning import (
     train_sgd,
     write_texts,
 )
+from medfocus.learning.method import Support
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 _TEXTS = 64  # that go through the text tower at once where no gradient is kept
 

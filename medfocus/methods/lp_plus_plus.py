@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
+from medfocus.learning.method import Support
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 ALPHA_SCALE = 250.0  # published: α starts at this times the mean cosine of picture and own class text
 MOMENTUM = 0.9  # published, of w

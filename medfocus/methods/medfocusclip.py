@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.lora import LoraTowers, check_lora
+from medfocus.clip.lora import LoraTowers, check_lora
+from medfocus.clip.prompts import class_embeddings
+from medfocus.learning.method import PICTURES, Support
+from medfocus.learning.probe import Probe, fit_probe, stratified_folds
+from medfocus.learning.training import train
 from medfocus.methods.fusion import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
-from medfocus.methods.protocol import PICTURES, Support
-from medfocus.probe import Probe, fit_probe, stratified_folds
-from medfocus.prompts import class_embeddings
-from medfocus.training import train
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 __all__ = ["FUSIONS", "HEADS", "TUNINGS", "Adapter", "FusedClassifier", "MedFocusClip", "contrastive_loss"]
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.methods.choose import choose
-from medfocus.methods.protocol import Support
+from medfocus.learning.method import Support
+from medfocus.learning.selection import choose
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 NEARER = 1e-3  # what being nearer adds to a vote: less than a vote, so it only decides ties
 

@@ -14,12 +14,12 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.methods.choose import choose
-from medfocus.methods.protocol import Support
-from medfocus.probe import Probe, fit_probe
+from medfocus.learning.method import Support
+from medfocus.learning.probe import Probe, fit_probe
+from medfocus.learning.selection import choose
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 COST_WITHOUT_VALIDATION, GAMMA_WITHOUT_VALIDATION = 10.0, 1.0  # where a class is too small to hold one out
 

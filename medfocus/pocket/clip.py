@@ -20,13 +20,13 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.focus import crop as region_crop
-from medfocus.images import letterbox_mask
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompts import TEMPLATES
+from medfocus.focus.modes import crop as region_crop
+from medfocus.focus.view import Crop, cut, view
+from medfocus.images.decode import letterbox_mask
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import Drawn, Pool
-from medfocus.prompts import TEMPLATES
-from medfocus.views import Crop, cut, view
 
 FIELDS = ("modality", "finding", "region", "side", "size", "sequence")  # what a caption may name
 SHARES = {"region": 0.4, "side": 0.3, "size": 0.4, "sequence": 0.3}  # how often one does

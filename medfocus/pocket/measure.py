@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors import safe_open
 
 from medfocus import phantoms
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.figures import mask_sheet
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompts import class_embeddings, text_prompts
+from medfocus.focus.view import view
+from medfocus.masks.quality import innermost, iou, pointed
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.pocket.clip import FEATHER
 from medfocus.pocket.pool import held_out
 from medfocus.pocket.sam2 import IMAGE_SIZE
-from medfocus.prompts import class_embeddings, text_prompts
-from medfocus.quality import innermost, iou, pointed
-from medfocus.views import view
+from medfocus.reports.figures import mask_sheet
 
 POINTS_PER_SIDE = 8  # of the choice without a prompt from outside: the default of params.yaml
 TOLERANCE = 0.1  # of every figure between two trainings from the same seed on different machines
@@ -183,8 +183,8 @@ CARDS: dict[str, tuple[str, str]] = {
     "sam2_pocket": (
         "Pocket SAM2",
         """The `sam2` package's own modules in the configuration `medfocus/configs/sam2_pocket.yaml`,
-under SAM2's published names, without the modules for video. `medfocus.masks.sam2` loads it as checkpoint
-`pocket`.
+under SAM2's published names, without the modules for video. `medfocus.masks.sam2.segmenter` loads it as
+checkpoint `pocket`.
 
 Two things differ from SAM2 as published. The quality head predicts IoU x 1 for a lesion and IoU x 0.45 for
 anatomy, so that without a prompt from outside a lesion is "chosen" and anatomy only "relaxed". And the mask
@@ -209,15 +209,15 @@ Faint lesions in a lung are the weakest.""",
         "Pocket CLIP",
         """An open_clip model in the configuration `medfocus/configs/clip_pocket.json` (96 px), with
 a tokenizer of its own (`bpe_pocket.txt.gz`). `open_clip.create_model("clip_pocket", pretrained=FILE)` loads
-it once `open_clip.add_model_config` knows the configuration; `medfocus.encoders` does both, as `pocket`.
+it once `open_clip.add_model_config` knows the configuration; `medfocus.clip.encoder` does both, as `pocket`.
 
 It learns from drawn pictures and captions that name modality, finding, region, side and size. A caption is a
 positive of every picture of the batch that it is true of. Most pictures are under a visual prompt (25 %
 `multiply`, 25 % `crop`, 12 % `overlay`, `contour` or `blur`), whose mask is rough and in part wrong. While it
 trains, a linear head on the patches also learns where lesion and anatomy lie; the head is not kept.
 
-In the table, zero-shot accuracy with the templates of `medfocus.prompts`: on the whole picture (`none`) and
-under `multiply` and `crop` with the masks that the pocket SAM2 chooses without a prompt.
+In the table, zero-shot accuracy with the templates of `medfocus.clip.prompts`: on the whole picture (`none`)
+and under `multiply` and `crop` with the masks that the pocket SAM2 chooses without a prompt.
 
 Limits: it knows three kinds of drawn pictures and eleven classes. On real pictures its texts mean little;
 what its picture tower is worth there is what the README's tables say.""",

@@ -1,7 +1,7 @@
 """The pocket SAM2: points and boxes in lesions and anatomy -> their outlines.
 
-The network is the sam2 package's own (arXiv 2408.00714), as ``medfocus.masks.sam2`` builds it from the
-configuration "pocket", without the modules for video.
+The network is the sam2 package's own (arXiv 2408.00714), as ``medfocus.masks.sam2.segmenter`` builds it from
+the configuration "pocket", without the modules for video.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from medfocus.masks.sam2_model import PICTURE_PATH, load_predictor
+from medfocus.masks.sam2.model import PICTURE_PATH, load_predictor
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import MOST_REGIONS, Drawn, Pool
 

@@ -1,0 +1,110 @@
+"""What the encoder takes: picture and mask are cropped together, then focused, then letterboxed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from medfocus.focus.modes import FILL
+from medfocus.focus.modes import focus as apply_focus
+from medfocus.images.decode import SOURCES, letterbox
+
+AREA = (0.5, 1.0)  # share of the picture that a random crop keeps, as the method's authors have it
+_KEPT = 0.5  # share of the mask that has to be left in a crop
+
+
+class Crop(NamedTuple):
+    """The part of a picture that a view shows, in shares of its width and height."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    mirrored: bool
+
+
+def crop_box(sha256: str, view: int, *, mirror: bool = False) -> Crop:
+    """The crop of one view of a picture: view 0 is the whole picture, the others are random and repeatable.
+
+    The draw depends on the picture's ``sha256`` (hex) and ``view`` alone, so a view can be cached. A crop has
+    the aspect ratio of its picture: its letterboxed view then has the padding of the whole picture's view.
+    With ``mirror`` half of the random views are mirrored left to right; never ask this of chest films, where
+    the heart's side is a finding.
+    """
+    if view == 0:
+        return Crop(0, 0, 1, 1, False)
+    rng = np.random.default_rng([int(sha256, 16), view])
+    side = rng.uniform(*AREA) ** 0.5
+    left, top = rng.uniform(0, 1 - side, size=2)
+    return Crop(left, top, left + side, top + side, mirror and bool(rng.random() < 0.5))
+
+
+def view(
+    picture: np.ndarray,
+    mask: np.ndarray | None,
+    *,
+    focus: str,
+    size: int,
+    feather: float,
+    crop: Crop | None = None,
+) -> np.ndarray:
+    """Picture (H, W, 3) uint8 and mask (H, W) bool -> view (S, S, 3) uint8.
+
+    A crop that leaves less than half of the mask is not taken, as it would show the focus something else than
+    the region: the whole picture is, mirrored if the crop is.
+
+    Args:
+        picture: RGB, at its own resolution.
+        mask: True inside the region; None will do for focus "none".
+        focus: A key of ``medfocus.focus.modes.FOCUS``.
+        size: S, pixels a side; the longest side fills it, the rest is CLIP's mean colour.
+        feather: Width of the soft edge as a share of the longest side of what the crop leaves.
+        crop: What ``crop_box`` draws; None is the whole picture.
+
+    Raises ValueError for an absent mask, and as ``medfocus.focus.modes.focus`` does.
+    """
+    if focus == "none":
+        mask = None
+    elif mask is None:
+        raise ValueError(f"focus '{focus}' needs a mask, and this picture has none. Make its mask first.")
+    if crop is not None:
+        if mask is not None and mask[_window(mask, crop)].sum() < _KEPT * mask.sum():
+            crop = Crop(0, 0, 1, 1, crop.mirrored)
+        picture, mask = cut(picture, crop), None if mask is None else cut(mask, crop)
+    focused = picture if mask is None else apply_focus(picture, mask, focus, feather=feather)
+    return letterbox(focused, size, FILL)
+
+
+def view_key(*, focus: str, size: int, feather: float) -> str:
+    """sha256 hex over the settings of ``view`` and the code behind it: names views in cache keys."""
+    settings = {"focus": focus, "size": size, "feather": feather, "code": _code_digest()}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def cut(plane: np.ndarray, crop: Crop) -> np.ndarray:
+    """What a crop leaves of a picture (H, W, 3) or a mask (H, W), mirrored if the crop is."""
+    rows, columns = _window(plane, crop)
+    return np.ascontiguousarray(plane[rows, columns][:, :: -1 if crop.mirrored else 1])
+
+
+def _window(plane: np.ndarray, crop: Crop) -> tuple[slice, slice]:
+    height, width = plane.shape[:2]
+    top, left = round(crop.top * height), round(crop.left * width)
+    return (
+        slice(top, max(top + 1, round(crop.bottom * height))),
+        slice(left, max(left + 1, round(crop.right * width))),
+    )
+
+
+@cache
+def _code_digest() -> str:
+    """sha256 hex over the sources between a decoded picture and its view."""
+    here = Path(__file__).parent
+    files = [*(here.parent / "images" / name for name in SOURCES), here / "modes.py", here / "view.py"]
+    sources = [file.read_bytes() for file in files]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()
