@@ -28,7 +28,7 @@ from medfocus.masks.candidates import Limits
 from medfocus.masks.otsu import OtsuSegmenter, otsu_threshold
 from medfocus.masks.sam2.model import _read_config, load_predictor
 from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, box_prompt, build_segmenter, grid_prompts
-from medfocus.masks.segmenter import Mask, Segmenter, code_digest, identity
+from medfocus.masks.segmenter import Mask, Segmenter, identity
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
 from medfocus.storage import weights
 
@@ -590,17 +590,6 @@ def test_the_key_tells_weights_configs_and_settings_apart() -> None:
     assert keys[0] == key(batch_size=1)
     assert OtsuSegmenter().key not in keys
     assert OtsuSegmenter().key != OtsuSegmenter(keep=2).key
-
-
-def test_changed_code_changes_the_key(tmp_path: Path) -> None:
-    package = Path(candidates.__file__).parents[1]
-    for room in ("masks", "images"):
-        shutil.copytree(package / room, tmp_path / "a" / room)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert code_digest(tmp_path / "a") == code_digest(package)
-    with (tmp_path / "b" / "masks" / "candidates.py").open("a") as file:
-        file.write("ISLAND_SHARE = 0.1\n")
-    assert code_digest(tmp_path / "b") != code_digest(package)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from PIL import Image
 from scipy.special import erf
 from torch import Tensor
 
-import medfocus
 from flows.stages import masks as stage
 from flows.study.study import ADAPTER, find_home, here
 from medfocus.datasets.records import Record, write_manifest
@@ -32,9 +30,7 @@ from medfocus.masks.sam2.adapter import (
     train_adapter,
     whole_picture,
 )
-from medfocus.masks.sam2.key import informed_key
 from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
-from medfocus.masks.segmenter import code_digest
 from medfocus.masks.store import PublishedMasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,18 +242,6 @@ def test_a_state_of_another_sam2_is_refused(plain: Sam2Segmenter, state: dict[st
     narrow = {name: value for name, value in state.items() if not name.startswith("adapters.up.2")}
     with pytest.raises(ValueError, match="tensors are of another SAM2"):
         AdapterSegmenter(plain, narrow)
-
-
-def test_this_code_is_no_part_of_the_other_strategies_keys(tmp_path: Path) -> None:
-    package = Path(medfocus.__file__).parent
-    for room in ("masks", "images"):
-        shutil.copytree(package / room, tmp_path / room)
-    with (tmp_path / "masks" / "sam2" / "adapter.py").open("a") as file:
-        file.write("LOW_SHARE = 0.5\n")
-    assert code_digest(tmp_path) == code_digest(package)
-    changed, same = tmp_path / "masks" / "sam2" / "adapter.py", package / "masks/sam2/adapter.py"
-    assert informed_key(str(changed), {}) != informed_key(str(same), {})
-    assert informed_key(str(same), {}) != informed_key(str(same.with_name("retrieval.py")), {})
 
 
 # --- the stage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -26,6 +25,7 @@ from medfocus.reports import cards as texts
 from medfocus.serving import checkpoint
 from medfocus.serving.predictor import Predictor, save_model
 from medfocus.storage import atomic
+from medfocus.storage.fingerprint import fingerprint
 from medfocus.tracking import registry, runs
 from medfocus.tracking.provenance import made_from
 
@@ -157,8 +157,8 @@ class _Challenger:
 
     def _predicted(self, champion: registry.Champion, predictor: Predictor) -> np.ndarray:
         """(N,) the champion's label for every test picture; computed once for a champion and a test set."""
-        content = " ".join([champion.cell_key, *(record.sha256 for record in self.test)])
-        key = hashlib.sha256(content.encode()).hexdigest()
+        tested = [record.sha256 for record in self.test]
+        key = fingerprint(Predictor, cell=champion.cell_key, test=tested)
         path = self.study.cache / "champions" / f"{key}.npy"
         if atomic.is_sound(path):
             return np.load(path, allow_pickle=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
 import json
@@ -18,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import medfocus
 from flows.study.params import OnlyParams, Params, StudyParams
 from flows.study.study import Study, study_in
 from medfocus.clip import features
@@ -31,10 +29,12 @@ from medfocus.focus.region_views import focused_view, focused_view_key
 from medfocus.focus.view import crop_box
 from medfocus.images import decode
 from medfocus.learning.selection import LearningRates
+from medfocus.learning.validation import out_of_fold
 from medfocus.masks.quality import center_box
 from medfocus.masks.store import PublishedMasks
 from medfocus.methods import METHODS, PICTURES, Method, Support
 from medfocus.serving import checkpoint
+from medfocus.storage.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
@@ -288,7 +288,7 @@ class Dataset:
 
         def kind(name: str) -> features.Kind:
             method = build_method(self.study.params, name, encoder)
-            settings = f"{encoder.key} {method.embedding} {self._view_key(focus)}"
+            settings = feature_key(method, encoder, self._view_key(focus))
             return features.Kind(method.embed, settings, _dtype(method.embedding))
 
         return [kind(name) for name in methods]
@@ -349,8 +349,8 @@ class Dataset:
             ],
             "flip": self.params.flip,
             "rates": dataclasses.asdict(choice) if choice else None,
-            "code": code_digest(self.study.params.method(cell.method)[0]),
             "prompts": self.prompts,
+            "code": cell_code(METHODS[self.study.params.method(cell.method)[0]], self.encoder),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -433,34 +433,16 @@ def _opened(folder: Path, version: str, dataset: str, thread: int) -> Dataset:
     return Dataset(study, dataset, study.encoder())
 
 
-@cache
-def code_digest(method: str) -> str:
-    """sha256 hex over the sources that a method's fit depends on beside its views.
-
-    They are the method's own file, what of this project it imports, and what embeds and validates it.
-    """
-    package = Path(medfocus.__file__).parent
-    own = package.parent / f"{METHODS[method].__module__.replace('.', '/')}.py"
-    found: set[Path] = set()
-    shared = ("clip/encoder.py", "clip/features.py", "clip/prompts.py", "learning/validation.py")
-    waiting = [own, *(package / name for name in shared)]
-    while waiting:
-        source = waiting.pop()
-        if source not in found:
-            found.add(source)
-            waiting += _imported(source)
-    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sorted(found))).hexdigest()
+def feature_key(method: Method, encoder: ClipEncoder, view: str) -> str:
+    """Return the cache's key of a method's frozen features, from the key of their views."""
+    return fingerprint(
+        type(method).embed, type(encoder), encoder=encoder.key, embedding=method.embedding, view=view
+    )
 
 
-def _imported(source: Path) -> list[Path]:
-    """The files of this project that a file imports, in the module or inside a function."""
-    package = Path(medfocus.__file__).parent
-    names = []
-    for node in ast.walk(ast.parse(source.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("medfocus"):
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    files = (package.parent / f"{name.replace('.', '/')}.py" for name in names)
-    return [file for file in files if file.is_file()]
+def cell_code(method: type[Method], encoder: ClipEncoder) -> str:
+    """Return the sha256 hex of the code behind a cell's checkpoint."""
+    return fingerprint(method, out_of_fold, class_embeddings, features, type(encoder))
 
 
 def _dtype(embedding: str) -> torch.dtype:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from medfocus.datasets.records import Record
 from medfocus.images import decode
+from medfocus.storage.fingerprint import fingerprint
 from medfocus.storage.shards import Shards
 
 SAME = 0.8  # fine correlation from which two pictures are the same one
@@ -87,7 +88,7 @@ def find_duplicates(
     """
     records = sorted(records, key=lambda record: record.path)
     found = {pair: ("identical", 1.0) for pair in _same_bytes(records)}
-    known = None if cache is None else Shards(f"{cache}/{decode.decoder_key(__file__)}", ".thumbnail")
+    known = None if cache is None else Shards(f"{cache}/{fingerprint(_thumbnails)[:32]}", ".thumbnail")
     thumbnails = _thumbnails(records, root, workers, progress, known)
     for i, j, kind, similarity in match(thumbnails):
         found.setdefault((i, j), (kind, similarity))

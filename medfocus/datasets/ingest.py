@@ -47,7 +47,7 @@ from medfocus.datasets.listing import (
 from medfocus.datasets.listing import Report as _Report
 from medfocus.datasets.pseudonyms import Salt
 from medfocus.datasets.records import Record
-from medfocus.images import decode
+from medfocus.storage.fingerprint import fingerprint
 from medfocus.storage.shards import Shards
 
 
@@ -116,7 +116,7 @@ def ingest(
         listed = list_manifest(root, manifest, report, columns)
     listed = with_patients(listed, patient_pattern, report)
     check_spellings(listed, report)
-    known = None if cache is None else Shards(f"{cache}/{decode.decoder_key(scan.__file__)}", ".json")
+    known = None if cache is None else Shards(f"{cache}/{fingerprint(scan)[:32]}", ".json")
     reading = scan.Reading(*slices, Salt(salt_file))
     files = [item for item in listed if item.path]
     records = scan.open_all(root, files, reading, workers, progress, known, report)

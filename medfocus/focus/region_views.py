@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
 import numpy as np
 
 from medfocus.clip.regions import REGIONS
 from medfocus.focus.view import Crop, cut, view, view_key
 from medfocus.images.decode import letterbox_mask
+from medfocus.storage.fingerprint import fingerprint
 
 _KEPT = 0.5  # share of the region that has to be left in a crop, as in ``view``
 
@@ -36,10 +34,9 @@ def focused_view(
 
 def focused_view_key(*, focus: str, size: int, feather: float) -> str:
     """sha256 hex over the settings of ``focused_view`` and the code behind it: names views in cache keys."""
-    key = view_key(focus=focus, size=size, feather=feather)
     if focus not in REGIONS:
-        return key
-    return hashlib.sha256(key.encode() + Path(__file__).read_bytes()).hexdigest()
+        return view_key(focus=focus, size=size, feather=feather)
+    return fingerprint(region_view, focus=focus, size=size, feather=feather)
 
 
 def region_view(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from medfocus.focus.modes import FILL
 from medfocus.focus.modes import focus as apply_focus
-from medfocus.images.decode import SOURCES, letterbox
+from medfocus.images.decode import letterbox
+from medfocus.storage.fingerprint import fingerprint
 
 AREA = (0.5, 1.0)  # share of the picture that a random crop keeps, as the method's authors have it
 _KEPT = 0.5  # share of the mask that has to be left in a crop
@@ -82,8 +79,7 @@ def view(
 
 def view_key(*, focus: str, size: int, feather: float) -> str:
     """sha256 hex over the settings of ``view`` and the code behind it: names views in cache keys."""
-    settings = {"focus": focus, "size": size, "feather": feather, "code": _code_digest()}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return fingerprint(view, focus=focus, size=size, feather=feather)
 
 
 def cut(plane: np.ndarray, crop: Crop) -> np.ndarray:
@@ -99,12 +95,3 @@ def _window(plane: np.ndarray, crop: Crop) -> tuple[slice, slice]:
         slice(top, max(top + 1, round(crop.bottom * height))),
         slice(left, max(left + 1, round(crop.right * width))),
     )
-
-
-@cache
-def _code_digest() -> str:
-    """sha256 hex over the sources between a decoded picture and its view."""
-    here = Path(__file__).parent
-    files = [*(here.parent / "images" / name for name in SOURCES), here / "modes.py", here / "view.py"]
-    sources = [file.read_bytes() for file in files]
-    return hashlib.sha256(b"\0".join(sources)).hexdigest()

@@ -14,11 +14,9 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import PIL
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from medfocus.images import stack as frames
@@ -28,21 +26,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; it opens no 
 MOST_PIXELS = 64_000_000  # of one picture
 MOST_BYTES = 256_000_000  # of one file
 MOST_KEPT = 1_000_000_000  # of the opened files of several pictures that are kept for the next of theirs
-# Between a picture's bytes and its pixels.
-SOURCES = ("decode.py", "stack.py", "dicom.py", "gdcm_process.py", "gdcm_worker.py", "nifti.py")
 _CAPTION_HEIGHT = 14  # pixels under each tile of a contact sheet
 _GAP = 4  # pixels between tiles
-
-
-def decoder_key(source: str) -> str:
-    """Hex digest of what decodes, and of the file of code that goes on from there.
-
-    What it made of a picture's bytes may be kept under their sha256 as long as this stays the same.
-    """
-    here = Path(__file__).parent
-    code = [file.read_bytes() for file in (*(here / name for name in SOURCES), Path(source))]
-    versions = [PIL.__version__, *(version(name) for name in ("pydicom", "python-gdcm", "nibabel"))]
-    return hashlib.sha256(b"\0".join([*code, *(text.encode() for text in versions)])).hexdigest()[:32]
 
 
 def read_bytes(path: Path, name: str | None = None) -> bytes:

@@ -9,12 +9,10 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_PROGRAM = Path(__file__).with_name("gdcm_worker.py")
 _SECONDS = 60  # that a frame may take; a large one takes a few
 
 
@@ -70,7 +68,10 @@ class Gdcm:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._owner != os.getpid():
-            command = [sys.executable, "-P", str(_PROGRAM)]  # -P: its folder is no place to import from
+            from medfocus.images import gdcm_worker  # imports pydicom
+
+            # -P: the worker imports nothing from its folder.
+            command = [sys.executable, "-P", gdcm_worker.__file__]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from medfocus.images.decode import grey
 from medfocus.masks import candidates
-from medfocus.masks.segmenter import Mask, check_picture, identity, settings_key
+from medfocus.masks.segmenter import Mask, check_picture, identity, segmenter_key
 
 WORKING_SIZE = 256  # pixels of the longest side; regions are found here and enlarged
 MAX_PARTS = 32  # the largest connected parts of either side of the threshold become candidates
@@ -33,8 +33,8 @@ class OtsuSegmenter:
         self.keep = keep
         self.limits = candidates.Limits(min_area, max_area, min_iou=0.0, min_stability=0.0)
         self.max_overlap = max_overlap
-        self.key = settings_key(
-            "otsu", {"keep": keep, "limits": asdict(self.limits), "max_overlap": max_overlap}
+        self.key = segmenter_key(
+            OtsuSegmenter, keep=keep, limits=asdict(self.limits), max_overlap=max_overlap
         )
 
     def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:

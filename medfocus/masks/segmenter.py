@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from medfocus.images import decode
+from medfocus.storage.fingerprint import fingerprint
 
 STATUSES = ("chosen", "relaxed", "box", "identity")  # the rungs of the fallback ladder, best first
-# Between a picture and its mask, in the folder of this file.
-_SOURCES = (
-    "candidates.py", "otsu.py", "segmenter.py", "sam2/edges.py", "sam2/model.py", "sam2/segmenter.py",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,23 +43,9 @@ def identity(height: int, width: int) -> Mask:
     return Mask(np.ones((height, width), dtype=bool), 0.0, "identity")
 
 
-def settings_key(name: str, settings: Mapping[str, object]) -> str:
-    """sha256 hex over a segmenter's name, its settings (JSON types) and the code that makes masks."""
-    content = {"segmenter": name, "code": code_digest(Path(__file__).parents[1]), "settings": settings}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def code_digest(package: Path) -> str:
-    """sha256 hex over the sources between a picture's bytes and its mask, in a copy of this package.
-
-    Where masks are kept changes none.
-    """
-    digest = hashlib.sha256()
-    sources = [*(f"masks/{name}" for name in _SOURCES), *(f"images/{name}" for name in decode.SOURCES)]
-    for path in (package / name for name in sources):
-        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+def segmenter_key(segmenter: type, **settings: object) -> str:
+    """Return the sha256 hex of a segmenter's settings (JSON types), its code and the image decoders' code."""
+    return fingerprint(segmenter, decode, segmenter=segmenter.__name__, **settings)
 
 
 def check_picture(picture: np.ndarray) -> np.ndarray:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medfocus.masks import candidates
-from medfocus.masks.sam2.key import informed_key
 from medfocus.masks.sam2.segmenter import Found, Sam2Segmenter
-from medfocus.masks.segmenter import Mask, check_picture
+from medfocus.masks.segmenter import Mask, check_picture, segmenter_key
 from medfocus.storage import weights
+from medfocus.storage.fingerprint import fingerprint
 
 LOW_SHARE = 0.25  # of the spectrum's area: the low frequencies that F_hfc lacks, as in the authors' code
 
@@ -215,7 +215,7 @@ def train_adapter(
 
 def adapter_key(plain: Sam2Segmenter, pairs: str, settings: Mapping[str, object]) -> str:
     """sha256 hex: equal keys teach equally. ``pairs`` names them, ``settings`` are ``train_adapter``'s."""
-    return informed_key(__file__, {"model": plain.features_key, "pairs": pairs, **settings})
+    return fingerprint(train_adapter, model=plain.features_key, pairs=pairs, **settings)
 
 
 class AdapterSegmenter:
@@ -233,7 +233,7 @@ class AdapterSegmenter:
         """
         self.plain = plain
         self.features_key = plain.features_key
-        self.key = informed_key(__file__, {"plain": plain.key, "state": weights.digest(state)})
+        self.key = segmenter_key(AdapterSegmenter, plain=plain.key, state=weights.digest(state))
         self.model = _with_state(plain.model, state).requires_grad_(False)
 
     def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:

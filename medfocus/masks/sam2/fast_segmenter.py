@@ -7,10 +7,7 @@ drawn only where its predicted IoU leaves them a chance: a candidate's score is 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ from medfocus.masks.sam2 import segmenter
 from medfocus.masks.sam2.fast_decoder import Answer, LeanDecoder, Scene
 from medfocus.masks.sam2.fast_encoder import FOLDED, LeanEncoder
 from medfocus.masks.sam2.segmenter import Features, Found, Prompts, Sam2Segmenter
-from medfocus.masks.segmenter import settings_key
+from medfocus.masks.segmenter import segmenter_key
 
 LEAST_SIZE = 512  # pixels a side that the model sees; below it decoding is cheap, and old masks stay valid
 
@@ -73,9 +70,9 @@ class LeanSegmenter(Sam2Segmenter):
         self.prompts = plain.prompts
         self.encoder, self.decoder = LeanEncoder(self.model), LeanDecoder(self.model)
         half = self.predictor.device.type == "cuda"  # the encoder's blocks, see there
-        settings = {"lean": _code(), "precision": "bfloat16" if half else "float32"}
-        self.features_key = settings_key("lean features", {"plain": plain.features_key, **settings})
-        self.key = settings_key("lean", {"plain": plain.key, **settings})
+        precision = "bfloat16" if half else "float32"
+        self.features_key = segmenter_key(type(self), features_of=plain.features_key, precision=precision)
+        self.key = segmenter_key(type(self), plain=plain.key, precision=precision)
 
     def encode(self, pictures: Sequence[np.ndarray]) -> Features:
         """Pictures of any sizes, squeezed to (S, S), through the image encoder as one batch of B."""
@@ -202,12 +199,3 @@ class _Seen:
             max_overlap=self.segmenter.max_overlap,
         )
         return None if best is None else ([int(order[i]) for i in best[0]], best[1])
-
-
-@cache
-def _code() -> str:
-    """sha256 hex over this segmenter's sources, which ``settings_key`` leaves out: other masks live on."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("fast_*.py")):
-        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()

@@ -7,8 +7,6 @@ retrieved proposals themselves are the mask, as with the other strategies [ours]
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,9 +17,9 @@ from torch.nn import functional as F
 
 from medfocus.images import decode
 from medfocus.masks import candidates
-from medfocus.masks.sam2.key import informed_key
 from medfocus.masks.sam2.segmenter import Features, Found, Sam2Segmenter
-from medfocus.masks.segmenter import Mask, check_picture
+from medfocus.masks.segmenter import Mask, check_picture, segmenter_key
+from medfocus.storage.fingerprint import fingerprint
 
 # Proposals of a larger IoU are one and the same: SAM2's generator removes boxes above it (box_nms_thresh).
 SAME = 0.7
@@ -80,8 +78,7 @@ class TextRank:
         if not texts:
             raise ValueError("no text to rank proposals by; give at least one, such as 'a lesion'.")
         text = F.normalize(towers.encode_texts(list(texts)).mean(0), dim=0)  # (D,)
-        content = json.dumps([towers.key, *texts])
-        return cls(towers, text, hashlib.sha256(content.encode()).hexdigest())
+        return cls(towers, text, fingerprint(type(towers), towers=towers.key, texts=list(texts)))
 
     def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """M crops (h, w, 3) uint8 RGB -> cosines (M,) in [-1, 1]; a crop keeps its aspect, on black."""
@@ -107,7 +104,7 @@ class RetrievedSegmenter:
         self.plain = plain
         self.rank = rank
         self.features_key = plain.features_key
-        self.key = informed_key(__file__, {"plain": plain.key, "rank": rank.key, "same": SAME})
+        self.key = segmenter_key(RetrievedSegmenter, plain=plain.key, rank=rank.key)
 
     def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
         """Pictures, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""

@@ -23,7 +23,7 @@ from medfocus.images.decode import grey
 from medfocus.masks import candidates
 from medfocus.masks.sam2 import edges
 from medfocus.masks.sam2.model import load_predictor
-from medfocus.masks.segmenter import Mask, check_picture, identity, settings_key
+from medfocus.masks.segmenter import Mask, check_picture, identity, segmenter_key
 
 if TYPE_CHECKING:
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
@@ -117,19 +117,17 @@ class Sam2Segmenter:
             self.prompts = box_prompt(box_side)
         else:
             self.prompts = grid_prompts(1 if strategy == "center" else points_per_side)
-        self.features_key = settings_key("sam2 features", {"model": model_key})
-        self.key = settings_key(
-            "sam2",
-            {
-                "model": model_key,
-                "strategy": strategy,
-                "points_per_side": points_per_side,
-                "keep": keep,
-                "limits": asdict(limits),
-                "max_overlap": max_overlap,
-                "box_side": box_side,
-                "follow_edges": follow_edges,
-            },
+        self.features_key = segmenter_key(Sam2Segmenter, features_of=model_key)
+        self.key = segmenter_key(
+            Sam2Segmenter,
+            model=model_key,
+            strategy=strategy,
+            points_per_side=points_per_side,
+            keep=keep,
+            limits=asdict(limits),
+            max_overlap=max_overlap,
+            box_side=box_side,
+            follow_edges=follow_edges,
         )
 
     @property
