@@ -37,7 +37,7 @@ run: $(INSTALLED)
 repro: $(INSTALLED)
 	@$(BIN)/dvc repro
 
-# New pictures -> masks -> study -> gate -> registry, once, now; and the champion back to the one before.
+# New images -> masks -> study -> gate -> registry, once, now; and the champion back to the one before.
 retrain: $(INSTALLED)
 	@$(BIN)/python -m flows.retrain --params $(PARAMS)
 
@@ -68,7 +68,7 @@ up: $(INSTALLED)
 schedule: $(INSTALLED)
 	@$(BIN)/python -m flows.operations.stack --sqlite
 
-# The masks that the manifests' pictures lack, once, now.
+# The masks that the manifests' images lack, once, now.
 backfill: $(INSTALLED)
 	@$(BIN)/python -m flows.backfill --params $(PARAMS)
 

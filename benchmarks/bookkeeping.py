@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder, "project")
         content = moved_paths(read_content(options.params), options.params.resolve().parent, project)
-        if options.params.resolve() == ROOT / "params.yaml":  # its pictures are drawn there
+        if options.params.resolve() == ROOT / "params.yaml":  # its images are drawn there
             content = read_content(options.params)
         content["study"] |= {"seeds": list(range(options.seeds))}
         environment = clone(project, content)

@@ -30,7 +30,7 @@ from flows.servers.servers import must_answer, prefect_api
 from flows.stages.dvc import reproduce
 from flows.study.study import PAGE, RESULTS, STUDY, Study, open_study
 from medfocus.reports import tables
-from medfocus.storage.redaction import discreet
+from medfocus.storage.redaction import redacted
 from medfocus.tracking.provenance import lock_digest
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @task(task_run_name="plan {study.params.study.name}", cache_policy=NO_CACHE)
-@discreet
+@redacted
 def check_plan(study: Study) -> None:
     """Build every method of the study once: a typo fails here, before any work; so does a missing server."""
     from flows.study.cells import plan
@@ -49,14 +49,14 @@ def check_plan(study: Study) -> None:
 
 
 @task(task_run_name="phantoms {modality}", **PATIENT)
-@discreet
+@redacted
 def draw_phantoms(study: Study, modality: str) -> None:
     """Draw an embedded data set."""
     _reproduce(study, f"phantoms@{modality}")
 
 
 @task(task_run_name="ingest {dataset}", **PATIENT)
-@discreet
+@redacted
 def ingest(study: Study, dataset: str) -> None:
     """Raw folder -> manifest, and a report of what is left out."""
     if _reproduce(study, f"ingest@{dataset}"):
@@ -67,23 +67,23 @@ def ingest(study: Study, dataset: str) -> None:
 
 
 @task(task_run_name="duplicates {dataset}", **PATIENT)
-@discreet
+@redacted
 def find_duplicates(study: Study, dataset: str) -> None:
     """Manifest -> pairs of twins."""
     _reproduce(study, f"duplicates@{dataset}")
 
 
 @task(task_run_name="splits {dataset}", **PATIENT)
-@discreet
+@redacted
 def draw_splits(study: Study, dataset: str) -> None:
     """Manifest and twins -> test sets and nested supports."""
     _reproduce(study, f"splits@{dataset}")
 
 
 @task(task_run_name="masks {dataset}", **PATIENT)
-@discreet
+@redacted
 def cache_masks(study: Study, dataset: str) -> None:
-    """Manifest -> one mask a picture, with a contact sheet to look at."""
+    """Manifest -> one mask per image, with a contact sheet to look at."""
     if _reproduce(study, f"masks@{dataset}"):
         reports = study.folder / "reports/data" / dataset
         create_table_artifact(
@@ -100,14 +100,14 @@ def cache_masks(study: Study, dataset: str) -> None:
 
 
 @task(task_run_name="fine-tune {study.params.study.name}", **PATIENT)
-@discreet
+@redacted
 def finetune(study: Study) -> None:
     """Every cell of the study -> a checkpoint, from its support alone."""
     _reproduce(study, "finetune")
 
 
 @task(task_run_name="evaluate {study.params.study.name}", **PATIENT)
-@discreet
+@redacted
 def evaluate(study: Study) -> None:
     """Checkpoints -> test scores, MLflow runs, figures."""
     ran = _reproduce(study, "evaluate")
@@ -127,7 +127,7 @@ def evaluate(study: Study) -> None:
 
 
 @task(task_run_name="register {dataset}", **PATIENT)
-@discreet
+@redacted
 def register_best(study: Study, dataset: str) -> Registration:
     """The best cell by validation -> the model registry; champion only through the gate."""
     from flows.release import register
@@ -139,7 +139,7 @@ def register_best(study: Study, dataset: str) -> Registration:
 
 
 @flow(name="medfocus", flow_run_name="{params_file}", validate_parameters=False)
-@discreet
+@redacted
 def pipeline(params_file: Path = Path("params.yaml")) -> list[Registration]:
     """Ingest, split, mask, fine-tune on few shots, evaluate, register the best."""
     return steps(open_study(Path(params_file)))

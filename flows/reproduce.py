@@ -102,7 +102,7 @@ def _other_versions(tags: Mapping[str, str]) -> list[str]:
 
 
 def _bring_data(home: Path, clone: Path, folder: str, dataset: str) -> None:
-    """Have the clone hold what its dvc.lock names of a data set; its pictures stay where they are."""
+    """Have the clone hold what its dvc.lock names of a data set; its images stay where they are."""
     here, there = home / folder, clone / folder
     if not (there / "dvc.yaml").exists():  # of a study whose folder git does not know
         text = (here / "dvc.yaml").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""MedFocusCLIP: few-shot classification of medical pictures with region focus."""
+"""MedFocusCLIP: few-shot classification of medical images with region focus."""
 
 from __future__ import annotations
 

@@ -85,14 +85,14 @@ REFUSED = {
     "JPEG-lossy.dcm": "is stored as JPEG Extended (Process 2 and 4) with 12 bits, which cannot be decoded",
     "JPEG2000-embedded-sequence-delimiter.dcm": "pixels are not of the size that its header says",
     "MR_truncated.dcm": "promises 1 frames and so 8192 bytes of pixel data, and holds 8130",
-    "badVR.dcm": "holds no picture (RT Dose Storage)",
-    "rtplan.dcm": "holds no picture (RT Plan Storage)",
-    "rtstruct.dcm": "holds no picture (RT Structure Set Storage)",
-    "rtdose.dcm": "holds no picture (RT Dose Storage)",
-    "liver_1frame.dcm": "holds no picture (Segmentation Storage)",
-    "test-SR.dcm": "holds no picture (Comprehensive SR Storage)",
-    "waveform_ecg.dcm": "holds no picture (12-lead ECG Waveform Storage)",
-    "DICOMDIR": "holds no picture (Media Storage Directory Storage)",
+    "badVR.dcm": "holds no image (RT Dose Storage)",
+    "rtplan.dcm": "holds no image (RT Plan Storage)",
+    "rtstruct.dcm": "holds no image (RT Structure Set Storage)",
+    "rtdose.dcm": "holds no image (RT Dose Storage)",
+    "liver_1frame.dcm": "holds no image (Segmentation Storage)",
+    "test-SR.dcm": "holds no image (Comprehensive SR Storage)",
+    "waveform_ecg.dcm": "holds no image (12-lead ECG Waveform Storage)",
+    "DICOMDIR": "holds no image (Media Storage Directory Storage)",
 }
 
 
@@ -112,14 +112,14 @@ def test_every_transfer_syntax_that_pydicom_brings_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_picture_or_cannot_be_decoded_is_named_with_its_fix(name: str) -> None:
-    with pytest.raises(decode.PictureError) as caught:
+def test_what_is_no_image_or_cannot_be_decoded_is_named_with_its_fix(name: str) -> None:
+    with pytest.raises(decode.ImageError) as caught:
         decode.decode(packaged(name), name)
     assert REFUSED[name] in caught.value.fault
     assert caught.value.fix.endswith("remove it.")
 
 
-def test_one_picture_is_the_same_however_it_is_stored() -> None:
+def test_one_image_is_the_same_however_it_is_stored() -> None:
     whole = decode.decode(packaged("MR_small.dcm"), "x")
     for form in ("bigendian", "implicit", "expb", "padded", "RLE", "jp2klossless", "jpeg_ls_lossless"):
         assert np.array_equal(decode.decode(packaged(f"MR_small_{form}.dcm"), form), whole), form
@@ -150,7 +150,7 @@ def test_the_first_window_is_taken_after_the_rescale() -> None:
     assert np.abs(shown(data) - expected).max() <= 0.5
 
 
-def test_a_signed_picture_of_twelve_bits_in_sixteen() -> None:
+def test_a_signed_image_of_twelve_bits_in_sixteen() -> None:
     stored = RAMP.astype(np.int16) - 2048
     assert np.array_equal(shown(dicom(stored, **TWELVE)), np.arange(256).reshape(16, 16))
     windowed = shown(dicom(stored, WindowCenter=0, WindowWidth=100, **TWELVE))
@@ -207,15 +207,15 @@ def test_a_palette_gives_colours() -> None:
     for colour, values in tables.items():
         palette[f"{colour}PaletteColorLookupTableDescriptor"] = [4, 0, 8]
         palette[f"{colour}PaletteColorLookupTableData"] = bytes(values)
-    picture = decode.decode(dicom(np.array([[0, 1], [2, 2]], np.uint8), **palette), "x")
-    assert picture[0].tolist() == [[0, 0, 64], [255, 0, 0]] and picture[1, 0].tolist() == [0, 128, 0]
+    image = decode.decode(dicom(np.array([[0, 1], [2, 2]], np.uint8), **palette), "x")
+    assert image[0].tolist() == [[0, 0, 64], [255, 0, 0]] and image[1, 0].tolist() == [0, 128, 0]
 
 
 def test_colours_by_plane_and_by_pixel_are_the_same() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    planes = dicom(picture, PlanarConfiguration=1, PixelData=picture.transpose(2, 0, 1).tobytes())
-    assert np.array_equal(decode.decode(dicom(picture), "x"), picture)
-    assert np.array_equal(decode.decode(planes, "x"), picture)
+    image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    planes = dicom(image, PlanarConfiguration=1, PixelData=image.transpose(2, 0, 1).tobytes())
+    assert np.array_equal(decode.decode(dicom(image), "x"), image)
+    assert np.array_equal(decode.decode(planes, "x"), image)
 
 
 def test_sixteen_and_thirty_two_bits() -> None:
@@ -270,11 +270,11 @@ def test_dicom_is_known_by_its_bytes_with_and_without_a_preamble() -> None:
     for bare in (data[132:], file.getvalue()):
         assert np.array_equal(decode.decode(bare, "x"), decode.decode(data, "x"))
     for name in ("text.txt", "x.dcm"):
-        with pytest.raises(decode.PictureError, match="is no picture in a format that is read"):
-            decode.decode(b"no picture at all, whatever its name says" * 9, name)
+        with pytest.raises(decode.ImageError, match="is no image in a format that is read"):
+            decode.decode(b"no image at all, whatever its name says" * 9, name)
 
 
-def test_pydicom_is_not_imported_for_other_pictures(tmp_path: Path) -> None:
+def test_pydicom_is_not_imported_for_other_images(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(jpeg(np.zeros((4, 4), np.uint8), "PNG"))
     code = "import sys; from pathlib import Path; from medfocus.images import decode;"
     code += "decode.read(Path(sys.argv[1]));"
@@ -299,7 +299,7 @@ def test_a_header_that_promises_too_much_is_refused_before_a_pixel_is_decoded(
     tags: dict[str, Any], fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader.Dicom, "_stored", lambda *_: pytest.fail("a pixel was decoded"))
-    with pytest.raises(decode.PictureError) as caught:
+    with pytest.raises(decode.ImageError) as caught:
         decode.decode(dicom(RAMP, **tags), "x.dcm")
     assert fault in caught.value.fault
 
@@ -310,7 +310,7 @@ def test_a_compressed_frame_that_lies_about_its_size_is_refused(form: str) -> No
     make = baseline if form == "JPEG" else jpeg2000
     assert decode.decode(make(small), "x").shape == (16, 16, 3)
     for rows in (16, 600):
-        with pytest.raises(decode.PictureError, match="are not of the size that its header says"):
+        with pytest.raises(decode.ImageError, match="are not of the size that its header says"):
             decode.decode(make(large, Rows=rows, Columns=rows), "x")
 
 
@@ -318,7 +318,7 @@ def test_a_frame_that_ends_gdcms_process_is_refused_and_the_next_one_is_read() -
     """GDCM 3.2 aborts over this one: in the process of a run that would be the end of the run."""
     data = packaged("MR_small_jpeg_ls_lossless.dcm")
     bits = data.index(b"\xff\xd8\xff\xf7") + 6
-    with pytest.raises(decode.PictureError, match="GDCM broke down over its compressed pixels"):
+    with pytest.raises(decode.ImageError, match="GDCM broke down over its compressed pixels"):
         decode.decode(data[:bits] + b"\x80" + data[bits + 1 :], "x")
     assert decode.decode(data, "x").shape == (64, 64, 3)
 
@@ -343,21 +343,21 @@ def test_broken_headers_are_refused_or_read_and_nothing_else() -> None:
             broken[place] = rng.integers(256)
         try:
             decode.decode(bytes(broken), "x")
-        except decode.PictureError:
+        except decode.ImageError:
             refused += 1
     assert 30 < refused < 300
 
 
 def test_compressed_frames_that_are_promised_and_not_there_are_refused() -> None:
-    with pytest.raises(decode.PictureError, match="promises 500 frames and so 500 pieces of pixel data"):
+    with pytest.raises(decode.ImageError, match="promises 500 frames and so 500 pieces of pixel data"):
         decode.decode(baseline(np.zeros((16, 16), np.uint8), NumberOfFrames=500), "x")
 
 
-def test_runs_that_unpack_to_far_more_than_the_picture_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_unpack_to_far_more_than_the_image_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = (1).to_bytes(4, "little") + (64).to_bytes(4, "little") + bytes(56) + b"\x81\0" * 50_000
     data = dicom(np.zeros((16, 16), np.uint8), frames=[runs], syntax=RLELossless)
     monkeypatch.setattr(reader, "_MOST_RUNS", 10_000)
-    with pytest.raises(decode.PictureError, match="are not of the size that its header says"):
+    with pytest.raises(decode.ImageError, match="are not of the size that its header says"):
         decode.decode(data, "x")
 
 
@@ -367,18 +367,18 @@ def test_a_deflated_bomb_is_refused_by_what_it_unpacks_to(monkeypatch: pytest.Mo
     assert len(data) < 20_000
     monkeypatch.setattr(decode, "MOST_BYTES", 3_000_000)
     monkeypatch.setattr(zlib, "decompress", lambda *_: pytest.fail("it was unpacked whole"))
-    with pytest.raises(decode.PictureError, match=r"^x: unpacks to more than 3 MB, the most that is read\."):
+    with pytest.raises(decode.ImageError, match=r"^x: unpacks to more than 3 MB, the most that is read\."):
         decode.decode(data, "x")
 
 
 def test_what_is_cut_short_anywhere_is_refused_or_read_and_nothing_else() -> None:
     for data in (packaged("MR_small_RLE.dcm"), packaged("MR_small_jp2klossless.dcm"), dicom(RAMP, **TWELVE)):
         for end in range(140, len(data), len(data) // 12):
-            with pytest.raises(decode.PictureError):
+            with pytest.raises(decode.ImageError):
                 decode.decode(data[:end], "x")
 
 
-# --- Files of several pictures -----------------------------------------------------------------------------
+# --- Files of several images -----------------------------------------------------------------------------
 
 
 def stack_of(path: Path, count: int = 12, **tags: Any) -> Path:
@@ -398,11 +398,11 @@ def test_a_frame_is_named_behind_the_file(tmp_path: Path) -> None:
     sha, _ = decode.read_named(Path(f"{file}#07"))
     assert sha == stack.digest(whole, "07") == hashlib.sha256(f"{whole}#07".encode()).hexdigest()
     for wrong in ("12", "x", "-1", "z=1"):
-        with pytest.raises(decode.PictureError, match=f"has no frame '{wrong}'; they go from 0 to 11"):
+        with pytest.raises(decode.ImageError, match=f"has no frame '{wrong}'; they go from 0 to 11"):
             decode.read(Path(f"{file}#{wrong}"))
-    with pytest.raises(decode.PictureError, match=r"holds several pictures\. Name the one"):
+    with pytest.raises(decode.ImageError, match=r"holds several images\. Name the one"):
         decode.read(file)
-    with pytest.raises(decode.PictureError, match=r"^upload: holds several pictures"):
+    with pytest.raises(decode.ImageError, match=r"^upload: holds several images"):
         decode.decode(file.read_bytes(), "upload")
 
 
@@ -421,7 +421,7 @@ def test_a_file_is_opened_once_for_all_of_its_frames_and_anew_when_it_changed(
     monkeypatch.setattr(decode, "open_stack", lambda *a, o=decode.open_stack: opened.append(1) or o(*a))
     with ThreadPoolExecutor(4) as pool:
         read = list(pool.map(decode.read, decode.frames_of(file) * 3))
-    assert [picture[0, 0, 0] for picture in read[:3]] == [0, 20, 40] and len(opened) == 1
+    assert [image[0, 0, 0] for image in read[:3]] == [0, 20, 40] and len(opened) == 1
     stack_of(file, 3)
     assert decode.frames_of(file) == [Path(f"{file}#{k}") for k in range(3)] and len(opened) == 2
 
@@ -544,10 +544,10 @@ def test_what_a_reader_has_to_know_is_told_once(folder: Path) -> None:
     found = read(folder)
     assert [(fault.path, fault.fault) for fault in found.reported] == [
         ("ill/burnt.dcm", "has text burnt into its pixels, as its header says, which may name the patient"),
-        (".", "3 DICOM pictures have no window, so each goes from its minimum to its maximum"),
+        (".", "3 DICOM images have no window, so each goes from its minimum to its maximum"),
     ]
     [left] = found.left_out
-    assert (left.path, left.fault) == ("well/report.dcm", "holds no picture (Comprehensive SR Storage)")
+    assert (left.path, left.fault) == ("well/report.dcm", "holds no image (Comprehensive SR Storage)")
 
 
 def test_a_file_of_frames_is_a_record_a_frame_of_one_patient(folder: Path, tmp_path: Path) -> None:
@@ -561,7 +561,7 @@ def test_a_file_of_frames_is_a_record_a_frame_of_one_patient(folder: Path, tmp_p
     for record in own:
         assert decode.read_named(folder / record.path)[0] == record.sha256
     [told_once] = found.reported
-    assert told_once.fault == "files of several pictures without a known patient: 1; each counts as one"
+    assert told_once.fault == "files of several images without a known patient: 1; each counts as one"
 
 
 def test_a_manifest_names_frames_and_files_of_them(folder: Path) -> None:

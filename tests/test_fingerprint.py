@@ -22,8 +22,8 @@ from medfocus.focus.region_views import focused_view_key
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2 import segmenter as sam2
 from medfocus.masks.sam2.adapter import adapter_key
-from medfocus.masks.sam2.fast_segmenter import LeanSegmenter
-from medfocus.masks.sam2.retrieval import RetrievedSegmenter, TextRank
+from medfocus.masks.sam2.fast_segmenter import FastSegmenter
+from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
 from medfocus.storage import fingerprint
 from medfocus.storage.fingerprint import closure, code_key
 
@@ -139,9 +139,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], s
         "otsu masks": lambda: OtsuSegmenter().key,
         "sam2 masks": lambda: plain().key,
         "sam2 features": lambda: plain().features_key,
-        "fast masks": lambda: LeanSegmenter(plain()).key,
+        "fast masks": lambda: FastSegmenter(plain()).key,
         "adapters": lambda: adapter_key(plain(), "pairs", {}),
-        "retrieved masks": lambda: RetrievedSegmenter(plain(), TextRank.of(encoder, ["a lesion"])).key,
+        "retrieved masks": lambda: RetrievalSegmenter(plain(), TextRank.of(encoder, ["a lesion"])).key,
         "views": lambda: view("multiply"),
         "region views": lambda: view("alpha"),
         "features": lambda: feature_key(method, encoder, view("multiply")),

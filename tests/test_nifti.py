@@ -84,9 +84,9 @@ def test_nifti_two_and_a_single_slice(tmp_path: Path) -> None:
     )
     single = nifti(tmp_path / "slice.nii", HEAD[:, :, 4:5])
     assert decode.decode(single.read_bytes(), "x").shape == (16, 12, 3), "the only one is meant"
-    with pytest.raises(decode.PictureError, match=r"^x: holds several pictures\."):
+    with pytest.raises(decode.ImageError, match=r"^x: holds several images\."):
         decode.decode(plain.read_bytes(), "x")
-    with pytest.raises(decode.PictureError, match="has no slice 'z=9'; they go from 0 to x=11, y=15, z=8"):
+    with pytest.raises(decode.ImageError, match="has no slice 'z=9'; they go from 0 to x=11, y=15, z=8"):
         decode.read(Path(f"{plain}#z=9"))
 
 
@@ -113,7 +113,7 @@ def test_a_header_that_lies_is_refused_with_the_reason(
     tmp_path: Path, place: int, form: str, values: tuple[Any, ...], fault: str
 ) -> None:
     data = changed(nifti(tmp_path / "x.nii", HEAD).read_bytes(), place, form, *values)
-    with pytest.raises(decode.PictureError) as caught:
+    with pytest.raises(decode.ImageError) as caught:
         decode.open_stack(data, "x")
     assert fault in caught.value.fault
 
@@ -125,14 +125,14 @@ def test_a_bomb_is_refused_before_it_is_unpacked_whole(
     bomb = gzip.compress(data + bytes(5_000_000))
     assert len(bomb) < 20_000
     monkeypatch.setattr(reader, "MOST_BYTES", 1_000_000)
-    with pytest.raises(decode.PictureError, match=r"^x: unpacks to more than 1 MB"):
+    with pytest.raises(decode.ImageError, match=r"^x: unpacks to more than 1 MB"):
         decode.decode(bomb, "x")
     monkeypatch.setattr(decode, "MOST_PIXELS", 100)
-    with pytest.raises(decode.PictureError, match="has slices of 12 x 16 x 9 voxels; 0 megapixels are"):
+    with pytest.raises(decode.ImageError, match="has slices of 12 x 16 x 9 voxels; 0 megapixels are"):
         decode.decode(data, "x")
-    with pytest.raises(decode.PictureError, match=r"^x: cannot be unpacked"):
+    with pytest.raises(decode.ImageError, match=r"^x: cannot be unpacked"):
         decode.decode(gzip.compress(data)[:-20], "x")
-    with pytest.raises(decode.PictureError, match="is no picture in a format that is read"):
+    with pytest.raises(decode.ImageError, match="is no image in a format that is read"):
         decode.decode(gzip.compress(b"another archive" * 99), "x.nii.gz")
 
 
@@ -198,7 +198,7 @@ def test_of_four_dimensions_the_first_volume_is_used_and_told(folder: Path) -> N
     ]
 
 
-def test_a_volume_of_one_shade_and_a_mask_beside_a_volume_are_no_pictures(tmp_path: Path) -> None:
+def test_a_volume_of_one_shade_and_a_mask_beside_a_volume_are_no_images(tmp_path: Path) -> None:
     for label in ("ill", "well"):
         nifti(tmp_path / label / "x.nii.gz", HEAD + (label == "ill"))
         nifti(tmp_path / label / "x_mask.nii.gz", HEAD)
@@ -207,5 +207,5 @@ def test_a_volume_of_one_shade_and_a_mask_beside_a_volume_are_no_pictures(tmp_pa
     assert not any("mask" in r.path or "air" in r.path for r in found.records)
     assert ("ill/air.nii", "holds slices of one shade alone") in [(f.path, f.fault) for f in found.left_out]
     (tmp_path / "well" / "x.nii.gz").write_bytes(b"\x1f\x8bbroken")
-    with pytest.raises(IngestError, match="the class has no usable picture"):
+    with pytest.raises(IngestError, match="the class has no usable image"):
         ingest(tmp_path)

@@ -33,7 +33,7 @@ from flows.operations.retries import is_passing
 from flows.retrain import retrain
 from flows.servers import postgres, servers
 from flows.stages.dvc import StageBusyError
-from medfocus.storage.redaction import DiscreetError
+from medfocus.storage.redaction import RedactedError
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENT = "incoming/DOE^JANE^1961.png"
@@ -120,7 +120,7 @@ def test_an_address_that_is_no_web_address_is_not_opened(
     assert capsys.readouterr().err.endswith("did not take it (it is no http:// or https:// address)\n")
 
 
-def test_a_server_that_does_not_answer_is_tried_again_and_a_bad_picture_is_not() -> None:
+def test_a_server_that_does_not_answer_is_tried_again_and_a_bad_image_is_not() -> None:
     import requests
 
     wrapped = RuntimeError("the champion cannot be loaded")
@@ -160,7 +160,7 @@ def test_the_nightly_run_has_a_time_and_a_zone_and_is_over_before_the_next() -> 
 def test_no_retraining_and_no_backfill_starts_where_another_works(project: Path) -> None:
     with FileLock(project / ".cache" / ".retraining.lock"):
         for flow in (retrain, backfill):
-            with pytest.raises(DiscreetError, match=r"^JobRunningError at") as told:
+            with pytest.raises(RedactedError, match=r"^JobRunningError at") as told:
                 flow.fn(Path("params.yaml"))
             assert isinstance(told.value.error, JobRunningError)
             assert "another retraining or back-fill runs here" in str(told.value.error)
@@ -169,10 +169,10 @@ def test_no_retraining_and_no_backfill_starts_where_another_works(project: Path)
 
 
 def test_a_backfill_names_the_data_set_that_is_not_there(project: Path) -> None:
-    with pytest.raises(DiscreetError) as told:
+    with pytest.raises(RedactedError) as told:
         backfill.fn(Path("params.yaml"), ["chest"])
     assert "no data set 'chest' there; it has phantom-breast" in str(told.value.error)
-    with pytest.raises(DiscreetError) as told:
+    with pytest.raises(RedactedError) as told:
         backfill.fn(Path("params.yaml"))
     assert "phantom-breast has no manifest; ingest it first" in str(told.value.error)
 

@@ -42,7 +42,7 @@ def study() -> list[StudyRow]:
     ]  # fmt: skip
 
 
-def picture(png: bytes) -> np.ndarray:
+def image(png: bytes) -> np.ndarray:
     """PNG bytes -> (H, W, 3) uint8."""
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
@@ -82,10 +82,10 @@ def test_table_gives_mean_and_half_width_of_the_draws_in_percent() -> None:
 
 def test_table_names_systems_by_method_and_focus_and_shows_the_support_sizes() -> None:
     lines = tables.study_table(study()).splitlines()
-    assert "chest, official test set (66 pictures)" in lines[0]
+    assert "chest, official test set (66 images)" in lines[0]
     assert "over 3 draws" in lines[0]
     assert lines[2].split() == ["percent", "of", "train", "5%", "100%"]
-    assert lines[3].split() == ["pictures", "9", "180"]
+    assert lines[3].split() == ["images", "9", "180"]
     assert [line.split("  ")[0] for line in lines[5:7]] == ["pixels", "pixels (multiply)"]
 
 
@@ -104,22 +104,22 @@ def test_a_single_draw_has_no_interval_and_a_missing_cell_no_number() -> None:
     assert lines[6].split() == ["clip", "–", "70.0"]
 
 
-def test_what_needs_no_training_picture_has_its_own_column_and_says_nothing_about_the_draws() -> None:
+def test_what_needs_no_training_image_has_its_own_column_and_says_nothing_about_the_draws() -> None:
     zero_shot = row(0.4, method="zero-shot", percent_of_train=0.0, n_train=0)
     lines = tables.study_table([*study(), zero_shot]).splitlines()
-    assert lines[0].endswith("over 3 draws; at 100 % every draw has the same pictures")
+    assert lines[0].endswith("over 3 draws; at 100 % every draw has the same images")
     assert lines[2].split()[3:] == ["0%", "5%", "100%"]
-    assert lines[3].split() == ["pictures", "0", "9", "180"]
+    assert lines[3].split() == ["images", "0", "9", "180"]
     assert lines[7].split() == ["zero-shot", "40.0", "–", "–"]
 
 
-def test_what_needs_no_training_picture_is_a_level_line_of_the_figure() -> None:
+def test_what_needs_no_training_image_is_a_level_line_of_the_figure() -> None:
     zero_shot = row(0.2, method="zero-shot", percent_of_train=0.0, n_train=0)
-    pixels = picture(tables.accuracy_figure([*study(), zero_shot]))
+    pixels = image(tables.accuracy_figure([*study(), zero_shot]))
     coloured = (pixels == [0xD5, 0x5E, 0x00]).all(axis=2)  # the third system's colour
     level = coloured.sum(axis=1).argmax()
     assert np.ptp(np.flatnonzero(coloured[level])) > 0.7 * pixels.shape[1]
-    assert picture(tables.accuracy_figure([zero_shot])).std() > 0  # also alone
+    assert image(tables.accuracy_figure([zero_shot])).std() > 0  # also alone
 
 
 def test_tables_show_another_metric_when_asked() -> None:
@@ -147,9 +147,9 @@ def test_accuracy_figure_is_the_same_bytes_every_time_and_changes_with_the_data(
 
 
 def test_accuracy_figure_grows_by_a_panel_for_every_data_set() -> None:
-    one = picture(tables.accuracy_figure(study()))
-    two = picture(tables.accuracy_figure([*study(), *(replace(r, dataset="brain") for r in study())]))
-    four = picture(tables.accuracy_figure([replace(r, dataset=d) for d in "abcd" for r in study()]))
+    one = image(tables.accuracy_figure(study()))
+    two = image(tables.accuracy_figure([*study(), *(replace(r, dataset="brain") for r in study())]))
+    four = image(tables.accuracy_figure([replace(r, dataset=d) for d in "abcd" for r in study()]))
     assert one.shape[1] < two.shape[1] < four.shape[1]
     assert four.shape[0] > 1.5 * two.shape[0]
 
@@ -158,7 +158,7 @@ def test_accuracy_figure_takes_single_draws_and_more_systems_than_colours() -> N
     rows = [
         row(0.5 + i / 40, method=f"method-{i}", percent_of_train=p) for i in range(12) for p in (5.0, 50.0)
     ]
-    assert picture(tables.accuracy_figure(rows)).std() > 0
+    assert image(tables.accuracy_figure(rows)).std() > 0
 
 
 def test_figures_carry_no_time_and_no_version() -> None:
@@ -176,7 +176,7 @@ def test_figures_leave_no_trace_in_pyplot() -> None:
 
 def test_confusion_figure_colours_by_the_share_of_the_true_class() -> None:
     # 1 of 1 right is as dark as 100 of 100 right; the two off-diagonal cells are as light.
-    pixels = picture(figures.confusion_figure(np.array([[1, 0], [0, 100]]), ["a", "b"]))
+    pixels = image(figures.confusion_figure(np.array([[1, 0], [0, 100]]), ["a", "b"]))
     dark = (pixels == [8, 48, 107]).all(axis=2)  # the end of matplotlib's Blues
     light = (pixels == [247, 251, 255]).all(axis=2)  # and its start
     assert abs(dark.sum() - light.sum()) < 0.05 * dark.sum()
@@ -188,12 +188,12 @@ def test_confusion_figure_refuses_counts_of_another_shape() -> None:
         figures.confusion_figure(np.eye(2, dtype=int), ["a", "b", "c"])
 
 
-def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_picture() -> None:
+def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_image() -> None:
     grey = np.full((120, 160, 3), 90, dtype=np.uint8)
     region = np.zeros((120, 160), dtype=bool)
     region[30:90, 40:120] = True
-    bare = picture(figures.mask_sheet([grey], [np.zeros_like(region)], ["covid"]))
-    drawn = picture(figures.mask_sheet([grey], [region], ["covid"]))
+    bare = image(figures.mask_sheet([grey], [np.zeros_like(region)], ["covid"]))
+    drawn = image(figures.mask_sheet([grey], [region], ["covid"]))
     changed = (bare != drawn).any(axis=2)
     orange = (drawn == figures._CONTOUR).all(axis=2)
     assert np.array_equal(changed, orange)
@@ -201,15 +201,13 @@ def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_picture() -> No
     assert orange.sum() == pytest.approx(4 * (80 + 60) * 176 / 160, rel=0.05)
 
 
-def test_mask_sheet_takes_pictures_of_any_sizes() -> None:
-    pictures = [np.zeros((h, w, 3), dtype=np.uint8) for h, w in ((10, 300), (300, 10), (7, 7))]
-    sheet = figures.mask_sheet(
-        pictures, [np.ones(p.shape[:2], dtype=bool) for p in pictures], ["a", "b", "c"]
-    )
+def test_mask_sheet_takes_images_of_any_sizes() -> None:
+    images = [np.zeros((h, w, 3), dtype=np.uint8) for h, w in ((10, 300), (300, 10), (7, 7))]
+    sheet = figures.mask_sheet(images, [np.ones(p.shape[:2], dtype=bool) for p in images], ["a", "b", "c"])
     assert sheet == figures.mask_sheet(
-        pictures, [np.ones(p.shape[:2], dtype=bool) for p in pictures], ["a", "b", "c"]
+        images, [np.ones(p.shape[:2], dtype=bool) for p in images], ["a", "b", "c"]
     )
-    assert picture(sheet).shape[1] > 3 * 176
+    assert image(sheet).shape[1] > 3 * 176
 
 
 def test_report_and_tracking_import_neither_torch_nor_mlflow() -> None:
@@ -265,7 +263,7 @@ def test_every_control_that_is_not_below_the_focus_is_named() -> None:
     said = tables.verdict(FOCUS, {"shuffled": FOCUS, "center-box": FOCUS, "inverse": lower(-5)}, {})
     assert said is not None and said.split("; ") == [
         "background alone is not significantly below the focus (+4.9 ± 0.2): take the data set as confounded",
-        "another picture's mask is not significantly below the focus (+0.0 ± 0.0): "
+        "another image's mask is not significantly below the focus (+0.0 ± 0.0): "
         "the mask's content is not what helps",
         "the centre box is not significantly below the focus (+0.0 ± 0.0): no mask had to be found",
     ]
@@ -283,10 +281,10 @@ def test_the_verdict_is_paired_by_draw() -> None:
     assert said == "every control is below the focus (inverse -5.0 ± 0.1): the region carries it"
 
 
-def test_a_focus_that_loses_to_the_whole_picture_is_told_so() -> None:
+def test_a_focus_that_loses_to_the_whole_image_is_told_so() -> None:
     said = tables.verdict(FOCUS, {"inverse": lower(20)}, lower(-6))
     assert said is not None and said.endswith(
-        "the region carries it; the whole picture is above the focus (+5.9 ± 0.2)"
+        "the region carries it; the whole image is above the focus (+5.9 ± 0.2)"
     )
 
 

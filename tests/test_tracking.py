@@ -238,8 +238,8 @@ def test_a_page_shows_its_figures_no_wider_than_it_is(opened: Tracking, tmp_path
     (link,) = re.findall(r"path=(\S+)&run_uuid=(\w+)\)", note)
     assert link[1] == cell
     shown = opened.download(cell, unquote(link[0]), tmp_path)
-    with Image.open(shown) as picture:
-        assert picture.size == (800, 200)
+    with Image.open(shown) as image:
+        assert image.size == (800, 200)
 
 
 def test_the_newest_finished_run_of_a_cell_is_found_by_its_key(opened: Tracking) -> None:

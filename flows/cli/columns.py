@@ -78,7 +78,7 @@ def _path(file: Path, root: Path, columns: Mapping[str, list[str]]) -> str:
     if not best or shares[best] < 0.5:
         raise ValueError(
             f"{file}: no column names files in {root} (its columns: {', '.join(columns)}). Write paths "
-            "relative to this table, with suffixes, or give the folder of table and pictures as --root; "
+            "relative to this table, with suffixes, or give the folder of table and images as --root; "
             "--column path=NAME says which column it is."
         )
     return best

@@ -1,4 +1,4 @@
-"""Pictures of a user's, one after the other: what a model says of them, why, and their masks.
+"""Images of a user's, one after the other: what a model says of them, why, and their masks.
 
 A file that cannot be read is told in a line and left out; the others go on.
 """
@@ -15,23 +15,23 @@ import numpy as np
 from PIL import Image
 
 from flows.cli import terminal
-from medfocus.datasets.listing import SUFFIXES, is_picture
+from medfocus.datasets.listing import SUFFIXES, is_image
 from medfocus.datasets.records import Record, chunks
 from medfocus.images import decode, stack
-from medfocus.images.decode import PictureError
+from medfocus.images.decode import ImageError
 
 if TYPE_CHECKING:
     from medfocus.masks.segmenter import Segmenter
     from medfocus.masks.store import MaskStore
     from medfocus.serving.predictor import Predictor
 
-_BATCH = 16  # pictures in memory at once
+_BATCH = 16  # images in memory at once
 PREDICTIONS, EXPLANATIONS, MASKS = "predictions.csv", "explanations.csv", "masks.csv"
 
 
 @dataclass(frozen=True)
 class Given:
-    """A user's picture, read."""
+    """A user's image, read."""
 
     path: Path  # of a frame or slice with its name behind a #
     sha256: str  # as a record has it
@@ -39,7 +39,7 @@ class Given:
 
 
 @dataclass
-class Pictures:
+class Images:
     """A user's files and folders; what of them cannot be read is told and counted."""
 
     given: Sequence[Path]
@@ -49,11 +49,11 @@ class Pictures:
     def batches(self) -> Iterator[list[Given]]:
         """What can be read, a few at a time, with a bar."""
         below = (file for path in self.given for file in _below(path))
-        files = list(dict.fromkeys(one for file in below for one in _pictures_in(file)))
+        files = list(dict.fromkeys(one for file in below for one in _images_in(file)))
         for path in self.given:
             if path.is_dir() and not any(True for _ in _below(path)):
                 known = ", ".join(suffix[1:] for suffix in SUFFIXES)
-                self._tell(PictureError(str(path), f"holds no picture ({known})", "Give another folder."))
+                self._tell(ImageError(str(path), f"holds no image ({known})", "Give another folder."))
         with terminal.bar(len(files), self.doing) as bar:
             for some in chunks(files, _BATCH):
                 if read := [one for path in some if (one := self._read(path)) is not None]:
@@ -63,20 +63,20 @@ class Pictures:
     def _read(self, path: Path) -> Given | None:
         try:
             return Given(path, *decode.read_named(path))
-        except PictureError as error:
+        except ImageError as error:
             self._tell(error)
         except OSError as error:
             fault = f"cannot be read ({error.strerror})"
-            self._tell(PictureError(str(path), fault, "Correct the path, or copy the file again."))
+            self._tell(ImageError(str(path), fault, "Correct the path, or copy the file again."))
         return None
 
-    def _tell(self, error: PictureError) -> None:
+    def _tell(self, error: ImageError) -> None:
         self.failed += 1
         terminal.tell(str(error))
 
 
 class Folder:
-    """Where a command puts its table and pictures; what stands there is not written over by chance."""
+    """Where a command puts its table and images; what stands there is not written over by chance."""
 
     def __init__(self, folder: Path, table: str, *, force: bool) -> None:
         """Make the folder. Raises FileExistsError where it has such a table already and no ``force``."""
@@ -87,7 +87,7 @@ class Folder:
         self._folder, self._taken, self._force = folder, set[str](), force
         self._columns: list[str] | None = None
 
-    def picture(self, source: Path, kind: str, pixels: np.ndarray) -> str:
+    def image(self, source: Path, kind: str, pixels: np.ndarray) -> str:
         """Save a PNG named after a user's file; its name. A further one of the same name gets a number."""
         stem, number = f"{stack.flat(source.name)}_{kind}", 1
         while self._is_taken(name := f"{stem}{'' if number == 1 else f'_{number}'}.png"):
@@ -111,10 +111,10 @@ class Folder:
                 writer.writerow(row)
 
 
-def predict(predictor: Predictor, pictures: Pictures, out: Folder) -> int:
-    """A line a picture with the class, every probability and the mask's fate, and its overlay; how many."""
+def predict(predictor: Predictor, images: Images, out: Folder) -> int:
+    """A line per image with the class, every probability and the mask's fate, and its overlay; how many."""
     done = 0
-    for batch in pictures.batches():
+    for batch in images.batches():
         predictions = predictor.predict_decoded([one.pixels for one in batch])
         for one, prediction in zip(batch, predictions, strict=True):
             overlay = decode.decode(prediction.overlay, str(one.path))
@@ -127,7 +127,7 @@ def predict(predictor: Predictor, pictures: Pictures, out: Folder) -> int:
                         "mask_status": prediction.mask_status,
                         "mask_score": f"{prediction.mask_score:.6f}",
                         "mask_coverage": f"{prediction.mask.mean():.6f}",
-                        "overlay": out.picture(one.path, "overlay", overlay),
+                        "overlay": out.image(one.path, "overlay", overlay),
                     }
                 ]
             )
@@ -135,10 +135,10 @@ def predict(predictor: Predictor, pictures: Pictures, out: Folder) -> int:
     return done
 
 
-def explain(predictor: Predictor, pictures: Pictures, out: Folder) -> int:
-    """A line a picture with the share of the attribution inside the mask, and a sheet to look at; how many.
+def explain(predictor: Predictor, images: Images, out: Folder) -> int:
+    """A line per image with the share of the attribution inside the mask, and a sheet to look at; how many.
 
-    The sheet shows the picture with its mask, what CLIP sees, and where the answer came from.
+    The sheet shows the image with its mask, what CLIP sees, and where the answer came from.
     """
     import torch
 
@@ -148,7 +148,7 @@ def explain(predictor: Predictor, pictures: Pictures, out: Folder) -> int:
     from medfocus.reports.figures import attribution_overlay
 
     done = 0
-    for batch in pictures.batches():
+    for batch in images.batches():
         for one, said in zip(batch, predictor.predict_decoded([g.pixels for g in batch]), strict=True):
             view = focused_view(
                 one.pixels,
@@ -180,7 +180,7 @@ def explain(predictor: Predictor, pictures: Pictures, out: Folder) -> int:
                         "way": way,
                         "inside_mask": inside,
                         "mask_coverage": f"{said.mask.mean():.6f}",
-                        "sheet": out.picture(one.path, "why", sheet),
+                        "sheet": out.image(one.path, "why", sheet),
                     }
                 ]
             )
@@ -188,16 +188,16 @@ def explain(predictor: Predictor, pictures: Pictures, out: Folder) -> int:
     return done
 
 
-def masks(segmenter: Segmenter, store: MaskStore, pictures: Pictures, out: Folder, *, batch_size: int) -> int:
-    """A line a picture with the mask's rung, score and coverage, its mask and its overlay; how many.
+def masks(segmenter: Segmenter, store: MaskStore, images: Images, out: Folder, *, batch_size: int) -> int:
+    """A line per image with the mask's rung, score and coverage, its mask and its overlay; how many.
 
-    Masks are kept in ``store`` and taken from it, so a study of the same pictures finds them.
+    Masks are kept in ``store`` and taken from it, so a study of the same images finds them.
     """
     from medfocus.focus.modes import focus
     from medfocus.masks.store import cache_masks
 
     done = 0
-    for batch in pictures.batches():
+    for batch in images.batches():
         records = [_record(one) for one in batch]
         paths = [one.path for one in batch]
         cache_masks(zip(records, paths, strict=True), segmenter, store, batch_size=batch_size)
@@ -212,8 +212,8 @@ def masks(segmenter: Segmenter, store: MaskStore, pictures: Pictures, out: Folde
                         "status": mask.status,
                         "score": f"{mask.score:.6f}",
                         "coverage": f"{mask.coverage:.6f}",
-                        "mask": out.picture(one.path, "mask", mask.region),
-                        "overlay": out.picture(one.path, "overlay", overlay),
+                        "mask": out.image(one.path, "mask", mask.region),
+                        "overlay": out.image(one.path, "overlay", overlay),
                     }
                 ]
             )
@@ -222,21 +222,21 @@ def masks(segmenter: Segmenter, store: MaskStore, pictures: Pictures, out: Folde
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """A file as it is given; of a folder the pictures in it and below, without hidden ones."""
+    """A file as it is given; of a folder the images in it and below, without hidden ones."""
     if not path.is_dir():
         yield path
         return
     for file in sorted(path.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if not hidden and is_picture(file):
+        if not hidden and is_image(file):
             yield file
 
 
-def _pictures_in(file: Path) -> list[Path]:
+def _images_in(file: Path) -> list[Path]:
     """The frames or slices of a file; of another file itself, of a bad one too, for that is told later."""
     try:
         return decode.frames_of(file)
-    except (PictureError, OSError):
+    except (ImageError, OSError):
         return [file]
 
 

@@ -3,7 +3,7 @@
 A model travels as a zip of tensors and text: the parts of a model folder (``medfocus.serving.predictor``) and
 ``contents.json``, which names each with its sha256. A zip from elsewhere is not trusted: no name in it leads
 anywhere, what it unpacks to is bounded while it is read, and it is loaded once before it is registered.
-Which pictures the model was made with stays behind.
+Which images the model was made with stays behind.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def weights(home: Path) -> list[Weights]:
     """The weights in the package, those that this project's studies name, and published ones."""
     asked = list(asked_for(home))
     lines = [
-        Weights("pocket", "masks.checkpoint", "in the package, trained on drawn pictures alone"),
-        Weights("pocket", "clip.pretrained", "in the package, trained on drawn pictures alone"),
+        Weights("pocket", "masks.checkpoint", "in the package, trained on drawn images alone"),
+        Weights("pocket", "clip.pretrained", "in the package, trained on drawn images alone"),
     ]
     for name in dict.fromkeys([*asked, *_SAM2, *_CLIP]):
         used = " of a study here" if name in asked else ""
@@ -184,7 +184,7 @@ def export(home: Path, asked: str | None, path: Path) -> str:
 def bring(home: Path, path: Path, name: str) -> registry.Registration:
     """Check an exported model, load it once, and register it as ``name``; it does not become champion.
 
-    The gate, which tries a champion on new pictures, needs to know which ones it was made with, and that
+    The gate, which tries a champion on new images, needs to know which ones it was made with, and that
     stays where it was made.
 
     Raises FileNotFoundError, or ValueError where the archive is not whole, holds anything but the parts of a
@@ -218,7 +218,7 @@ def bring(home: Path, path: Path, name: str) -> registry.Registration:
             cell_key=key,
             judge=lambda champion: registry.Verdict(False, "imported: no gate has tried it here", {}),
             classes=header.classes,
-            example=png.encode(shown.picture),
+            example=png.encode(shown.image),
             tags={"imported": path.name, "imported.model": contents["model"]},
         )
 

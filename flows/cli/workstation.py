@@ -79,7 +79,7 @@ def serve(
     try:
         server.run(sockets=[bound])
     except KeyboardInterrupt:
-        terminal.tell("ended. No picture was kept.")
+        terminal.tell("ended. No image was kept.")
 
 
 def configured(app: Guard) -> uvicorn.Server:

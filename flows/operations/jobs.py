@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from flows.study.study import Study
 from medfocus.storage import atomic
-from medfocus.storage.redaction import whole
+from medfocus.storage.redaction import unredacted
 
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 _SAFE = "What was finished is kept: run the same command again."
@@ -86,8 +86,8 @@ def faults_in_one_line() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
-        if not any(isinstance(cause, KeyboardInterrupt) for cause in _chain(whole(error))):
-            sys.exit(f"medfocus: {explained(whole(error))}")
+        if not any(isinstance(cause, KeyboardInterrupt) for cause in _chain(unredacted(error))):
+            sys.exit(f"medfocus: {explained(unredacted(error))}")
         # Or what a library made of it on its way here.
         print("\nmedfocus: interrupted. What was finished is kept.", file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -9,7 +9,7 @@ import threading
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
-from medfocus.storage.redaction import whole
+from medfocus.storage.redaction import unredacted
 
 if TYPE_CHECKING:
     from prefect import Flow
@@ -50,7 +50,7 @@ def _kind(state: State[Any]) -> str | None:
         error = state.result(raise_on_failure=False)
     except Exception:
         return None
-    return type(whole(error)).__name__ if isinstance(error, BaseException) else None
+    return type(unredacted(error)).__name__ if isinstance(error, BaseException) else None
 
 
 def _page(flow_run: FlowRun) -> str | None:

@@ -8,14 +8,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
 from flows.stages.dvc import StageBusyError
-from medfocus.storage.redaction import whole
+from medfocus.storage.redaction import unredacted
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether a later try may do better; a picture that cannot be read stays unreadable."""
+    """Whether a later try may do better; an image that cannot be read stays unreadable."""
     import httpx
     import requests
 
@@ -38,7 +38,7 @@ async def _passes(task: Any, run: TaskRun, state: State[Any]) -> bool:
     try:
         await state.aresult()
     except BaseException as error:
-        return is_passing(whole(error))
+        return is_passing(unredacted(error))
     return False
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flows.stages.evaluate import test_sets
-from flows.study.cells import Cell, Dataset
+from flows.study.cells import Cell, EncodedDataset
 from medfocus.datasets.duplicates import read_pairs
 from medfocus.evaluation.gate import Check
 from medfocus.reports import cards
@@ -23,7 +23,7 @@ _DRIFT = "drift of "  # how the gate's checks of drift begin
 
 
 def of_version(
-    dataset: Dataset,
+    dataset: EncodedDataset,
     cell: Cell,
     header: checkpoint.Header,
     probabilities: np.ndarray,
@@ -43,7 +43,7 @@ def of_version(
         served: The model folder that was written for it.
         reason: The gate's decision, in a line.
         checks: The gate's.
-        new: Pictures that the present champion was made without; None where there is no champion.
+        new: Images that the present champion was made without; None where there is no champion.
     """
     serves: dict[str, Any] = json.loads((served / "serve.json").read_text(encoding="utf-8"))
     data = _data(dataset, serves, checks, new)
@@ -76,13 +76,15 @@ def of_version(
     return {cards.CARD: cards.model_card(model, data), cards.SHEET: cards.data_sheet(data)}
 
 
-def headline(dataset: Dataset, probabilities: np.ndarray) -> str:
+def headline(dataset: EncodedDataset, probabilities: np.ndarray) -> str:
     """A cell's card in one paragraph; (N, K) on the whole test set."""
     labels = dataset.labels(dataset.splits.test)
     return cards.headline(next(iter(test_sets(dataset))), probabilities, labels, dataset.classes)
 
 
-def _data(dataset: Dataset, serves: dict[str, Any], checks: Sequence[Check], new: int | None) -> cards.Data:
+def _data(
+    dataset: EncodedDataset, serves: dict[str, Any], checks: Sequence[Check], new: int | None
+) -> cards.Data:
     reports, study = Path("reports/data", dataset.name), dataset.study
     masks = study.params.masks
     made_by = f"SAM2 ({masks.config}, {masks.checkpoint}), {masks.strategy} at {masks.image_size} px"

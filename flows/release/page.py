@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flows.stages.evaluate import test_sets
 from flows.study import costs
-from flows.study.cells import CONTROLS, Cell, Dataset, best_cell, plan
+from flows.study.cells import CONTROLS, Cell, EncodedDataset, best_cell, plan
 from flows.study.study import PAGE, RESULTS, STUDY, Study, open_study
 from medfocus.datasets.duplicates import read_pairs
 from medfocus.datasets.records import spread_over_classes
@@ -46,18 +46,18 @@ from medfocus.tracking import runs
 from medfocus.tracking.provenance import made_from
 
 ATTRIBUTION = Path("reports/attribution.csv")
-_EXPLAINED = 24  # test pictures a data set and system
+_EXPLAINED = 24  # test images per data set and system
 _SHOWN = 6  # of them in the gallery, for each system
 _OTHERS = 2  # focus modes explained beside the best cell's
 
 
 @dataclasses.dataclass(frozen=True)
 class Explained:
-    """A line of attribution.csv: two numbers that say where a system looked in a test picture."""
+    """A line of attribution.csv: two numbers that say where a system looked in a test image."""
 
     dataset: str
     system: str
-    picture: str  # the first 12 hex digits of its sha256: the file's name may name a patient
+    image: str  # the first 12 hex digits of its sha256: the file's name may name a patient
     label: str
     predicted: str
     way: str  # of the attribution
@@ -85,7 +85,7 @@ def write_page(study: Study) -> Path:
         page = Report(study.params.study.name, rows=rows, baseline=study.params.report.baseline)
         parts = _Parts()
         for name in study.params.datasets:
-            dataset = Dataset(study, name, encoder)
+            dataset = EncodedDataset(study, name, encoder)
             parts.add(dataset, [cell for cell in cells if cell.dataset == name])
         if parts.lines:
             table = io.StringIO()
@@ -133,7 +133,7 @@ class _Parts:
     warnings: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     lines: list[Explained] = dataclasses.field(default_factory=list)
 
-    def add(self, dataset: Dataset, cells: Sequence[Cell]) -> None:
+    def add(self, dataset: EncodedDataset, cells: Sequence[Cell]) -> None:
         """Gather a data set's parts from what the stages made of it."""
         name, splits = dataset.name, dataset.splits
         reports = Path("reports/data", name)
@@ -185,8 +185,8 @@ class _Parts:
             )
         )
 
-    def _explain(self, dataset: Dataset, cell: Cell, predicted: np.ndarray) -> None:
-        """Attribution of one cell on test pictures spread over the classes; the first go to the gallery."""
+    def _explain(self, dataset: EncodedDataset, cell: Cell, predicted: np.ndarray) -> None:
+        """Attribution of one cell on test images spread over the classes; the first go to the gallery."""
         encoder = dataset.encoder_for(cell.focus)
         method, _ = checkpoint.load(Path("data/checkpoints", cell.path), encoder)
         test = dataset.splits.test
@@ -194,33 +194,33 @@ class _Parts:
         labels = [dataset.records[path].label for path in test]
         chosen = spread_over_classes(labels, _EXPLAINED)
         shown = set(spread_over_classes(labels, _SHOWN))
-        for i in tqdm(chosen, desc=f"explain {cell.name}", unit="picture", disable=None, leave=False):
+        for i in tqdm(chosen, desc=f"explain {cell.name}", unit="image", disable=None, leave=False):
             record = dataset.records[test[i]]
             view = dataset.shown(record, cell.focus)  # (S, S, C)
             target = int(predicted[i].argmax())
             maps, way = explain(method, encoder, torch.from_numpy(view)[None], torch.tensor([target]))
             heat = maps[0].numpy()
-            picture, mask = dataset.picture(record), dataset.mask(record, cell.focus)
+            image, mask = dataset.image(record), dataset.mask(record, cell.focus)
             framed = None
             if cell.focus != "crop" and mask is not None:
                 framed = letterbox_mask(mask, len(view)) > 0.5
             inside = inside_share(heat, framed) if framed is not None and framed.any() else float("nan")
-            region = known_region(dataset.root, record.path, *picture.shape[:2])
+            region = known_region(dataset.root, record.path, *image.shape[:2])
             pointing = ""
             if region is not None and cell.focus != "crop":
                 pointing = "hit" if pointing_hit(heat, letterbox_mask(region, len(view)) > 0.5) else "miss"
             covered = float(framed.mean()) if framed is not None else float("nan")
-            label, answer, picture_id = record.label, dataset.classes[target], record.sha256[:12]
+            label, answer, image_id = record.label, dataset.classes[target], record.sha256[:12]
             self.lines.append(
-                Explained(dataset.name, system, picture_id, label, answer, way, inside, covered, pointing)
+                Explained(dataset.name, system, image_id, label, answer, way, inside, covered, pointing)
             )
             if i in shown:
                 self.gallery.append(
                     Example(
                         dataset.name,
                         system,
-                        picture_id,
-                        picture,
+                        image_id,
+                        image,
                         label,
                         answer,
                         float(predicted[i, target]),
@@ -265,7 +265,7 @@ def _attribution_sentences(lines: Sequence[Explained]) -> list[str]:
         covered = np.array([line.covered for line in own])[known].mean()
         sentence = (
             f"{dataset}, {system}: {100 * inside[known].mean():.0f} % of the attribution ({own[0].way}) lies "
-            f"inside the mask, which covers {100 * covered:.0f} % of the view ({known.sum()} test pictures)"
+            f"inside the mask, which covers {100 * covered:.0f} % of the view ({known.sum()} test images)"
         )
         pointed = [line.pointing for line in own if line.pointing]
         if pointed:
@@ -290,7 +290,7 @@ def _costs(rows: Sequence[StudyRow]) -> list[Cost]:
             Cost(
                 f"{system} ({note})" if note else system,
                 float(np.mean([line.fit_seconds for line in own])),
-                float(np.mean([line.pictures_per_second for line in own])),
+                float(np.mean([line.images_per_second for line in own])),
                 max(peaks) if peaks else None,
                 own[0].learnt,
             )

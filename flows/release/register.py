@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flows.release import cards
-from flows.study.cells import Cell, Dataset, best_cell, plan
+from flows.study.cells import Cell, EncodedDataset, best_cell, plan
 from flows.study.params import DRIFT_BY
 from flows.study.study import Study
 from medfocus import phantoms
@@ -29,8 +29,8 @@ from medfocus.storage.fingerprint import fingerprint
 from medfocus.tracking import registry, runs
 from medfocus.tracking.provenance import made_from
 
-_KNOWN = "pictures.npz"  # in the model's folder: what it was made with
-_CHUNK = 16  # pictures at once; each prediction holds an overlay
+_KNOWN = "images.npz"  # in the model's folder: what it was made with
+_CHUNK = 16  # images at once; each prediction holds an overlay
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class Outcome:
 
     registration: registry.Registration
     checks: tuple[gate.Check, ...]  # none where nothing had to be decided
-    new: int | None  # pictures that the present champion was made without; None where it was not asked
+    new: int | None  # images that the present champion was made without; None where it was not asked
 
 
 def register_best(study: Study, dataset: str) -> Outcome:
     """Log and register a data set's best cell, chosen by validation inside its support.
 
     It becomes champion if the gate lets it: by ``params.gate`` it is held against the present champion on the
-    test pictures that neither has learnt from, by ``params.drift`` the pictures that came since against those
+    test images that neither has learnt from, by ``params.drift`` the images that came since against those
     before.
     """
     with contextlib.chdir(study.folder):
-        opened = Dataset(study, dataset, study.encoder())
+        opened = EncodedDataset(study, dataset, study.encoder())
         challenger = _Challenger(opened, best_cell(study.params, dataset, plan(study.params)))
         header = challenger.header
         store = runs.start(None, study.home, study.params.tracking.experiment)
@@ -81,7 +81,7 @@ def register_best(study: Study, dataset: str) -> Outcome:
 class _Challenger:
     """A fitted cell on its way through the gate."""
 
-    def __init__(self, dataset: Dataset, cell: Cell) -> None:
+    def __init__(self, dataset: EncodedDataset, cell: Cell) -> None:
         self.dataset, self.cell, self.study = dataset, cell, dataset.study
         self.checkpoint = Path("data/checkpoints", cell.path)
         self.header = checkpoint.read_header(self.checkpoint)
@@ -106,7 +106,7 @@ class _Challenger:
         return registry.Verdict(decision.promoted, decision.reason, {"accuracy": repr(accuracy)})
 
     def write_model(self, folder: Path) -> None:
-        """The served model, and beside it which pictures it was made with and what they are like."""
+        """The served model, and beside it which images it was made with and what they are like."""
         study, name = self.study, self.dataset.name
         save_model(
             folder,
@@ -140,7 +140,7 @@ class _Challenger:
         return cards.headline(self.dataset, _predictions(self.dataset.name, self.cell)[0])
 
     def _champion(self, champion: registry.Champion, folder: Path) -> tuple[gate.Champion, drift.Known]:
-        """The present champion on the test pictures, and what it was made with."""
+        """The present champion on the test images, and what it was made with."""
         try:
             model = champion.model_folder(folder)
             known = drift.Known.load(model / _KNOWN)
@@ -149,14 +149,14 @@ class _Challenger:
         except Exception as error:
             raise RuntimeError(
                 f"{champion.name} version {champion.version}, the champion, cannot be tried on the present "
-                f"test pictures ({error}). Restore its artefacts, go back by `make rollback`, or delete the "
+                f"test images ({error}). Restore its artefacts, go back by `make rollback`, or delete the "
                 f"alias {registry.CHAMPION!r} to start anew."
             ) from error
         fair = self._not_learnt(known.learnt)
         return gate.Champion(champion.version, predictor.classes, predicted, fair), known
 
     def _predicted(self, champion: registry.Champion, predictor: Predictor) -> np.ndarray:
-        """(N,) the champion's label for every test picture; computed once for a champion and a test set."""
+        """(N,) the champion's label for every test image; computed once for a champion and a test set."""
         tested = [record.sha256 for record in self.test]
         key = fingerprint(Predictor, cell=champion.cell_key, test=tested)
         path = self.study.cache / "champions" / f"{key}.npy"
@@ -165,8 +165,8 @@ class _Challenger:
         labels: list[str] = []
         for start in range(0, len(self.test), _CHUNK):
             some = self.test[start : start + _CHUNK]
-            pictures = [self.dataset.picture(record) for record in some]
-            labels += [said.label for said in predictor.predict_decoded(pictures)]
+            images = [self.dataset.image(record) for record in some]
+            labels += [said.label for said in predictor.predict_decoded(images)]
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{id(self)}.npy")
         np.save(beside, np.array(labels), allow_pickle=False)
@@ -174,7 +174,7 @@ class _Challenger:
         return np.array(labels)
 
     def _not_learnt(self, learnt: Iterable[str]) -> np.ndarray:
-        """(N,) bool: test pictures that are not among ``learnt``, nor their twins or their patients'."""
+        """(N,) bool: test images that are not among ``learnt``, nor their twins or their patients'."""
         records = list(self.dataset.records.values())
         pairs = read_pairs(Path(f"reports/data/{self.dataset.name}/duplicates.csv"))
         component = components(records, groups(records, pairs))
@@ -183,7 +183,7 @@ class _Challenger:
         return np.array([component[record.path] not in taken for record in self.test], bool)
 
     def _shifts(self, known: drift.Known) -> list[drift.Shift]:
-        """How pictures that the champion was made without differ from those it was made with."""
+        """How images that the champion was made without differ from those it was made with."""
         new = [record for record in self.dataset.records.values() if record.sha256 not in known.names]
         self.new = len(new)
         if not new:
@@ -192,14 +192,14 @@ class _Challenger:
         bounds = {name: getattr(limits, name) for name in ("embedding", "coverage", "classes", "statistics")}
         return drift.measure(known.sample, self._sample(new), bounds, limits.p)
 
-    def _sample(self, records: Iterable[Record]) -> drift.Pictures:
-        """What drift compares, of ``drift.pictures`` at most, the same ones for the same pictures."""
-        chosen = sorted(records, key=lambda record: record.sha256)[: self.study.params.drift.pictures]
+    def _sample(self, records: Iterable[Record]) -> drift.Images:
+        """What drift compares, of ``drift.images`` at most, the same ones for the same images."""
+        chosen = sorted(records, key=lambda record: record.sha256)[: self.study.params.drift.images]
         paths = [record.path for record in chosen]
         ((embeddings,),) = (self.dataset.encode((DRIFT_BY,), "none", paths, 1, "encode for drift"),)
         masks = [self.dataset.masks.status[path].coverage for path in paths]
-        numbers = [drift.statistics(decode.grey(self.dataset.picture(record))) for record in chosen]
-        return drift.Pictures(
+        numbers = [drift.statistics(decode.grey(self.dataset.image(record))) for record in chosen]
+        return drift.Images(
             labels=np.array([record.label for record in chosen]),
             embeddings=embeddings[:, 0].numpy(),
             coverage=np.array(masks),
@@ -220,14 +220,14 @@ def told(outcome: Outcome) -> str:
     made = outcome.registration
     lines = [f"{made.name} version {made.version}: {made.reason}"]
     if outcome.new is not None:
-        lines += ["", f"{outcome.new} pictures came since the champion was made."]
+        lines += ["", f"{outcome.new} images came since the champion was made."]
     if outcome.checks:
         lines += ["", *texts.checks_table(outcome.checks)]
     return "\n".join(lines)
 
 
 def _example(modality: str) -> bytes:
-    """A picture to show the model's input by: a phantom, so no patient's."""
+    """An image to show the model's input by: a phantom, so no patient's."""
     drawn = modality if modality in phantoms.MODALITIES else "chest_xray"
     label = phantoms.MODALITIES[drawn][0]
-    return png.encode(phantoms.draw(drawn, label, phantoms.generator(0, drawn, "test", label, 0)).picture)
+    return png.encode(phantoms.draw(drawn, label, phantoms.generator(0, drawn, "test", label, 0)).image)

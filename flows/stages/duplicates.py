@@ -1,4 +1,4 @@
-"""Stage: manifest -> pairs of pictures that are one, by bytes, hash and thumbnails over flips and turns."""
+"""Stage: manifest -> pairs of images that are one, by bytes, hash and thumbnails over flips and turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from medfocus.datasets.records import read_manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare every two pictures of ``--dataset``."""
+    """Compare every two images of ``--dataset``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     dataset = parser.parse_args(arguments).dataset

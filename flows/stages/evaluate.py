@@ -1,4 +1,4 @@
-"""Stage: checkpoints -> test scores. Only here are test pictures predicted, and nothing is chosen here."""
+"""Stage: checkpoints -> test scores. Only here are test images predicted, and nothing is chosen here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flows.study import costs
-from flows.study.cells import Cell, Dataset, best_cell, methods_of, plan
+from flows.study.cells import Cell, EncodedDataset, best_cell, methods_of, plan
 from flows.study.study import METRICS, PLOTS, RESULTS, STUDY, Study, here
 from medfocus.evaluation import metrics
 from medfocus.reports import tables
@@ -47,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     rows: list[StudyRow] = []  # by cell key
     run_ids: dict[str, str] = {}
-    spent: list[costs.Line] = []
+    spent: list[costs.CostRow] = []
     headline: dict[str, dict[str, object]] = {}  # by data set
     with (
         store.study(params.study.name, _settings(study), provenance) as run,
         tqdm(total=len(cells), desc="evaluate", unit="cell", disable=None) as bar,
     ):
         for name, own in groupby(cells, key=lambda cell: cell.dataset):
-            dataset = Dataset(study, name, encoder)
+            dataset = EncodedDataset(study, name, encoder)
             own = list(own)
             for focus in dict.fromkeys(cell.focus for cell in own):
                 methods = methods_of(cell for cell in own if cell.focus == focus)
@@ -125,8 +125,8 @@ def _settings(study: Study) -> dict[str, object]:
 
 
 def _cost(
-    dataset: Dataset, cell: Cell, header: checkpoint.Header, row: StudyRow, rate: float
-) -> list[costs.Line]:
+    dataset: EncodedDataset, cell: Cell, header: checkpoint.Header, row: StudyRow, rate: float
+) -> list[costs.CostRow]:
     """What a cell cost; nothing where its checkpoint came out of DVC's cache and not of a fit here."""
     key = header.facts["key"]
     fit = costs.read(dataset.study.cache / "cells" / key[:2] / f"{key}.safetensors")
@@ -134,18 +134,18 @@ def _cost(
         return []
     percent, seconds = row.percent_of_train, round(fit.seconds, 3)
     return [
-        costs.Line(
+        costs.CostRow(
             cell.dataset, row.system, percent, cell.seed, seconds, fit.peak_mib, fit.learnt, rate, fit.note
         )
     ]
 
 
 def predict(
-    dataset: Dataset, cell: Cell, fitted: Path
+    dataset: EncodedDataset, cell: Cell, fitted: Path
 ) -> tuple[dict[str, np.ndarray], checkpoint.Header, float]:
     """Probabilities (N, K) of every classifier of a checkpoint on the whole test set, in its order.
 
-    The last is the rate, in pictures a second, at which its own part predicted them.
+    The last is the rate, in images per second, at which its own part predicted them.
     """
     method, header = checkpoint.load(fitted, dataset.encoder_for(cell.focus))
     inputs = dataset.inputs(method, cell.focus, dataset.splits.test, 1)[0]  # (N, ...)
@@ -157,7 +157,7 @@ def predict(
 
 
 def score(
-    dataset: Dataset, cell: Cell, header: checkpoint.Header, probabilities: dict[str, np.ndarray]
+    dataset: EncodedDataset, cell: Cell, header: checkpoint.Header, probabilities: dict[str, np.ndarray]
 ) -> dict[tuple[str, str], StudyRow]:
     """(classifier, test set) -> its row. The first classifier is the method's own, others have their name."""
     splits = dataset.splits
@@ -181,8 +181,8 @@ def score(
     return rows
 
 
-def test_sets(dataset: Dataset) -> dict[str, list[str]]:
-    """Name -> test pictures: the official ones and, where some of them have twins in train, those without.
+def test_sets(dataset: EncodedDataset) -> dict[str, list[str]]:
+    """Name -> test images: the official ones and, where some of them have twins in train, those without.
 
     A test set drawn here has no twins in train by its making: it is "clean" and there is no other.
     """
@@ -210,7 +210,7 @@ def numbers(header: checkpoint.Header, rows: dict[tuple[str, str], StudyRow]) ->
 
 def _log(
     run: runs.Study,
-    dataset: Dataset,
+    dataset: EncodedDataset,
     cell: Cell,
     header: checkpoint.Header,
     measured: dict[str, float],
@@ -246,8 +246,10 @@ def _described(headline: dict[str, dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def _save_predictions(path: Path, dataset: Dataset, predicted: dict[Cell, dict[str, np.ndarray]]) -> None:
-    """Every classifier's probabilities beside the test pictures' paths and labels, for paired comparisons."""
+def _save_predictions(
+    path: Path, dataset: EncodedDataset, predicted: dict[Cell, dict[str, np.ndarray]]
+) -> None:
+    """Every classifier's probabilities beside the test images' paths and labels, for paired comparisons."""
     path.parent.mkdir(parents=True, exist_ok=True)
     test = dataset.splits.test
     arrays = {"paths": np.array(test), "labels": dataset.labels(test), "classes": np.array(dataset.classes)}
@@ -256,7 +258,7 @@ def _save_predictions(path: Path, dataset: Dataset, predicted: dict[Cell, dict[s
     np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
-def _figures_of(dataset: Dataset, cell: Cell, probabilities: np.ndarray) -> dict[str, bytes]:
+def _figures_of(dataset: EncodedDataset, cell: Cell, probabilities: np.ndarray) -> dict[str, bytes]:
     """A cell's confusion matrix and reliability curve, (N, K) on the whole test set, as PNGs."""
     labels = dataset.labels(dataset.splits.test)
     counts = metrics.confusion(probabilities.argmax(axis=1), labels, len(dataset.classes))

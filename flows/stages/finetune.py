@@ -1,4 +1,4 @@
-"""Stage: every cell of the study -> a checkpoint. Only training pictures are read here."""
+"""Stage: every cell of the study -> a checkpoint. Only training images are read here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from flows.study import costs
 from flows.study.cells import (
     CONTROLS,
     Cell,
-    Dataset,
+    EncodedDataset,
     build_method,
     choice_of_rate,
     methods_of,
@@ -54,7 +54,7 @@ class TrainableEnd:
 
     key: str
     logit_scale: float
-    end: nn.Module | None  # of the picture tower, for a method that fine-tunes it
+    end: nn.Module | None  # of the image encoder, for a method that fine-tunes it
 
     def tail(self, blocks: int) -> nn.Module:
         """See ``ClipEncoder.tail``; ``end`` was cut at the right block already."""
@@ -89,10 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parallel_config("loky", n_jobs=os.cpu_count(), inner_max_num_threads=1),
         tqdm(total=len(cells), desc="fine-tune", unit="cell", disable=None) as bar,
     ):
-        # loky restarts a worker whose memory has grown, which tokens of many pictures do; nothing is lost.
+        # loky restarts a worker whose memory has grown, which tokens of many images do; nothing is lost.
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs", category=UserWarning)
         for name, own in groupby(cells, key=lambda cell: cell.dataset):
-            dataset = Dataset(study, name, encoder)
+            dataset = EncodedDataset(study, name, encoder)
             paths = {cell: cached_path(dataset, cell) for cell in own}
             missing = [cell for cell, path in paths.items() if not atomic.is_sound(path)]
             bar.update(len(paths) - len(missing))
@@ -163,7 +163,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def cached_path(dataset: Dataset, cell: Cell) -> Path:
+def cached_path(dataset: EncodedDataset, cell: Cell) -> Path:
     """Where the cache keeps a cell's checkpoint: named by everything that it depends on."""
     params = dataset.study.params
     settings, views = params.method(cell.method)[1], support_views(params, cell.method)
@@ -171,22 +171,22 @@ def cached_path(dataset: Dataset, cell: Cell) -> Path:
     return dataset.study.cache / "cells" / key[:2] / f"{key}.safetensors"
 
 
-def _prepared(dataset: Dataset, cells: Mapping[Cell, Path]) -> Iterator[Fit]:
-    """Cells made ready one by one, their pictures encoded before the first of a focus mode."""
+def _prepared(dataset: EncodedDataset, cells: Mapping[Cell, Path]) -> Iterator[Fit]:
+    """Cells made ready one by one, their images encoded before the first of a focus mode."""
     params = dataset.study.params
     alike: dict[tuple[str, int], list[Cell]] = {}  # by what they see
     for cell in cells:
         if METHODS[params.method(cell.method)[0]].learns:
             alike.setdefault((cell.focus, support_views(params, cell.method)), []).append(cell)
-    pictures = _all_support_paths(dataset)
+    images = _all_support_paths(dataset)
     for cell, path in cells.items():
         views = support_views(params, cell.method)
         if seen_alike := alike.get((cell.focus, views)):
-            dataset.embed(methods_of(seen_alike), cell.focus, pictures, views, "encode")
+            dataset.embed(methods_of(seen_alike), cell.focus, images, views, "encode")
         yield prepare(dataset, cell, path)
 
 
-def prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
+def prepare(dataset: EncodedDataset, cell: Cell, path: Path) -> Fit:
     """A cell whose support is embedded, made ready for ``fit``, which writes ``path``."""
     params = dataset.study.params
     encoder = dataset.encoder_for(cell.focus)
@@ -219,7 +219,7 @@ def prepare(dataset: Dataset, cell: Cell, path: Path) -> Fit:
     return Fit(method, support, header, choice, _folds(dataset, cell), path)
 
 
-def _folds(dataset: Dataset, cell: Cell) -> int:
+def _folds(dataset: EncodedDataset, cell: Cell) -> int:
     """Folds of the cell's validation: only of what may be registered, at the largest support.
 
     There the best cell is looked for, and there alone validation is worth its cost.
@@ -231,13 +231,13 @@ def _folds(dataset: Dataset, cell: Cell) -> int:
     return params.validation.folds if _is_largest(dataset, cell) else 0
 
 
-def _is_largest(dataset: Dataset, cell: Cell) -> bool:
+def _is_largest(dataset: EncodedDataset, cell: Cell) -> bool:
     supports = dataset.splits.supports[cell.seed]
     return len(dataset.support_paths(cell)) == max(map(len, supports.values()))
 
 
-def _all_support_paths(dataset: Dataset) -> list[str]:
-    """Every picture that any cell learns from, sorted."""
+def _all_support_paths(dataset: EncodedDataset) -> list[str]:
+    """Every image that any cell learns from, sorted."""
     supports = dataset.splits.supports.values()
     return sorted({path for by_name in supports for paths in by_name.values() for path in paths})
 

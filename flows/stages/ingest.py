@@ -15,7 +15,7 @@ from medfocus.datasets.records import write_manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Check every picture of ``--dataset`` and write data/manifests and reports/data."""
+    """Check every image of ``--dataset`` and write data/manifests and reports/data."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     dataset = parser.parse_args(arguments).dataset
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         columns=params.columns,
         patient_pattern=params.patient_pattern,
         progress=sys.stderr.isatty(),
-        cache=study.shared_cache("pictures"),
+        cache=study.shared_cache("images"),
         slices=(params.slices.axis, params.slices.every),
         salt_file=study.home / pseudonyms.FILE,
     )

@@ -1,4 +1,4 @@
-"""Stage: one mask a picture, cached by content; the output holds exactly this manifest's masks."""
+"""Stage: one mask per image, cached by content; the output holds exactly this manifest's masks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from medfocus.storage import atomic
 if TYPE_CHECKING:
     from medfocus.masks.segmenter import Segmenter
 
-_SHEET_PICTURES = 24
+_SHEET_IMAGES = 24
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,24 +40,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = here()
     params, scale, root = study.params.masks, study.params.scale, study.root(dataset)
     records = read_manifest(Path(f"data/manifests/{dataset}.csv"))
-    taught, adapter = Taught((), root), None
+    taught, adapter = AdapterExamples((), root), None
     if params.segmenter == "sam2" and params.strategy == "adapter":
-        taught = Taught.of(records, set(read_splits(Path(f"data/splits/{dataset}.json")).train), root)
+        taught = AdapterExamples.of(
+            records, set(read_splits(Path(f"data/splits/{dataset}.json")).train), root
+        )
         adapter = _adapter(study, dataset, taught)
     segmenter = _segmenter(study, dataset, adapter)
     store = MaskStore(study.shared_cache("masks"))
-    with tqdm(total=len(records), desc=f"masks {dataset}", unit="picture", disable=None) as bar:
+    with tqdm(total=len(records), desc=f"masks {dataset}", unit="image", disable=None) as bar:
         if scale.runner != "here":
             from flows.study.runners import by_shards  # imports Prefect
 
             jobs = [
                 Shard(study.folder, study.version, dataset, tuple(part), adapter)
-                for part in chunks(_lacking(records, store, segmenter.key), scale.pictures)
+                for part in chunks(_lacking(records, store, segmenter.key), scale.images)
             ]
             by_shards(mask_shard, jobs, scale, bar.update)
             bar.reset()
-        pictures = ((record, root / record.path) for record in records)
-        cache_masks(pictures, segmenter, store, batch_size=params.batch_size, progress=bar.update)
+        images = ((record, root / record.path) for record in records)
+        cache_masks(images, segmenter, store, batch_size=params.batch_size, progress=bar.update)
     folder = Path("data/masks", dataset)
     for left in folder.parent.glob(f".{dataset}.????????*"):  # by a killed run; DVC would take it for masks
         shutil.rmtree(left)
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = set(taught.records)  # an adapter's masks of these would flatter it
     measured = [record for record in records if record not in known]
     _write_summary(masks, _truths(measured, root, masks), reports / "masks.csv")
-    shown = [records[i] for i in spread_over_classes([r.label for r in records], _SHEET_PICTURES)]
+    shown = [records[i] for i in spread_over_classes([r.label for r in records], _SHEET_IMAGES)]
     (reports / "masks.png").write_bytes(
         mask_sheet(
             [decode.read(root / record.path) for record in shown],
@@ -81,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @dataclass(frozen=True)
-class Taught:
-    """Training pictures (H, W, 3) uint8 and their known regions (H, W) bool, read when they are asked for.
+class AdapterExamples:
+    """Training images (H, W, 3) uint8 and their known regions (H, W) bool, read when they are asked for.
 
-    Few-shot cells see masks by an adapter that was taught on all training pictures: it knows more regions,
+    Few-shot cells see masks by an adapter that was taught on all training images: it knows more regions,
     though no more labels, than their support.
     """
 
@@ -92,8 +94,8 @@ class Taught:
     root: Path
 
     @classmethod
-    def of(cls, records: Iterable[Record], train: Collection[str], root: Path) -> Taught:
-        """Those of the paths ``train`` that have a region; no file of another picture's region is opened.
+    def of(cls, records: Iterable[Record], train: Collection[str], root: Path) -> AdapterExamples:
+        """Those of the paths ``train`` that have a region; no file of another image's region is opened.
 
         A blank region counts as none: where only one class has blank ones, they would tell it.
         """
@@ -102,7 +104,7 @@ class Taught:
 
     @property
     def digest(self) -> str:
-        """sha256 hex over pictures and regions."""
+        """sha256 hex over images and regions."""
         sha = hashlib.sha256()
         for i, record in enumerate(self.records):
             sha.update(record.sha256.encode() + np.packbits(self[i][1]).tobytes())
@@ -118,7 +120,7 @@ class Taught:
         return decode.read(self.root / record.path), region
 
 
-def _adapter(study: Study, dataset: str, taught: Taught) -> Path:
+def _adapter(study: Study, dataset: str, taught: AdapterExamples) -> Path:
     """The file of the taught adapter, out of the cache where the same was taught before."""
     from safetensors.torch import save_file
 
@@ -150,7 +152,7 @@ def _segmenter(study: Study, dataset: str, adapter: Path | None) -> Segmenter:
 
 @dataclass(frozen=True)
 class Shard:
-    """Some pictures of a data set whose masks a worker is to put into the cache."""
+    """Some images of a data set whose masks a worker is to put into the cache."""
 
     folder: Path  # of the study
     version: str  # see ``Study.version``
@@ -184,7 +186,7 @@ def _opened(
 
 
 def _lacking(records: Iterable[Record], store: MaskStore, segmenter_key: str) -> Iterator[Record]:
-    """The records whose mask the cache lacks, each picture once."""
+    """The records whose mask the cache lacks, each image once."""
     seen: set[str] = set()
     for some in chunks(records, 1000):
         seen |= {sha for sha, _ in store.encoded((record.sha256 for record in some), segmenter_key)}

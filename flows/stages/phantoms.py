@@ -12,7 +12,7 @@ from medfocus import phantoms
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the pictures of ``--modality`` and their known regions."""
+    """Draw the images of ``--modality`` and their known regions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--modality", required=True)
     modality = parser.parse_args(arguments).modality

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from flows.stages import evaluate, finetune
-from flows.study.cells import Cell, Dataset, support_views
+from flows.study.cells import Cell, EncodedDataset, support_views
 from flows.study.study import Study, here
 from medfocus.images import decode
 
@@ -25,13 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def rebuild(study: Study, cell: Cell) -> tuple[dict[str, float], str]:
     """A cell's metrics, as ``evaluate`` logs them, and its key; from the splits and masks that lie there.
 
-    Raises ValueError for a picture that is not the one of the manifest any more.
+    Raises ValueError for an image that is not the one of the manifest any more.
     """
-    dataset = Dataset(study, cell.dataset, study.encoder())
+    dataset = EncodedDataset(study, cell.dataset, study.encoder())
     support, test = dataset.support_paths(cell), dataset.splits.test
     for path in (*support, *test):
         if decode.read_named(dataset.root / path)[0] != dataset.records[path].sha256:
-            raise ValueError(f"{dataset.root / path}: changed since the run; bring back the picture of then.")
+            raise ValueError(f"{dataset.root / path}: changed since the run; bring back the image of then.")
     if support:
         views = support_views(study.params, cell.method)
         dataset.embed([cell.method], cell.focus, support, views, "encode")

@@ -32,26 +32,26 @@ from medfocus.learning.selection import LearningRates
 from medfocus.learning.validation import out_of_fold
 from medfocus.masks.quality import center_box
 from medfocus.masks.store import PublishedMasks
-from medfocus.methods import METHODS, PICTURES, Method, Support
+from medfocus.methods import IMAGES, METHODS, Method, Support
 from medfocus.serving import checkpoint
 from medfocus.storage.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
 
-Which = Literal["own", "another picture's", "center box"]  # of the masks
+MaskSource = Literal["own", "another image's", "center box"]  # of the masks
 
 
 class Control(NamedTuple):
-    """How a control shows a picture, so that what it then scores is not the region's merit."""
+    """How a control shows an image, so that what it then scores is not the region's merit."""
 
     mode: str  # a key of medfocus.focus.modes.FOCUS
-    mask: Which
+    mask: MaskSource
 
 
 CONTROLS = {
     "inverse": Control("inverse", "own"),
-    "shuffled": Control("multiply", "another picture's"),
+    "shuffled": Control("multiply", "another image's"),
     "center-box": Control("multiply", "center box"),
 }
 
@@ -79,13 +79,13 @@ class Cell(NamedTuple):
         return Path(self.dataset, f"{self.method}_{self.focus}_{support}_{self.seed}.safetensors")
 
 
-def shown_as(focus: str) -> str:
+def focus_of(focus: str) -> str:
     """The key of ``medfocus.focus.modes.FOCUS`` behind a focus mode of a study."""
     return CONTROLS[focus].mode if focus in CONTROLS else focus
 
 
-def shown_under(focus: str) -> Which:
-    """The mask that a focus mode of a study shows a picture under."""
+def mask_source_of(focus: str) -> MaskSource:
+    """The mask that a focus mode of a study shows an image under."""
     return CONTROLS[focus].mask if focus in CONTROLS else "own"
 
 
@@ -157,12 +157,12 @@ def plan(params: Params) -> list[Cell]:
 
 
 def methods_of(cells: Iterable[Cell]) -> list[str]:
-    """The methods of cells, each once: for ``Dataset.embed``."""
+    """The methods of cells, each once: for ``EncodedDataset.embed``."""
     return list(dict.fromkeys(cell.method for cell in cells))
 
 
 def support_views(params: Params, method: str) -> int:
-    """How many views of each training picture a method takes."""
+    """How many views of each training image a method takes."""
     return 1 + params.views.augmented if METHODS[params.method(method)[0]].takes_views else 1
 
 
@@ -170,7 +170,7 @@ def _supports(of: StudyParams | OnlyParams) -> list[str]:
     return [*(f"{p:g}%" for p in of.percents), *(f"{n}-shot" for n in of.shots)]
 
 
-class Dataset:
+class EncodedDataset:
     """A data set after ingestion, splitting and masking, seen through one encoder."""
 
     def __init__(self, study: Study, name: str, encoder: ClipEncoder) -> None:
@@ -186,7 +186,7 @@ class Dataset:
         self.splits: Splits = read_splits(data / "splits" / f"{name}.json")
         self.masks = PublishedMasks(data / "masks" / name)
         self.classes: tuple[str, ...] = tuple(self.splits.classes)
-        self._looking: dict[str, ClipEncoder] = {}  # by focus
+        self._regional: dict[str, ClipEncoder] = {}  # by focus
         self._embedded: dict[tuple[str, str, int], dict[str, Tensor]] = {}  # -> path -> (V, ...)
 
     @cached_property
@@ -206,20 +206,20 @@ class Dataset:
         return tuple(map(tuple, written))
 
     def encoder_for(self, focus: str) -> ClipEncoder:
-        """The encoder as a focus mode needs it: with an eye for a region beside the picture, or without."""
+        """The encoder as a focus mode needs it: with an eye for a region beside the image, or without."""
         if focus not in REGIONS:
             return self.encoder
-        if focus not in self._looking:
+        if focus not in self._regional:
             bias = self.study.params.views.attention_bias
-            self._looking[focus] = self.encoder.looking(focus, bias)
-        return self._looking[focus]
+            self._regional[focus] = self.encoder.with_region(focus, bias)
+        return self._regional[focus]
 
     def labels(self, paths: Sequence[str]) -> np.ndarray:
-        """(N,) int64 class indices of pictures."""
+        """(N,) int64 class indices of images."""
         return np.array([self.classes.index(self.records[path].label) for path in paths], dtype=np.int64)
 
     def digest(self, paths: Iterable[str]) -> str:
-        """sha256 hex over the bytes and the labels of pictures."""
+        """sha256 hex over the bytes and the labels of images."""
         content = sorted((self.records[path].sha256, self.records[path].label) for path in paths)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -229,17 +229,17 @@ class Dataset:
         return self.digest(self.splits.test)
 
     def support_paths(self, cell: Cell) -> list[str]:
-        """The pictures a cell may learn from; for a method that learns nothing, none."""
+        """The images a cell may learn from; for a method that learns nothing, none."""
         return [] if cell.support == NOTHING else self.splits.supports[cell.seed][cell.support]
 
     def embed(self, methods: Iterable[str], focus: str, paths: Iterable[str], views: int, label: str) -> None:
-        """Have the frozen parts' output for ``views`` views of pictures at hand, computing each once.
+        """Have the frozen parts' output for ``views`` views of images at hand, computing each once.
 
         Args:
-            methods: Whose frozen parts are run, all of them in one pass of the pictures through the tower.
+            methods: Whose frozen parts are run, all of them in one pass of the images through the tower.
             focus: The visual prompt.
-            paths: Pictures of the manifest.
-            views: View 0 is the whole picture, the others are random crops.
+            paths: Images of the manifest.
+            views: View 0 is the whole image, the others are random crops.
             label: Beside the progress bar.
         """
         one_each = {build_method(self.study.params, name, None).embedding: name for name in methods}
@@ -255,10 +255,10 @@ class Dataset:
             lacking = self._lacking(names, focus, wanted, views)
             jobs = [
                 Shard(self.study.folder, self.study.version, self.name, names, focus, tuple(part), views)
-                for part in chunks(lacking, scale.pictures)
+                for part in chunks(lacking, scale.images)
             ]
             if jobs:
-                with tqdm(total=len(lacking), desc=label, unit="picture", disable=None, leave=False) as bar:
+                with tqdm(total=len(lacking), desc=label, unit="image", disable=None, leave=False) as bar:
                     by_shards(encode_shard, jobs, scale, bar.update)
         tables = self.encode(names, focus, wanted, views, label)
         for rows, table in zip(known.values(), tables, strict=True):
@@ -284,7 +284,7 @@ class Dataset:
         return [table.unflatten(0, (len(paths), views)) for table in encoded]
 
     def _kinds(self, methods: Sequence[str], focus: str) -> list[features.Kind]:
-        encoder = self.encoder_for(focus).remembering()
+        encoder = self.encoder_for(focus).with_activation_cache()
 
         def kind(name: str) -> features.Kind:
             method = build_method(self.study.params, name, encoder)
@@ -305,7 +305,7 @@ class Dataset:
         return torch.stack([known[path] for path in paths], dim=1)
 
     def percent_of_train(self, cell: Cell) -> float:
-        """How much of the training pictures a cell may learn from; as written, where that is a percentage."""
+        """How much of the training images a cell may learn from; as written, where that is a percentage."""
         if cell.support.endswith("%"):
             return float(cell.support[:-1])
         return 100 * len(self.support_paths(cell)) / len(self.splits.train)
@@ -354,46 +354,46 @@ class Dataset:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def picture(self, record: Record) -> np.ndarray:
+    def image(self, record: Record) -> np.ndarray:
         """(H, W, 3) uint8, decoded."""
         return decode.read(self.root / record.path)
 
     def mask(self, record: Record, focus: str) -> np.ndarray | None:
-        """(H, W) bool, what a focus mode takes for the region; for "none" the picture's own mask."""
-        which = "own" if focus == "none" else shown_under(focus)
+        """(H, W) bool, what a focus mode takes for the region; for "none" the image's own mask."""
+        which = "own" if focus == "none" else mask_source_of(focus)
         mask = self._mask(record.sha256, which)
         return mask if mask.shape == (record.height, record.width) else None
 
     def shown(self, record: Record, focus: str) -> np.ndarray:
-        """(S, S, C) uint8, the whole picture as a focus mode shows it."""
+        """(S, S, C) uint8, the whole image as a focus mode shows it."""
         size, feather = self.encoder.image_size, self.study.params.views.feather
         return self._view(record, 0, focus=focus, size=size, feather=feather)
 
     def _view(self, record: Record, number: int, *, focus: str, size: int, feather: float) -> np.ndarray:
-        picture = decode.read(self.root / record.path)
-        mask = None if focus == "none" else self._mask(record.sha256, shown_under(focus))
-        if mask is not None and mask.shape != picture.shape[:2]:  # another picture's
-            height, width = picture.shape[:2]
+        image = decode.read(self.root / record.path)
+        mask = None if focus == "none" else self._mask(record.sha256, mask_source_of(focus))
+        if mask is not None and mask.shape != image.shape[:2]:  # another image's
+            height, width = image.shape[:2]
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
         crop = crop_box(record.sha256, number, mirror=self.params.flip)
-        return focused_view(picture, mask, focus=shown_as(focus), size=size, feather=feather, crop=crop)
+        return focused_view(image, mask, focus=focus_of(focus), size=size, feather=feather, crop=crop)
 
     def _view_key(self, focus: str) -> str:
         size, feather = self.encoder.image_size, self.study.params.views.feather
-        return focused_view_key(focus=shown_as(focus), size=size, feather=feather)
+        return focused_view_key(focus=focus_of(focus), size=size, feather=feather)
 
     def _view_name(self, record: Record, focus: str, number: int) -> str:
-        mask = "" if focus == "none" else self._mask_digest(record.sha256, shown_under(focus))
+        mask = "" if focus == "none" else self._mask_digest(record.sha256, mask_source_of(focus))
         return f"{record.sha256} {mask} {number} {self.params.flip and number > 0}"
 
-    def _mask(self, sha256: str, which: Which) -> np.ndarray:
-        """(H, W) bool, at the resolution of the picture that it was made for."""
-        mask = self.masks[self._partner[sha256] if which == "another picture's" else sha256]
+    def _mask(self, sha256: str, which: MaskSource) -> np.ndarray:
+        """(H, W) bool, at the resolution of the image that it was made for."""
+        mask = self.masks[self._partner[sha256] if which == "another image's" else sha256]
         return center_box(*mask.shape) if which == "center box" else mask
 
     @cached_property
     def _partner(self) -> dict[str, str]:
-        """Every picture's successor on one random ring through all of them, drawn without their labels."""
+        """Every image's successor on one random ring through all of them, drawn without their labels."""
         ring = sorted(
             {record.sha256 for record in self.records.values()},
             key=lambda sha: hashlib.sha256(f"shuffled {sha}".encode()).digest(),
@@ -401,14 +401,14 @@ class Dataset:
         return dict(zip(ring, [*ring[1:], ring[0]], strict=True))
 
     @cache  # noqa: B019  # lives as long as the stage that made the data set
-    def _mask_digest(self, sha256: str, which: Which) -> str:
+    def _mask_digest(self, sha256: str, which: MaskSource) -> str:
         mask = self._mask(sha256, which)
         return hashlib.sha256(f"{mask.shape}".encode() + np.packbits(mask).tobytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Some pictures of a data set whose features a worker is to put into the cache."""
+    """Some images of a data set whose features a worker is to put into the cache."""
 
     folder: Path  # of the study
     version: str  # see ``Study.version``
@@ -427,10 +427,10 @@ def encode_shard(shard: Shard) -> int:
 
 
 @lru_cache(maxsize=4)
-def _opened(folder: Path, version: str, dataset: str, thread: int) -> Dataset:
+def _opened(folder: Path, version: str, dataset: str, thread: int) -> EncodedDataset:
     """A data set for the shards of one thread: towers are for one at a time."""
     study = study_in(folder)
-    return Dataset(study, dataset, study.encoder())
+    return EncodedDataset(study, dataset, study.encoder())
 
 
 def feature_key(method: Method, encoder: ClipEncoder, view: str) -> str:
@@ -446,8 +446,8 @@ def cell_code(method: type[Method], encoder: ClipEncoder) -> str:
 
 
 def _dtype(embedding: str) -> torch.dtype:
-    """As which rows are kept: pictures as they are, tokens in half of the room."""
-    if embedding == PICTURES:
+    """As which rows are kept: images as they are, tokens in half of the room."""
+    if embedding == IMAGES:
         return torch.uint8
     return torch.float16 if embedding.startswith("tokens") else torch.float32
 
@@ -478,7 +478,7 @@ def best_cell(params: Params, dataset: str, cells: Iterable[Cell]) -> Cell:
     if best is None or worth(best) == 0:
         raise ValueError(
             f"params.yaml: no cell of {dataset} could be validated, so none can be registered; name a "
-            "method of study.methods in validation.methods, and give every class two pictures or more in "
+            "method of study.methods in validation.methods, and give every class two images or more in "
             "the largest support."
         )
     return best

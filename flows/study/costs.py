@@ -28,7 +28,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Line:
+class CostRow:
     """A line of costs.csv: one cell."""
 
     dataset: str
@@ -38,7 +38,7 @@ class Line:
     fit_seconds: float
     peak_mib: float | None
     learnt: int
-    pictures_per_second: float  # predicted, from what its frozen part made of them
+    images_per_second: float  # predicted, from what its frozen part made of them
     note: str
 
 
@@ -75,22 +75,22 @@ def read(checkpoint: Path) -> Fit | None:
         return None
 
 
-def write_lines(lines: Iterable[Line], path: Path) -> None:
+def write_lines(lines: Iterable[CostRow], path: Path) -> None:
     """Write costs.csv."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, [f.name for f in fields(Line)], lineterminator="\n")
+    writer = csv.DictWriter(table, [f.name for f in fields(CostRow)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(line) for line in lines)
     atomic.write(path, table.getvalue())
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(path: Path) -> list[CostRow]:
     """Read costs.csv; nothing where it is not."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            Line(
+            CostRow(
                 line["dataset"],
                 line["system"],
                 float(line["percent_of_train"]),
@@ -98,7 +98,7 @@ def read_lines(path: Path) -> list[Line]:
                 float(line["fit_seconds"]),
                 float(line["peak_mib"]) if line["peak_mib"] else None,
                 int(line["learnt"]),
-                float(line["pictures_per_second"]),
+                float(line["images_per_second"]),
                 line["note"],
             )
             for line in csv.DictReader(file)

@@ -2,7 +2,7 @@
 
 No field has a default but ``slices`` and ``columns`` of a data set, which most have no use for: every
 number of a study stands in its params.yaml. What depends on the
-data (enough pictures a class, files that exist) is checked where the data is.
+data (enough images per class, files that exist) is checked where the data is.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from medfocus.storage.tables import COLUMNS
 
 Modality = Literal["chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "other"]
 Mark = Literal["contour", "circle", "box", "arrow"]
-Control = Literal["inverse", "shuffled", "center-box"]  # what shows a picture so that it must not help
-Region = Literal["alpha", "attention", "dual"]  # the region beside the picture, for the encoder to look at
+Control = Literal["inverse", "shuffled", "center-box"]  # what shows an image so that it must not help
+Region = Literal["alpha", "attention", "dual"]  # the region beside the image, for the encoder to look at
 Focus = Literal["none", "multiply", "overlay", "binary", "crop", "blur", Mark, Region, Control]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -30,7 +30,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names fi
 # Fields that may be paths, beside names of what is found elsewhere.
 _PATHS = (("masks", "config"), ("masks", "checkpoint"), ("clip", "pretrained"), ("report", "published"))
 
-DRIFT_BY = "clip-zero-shot"  # the method whose features say how unlike two sets of pictures are
+DRIFT_BY = "clip-zero-shot"  # the method whose features say how unlike two sets of images are
 
 _strict = ConfigDict(extra="forbid")
 
@@ -50,8 +50,8 @@ class StudyParams:
 
     name: Name
     methods: dict[str, tuple[Focus, ...]]  # method -> focus modes to run it with
-    percents: tuple[Annotated[float, Field(gt=0, le=100)], ...]  # of the training pictures
-    shots: tuple[Positive, ...]  # pictures a class
+    percents: tuple[Annotated[float, Field(gt=0, le=100)], ...]  # of the training images
+    shots: tuple[Positive, ...]  # images per class
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]  # a support set each
     only: dict[str, OnlyParams]  # method -> the part of percents, shots and seeds that it is run at
 
@@ -74,7 +74,7 @@ class StudyParams:
 
 @dataclass(frozen=True, config=_strict)
 class SlicesParams:
-    """Which slices of a NIfTI volume are pictures."""
+    """Which slices of a NIfTI volume are images."""
 
     axis: Annotated[int, Field(ge=0, le=2)]  # of the patient: 0 sagittal, 1 coronal, 2 axial slices
     every: Positive  # so many'th slice
@@ -82,7 +82,7 @@ class SlicesParams:
 
 @dataclass(frozen=True, config=_strict)
 class DatasetParams:
-    """One data set: where its pictures are and how they are spoken of."""
+    """One data set: where its images are and how they are spoken of."""
 
     root: (
         str  # folder of split/class/*.png|jpg, class/*.png|jpg, or of the CSV below; relative to params.yaml
@@ -94,7 +94,7 @@ class DatasetParams:
     templates: tuple[str, ...]  # text prompts with {c} for the class; empty: the modality's own
     flip: bool  # whether views may be mirrored; never for chest films
     # These may be left out, as most have no need of them.
-    licence: str = ""  # of the pictures, as their source states it; for the data sheet
+    licence: str = ""  # of the images, as their source states it; for the data sheet
     slices: SlicesParams = SlicesParams(2, 1)  # of volumes
     columns: dict[str, str] = Field(default_factory=dict)  # what the manifest calls path, label, ...
 
@@ -126,10 +126,10 @@ class SplitsParams:
 
 @dataclass(frozen=True, config=_strict)
 class AdapterParams:
-    """How the strategy adapter is taught known regions of training pictures; see ``train_adapter``."""
+    """How the strategy adapter is taught known regions of training images; see ``train_adapter``."""
 
     steps: Positive
-    batch_size: Positive  # pictures a step
+    batch_size: Positive  # images per step
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     reduction: Positive  # the encoder's widths over the adapters'
@@ -138,7 +138,7 @@ class AdapterParams:
 
 @dataclass(frozen=True, config=_strict)
 class MasksParams:
-    """How one mask a picture is found without labels."""
+    """How one mask per image is found without labels."""
 
     segmenter: Literal["sam2", "otsu"]
     config: str  # "pocket", a configuration of the sam2 package, or a YAML path
@@ -146,8 +146,8 @@ class MasksParams:
     image_size: Positive  # pixels a side that SAM2 sees
     strategy: Literal["automatic", "grid", "center", "box", "retrieved", "adapter"]
     points_per_side: Positive  # of the automatic, grid and retrieved strategies
-    follow_edges: bool  # move the outline of SAM2's mask to the picture's edges
-    min_area: Share  # of the picture
+    follow_edges: bool  # move the outline of SAM2's mask to the image's edges
+    min_area: Share  # of the image
     max_area: Share
     keep: dict[Modality, Positive]  # how many of the best segments are united; 1 where absent
     batch_size: Positive
@@ -165,11 +165,11 @@ class MasksParams:
 
 @dataclass(frozen=True, config=_strict)
 class ViewsParams:
-    """How a picture and its mask become what CLIP sees."""
+    """How an image and its mask become what CLIP sees."""
 
     feather: Annotated[float, Field(ge=0, lt=0.5)]  # width of the soft edge, share of the longest side
     attention_bias: Annotated[float, Field(ge=0)]  # β of the focus "attention"; 0 leaves it without effect
-    augmented: Annotated[int, Field(ge=0)]  # random resized crops a support picture, beside the whole one
+    augmented: Annotated[int, Field(ge=0)]  # random resized crops a support image, beside the whole one
     batch_size: Positive
 
 
@@ -186,7 +186,7 @@ class LearningRatesParams:
     """How a learning rate is chosen where a method lists several."""
 
     folds: Annotated[int, Field(ge=2)]  # of the cross-validation inside the support
-    pictures: Positive  # of the support, at most, that it trains and measures on
+    images: Positive  # of the support, at most, that it trains and measures on
 
 
 @dataclass(frozen=True, config=_strict)
@@ -210,14 +210,14 @@ class GateParams:
 
     margin: Annotated[float, Field(gt=-1, lt=1)]  # of accuracy above the champion; below 0: so much worse
     p: Annotated[float, Field(gt=0, le=1)]  # at most, of the paired test; 1 asks for none
-    pictures: Positive  # at least, of the test set, that the champion has not learnt from
+    images: Positive  # at least, of the test set, that the champion has not learnt from
     recall: dict[str, Annotated[float, Field(ge=0, le=1)]]  # floors by class; "all" for classes not named
     calibration: Annotated[float, Field(gt=0, le=1)]  # expected calibration error at most
 
 
 @dataclass(frozen=True, config=_strict)
 class DriftParams:
-    """From when on new pictures are too unlike the champion's to promote.
+    """From when on new images are too unlike the champion's to promote.
 
     See ``medfocus.evaluation.drift``.
     """
@@ -227,7 +227,7 @@ class DriftParams:
     classes: Annotated[float, Field(gt=0, le=1)]  # total variation of the class shares
     statistics: Annotated[float, Field(gt=0, le=1)]  # as coverage; of brightness, contrast, sharpness, size
     p: Annotated[float, Field(gt=0, lt=1)]  # below which chance does not explain it
-    pictures: Positive  # old and new ones compared, at most
+    images: Positive  # old and new ones compared, at most
 
 
 @dataclass(frozen=True, config=_strict)
@@ -244,7 +244,7 @@ class ScaleParams:
 
     runner: Literal["here", "threads", "processes", "dask"]  # here: this process, without shards
     workers: Positive
-    pictures: Positive  # a shard
+    images: Positive  # a shard
     address: str | None  # of a Dask scheduler; None starts a cluster on this machine
     cache: str | None  # URL for fsspec of the cache of masks and features; None: .cache in the project
 

@@ -1,6 +1,6 @@
-"""Masks and features by shards of pictures: on threads, processes or a Dask cluster, by Prefect.
+"""Masks and features by shards of images: on threads, processes or a Dask cluster, by Prefect.
 
-A worker puts what it makes into the shared cache and returns how many pictures it has seen to; the stage then
+A worker puts what it makes into the shared cache and returns how many images it has seen to; the stage then
 goes on as if all had been there before. So every runner and every size of shards gives the same bytes, and a
 worker that dies loses nothing but what it was at.
 """
@@ -18,7 +18,7 @@ from prefect.futures import as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.servers.servers import prefect_api
-from medfocus.storage.redaction import discreet, whole
+from medfocus.storage.redaction import redacted, unredacted
 
 if TYPE_CHECKING:
     from flows.study.params import ScaleParams
@@ -27,7 +27,7 @@ Job = TypeVar("Job")
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{work.__name__} {number}")
-@discreet
+@redacted
 def shard(work: Callable[[Any], int], job: object, number: int, threads: int) -> int:
     """One shard: ``work`` on ``job``, in whatever thread or process the runner has for it.
 
@@ -46,11 +46,11 @@ def by_shards(
     """Do ``work`` on every job, each on its own, and again once where it failed or its worker died.
 
     Args:
-        work: A function of a module; returns the number of pictures seen to. What it makes lies in a cache
+        work: A function of a module; returns the number of images seen to. What it makes lies in a cache
             that all workers share.
         jobs: What it is called with; pickled for another process.
         scale: Which runner, and how many workers.
-        progress: Called with the number of pictures seen to since its last call.
+        progress: Called with the number of images seen to since its last call.
 
     Raises the first error of a second attempt.
     """
@@ -72,14 +72,14 @@ def _attempt(
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules and not scale.address else 0
 
     @flow(name=f"shards of {work.__name__}", task_runner=_runner(scale))
-    @discreet
+    @redacted
     def shards() -> None:
         futures = {shard.submit(work, job, number, threads): number for number, job in enumerate(jobs)}
         for future in as_completed(list(futures)):
             try:
                 progress(future.result())
             except Exception as error:
-                failed[futures[future]] = whole(error)
+                failed[futures[future]] = unredacted(error)
 
     with prefect_api():
         shards()

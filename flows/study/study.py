@@ -39,7 +39,7 @@ class Study:
     params: Params
 
     def root(self, dataset: str) -> Path:
-        """The folder of a data set's pictures."""
+        """The folder of a data set's images."""
         return self.folder / self.params.datasets[dataset].root
 
     def segmenter_settings(self, dataset: str) -> dict[str, Any]:
@@ -77,10 +77,10 @@ class Study:
         if self.params.masks.strategy == "retrieved":
             texts = self.anatomy(dataset)  # a fault of theirs comes before seconds of loading
             from medfocus.clip.encoder import build_clip
-            from medfocus.masks.sam2.retrieval import RetrievedSegmenter, TextRank
+            from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
 
             clip = build_clip(self.params.clip.model, self.params.clip.pretrained, self._device)
-            return RetrievedSegmenter(self.sam2(dataset), TextRank.of(clip, texts))
+            return RetrievalSegmenter(self.sam2(dataset), TextRank.of(clip, texts))
         if self.params.masks.strategy == "adapter":
             from medfocus.masks.sam2.adapter import AdapterSegmenter
             from medfocus.storage import weights
@@ -132,7 +132,7 @@ class Study:
         encoder = self._towers()
         if focus not in get_args(Region):
             return encoder
-        return encoder.looking(focus, self.params.views.attention_bias)
+        return encoder.with_region(focus, self.params.views.attention_bias)
 
     def _towers(self) -> ClipEncoder:
         from medfocus.clip.encoder import build_clip  # takes seconds
@@ -148,7 +148,7 @@ class Study:
                 f"params.yaml: methods.{asking[0]}.segmenter_grid asks for SAM2's features, but "
                 f"masks.segmenter is {self.params.masks.segmenter!r}. Set it to sam2, or segmenter_grid to 0."
             )
-        return encoder.beside(self.sam2(next(iter(self.params.datasets))))
+        return encoder.with_segmenter(self.sam2(next(iter(self.params.datasets))))
 
     @property
     def _device(self) -> str:

@@ -1,4 +1,4 @@
-"""CLIP through open_clip: pictures and texts become features, the end of the picture tower trainable."""
+"""CLIP through open_clip: images and texts become features, the end of the image encoder trainable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from medfocus.clip.regions import REGIONS, class_token_bias, pack, patch_coverage, with_alpha
 from medfocus.clip.tokenizer import CONFIGS, pocket_tokenizer
-from medfocus.clip.vit import Pass, Tail, as_vit, heads, pooled
+from medfocus.clip.vit import ActivationCache, Tail, as_vit, heads, pooled
 from medfocus.storage import weights
 
 if TYPE_CHECKING:
@@ -35,49 +35,49 @@ _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # i
 
 
 class Describer(Protocol):
-    """A segmenter that knows more of a picture than its mask."""
+    """A segmenter that knows more of an image than its mask."""
 
     features_key: str  # sha256 hex of its weights and code: equal keys describe equally
 
-    def describe(self, pictures: Sequence[np.ndarray], grid: int) -> Tensor:
-        """Pictures (H, W, 3) uint8 RGB -> its picture features on ``grid`` x ``grid`` cells, (B, P)."""
+    def describe(self, images: Sequence[np.ndarray], grid: int) -> Tensor:
+        """Images (H, W, 3) uint8 RGB -> its image features on ``grid`` x ``grid`` cells, (B, P)."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class ClipEncoder:
-    """A frozen CLIP on one device: both towers, its tokenizer, and what its pictures have to look like."""
+    """A frozen CLIP on one device: both towers, its tokenizer, and what its images have to look like."""
 
     name: str  # as the user gave it
     key: str  # sha256 of weights and configuration; names the features in caches
     config: dict[str, Any]  # what open_clip reads as open_clip_config.json to build the model again
     model: nn.Module  # open_clip's, frozen, in eval mode
     tokenizer: Any  # list of texts -> (N, context) int64
-    dim: int  # D, of the space that pictures and texts share
+    dim: int  # D, of the space that images and texts share
     image_size: int  # S, pixels a side
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
     logit_scale: float  # s, after the exponential: logits = s * I @ T.T
     device: torch.device
-    segmenter: Describer | None = None  # whose picture features may stand beside CLIP's
+    segmenter: Describer | None = None  # whose image features may stand beside CLIP's
     region: str | None = None  # one of REGIONS: what the channels behind RGB are taken for; None: nothing
     attention_bias: float = 0.0  # β of the region "attention"
-    last: Pass | None = None  # what is remembered of the last batch; None: nothing
+    last: ActivationCache | None = None  # what is remembered of the last batch; None: nothing
 
-    def remembering(self) -> ClipEncoder:
+    def with_activation_cache(self) -> ClipEncoder:
         """The same towers, which a batch passes once, however many kinds of features are asked of it.
 
         That goes for calls one after the other with the very same tensor of views. In "dual" nothing is
         remembered.
         """
-        return replace(self, last=Pass())
+        return replace(self, last=ActivationCache())
 
-    def beside(self, segmenter: Describer) -> ClipEncoder:
-        """The same towers with a segmenter's picture features at hand, under a key that names both."""
+    def with_segmenter(self, segmenter: Describer) -> ClipEncoder:
+        """The same towers with a segmenter's image features at hand, under a key that names both."""
         key = hashlib.sha256(f"{self.key} {segmenter.features_key}".encode()).hexdigest()
         return replace(self, key=key, segmenter=segmenter)
 
-    def looking(self, region: str, attention_bias: float) -> ClipEncoder:
+    def with_region(self, region: str, attention_bias: float) -> ClipEncoder:
         """The same towers with an eye for a region in the views' further channels, under another key.
 
         Args:
@@ -85,7 +85,7 @@ class ClipEncoder:
             attention_bias: β, what a patch inside the region gains in the class token's attention logits in
                 every block; of "attention" alone. At 0 the features are those without a region, bit by bit.
 
-        Raises ValueError for another region, or one that needs a ViT where the picture tower is none.
+        Raises ValueError for another region, or one that needs a ViT where the image encoder is none.
         """
         if region not in REGIONS:
             raise ValueError(f"region {region!r} is not known; use one of {', '.join(REGIONS)}.")
@@ -107,14 +107,14 @@ class ClipEncoder:
         """
         if self.segmenter is None:
             raise ValueError(
-                f"{self.name}: segmenter_grid is {grid}, but no segmenter with picture features stands "
+                f"{self.name}: segmenter_grid is {grid}, but no segmenter with image features stands "
                 "beside it. Set masks.segmenter to sam2, or segmenter_grid to 0."
             )
-        last = self.last or Pass()
+        last = self.last or ActivationCache()
         last.turn_to(views)
         if grid not in last.described:
-            pictures = list(np.ascontiguousarray(np.asarray(views)[..., :3]))
-            last.described[grid] = self.segmenter.describe(pictures, grid).to(self.device)
+            images = list(np.ascontiguousarray(np.asarray(views)[..., :3]))
+            last.described[grid] = self.segmenter.describe(images, grid).to(self.device)
         return last.described[grid]
 
     def preprocess(self, views: np.ndarray | Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class ClipEncoder:
 
         RGB is normalised, in "dual" twice; a fourth channel, the region, comes out in [0, 1].
         """
-        last = self.last or Pass()
+        last = self.last or ActivationCache()
         last.turn_to(views)
         if last.pixels is None:
             last.pixels = self._normalised(views)
@@ -198,7 +198,7 @@ class ClipEncoder:
         """Pixels (B, C, S, S) -> image features, and behind them the patches of ``layers``: (B, D + P).
 
         Layer 0 is the embedding, layer n what block n gives; its patches are averaged to ``grid`` x ``grid``
-        cells of W numbers, in "dual" over both pictures. Raises ValueError as ``trunk`` does, or for a layer
+        cells of W numbers, in "dual" over both images. Raises ValueError as ``trunk`` does, or for a layer
         or grid that is not there.
         """
         if self.region == "dual":
@@ -209,8 +209,8 @@ class ClipEncoder:
         last, side = len(visual.transformer.resblocks), visual.grid_size[0]
         if not set(layers) <= set(range(last + 1)) or not 1 <= grid <= side:
             raise ValueError(
-                f"{self.name}: patch features of layers {list(layers)} on {grid} x {grid} cells; its picture "
-                f"tower has layers 0 to {last} and {side} x {side} patches."
+                f"{self.name}: patch features of layers {list(layers)} on {grid} x {grid} cells; its image "
+                f"encoder has layers 0 to {last} and {side} x {side} patches."
             )
         tokens = self._tokens(pixels, {*layers, last})
         patches = (tokens[layer][:, 1:].mT.unflatten(2, visual.grid_size) for layer in sorted(set(layers)))
@@ -221,7 +221,7 @@ class ClipEncoder:
     def trunk(self, pixels: Tensor, blocks: int) -> Tensor:
         """Pixels (B, C, S, S) -> what enters the last ``blocks`` blocks of the tower, for ``tail``.
 
-        They are tokens (B, L, W); in "dual" those of both pictures (B, 2 L, W); in "attention" one more
+        They are tokens (B, L, W); in "dual" those of both images (B, 2 L, W); in "attention" one more
         (B, L + 1, W) that carries the region's coverage.
         Raises ValueError when the tower is not open_clip's VisionTransformer or has not that many blocks.
         """
@@ -234,8 +234,8 @@ class ClipEncoder:
         return pack(tokens, patch_coverage(pixels[:, 3:].to(self.device), visual.conv1.kernel_size[0]))
 
     def _tokens(self, pixels: Tensor, places: set[int]) -> dict[int, Tensor]:
-        """Tokens (B, L, W) at places of the tower, at least the wanted ones; see ``Pass``."""
-        last = self.last or Pass()
+        """Tokens (B, L, W) at places of the tower, at least the wanted ones; see ``ActivationCache``."""
+        last = self.last or ActivationCache()
         last.places |= places
         if last.pixels is not pixels or not places <= last.tokens.keys():
             visual, _ = self._cut(1)
@@ -267,23 +267,23 @@ class ClipEncoder:
         biased = self.region == "attention" and self.attention_bias != 0
         return Tail(
             tower,
-            pictures=2 if self.region == "dual" else 1,
+            images=2 if self.region == "dual" else 1,
             attention_bias=self.attention_bias if biased else None,
         ).requires_grad_(True)
 
     def _cut(self, blocks: int) -> tuple[VisionTransformer, int]:
-        """The picture tower and the index of its first block that is fine-tuned."""
+        """The image encoder and the index of its first block that is fine-tuned."""
         visual = as_vit(self.model.visual)
         if visual is None:
             raise ValueError(
-                f"{self.name}: its picture tower is {type(self.model.visual).__name__}, not open_clip's "
+                f"{self.name}: its image encoder is {type(self.model.visual).__name__}, not open_clip's "
                 "VisionTransformer, so its last blocks cannot be fine-tuned. Take a ViT such as ViT-B-32, or "
                 "a method that leaves the tower as it is."
             )
         layers = len(visual.transformer.resblocks)
         if not 1 <= blocks <= layers:
             raise ValueError(
-                f"{self.name}: {blocks} blocks to fine-tune; its picture tower has 1 to {layers}."
+                f"{self.name}: {blocks} blocks to fine-tune; its image encoder has 1 to {layers}."
             )
         return visual, layers - blocks
 
@@ -299,7 +299,7 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
         device: Where both towers live.
 
     Raises FileNotFoundError when the weights are nowhere, before anything is built; ValueError for an
-    unknown model or tag, a refused or unfitting checkpoint, or a model whose pictures are not square;
+    unknown model or tag, a refused or unfitting checkpoint, or a model whose images are not square;
     ImportError when the text tower needs a package that is absent.
     """
     name, checkpoint, options = _locate(model, pretrained)

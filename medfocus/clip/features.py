@@ -1,4 +1,4 @@
-"""Pictures become features: views are made in threads while the model runs, and no view is encoded twice.
+"""Images become features: views are made in threads while the model runs, and no view is encoded twice.
 
 The cache has one folder of shards for each kind of feature (see ``medfocus.storage.shards``), an entry a row,
 as NumPy's own files have it. Two processes at once can at worst write the same rows twice.
@@ -80,7 +80,7 @@ def encode_together(
 
     Args:
         items: Whatever ``make_view`` turns into a view; called in ``workers`` threads.
-        keys: One for each item, naming its view's content (picture, mask, crop). Equal keys are encoded once.
+        keys: One for each item, naming its view's content (image, mask, crop). Equal keys are encoded once.
         make_view: Item -> view (S, S, C) uint8; reads and decodes, focuses, letterboxes.
         kinds: One or more.
         cache: Folder, or URL for fsspec, that keeps rows between runs; None keeps nothing.

@@ -112,9 +112,9 @@ class LoraTowers(nn.Module):
             self.alpha = model.visual.conv1.alpha.requires_grad_(True)  # pyright: ignore[reportAttributeAccessIssue]
         self.encoder = replace(encoder, model=model)  # no nn.Module, so the towers stay out of the state
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, C) uint8 -> image features (B, D) on the CPU, each of length one."""
-        return self.encoder.image_features(self.encoder.preprocess(pictures)).cpu()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, C) uint8 -> image features (B, D) on the CPU, each of length one."""
+        return self.encoder.image_features(self.encoder.preprocess(images)).cpu()
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Texts (N) -> text features (N, D) on the CPU, each of length one, with their gradient."""
@@ -123,10 +123,10 @@ class LoraTowers(nn.Module):
 
 
 def _blocks(name: str, model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of the picture tower and of the text tower, in this order."""
+    """The transformer blocks of the image encoder and of the text tower, in this order."""
     found: list[nn.Module] = []
     # CLIP keeps its text tower's parts among its own, CustomTextCLIP keeps a tower.
-    for what, tower in (("picture", model.visual), ("text", getattr(model, "text", model))):
+    for what, tower in (("image", model.visual), ("text", getattr(model, "text", model))):
         blocks = list(getattr(getattr(tower, "transformer", None), "resblocks", []))
         if not blocks or not all(
             isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in blocks

@@ -221,16 +221,16 @@ class ContextTower:
 
     def embedded(self, contexts: Tensor) -> Tensor:
         """Contexts (B, K, M, W), or (B, 1, M, W) for all classes -> the texts' embeddings (B, K, L, W)."""
-        pictures, width = len(contexts), contexts.shape[-1]
-        at = self.texts.slots[..., None].expand(pictures, -1, -1, width)  # (B, K, M, W)
-        return self._embedded.expand(pictures, -1, -1, -1).scatter(2, at, contexts.expand_as(at))
+        images, width = len(contexts), contexts.shape[-1]
+        at = self.texts.slots[..., None].expand(images, -1, -1, width)  # (B, K, M, W)
+        return self._embedded.expand(images, -1, -1, -1).scatter(2, at, contexts.expand_as(at))
 
     def __call__(self, contexts: Tensor) -> Tensor:
         """Contexts (B, K, M, W) or (B, 1, M, W) -> text features (B, K, D), each of length one."""
-        pictures = len(contexts)
-        tokens = self.texts.tokens.repeat(pictures, 1)  # (B K, L)
+        images = len(contexts)
+        tokens = self.texts.tokens.repeat(images, 1)  # (B K, L)
         features = self._tower(self.embedded(contexts).flatten(0, 1), tokens)
-        return features.unflatten(0, (pictures, -1))
+        return features.unflatten(0, (images, -1))
 
 
 def train_sgd(
@@ -251,14 +251,14 @@ def train_sgd(
 
     Args:
         parameters: What trains.
-        accumulate: Adds a batch's gradient to them, from picture indices (B,) and the view drawn for each
+        accumulate: Adds a batch's gradient to them, from image indices (B,) and the view drawn for each
             (B,).
-        count: N, pictures in the support.
-        views: How many cached views each picture has; one is drawn a picture and step.
+        count: N, images in the support.
+        views: How many cached views each image has; one is drawn per image and step.
         epochs: Passes over the support.
         max_steps: A bound on the steps. Where it binds, ``learning_rate`` runs through all its epochs in so
             many steps.
-        batch_size: Pictures a step; the last batch of an epoch may be smaller.
+        batch_size: Images a step; the last batch of an epoch may be smaller.
         lr: See ``learning_rate``.
         warmup: See ``learning_rate``.
         weight_decay: SGD's, a part of the gradient.

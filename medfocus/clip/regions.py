@@ -1,4 +1,4 @@
-"""What a picture tower needs to look at a region that comes beside the picture, not painted into it."""
+"""What an image encoder needs to look at a region that comes beside the image, not painted into it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 # alpha: the region is a fourth input channel; attention: the class token is drawn to the region's patches;
-# dual: the picture and its focused twin are encoded both, and their embeddings added.
+# dual: the image and its focused twin are encoded both, and their embeddings added.
 REGIONS = ("alpha", "attention", "dual")
 
 

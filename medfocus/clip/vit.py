@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Pass:
-    """The last batch that went through the picture tower, for whoever asks for more of the same batch.
+class ActivationCache:
+    """The last batch that went through the image encoder, for whoever asks for more of the same batch.
 
     It keeps the tokens of those places alone that were asked for once, so that of a deep tower not every
     layer stays in memory; a place that is new costs one more pass, at its first batch.
@@ -40,18 +40,18 @@ class Tail(nn.Module):
     """The end of open_clip's VisionTransformer: its last blocks, pooling and projection."""
 
     def __init__(
-        self, tower: VisionTransformer, pictures: int = 1, attention_bias: float | None = None
+        self, tower: VisionTransformer, images: int = 1, attention_bias: float | None = None
     ) -> None:
         """Wrap ``tower``, whose patch embedding and earlier blocks have been taken out.
 
         Args:
             tower: See there.
-            pictures: Whose tokens come one behind the other, and whose embeddings are added.
+            images: Whose tokens come one behind the other, and whose embeddings are added.
             attention_bias: β, where a last token carries the region's coverage.
         """
         super().__init__()
         self.tower = tower
-        self.pictures = pictures
+        self.images = images
         self.attention_bias = attention_bias
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Tail(nn.Module):
             bias = class_token_bias(coverage, self.attention_bias, heads(self.tower))
         parts = [
             pooled(self.tower, self.tower.transformer(part, attn_mask=bias))
-            for part in tokens.chunk(self.pictures, dim=1)
+            for part in tokens.chunk(self.images, dim=1)
         ]
         return parts[0] if len(parts) == 1 else normalize(torch.stack(parts).sum(dim=0), dim=-1)
 
@@ -75,7 +75,7 @@ def pooled(visual: VisionTransformer, tokens: Tensor) -> Tensor:
 
 
 def as_vit(tower: object) -> VisionTransformer | None:
-    """A picture tower, if it is open_clip's VisionTransformer; the others have no blocks to stop at."""
+    """An image encoder, if it is open_clip's VisionTransformer; the others have no blocks to stop at."""
     from open_clip.transformer import VisionTransformer
 
     return tower if isinstance(tower, VisionTransformer) else None

@@ -1,6 +1,6 @@
-"""A COCO file of instances -> pictures, their known regions as ``masks/``, and a table of their labels.
+"""A COCO file of instances -> images, their known regions as ``masks/``, and a table of their labels.
 
-The format: cocodataset.org, "Data format". A region is the union of a picture's instances: polygons in
+The format: cocodataset.org, "Data format". A region is the union of an image's instances: polygons in
 pixels, or a run-length code, counted or compressed.
 """
 
@@ -26,20 +26,20 @@ from medfocus.storage import atomic
 
 LabelFrom = Literal["category", "supercategory", "folder"]
 MOST_BYTES = 1_000_000_000  # of a file of annotations
-_PICTURES, _TABLE = "pictures", "list.csv"
+_IMAGES, _TABLE = "images", "list.csv"
 
 
 @dataclass
 class Converted:
     """What was written, and what was not."""
 
-    regions: int = 0  # pictures with one
-    labels: dict[str, int] = field(default_factory=dict)  # label -> pictures; "" for none
+    regions: int = 0  # images with one
+    labels: dict[str, int] = field(default_factory=dict)  # label -> images; "" for none
     faults: list[Fault] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Image:
     """An entry of ``images``."""
 
     id: str
@@ -51,30 +51,30 @@ class _Picture:
 def convert(
     annotations: Path,
     out: Path,
-    pictures: Path | None = None,
+    images: Path | None = None,
     *,
     label_from: LabelFrom = "category",
     progress: Callable[[int, int], object] | None = None,
 ) -> Converted:
-    """Write ``out``/pictures, ``out``/masks/pictures and ``out``/list.csv, by which this project reads them.
+    """Write ``out``/images, ``out``/masks/images and ``out``/list.csv, by which this project reads them.
 
-    A picture's label is what its instances have in common, "" where that is nothing: ingestion leaves it out
+    An image's label is what its instances have in common, "" where that is nothing: ingestion leaves it out
     by its line. An instance that is broken gives no part of a region, and is told by its id.
 
     Args:
         annotations: The JSON.
         out: A folder that is not there; it appears when it is whole.
-        pictures: The folder that file names are relative to, and may not lead out of; None: the JSON's own.
+        images: The folder that file names are relative to, and may not lead out of; None: the JSON's own.
         label_from: ``category`` and ``supercategory`` of the instances, or ``folder``, a file name's first.
-        progress: Called with the pictures that are done and with how many there are.
+        progress: Called with the images that are done and with how many there are.
 
     Raises:
-        ValueError: It is no such file, or no picture of it can be used; nothing is written.
-        FileNotFoundError, FileExistsError: ``annotations`` or ``pictures`` is not there, ``out`` is.
+        ValueError: It is no such file, or no image of it can be used; nothing is written.
+        FileNotFoundError, FileExistsError: ``annotations`` or ``images`` is not there, ``out`` is.
     """
-    root = pictures or annotations.parent
+    root = images or annotations.parent
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; give that of the pictures as --pictures.")
+        raise FileNotFoundError(f"{root}: no such folder; give that of the images as --images.")
     content = _read(annotations)
     categories = {_id(entry, "id"): entry for entry in content["categories"]}
     instances: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -83,22 +83,20 @@ def convert(
     done = Converted()
     rows: list[tuple[str, str]] = []
     with atomic.whole_folder(out) as folder:
-        for place, picture in enumerate(listed := _pictures(content, root, instances, done), start=1):
-            own = instances[picture.id]
-            target = f"{_PICTURES}/{PurePosixPath(picture.path).as_posix()}"
-            if _copied(root, picture, folder / target, done):
-                region = _region(picture, own, done)
+        for place, image in enumerate(listed := _images(content, root, instances, done), start=1):
+            own = instances[image.id]
+            target = f"{_IMAGES}/{PurePosixPath(image.path).as_posix()}"
+            if _copied(root, image, folder / target, done):
+                region = _region(image, own, done)
                 if region.any():
                     _write_mask(region, (folder / MASKS / target).with_suffix(".png"))
                     done.regions += 1
-                rows.append((target, _label(picture, own, categories, label_from, done)))
+                rows.append((target, _label(image, own, categories, label_from, done)))
             if progress is not None:
                 progress(place, len(listed))
         if not rows:
             text = "; ".join(f"{each.path}: {each.fault}" for each in done.faults[:5]) or "it lists none"
-            raise ValueError(
-                f"{annotations}: no picture can be used ({text}). Correct --pictures or the file."
-            )
+            raise ValueError(f"{annotations}: no image can be used ({text}). Correct --images or the file.")
         _write_table(rows, folder / _TABLE)
     for _, label in rows:
         done.labels[label] = done.labels.get(label, 0) + 1
@@ -109,7 +107,7 @@ def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; give a JSON of COCO instances.")
     if file.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{file}: has more than {MOST_BYTES / 1e9:.0f} GB. Divide it by pictures.")
+        raise ValueError(f"{file}: has more than {MOST_BYTES / 1e9:.0f} GB. Divide it by images.")
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -126,14 +124,14 @@ def _id(entry: Mapping[str, Any], name: str) -> str:
     return str(entry.get(name))
 
 
-def _pictures(
+def _images(
     content: Mapping[str, list[dict[str, Any]]],
     root: Path,
     instances: Mapping[str, object],
     done: Converted,
-) -> list[_Picture]:
+) -> list[_Image]:
     """The entries that can be used: inside of ``root``, each file once, no two that would share a mask."""
-    found: dict[str, _Picture] = {}
+    found: dict[str, _Image] = {}
     ids: set[str] = set()
     for entry in content["images"]:
         path: Any = entry.get("file_name")
@@ -142,47 +140,47 @@ def _pictures(
         if not isinstance(path, str) or not all(isinstance(n, int) and 0 < n < 1 << 16 for n in size):
             done.faults.append(Fault(name, "has no file name, width and height", "Export it again."))
         elif (where := inside(root, root, path)) is None:
-            done.faults.append(Fault(name, f"leads out of {root}", "Give the folder as --pictures."))
+            done.faults.append(Fault(name, f"leads out of {root}", "Give the folder as --images."))
         elif not where:
-            done.faults.append(Fault(name, f"no such file inside {root}", "Give the folder as --pictures."))
+            done.faults.append(Fault(name, f"no such file inside {root}", "Give the folder as --images."))
         elif (stem := PurePosixPath(where).with_suffix("").as_posix()) in found:
             fault = f"has the name of {found[stem].path}, but for the suffix, and would share its mask"
             done.faults.append(Fault(name, fault, "Rename one of them."))
         elif _id(entry, "id") in ids:
-            done.faults.append(Fault(name, "has the id of another picture", "Export it again."))
+            done.faults.append(Fault(name, "has the id of another image", "Export it again."))
         else:
             ids.add(_id(entry, "id"))
-            found[stem] = _Picture(_id(entry, "id"), where, *size)
+            found[stem] = _Image(_id(entry, "id"), where, *size)
     for strange in sorted(instances.keys() - {_id(entry, "id") for entry in content["images"]}):
-        fault = "is the picture of some annotations, but not among images"
+        fault = "is the image of some annotations, but not among images"
         done.faults.append(Fault(f"image {strange}", fault, "Export it again."))
     return list(found.values())
 
 
-def _copied(root: Path, picture: _Picture, target: Path, done: Converted) -> bool:
-    """Whether the picture can be decoded, and is now at ``target``."""
+def _copied(root: Path, image: _Image, target: Path, done: Converted) -> bool:
+    """Whether the image can be decoded, and is now at ``target``."""
     try:
-        height, width = decode.read(root / picture.path).shape[:2]
-    except decode.PictureError as error:
-        done.faults.append(Fault(picture.path, error.fault, error.fix))
+        height, width = decode.read(root / image.path).shape[:2]
+    except decode.ImageError as error:
+        done.faults.append(Fault(image.path, error.fault, error.fix))
         return False
-    if (width, height) != (picture.width, picture.height):
-        fault = f"has {width} x {height} pixels, but {picture.width} x {picture.height} in the file"
-        done.faults.append(Fault(picture.path, fault, "Take the pictures that were annotated."))
+    if (width, height) != (image.width, image.height):
+        fault = f"has {width} x {height} pixels, but {image.width} x {image.height} in the file"
+        done.faults.append(Fault(image.path, fault, "Take the images that were annotated."))
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(root / picture.path, target)
+    shutil.copyfile(root / image.path, target)
     return True
 
 
-def _region(picture: _Picture, own: Iterable[Mapping[str, Any]], done: Converted) -> np.ndarray:
-    """The union of a picture's instances, (H, W) bool."""
-    region = np.zeros((picture.height, picture.width), bool)
+def _region(image: _Image, own: Iterable[Mapping[str, Any]], done: Converted) -> np.ndarray:
+    """The union of an image's instances, (H, W) bool."""
+    region = np.zeros((image.height, image.width), bool)
     for entry in own:
         try:
-            region |= instance(entry.get("segmentation"), picture.height, picture.width)
+            region |= instance(entry.get("segmentation"), image.height, image.width)
         except ValueError as error:
-            name = f"annotation {entry.get('id')} of {picture.path}"
+            name = f"annotation {entry.get('id')} of {image.path}"
             done.faults.append(Fault(name, str(error), "Draw it again; it gives no part of the region."))
     return region
 
@@ -207,7 +205,7 @@ def instance(segmentation: object, height: int, width: int) -> np.ndarray:
 
 
 def _polygon(points: object, height: int, width: int) -> list[float]:
-    """x, y, x, y, ... within the picture. What lies far outside is refused: pycocotools would fill memory."""
+    """x, y, x, y, ... within the image. What lies far outside is refused: pycocotools would fill memory."""
     if not isinstance(points, list) or not all(
         isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in points
     ):
@@ -225,26 +223,26 @@ def _runs(code: Mapping[str, Any], height: int, width: int) -> Any:
     mask: Any = importlib.import_module("pycocotools.mask")
     counts, size = code.get("counts"), code.get("size")
     if size != [height, width]:
-        raise ValueError(f"has a run-length code of size {size}, but the picture is {[height, width]}")
+        raise ValueError(f"has a run-length code of size {size}, but the image is {[height, width]}")
     if isinstance(counts, str) and counts.isascii():
         return {"size": size, "counts": counts.encode()}
     if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts):
         raise ValueError("has a run-length code without counts")
     if sum(counts) != height * width:
-        raise ValueError(f"has a run-length code of {sum(counts)} pixels; the picture has {height * width}")
+        raise ValueError(f"has a run-length code of {sum(counts)} pixels; the image has {height * width}")
     return mask.frPyObjects({"size": size, "counts": counts}, height, width)
 
 
 def _label(
-    picture: _Picture,
+    image: _Image,
     own: Iterable[Mapping[str, Any]],
     categories: Mapping[str, Mapping[str, Any]],
     label_from: LabelFrom,
     done: Converted,
 ) -> str:
-    """What the picture's instances have in common; "" where that is nothing, which is told."""
+    """What the image's instances have in common; "" where that is nothing, which is told."""
     if label_from == "folder":
-        first, *others = PurePosixPath(picture.path).parts
+        first, *others = PurePosixPath(image.path).parts
         found = {first} if others else set[str]()
     else:
         field_ = "name" if label_from == "category" else "supercategory"
@@ -254,7 +252,7 @@ def _label(
         return found.pop()
     told = f"is of several classes ({', '.join(sorted(found))})" if found else "is of no class"
     fix = f"Fill its label in {_TABLE}, or leave it out."
-    done.faults.append(Fault(picture.path, f"{told}, so it has no label", fix))
+    done.faults.append(Fault(image.path, f"{told}, so it has no label", fix))
     return ""
 
 

@@ -1,11 +1,11 @@
-"""Pictures that occur twice: the same bytes, re-encoded, mirrored, turned, or a neighbouring frame.
+"""Images that occur twice: the same bytes, re-encoded, mirrored, turned, or a neighbouring frame.
 
-A picture is its 64 px grey thumbnail with everything coarse taken away: chest films of two people agree in
+An image is its 64 px grey thumbnail with everything coarse taken away: chest films of two people agree in
 the coarse (a correlation of 0.95 is common), the same film agrees in the fine as well. Two thumbnails are
 compared in each of the eight flips and turns.
 
 The thresholds are measured. Chest films of different people: the fine correlation stays below 0.61 (five
-data sets, 1.06 million pairs, eight ways each). The same picture as JPEG of quality 10, at 100 px, sharpened,
+data sets, 1.06 million pairs, eight ways each). The same image as JPEG of quality 10, at 100 px, sharpened,
 with another gamma (0.5 to 2) or with arrows and callipers: above 0.9 in 95 of 100. Between 0.7 and 0.8 lie
 neighbouring ultrasound frames and neighbouring MRI or CT slices of one patient. A crop or shift beyond 1 %
 of the side, or a turn by a few degrees, is not found.
@@ -35,7 +35,7 @@ from medfocus.images import decode
 from medfocus.storage.fingerprint import fingerprint
 from medfocus.storage.shards import Shards
 
-SAME = 0.8  # fine correlation from which two pictures are the same one
+SAME = 0.8  # fine correlation from which two images are the same one
 NEAR = 0.7  # correlation from which they are at least neighbouring frames of one patient
 HASH_BITS = 6  # of 63; the coarse correlation alone counts only where no more hash bits differ
 NEAR_KIND = "near"
@@ -43,9 +43,9 @@ NEAR_KIND = "near"
 _FINE, _COARSE = 64, 32  # pixels a side
 _CANDIDATE = 0.5  # coarse correlation; pairs with a fine one of 0.7 lie above 0.7 in every real data set
 _BLANK = 0.5  # grey levels; a thumbnail whose texture spreads less is noise and has no twin but its bytes
-_BLOCK = 1024  # pictures, or pairs, at once
+_BLOCK = 1024  # images, or pairs, at once
 
-# From picture b to picture a: what to do to b. Arrays (N, h, w).
+# From image b to image a: what to do to b. Arrays (N, h, w).
 _TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "re-encoded": lambda a: a,
     "mirrored": lambda a: a[:, :, ::-1],
@@ -60,7 +60,7 @@ _TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures that are one, or nearly one."""
+    """Two images that are one, or nearly one."""
 
     path_a: str
     path_b: str
@@ -80,11 +80,11 @@ def find_duplicates(
     progress: bool = False,
     cache: str | Path | None = None,
 ) -> list[Pair]:
-    """All pairs of pictures that are the same one or a neighbouring frame, sorted by path.
+    """All pairs of images that are the same one or a neighbouring frame, sorted by path.
 
     ``kind`` says how ``path_b`` becomes ``path_a``; angles are anticlockwise. "re-encoded" covers every
     change that leaves the geometry as it is. ``cache``, a folder or what fsspec knows, keeps the thumbnails:
-    a picture that it has is not opened. Raises FileNotFoundError or ValueError for an unreadable file.
+    an image that it has is not opened. Raises FileNotFoundError or ValueError for an unreadable file.
     """
     records = sorted(records, key=lambda record: record.path)
     found = {pair: ("identical", 1.0) for pair in _same_bytes(records)}
@@ -118,7 +118,7 @@ def match(thumbnails: np.ndarray) -> list[tuple[int, int, str, float]]:
 
 
 def twins(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs that are the same picture, without the neighbouring frames."""
+    """The pairs that are the same image, without the neighbouring frames."""
     return [pair for pair in pairs if pair.kind != NEAR_KIND]
 
 
@@ -136,7 +136,7 @@ def groups(records: Iterable[Record], pairs: Iterable[Pair]) -> dict[str, int]:
 
 
 def twins_across(records: Sequence[Record], pairs: Iterable[Pair]) -> list[str]:
-    """The test pictures that occur in train or val as well, be it by way of another test picture."""
+    """The test images that occur in train or val as well, be it by way of another test image."""
     group = groups(records, twins(pairs))
     seen = {group[record.path] for record in records if record.split in ("train", "val")}
     return sorted(record.path for record in records if record.split == "test" and group[record.path] in seen)
@@ -171,7 +171,7 @@ def _same_bytes(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
 def _thumbnails(
     records: Sequence[Record], root: Path, workers: int | None, progress: bool, known: Shards | None
 ) -> np.ndarray:
-    """Pictures -> (N, 64, 64) uint8 grey, squashed to squares."""
+    """Images -> (N, 64, 64) uint8 grey, squashed to squares."""
 
     def thumbnail(record: Record) -> np.ndarray:
         grey = Image.fromarray(decode.read(root / record.path)).convert("L")
@@ -187,10 +187,10 @@ def _thumbnails(
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         made = pool.map(thumbnail, [records[place] for place in new])
         done = tqdm(made, "thumbnails", len(new), disable=not progress)
-        for (sha256, places_of), picture in zip(places.items(), done, strict=True):
-            thumbnails[places_of] = picture
+        for (sha256, places_of), image in zip(places.items(), done, strict=True):
+            thumbnails[places_of] = image
             if known is not None:
-                known.put([(sha256, picture.tobytes())])
+                known.put([(sha256, image.tobytes())])
     if known is not None:
         known.close()
     return thumbnails

@@ -7,23 +7,23 @@ What is read from ``root``:
     a manifest                 columns path, label, and optionally split and patient, or others that
                                ``columns`` names; CSV, semicolons, tabs or Parquet
 
-A picture is PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI. A file of several frames or slices becomes a record
+An image is PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI. A file of several frames or slices becomes a record
 each, ``x.dcm#07`` or ``x.nii.gz#z=057`` (see ``medfocus.images.stack``), and a manifest may name one of them.
 The patient is the manifest's, else the pattern's, else that of the DICOM header as a pseudonym (see
 ``medfocus.datasets.pseudonyms``); frames or slices of a file whose patient nobody knows are together one
 patient's.
 
 Where ``root`` only wraps one of the first two (one folder inside, that in turn), it is read from there. A
-manifest comes with the pictures and is not trusted: what it names has to lie in ``root``, whether by ``..``,
+manifest comes with the images and is not trusted: what it names has to lie in ``root``, whether by ``..``,
 by an absolute path or by a link. Links in folders of classes are their owner's, and are followed.
 
-Ground truth for measuring masks is never a picture: the folder ``masks`` at the top, and ``x_mask.png``
+Ground truth for measuring masks is never an image: the folder ``masks`` at the top, and ``x_mask.png``
 (or ``x_mask_1.png``) beside ``x.png``. Hidden files and those of file managers are ignored.
 
-Faults are of three weights. *Left out*: the picture cannot be used, the data set can (broken bytes, no
-picture, no label, one picture under two labels, ...). *Reported*: kept as it is, but a reader of the results
+Faults are of three weights. *Left out*: the image cannot be used, the data set can (broken bytes, no
+image, no label, one image under two labels, ...). *Reported*: kept as it is, but a reader of the results
 has to know (the same bytes in train and test: the official split stays). *Fatal*: nothing could be trusted
-(a label in two spellings, a class without pictures, one class only, ...); then one ``IngestError``
+(a label in two spellings, a class without images, one class only, ...); then one ``IngestError``
 names every fault of every weight.
 """
 
@@ -84,17 +84,17 @@ def ingest(
     slices: tuple[int, int] = (2, 1),
     salt_file: Path | None = None,
 ) -> Ingested:
-    """Read, open and check every picture of the data set at ``root``.
+    """Read, open and check every image of the data set at ``root``.
 
     Args:
         root: The data set's folder; record paths are relative to it.
-        manifest: A table inside ``root`` that lists the pictures; its paths are relative to its own folder.
+        manifest: A table inside ``root`` that lists the images; its paths are relative to its own folder.
         columns: What the manifest calls path, label, split and patient, where it is not that.
         patient_pattern: A regular expression whose one group, searched for in each relative path, is the
             patient. A patient that the manifest gives has precedence.
-        workers: Threads that open pictures; None takes one a core.
+        workers: Threads that open images; None takes one a core.
         progress: Whether a bar is shown.
-        cache: A folder, or what fsspec knows, that keeps by their bytes what decoding said of good pictures:
+        cache: A folder, or what fsspec knows, that keeps by their bytes what decoding said of good images:
             those in it are read and not decoded again.
         slices: The axis of the patient's along which volumes are cut (0 sagittal, 1 coronal, 2 axial), and
             every how many'th slice is taken.
@@ -106,9 +106,7 @@ def ingest(
         IngestError: All faults at once, where at least one is fatal.
     """
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"{root}: no such folder; give the folder that holds the data set's pictures."
-        )
+        raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the data set's images.")
     report = _Report()
     if manifest is None:
         listed = list_folders(root, report)
@@ -148,25 +146,25 @@ def _check_bytes(records: list[Record], report: _Report) -> list[Record]:
             fault = f"holds the same bytes as {other.path}, which has another label, {other.label!r}"
             report.leave_out(record.path, fault, "Decide which label is right and remove the other file.")
         elif record.split == "test" and (other := next((t for t in twins if t.split != "test"), None)):
-            fault = f"holds the same bytes as {other.path}, so this test picture is seen in training"
+            fault = f"holds the same bytes as {other.path}, so this test image is seen in training"
             report.mention(record.path, fault, "Kept in the official test set; the clean one is without it.")
     return [record for record in records if record.path not in torn]
 
 
 def _check_classes(labels: set[str], records: Sequence[Record], report: _Report) -> None:
-    """What makes a data set: two classes or more, each with pictures to train on."""
+    """What makes a data set: two classes or more, each with images to train on."""
     splits: dict[str, set[str]] = {label: set() for label in sorted(labels)}
     for record in records:
         splits[record.label].add(record.split)
     official = any(record.split == "test" for record in records)
     for label, present in splits.items():
         if not present:
-            report.stop(label, "the class has no usable picture", "Add pictures, or remove the class.")
+            report.stop(label, "the class has no usable image", "Add images, or remove the class.")
         elif official and present == {"test"}:
-            report.stop(label, "the class has test pictures but none to train on", "Add some, or remove it.")
+            report.stop(label, "the class has test images but none to train on", "Add some, or remove it.")
         elif official and "test" not in present:
             fix = "Add some; until then its recall cannot be measured."
-            report.mention(label, "the class has no test picture", fix)
+            report.mention(label, "the class has no test image", fix)
     if not labels and not report.fatal:
         fix = "Give a folder of split/class/*.png, of class/*.png, or a CSV manifest."
         report.stop(".", "no class folder was found", fix)

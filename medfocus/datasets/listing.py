@@ -1,6 +1,6 @@
 """A data set's folders or manifest -> the files that are to become records, and what is wrong with them.
 
-What is read is described in ``medfocus.datasets.ingest``; here no picture is opened.
+What is read is described in ``medfocus.datasets.ingest``; here no image is opened.
 """
 
 from __future__ import annotations
@@ -67,20 +67,20 @@ class Report:
 def unwrapped(root: Path) -> Path:
     """The folder that holds the data set: ``root``, or what it only wraps, as archives do that are unpacked.
 
-    A wrapper has one folder (a folder of masks apart) and no picture, and that folder is no split and holds
-    folders and no picture. Only as much of a folder is read as tells.
+    A wrapper has one folder (a folder of masks apart) and no image, and that folder is no split and holds
+    folders and no image. Only as much of a folder is read as tells.
     """
     inner = _only_folder(root)
-    while inner is not None and not _is_split(inner) and not _has_pictures(inner) and _has_folders(inner):
+    while inner is not None and not _is_split(inner) and not _has_images(inner) and _has_folders(inner):
         root, inner = inner, _only_folder(inner)
     return root
 
 
 def _only_folder(folder: Path) -> Path | None:
-    """The one folder in ``folder``; None where there are several, none, or pictures."""
+    """The one folder in ``folder``; None where there are several, none, or images."""
     only: Path | None = None
     for entry in filter(_is_seen, folder.iterdir()):
-        if is_picture(entry):
+        if is_image(entry):
             return None
         if entry.is_dir() and entry.name.casefold() != MASKS:
             if only is not None:
@@ -89,8 +89,8 @@ def _only_folder(folder: Path) -> Path | None:
     return only
 
 
-def _has_pictures(folder: Path) -> bool:
-    return any(is_picture(entry) for entry in filter(_is_seen, folder.iterdir()))
+def _has_images(folder: Path) -> bool:
+    return any(is_image(entry) for entry in filter(_is_seen, folder.iterdir()))
 
 
 def _has_folders(folder: Path) -> bool:
@@ -98,7 +98,7 @@ def _has_folders(folder: Path) -> bool:
 
 
 def list_folders(root: Path, report: Report) -> list[Listed]:
-    """The pictures of class folders, with or without folders of splits above them; see ``unwrapped``."""
+    """The images of class folders, with or without folders of splits above them; see ``unwrapped``."""
     top = unwrapped(root)
     tops = [entry for entry in _entries(top) if entry.name.casefold() != MASKS]
     folders = [entry for entry in tops if entry.is_dir()]
@@ -107,15 +107,15 @@ def list_folders(root: Path, report: Report) -> list[Listed]:
         names = ", ".join(folder.name for folder in splits)
         report.stop("all", f"stands beside split folders ({names})", "Keep either all or the others.")
     for folder in folders if splits else []:
-        pictures = [] if folder in splits else list(filter(is_picture, _files(folder)))
-        if pictures and all((top / picture.relative_to(folder)).is_file() for picture in pictures):
-            fault = f"repeats {len(pictures)} pictures of the split folders beside it, by their paths"
+        images = [] if folder in splits else list(filter(is_image, _files(folder)))
+        if images and all((top / image.relative_to(folder)).is_file() for image in images):
+            fault = f"repeats {len(images)} images of the split folders beside it, by their paths"
             report.leave_out(folder.relative_to(root).as_posix(), fault, "Remove it, if it is a copy.")
-        elif pictures:
-            fault = f"holds {len(pictures)} pictures beside the split folders, but is none itself"
+        elif images:
+            fault = f"holds {len(images)} images beside the split folders, but is none itself"
             fix = "Move them into train, val, test or all to have them in."
             report.leave_out(folder.relative_to(root).as_posix(), fault, fix)
-    loose = [entry for folder in (top, *splits) for entry in _entries(folder) if is_picture(entry)]
+    loose = [entry for folder in (top, *splits) for entry in _entries(folder) if is_image(entry)]
     for file in loose:
         fix = "Move it into the folder of its class."
         report.leave_out(file.relative_to(root).as_posix(), "lies in no class folder", fix)
@@ -131,18 +131,18 @@ def list_folders(root: Path, report: Report) -> list[Listed]:
 
 
 def _list_class(root: Path, folder: Path, split: str, report: Report) -> list[Listed]:
-    """The pictures of one class folder, in it and below."""
+    """The images of one class folder, in it and below."""
     files = list(_files(folder))
-    pictures = {(file.parent, stack.stem(file.name).casefold()) for file in files if is_picture(file)}
+    images = {(file.parent, stack.stem(file.name).casefold()) for file in files if is_image(file)}
     listed: list[Listed] = []
     for file in files:
         path = file.relative_to(root).as_posix()
         mask = MASK_STEM.fullmatch(stack.stem(file.name).casefold())
-        if mask and (file.parent, mask[1]) in pictures:
+        if mask and (file.parent, mask[1]) in images:
             continue
-        if not is_picture(file):
+        if not is_image(file):
             known = ", ".join(suffix[1:] for suffix in SUFFIXES)
-            fault = f"is by its name no picture of a known format ({known})"
+            fault = f"is by its name no image of a known format ({known})"
             report.leave_out(path, fault, "Export it as PNG, or remove it.")
         elif path.encode("utf-8", "replace").decode() != path:
             report.leave_out(path, "has a name that is not valid UTF-8", "Rename it.")
@@ -154,7 +154,7 @@ def _list_class(root: Path, folder: Path, split: str, report: Report) -> list[Li
 def list_manifest(
     root: Path, manifest: str, report: Report, columns: Mapping[str, str] | None = None
 ) -> list[Listed]:
-    """The pictures that a table inside ``root`` lists; ``columns`` are its names for ``tables.COLUMNS``.
+    """The images that a table inside ``root`` lists; ``columns`` are its names for ``tables.COLUMNS``.
 
     Raises FileNotFoundError where there is none.
     """
@@ -186,7 +186,7 @@ def list_manifest(
     items = [item for (item, *others) in listed.values() if not others]
     without = [item for item in items if not item.split]
     if without and len(without) < len(items):
-        fault = f"gives {len(without)} of {len(items)} pictures no split (the first is {without[0].path!r})"
+        fault = f"gives {len(without)} of {len(items)} images no split (the first is {without[0].path!r})"
         report.stop(manifest, fault, "Fill the column split in every row, or leave it out.")
     return _without_masks(items, manifest, report)
 
@@ -216,7 +216,7 @@ def _of_row(root: Path, folder: Path, given: Mapping[str, str]) -> Listed | tupl
     path = inside(root, folder, given["path"])
     split = SPLITS.get(given.get("split", "").casefold() or "all")
     if path is None:
-        fix = "Copy the picture into that folder and correct the path, or remove the row."
+        fix = "Copy the image into that folder and correct the path, or remove the row."
         return f"leads out of {root}", fix
     if not path:
         return f"no such file inside {root}", "Correct the path, relative to the manifest, or remove the row."
@@ -235,7 +235,7 @@ def _without_masks(items: list[Listed], manifest: str, report: Report) -> list[L
         mask = MASK_STEM.fullmatch(_stem(item.path))
         if mask and mask[1] in stems:
             fault = f"is listed in {manifest}, but is by its name the known region of {stems[mask[1]]}"
-            report.leave_out(item.path, fault, "Remove the row, or rename the file if it is a picture.")
+            report.leave_out(item.path, fault, "Remove the row, or rename the file if it is an image.")
         else:
             kept.append(item)
     return kept
@@ -297,7 +297,7 @@ def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield entry
 
 
-def is_picture(file: Path) -> bool:
+def is_image(file: Path) -> bool:
     """Whether a file is one by its name, or by DICOM's mark in it: scanners give names without a suffix."""
     return not file.is_dir() and (file.name.casefold().endswith(SUFFIXES) or _is_marked(file))
 
@@ -340,10 +340,10 @@ def with_patients(listed: list[Listed], pattern: str | None, report: Report) -> 
     named = [replace(item, patient=item.patient or found.get(item.path, "")) for item in listed]
     without = [item.path for item in named if item.path and not item.patient]
     if without and not any(found.values()):
-        fault = f"{pattern!r} matches no picture (the first is {without[0]!r})"
+        fault = f"{pattern!r} matches no image (the first is {without[0]!r})"
         report.stop("patient_pattern", fault, "Correct it, or set it to null.")
     elif without:
-        fault = f"{pattern!r} finds no patient in {len(without)} pictures (the first is {without[0]!r})"
+        fault = f"{pattern!r} finds no patient in {len(without)} images (the first is {without[0]!r})"
         report.mention("patient_pattern", fault, "Each of them counts as a patient of its own.")
     return named
 

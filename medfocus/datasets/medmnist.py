@@ -1,7 +1,7 @@
 """A MedMNIST file (Yang et al., Scientific Data 10:41, 2023) -> class folders of PNGs.
 
 Of a file, ``{train,val,test}_images`` are (N, S, S) or (N, S, S, 3) uint8 and ``_labels`` (N, 1) integers;
-S is 28, in MedMNIST+ 64, 128 or 224 too. The arrays are read from the archive a picture at a time: the
+S is 28, in MedMNIST+ 64, 128 or 224 too. The arrays are read from the archive an image at a time: the
 largest unpacks to 13 GB.
 """
 
@@ -100,7 +100,7 @@ class _Array:
                 except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                     raise _fault(self.file, f"{self.name} is damaged ({error})", "Get it again.") from error
                 if len(data) < size:
-                    raise _fault(self.file, f"{self.name} ends after {place} pictures", "Get it again.")
+                    raise _fault(self.file, f"{self.name} ends after {place} images", "Get it again.")
                 yield np.frombuffer(data, self.dtype).reshape(self.shape[1:])
 
 
@@ -111,14 +111,12 @@ def guess_name(file: Path) -> str | None:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError for a set that is not one of pictures with a class each."""
+    """Raises ValueError for a set that is not one of images with a class each."""
     if name.endswith("3d"):
-        raise ValueError(
-            f"{name}: holds volumes, and only pictures are read. Use one of {', '.join(CLASSES)}."
-        )
+        raise ValueError(f"{name}: holds volumes, and only images are read. Use one of {', '.join(CLASSES)}.")
     if name in _MULTI_LABEL:
         raise ValueError(
-            f"{name}: a picture in it has several labels at once, and here has one class. "
+            f"{name}: an image in it has several labels at once, and here has one class. "
             f"Use one of {', '.join(CLASSES)}."
         )
 
@@ -131,9 +129,9 @@ def convert(
     Args:
         file: An .npz of MedMNIST; by its name the classes are known.
         out: A folder that is not there; it appears when it is whole.
-        progress: Called with the pictures that are written and with how many there are.
+        progress: Called with the images that are written and with how many there are.
 
-    Returns pictures by split and class.
+    Returns images by split and class.
 
     Raises:
         ValueError: It is no such file, or its arrays do not fit each other; nothing is written.
@@ -151,11 +149,11 @@ def convert(
     total, done = sum(map(len, labels.values())), 0
     counts: dict[str, Counter[str]] = {}
     with atomic.whole_folder(out) as folder:
-        for split, (pictures, _) in splits.items():
+        for split, (images, _) in splits.items():
             counts[split] = Counter(names[label] for label in labels[split])
             for label in names.values():
                 (folder / split / label).mkdir(parents=True, exist_ok=True)
-            for place, (pixels, label) in enumerate(zip(pictures.rows(), labels[split], strict=True)):
+            for place, (pixels, label) in enumerate(zip(images.rows(), labels[split], strict=True)):
                 Image.fromarray(pixels).save(folder / split / names[label] / f"{place:05d}.png")
                 done += 1
                 if progress is not None:
@@ -193,28 +191,28 @@ def fetch(name: str, size: int) -> Path:
 
 
 def _checked(file: Path) -> dict[str, tuple[_Array, _Array]]:
-    """Split -> its pictures and labels, of fitting shapes and types."""
+    """Split -> its images and labels, of fitting shapes and types."""
     arrays = _arrays(file)
     found: dict[str, tuple[_Array, _Array]] = {}
     for split in SPLITS:
-        pictures, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
-        if pictures is None and labels is None:
+        images, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
+        if images is None and labels is None:
             continue
-        if pictures is None or labels is None:
-            missing = f"{split}_images" if pictures is None else f"{split}_labels"
+        if images is None or labels is None:
+            missing = f"{split}_images" if images is None else f"{split}_labels"
             raise _fault(file, f"has no {missing}", "Get it again.")
-        _check_pictures(pictures)
+        _check_images(images)
         if labels.shape[1:] not in ((), (1,)):
             fault = (
-                f"{labels.name} has {math.prod(labels.shape[1:])} labels a picture, and here it has one class"
+                f"{labels.name} has {math.prod(labels.shape[1:])} labels per image, and here it has one class"
             )
             raise _fault(file, fault, "Use a set that is not multi-label.")
         if labels.dtype.kind not in "iu":
             raise _fault(file, f"{labels.name} holds {labels.dtype}, not integers", "Get it again.")
-        if labels.shape[0] != pictures.shape[0]:
-            fault = f"has {pictures.shape[0]} {pictures.name} and {labels.shape[0]} {labels.name}"
+        if labels.shape[0] != images.shape[0]:
+            fault = f"has {images.shape[0]} {images.name} and {labels.shape[0]} {labels.name}"
             raise _fault(file, fault, "Get it again.")
-        found[split] = pictures, labels
+        found[split] = images, labels
     if "train" not in found:
         raise _fault(
             file, f"has no train_images (but {', '.join(arrays) or 'nothing'})", "Give one of MedMNIST."
@@ -222,13 +220,13 @@ def _checked(file: Path) -> dict[str, tuple[_Array, _Array]]:
     return found
 
 
-def _check_pictures(array: _Array) -> None:
+def _check_images(array: _Array) -> None:
     _, *size = array.shape
     flat = len(size) == 2 or (len(size) == 3 and size[2] == 3)
     if not flat and len(size) in (3, 4):
         shape = " x ".join(map(str, array.shape))
         raise _fault(
-            array.file, f"{array.name} is {shape}: volumes, and only pictures are read", "Use a 2D set."
+            array.file, f"{array.name} is {shape}: volumes, and only images are read", "Use a 2D set."
         )
     if not flat or 0 in size or math.prod(size[:2]) > MOST_PIXELS:
         fault = f"{array.name} has shape {array.shape}, not (N, S, S) or (N, S, S, 3)"

@@ -1,6 +1,6 @@
 """Patients' ids -> pseudonyms: one patient has the same one wherever the salt is the same.
 
-Who has the salt can find the pseudonym of an id that he guesses, so the salt stays where the pictures are.
+Who has the salt can find the pseudonym of an id that he guesses, so the salt stays where the images are.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Salt:
             if not self._file.exists():
                 _make(self._file)
             text = self._file.read_text(encoding="utf-8")
-        except OSError as error:  # which is not to be taken for that of a picture
+        except OSError as error:  # which is not to be taken for that of an image
             raise ValueError(
                 f"{self._file}: the salt of patients' pseudonyms cannot be read or made ({error.strerror}). "
                 f"Give access to it, or set {VARIABLE}."

@@ -1,4 +1,4 @@
-"""The types that every room shares: a picture of a data set, and its manifest."""
+"""The types that every room shares: an image of a data set, and its manifest."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One picture of a data set, as its manifest lists it."""
+    """One image of a data set, as its manifest lists it."""
 
-    path: str  # relative to the data set's root, POSIX; unique, so it is the picture's id
+    path: str  # relative to the data set's root, POSIX; unique, so it is the image's id
     sha256: str  # of the file's bytes
     width: int  # pixels, after the EXIF orientation is applied
     height: int  # pixels
@@ -30,7 +30,7 @@ class Record:
 
 
 def write_manifest(records: Iterable[Record], path: Path) -> None:
-    """Write ``records`` as CSV, sorted by path, one line a picture."""
+    """Write ``records`` as CSV, sorted by path, one line per image."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Record)], lineterminator="\n")
         writer.writeheader()
@@ -61,7 +61,7 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def spread_over_classes(labels: Sequence[str], count: int) -> list[int]:
-    """Places of about ``count`` pictures: as many of each class, at least one, spread over its pictures."""
+    """Places of about ``count`` images: as many of each class, at least one, spread over its images."""
     classes = sorted(set(labels))
     chosen: list[int] = []
     for label in classes:

@@ -1,4 +1,4 @@
-"""Listed files -> records: every picture of them is decoded once, or was by these bytes before."""
+"""Listed files -> records: every image of them is decoded once, or was by these bytes before."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from medfocus.datasets.listing import Listed, Report, label_of
 from medfocus.datasets.pseudonyms import Salt
 from medfocus.datasets.records import Record, chunks
 from medfocus.images import decode, stack
-from medfocus.images.stack import PictureError
+from medfocus.images.stack import ImageError
 from medfocus.storage.shards import Shards
 
-_AT_ONCE = 1000  # pictures of which the cache is asked together
+_AT_ONCE = 1000  # images of which the cache is asked together
 _volumes = threading.Semaphore(2)  # a volume may take a gigabyte
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files of several pictures, and the patients in their headers, are read."""
+    """How files of several images, and the patients in their headers, are read."""
 
     axis: int  # of the patient's, along which a volume is cut: 0 sagittal, 1 coronal, 2 axial
     every: int  # so many'th slice is taken
@@ -52,11 +52,11 @@ class _Facts(NamedTuple):
     height: int
     mode: str
     frames: int  # of a TIFF or, of a NIfTI file, its volumes; of both the first is used
-    names: Sequence[str] = ("",)  # of its pictures
+    names: Sequence[str] = ("",)  # of its images
     patient: str = ""  # a pseudonym
-    is_group: bool = False  # whether it is a group of pictures of one patient's, whoever that is
+    is_group: bool = False  # whether it is a group of images of one patient's, whoever that is
     constant: int = 0  # slices of one shade, which are left out
-    without_window: int = 0  # pictures that are shown from their minimum to their maximum
+    without_window: int = 0  # images that are shown from their minimum to their maximum
     is_burnt_in: bool = False
 
 
@@ -69,12 +69,12 @@ def open_all(
     known: Shards | None,
     report: Report,
 ) -> list[Record]:
-    """Every picture that can be used as a record; the others are left out of it in ``report``."""
+    """Every image that can be used as a record; the others are left out of it in ``report``."""
     records: list[Record] = []
     without_window = without_patient = 0
     with (
         ThreadPoolExecutor(workers or os.cpu_count()) as pool,  # Pillow decodes outside of the GIL
-        tqdm(desc="pictures", total=len(files), disable=not progress) as bar,
+        tqdm(desc="images", total=len(files), disable=not progress) as bar,
     ):
         for some in chunks(files, _AT_ONCE):
             there: dict[str, _Facts] = {}
@@ -84,7 +84,7 @@ def open_all(
             opened = pool.map(lambda item, there=there: _open(root, item, reading, there), some)
             for item, result in zip(some, opened, strict=True):
                 bar.update()
-                if isinstance(result, PictureError):
+                if isinstance(result, ImageError):
                     report.leave_out(item.path, result.fault, result.fix)
                     continue
                 key, facts = result
@@ -121,7 +121,7 @@ def _records(root: Path, item: Listed, facts: _Facts) -> list[Record]:
 
 def _tell(path: str, facts: _Facts, report: Report) -> None:
     if facts.frames > 1:
-        what = "volumes" if facts.is_group else "pictures"
+        what = "volumes" if facts.is_group else "images"
         fault = f"holds {facts.frames} {what}, of which the first is used"
         report.mention(path, fault, "Export each as a file of its own.")
     if facts.constant:
@@ -129,17 +129,15 @@ def _tell(path: str, facts: _Facts, report: Report) -> None:
         report.mention(path, f"has {some} of one shade, left out", "Nothing to do: the others are used.")
     if facts.is_burnt_in:
         fault = "has text burnt into its pixels, as its header says, which may name the patient"
-        report.mention(path, fault, "Look at it before its pictures are shown to others.")
+        report.mention(path, fault, "Look at it before its images are shown to others.")
 
 
 def _tell_of_all(without_window: int, without_patient: int, report: Report) -> None:
     if without_window:
-        fault = (
-            f"{without_window} DICOM pictures have no window, so each goes from its minimum to its maximum"
-        )
+        fault = f"{without_window} DICOM images have no window, so each goes from its minimum to its maximum"
         report.mention(".", fault, "Export them with a window if they look wrong.")
     if without_patient:
-        fault = f"files of several pictures without a known patient: {without_patient}; each counts as one"
+        fault = f"files of several images without a known patient: {without_patient}; each counts as one"
         report.mention(".", fault, "Give patients by a manifest or a pattern if they have several files.")
 
 
@@ -160,14 +158,14 @@ def _key(root: Path, item: Listed, reading: Reading) -> str | None:
     try:
         file, frame = stack.split(root / item.path)
         return reading.key(decode.read_bytes(file, item.path), frame)
-    except (OSError, PictureError):
+    except (OSError, ImageError):
         return None
 
 
 def _open(
     root: Path, item: Listed, reading: Reading, known: Mapping[str, _Facts]
-) -> tuple[str, _Facts] | PictureError:
-    """The name of a file's facts and these, or why it is no picture; decoded where it is not ``known``."""
+) -> tuple[str, _Facts] | ImageError:
+    """The name of a file's facts and these, or why it is no image; decoded where it is not ``known``."""
     try:
         file, frame = stack.split(root / item.path)
         data = decode.read_bytes(file, item.path)
@@ -179,19 +177,19 @@ def _open(
                 return key, _of_stack(data, item.path, frame, reading)
         if frame:
             fix = "Leave out the # and what follows."
-            return PictureError(item.path, "is one picture of a file that has no others", fix)
-        picture = decode.open_picture(data, item.path)
-        decode.to_rgb(picture, item.path)
-        count = _frames(data, item.path) if picture.format == "TIFF" else 1
+            return ImageError(item.path, "is one image of a file that has no others", fix)
+        image = decode.open_image(data, item.path)
+        decode.to_rgb(image, item.path)
+        count = _frames(data, item.path) if image.format == "TIFF" else 1
     except OSError as error:
-        return PictureError(item.path, f"cannot be read ({error.strerror})", "Copy or link it again.")
-    except PictureError as error:
+        return ImageError(item.path, f"cannot be read ({error.strerror})", "Copy or link it again.")
+    except ImageError as error:
         return error
-    return key, _Facts(key, picture.width, picture.height, picture.mode, count)
+    return key, _Facts(key, image.width, image.height, image.mode, count)
 
 
 def _of_stack(data: bytes, name: str, frame: str, reading: Reading) -> _Facts:
-    """The facts of a DICOM or NIfTI file, or of the one picture ``frame`` in it."""
+    """The facts of a DICOM or NIfTI file, or of the one image ``frame`` in it."""
     stack = decode.open_stack(data, name)
     assert stack is not None  # by its first bytes it is one
     names, constant, without_window, width, height = [], 0, 0, 0, 0
@@ -204,7 +202,7 @@ def _of_stack(data: bytes, name: str, frame: str, reading: Reading) -> _Facts:
         height, width = pixels.shape[:2]
         without_window += not stack.has_window(found)
     if not names:
-        raise PictureError(name, "holds slices of one shade alone", "Take another, or remove it.")
+        raise ImageError(name, "holds slices of one shade alone", "Take another, or remove it.")
     return _Facts(
         stack.sha256,
         width,
@@ -224,6 +222,6 @@ def _frames(data: bytes, name: str) -> int:
     try:
         with decode.read_header(data, name) as stack:
             return getattr(stack, "n_frames", 1)
-    except Exception as error:  # as in ``decode.open_picture``
-        fault = f"holds several pictures, of which a later one is broken ({error})"
-        raise PictureError(name, fault, "Export the first as PNG, or remove it.") from error
+    except Exception as error:  # as in ``decode.open_image``
+        fault = f"holds several images, of which a later one is broken ({error})"
+        raise ImageError(name, fault, "Export the first as PNG, or remove it.") from error

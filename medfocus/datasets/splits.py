@@ -1,7 +1,7 @@
-"""Which pictures train, which test, and the nested support sets drawn from train.
+"""Which images train, which test, and the nested support sets drawn from train.
 
-Every random order is by a digest of seed and path, so a picture's place in it depends on nothing but itself:
-a picture that is added, or left out as broken, does not reshuffle the others, and leaves the supports of the
+Every random order is by a digest of seed and path, so an image's place in it depends on nothing but itself:
+an image that is added, or left out as broken, does not reshuffle the others, and leaves the supports of the
 other classes as they are.
 """
 
@@ -30,10 +30,10 @@ class Splits:
     test: list[str]  # the official one, untouched, where there is one
     clean_test: list[str]  # of those, the ones without a twin or a patient in train; drawn: the same as test
     conflicting: list[str]  # left out of train, of a drawn test and of clean_test: a twin has another label
-    straddling_twins: list[str]  # official test pictures whose twin is in train, be it by way of another one
+    straddling_twins: list[str]  # official test images whose twin is in train, be it by way of another one
     straddling_patients: list[str]  # patients in both official splits
-    groups: dict[str, int]  # train picture -> patient or duplicates; folds inside train keep them together
-    supports: dict[int, dict[str, list[str]]]  # seed -> "5%", "10%", ..., "1-shot", ... -> train pictures
+    groups: dict[str, int]  # train image -> patient or duplicates; folds inside train keep them together
+    supports: dict[int, dict[str, list[str]]]  # seed -> "5%", "10%", ..., "1-shot", ... -> train images
 
 
 def draw_splits(
@@ -49,29 +49,29 @@ def draw_splits(
     """Keep the official test set or draw one, then draw support sets, one for each seed.
 
     A test set is drawn where no record has the split "test": ``test_fraction`` of each class, as near as
-    whole components over patients and ``groups`` allow. Supports are the first pictures of one order a
+    whole components over patients and ``groups`` allow. Supports are the first images of one order a
     seed and class, so they all nest: n = max(1, round(fraction * N)) or the shots, for each class.
 
     Args:
         records: The data set.
         groups: path -> group of all duplicates and neighbouring frames; never straddles a drawn split.
-        twins: path -> group of the pictures that are the same one, each within one of ``groups``. Where
+        twins: path -> group of the images that are the same one, each within one of ``groups``. Where
             its labels differ nobody knows the right one, and the whole group is left out.
         test_fraction: Of each class; used only where a test set is drawn.
-        fractions: Of each class's training pictures, in (0, 1].
-        shots: Training pictures a class.
+        fractions: Of each class's training images, in (0, 1].
+        shots: Training images per class.
         seeds: Each draws another support set.
 
     Raises:
         ValueError: A setting out of range; a class that cannot be in train and in test; classes with
-            fewer training pictures than the shots ask for, all in one text.
+            fewer training images than the shots ask for, all in one text.
     """
     _check_settings(test_fraction, fractions, shots, seeds)
     label = {record.path: record.label for record in records}
     conflicting = _conflicting(records, twins)
     official = {record.path for record in records if record.split == "test"}
     if official:
-        # Same picture or same patient, directly or by way of a third.
+        # Same image or same patient, directly or by way of a third.
         component = components(records, twins)
         train = label.keys() - official - conflicting
         test = official
@@ -125,20 +125,20 @@ def _check_settings(
             f"fractions of train: {bad} are outside of (0, 1]; study.percents go from above 0 to 100."
         )
     if bad := [count for count in shots if count < 1]:
-        raise ValueError(f"study.shots: {bad} are below 1 picture a class.")
+        raise ValueError(f"study.shots: {bad} are below 1 image per class.")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"study.seeds: {list(seeds)} are none or repeat; give one for each support set.")
 
 
 def _check_train(classes: Sequence[str], by_class: Mapping[str, Sequence[str]], shots: Sequence[int]) -> None:
     if empty := [name for name in classes if name not in by_class]:
-        raise ValueError(f"classes {empty} have no training picture; add some, or remove the classes.")
+        raise ValueError(f"classes {empty} have no training image; add some, or remove the classes.")
     most = max(shots, default=0)
     short = [f"{name!r} has {len(by_class[name])}" for name in classes if len(by_class[name]) < most]
     if short:
         raise ValueError(
-            f"too few training pictures: class {', class '.join(short)}, but study.shots asks for {most}. "
-            "Lower it in params.yaml or add pictures."
+            f"too few training images: class {', class '.join(short)}, but study.shots asks for {most}. "
+            "Lower it in params.yaml or add images."
         )
 
 
@@ -217,8 +217,8 @@ def _draw_test(records: Sequence[Record], component: Mapping[str, int], fraction
     for name, places in having.items():
         if places <= chosen:
             raise ValueError(
-                f"class {name!r} cannot be in train and in test: its {whole[name]} pictures make "
-                f"{len(places)} group(s) of patients and duplicates. Add pictures, or remove the class."
+                f"class {name!r} cannot be in train and in test: its {whole[name]} images make "
+                f"{len(places)} group(s) of patients and duplicates. Add images, or remove the class."
             )
     return {record.path for i in chosen for record in parts[i]}
 

@@ -1,8 +1,8 @@
-"""Is a system better than the baseline on the same test pictures? Paired by picture, over all draws.
+"""Is a system better than the baseline on the same test images? Paired by image, over all draws.
 
-The unit is the picture (or its patient), never the draw: all draws are tested on the same pictures, so their
-discordant counts are not independent, and a sum or a combination of their p-values would count every picture
-several times. What is tested are the classifiers of the supports that were drawn, on new pictures of the same
+The unit is the image (or its patient), never the draw: all draws are tested on the same images, so their
+discordant counts are not independent, and a sum or a combination of their p-values would count every image
+several times. What is tested are the classifiers of the supports that were drawn, on new images of the same
 kind; how much another support would change is what the interval over draws says.
 """
 
@@ -25,21 +25,21 @@ class Difference:
     """How much more accurate a system is than its baseline, as a mean over draws, in [-1, 1]."""
 
     mean: float
-    low: float  # ends of the 95 % bootstrap interval over pictures
+    low: float  # ends of the 95 % bootstrap interval over images
     high: float
     bootstrap_p: float  # two-sided
     p: float  # exact, two-sided; see ``sign_flip``
     adjusted_p: float  # Holm's, over every difference that was tested together; see ``compare``
     draws: int  # of the system
-    pictures: int
+    images: int
 
 
 @dataclass(frozen=True)
 class Scored:
     """Every system on one test set."""
 
-    correct: Mapping[Cell, np.ndarray]  # -> (R, N) bool: which of the N pictures each draw got right
-    patients: np.ndarray | None = None  # (N,) equal for pictures of one patient; None: each its own
+    correct: Mapping[Cell, np.ndarray]  # -> (R, N) bool: which of the N images each draw got right
+    patients: np.ndarray | None = None  # (N,) equal for images of one patient; None: each its own
 
 
 def compare(
@@ -47,7 +47,7 @@ def compare(
 ) -> list[dict[Cell, Difference]]:
     """Every system against the baseline at the same percent of train, with Holm's correction over all of it.
 
-    A baseline that needs no training picture, with a single cell at 0 %, is compared at every percent.
+    A baseline that needs no training image, with a single cell at 0 %, is compared at every percent.
     Systems without the baseline beside them, and the baseline itself, are left out.
 
     Args:
@@ -77,8 +77,8 @@ def compare(
             low, high, bootstrap_p = bootstrap(sums / scale, sizes, generator, resamples)
             p = sign_flip(sums)
             mean = float(sums.sum() / scale / sizes.sum())
-            draws, pictures = correct.shape
-            found[-1][system, percent] = Difference(mean, low, high, bootstrap_p, p, p, draws, pictures)
+            draws, images = correct.shape
+            found[-1][system, percent] = Difference(mean, low, high, bootstrap_p, p, p, draws, images)
     adjusted = iter(holm([difference.p for block in found for difference in block.values()]))
     return [
         {cell: _adjusted(difference, float(next(adjusted))) for cell, difference in block.items()}
@@ -89,36 +89,36 @@ def compare(
 def paired_sums(
     ours: np.ndarray, theirs: np.ndarray, patients: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """What each patient (or picture) says for us, as whole numbers, so that what follows can be exact.
+    """What each patient (or image) says for us, as whole numbers, so that what follows can be exact.
 
     Args:
-        ours: (R, N) bool, which pictures each of R draws got right.
+        ours: (R, N) bool, which images each of R draws got right.
         theirs: (S, N) bool, the baseline's; S may differ from R.
-        patients: (N,) equal for pictures of one patient; None: each picture is its own.
+        patients: (N,) equal for images of one patient; None: each image is its own.
 
     Returns:
         sums (G,) int, sizes (G,) int and a scale: sums / scale is the difference of the mean number of right
-        pictures, sizes the number of pictures.
+        images, sizes the number of images.
 
-    Raises ValueError where the numbers of pictures differ or there is no draw or picture.
+    Raises ValueError where the numbers of images differ or there is no draw or image.
     """
-    pictures = ours.shape[1]
-    if theirs.shape[1] != pictures or (patients is not None and len(patients) != pictures):
+    images = ours.shape[1]
+    if theirs.shape[1] != images or (patients is not None and len(patients) != images):
         others = [theirs.shape[1], *([] if patients is None else [len(patients)])]
         raise ValueError(
-            f"paired_sums: {pictures} pictures beside {' and '.join(map(str, others))}; "
-            "give the same pictures in the same order."
+            f"paired_sums: {images} images beside {' and '.join(map(str, others))}; "
+            "give the same images in the same order."
         )
     if not (ours.size and theirs.size):
         raise ValueError(
             f"paired_sums: results of shape {ours.shape} and {theirs.shape}; "
-            "give a draw and a picture at least."
+            "give a draw and an image at least."
         )
     scale = math.lcm(len(ours), len(theirs))
     each = ours.sum(axis=0, dtype=np.int64) * (scale // len(ours))  # (N,)
     each -= theirs.sum(axis=0, dtype=np.int64) * (scale // len(theirs))
     if patients is None:
-        return each, np.ones(pictures, dtype=np.int64), scale
+        return each, np.ones(images, dtype=np.int64), scale
     _, group = np.unique(patients, return_inverse=True)
     sums = np.zeros(int(group.max()) + 1, dtype=np.int64)
     np.add.at(sums, group, each)
@@ -128,17 +128,17 @@ def paired_sums(
 def bootstrap(
     sums: np.ndarray, sizes: np.ndarray, generator: np.random.Generator, resamples: int
 ) -> tuple[float, float, float]:
-    """Paired bootstrap over patients (or pictures): a 95 % interval and a two-sided p of the mean difference.
+    """Paired bootstrap over patients (or images): a 95 % interval and a two-sided p of the mean difference.
 
     Percentile interval; p is twice the smaller share of resampled differences on either side of 0, each with
     one added to count and number so that it is never 0 (Davison and Hinkley, Bootstrap Methods and their
-    Application, 1997, chapter 4; used so for paired systems in Koehn, EMNLP 2004). Few pictures that
+    Application, 1997, chapter 4; used so for paired systems in Koehn, EMNLP 2004). Few images that
     differ make it too small: ``sign_flip`` is the p to trust there. Equal patients are drawn together, as
     the counts of a multinomial: the same distribution, many times faster.
 
     Args:
-        sums: (G,) difference of the mean number of right pictures, a patient.
-        sizes: (G,) pictures a patient.
+        sums: (G,) difference of the mean number of right images, a patient.
+        sizes: (G,) images per patient.
         generator: Two generators in the same state give the same result.
         resamples: 1 or more.
 
@@ -152,8 +152,8 @@ def bootstrap(
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         drawn = generator.multinomial(counts.sum(), counts / counts.sum(), size=size)  # (B, V)
-        total, pictures = (drawn @ kinds).T  # (B, V) @ (V, 2) -> (2, B)
-        parts.append(total / pictures)
+        total, images = (drawn @ kinds).T  # (B, V) @ (V, 2) -> (2, B)
+        parts.append(total / images)
     means = np.concatenate(parts)  # (resamples,)
     means[np.abs(means) < 1e-12] = 0  # rounding would put a tie on one side of it
     low, high = np.quantile(means, [0.025, 0.975])
@@ -162,13 +162,13 @@ def bootstrap(
 
 
 def sign_flip(sums: np.ndarray) -> float:
-    """Exact two-sided randomisation test on whole paired differences (G,): Fisher and Pitman's, by picture.
+    """Exact two-sided randomisation test on whole paired differences (G,): Fisher and Pitman's, by image.
 
-    Where the systems are equally good, each picture might as well have had their results, those of all draws
+    Where the systems are equally good, each image might as well have had their results, those of all draws
     together, the other way round: every sign of a difference is as likely as the other. p is the share of
     all 2^G choices of signs whose sum is as far from 0 as the one seen or farther; counted by convolution,
-    without sampling. With one draw and a picture a patient this *is* McNemar's exact test; with several
-    draws it is McNemar's test with the picture as the unit. That a picture's results may be swapped holds
+    without sampling. With one draw and an image per patient this *is* McNemar's exact test; with several
+    draws it is McNemar's test with the image as the unit. That an image's results may be swapped holds
     exactly where both systems have as many draws, and nearly so beside a baseline of one draw.
 
     Fisher, The Design of Experiments, 1935, section 21; Pitman, J. R. Stat. Soc. Suppl. 4, 1937; Yeh,
@@ -192,7 +192,7 @@ def sign_flip(sums: np.ndarray) -> float:
 def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, int, float]:
     """McNemar's exact test of one draw (Psychometrika 12, 1947): (N,) bool and (N,) bool.
 
-    Returns the pictures that only we got right, those that only they got right, and the two-sided p.
+    Returns the images that only we got right, those that only they got right, and the two-sided p.
     """
     only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     discordant = only_ours + only_theirs

@@ -1,7 +1,7 @@
-"""Are new pictures of the kind that a model was made with? Four comparisons of two sets, each with a p.
+"""Are new images of the kind that a model was made with? Four comparisons of two sets, each with a p.
 
 Arrays in, numbers out. A shift counts where its size is past a bound *and* chance does not explain it: with
-many pictures every difference is significant, with few a large one may be none.
+many images every difference is significant, with few a large one may be none.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ import numpy as np
 from scipy import ndimage, stats
 
 STATISTICS = ("brightness", "contrast", "sharpness", "aspect", "pixels")
-LEAST = 5  # pictures of each set, below which nothing is said of their distributions
-MOST_BYTES = 1_000_000_000  # that the archive beside a model may unpack to; millions of pictures do
+LEAST = 5  # images of each set, below which nothing is said of their distributions
+MOST_BYTES = 1_000_000_000  # that the archive beside a model may unpack to; millions of images do
 _FOLDS = 5
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A set of N pictures as they are compared."""
+class Images:
+    """A set of N images as they are compared."""
 
     labels: np.ndarray  # (N,) str
-    embeddings: np.ndarray  # (N, D) of the picture tower ``encoder``
-    coverage: np.ndarray  # (N,) share of the picture inside its mask
+    embeddings: np.ndarray  # (N, D) of the image encoder ``encoder``
+    coverage: np.ndarray  # (N,) share of the image inside its mask
     statistics: np.ndarray  # (N, 5), see ``statistics``
     encoder: str  # the tower's key: embeddings of two towers do not compare
 
 
 @dataclass(frozen=True)
 class Known:
-    """The pictures that a model was made with, as they are kept beside it."""
+    """The images that a model was made with, as they are kept beside it."""
 
     names: frozenset[str]  # sha256 hex of each
     learnt: frozenset[str]  # of those that it was fitted on
-    sample: Pictures  # of them all, or of a part
+    sample: Images  # of them all, or of a part
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` without pickles."""
@@ -64,7 +64,7 @@ class Known:
         """
         file = _read_arrays(path)
         names = [row.tobytes().hex() for row in file["names"]]
-        sample = Pictures(
+        sample = Images(
             file["labels"],
             file["embeddings"].astype(np.float32),
             file["coverage"],
@@ -92,7 +92,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Shift:
-    """One way in which new pictures differ from old ones."""
+    """One way in which new images differ from old ones."""
 
     name: str
     value: float  # NaN where nothing can be said
@@ -111,8 +111,8 @@ def statistics(grey: np.ndarray) -> np.ndarray:
     )
 
 
-def measure(old: Pictures, new: Pictures, bounds: Mapping[str, float], p: float) -> list[Shift]:
-    """How new pictures differ from old ones.
+def measure(old: Images, new: Images, bounds: Mapping[str, float], p: float) -> list[Shift]:
+    """How new images differ from old ones.
 
     ``embedding`` is the AUROC in [0.5, 1] with which a linear classifier tells the two sets apart out of fold
     (Lopez-Paz and Oquab, arXiv 1610.06545), ``coverage`` and ``statistics`` the largest distance of two
@@ -120,7 +120,7 @@ def measure(old: Pictures, new: Pictures, bounds: Mapping[str, float], p: float)
     number), ``classes`` the total variation of the class shares in [0, 1] (p by chi-square).
 
     Args:
-        old: N pictures, what a model was made with.
+        old: N images, what a model was made with.
         new: M others.
         bounds: A value for each of the four names, beyond which a shift counts ...
         p: ... if chance does as much with a smaller probability than this.
@@ -137,7 +137,7 @@ def measure(old: Pictures, new: Pictures, bounds: Mapping[str, float], p: float)
     ]
 
 
-def _embedding(old: Pictures, new: Pictures) -> tuple[float, float]:
+def _embedding(old: Images, new: Images) -> tuple[float, float]:
     smaller = min(len(old.labels), len(new.labels))
     if smaller < LEAST or old.encoder != new.encoder:
         return float("nan"), 1.0

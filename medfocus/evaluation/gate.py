@@ -19,7 +19,7 @@ class Rules:
 
     margin: float  # of accuracy, by which it has to be above the champion; below 0: may be so much worse
     p: float  # at most, McNemar's exact two-sided; 1 asks for no test
-    pictures: int  # at least, on which both are compared: test pictures that the champion has not learnt from
+    images: int  # at least, on which both are compared: test images that the champion has not learnt from
     recall: Mapping[str, float]  # floor of a class; "all" for those that are not named
     calibration: float  # expected calibration error at most
 
@@ -36,12 +36,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Champion:
-    """The present champion on the challenger's test pictures."""
+    """The present champion on the challenger's test images."""
 
     version: str
     classes: tuple[str, ...]
-    predicted: np.ndarray  # (N,) str, a class for each test picture
-    fair: np.ndarray  # (N,) bool: pictures that it has not learnt from, nor from a twin or the same patient
+    predicted: np.ndarray  # (N,) str, a class for each test image
+    fair: np.ndarray  # (N,) bool: images that it has not learnt from, nor from a twin or the same patient
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ def judge(
     """Hold a challenger against the rules and the present champion, if there is one.
 
     Args:
-        probabilities: (N, K) of the challenger on its test pictures, which it has not learnt from.
+        probabilities: (N, K) of the challenger on its test images, which it has not learnt from.
         labels: (N,) integers in [0, K).
         classes: (K,) in the order of the columns.
         rules: The conditions.
         champion: None where there is none yet: then the challenger need not be better than anything.
-        shifts: How the pictures that came since the champion differ from those before.
+        shifts: How the images that came since the champion differ from those before.
     """
     checks: list[Check] = []
     if champion is not None:
@@ -91,15 +91,13 @@ def judge(
     for name, recall in zip(classes, recalls, strict=True):
         floor = rules.recall.get(name, rules.recall.get("all", 0.0))
         if floor > 0:
-            found = "no test picture" if math.isnan(recall) else f"{recall:.3f}"
+            found = "no test image" if math.isnan(recall) else f"{recall:.3f}"
             checks.append(Check(f"recall of {name}", bool(recall >= floor), found, f"{floor:g} at least"))
     ece = expected_calibration_error(probabilities, labels)
     asked = f"{rules.calibration:g} at most"
     checks.append(Check("calibration error", ece <= rules.calibration, f"{ece:.3f}", asked))
     for shift in shifts:
-        found = (
-            "too few pictures to tell" if math.isnan(shift.value) else f"{shift.value:.3f}, p {shift.p:.2g}"
-        )
+        found = "too few images to tell" if math.isnan(shift.value) else f"{shift.value:.3f}, p {shift.p:.2g}"
         checks.append(Check(f"drift of {shift.name}", not shift.past, found, f"{shift.bound:g} at most"))
     return Decision(tuple(checks))
 
@@ -113,7 +111,7 @@ def _against(
     checks = [Check("classes", same, found, f"those of version {champion.version}: {', '.join(known)}")]
     fair = int(champion.fair.sum())
     checks.append(
-        Check("test pictures new to both", fair >= rules.pictures, str(fair), f"{rules.pictures} at least")
+        Check("test images new to both", fair >= rules.images, str(fair), f"{rules.images} at least")
     )
     if not fair:
         return checks
@@ -131,6 +129,6 @@ def _against(
         )
     )
     if rules.p < 1:
-        found = f"p {p:.3g} ({ours_only} pictures for it, {theirs_only} against)"
+        found = f"p {p:.3g} ({ours_only} images for it, {theirs_only} against)"
         checks.append(Check("paired test", p <= rules.p, found, f"p {rules.p:g} at most"))
     return checks

@@ -24,8 +24,8 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
     Returns:
         accuracy, balanced_accuracy, macro_f1 (both means over the classes that have test
-        pictures), auroc (one against the rest, macro mean; NaN where a class has no test
-        picture) and ece, all in [0, 1].
+        images), auroc (one against the rest, macro mean; NaN where a class has no test
+        image) and ece, all in [0, 1].
     """
     from sklearn.metrics import f1_score  # a second of every run that scores nothing
 
@@ -95,7 +95,7 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
 
 
 def per_class_recall(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Recall of every class, (N, K), (N,) -> (K,); NaN where a class has no test picture."""
+    """Recall of every class, (N, K), (N,) -> (K,); NaN where a class has no test image."""
     counts = confusion(probabilities.argmax(axis=1), labels, probabilities.shape[1])  # (K, K)
     true = counts.sum(axis=1)
     return np.divide(counts.diagonal(), true, out=np.full(len(true), np.nan), where=true > 0)

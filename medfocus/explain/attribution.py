@@ -1,4 +1,4 @@
-"""Explanations: where in a picture a prediction comes from, as a map and as two numbers.
+"""Explanations: where in an image a prediction comes from, as a map and as two numbers.
 
 A map is (S, S) at the size of the view that the model saw: float32 on the CPU, nowhere negative, its sum one;
 where a method finds nothing it is the same everywhere. A score, whose gradient some methods take, is any
@@ -7,7 +7,7 @@ differentiable function of what the model gives, such as the predicted class's l
 - ``attention_rollout``: open_clip's ViT; knows no class (Abnar and Zuidema, arXiv 2005.00928)
 - ``gradient_attention``: open_clip's ViT and a score of its features (Chefer et al., arXiv 2103.15679)
 - ``grad_cam``: convolutional nets and Swin (Selvaraju et al., arXiv 1610.02391)
-- ``occlusion``: whatever predicts from pictures (Zeiler and Fergus, arXiv 1311.2901)
+- ``occlusion``: whatever predicts from images (Zeiler and Fergus, arXiv 1311.2901)
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 Score = Callable[[Tensor], Tensor]  # what the model gives (B, D) -> (B,), differentiable
 
-# The pointing game's 15 pixels as a share of the longest side: most of PASCAL VOC's pictures have 500.
+# The pointing game's 15 pixels as a share of the longest side: most of PASCAL VOC's images have 500.
 TOLERANCE = 15 / 500
 
-_WINDOWS = 64  # occluded pictures a pass; bounds the memory
+_WINDOWS = 64  # occluded images per pass; bounds the memory
 
 
 # --- transformers -------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ _WINDOWS = 64  # occluded pictures a pass; bounds the memory
 def attended(
     visual: VisionTransformer, pixels: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The picture tower's own forward, but with its attention matrices kept.
+    """The image encoder's own forward, but with its attention matrices kept.
 
     open_clip's blocks never return them, so they are computed here from the projections' weights, and are
     part of the graph: a gradient by them is that of the features. A block with
@@ -58,8 +58,8 @@ def attended(
     tokens = visual._embeds(pixels)  # (B, L, W)
     if bias is not None and bias.shape != tokens.shape[:2]:
         raise ValueError(
-            f"attention bias: its shape is {tuple(bias.shape)}, not {tuple(tokens.shape[:2])}: one number a "
-            "picture and token, the class token first."
+            f"attention bias: its shape is {tuple(bias.shape)}, not {tuple(tokens.shape[:2])}: one number an "
+            "image and token, the class token first."
         )
     kept = []
     blocks: Any = visual.transformer.resblocks
@@ -123,7 +123,7 @@ def gradient_attention(
     Args:
         visual: See ``attended``.
         pixels: See ``attended``.
-        score: Image features (B, D) of length one -> (B,), each of its own picture alone.
+        score: Image features (B, D) of length one -> (B,), each of its own image alone.
         bias: See ``attended``.
 
     Raises ValueError as ``attended`` does, or for a score without a gradient or of another shape.
@@ -157,7 +157,7 @@ def _check_tower(visual: nn.Module) -> None:
 
     if not isinstance(visual, VisionTransformer):
         raise ValueError(
-            "attention maps need open_clip's VisionTransformer, and this picture tower is "
+            "attention maps need open_clip's VisionTransformer, and this image encoder is "
             f"{type(visual).__name__}. Use grad_cam for a convolutional net, or occlusion."
         )
     attentions = [getattr(block, "attn", None) for block in visual.transformer.resblocks]
@@ -166,7 +166,7 @@ def _check_tower(visual: nn.Module) -> None:
     if pooling != "tok" or not usual:
         raise ValueError(
             "attention maps need blocks of nn.MultiheadAttention and the class token's features (pool_type "
-            f"'tok'); this picture tower has {type(attentions[0]).__name__} and '{pooling}'. Use occlusion."
+            f"'tok'); this image encoder has {type(attentions[0]).__name__} and '{pooling}'. Use occlusion."
         )
 
 
@@ -191,7 +191,7 @@ def grad_cam(
     Args:
         model: In eval mode; frozen weights will do.
         pixels: (B, C, S, S), preprocessed.
-        score: What ``model`` gives, such as logits (B, K) -> (B,), each of its own picture alone.
+        score: What ``model`` gives, such as logits (B, K) -> (B,), each of its own image alone.
         layer: The module of ``model`` whose output is the map A; None: A is ``model.forward_features`` and
             the rest ``model.forward_head``, as timm's models have them.
         channels_last: A is (B, G, G, C) and not (B, C, G, G); None: as ``model.output_fmt`` says, which
@@ -205,7 +205,7 @@ def grad_cam(
     """
     if model.training:
         raise ValueError(
-            "grad_cam: the model is in training mode, where pictures of a batch mix. Call eval() first."
+            "grad_cam: the model is in training mode, where images of a batch mix. Call eval() first."
         )
     with torch.enable_grad():
         seen = pixels.detach().requires_grad_()
@@ -255,10 +255,10 @@ def _watch(model: nn.Module, layer: nn.Module, pixels: Tensor) -> tuple[Tensor, 
 
 
 def _slopes(value: Tensor, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The gradients of each picture's score (B,) by ``inputs``."""
+    """The gradients of each image's score (B,) by ``inputs``."""
     if value.shape != (count,):
         raise ValueError(
-            f"score: gives {tuple(value.shape)} for {count} pictures; it has to give one number each, "
+            f"score: gives {tuple(value.shape)} for {count} images; it has to give one number each, "
             f"({count},)."
         )
     found = torch.autograd.grad(value.sum(), inputs, allow_unused=True) if value.requires_grad else [None]
@@ -277,42 +277,42 @@ def _slopes(value: Tensor, inputs: Sequence[Tensor], count: int) -> list[Tensor]
 @torch.no_grad()
 def occlusion(
     predict: Callable[[Tensor], Tensor],
-    picture: Tensor,
+    image: Tensor,
     target: int,
     *,
     patch: int,
     stride: int,
     fill: int | tuple[int, int, int],
 ) -> Tensor:
-    """How much the target's prediction falls where a square hides the picture.
+    """How much the target's prediction falls where a square hides the image.
 
     The heat of a pixel is the mean fall over the squares that hide it; a rise counts as none.
 
     Args:
-        predict: Pictures (N, S, S, 3) uint8 -> (N, K), best probabilities, as the source has them.
-        picture: (S, S, 3) uint8.
+        predict: Images (N, S, S, 3) uint8 -> (N, K), best probabilities, as the source has them.
+        image: (S, S, 3) uint8.
         target: The column of ``predict`` that is explained.
         patch: Pixels a side of the square.
-        stride: Pixels from one square to the next; the last ones end at the picture's edge.
+        stride: Pixels from one square to the next; the last ones end at the image's edge.
         fill: The grey value or RGB of the square, such as ``medfocus.focus.modes.FILL``.
 
     Returns:
         (1, S, S). Source: Zeiler and Fergus, arXiv 1311.2901.
 
-    Raises ValueError for a picture of another kind, squares that do not fit or leave gaps, or a target that
+    Raises ValueError for an image of another kind, squares that do not fit or leave gaps, or a target that
     ``predict`` does not have.
     """
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != torch.uint8:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != torch.uint8:
         raise ValueError(
-            f"occlusion: the picture is {tuple(picture.shape)} {picture.dtype}; give one, (S, S, 3) uint8."
+            f"occlusion: the image is {tuple(image.shape)} {image.dtype}; give one, (S, S, 3) uint8."
         )
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     if height != width or not 1 <= patch <= width or not 1 <= stride <= patch:
         raise ValueError(
             f"occlusion: squares of {patch} px, {stride} px apart, on {height} x {width} px. Use a square "
             "view, a patch that fits into it and a stride from 1 to the patch."
         )
-    whole = predict(picture[None])  # (1, K)
+    whole = predict(image[None])  # (1, K)
     if whole.ndim != 2 or not 0 <= target < whole.shape[1]:
         raise ValueError(
             f"occlusion: target {target} is no column of the prediction {tuple(whole.shape)}; predict has to "
@@ -323,7 +323,7 @@ def occlusion(
     heat, hidden = torch.zeros(2, height, width, dtype=torch.float64)
     for first in range(0, len(corners), _WINDOWS):
         batch = corners[first : first + _WINDOWS]
-        occluded = picture.repeat(len(batch), 1, 1, 1)
+        occluded = image.repeat(len(batch), 1, 1, 1)
         for covered, (top, left) in zip(occluded, batch, strict=True):
             covered[top : top + patch, left : left + patch] = torch.tensor(fill, dtype=torch.uint8)
         falls = relu(whole[0, target] - predict(occluded)[:, target]).tolist()
@@ -339,7 +339,7 @@ def occlusion(
 def to_maps(heat: Tensor, size: int) -> Tensor:
     """Heat (B, G, G) on any grid -> maps (B, size, size) float32 on the CPU that sum to one.
 
-    Negative heat counts as none; a picture without heat gets the same everywhere. Raises ValueError for heat
+    Negative heat counts as none; an image without heat gets the same everywhere. Raises ValueError for heat
     that is not finite.
     """
     if not heat.isfinite().all():
@@ -353,7 +353,7 @@ def to_maps(heat: Tensor, size: int) -> Tensor:
 def inside_share(attribution: np.ndarray | Tensor, mask: np.ndarray | Tensor) -> float:
     """The share of an attribution (S, S) that lies inside of ``mask`` (S, S) bool, in the same frame.
 
-    Compare it with the mask's share of the picture, which the attribution that knows nothing would have.
+    Compare it with the mask's share of the image, which the attribution that knows nothing would have.
     Raises ValueError for shapes that differ, a mask that is empty or not bool, or an attribution that is
     negative, not finite or zero everywhere.
     """
@@ -400,7 +400,7 @@ def _in_one_frame(
     if inside.dtype != bool:
         raise ValueError(f"{what}: the mask is {inside.dtype}; give True inside of the region (mask > 0).")
     if not inside.any():
-        raise ValueError(f"{what}: the mask is empty, so nothing can lie in it. Leave this picture out.")
+        raise ValueError(f"{what}: the mask is empty, so nothing can lie in it. Leave this image out.")
     if not np.isfinite(heat).all() or heat.min() < 0 or heat.sum() <= 0:
         raise ValueError(
             f"{what}: the attribution has negative, infinite or only zero values; give one that sums to one."

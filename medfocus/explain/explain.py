@@ -23,7 +23,7 @@ _SQUARES = 8  # a side, of an occlusion; each overlaps half of its neighbour
 
 
 def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor) -> tuple[Tensor, str]:
-    """Attribution of a fitted method's main classifier for one class a picture.
+    """Attribution of a fitted method's main classifier for one class per image.
 
     Args:
         method: Fitted.
@@ -60,13 +60,13 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
     return _occluded(method, views, targets), "occlusion"
 
 
-def on_picture(heat: np.ndarray, mask: np.ndarray, focus: str) -> np.ndarray:
-    """An attribution of the whole picture's view (S, S) -> of the picture itself, (H, W), summing to one.
+def on_image(heat: np.ndarray, mask: np.ndarray, focus: str) -> np.ndarray:
+    """An attribution of the whole image's view (S, S) -> of the image itself, (H, W), summing to one.
 
     Args:
         heat: As ``explain`` gives it.
-        mask: (H, W) bool, what the view was made with; an empty one is read as the whole picture.
-        focus: Of the view; "crop" shows a part of the picture, and what it leaves out gets nothing.
+        mask: (H, W) bool, what the view was made with; an empty one is read as the whole image.
+        focus: Of the view; "crop" shows a part of the image, and what it leaves out gets nothing.
     """
     height, width = mask.shape
     rows, columns = slice(0, height), slice(0, width)
@@ -77,7 +77,7 @@ def on_picture(heat: np.ndarray, mask: np.ndarray, focus: str) -> np.ndarray:
         rows, columns = slice(top, bottom + 1), slice(left, right + 1)
     found = np.zeros(mask.shape, np.float32)
     part = found[rows, columns]
-    framed = letterbox_mask(np.ones(part.shape, bool), len(heat)) > 0.5  # (S, S), True on the picture
+    framed = letterbox_mask(np.ones(part.shape, bool), len(heat)) > 0.5  # (S, S), True on the image
     inside = Image.fromarray(np.ascontiguousarray(heat[np.ix_(framed.any(1), framed.any(0))], np.float32))
     part[:] = np.asarray(inside.resize(part.shape[::-1], Image.Resampling.BILINEAR))
     total = found.sum(dtype=np.float64)
@@ -112,14 +112,14 @@ def _occluded(method: Method, views: Tensor, targets: Tensor) -> Tensor:
         return next(iter(method.logits(method.embed(whole)).values())).double().softmax(dim=1)
 
     maps = []
-    for picture, target in zip(views, targets.tolist(), strict=True):
-        further = picture[..., 3:]  # a region stays where it is
+    for image, target in zip(views, targets.tolist(), strict=True):
+        further = image[..., 3:]  # a region stays where it is
         if further.shape[2] == 3:  # the focused twin would show what is hidden
             further = further.clone()
         maps.append(
             occlusion(
                 lambda shown, further=further: predict(shown, further),
-                picture[..., :3].contiguous(),
+                image[..., :3].contiguous(),
                 target,
                 patch=2 * stride,
                 stride=stride,

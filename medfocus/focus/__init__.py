@@ -1,1 +1,1 @@
-"""Views of a picture under its mask. It may import masks, clip, images and storage."""
+"""Views of an image under its mask. It may import masks, clip, images and storage."""

@@ -1,4 +1,4 @@
-"""How a mask becomes a visual prompt: x_s = x ⊙ m and its kin. Picture and mask in, picture out.
+"""How a mask becomes a visual prompt: x_s = x ⊙ m and its kin. Image and mask in, image out.
 
 Outside of the mask stands CLIP's mean colour, which is 0 after its normalisation; black would be -1.8
 standard deviations. A soft edge lies outside of the mask, so that what is inside stays as it is.
@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from medfocus.masks.candidates import connected
 
-# The mean of CLIP's training pictures in 8 bits: 255 * (0.48145466, 0.4578275, 0.40821073).
+# The mean of CLIP's training images in 8 bits: 255 * (0.48145466, 0.4578275, 0.40821073).
 FILL = (123, 117, 104)
 # Easily told apart on grey and from each other: red, azure, yellow, magenta, green, orange.
 SEGMENT_COLOURS = ((230, 30, 40), (0, 140, 255), (250, 210, 0), (215, 60, 215), (40, 190, 70), (255, 130, 0))
@@ -28,59 +28,59 @@ DIRECTIONS = ((-1, 0), (0, -1), (1, 0), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, -
 BLUR_SIGMA = 0.04  # of the longest side: shapes stay, texture goes
 
 
-def focus(picture: np.ndarray, mask: np.ndarray, mode: str, *, feather: float) -> np.ndarray:
-    """Apply one of ``FOCUS`` to a picture at its own resolution.
+def focus(image: np.ndarray, mask: np.ndarray, mode: str, *, feather: float) -> np.ndarray:
+    """Apply one of ``FOCUS`` to an image at its own resolution.
 
-    An empty mask is read as the whole picture, m = 1, the last rung of the masks' ladder: a picture
+    An empty mask is read as the whole image, m = 1, the last rung of the masks' ladder: an image
     without a region must not become a blank one, which would tell of the mask and nothing else. Only
-    "inverse" makes it one, as the whole picture has no background.
+    "inverse" makes it one, as the whole image has no background.
 
     Args:
-        picture: (H, W, 3) uint8 RGB; never written to.
+        image: (H, W, 3) uint8 RGB; never written to.
         mask: (H, W) bool, True inside the region.
         mode: A key of FOCUS.
-        feather: Width of the soft edge as a share of the picture's longest side, in [0, 0.5];
+        feather: Width of the soft edge as a share of the image's longest side, in [0, 0.5];
             "multiply", "inverse", "binary" and "blur" have one.
 
     Returns:
-        (H, W, 3) uint8; "crop" gives (H', W', 3), "none" the picture itself.
+        (H, W, 3) uint8; "crop" gives (H', W', 3), "none" the image itself.
 
     Raises:
-        ValueError: An unknown mode, or a picture, mask or feather of another kind.
+        ValueError: An unknown mode, or an image, mask or feather of another kind.
     """
     if mode not in FOCUS:
         raise ValueError(f"Unknown focus {mode!r}; known: {', '.join(FOCUS)}.")
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise ValueError(f"The picture is {picture.dtype} of {picture.shape}; focus takes (H, W, 3) uint8.")
-    if mask.shape != picture.shape[:2] or mask.dtype != bool:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"The image is {image.dtype} of {image.shape}; focus takes (H, W, 3) uint8.")
+    if mask.shape != image.shape[:2] or mask.dtype != bool:
         raise ValueError(
-            f"The mask is {mask.dtype} of {mask.shape}; this picture's is bool of {picture.shape[:2]}."
+            f"The mask is {mask.dtype} of {mask.shape}; this image's is bool of {image.shape[:2]}."
         )
     if not 0 <= feather <= 0.5:
         raise ValueError(f"feather is {feather}; use a share of the longest side in [0, 0.5].")
-    return FOCUS[mode](picture, mask if mask.any() else np.ones_like(mask), feather)
+    return FOCUS[mode](image, mask if mask.any() else np.ones_like(mask), feather)
 
 
-def none(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
-    """The picture itself: the row that shows what the focus is worth."""
-    return picture
+def none(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+    """The image itself: the row that shows what the focus is worth."""
+    return image
 
 
-def multiply(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
-    """The paper's x ⊙ m: the picture inside, CLIP's mean colour outside."""
-    return _blend(picture, Image.new("RGB", picture.shape[1::-1], FILL), soft_edge(mask, feather))
+def multiply(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+    """The paper's x ⊙ m: the image inside, CLIP's mean colour outside."""
+    return _blend(image, Image.new("RGB", image.shape[1::-1], FILL), soft_edge(mask, feather))
 
 
-def inverse(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def inverse(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     """The background alone, x ⊙ (1 - m), a control: CLIP's mean colour inside and, softly, around the mask.
 
     Under a full mask nothing is left but that colour. The hole still has the mask's shape; what that
     gives away by itself, "binary" shows.
     """
-    return _blend(picture, Image.new("RGB", picture.shape[1::-1], FILL), 255 - soft_edge(mask, feather))
+    return _blend(image, Image.new("RGB", image.shape[1::-1], FILL), 255 - soft_edge(mask, feather))
 
 
-def overlay(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def overlay(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     """The paper's Figure 1: each segment (connected part of the mask) tinted, the largest in red."""
     labels, count = connected(mask)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
@@ -88,63 +88,63 @@ def overlay(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray
     for rank, part in enumerate(np.argsort(-sizes, kind="stable")):
         colour_of[1 + part] = SEGMENT_COLOURS[rank % len(SEGMENT_COLOURS)]
     tinted = np.where(mask, np.uint8(round(255 * (1 - TINT))), np.uint8(255))
-    return _blend(picture, Image.fromarray(colour_of[labels]), tinted)
+    return _blend(image, Image.fromarray(colour_of[labels]), tinted)
 
 
-def binary(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def binary(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     """The silhouette alone, white on black: what the mask's shape gives away by itself."""
     return np.repeat(soft_edge(mask, feather)[:, :, None], 3, axis=2)
 
 
-def crop(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
-    """The square around the mask's box (w, h), half side max(.5w, .5h, .2W, .2H), cut off at the picture."""
+def crop(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+    """The square around the mask's box (w, h), half side max(.5w, .5h, .2W, .2H), cut off at the image."""
     height, width = mask.shape
     top, bottom, left, right = _bounds(mask)
     half = max(0.5 * (right - left), 0.5 * (bottom - top), 0.2 * width, 0.2 * height)
     y, x = (top + bottom) / 2, (left + right) / 2
     rows = slice(max(0, math.floor(y - half)), math.ceil(y + half))
     columns = slice(max(0, math.floor(x - half)), math.ceil(x + half))
-    return picture[rows, columns].copy()
+    return image[rows, columns].copy()
 
 
-def blur(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
-    """The picture inside, a blurred one outside: where it lies is still told, what it is no longer."""
-    blurred = Image.fromarray(picture).filter(ImageFilter.GaussianBlur(BLUR_SIGMA * max(mask.shape)))
-    return _blend(picture, blurred, soft_edge(mask, feather))
+def blur(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+    """The image inside, a blurred one outside: where it lies is still told, what it is no longer."""
+    blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(BLUR_SIGMA * max(mask.shape)))
+    return _blend(image, blurred, soft_edge(mask, feather))
 
 
-def contour(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def contour(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     """A red line around the mask, drawn outside of it so that it hides nothing of the region."""
-    return _marked(picture, _line_around(mask))
+    return _marked(image, _line_around(mask))
 
 
-def circle(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def circle(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     """A red ellipse around the mask: the smallest with the centre and proportions of the mask's box.
 
-    Like "contour" and "box" it lies outside of the region, is cut off where the picture ends, and around
-    the whole picture is not to be seen.
+    Like "contour" and "box" it lies outside of the region, is cut off where the image ends, and around
+    the whole image is not to be seen.
     """
     top, bottom, left, right = _bounds(mask)
     y = np.abs(np.arange(mask.shape[0])[:, None] - (top + bottom - 1) / 2)  # (H, 1) from the centre
     x = np.abs(np.arange(mask.shape[1]) - (left + right - 1) / 2)  # (W,)
     down, across = (bottom - top) / 2, (right - left) / 2  # the half axes of the ellipse inside the box
     farthest = (((y + 0.5) / down) ** 2 + ((x + 0.5) / across) ** 2)[mask].max()  # corner of a pixel
-    return _marked(picture, _line_around((y / down) ** 2 + (x / across) ** 2 <= farthest))
+    return _marked(image, _line_around((y / down) ** 2 + (x / across) ** 2 <= farthest))
 
 
-def box(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def box(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     """A red rectangle around the mask: its bounding box."""
     top, bottom, left, right = _bounds(mask)
     inside = np.zeros_like(mask)
     inside[top:bottom, left:right] = True
-    return _marked(picture, _line_around(inside))
+    return _marked(image, _line_around(inside))
 
 
-def arrow(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def arrow(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     """A red arrow that points at the centre of the mask's largest part, its tip on the mask's border.
 
-    Of eight directions it comes from that where the picture has room for the largest. It is 36 pixels of
-    what CLIP sees, smaller where there is less room, and around the whole picture there is none.
+    Of eight directions it comes from that where the image has room for the largest. It is 36 pixels of
+    what CLIP sees, smaller where there is less room, and around the whole image there is none.
     """
     labels, _ = connected(mask)
     top, bottom, left, right = _bounds(labels == 1 + np.bincount(labels.ravel())[1:].argmax())
@@ -157,7 +157,7 @@ def arrow(picture: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     along = y * outwards[0] + x * outwards[1]  # (H, W) pixels from the tip to the arrow's tail
     half = np.where(along <= ARROW_HEAD * width, along / 2, width / 2)
     drawn = (along > 0) & (along <= ARROW_LENGTH * width) & (abs(y * outwards[1] - x * outwards[0]) <= half)
-    return _marked(picture, drawn & ~mask)
+    return _marked(image, drawn & ~mask)
 
 
 FOCUS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
@@ -179,7 +179,7 @@ def soft_edge(mask: np.ndarray, feather: float) -> np.ndarray:
     """(H, W) bool -> (H, W) uint8: 255 inside, falling to 0 over ``feather`` times the longest side outside.
 
     Twice the share of the mask in a square window, which along a straight edge is linear. Counted in
-    integers, so that it is the same for a turned picture to the last bit.
+    integers, so that it is the same for a turned image to the last bit.
     """
     radius = round(feather * max(mask.shape))
     if radius == 0:
@@ -210,8 +210,8 @@ def _line_around(region: np.ndarray) -> np.ndarray:
     return (distance > 0) & (distance <= _mark_width(region))
 
 
-def _marked(picture: np.ndarray, mark: np.ndarray) -> np.ndarray:
-    drawn = picture.copy()
+def _marked(image: np.ndarray, mark: np.ndarray) -> np.ndarray:
+    drawn = image.copy()
     drawn[mark] = MARK_COLOUR
     return drawn
 
@@ -237,7 +237,7 @@ def _border(
 
 
 def _largest_width(shape: tuple[int, ...], tip: tuple[float, float], outwards: tuple[float, float]) -> float:
-    """The width of line of the largest arrow inside a picture of ``shape`` with this tip and direction."""
+    """The width of line of the largest arrow inside an image of ``shape`` with this tip and direction."""
     corners = np.array([(ARROW_LENGTH, 0.5), (ARROW_LENGTH, -0.5), (ARROW_HEAD, 2.0), (ARROW_HEAD, -2.0)])
     away = corners @ np.array([outwards, (-outwards[1], outwards[0])])  # (4, 2) from the tip, at width 1
     return float((np.where(away > 0, np.subtract(shape, tip), tip) / abs(away)).min())

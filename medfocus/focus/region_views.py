@@ -1,4 +1,4 @@
-"""Views for a focus inside the encoder: the picture, and beside it in further channels its region."""
+"""Views for a focus inside the encoder: the image, and beside it in further channels its region."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KEPT = 0.5  # share of the region that has to be left in a crop, as in ``view``
 
 
 def focused_view(
-    picture: np.ndarray,
+    image: np.ndarray,
     mask: np.ndarray | None,
     *,
     focus: str,
@@ -26,10 +26,10 @@ def focused_view(
     Raises as they do.
     """
     if focus not in REGIONS:
-        return view(picture, mask, focus=focus, size=size, feather=feather, crop=crop)
+        return view(image, mask, focus=focus, size=size, feather=feather, crop=crop)
     if mask is None:
-        raise ValueError(f"focus '{focus}' needs a mask, and this picture has none. Make its mask first.")
-    return region_view(picture, mask, mode=focus, size=size, feather=feather, crop=crop)
+        raise ValueError(f"focus '{focus}' needs a mask, and this image has none. Make its mask first.")
+    return region_view(image, mask, mode=focus, size=size, feather=feather, crop=crop)
 
 
 def focused_view_key(*, focus: str, size: int, feather: float) -> str:
@@ -40,7 +40,7 @@ def focused_view_key(*, focus: str, size: int, feather: float) -> str:
 
 
 def region_view(
-    picture: np.ndarray,
+    image: np.ndarray,
     mask: np.ndarray,
     *,
     mode: str,
@@ -48,13 +48,13 @@ def region_view(
     feather: float,
     crop: Crop | None = None,
 ) -> np.ndarray:
-    """Picture (H, W, 3) uint8 and mask (H, W) bool -> view (S, S, C) uint8, in one frame.
+    """Image (H, W, 3) uint8 and mask (H, W) bool -> view (S, S, C) uint8, in one frame.
 
     Args:
-        picture: RGB, at its own resolution.
-        mask: True inside the region; an empty one is read as the whole picture.
-        mode: "alpha" and "attention" give the picture and the region as a fourth channel, 255 inside;
-            "dual" gives the picture and its "multiply" focus, six channels.
+        image: RGB, at its own resolution.
+        mask: True inside the region; an empty one is read as the whole image.
+        mode: "alpha" and "attention" give the image and the region as a fourth channel, 255 inside;
+            "dual" gives the image and its "multiply" focus, six channels.
         size: S, pixels a side.
         feather: Of "multiply"; see ``medfocus.focus.view.view``.
         crop: What ``crop_box`` draws; one that leaves less than half of the mask is not taken.
@@ -66,9 +66,9 @@ def region_view(
     mask = mask if mask.any() else np.ones_like(mask)
     if crop is not None and cut(mask, crop).sum() < _KEPT * mask.sum():
         crop = Crop(0, 0, 1, 1, crop.mirrored)
-    raw = view(picture, None, focus="none", size=size, feather=feather, crop=crop)  # (S, S, 3)
+    raw = view(image, None, focus="none", size=size, feather=feather, crop=crop)  # (S, S, 3)
     if mode == "dual":
-        focused = view(picture, mask, focus="multiply", size=size, feather=feather, crop=crop)
+        focused = view(image, mask, focus="multiply", size=size, feather=feather, crop=crop)
         return np.concatenate([raw, focused], axis=2)  # (S, S, 6)
     shown = mask if crop is None else cut(mask, crop)
     region = np.rint(255 * letterbox_mask(shown, size)).astype(np.uint8)  # (S, S)

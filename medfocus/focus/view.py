@@ -1,4 +1,4 @@
-"""What the encoder takes: picture and mask are cropped together, then focused, then letterboxed."""
+"""What the encoder takes: image and mask are cropped together, then focused, then letterboxed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from medfocus.focus.modes import focus as apply_focus
 from medfocus.images.decode import letterbox
 from medfocus.storage.fingerprint import fingerprint
 
-AREA = (0.5, 1.0)  # share of the picture that a random crop keeps, as the method's authors have it
+AREA = (0.5, 1.0)  # share of the image that a random crop keeps, as the method's authors have it
 _KEPT = 0.5  # share of the mask that has to be left in a crop
 
 
 class Crop(NamedTuple):
-    """The part of a picture that a view shows, in shares of its width and height."""
+    """The part of an image that a view shows, in shares of its width and height."""
 
     left: float
     top: float
@@ -26,10 +26,10 @@ class Crop(NamedTuple):
 
 
 def crop_box(sha256: str, view: int, *, mirror: bool = False) -> Crop:
-    """The crop of one view of a picture: view 0 is the whole picture, the others are random and repeatable.
+    """The crop of one view of an image: view 0 is the whole image, the others are random and repeatable.
 
-    The draw depends on the picture's ``sha256`` (hex) and ``view`` alone, so a view can be cached. A crop has
-    the aspect ratio of its picture: its letterboxed view then has the padding of the whole picture's view.
+    The draw depends on the image's ``sha256`` (hex) and ``view`` alone, so a view can be cached. A crop has
+    the aspect ratio of its image: its letterboxed view then has the padding of the whole image's view.
     With ``mirror`` half of the random views are mirrored left to right; never ask this of chest films, where
     the heart's side is a finding.
     """
@@ -42,7 +42,7 @@ def crop_box(sha256: str, view: int, *, mirror: bool = False) -> Crop:
 
 
 def view(
-    picture: np.ndarray,
+    image: np.ndarray,
     mask: np.ndarray | None,
     *,
     focus: str,
@@ -50,30 +50,30 @@ def view(
     feather: float,
     crop: Crop | None = None,
 ) -> np.ndarray:
-    """Picture (H, W, 3) uint8 and mask (H, W) bool -> view (S, S, 3) uint8.
+    """Image (H, W, 3) uint8 and mask (H, W) bool -> view (S, S, 3) uint8.
 
     A crop that leaves less than half of the mask is not taken, as it would show the focus something else than
-    the region: the whole picture is, mirrored if the crop is.
+    the region: the whole image is, mirrored if the crop is.
 
     Args:
-        picture: RGB, at its own resolution.
+        image: RGB, at its own resolution.
         mask: True inside the region; None will do for focus "none".
         focus: A key of ``medfocus.focus.modes.FOCUS``.
         size: S, pixels a side; the longest side fills it, the rest is CLIP's mean colour.
         feather: Width of the soft edge as a share of the longest side of what the crop leaves.
-        crop: What ``crop_box`` draws; None is the whole picture.
+        crop: What ``crop_box`` draws; None is the whole image.
 
     Raises ValueError for an absent mask, and as ``medfocus.focus.modes.focus`` does.
     """
     if focus == "none":
         mask = None
     elif mask is None:
-        raise ValueError(f"focus '{focus}' needs a mask, and this picture has none. Make its mask first.")
+        raise ValueError(f"focus '{focus}' needs a mask, and this image has none. Make its mask first.")
     if crop is not None:
         if mask is not None and mask[_window(mask, crop)].sum() < _KEPT * mask.sum():
             crop = Crop(0, 0, 1, 1, crop.mirrored)
-        picture, mask = cut(picture, crop), None if mask is None else cut(mask, crop)
-    focused = picture if mask is None else apply_focus(picture, mask, focus, feather=feather)
+        image, mask = cut(image, crop), None if mask is None else cut(mask, crop)
+    focused = image if mask is None else apply_focus(image, mask, focus, feather=feather)
     return letterbox(focused, size, FILL)
 
 
@@ -83,7 +83,7 @@ def view_key(*, focus: str, size: int, feather: float) -> str:
 
 
 def cut(plane: np.ndarray, crop: Crop) -> np.ndarray:
-    """What a crop leaves of a picture (H, W, 3) or a mask (H, W), mirrored if the crop is."""
+    """What a crop leaves of an image (H, W, 3) or a mask (H, W), mirrored if the crop is."""
     rows, columns = _window(plane, crop)
     return np.ascontiguousarray(plane[rows, columns][:, :: -1 if crop.mirrored else 1])
 

@@ -1,6 +1,6 @@
-"""The image edge: bytes to RGB arrays, and the few geometric steps that pictures and masks share.
+"""The image edge: bytes to RGB arrays, and the few geometric steps that images and masks share.
 
-A picture comes from anywhere, so it meets three limits before any pixel is decoded: its format, its file's
+An image comes from anywhere, so it meets three limits before any pixel is decoded: its format, its file's
 bytes, and the pixels that its header promises. Pillow's own guard against bombs lies behind them, higher up.
 DICOM and NIfTI, known by their bytes and not by their names, meet the same limits.
 """
@@ -20,25 +20,25 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from medfocus.images import stack as frames
-from medfocus.images.stack import PictureError, Stack, TooLargeError
+from medfocus.images.stack import ImageError, Stack, TooLargeError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; it opens no file with another decoder
-MOST_PIXELS = 64_000_000  # of one picture
+MOST_PIXELS = 64_000_000  # of one image
 MOST_BYTES = 256_000_000  # of one file
-MOST_KEPT = 1_000_000_000  # of the opened files of several pictures that are kept for the next of theirs
+MOST_KEPT = 1_000_000_000  # of the opened files of several images that are kept for the next of theirs
 _CAPTION_HEIGHT = 14  # pixels under each tile of a contact sheet
 _GAP = 4  # pixels between tiles
 
 
 def read_bytes(path: Path, name: str | None = None) -> bytes:
-    """A picture's file, of which no more is read than a picture may have.
+    """An image's file, of which no more is read than an image may have.
 
-    Raises FileNotFoundError and other OSErrors, and PictureError naming ``name`` (default: the path) where it
+    Raises FileNotFoundError and other OSErrors, and ImageError naming ``name`` (default: the path) where it
     is no ordinary file, such as a pipe that would never end, or is too large.
     """
     name = str(path) if name is None else name
     if path.exists() and not path.is_file():
-        raise PictureError(name, "is no ordinary file", "Put the picture itself there, or remove it.")
+        raise ImageError(name, "is no ordinary file", "Put the image itself there, or remove it.")
     with path.open("rb") as file:
         data = file.read(MOST_BYTES + 1)
     _check_bytes(len(data), name)
@@ -46,79 +46,79 @@ def read_bytes(path: Path, name: str | None = None) -> bytes:
 
 
 def read_header(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """An encoded picture whose pixels are still to be decoded, within the limits of this module.
+    """An encoded image whose pixels are still to be decoded, within the limits of this module.
 
-    Raises PictureError, a ValueError, naming ``name``.
+    Raises ImageError, a ValueError, naming ``name``.
     """
     if not data:
-        raise PictureError(name, "the file is empty (0 bytes)", "Copy it again or remove it.")
+        raise ImageError(name, "the file is empty (0 bytes)", "Copy it again or remove it.")
     _check_bytes(len(data), name)
     try:
-        picture = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
         known = (*formats, "DICOM", "NIFTI") if formats == FORMATS else formats
-        fault = f"is no picture in a format that is read ({', '.join(known)})"
-        raise PictureError(name, fault, "Export it again as PNG, or remove it.") from error
+        fault = f"is no image in a format that is read ({', '.join(known)})"
+        raise ImageError(name, fault, "Export it again as PNG, or remove it.") from error
     # Pillow's own guard speaks first where the bounds are passed by far; the sentence is one.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_many_pixels(name, "more") from error
     except Exception as error:
         raise _undecodable(name, error) from error
-    if picture.width * picture.height > MOST_PIXELS:
-        raise _too_many_pixels(name, f"{picture.width} x {picture.height}")
-    return picture
+    if image.width * image.height > MOST_PIXELS:
+        raise _too_many_pixels(name, f"{image.width} x {image.height}")
+    return image
 
 
-def open_picture(data: bytes, name: str) -> Image.Image:
-    """The first frame of an encoded picture, fully decoded, in its own mode, EXIF orientation applied.
+def open_image(data: bytes, name: str) -> Image.Image:
+    """The first frame of an encoded image, fully decoded, in its own mode, EXIF orientation applied.
 
-    Raises PictureError, a ValueError, naming ``name`` when the bytes are empty, broken or cut short, or past
+    Raises ImageError, a ValueError, naming ``name`` when the bytes are empty, broken or cut short, or past
     one of the limits of this module; then no pixel was decoded.
     """
-    picture = read_header(data, name)
+    image = read_header(data, name)
     try:
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)  # a large picture is not copied if it is upright
-        return picture
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # a large image is not copied if it is upright
+        return image
     # Broken bytes make Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         raise _undecodable(name, error) from error
 
 
-def to_rgb(picture: Image.Image, name: str) -> np.ndarray:
-    """A picture of any mode -> (H, W, 3) uint8 RGB; see ``decode``. Raises PictureError."""
-    if picture.mode.startswith(("I", "F")):
-        picture = Image.fromarray(_window(np.asarray(picture, dtype=np.float32), name))
-    elif picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
-    if picture.mode != "RGB":
-        picture = picture.convert("RGB")
-    return np.array(picture)  # a copy, so that it may be written to
+def to_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """An image of any mode -> (H, W, 3) uint8 RGB; see ``decode``. Raises ImageError."""
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_window(np.asarray(image, dtype=np.float32), name))
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.array(image)  # a copy, so that it may be written to
 
 
 def decode(data: bytes, name: str) -> np.ndarray:
-    """Encoded picture -> (H, W, 3) uint8 RGB.
+    """Encoded image -> (H, W, 3) uint8 RGB.
 
     Grey beyond 8 bits (and float) is windowed to 8 bits by its own minimum and maximum; alpha is
     composited over black; the EXIF orientation is applied; of several frames of a TIFF the first is taken.
     DICOM and NIfTI are known by their bytes and shown as ``dicom`` and ``nifti`` say; of several frames or
     slices nobody has chosen one, so they are refused.
-    Raises PictureError, a ValueError, naming ``name``, the fault and the fix.
+    Raises ImageError, a ValueError, naming ``name``, the fault and the fix.
     """
     stack = open_stack(data, name)
     if stack is None:
-        return to_rgb(open_picture(data, name), name)
+        return to_rgb(open_image(data, name), name)
     if stack.only is None:
         fix = "Name the one that is meant behind a #, or export it as a file of its own."
-        raise PictureError(name, "holds several pictures", fix)
+        raise ImageError(name, "holds several images", fix)
     return _rgb(stack.pixels(stack.only))
 
 
 def open_stack(data: bytes, name: str) -> Stack | None:
     """A DICOM or NIfTI file, within the limits of this module; None for what is neither by its bytes.
 
-    Raises PictureError, a ValueError, naming ``name``.
+    Raises ImageError, a ValueError, naming ``name``.
     """
     kind = frames.kind(data)
     if not kind:
@@ -134,7 +134,7 @@ def open_stack(data: bytes, name: str) -> Stack | None:
 
 
 def read(path: Path) -> np.ndarray:
-    """Picture file -> (H, W, 3) uint8 RGB; see ``decode``. ``x.dcm#07`` is a frame, see ``stack``.
+    """Image file -> (H, W, 3) uint8 RGB; see ``decode``. ``x.dcm#07`` is a frame, see ``stack``.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -142,7 +142,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def read_named(path: Path) -> tuple[str, np.ndarray]:
-    """A picture's sha256 hex, as its record has it, and its pixels; see ``read``."""
+    """An image's sha256 hex, as its record has it, and its pixels; see ``read``."""
     file, frame = frames.split(path)
     if frame:
         stack = _lately_opened(file)
@@ -153,7 +153,7 @@ def read_named(path: Path) -> tuple[str, np.ndarray]:
 
 
 def frames_of(path: Path) -> list[Path]:
-    """The pictures of a file: its frames or axial slices by their names, or the path itself for its only one.
+    """The images of a file: its frames or axial slices by their names, or the path itself for its only one.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -188,7 +188,7 @@ _lately_lock = threading.Lock()
 
 
 def _lately_opened(file: Path) -> Stack:
-    """An opened file of several pictures, for they are asked for one after the other.
+    """An opened file of several images, for they are asked for one after the other.
 
     The last one is kept, and those before it up to MOST_KEPT bytes. Raises as ``read`` does.
     """
@@ -197,7 +197,7 @@ def _lately_opened(file: Path) -> Stack:
     with _lately_lock:  # or each of several threads would open it
         stack = _lately.pop(key, None) or open_stack(read_bytes(file), str(file))
         if stack is None:
-            raise PictureError(str(file), "holds one picture", "Leave out the # and what follows.")
+            raise ImageError(str(file), "holds one image", "Leave out the # and what follows.")
         _lately[key] = stack
         while len(_lately) > 1 and sum(kept.size for kept in _lately.values()) > MOST_KEPT:
             _lately.popitem(last=False)
@@ -209,18 +209,18 @@ def _rgb(pixels: np.ndarray) -> np.ndarray:
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels)
 
 
-def grey(picture: np.ndarray) -> np.ndarray:
+def grey(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) float32 luma in [0, 1], with the weights of ITU-R BT.601."""
-    luma = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # (H, W, 3) @ (3,)
+    luma = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # (H, W, 3) @ (3,)
     return np.minimum(luma / np.float32(255), np.float32(1))
 
 
-def letterbox(picture: np.ndarray, size: int, fill: Sequence[int] | np.ndarray) -> np.ndarray:
+def letterbox(image: np.ndarray, size: int, fill: Sequence[int] | np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 -> (size, size, 3) uint8: longest side to ``size``, centred, padded with ``fill``."""
-    height, width, top, left = _placement(picture.shape[0], picture.shape[1], size)
+    height, width, top, left = _placement(image.shape[0], image.shape[1], size)
     box = np.empty((size, size, 3), dtype=np.uint8)
     box[:] = np.asarray(fill, dtype=np.uint8)
-    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     box[top : top + height, left : left + width] = np.asarray(resized)
     return box
 
@@ -270,20 +270,20 @@ def _check_bytes(count: int, name: str) -> None:
         raise TooLargeError(name, fault, "Export it smaller, as a compressed PNG for one, or remove it.")
 
 
-def _too_many_pixels(name: str, found: str) -> PictureError:
+def _too_many_pixels(name: str, found: str) -> ImageError:
     fault = f"has {found} pixels; {MOST_PIXELS // 1_000_000} megapixels are the most that is decoded"
     return TooLargeError(name, fault, "Scale it down or cut it into tiles, or remove it.")
 
 
-def _undecodable(name: str, error: Exception) -> PictureError:
-    return PictureError(name, f"cannot be decoded ({error})", "Export it again as PNG, or remove it.")
+def _undecodable(name: str, error: Exception) -> ImageError:
+    return ImageError(name, f"cannot be decoded ({error})", "Export it again as PNG, or remove it.")
 
 
 def _window(values: np.ndarray, name: str) -> np.ndarray:
-    """(H, W) float32 -> (H, W) uint8, the minimum to 0 and the maximum to 255; a constant picture to 0."""
+    """(H, W) float32 -> (H, W) uint8, the minimum to 0 and the maximum to 255; a constant image to 0."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise PictureError(name, "holds values that are not finite", "Replace them and export it again.")
+        raise ImageError(name, "holds values that are not finite", "Replace them and export it again.")
     return np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
 
 

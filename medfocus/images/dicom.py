@@ -1,4 +1,4 @@
-"""DICOM: bytes -> the pictures in them, as a viewer shows them at first, and what ingestion asks the header.
+"""DICOM: bytes -> the images in them, as a viewer shows them at first, and what ingestion asks the header.
 
 Grey: the modality LUT or rescale, then the first VOI LUT or else the first window, then MONOCHROME1 inverted.
 Without either, 8 bits stay as they are and deeper ones go from their minimum to their maximum. Padding is
@@ -47,7 +47,7 @@ from pydicom.uid import (
 )
 
 from medfocus.images import gdcm_process
-from medfocus.images.stack import PictureError, TooLargeError
+from medfocus.images.stack import ImageError, TooLargeError
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _NAMED = ("SOPClassUID", "Modality", "PatientID", "BodyPartExamined", *_PIXELS)
@@ -71,7 +71,7 @@ class Dicom:
     def __init__(self, data: bytes, name: str, *, most_pixels: int, most_bytes: int) -> None:
         """Read the header. No pixel is decoded, and none at all of a file that is past a limit.
 
-        Raises PictureError naming ``name`` where there are no pixels, more than ``most_pixels`` a picture,
+        Raises ImageError naming ``name`` where there are no pixels, more than ``most_pixels`` an image,
         fewer than promised, none that can be decoded here, or more than ``most_bytes`` once inflated.
         """
         self.name, self.sha256, self.size = name, hashlib.sha256(data).hexdigest(), len(data)
@@ -90,7 +90,7 @@ class Dicom:
 
     @property
     def is_colour(self) -> bool:
-        """Whether its pictures have colours."""
+        """Whether its images have colours."""
         return self._data.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2")
 
     def names(self, axis: int = 2, every: int = 1) -> tuple[str, ...]:
@@ -106,10 +106,10 @@ class Dicom:
         return "" if self.frames == 1 else None
 
     def find(self, frame: str) -> str:
-        """A frame's full name. Raises PictureError where there is no such frame."""
+        """A frame's full name. Raises ImageError where there is no such frame."""
         if not frame.isdecimal() or not frame.isascii() or int(frame) >= self.frames:
             fault = f"has no frame {frame!r}; they go from 0 to {self.frames - 1}"
-            raise PictureError(self.name, fault, "Correct the number behind the #.")
+            raise ImageError(self.name, fault, "Correct the number behind the #.")
         return self.names()[int(frame)]
 
     def has_window(self, frame: str) -> bool:
@@ -119,7 +119,7 @@ class Dicom:
             return self.is_colour or self._bits <= 8 or _is_windowed(header)
 
     def pixels(self, frame: str) -> np.ndarray:
-        """(H, W) or (H, W, 3) uint8. Raises PictureError."""
+        """(H, W) or (H, W, 3) uint8. Raises ImageError."""
         with _told(self.name), _quiet():
             index = int(frame or 0)
             stored, interpretation = self._stored(index)
@@ -139,18 +139,18 @@ class Dicom:
         sort = uid.name if uid else "DICOM of an unknown sort"
         pixels = any(tag in data for tag in _PIXELS) and "Rows" in data and "Columns" in data
         if not pixels or data.get("Modality") in _DERIVED:
-            fix = "Export the pictures that belong to it, or remove it."
-            raise PictureError(name, f"holds no picture ({sort})", fix)
+            fix = "Export the images that belong to it, or remove it."
+            raise ImageError(name, f"holds no image ({sort})", fix)
         rows, columns = int(data.Rows), int(data.Columns)
         if rows < 1 or columns < 1:
-            raise PictureError(name, f"has {columns} x {rows} pixels", _FIX)
+            raise ImageError(name, f"has {columns} x {rows} pixels", _FIX)
         if rows * columns > most_pixels:
             fault = f"has {columns} x {rows} pixels; {most_pixels // 1_000_000} megapixels are the most that "
             fix = "Scale it down or cut it into tiles, or remove it."
             raise TooLargeError(name, f"{fault}is decoded", fix)
         syntax = data.file_meta.get("TransferSyntaxUID")
         if not syntax:
-            raise PictureError(name, "does not say how its pixels are stored (no Transfer Syntax UID)", _FIX)
+            raise ImageError(name, "does not say how its pixels are stored (no Transfer Syntax UID)", _FIX)
         try:
             able = get_decoder(syntax).is_available
         except NotImplementedError:
@@ -158,7 +158,7 @@ class Dicom:
         deep = " with 12 bits" if syntax == JPEGExtended12Bit and data.get("BitsStored") != 8 else ""
         if deep or not able:
             fault = f"is stored as {syntax.name}{deep}, which cannot be decoded here"
-            raise PictureError(name, fault, _FIX)
+            raise ImageError(name, fault, _FIX)
         self.frames = get_nr_frames(data, warn=False)
         self._check_frames(syntax.is_encapsulated)
 
@@ -173,7 +173,7 @@ class Dicom:
             found, promised, what = len(stored), get_expected_length(self._data), "bytes of pixel data"
         if found < promised or self.frames < 1:
             fault = f"promises {self.frames} frames and so {promised} {what}, and holds {found}"
-            raise PictureError(self.name, fault, "Copy it again, or remove it.")
+            raise ImageError(self.name, fault, "Copy it again, or remove it.")
 
     def _stored(self, index: int) -> tuple[np.ndarray, str]:
         """A frame as it is stored, YBR made RGB, and its photometric interpretation."""
@@ -195,7 +195,7 @@ class Dicom:
         return _GDCM.decode(stream, **{**plain, "syntax": str(syntax), "number_of_frames": 1})
 
     def _check_codestream(self, stream: bytes) -> None:
-        """A compressed picture has to be as large as its header says, before it is decoded."""
+        """A compressed image has to be as large as its header says, before it is decoded."""
         syntax, rows, columns = self._data.file_meta.TransferSyntaxUID, self._data.Rows, self._data.Columns
         samples = int(self._data.SamplesPerPixel)
         if syntax in JPEG2000TransferSyntaxes:
@@ -208,7 +208,7 @@ class Dicom:
             return
         if found is not None and found != (rows, columns, samples):
             fault = "its compressed pixels are not of the size that its header says"
-            raise PictureError(self.name, fault, _FIX)
+            raise ImageError(self.name, fault, _FIX)
 
     def _header(self, index: int) -> Dataset:
         """What is said of one frame: the file's header, in enhanced files with that of the frame."""
@@ -295,14 +295,14 @@ def _shown(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
         inside = values if padding is None or padding.all() else values[~padding]
         low, high = float(inside.min()), float(inside.max())
         if not np.isfinite([low, high]).all():
-            raise PictureError(name, "holds values that are not finite", "Replace them and export it again.")
+            raise ImageError(name, "holds values that are not finite", "Replace them and export it again.")
         share = np.clip((values.astype(np.float64) - low) * (1 / (high - low) if high > low else 0), 0, 1)
     if header.PhotometricInterpretation == "MONOCHROME1":
         share = 1 - share
-    picture = np.rint(share * 255).astype(np.uint8)
+    image = np.rint(share * 255).astype(np.uint8)
     if padding is not None:
-        picture[padding] = 0
-    return picture
+        image[padding] = 0
+    return image
 
 
 def _is_plain(stored: np.ndarray, header: Dataset) -> bool:
@@ -348,7 +348,7 @@ def _first(values: Any) -> Any:
 
 
 def _padding(stored: np.ndarray, header: Dataset) -> np.ndarray | None:
-    """(H, W) bool: the pixels around a picture that is not rectangular; None where there are none."""
+    """(H, W) bool: the pixels around an image that is not rectangular; None where there are none."""
     if header.get("PixelPaddingValue") is None or stored.dtype.kind == "f":
         return None
     value = int(header.PixelPaddingValue)
@@ -366,14 +366,14 @@ def _eight_bits(stored: np.ndarray, bits: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _told(name: str) -> Iterator[None]:
-    """Whatever pydicom and GDCM raise of broken bytes, which is nearly anything, as a PictureError."""
+    """Whatever pydicom and GDCM raise of broken bytes, which is nearly anything, as a ImageError."""
     try:
         yield
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Exception as error:
         said = " ".join(str(error).split())[:300]
-        raise PictureError(name, f"cannot be decoded ({said or type(error).__name__})", _FIX) from error
+        raise ImageError(name, f"cannot be decoded ({said or type(error).__name__})", _FIX) from error
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.orientations import apply_orientation, io_orientation
 
-from medfocus.images.stack import PictureError, TooLargeError
+from medfocus.images.stack import ImageError, TooLargeError
 
 AXES = "xyz"
 MOST_BYTES = 1_000_000_000  # of a volume, unpacked
@@ -45,7 +45,7 @@ class Volume:
     def __init__(self, data: bytes, name: str, *, most_pixels: int) -> None:
         """Unpack and turn a volume; of four dimensions, the first of its volumes.
 
-        Raises PictureError naming ``name`` for broken bytes, more than MOST_BYTES, slices of more than
+        Raises ImageError naming ``name`` for broken bytes, more than MOST_BYTES, slices of more than
         ``most_pixels``, a header that promises more than there is, and colours or complex numbers.
         """
         self.name, self.sha256 = name, hashlib.sha256(data).hexdigest()
@@ -56,11 +56,11 @@ class Volume:
             header.check_fix(logger=_SILENT)
             self._voxels, self.volumes = _voxels(header, unpacked, name)
             slope, _ = header.get_slope_inter()
-        except PictureError:
+        except ImageError:
             raise
         except Exception as error:  # nibabel raises nearly anything of a broken header
             said = " ".join(str(error).split())[:300]
-            raise PictureError(name, f"cannot be decoded ({said or type(error).__name__})", _FIX) from error
+            raise ImageError(name, f"cannot be decoded ({said or type(error).__name__})", _FIX) from error
         self.size = len(unpacked)
         shape = self._voxels.shape
         if max(shape[0] * shape[1], shape[0] * shape[2], shape[1] * shape[2]) > most_pixels:
@@ -84,13 +84,13 @@ class Volume:
         return self._named(2, 0) if self._voxels.shape[2] == 1 else None
 
     def find(self, frame: str) -> str:
-        """A slice's full name. Raises PictureError where there is no such slice."""
+        """A slice's full name. Raises ImageError where there is no such slice."""
         found = re.fullmatch(r"([xyz])=([0-9]{1,9})", frame)
         if found and int(found[2]) < self._voxels.shape[AXES.index(found[1])]:
             return self._named(AXES.index(found[1]), int(found[2]))
         ends = ", ".join(f"{axis}={n - 1}" for axis, n in zip(AXES, self._voxels.shape, strict=True))
         fault = f"has no slice {frame!r}; they go from 0 to {ends}"
-        raise PictureError(self.name, fault, "Correct what stands behind the #.")
+        raise ImageError(self.name, fault, "Correct what stands behind the #.")
 
     def has_window(self, frame: str) -> bool:
         """Every slice has the volume's."""
@@ -114,7 +114,7 @@ def _unpacked(data: bytes, name: str) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             unpacked = file.read(MOST_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise PictureError(name, f"cannot be unpacked ({error})", "Copy it again, or remove it.") from error
+        raise ImageError(name, f"cannot be unpacked ({error})", "Copy it again, or remove it.") from error
     if len(unpacked) > MOST_BYTES:
         raise _too_large(name)
     return unpacked
@@ -125,12 +125,12 @@ def _voxels(header: Any, unpacked: bytes, name: str) -> tuple[np.ndarray, int]:
     shape = tuple(int(n) for n in header.get_data_shape())
     dtype = header.get_data_dtype()
     if bytes(header["magic"]).startswith(b"ni1"):
-        raise PictureError(name, "has its voxels in a second file (.img)", _FIX)
+        raise ImageError(name, "has its voxels in a second file (.img)", _FIX)
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         fault = f"has voxels of type {header.get_value_label('datatype')}, which are no shades of grey"
-        raise PictureError(name, fault, _FIX)
+        raise ImageError(name, fault, _FIX)
     if len(shape) < 2 or min(shape) < 1:
-        raise PictureError(name, f"has the shape {shape}, which is no volume", _FIX)
+        raise ImageError(name, f"has the shape {shape}, which is no volume", _FIX)
     first = (*shape, 1)[:3]
     count, offset = math.prod(first), int(header.get_data_offset())
     if count * dtype.itemsize > MOST_BYTES:
@@ -139,7 +139,7 @@ def _voxels(header: Any, unpacked: bytes, name: str) -> tuple[np.ndarray, int]:
         fault = (
             f"promises {count * dtype.itemsize} bytes of voxels and holds {max(0, len(unpacked) - offset)}"
         )
-        raise PictureError(name, fault, "Copy it again, or remove it.")
+        raise ImageError(name, fault, "Copy it again, or remove it.")
     voxels = np.frombuffer(unpacked, dtype, count, offset).reshape(first, order="F")
     turned = apply_orientation(voxels, io_orientation(header.get_best_affine()))
     return turned, math.prod(shape[3:])
@@ -151,13 +151,13 @@ def _window(voxels: np.ndarray, name: str) -> tuple[float, float]:
     some = flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64)
     some = some[np.isfinite(some)]
     if not some.size:
-        raise PictureError(name, "holds no value that is finite", "Replace them and export it again.")
+        raise ImageError(name, "holds no value that is finite", "Replace them and export it again.")
     dark, bright = (float(value) for value in np.percentile(some, _WINDOW))
     if dark == bright:  # nearly all of it is air
         dark, bright = float(some.min()), float(some.max())
     return dark, bright if bright > dark else dark + 1
 
 
-def _too_large(name: str) -> PictureError:
+def _too_large(name: str) -> ImageError:
     fault = f"unpacks to more than {MOST_BYTES // 1_000_000} MB, the most that is read"
     return TooLargeError(name, fault, "Cut it into volumes that are smaller, or remove it.")

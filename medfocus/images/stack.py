@@ -1,4 +1,4 @@
-"""Files that hold several pictures: how they are known, and how one picture in them is named.
+"""Files that hold several images: how they are known, and how one image in them is named.
 
 ``x.dcm#07`` is a frame of a DICOM file, from 0; ``x.nii.gz#z=057`` a slice of a NIfTI volume. The numbers are
 padded with zeros, so that sorting is order. A file whose own name has a ``#`` stays that file.
@@ -21,29 +21,29 @@ _PAIRED = (344, b"ni1\0")  # a header whose voxels lie in another file
 _LONGEST = 256  # bytes of the first element of a DICOM file without a preamble
 
 
-class PictureError(ValueError):
-    """A file that is no usable picture: which, why, and what to do."""
+class ImageError(ValueError):
+    """A file that is no usable image: which, why, and what to do."""
 
     def __init__(self, name: str, fault: str, fix: str) -> None:
         super().__init__(f"{name}: {fault}. {fix}")
         self.name, self.fault, self.fix = name, fault, fix
 
-    def __reduce__(self) -> tuple[type[PictureError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str, str]]:
         """So that a worker process can hand it back."""
         return type(self), (self.name, self.fault, self.fix)
 
 
-class TooLargeError(PictureError):
+class TooLargeError(ImageError):
     """A file past a limit of ``medfocus.images.decode``, however good it may be."""
 
 
 class Stack(Protocol):
-    """An opened file of one picture or more, all of one size; see ``dicom`` and ``nifti``."""
+    """An opened file of one image or more, all of one size; see ``dicom`` and ``nifti``."""
 
     sha256: str  # of the file's bytes
     mode: str  # Pillow's word for what is stored: "L", "I;16", "F", "RGB"
     size: int  # bytes that it keeps in memory
-    is_volume: bool  # whether its pictures are slices
+    is_volume: bool  # whether its images are slices
     volumes: int  # of which the first is used
     patient_id: str  # as the header has it, for ``medfocus.datasets.pseudonyms`` alone; "" where it has none
     modality: str  # DICOM's word: "CR", "DX", "CT", "MR", "US", ...; "" where unknown
@@ -52,23 +52,23 @@ class Stack(Protocol):
 
     @property
     def only(self) -> str | None:
-        """The name of its one picture; None where it has several."""
+        """The name of its one image; None where it has several."""
         ...
 
     def names(self, axis: int = 2, every: int = 1) -> tuple[str, ...]:
-        """Its pictures in their order; of a volume every so many'th slice along an axis of the patient's."""
+        """Its images in their order; of a volume every so many'th slice along an axis of the patient's."""
         ...
 
     def find(self, frame: str) -> str:
-        """The full name of a picture that is named with or without zeros. Raises PictureError."""
+        """The full name of an image that is named with or without zeros. Raises ImageError."""
         ...
 
     def has_window(self, frame: str) -> bool:
-        """Whether it is known how to show the picture; else it goes from its minimum to its maximum."""
+        """Whether it is known how to show the image; else it goes from its minimum to its maximum."""
         ...
 
     def pixels(self, frame: str) -> np.ndarray:
-        """(H, W) or (H, W, 3) uint8. Raises PictureError."""
+        """(H, W) or (H, W, 3) uint8. Raises ImageError."""
         ...
 
 
@@ -86,7 +86,7 @@ def kind(data: bytes) -> Literal["dicom", "nifti", ""]:
 
 
 def split(path: Path) -> tuple[Path, str]:
-    """A file, and the name of the picture in it: "" for a file that is one picture, or that is not there."""
+    """A file, and the name of the image in it: "" for a file that is one image, or that is not there."""
     file, _, frame = path.name.rpartition(MARK)
     try:
         if not file or path.exists() or not path.with_name(file).is_file():
@@ -103,18 +103,18 @@ def stem(name: str) -> str:
 
 
 def flat(name: str) -> str:
-    """A picture's name for files that are made of it: that of ``x.dcm#07`` is ``x_07``."""
+    """An image's name for files that are made of it: that of ``x.dcm#07`` is ``x_07``."""
     found = re.fullmatch(r"(.+)#(\d+|[xyz]=\d+)", name)
     return f"{stem(found[1])}_{found[2]}" if found else stem(name)
 
 
 def digest(sha256: str, frame: str) -> str:
-    """sha256 hex that names one picture of a file with that sha256: the file's own for its only one."""
+    """sha256 hex that names one image of a file with that sha256: the file's own for its only one."""
     return hashlib.sha256(f"{sha256}{MARK}{frame}".encode()).hexdigest() if frame else sha256
 
 
 def _begins_as_dicom(data: bytes) -> bool:
-    """Whether a file without a preamble begins with an element of DICOM's; no picture's format does."""
+    """Whether a file without a preamble begins with an element of DICOM's; no image's format does."""
     if len(data) < 12 or data[:2] not in (b"\x02\0", b"\x08\0") or data[3] != 0:
         return False
     explicit = data[4:6].isalpha() and data[4:6].isupper()

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
 
 
-PICTURES = "pictures"  # the ``embedding`` of a method that trains on pictures: ``embed`` returns them, uint8
+IMAGES = "images"  # the ``embedding`` of a method that trains on images: ``embed`` returns them, uint8
 
 
 @dataclass(frozen=True)
 class Support:
-    """The labelled pictures a method may learn from, as its frozen part saw them."""
+    """The labelled images a method may learn from, as its frozen part saw them."""
 
-    inputs: Tensor  # (V, N, ...) V views of N pictures; view 0 is the unaugmented one
+    inputs: Tensor  # (V, N, ...) V views of N images; view 0 is the unaugmented one
     labels: Tensor  # (N,) int64, covering 0..K-1
-    groups: Tensor  # (N,) int64; pictures of one patient or duplicate group share a number
+    groups: Tensor  # (N,) int64; images of one patient or duplicate group share a number
     text_features: Tensor  # (K, D) L2-normalised class texts
     class_names: tuple[
         str, ...
@@ -30,17 +30,17 @@ class Support:
     prompts: tuple[tuple[str, ...], ...] = ()  # (K, templates) the texts behind ``text_features``
 
     def subset(self, index: np.ndarray) -> Support:
-        """The support restricted to the pictures at ``index`` (M,)."""
+        """The support restricted to the images at ``index`` (M,)."""
         at = torch.as_tensor(index, dtype=torch.int64)
         return replace(self, inputs=self.inputs[:, at], labels=self.labels[at], groups=self.groups[at])
 
 
 class Method(Protocol):
-    """An estimator: hyperparameters at construction, pictures at ``fit``, learned names end in _."""
+    """An estimator: hyperparameters at construction, images at ``fit``, learned names end in _."""
 
     encoder: ClipEncoder
     learns: ClassVar[bool]  # False: the support does not matter
-    takes_views: ClassVar[bool]  # True: trains on augmented views beside the whole picture
+    takes_views: ClassVar[bool]  # True: trains on augmented views beside the whole image
 
     @property
     def needs_towers(self) -> bool:
@@ -52,8 +52,8 @@ class Method(Protocol):
         """Name of the frozen part, for cache keys: equal names embed equally under one encoder."""
         ...
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """The frozen part: pictures (B, S, S, 3) uint8 -> inputs (B, ...)."""
+    def embed(self, images: Tensor) -> Tensor:
+        """The frozen part: images (B, S, S, 3) uint8 -> inputs (B, ...)."""
         ...
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:

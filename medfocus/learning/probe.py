@@ -54,7 +54,7 @@ def stratified_folds(
 
     Args:
         labels: (N,) integer labels.
-        groups: (N,) integers; pictures of a patient or a group of duplicates share one.
+        groups: (N,) integers; images of a patient or a group of duplicates share one.
         folds: The wished number; the smallest class bounds it.
         seed: Of the shuffle.
 
@@ -84,7 +84,7 @@ def fit_probe(
 ) -> Probe:
     """Fit the probe, choosing C by cross-validated log-likelihood inside the support set.
 
-    Log-likelihood and not accuracy decides: with a handful of pictures accuracy ties over
+    Log-likelihood and not accuracy decides: with a handful of images accuracy ties over
     most of the grid. Where no fold can be made, C is 0.316.
 
     Args:

@@ -24,7 +24,7 @@ class LearningRates:
 
     values: tuple[float, ...]
     folds: int  # of the cross-validation; small classes bound it
-    pictures: int  # of the support that it sees at most: every candidate is trained anew on each fold
+    images: int  # of the support that it sees at most: every candidate is trained anew on each fold
 
     def fit(self, method: Method, support: Support, generator: torch.Generator) -> Method:
         """A copy of an unfitted method, fitted with the rate that does best inside the support.
@@ -38,7 +38,7 @@ class LearningRates:
                 fitted = _with_rate(method, rate).fit(fit, torch.Generator().manual_seed(seed))
                 yield next(iter(fitted.logits(held.inputs[0]).values()))
 
-        part = _stratified_part(support, self.pictures, seed)
+        part = _stratified_part(support, self.images, seed)
         chosen = choose(
             self.values, part, held_out_logits, folds=self.folds, seed=seed, otherwise=self.values[0]
         )
@@ -49,10 +49,10 @@ def _with_rate(method: Method, rate: float) -> Method:
     return replace(cast("Any", method), lr=rate)
 
 
-def _stratified_part(support: Support, pictures: int, seed: int) -> Support:
-    """At most so many pictures of a support, in the classes' shares; never fewer than two a class."""
+def _stratified_part(support: Support, images: int, seed: int) -> Support:
+    """At most so many images of a support, in the classes' shares; never fewer than two a class."""
     counts = support.labels.bincount()
-    wanted = max(pictures, 2 * len(counts))
+    wanted = max(images, 2 * len(counts))
     if wanted + len(counts) > len(support.labels) or counts.min() < 2:
         return support
     index = np.arange(len(support.labels))
@@ -71,13 +71,13 @@ def choose(
 ) -> Candidate:
     """The candidate that gives the held-out folds of the support the highest log-likelihood.
 
-    Log-likelihood and not accuracy decides, as for the probe's C: with a handful of pictures accuracy
+    Log-likelihood and not accuracy decides, as for the probe's C: with a handful of images accuracy
     ties. Among equals the first wins.
 
     Args:
         candidates: One or more; a single one is taken without a look at the folds.
-        support: The labelled pictures.
-        held_out_logits: Maps what is fitted and what is held out, M pictures, to logits (M, K), one for each
+        support: The labelled images.
+        held_out_logits: Maps what is fitted and what is held out, M images, to logits (M, K), one for each
             candidate and in their order, so that what the candidates share is computed once a fold.
         folds: The wished number; small classes bound it.
         seed: Of the folds' shuffle.

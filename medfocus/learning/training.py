@@ -29,11 +29,11 @@ def train(
 
     Args:
         parameters: What trains.
-        loss: Maps picture indices (B,) and the view drawn for each (B,) to a scalar.
+        loss: Maps image indices (B,) and the view drawn for each (B,) to a scalar.
         labels: (N,) labels of the support; only their number is used.
-        views: How many cached views each picture has; one is drawn a picture and step.
+        views: How many cached views each image has; one is drawn per image and step.
         epochs: Passes over the support.
-        batch_size: Pictures a step; the last batch of an epoch may be smaller.
+        batch_size: Images a step; the last batch of an epoch may be smaller.
         lr: Learning rate at the start of the cosine.
         weight_decay: AdamW's decoupled weight decay.
         generator: The source of batch order and view draws.

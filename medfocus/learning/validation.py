@@ -24,12 +24,12 @@ def out_of_fold(
 ) -> Validation:
     """Refit the method on each fold's rest and predict the fold by its main classifier.
 
-    Every choice (λ, C, the learning rate) is made anew without the held-out pictures, so the
+    Every choice (λ, C, the learning rate) is made anew without the held-out images, so the
     count is an honest estimate; patients and duplicates are never on both sides.
 
     Args:
-        fit: Makes a fitted method of some of the pictures.
-        support: The labelled pictures.
+        fit: Makes a fitted method of some of the images.
+        support: The labelled images.
         folds: The wished number of folds; small classes bound it.
         seed: Of the folds and of every refit.
     """

@@ -1,9 +1,9 @@
-"""Many candidate regions -> the one mask of a picture, without labels.
+"""Many candidate regions -> the one mask of an image, without labels.
 
 Arrays in, arrays out. A candidate's score is predicted IoU x stability x centrality x
-(1 - share of the picture's border that it covers); only candidates whose area lies between two
+(1 - share of the image's border that it covers); only candidates whose area lies between two
 limits count. Where the strict limits leave nothing, relaxed ones are tried; what comes after
-them (a box prompt, the whole picture) is the segmenter's business.
+them (a box prompt, the whole image) is the segmenter's business.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ISLAND_SHARE = 0.05  # islands below this share of the largest one are dropped: 
 class Limits:
     """What a candidate has to fulfil to count."""
 
-    min_area: float  # share of the picture
-    max_area: float  # share of the picture
+    min_area: float  # share of the image
+    max_area: float  # share of the image
     min_iou: float  # predicted IoU, in [0, 1]
     min_stability: float  # in [0, 1]
 
@@ -51,9 +51,9 @@ def stability(logits: np.ndarray, offset: float = 1.0) -> np.ndarray:
 
 
 def centrality(regions: np.ndarray) -> np.ndarray:
-    """1 for a region whose centre of mass is the picture's centre, falling to 0 in a corner.
+    """1 for a region whose centre of mass is the image's centre, falling to 0 in a corner.
 
-    Distances are measured in sides of the picture, so that its aspect ratio does not matter.
+    Distances are measured in sides of the image, so that its aspect ratio does not matter.
     (M, h, w) bool -> (M,) float in [0, 1]; 0 for an empty region.
     """
     _, h, w = regions.shape
@@ -66,7 +66,7 @@ def centrality(regions: np.ndarray) -> np.ndarray:
 
 
 def border_share(regions: np.ndarray) -> np.ndarray:
-    """Share of the picture's outermost pixels that a region covers. (M, h, w) bool -> (M,) in [0, 1]."""
+    """Share of the image's outermost pixels that a region covers. (M, h, w) bool -> (M,) in [0, 1]."""
     _, h, w = regions.shape
     frame = np.ones((h, w), dtype=bool)
     frame[1:-1, 1:-1] = False

@@ -15,19 +15,19 @@ from scipy import ndimage
 
 from medfocus.images.decode import grey
 from medfocus.masks import candidates
-from medfocus.masks.segmenter import Mask, check_picture, identity, segmenter_key
+from medfocus.masks.segmenter import Mask, check_image, identity, segmenter_key
 
 WORKING_SIZE = 256  # pixels of the longest side; regions are found here and enlarged
 MAX_PARTS = 32  # the largest connected parts of either side of the threshold become candidates
 
 
 class OtsuSegmenter:
-    """One mask a picture by thresholding; statuses "chosen", "relaxed" and "identity" (it has no box)."""
+    """One mask per image by thresholding; statuses "chosen", "relaxed" and "identity" (it has no box)."""
 
     def __init__(
         self, *, keep: int = 1, min_area: float = 0.01, max_area: float = 0.70, max_overlap: float = 0.3
     ) -> None:
-        """``keep`` parts are united; the areas are shares of the picture. Raises ValueError for keep < 1."""
+        """``keep`` parts are united; the areas are shares of the image. Raises ValueError for keep < 1."""
         if keep < 1:
             raise ValueError(f"keep is {keep}; use 1 or more.")
         self.keep = keep
@@ -37,13 +37,13 @@ class OtsuSegmenter:
             OtsuSegmenter, keep=keep, limits=asdict(self.limits), max_overlap=max_overlap
         )
 
-    def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
-        """Pictures, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
-        return [self._mask(check_picture(picture)) for picture in pictures]
+    def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
+        """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
+        return [self._mask(check_image(image)) for image in images]
 
-    def _mask(self, picture: np.ndarray) -> Mask:
-        height, width = picture.shape[:2]
-        small = _shrunk(grey(picture))  # (h, w)
+    def _mask(self, image: np.ndarray) -> Mask:
+        height, width = image.shape[:2]
+        small = _shrunk(grey(image))  # (h, w)
         threshold, contrast = otsu_threshold(small)
         regions = _parts(small > threshold)  # (M, h, w)
         area = regions.sum((1, 2))  # (M,)
@@ -63,7 +63,7 @@ def otsu_threshold(values: np.ndarray) -> tuple[float, float]:
     """The threshold that best parts grey values in [0, 1] into two classes, and how well it does.
 
     Returns the threshold and Otsu's separability, the between-class share of the variance, in [0, 1];
-    (the value, 0) for a constant picture. Otsu 1979, doi 10.1109/TSMC.1979.4310076.
+    (the value, 0) for a constant image. Otsu 1979, doi 10.1109/TSMC.1979.4310076.
     """
     histogram, edges = np.histogram(values, bins=256, range=(0, 1))
     share = histogram / histogram.sum()  # (256,)

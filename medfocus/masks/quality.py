@@ -24,11 +24,11 @@ LEAST_PART = 0.1  # of the largest connected part: smaller ones get no point of 
 
 
 def known_region(root: Path, path: str, height: int, width: int) -> np.ndarray | None:
-    """The known region (H, W) bool of the picture ``path`` below ``root``; None for none or an empty one.
+    """The known region (H, W) bool of the image ``path`` below ``root``; None for none or an empty one.
 
     ``root/masks/<path without suffix>.png`` is united with all ``root/masks/<path without
-    suffix>_mask*.png``, and with what lies beside the picture as ``<its name>_mask.png`` or ``_mask_1.png``,
-    each brought to the picture's size; those of ``x.dcm#07`` begin with ``x_07``. Where ``root`` only wraps
+    suffix>_mask*.png``, and with what lies beside the image as ``<its name>_mask.png`` or ``_mask_1.png``,
+    each brought to the image's size; those of ``x.dcm#07`` begin with ``x_07``. Where ``root`` only wraps
     the data set, the folder ``masks`` may also be in there. Raises as ``medfocus.images.decode.read`` does.
     """
     region = np.zeros((height, width), bool)
@@ -39,27 +39,27 @@ def known_region(root: Path, path: str, height: int, width: int) -> np.ndarray |
 
 
 def _files_of(root: Path, path: str) -> list[Path]:
-    """The files of a picture's known region."""
-    picture = root / path
-    stem = stack.flat(picture.name)
+    """The files of an image's known region."""
+    image = root / path
+    stem = stack.flat(image.name)
     tops = {root, unwrapped(root)} if root.is_dir() else {root}
     files: list[Path] = []
     for top in tops:
-        if picture.is_relative_to(top):
-            place = top / MASKS / picture.relative_to(top).with_name(f"{stem}.png")
+        if image.is_relative_to(top):
+            place = top / MASKS / image.relative_to(top).with_name(f"{stem}.png")
             files += [place] if place.is_file() else []
             files += place.parent.glob(f"{glob.escape(place.stem)}_mask*.png")
-    if picture.parent.is_dir():
-        folder = picture.parent
+    if image.parent.is_dir():
+        folder = image.parent
         files += _beside(folder, folder.stat().st_mtime_ns).get(stem.casefold(), [])
     return files
 
 
 @lru_cache(maxsize=64)
 def _beside(folder: Path, changed: int) -> dict[str, list[Path]]:
-    """Name of a picture, without suffix and case -> the masks of it in ``folder``, as that was ``changed``.
+    """Name of an image, without suffix and case -> the masks of it in ``folder``, as that was ``changed``.
 
-    So a folder is listed once and not once a picture.
+    So a folder is listed once and not once per image.
     """
     found: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(folder.iterdir()):
@@ -82,7 +82,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def center_box(height: int, width: int) -> np.ndarray:
-    """The box in the middle with half of the picture's area, (H, W) bool: what knows nothing."""
+    """The box in the middle with half of the image's area, (H, W) bool: what knows nothing."""
     region = np.zeros((height, width), bool)
     y, x = round(height * (1 - 0.5**0.5) / 2), round(width * (1 - 0.5**0.5) / 2)
     region[y : height - y, x : width - x] = True
@@ -106,12 +106,12 @@ def parts(region: np.ndarray) -> list[np.ndarray]:
 
 
 def pointed(
-    segmenter: Sam2Segmenter, picture: np.ndarray, points: Sequence[tuple[float, float]]
+    segmenter: Sam2Segmenter, image: np.ndarray, points: Sequence[tuple[float, float]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What points (x, y), in sides of a picture (H, W, 3) uint8, find: two regions (H, W) bool.
+    """What points (x, y), in sides of an image (H, W, 3) uint8, find: two regions (H, W) bool.
 
     First the union of the masks that the quality head picks, one a point; then of its first, second and third
     choices, (3, H, W), of which ground truth could choose.
     """
-    regions = segmenter.at_points(picture, points)  # (P, 3, H, W)
+    regions = segmenter.at_points(image, points)  # (P, 3, H, W)
     return np.logical_or.reduce(regions[:, 0]), np.logical_or.reduce(regions)

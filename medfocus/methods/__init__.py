@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medfocus.learning.method import PICTURES, Method, Support
+from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.methods.backbone import Backbone
 from medfocus.methods.clip import ClipFewShot, ClipLinearProbe, ClipZeroShot
 from medfocus.methods.clip_adapter import ClipAdapter
@@ -38,4 +38,4 @@ METHODS = {
     "resnet": Backbone,
 }
 
-__all__ = ["METHODS", "PICTURES", "Method", "Support"]
+__all__ = ["IMAGES", "METHODS", "Method", "Support"]

@@ -1,7 +1,7 @@
 """What a registered version is and what it was made from, as two Markdown texts.
 
 The model card follows Mitchell et al., arXiv 1810.03993, the data sheet Gebru et al., arXiv 1803.09010. Both
-are shown where others see them, so they count pictures and patients and name none; and neither has a time in
+are shown where others see them, so they count images and patients and name none; and neither has a time in
 it: the same model on the same data gives the same bytes.
 """
 
@@ -24,39 +24,39 @@ from medfocus.evaluation.gate import Check
 from medfocus.reports.data_warnings import data_warnings, mask_warnings
 
 CARD, SHEET = "card.md", "datasheet.md"  # as files of a version and of its run
-FEW = 20  # pictures of a group, below which its accuracy says little
+FEW = 20  # images of a group, below which its accuracy says little
 _CONFUSIONS = 5
 _SIZES = 4  # groups by size at most; more sizes are put together by their pixels
 # How ingestion's faults begin or go on -> what they are counted as. Their own texts may name files.
 _KINDS = (
     (r"another label", "the same bytes under two labels"),
-    (r"seen in training", "test picture with the same bytes in train"),
+    (r"seen in training", "test image with the same bytes in train"),
     (r"times, with different", "listed several times, with different labels, splits or patients"),
     (r"^the file is empty", "empty file"),
-    (r"^is no picture in a format", "no picture in a format that is read"),
-    (r"^is by its name no picture", "by its name no picture"),
+    (r"^is no image in a format", "no image in a format that is read"),
+    (r"^is by its name no image", "by its name no image"),
     (r"^cannot be decoded", "cannot be decoded"),
     (r"^cannot be read", "cannot be read"),
     (r"^the file is larger", "larger file than is read"),
     (r"^has .+ pixels", "more pixels than are decoded"),
     (r"^is no ordinary file", "no ordinary file"),
     (r"^holds values that are not finite", "values that are not finite"),
-    (r"^holds several pictures|^holds \d+ (pictures|volumes), of which", "several pictures in one file"),
-    (r"^holds no picture", "DICOM without a picture"),
+    (r"^holds several images|^holds \d+ (images|volumes), of which", "several images in one file"),
+    (r"^holds no image", "DICOM without an image"),
     (r"^is stored as", "stored in a way that cannot be decoded"),
     (r"^promises ", "fewer pixels than are promised"),
     (r"of one shade", "slices of one shade"),
     (r"^has text burnt", "text burnt into the pixels, as the header says"),
-    (r"have no window", "DICOM pictures without a window"),
-    (r"without a known patient", "files of several pictures without a known patient"),
+    (r"have no window", "DICOM images without a window"),
+    (r"without a known patient", "files of several images without a known patient"),
     (r"^is listed by itself", "slice listed twice, with different labels, splits or patients"),
-    (r"^holds \d+ pictures beside", "folder beside the split folders"),
+    (r"^holds \d+ images beside", "folder beside the split folders"),
     (r"^lies in no class folder", "in no class folder"),
     (r"^the label is empty", "no label"),
     (r"^no such file|^leads out of", "path in the manifest without a file"),
     (r"^the split ", "unknown split"),
     (r"finds no patient", "no patient by the pattern"),
-    (r"^the class has no test picture", "class without a test picture"),
+    (r"^the class has no test image", "class without a test image"),
 )
 
 
@@ -73,11 +73,11 @@ class Data:
     left_out: Sequence[str]  # ingestion's faults, by their texts
     reported: Sequence[str]
     statuses: Mapping[str, str]  # path -> the rung of the fallback ladder that its mask comes from
-    coverage: Mapping[str, float]  # path -> share of the picture inside its mask
+    coverage: Mapping[str, float]  # path -> share of the image inside its mask
     mask_lines: Sequence[Mapping[str, object]]  # of masks.csv
     segmenter: str  # what made the masks, in words
-    drift: Sequence[Check]  # of new pictures against the champion's; none where nothing was compared
-    new: int | None  # pictures that came since the champion was made
+    drift: Sequence[Check]  # of new images against the champion's; none where nothing was compared
+    new: int | None  # images that came since the champion was made
     made: Mapping[str, str]  # commit, digests, versions: how to make it again
 
 
@@ -90,7 +90,7 @@ class Model:
     focus: str
     support: str  # "20%", "16-shot"
     seed: int
-    learnt: Mapping[str, int]  # class -> pictures it was fitted on
+    learnt: Mapping[str, int]  # class -> images it was fitted on
     settings: Mapping[str, object]
     parts: Mapping[str, str]  # CLIP, segmenter, ... -> which, and the digest of its weights
     pocket: bool  # whether a part is one of the embedded models
@@ -116,8 +116,8 @@ def model_card(model: Model, data: Data) -> str:
         "",
         "## Intended use",
         "",
-        f"Research on few-shot classification of {data.modality} pictures into {', '.join(model.classes)}. "
-        "**Not for clinical use**: not for diagnosis, triage or treatment, not for pictures of another kind "
+        f"Research on few-shot classification of {data.modality} images into {', '.join(model.classes)}. "
+        "**Not for clinical use**: not for diagnosis, triage or treatment, not for images of another kind "
         "or source than those below, not for a class that is not among these; it always answers one.",
         "",
         "## Model",
@@ -127,7 +127,7 @@ def model_card(model: Model, data: Data) -> str:
             [
                 ("method", model.method),
                 ("focus", model.focus),
-                ("support", f"{model.support} of train, {learnt} pictures, draw {model.seed}"),
+                ("support", f"{model.support} of train, {learnt} images, draw {model.seed}"),
                 ("validation", validated),
                 *model.parts.items(),
                 *((f"`{name}`", f"`{value}`") for name, value in sorted(model.settings.items())),
@@ -153,7 +153,7 @@ def model_card(model: Model, data: Data) -> str:
         "",
         "## Metrics",
         "",
-        "In brackets the 95 % Wilson interval, which takes pictures for independent: where a patient has "
+        "In brackets the 95 % Wilson interval, which takes images for independent: where a patient has "
         "several, it is too narrow.",
         "",
         *_scores(model, data),
@@ -202,7 +202,7 @@ def data_sheet(data: Data) -> str:
         "",
         "## What it consists of",
         "",
-        f"{len(records)} {data.modality} pictures in {len(data.splits.classes)} classes. {_split_kind(data)}",
+        f"{len(records)} {data.modality} images in {len(data.splits.classes)} classes. {_split_kind(data)}",
         "",
         *_table(("class", *columns), rows),
         "",
@@ -232,14 +232,14 @@ def data_sheet(data: Data) -> str:
         "",
         "## Licence and collection",
         "",
-        f"Licence: {data.licence or 'not stated'}. Who collected the pictures, how, with whose consent, and "
+        f"Licence: {data.licence or 'not stated'}. Who collected the images, how, with whose consent, and "
         "who labelled them is not known to this pipeline: ask their source.",
         "",
         "## How to make it again",
         "",
         *_table(("", ""), data.made.items()),
         "",
-        "Check out the commit, put the pictures where `params.yaml` says, and run `make run`; or `dvc pull`, "
+        "Check out the commit, put the images where `params.yaml` says, and run `make run`; or `dvc pull`, "
         "then `dvc repro`, which has nothing to do where `dvc.lock` has this digest.",
         "",
         "## Warnings",
@@ -288,7 +288,7 @@ def _scores(model: Model, data: Data) -> list[str]:
         names = ("balanced_accuracy", "macro_f1", "auroc", "ece")
         scored.append([str(len(labels)), _share(right), *(_number(found[name]) for name in names)])
         recalls.append([_share(right[labels == place]) for place in range(len(model.classes))])
-    rows = ("pictures", "accuracy", "balanced accuracy", "macro-F1", "AUROC", "calibration error")
+    rows = ("images", "accuracy", "balanced accuracy", "macro-F1", "AUROC", "calibration error")
     head = ("", *(f"{name} test set" for name in model.test_sets))
     return [
         *_table(
@@ -303,7 +303,7 @@ def _scores(model: Model, data: Data) -> list[str]:
 
 
 def _failures(model: Model, data: Data) -> list[str]:
-    """Confusions, and accuracy by what the pipeline knows of a picture."""
+    """Confusions, and accuracy by what the pipeline knows of an image."""
     predicted = model.probabilities.argmax(axis=1)
     counts = metrics.confusion(predicted, model.labels, len(model.classes))  # (K, K)
     wrong = [(int(counts[true, said]), true, said) for true, said in np.ndindex(counts.shape) if true != said]
@@ -328,15 +328,13 @@ def _failures(model: Model, data: Data) -> list[str]:
         for group in dict.fromkeys(sorted(members, key=_natural))
     ]
     told = (
-        [*_table(("confusion", "share of the class"), confused)]
-        if confused
-        else ["No test picture is wrong."]
+        [*_table(("confusion", "share of the class"), confused)] if confused else ["No test image is wrong."]
     )
     same = [by for by, members in groups.items() if len(set(members)) == 1]
     if rows:
-        told += ["", *_table(("group of test pictures", "accuracy", ""), rows)]
+        told += ["", *_table(("group of test images", "accuracy", ""), rows)]
     if same:
-        told += ["", f"The same for all test pictures: {', '.join(same)}."]
+        told += ["", f"The same for all test images: {', '.join(same)}."]
     return told
 
 
@@ -345,7 +343,7 @@ def _limits(model: Model, data: Data) -> list[str]:
     said = [*_warnings(data)]
     if model.pocket:
         said.append(
-            "The embedded weights (pocket) were trained on drawn pictures alone; they never saw a real one."
+            "The embedded weights (pocket) were trained on drawn images alone; they never saw a real one."
         )
     reported = fault_kinds(data.reported)
     if noise := sum(fault_kinds([*data.left_out, *data.reported])[kind] for kind in _label_kinds()):
@@ -355,7 +353,7 @@ def _limits(model: Model, data: Data) -> list[str]:
             "Ingestion found no contradicting labels; wrong ones that nothing contradicts stay unseen."
         )
     if small := [f"{name} ({n})" for name, n in model.learnt.items() if n < FEW]:
-        said.append(f"Learnt from fewer than {FEW} pictures: {', '.join(small)}.")
+        said.append(f"Learnt from fewer than {FEW} images: {', '.join(small)}.")
     said.append("The version was chosen by validation inside its support, and the test set chose nothing.")
     said.append("Confounds are unknown: age, sex, device, site and burnt-in marks are not recorded.")
     return said
@@ -382,7 +380,7 @@ def _patients(data: Data) -> str:
     known = [record.patient for record in data.records if record.patient]
     if not known:
         return "Patients: none is known."
-    return f"Patients: {len(set(known))} are known, for {len(known)} of {len(data.records)} pictures."
+    return f"Patients: {len(set(known))} are known, for {len(known)} of {len(data.records)} images."
 
 
 def _duplicates(data: Data) -> list[str]:
@@ -406,8 +404,8 @@ def _cell(value: object) -> str:
 
 def _drift(data: Data) -> list[str]:
     if data.new is None:
-        return ["There was no champion yet that the pictures could be compared with."]
-    told = [f"{data.new} pictures came since the present champion was made."]
+        return ["There was no champion yet that the images could be compared with."]
+    told = [f"{data.new} images came since the present champion was made."]
     return [*told, *(["", *checks_table(data.drift)] if data.drift else [])]
 
 
@@ -458,7 +456,7 @@ def _share(right: np.ndarray) -> str:
 
 def _of(correct: int, count: int) -> str:
     if not count:
-        return "no picture"
+        return "no image"
     low, high = metrics.wilson(correct, count)
     return f"{100 * correct / count:.1f} % [{100 * low:.1f}, {100 * high:.1f}], {correct} of {count}"
 

@@ -10,7 +10,7 @@ from medfocus.datasets.records import Record
 from medfocus.datasets.splits import Splits
 
 _IMBALANCE = 3  # the largest class over the smallest, from which accuracy alone misleads
-_FEW_TEST = 10  # test pictures of a class; fewer give its recall in steps of more than 10 points
+_FEW_TEST = 10  # test images of a class; fewer give its recall in steps of more than 10 points
 _RUNG_SPREAD = 0.3  # between the classes' shares of one rung of the masks' ladder
 _RUNGS = ("chosen", "relaxed", "box", "identity")
 
@@ -24,7 +24,7 @@ def data_warnings(records: Iterable[Record], splits: Splits, pairs: Sequence[Pai
     said = []
     if splits.straddling_twins:
         said.append(
-            f"{len(splits.straddling_twins)} of {len(test)} test pictures occur in train as well, and "
+            f"{len(splits.straddling_twins)} of {len(test)} test images occur in train as well, and "
             f"{len(test) - len(splits.clean_test)} are left out of the clean test set for what they share "
             "with train: believe its numbers rather than the official ones."
         )
@@ -32,24 +32,22 @@ def data_warnings(records: Iterable[Record], splits: Splits, pairs: Sequence[Pai
     near = sum(pair.kind == NEAR_KIND and {pair.path_a, pair.path_b} <= train | test for pair in across)
     if near:
         said.append(
-            f"{near} {'pair is' if near == 1 else 'pairs are'} nearly the same picture in train and in test, "
+            f"{near} {'pair is' if near == 1 else 'pairs are'} nearly the same image in train and in test, "
             "such as neighbouring frames of one patient; the clean test set keeps these."
         )
     if splits.straddling_patients:
         number = len(splits.straddling_patients)
         whose = "1 patient has" if number == 1 else f"{number} patients have"
-        said.append(f"{whose} pictures in train and in test.")
+        said.append(f"{whose} images in train and in test.")
     unknown = sum(not record.patient for record in by_path.values())
     if unknown:
-        of = (
-            "No picture has a" if unknown == len(by_path) else f"{unknown} of {len(by_path)} pictures have no"
-        )
+        of = "No image has a" if unknown == len(by_path) else f"{unknown} of {len(by_path)} images have no"
         said.append(f"{of} known patient: one patient may be in train and in test.")
     if splits.conflicting:
         number = len(splits.conflicting)
-        some = "1 picture has" if number == 1 else f"{number} pictures have"
+        some = "1 image has" if number == 1 else f"{number} images have"
         said.append(
-            f"{some} a twin with another label; nothing is trained on such pictures, but in an official test "
+            f"{some} a twin with another label; nothing is trained on such images, but in an official test "
             "set they still count."
         )
     for name, paths in (("train", splits.train), ("test", splits.test)):
@@ -57,7 +55,7 @@ def data_warnings(records: Iterable[Record], splits: Splits, pairs: Sequence[Pai
         most, least = (pick(splits.classes, key=lambda label: counts[label]) for pick in (max, min))
         if counts[most] >= _IMBALANCE * max(1, counts[least]):
             said.append(
-                f"Unequal classes in {name}: {counts[most]} pictures of '{most}', {counts[least]} of "
+                f"Unequal classes in {name}: {counts[most]} images of '{most}', {counts[least]} of "
                 f"'{least}'. Read balanced accuracy beside accuracy."
             )
         tiny = [f"'{label}' ({counts[label]})" for label in splits.classes if counts[label] < _FEW_TEST]
@@ -69,7 +67,7 @@ def data_warnings(records: Iterable[Record], splits: Splits, pairs: Sequence[Pai
 def mask_warnings(lines: Iterable[Mapping[str, object]]) -> list[str]:
     """Rungs of the masks' fallback ladder that go with a class, from the lines of masks.csv.
 
-    Such a rung can tell the class without what is in the picture.
+    Such a rung can tell the class without what is in the image.
     """
     lines, said = list(lines), []
     for rung in _RUNGS:

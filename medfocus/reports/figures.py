@@ -23,7 +23,7 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 MOST_HIGHLIGHTED = 7  # colours beside the grey of all others
 
-_CONTOUR = (255, 140, 0)  # orange shows on grey pictures, light and dark
+_CONTOUR = (255, 140, 0)  # orange shows on grey images, light and dark
 _TILE = 176  # pixels a side of a contact sheet's tile
 _LABEL_GAP = 0.062  # of the panel's height, between two labels of lines
 
@@ -106,7 +106,7 @@ def accuracy_panel(curves: Sequence[Curve], highlighted: Sequence[str], ink: Ink
         _line(panel, curve, ink.lines[place], MARKERS[place], apart)
         ends.append((curve.means[-1], curve.system, ink.lines[place]))
     _style(panel, ink)
-    panel.set_xlabel("training pictures (%)", fontsize=9, color=ink.text)
+    panel.set_xlabel("training images (%)", fontsize=9, color=ink.text)
     panel.set_ylabel("accuracy (%)", fontsize=9, color=ink.text)
     bottom, top = panel.get_ylim()
     bottom, top = panel.set_ylim(max(bottom, -1.0), min(top, 101.0))  # an interval of two draws goes far
@@ -198,15 +198,15 @@ def confusion_figure(counts: np.ndarray, classes: Sequence[str], title: str = ""
 
 
 def mask_sheet(
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     regions: Sequence[np.ndarray],
     captions: Sequence[str],
     columns: int = 6,
 ) -> bytes:
-    """Contact sheet, PNG bytes: pictures (H, W, 3) uint8 with the contours of regions (H, W) bool."""
+    """Contact sheet, PNG bytes: images (H, W, 3) uint8 with the contours of regions (H, W) bool."""
     tiles = []
-    for picture, region in zip(pictures, regions, strict=True):
-        tile = letterbox(picture, _TILE, (0, 0, 0))
+    for image, region in zip(images, regions, strict=True):
+        tile = letterbox(image, _TILE, (0, 0, 0))
         inside = Image.fromarray(letterbox_mask(region, _TILE) > 0.5).convert("L")
         rim = np.asarray(inside.filter(ImageFilter.MaxFilter(3))) > np.asarray(
             inside.filter(ImageFilter.MinFilter(3))
@@ -217,16 +217,16 @@ def mask_sheet(
     return buffer.getvalue()
 
 
-def attribution_overlay(picture: np.ndarray, attribution: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) uint8 in grey under the heat of an attribution (H, W), negative values as none.
+def attribution_overlay(image: np.ndarray, attribution: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) uint8 in grey under the heat of an attribution (H, W), negative values as none.
 
-    The heat is scaled by its own maximum, so its colours compare places of one picture and not pictures.
+    The heat is scaled by its own maximum, so its colours compare places of one image and not images.
     Raises ValueError where the two have different sizes.
     """
-    if attribution.shape != picture.shape[:2]:
+    if attribution.shape != image.shape[:2]:
         raise ValueError(
-            f"attribution_overlay: {attribution.shape} values on a picture of {picture.shape[:2]} pixels; "
-            "bring the attribution to the picture's size."
+            f"attribution_overlay: {attribution.shape} values on an image of {image.shape[:2]} pixels; "
+            "bring the attribution to the image's size."
         )
     from matplotlib import colormaps
 
@@ -234,7 +234,7 @@ def attribution_overlay(picture: np.ndarray, attribution: np.ndarray) -> np.ndar
     heat /= max(float(heat.max()), 1e-12)
     colours = colormaps["inferno"](heat)[..., :3]  # (H, W, 3)
     strength = np.sqrt(heat)[..., None] * 0.75  # faint heat has to be seen as well
-    grey = picture.mean(axis=2, keepdims=True) / 255
+    grey = image.mean(axis=2, keepdims=True) / 255
     return np.round(255 * ((1 - strength) * grey + strength * colours)).astype(np.uint8)
 
 

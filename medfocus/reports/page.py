@@ -1,6 +1,6 @@
 """A study -> one self-contained HTML page: data in, text out; no file and no network.
 
-The page needs no script and loads nothing: its styles are inline, its pictures are data URIs, and its
+The page needs no script and loads nothing: its styles are inline, its images are data URIs, and its
 Content-Security-Policy forbids everything else. Every part of a ``Report`` may be left out.
 """
 
@@ -29,19 +29,19 @@ from medfocus.reports.verdicts import LEVEL, p_value, points, verdict_sentences
 
 Block = tuple[str, str]  # a data set and one of its test sets
 
-_TILE = 256  # pixels a side of a picture of the gallery
-_TINT = np.array((255, 140, 0), dtype=np.float64)  # orange shows on grey pictures, light and dark
+_TILE = 256  # pixels a side of an image of the gallery
+_TINT = np.array((255, 140, 0), dtype=np.float64)  # orange shows on grey images, light and dark
 _SHARES = ("coverage", "chosen", "relaxed", "box", "identity")  # columns of masks.csv that are shares
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture of the gallery and what a fitted system made of it."""
+    """An image of the gallery and what a fitted system made of it."""
 
     dataset: str
     system: str
-    name: str  # of the picture, which names no patient
-    picture: np.ndarray  # (H, W, 3) uint8
+    name: str  # of the image, which names no patient
+    image: np.ndarray  # (H, W, 3) uint8
     true_class: str
     predicted: str
     probability: float  # of the predicted class
@@ -77,7 +77,7 @@ class Recalls:
     dataset: str
     what: str  # the percent of train and the test set
     classes: tuple[str, ...]
-    counts: tuple[int, ...]  # (K,) test pictures
+    counts: tuple[int, ...]  # (K,) test images
     by_system: Mapping[str, np.ndarray]  # -> (R, K) in [0, 1], a row a draw; NaN for an absent class
 
 
@@ -87,7 +87,7 @@ class Cost:
 
     system: str
     fit_seconds: float | None = None
-    pictures_per_second: float | None = None
+    images_per_second: float | None = None
     peak_mib: float | None = None
     trainable: int | None = None  # parameters
 
@@ -126,14 +126,14 @@ def render(report: Report) -> str:
     """The page as text; equal reports give equal text. All text of the report is escaped.
 
     Raises ValueError where shapes do not fit: a confusion matrix and its classes, recalls and their classes,
-    an attribution or mask and its picture; or for more highlighted systems than there are colours.
+    an attribution or mask and its image; or for more highlighted systems than there are colours.
     """
     blocks = blocks_of(report.rows) if report.rows else []
     results = [_results(report, block) for block in blocks]
     highlighted = list(report.highlighted) or _highlighted(report)
     sections = {
         "verdicts": ("Verdict", bool(report.verdicts or results)),
-        "accuracy": ("Accuracy over training pictures", bool(results)),
+        "accuracy": ("Accuracy over training images", bool(results)),
         "tables": ("Results", bool(results)),
         "gallery": ("Regions and attributions", bool(report.gallery)),
         "confusion": ("Confusion", bool(report.confusions)),
@@ -202,7 +202,7 @@ def _results(report: Report, block: Sequence[StudyRow]) -> dict[str, Any]:
     return {
         "id": _anchor(first.dataset, first.test_set),
         "title": f"{first.dataset}, {first.test_set} test set",
-        "pictures": first.n_test,
+        "images": first.n_test,
         "draws": f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else str(draws[0]),
         "percents": [f"{p:.4g} %" for p in percents],
         "sizes": [str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in sizes],
@@ -277,32 +277,32 @@ def _panel(block: Sequence[StudyRow], highlighted: Sequence[str]) -> dict[str, s
             told.append(f"{c.system} " + ", ".join(f"{points_of[p]:.1f} at {p:.4g} %" for p in ends))
     return {
         "title": title,
-        "alt": f"Accuracy in % over the percent of training pictures, {title}: {'; '.join(told)}.",
+        "alt": f"Accuracy in % over the percent of training images, {title}: {'; '.join(told)}.",
         "light": _uri(figures.accuracy_panel(curves, highlighted, figures.LIGHT)),
         "dark": _uri(figures.accuracy_panel(curves, highlighted, figures.DARK)),
     }
 
 
 def _example(example: Example) -> dict[str, Any]:
-    size = example.picture.shape[:2]
-    tiles = [("picture", f"Picture {example.name} of {example.dataset}", example.picture)]
+    size = example.image.shape[:2]
+    tiles = [("image", f"Image {example.name} of {example.dataset}", example.image)]
     if example.mask is not None:
         if example.mask.shape != size:
             raise ValueError(
-                f"Example '{example.name}': a mask of {example.mask.shape} on a picture of {size} pixels; "
-                "bring it to the picture's size."
+                f"Example '{example.name}': a mask of {example.mask.shape} on an image of {size} pixels; "
+                "bring it to the image's size."
             )
-        inside = 0.55 * example.picture + 0.45 * _TINT
-        region = np.where(example.mask[..., None], inside, 0.6 * example.picture)
+        inside = 0.55 * example.image + 0.45 * _TINT
+        region = np.where(example.mask[..., None], inside, 0.6 * example.image)
         share = f"{100 * example.mask.mean():.0f} %"
         tiles.append(("mask", f"The same with its mask in orange, {share} of it", region.astype(np.uint8)))
     if example.focus is not None:
         tiles.append(("focus", "What the system looks at", example.focus))
     if example.attribution is not None:
-        # A crop has another geometry than its picture: heat goes where the system looked.
-        seen = example.picture if example.focus is None else example.focus
+        # A crop has another geometry than its image: heat goes where the system looked.
+        seen = example.image if example.focus is None else example.focus
         fits = example.attribution.shape == seen.shape[:2]
-        heat = figures.attribution_overlay(seen if fits else example.picture, example.attribution)
+        heat = figures.attribution_overlay(seen if fits else example.image, example.attribution)
         tiles.append(("attribution", "Heat where the prediction comes from", heat))
     return {
         "right": example.true_class == example.predicted,
@@ -386,7 +386,7 @@ def _masks(dataset: str, lines: Sequence[Mapping[str, object]]) -> dict[str, Any
         number = float(str(value))
         if name in _SHARES:
             return f"{100 * number:.0f} %"
-        return f"{number:.0f}" if name in ("pictures", "regions") else f"{number:.2f}"
+        return f"{number:.0f}" if name in ("images", "regions") else f"{number:.2f}"
 
     return {
         "title": dataset,
@@ -399,14 +399,14 @@ def _masks(dataset: str, lines: Sequence[Mapping[str, object]]) -> dict[str, Any
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
-    values = (cost.fit_seconds, cost.pictures_per_second, cost.peak_mib)
+    values = (cost.fit_seconds, cost.images_per_second, cost.peak_mib)
     cells = ["–" if v is None else f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values]
     return {"name": cost.system, "cells": [*cells, "–" if cost.trainable is None else f"{cost.trainable:,}"]}
 
 
-def _tile(picture: np.ndarray) -> bytes:
+def _tile(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(letterbox(picture, _TILE, (0, 0, 0))).save(buffer, "PNG", optimize=True)
+    Image.fromarray(letterbox(image, _TILE, (0, 0, 0))).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

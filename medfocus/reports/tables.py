@@ -24,7 +24,7 @@ _CONTROLLED = "multiply"  # the focus that the controls take something from
 # Control -> what has to be said of a data set where it does not score below the focus.
 _FINDINGS = {
     "inverse": "background alone is not significantly below the focus {}: take the data set as confounded",
-    "shuffled": "another picture's mask is not significantly below the focus {}: "
+    "shuffled": "another image's mask is not significantly below the focus {}: "
     "the mask's content is not what helps",
     "center-box": "the centre box is not significantly below the focus {}: no mask had to be found",
 }
@@ -43,7 +43,7 @@ class StudyRow:
     accuracy: float
     balanced_accuracy: float
     macro_f1: float
-    auroc: float  # NaN where a class has no test picture
+    auroc: float  # NaN where a class has no test image
     ece: float
     test_set: str  # "official" or "clean"
     n_train: int
@@ -124,7 +124,7 @@ def read_published(path: Path) -> list[Published]:
 def plot_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
     """The CSV for ``dvc plots``: a line a test set, system and percent of train, means over draws in %.
 
-    What needs no training picture has a line at every percent. Raises ValueError when there is no row.
+    What needs no training image has a line at every percent. Raises ValueError when there is no row.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -176,9 +176,9 @@ def markdown_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
     """The tables of ``study_table`` in Markdown."""
     blocks = []
     for block in blocks_of(rows):
-        head, pictures, *body = (f"| {' | '.join(line)} |" for line in _cells(block, metric))
+        head, images, *body = (f"| {' | '.join(line)} |" for line in _cells(block, metric))
         rule = "|---|" + "---:|" * (head.count("|") - 2)
-        table = [f"**{_heading(block, metric)}**", "", head, rule, pictures, *body]
+        table = [f"**{_heading(block, metric)}**", "", head, rule, images, *body]
         blocks.append("\n".join([*table, *_paragraphs(control_verdicts(block))]))
     return "\n\n".join(blocks) + "\n"
 
@@ -187,7 +187,7 @@ def accuracy_figure(rows: Sequence[StudyRow], metric: str = "accuracy") -> bytes
     """A metric over the percent of train, PNG bytes: a panel a data set and test set, a line a system.
 
     Bars are 95 % t-intervals over the draws; the systems stand a little apart so that bars can be told
-    from each other. A system that needs no training picture is a level line.
+    from each other. A system that needs no training image is a level line.
 
     Raises ValueError when there is no row.
     """
@@ -209,7 +209,7 @@ def accuracy_figure(rows: Sequence[StudyRow], metric: str = "accuracy") -> bytes
         if i % columns == 0:
             panel.set_ylabel(f"{_words(metric)} (%)", fontsize=9)
         if i + columns >= len(blocks):
-            panel.set_xlabel("training pictures (%)", fontsize=9)
+            panel.set_xlabel("training images (%)", fontsize=9)
             panel.tick_params(labelbottom=True)
     handles, labels = panels[0].get_legend_handles_labels()
     known = dict(zip(labels, handles, strict=True))
@@ -244,20 +244,20 @@ def _heading(block: Sequence[StudyRow], metric: str) -> str:
     number = str(max(draws)) if len(draws) == 1 else f"{min(draws)} to {max(draws)}"
     spread = "one draw" if draws == {1} else f"mean ± half width of the 95 % t-interval over {number} draws"
     if draws != {1} and any(row.percent_of_train == 100 for row in block):
-        spread += "; at 100 % every draw has the same pictures"
-    where = f"{first.dataset}, {first.test_set} test set ({first.n_test} pictures)"
+        spread += "; at 100 % every draw has the same images"
+    where = f"{first.dataset}, {first.test_set} test set ({first.n_test} images)"
     return f"{where}: {_words(metric)} in %, {spread}"
 
 
 def _cells(block: Sequence[StudyRow], metric: str) -> list[list[str]]:
-    """The table as text: the percents, the numbers of training pictures, then a line a system."""
+    """The table as text: the percents, the numbers of training images, then a line a system."""
     percents = sorted({row.percent_of_train for row in block})
     intervals = intervals_of(block, metric)
     systems = list(dict.fromkeys(row.system for row in block))
     counts = [sorted({row.n_train for row in block if row.percent_of_train == p}) for p in percents]
     return [
         ["percent of train", *(f"{_percent(p)}%" for p in percents)],
-        ["pictures", *(str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in counts)],
+        ["images", *(str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in counts)],
         *([system, *(_number(intervals.get((system, p))) for p in percents)] for system in systems),
         *(
             [f"{method}: {focus} - none", *(_gain(block, metric, method, focus, p) for p in percents)]
@@ -269,7 +269,7 @@ def _cells(block: Sequence[StudyRow], metric: str) -> list[list[str]]:
 
 def gain(rows: Sequence[StudyRow], metric: str, method: str, focus: str, percent: float) -> Interval | None:
     """What a focus adds to a method's metric, in percentage points, paired by draw: each draw's two cells
-    have the same support and the same test pictures. None where no draw has both. ``rows`` are of one test
+    have the same support and the same test images. None where no draw has both. ``rows`` are of one test
     set.
     """
     by_focus: dict[str, dict[int, float]] = {"none": {}, focus: {}}
@@ -291,7 +291,7 @@ def verdict(
     Args:
         focus: Draw -> accuracy in %.
         controls: "inverse", "shuffled", "center-box", those that were run -> draw -> accuracy in %.
-        none: Draw -> accuracy in % of the whole picture; empty where it was not run.
+        none: Draw -> accuracy in % of the whole image; empty where it was not run.
     """
     paired = ((name, _paired(controls[name], focus)) for name in _FINDINGS if name in controls)
     known = {name: interval for name, interval in paired if interval is not None and interval.draws > 1}
@@ -307,7 +307,7 @@ def verdict(
         found = [f"every control is below the focus ({below}): the region carries it"]
     lost = _paired(none, focus)
     if lost is not None and lost.mean - lost.half_width > 0:
-        found.append(f"the whole picture is above the focus ({_signed(lost)})")
+        found.append(f"the whole image is above the focus ({_signed(lost)})")
     return "; ".join(found)
 
 
@@ -315,7 +315,7 @@ def control_verdicts(block: Sequence[StudyRow]) -> list[str]:
     """A line a method that was run with controls: what they say of "multiply", by accuracy.
 
     Every draw counts once, by its mean over the percents: its supports are nested. At 100 % all draws
-    have the same pictures, at 0 % none, so neither is among them.
+    have the same images, at 0 % none, so neither is among them.
     """
     lines = []
     for method in dict.fromkeys(row.method for row in block):

@@ -31,7 +31,7 @@ def verdict_sentences(
         over = sorted(p for s, won in wins.items() for p in won if levels[top] > intervals[s, p].mean)
         where = f", above every fitted system at {_percents(over)}" if over else ""
         if over or not wins:
-            said.append(f"{top} needs no training picture and scores {levels[top]:.1f} %{where}.")
+            said.append(f"{top} needs no training image and scores {levels[top]:.1f} %{where}.")
     if differences:
         known = [d for d in differences.values() if d.adjusted_p < LEVEL]
         above, below = (sum(sign * d.mean > 0 for d in known) for sign in (1, -1))

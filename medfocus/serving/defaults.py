@@ -121,7 +121,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
-LEARNING_RATES: dict[str, int] = {"folds": 2, "pictures": 100}  # of several rates one is chosen so
+LEARNING_RATES: dict[str, int] = {"folds": 2, "images": 100}  # of several rates one is chosen so
 
 SEGMENTERS: dict[str, dict[str, Any]] = {
     "sam2": {
@@ -137,4 +137,4 @@ SEGMENTERS: dict[str, dict[str, Any]] = {
     },
     "otsu": {"keep": 1, "min_area": 0.01, "max_area": 0.7},
 }
-SEGMENTER_BATCH = 16  # pictures at once; masks of the embedded study are made so
+SEGMENTER_BATCH = 16  # images at once; masks of the embedded study are made so

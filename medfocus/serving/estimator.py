@@ -1,4 +1,4 @@
-"""MedFocusCLIP as a scikit-learn classifier: pictures and labels in, no study, no server, nothing on disk."""
+"""MedFocusCLIP as a scikit-learn classifier: images and labels in, no study, no server, nothing on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from medfocus.clip import features
 from medfocus.clip.encoder import ClipEncoder, build_clip
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
-from medfocus.explain.explain import explain, on_picture
+from medfocus.explain.explain import explain, on_image
 from medfocus.focus.modes import FOCUS
 from medfocus.focus.region_views import focused_view
 from medfocus.focus.view import crop_box
@@ -33,7 +33,7 @@ from medfocus.images import decode
 from medfocus.learning.selection import LearningRates
 from medfocus.masks.segmenter import Mask, Segmenter
 from medfocus.masks.store import MaskStore
-from medfocus.methods import METHODS, PICTURES, Method, Support
+from medfocus.methods import IMAGES, METHODS, Method, Support
 from medfocus.serving import checkpoint, defaults
 from medfocus.serving.predictor import Predictor, probabilities_of, save_model
 
@@ -42,26 +42,26 @@ if TYPE_CHECKING:
 
 _OWN = "estimator.json"  # in a saved model's folder: what scikit-learn knows of it
 
-Pictures = Iterable[Any]  # of arrays (H, W) or (H, W, 3) uint8, or of paths
+Images = Iterable[Any]  # of arrays (H, W) or (H, W, 3) uint8, or of paths
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What a fitted classifier saw of one picture, and where what it says comes from."""
+    """What a fitted classifier saw of one image, and where what it says comes from."""
 
     label: Any  # the class that is explained, one of ``classes_``
     mask: np.ndarray  # (H, W) bool, the region
     mask_status: str  # the rung of the fallback ladder on which it was found
-    focus: np.ndarray  # (S, S, 3) uint8, the picture as CLIP gets it
+    focus: np.ndarray  # (S, S, 3) uint8, the image as CLIP gets it
     attribution: np.ndarray  # (H, W) float32, sums to one
     way: str  # how the attribution was come by, see ``medfocus.explain.explain``
 
 
 class MedFocusCLIP(ClassifierMixin, BaseEstimator):
-    """Few-shot classification of medical pictures with region focus. For research; not for clinical use.
+    """Few-shot classification of medical images with region focus. For research; not for clinical use.
 
-    A picture is an array (H, W) or (H, W, 3) of uint8, or a path; X is a sequence of them, of any sizes, or
-    an array that stacks them. ``n_features_in_`` has no meaning for pictures, so there is none.
+    An image is an array (H, W) or (H, W, 3) of uint8, or a path; X is a sequence of them, of any sizes, or
+    an array that stacks them. ``n_features_in_`` has no meaning for images, so there is none.
 
     Parameters
     ----------
@@ -70,10 +70,10 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     settings : dict or None, default=None
         Hyperparameters of the method, in place of those of ``medfocus.serving.defaults.METHODS``.
     focus : str, default="crop"
-        How a picture is shown under its mask: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha"
+        How an image is shown under its mask: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha"
         or "dual". With "none" no mask is made.
     clip, pretrained : str, default="pocket"
-        See ``medfocus.clip.encoder.build_clip``. The default is small and knows procedural pictures alone.
+        See ``medfocus.clip.encoder.build_clip``. The default is small and knows procedural images alone.
     segmenter : {"sam2", "otsu"}, default="sam2"
         What makes the masks.
     segmenter_settings : dict or None, default=None
@@ -85,13 +85,13 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     templates : sequence of str or None, default=None
         Texts with "{c}" in place of the modality's.
     augmented : int, default=2
-        Random crops beside each training picture, for methods that train on views.
+        Random crops beside each training image, for methods that train on views.
     flip : bool, default=False
         Whether half of them are mirrored; never for chest films, where the heart's side is a finding.
     feather, attention_bias : float
-        See ``medfocus.focus.modes.focus`` and ``medfocus.clip.encoder.ClipEncoder.looking``.
+        See ``medfocus.focus.modes.focus`` and ``medfocus.clip.encoder.ClipEncoder.with_region``.
     batch_size : int, default=64
-        Views a pass of the picture tower.
+        Views a pass of the image encoder.
     cache : path or None, default=None
         A folder that keeps the masks between fits, as a cross-validation wants; None keeps nothing.
     device : str, default="cpu"
@@ -175,32 +175,32 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
                 )
             self.method_ = METHODS[self.method](self.encoder_, **settings).load(learnt)
 
-    def fit(self, X: Pictures, y: ArrayLike, groups: ArrayLike | None = None) -> Self:
-        """Learn from labelled pictures.
+    def fit(self, X: Images, y: ArrayLike, groups: ArrayLike | None = None) -> Self:
+        """Learn from labelled images.
 
         Args:
-            X: N pictures.
+            X: N images.
             y: (N,) labels of two classes or more.
-            groups: (N,) whose pictures are one patient's; the folds inside of a fit keep them together.
-                None: identical pictures are one group.
+            groups: (N,) whose images are one patient's; the folds inside of a fit keep them together.
+                None: identical images are one group.
 
-        Raises ValueError for what is no picture, naming its place, for lengths that differ, a single class,
+        Raises ValueError for what is no image, naming its place, for lengths that differ, a single class,
         and for a parameter that is unknown or out of range.
         """
         settings = self._check_parameters()
-        pictures = _opened(X)
+        images = _opened(X)
         labels = column_or_1d(y, warn=True)
-        check_consistent_length(pictures, labels)
+        check_consistent_length(images, labels)
         assert_all_finite(labels, input_name="y")
         check_classification_targets(labels)
         classes, index = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(
-                f"MedFocusCLIP: y has {len(classes)} class, {classes[0]!r}; give pictures of two classes or "
+                f"MedFocusCLIP: y has {len(classes)} class, {classes[0]!r}; give images of two classes or "
                 "more."
             )
-        together = [picture.sha256 for picture in pictures] if groups is None else column_or_1d(groups)
-        check_consistent_length(pictures, together)
+        together = [image.sha256 for image in images] if groups is None else column_or_1d(groups)
+        check_consistent_length(images, together)
         self.classes_ = classes
         self._build(settings)
         kind = METHODS[self.method]
@@ -208,7 +208,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         views = 1 + self.augmented if kind.takes_views else 1
         prompts = text_prompts(self._class_names(), self.modality, self.templates)
         support = Support(
-            self._inputs(method, pictures, self._masks(pictures), views),
+            self._inputs(method, images, self._masks(images), views),
             torch.from_numpy(index.astype(np.int64)),
             torch.from_numpy(np.unique(together, return_inverse=True)[1].astype(np.int64)),
             class_embeddings(self.encoder_, prompts).cpu(),
@@ -224,30 +224,30 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             self.method_ = method.fit(support, generator)
         return self
 
-    def predict_proba(self, X: Pictures) -> np.ndarray:
-        """N pictures -> (N, K) probabilities by ``classes_``, rows summing to one."""
+    def predict_proba(self, X: Images) -> np.ndarray:
+        """N images -> (N, K) probabilities by ``classes_``, rows summing to one."""
         check_is_fitted(self)
-        pictures = _opened(X)
-        inputs = self._inputs(self.method_, pictures, self._masks(pictures), 1)[0]  # (N, ...)
+        images = _opened(X)
+        inputs = self._inputs(self.method_, images, self._masks(images), 1)[0]  # (N, ...)
         return probabilities_of(self.method_, inputs)
 
-    def predict(self, X: Pictures) -> np.ndarray:
-        """N pictures -> (N,) the most probable of ``classes_`` each."""
+    def predict(self, X: Images) -> np.ndarray:
+        """N images -> (N,) the most probable of ``classes_`` each."""
         probabilities = self.predict_proba(X)  # says so where it is not fitted
         return self.classes_[probabilities.argmax(axis=1)]
 
-    def explain(self, picture: Any, label: Any = None) -> Explanation:
-        """Mask, focus picture and attribution of one picture, for a label or, without one, what it predicts.
+    def explain(self, image: Any, label: Any = None) -> Explanation:
+        """Mask, focus image and attribution of one image, for a label or, without one, what it predicts.
 
         Raises ValueError for a label that is not among ``classes_``.
         """
         check_is_fitted(self)
-        pictures = _opened([picture])
+        images = _opened([image])
         if self.segmenter_ is None:  # the focus "none" saw none, but who asks wants to see it
             self.segmenter_ = self._segmenter()
-        [mask] = self._masks(pictures)
+        [mask] = self._masks(images)
         assert mask is not None
-        view = self._view(pictures[0], mask, 0)
+        view = self._view(images[0], mask, 0)
         if label is None:
             label = self.classes_[probabilities_of(self.method_, self._embedded(view)).argmax()]
         found = np.flatnonzero(self.classes_ == label)
@@ -256,7 +256,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             raise ValueError(f"explain: {label!r} is none of the classes; give one of {known}.")
         target = torch.from_numpy(found)
         maps, way = explain(self.method_, self.encoder_, torch.from_numpy(view)[None], target)
-        heat = on_picture(maps[0].numpy(), mask.region, self.focus)
+        heat = on_image(maps[0].numpy(), mask.region, self.focus)
         return Explanation(label, mask.region, mask.status, view[..., :3].copy(), heat, way)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -346,8 +346,10 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
                     f"MedFocusCLIP: segmenter_grid of {self.method} asks for SAM2's features, but the "
                     f"segmenter is {self.segmenter!r}. Set it to 'sam2', or segmenter_grid to 0."
                 )
-            encoder = encoder.beside(self.segmenter_)  # pyright: ignore[reportArgumentType]  # a Describer
-        self.encoder_ = encoder.looking(self.focus, self.attention_bias) if self.focus in REGIONS else encoder
+            encoder = encoder.with_segmenter(self.segmenter_)  # pyright: ignore[reportArgumentType]  # a Describer
+        self.encoder_ = (
+            encoder.with_region(self.focus, self.attention_bias) if self.focus in REGIONS else encoder
+        )
 
     def _segmenter_settings(self) -> dict[str, Any]:
         return {**defaults.SEGMENTERS[self.segmenter], **(self.segmenter_settings or {})}
@@ -359,92 +361,92 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     def _class_names(self) -> tuple[str, ...]:
         return tuple((self.names or {}).get(str(label), str(label)) for label in self.classes_)
 
-    def _masks(self, pictures: Sequence[_Picture]) -> list[Mask] | list[None]:
+    def _masks(self, images: Sequence[_Image]) -> list[Mask] | list[None]:
         """A mask each; none where no focus asks for one."""
         segmenter = self.segmenter_
         if segmenter is None:
-            return [None] * len(pictures)
+            return [None] * len(images)
         store = None if self.cache is None else MaskStore(os.fspath(self.cache))
-        shas = list(dict.fromkeys(picture.sha256 for picture in pictures))
+        shas = list(dict.fromkeys(image.sha256 for image in images))
         stored = {sha: store.get(sha, segmenter.key) for sha in shas} if store else {}
         known = {sha: mask for sha, mask in stored.items() if mask is not None}
-        missing = {picture.sha256: picture.pixels for picture in pictures if picture.sha256 not in known}
+        missing = {image.sha256: image.pixels for image in images if image.sha256 not in known}
         if missing:
             made = dict(zip(missing, segmenter.segment(list(missing.values())), strict=True))
             known |= made
             if store:
                 store.put(made, segmenter.key)
                 store.close()
-        return [known[picture.sha256] for picture in pictures]
+        return [known[image.sha256] for image in images]
 
-    def _view(self, picture: _Picture, mask: Mask | None, number: int) -> np.ndarray:
+    def _view(self, image: _Image, mask: Mask | None, number: int) -> np.ndarray:
         return focused_view(
-            picture.pixels,
+            image.pixels,
             None if mask is None or self.focus == "none" else mask.region,
             focus=self.focus,
             size=self.encoder_.image_size,
             feather=self.feather,
-            crop=crop_box(picture.sha256, number, mirror=self.flip),
+            crop=crop_box(image.sha256, number, mirror=self.flip),
         )
 
     def _embedded(self, view: np.ndarray) -> Tensor:
         return self.method_.embed(torch.from_numpy(view)[None]).cpu()
 
     def _inputs(
-        self, method: Method, pictures: Sequence[_Picture], masks: Sequence[Mask | None], views: int
+        self, method: Method, images: Sequence[_Image], masks: Sequence[Mask | None], views: int
     ) -> Tensor:
-        """(V, N, ...) the output of a method's frozen part for ``views`` views of pictures."""
-        items = [(i, number) for i in range(len(pictures)) for number in range(views)]
+        """(V, N, ...) the output of a method's frozen part for ``views`` views of images."""
+        items = [(i, number) for i in range(len(images)) for number in range(views)]
         encoded = features.encode(
             items,
-            [f"{pictures[i].sha256} {number}" for i, number in items],
-            lambda item: self._view(pictures[item[0]], masks[item[0]], item[1]),
+            [f"{images[i].sha256} {number}" for i, number in items],
+            lambda item: self._view(images[item[0]], masks[item[0]], item[1]),
             method.embed,
             cache=None,
             settings="",
             batch_size=self.batch_size,
-            dtype=torch.uint8 if method.embedding == PICTURES else torch.float32,
+            dtype=torch.uint8 if method.embedding == IMAGES else torch.float32,
         )
-        return encoded.unflatten(0, (len(pictures), views)).transpose(0, 1)
+        return encoded.unflatten(0, (len(images), views)).transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
-class _Picture:
+class _Image:
     sha256: str  # of the file's bytes or, of an array, of its shape and pixels
     pixels: np.ndarray  # (H, W, 3) uint8
 
 
-def _opened(X: Pictures) -> list[_Picture]:
-    """Every picture checked and decoded. Raises ValueError naming the first bad one's place."""
+def _opened(X: Images) -> list[_Image]:
+    """Every image checked and decoded. Raises ValueError naming the first bad one's place."""
     if isinstance(X, str | os.PathLike):
-        raise ValueError(f"MedFocusCLIP: X is one path, {os.fspath(X)!r}; give a list of pictures.")
+        raise ValueError(f"MedFocusCLIP: X is one path, {os.fspath(X)!r}; give a list of images.")
     if isinstance(X, np.ndarray) and X.ndim == 3 and X.shape[2] == 3:
         raise ValueError(
-            f"MedFocusCLIP: X is one picture of {X.shape}, or pictures that are 3 pixels wide; give a list "
-            "of pictures, [picture] for a single one."
+            f"MedFocusCLIP: X is one image of {X.shape}, or images that are 3 pixels wide; give a list "
+            "of images, [image] for a single one."
         )
     if not hasattr(X, "__iter__"):
-        raise ValueError(f"MedFocusCLIP: X is {type(X).__name__}; give a list of pictures.")
+        raise ValueError(f"MedFocusCLIP: X is {type(X).__name__}; give a list of images.")
     given = list(X)
     if not given:
-        raise ValueError("MedFocusCLIP: X has 0 pictures (0 samples), and at least 1 is needed.")
-    return [_open(picture, f"X[{i}]") for i, picture in enumerate(given)]
+        raise ValueError("MedFocusCLIP: X has 0 images (0 samples), and at least 1 is needed.")
+    return [_open(image, f"X[{i}]") for i, image in enumerate(given)]
 
 
-def _open(given: Any, name: str) -> _Picture:
+def _open(given: Any, name: str) -> _Image:
     if isinstance(given, str | os.PathLike):
-        return _Picture(*decode.read_named(Path(given)))
+        return _Image(*decode.read_named(Path(given)))
     if not isinstance(given, np.ndarray):
         raise ValueError(f"{name} is {type(given).__name__}; give an array of uint8 or a path.")
     grey, colour = given.ndim == 2, given.ndim == 3 and given.shape[2] == 3
     if given.dtype != np.uint8 or not (grey or colour) or given.size == 0:
         raise ValueError(
-            f"{name} is {given.dtype} of shape {given.shape}; a picture is uint8 of (H, W) or (H, W, 3). "
-            "Scale values to 0 to 255 and convert them, and put one picture each into X."
+            f"{name} is {given.dtype} of shape {given.shape}; an image is uint8 of (H, W) or (H, W, 3). "
+            "Scale values to 0 to 255 and convert them, and put one image each into X."
         )
     pixels = np.repeat(given[:, :, None], 3, axis=2) if grey else np.ascontiguousarray(given)
     content = f"{pixels.shape}".encode() + pixels.tobytes()
-    return _Picture(hashlib.sha256(content).hexdigest(), pixels)
+    return _Image(hashlib.sha256(content).hexdigest(), pixels)
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""A fitted cell as a folder that needs nothing else: raw picture bytes in, probabilities and a mask out.
+"""A fitted cell as a folder that needs nothing else: raw image bytes in, probabilities and a mask out.
 
 The folder holds ``cell.safetensors`` (the fitted method, see ``checkpoint``), ``clip/`` (weights and
 configuration in open_clip's own layout), ``sam2.safetensors`` and ``sam2.yaml`` where SAM2 makes the
@@ -37,19 +37,19 @@ _CELL, _CLIP, _SAM2, _SAM2_CONFIG = "cell.safetensors", "clip", "sam2.safetensor
 _ADAPTER, _TEXT = "adapter.safetensors", "text.safetensors"
 _PACKAGES = ("torch", "open_clip_torch", "sam2", "numpy", "pillow")
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt", ".bin")
-_BATCH = 16  # pictures at once, so that memory does not grow with the request
+_BATCH = 16  # images at once, so that memory does not grow with the request
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the model says of one picture."""
+    """What the model says of one image."""
 
     label: str
     probabilities: dict[str, float]  # by class, in the model's order; they sum to 1
-    mask: np.ndarray  # (H, W) bool at the picture's own resolution: what the focus saw as the region
+    mask: np.ndarray  # (H, W) bool at the image's own resolution: what the focus saw as the region
     mask_status: str  # the rung of the fallback ladder
     mask_score: float  # in [0, 1]
-    overlay: bytes  # PNG at the picture's own resolution, the mask tinted; empty where none was asked for
+    overlay: bytes  # PNG at the image's own resolution, the mask tinted; empty where none was asked for
 
 
 def save_model(
@@ -67,8 +67,8 @@ def save_model(
         folder: The model folder; it appears whole or not at all.
         checkpoint: What ``checkpoint.save`` wrote; it brings the method, its classes and its focus.
         encoder: The CLIP on which the method was fitted.
-        segmenter: The segmenter of the pictures the method was fitted on.
-        segmenter_settings: The arguments by name with which ``masks.lean.segmenter.build_segmenter`` or
+        segmenter: The segmenter of the images the method was fitted on.
+        segmenter_settings: The arguments by name with which ``masks.sam2.fast_segmenter.build_segmenter`` or
             ``OtsuSegmenter`` made it.
         feather: Of the views.
 
@@ -79,7 +79,7 @@ def save_model(
 
     from medfocus.masks.sam2 import model
     from medfocus.masks.sam2.adapter import AdapterSegmenter
-    from medfocus.masks.sam2.retrieval import RetrievedSegmenter, TextRank
+    from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
     from medfocus.masks.sam2.segmenter import Sam2Segmenter
     from medfocus.serving import checkpoint as checkpoints
 
@@ -100,13 +100,13 @@ def save_model(
     plain = getattr(segmenter, "plain", segmenter)  # what an adapter or a text only informs
     if isinstance(plain, Sam2Segmenter):
         state = _tensors(plain.model)
-        save_file({k: v for k, v in state.items() if k.startswith(model.PICTURE_PATH)}, beside / _SAM2)
+        save_file({k: v for k, v in state.items() if k.startswith(model.IMAGE_MODULES)}, beside / _SAM2)
         shutil.copyfile(model.config_path(str(settings.pop("config"))), beside / _SAM2_CONFIG)
         settings.pop("checkpoint", None)
     retrieved = None
     if isinstance(segmenter, AdapterSegmenter):
         save_file(segmenter.state, beside / _ADAPTER)
-    elif isinstance(segmenter, RetrievedSegmenter):
+    elif isinstance(segmenter, RetrievalSegmenter):
         assert isinstance(segmenter.rank, TextRank)  # the only one that a study knows
         save_file({"text": segmenter.rank.text.contiguous()}, beside / _TEXT)
         retrieved = segmenter.rank.key
@@ -174,7 +174,7 @@ class Predictor:
             folder, content["segmenter"], content["segmenter_settings"], encoder, content["retrieved"]
         )
         if content["region"]:
-            encoder = encoder.looking(content["region"], content["attention_bias"])
+            encoder = encoder.with_region(content["region"], content["attention_bias"])
         encoder = replace(
             encoder,
             name=content["clip"],
@@ -185,24 +185,24 @@ class Predictor:
         method, header = checkpoint.load(folder / _CELL, encoder)
         return cls(method, segmenter, header.classes, header.focus, content["feather"], content["view_size"])
 
-    def predict(self, pictures: Sequence[bytes], overlay: bool = True) -> list[Prediction]:
-        """Encoded pictures -> one prediction each, the same that the evaluation makes.
+    def predict(self, images: Sequence[bytes], overlay: bool = True) -> list[Prediction]:
+        """Encoded images -> one prediction each, the same that the evaluation makes.
 
-        Without ``overlay`` no picture with the mask drawn in is made, which takes time.
-        Raises ValueError naming the first bad picture's place in the request, the fault and the fix.
+        Without ``overlay`` no image with the mask drawn in is made, which takes time.
+        Raises ValueError naming the first bad image's place in the request, the fault and the fix.
         """
-        names = [f"picture {i + 1} of {len(pictures)}" for i in range(len(pictures))]
+        names = [f"image {i + 1} of {len(images)}" for i in range(len(images))]
         predictions: list[Prediction] = []
-        for start in range(0, len(pictures), _BATCH):
+        for start in range(0, len(images), _BATCH):
             batch = slice(start, start + _BATCH)
-            decoded = list(map(decode.decode, pictures[batch], names[batch]))
+            decoded = list(map(decode.decode, images[batch], names[batch]))
             predictions += self.predict_decoded(decoded, overlay)
         return predictions
 
-    def predict_decoded(self, pictures: Sequence[np.ndarray], overlay: bool = True) -> list[Prediction]:
-        """Pictures (H, W, 3) uint8 RGB, few enough for the memory -> one prediction each."""
-        masks = self.segmenter.segment(pictures)
-        views = [self.view(picture, mask.region) for picture, mask in zip(pictures, masks, strict=True)]
+    def predict_decoded(self, images: Sequence[np.ndarray], overlay: bool = True) -> list[Prediction]:
+        """Images (H, W, 3) uint8 RGB, few enough for the memory -> one prediction each."""
+        masks = self.segmenter.segment(images)
+        views = [self.view(image, mask.region) for image, mask in zip(images, masks, strict=True)]
         probabilities = self.probabilities(np.stack(views))
         return [
             Prediction(
@@ -211,14 +211,14 @@ class Predictor:
                 mask=mask.region,
                 mask_status=mask.status,
                 mask_score=mask.score,
-                overlay=_png(apply_focus(picture, mask.region, "overlay", feather=0.0)) if overlay else b"",
+                overlay=_png(apply_focus(image, mask.region, "overlay", feather=0.0)) if overlay else b"",
             )
-            for picture, mask, p in zip(pictures, masks, probabilities, strict=True)
+            for image, mask, p in zip(images, masks, probabilities, strict=True)
         ]
 
-    def view(self, picture: np.ndarray, region: np.ndarray) -> np.ndarray:
-        """What CLIP sees of a picture (H, W, 3) uint8 with a region (H, W) bool: (S, S, C) uint8."""
-        return focused_view(picture, region, focus=self.focus, size=self.view_size, feather=self.feather)
+    def view(self, image: np.ndarray, region: np.ndarray) -> np.ndarray:
+        """What CLIP sees of an image (H, W, 3) uint8 with a region (H, W) bool: (S, S, C) uint8."""
+        return focused_view(image, region, focus=self.focus, size=self.view_size, feather=self.feather)
 
     def probabilities(self, views: np.ndarray) -> np.ndarray:
         """Views (N, S, S, C) uint8 -> (N, K), in the order of ``classes``."""
@@ -228,7 +228,7 @@ class Predictor:
 
 
 def probabilities_of(method: Method, inputs: Tensor) -> np.ndarray:
-    """What a fitted method's main classifier says of embedded pictures, inputs (N, ...) -> (N, K)."""
+    """What a fitted method's main classifier says of embedded images, inputs (N, ...) -> (N, K)."""
     logits = next(iter(method.logits(inputs).values()))  # (N, K)
     return softmax(logits.detach().cpu().double().numpy())
 
@@ -258,9 +258,9 @@ def _load_segmenter(
 
         return AdapterSegmenter(plain, weights.load(folder / _ADAPTER))
     if retrieved is not None:
-        from medfocus.masks.sam2.retrieval import RetrievedSegmenter, TextRank
+        from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
 
-        return RetrievedSegmenter(plain, TextRank(encoder, weights.load(folder / _TEXT)["text"], retrieved))
+        return RetrievalSegmenter(plain, TextRank(encoder, weights.load(folder / _TEXT)["text"], retrieved))
     return plain
 
 
@@ -270,7 +270,7 @@ def _tensors(model: Any) -> dict[str, Any]:
 
 
 def _towers(model: Any) -> dict[str, Any]:
-    """The towers' weights as they were before ``ClipEncoder.looking`` gave them a channel for the region."""
+    """The towers' weights before ``ClipEncoder.with_region`` gave them a channel for the region."""
     own, added = "visual.conv1.conv.", "visual.conv1.alpha."
     tensors = _tensors(model)
     return {k.replace(own, "visual.conv1."): v for k, v in tensors.items() if not k.startswith(added)}
@@ -280,7 +280,7 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _png(picture: np.ndarray) -> bytes:
+def _png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=3)  # a third of the usual time, 5 % larger
+    Image.fromarray(image).save(buffer, "PNG", compress_level=3)  # a third of the usual time, 5 % larger
     return buffer.getvalue()

@@ -23,11 +23,11 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from medfocus.images.decode import MOST_BYTES
-from medfocus.images.stack import PictureError, TooLargeError
+from medfocus.images.stack import ImageError, TooLargeError
 from medfocus.serving.predictor import Predictor
 from medfocus.storage.redaction import kind_and_place
 
-MOST_PICTURES = 64  # of a request to a server; what runs in a process of its own may give more
+MOST_IMAGES = 64  # of a request to a server; what runs in a process of its own may give more
 _SERVING = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # what the scoring server sets
 
 
@@ -48,7 +48,7 @@ class ServedError(MlflowException, ValueError):
 
 
 class FocusClassifier(PythonModel):
-    """Raw picture bytes in, class probabilities and the mask overlay out."""
+    """Raw image bytes in, class probabilities and the mask overlay out."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the model folder that was logged as the artefact ``model``."""
@@ -61,18 +61,18 @@ class FocusClassifier(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """Column ``picture`` of encoded pictures, bytes or base64 text -> one row a picture.
+        """Column ``image`` of encoded images, bytes or base64 text -> one row per image.
 
         The columns are label, probability_<class> for every class, mask_status, mask_score and overlay (PNG
         in base64). The parameter ``overlay``, true unless told, says whether the last one is made.
-        Raises ServedError, a ValueError, naming the picture's place in the batch. Any thread may call it.
+        Raises ServedError, a ValueError, naming the image's place in the batch. Any thread may call it.
         """
         overlay = (params or {}).get("overlay", True)
-        pictures = _pictures(model_input)
+        images = _images(model_input)
         try:
             with self.one_at_a_time:
-                predictions = self.predictor.predict(pictures, overlay=overlay)
-        except PictureError as error:
+                predictions = self.predictor.predict(images, overlay=overlay)
+        except ImageError as error:
             raise ServedError(str(error), 413 if isinstance(error, TooLargeError) else 400) from error
         except Exception as error:
             logging.getLogger(__name__).exception("A prediction failed.")
@@ -90,27 +90,25 @@ class FocusClassifier(PythonModel):
         )
 
 
-def _pictures(model_input: pd.DataFrame) -> list[bytes]:
-    """The encoded pictures of a request that is not past the limits. Raises ServedError."""
-    if "picture" not in model_input:
-        raise ServedError("the request has no column 'picture'. Give the pictures there, each in base64.")
-    values = model_input["picture"].tolist()
+def _images(model_input: pd.DataFrame) -> list[bytes]:
+    """The encoded images of a request that is not past the limits. Raises ServedError."""
+    if "image" not in model_input:
+        raise ServedError("the request has no column 'image'. Give the images there, each in base64.")
+    values = model_input["image"].tolist()
     if not values:
-        raise ServedError("the request has no picture. Give one at least, in the column 'picture'.")
+        raise ServedError("the request has no image. Give one at least, in the column 'image'.")
     if os.environ.get(_SERVING) == "true":
         _check_size(values)
-    return [_bytes(value, f"picture {i + 1} of {len(values)}") for i, value in enumerate(values)]
+    return [_bytes(value, f"image {i + 1} of {len(values)}") for i, value in enumerate(values)]
 
 
 def _check_size(values: Sequence[object]) -> None:
-    if len(values) > MOST_PICTURES:
-        told = f"the request has {len(values)} pictures, and {MOST_PICTURES} are the most"
+    if len(values) > MOST_IMAGES:
+        told = f"the request has {len(values)} images, and {MOST_IMAGES} are the most"
         raise ServedError(f"{told}. Send them in several requests.", 413)
     size = sum(len(value) * 3 // 4 for value in values if isinstance(value, str))
     if size > MOST_BYTES:
-        told = (
-            f"the request's pictures have {size // 1_000_000} MB, and {MOST_BYTES // 1_000_000} are the most"
-        )
+        told = f"the request's images have {size // 1_000_000} MB, and {MOST_BYTES // 1_000_000} are the most"
         raise ServedError(f"{told}. Send them in several requests.", 413)
 
 
@@ -124,9 +122,7 @@ def _bytes(value: object, name: str) -> bytes:
             raise ServedError(
                 f"{name}: a text that is not base64 ({error}). Encode the file's bytes."
             ) from error
-    raise ServedError(
-        f"{name}: {type(value).__name__} is no picture. Give a file's bytes, or base64 of them."
-    )
+    raise ServedError(f"{name}: {type(value).__name__} is no image. Give a file's bytes, or base64 of them.")
 
 
 set_model(FocusClassifier())

@@ -1,6 +1,6 @@
 """Errors without their text for what keeps them: Prefect and MLflow write down what a run raised.
 
-The text of an error names files, and the names of medical pictures name patients. Whoever runs a study needs
+The text of an error names files, and the names of medical images name patients. Whoever runs a study needs
 it, on the terminal; a database that is backed up, shared and shown on a page gets kind and place alone.
 """
 
@@ -19,20 +19,20 @@ Made = TypeVar("Made")
 _OURS = ("medfocus", "flows")
 
 
-class DiscreetError(RuntimeError):
+class RedactedError(RuntimeError):
     """Stands for an error, without its text; in the process that raised it, ``error`` is that one."""
 
     def __init__(self, told: str, error: Exception | None = None) -> None:
         super().__init__(told)
         self.error = error
 
-    def __reduce__(self) -> tuple[type[DiscreetError], tuple[str]]:
+    def __reduce__(self) -> tuple[type[RedactedError], tuple[str]]:
         """Without ``error``: Prefect keeps what a flow raised as a pickle in its home."""
         return type(self), (str(self),)
 
 
 def kind_and_place(error: BaseException) -> str:
-    """Such as "PictureError at medfocus.images.decode:72": this project's innermost line before the error."""
+    """Such as "ImageError at medfocus.images.decode:72": this project's innermost line before the error."""
     walked = traceback.walk_tb(error.__traceback__)
     frames = [(str(frame.f_globals.get("__name__", "?")), line) for frame, line in walked]
     ours = [place for place in frames if place[0].partition(".")[0] in _OURS]
@@ -55,8 +55,8 @@ def in_full(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def discreet(work: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Have ``work`` tell its errors on the terminal, in full, and raise ``DiscreetError`` in their place.
+def redacted(work: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Have ``work`` tell its errors on the terminal, in full, and raise ``RedactedError`` in their place.
 
     It stands below ``@task`` and ``@flow``, so that they see the latter alone.
     """
@@ -65,16 +65,16 @@ def discreet(work: Callable[Given, Made]) -> Callable[Given, Made]:
     def careful(*given: Given.args, **named: Given.kwargs) -> Made:
         try:
             return work(*given, **named)
-        except DiscreetError:
+        except RedactedError:
             raise
         except Exception as error:
             print(in_full(error), end="", file=sys.stderr)
-            told = DiscreetError(f"{kind_and_place(error)}; its text is on the terminal", error)
+            told = RedactedError(f"{kind_and_place(error)}; its text is on the terminal", error)
         raise told  # out here it has no context, which a log would print
 
     return careful
 
 
-def whole(error: BaseException) -> BaseException:
-    """The error behind a ``DiscreetError``, where it is at hand; any other as it is."""
-    return error.error or error if isinstance(error, DiscreetError) else error
+def unredacted(error: BaseException) -> BaseException:
+    """The error behind a ``RedactedError``, where it is at hand; any other as it is."""
+    return error.error or error if isinstance(error, RedactedError) else error

@@ -113,7 +113,7 @@ def _parquet(file: Path, wanted: Set[str]) -> Table:
                 plain = not (pa.types.is_nested(field.type) or _is_binary(field.type))
                 if folded(field.name) in wanted and not plain:
                     fault = f"has a column {field.name!r} of type {field.type}, neither text nor numbers"
-                    raise TableError(fault, "Write pictures as files, and their paths into the column.")
+                    raise TableError(fault, "Write images as files, and their paths into the column.")
                 read = folded(field.name) in wanted or (not wanted and plain)
                 columns.append(_cells(opened, field.name) if read else [""] * about.num_rows)
     except (pa.ArrowException, OSError) as error:

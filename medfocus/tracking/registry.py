@@ -65,7 +65,7 @@ class Registered:
     created: str  # day and time, UTC
     tags: Mapping[str, str]
     model_folder: Callable[[Path], Path]  # as a champion's
-    metrics: Callable[[], Mapping[str, float]]  # of its run on the test pictures; none where no run is known
+    metrics: Callable[[], Mapping[str, float]]  # of its run on the test images; none where no run is known
     text: Callable[[str], str]  # of a file kept with the version; FileNotFoundError where it has none such
 
 
@@ -128,7 +128,7 @@ def register(
         judge: Maps the present champion, if there is one, to the verdict on the challenger. It may
             download the champion's files.
         classes: In the order of the model's output.
-        example: An encoded picture, kept with the model as its input example; not a patient's.
+        example: An encoded image, kept with the model as its input example; not a patient's.
         tags: More tags of the version.
         run_id: The run that fitted the model, where there is one.
         cards: Maps the written model folder to texts by their files' names, which are kept with the version
@@ -249,7 +249,7 @@ def _log_model(
     ]
     # As "binary" MLflow would decode base64 by itself, laxly, and a column that is asked for it would miss
     # with a print of the rest: this way every fault is told by the model, in its own words. Bytes do as well.
-    picture = ColSpec("string", "picture", required=False)
+    image = ColSpec("string", "image", required=False)
     overlay = ParamSpec("overlay", DataType.boolean, True)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder, _MODEL_ARTIFACT))
@@ -258,8 +258,8 @@ def _log_model(
             python_model=str(package / "serving" / "pyfunc.py"),
             artifacts={_MODEL_ARTIFACT: f"{folder}/{_MODEL_ARTIFACT}"},
             code_paths=[str(package)],
-            signature=ModelSignature(Schema([picture]), Schema(outputs), ParamSchema([overlay])),
-            input_example=pd.DataFrame({"picture": [example]}),
+            signature=ModelSignature(Schema([image]), Schema(outputs), ParamSchema([overlay])),
+            input_example=pd.DataFrame({"image": [example]}),
             # Given, so that MLflow neither loads the model nor asks an index to find them out.
             pip_requirements=[f"{package}=={version}" for package, version in installed(_SERVED_WITH)],
         )

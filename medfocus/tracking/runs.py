@@ -41,10 +41,10 @@ LONGEST_TAG = 5000  # characters; MLflow's databases take 8000 bytes
 
 @dataclass(frozen=True)
 class DataInput:
-    """Pictures of a data set as a run used them."""
+    """Images of a data set as a run used them."""
 
     name: str
-    digest: str  # of these pictures; MLflow keeps its first 36 characters
+    digest: str  # of these images; MLflow keeps its first 36 characters
     source: str  # where it lies
     context: str = "training"
 
@@ -258,11 +258,11 @@ class Study:
 
 
 def _narrow(png: bytes) -> bytes:
-    """A picture as wide as a run's page at most: it would show what is wider cut off."""
-    with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
-        picture.thumbnail((_PAGE_WIDTH, 2 * _PAGE_WIDTH), Image.Resampling.LANCZOS)
+    """An image as wide as a run's page at most: it would show what is wider cut off."""
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+        image.thumbnail((_PAGE_WIDTH, 2 * _PAGE_WIDTH), Image.Resampling.LANCZOS)
         narrow = io.BytesIO()
-        picture.save(narrow, "PNG")
+        image.save(narrow, "PNG")
     return narrow.getvalue()
 
 

@@ -165,7 +165,7 @@ def _job(tell: int, made: int) -> int:
     from flows import pipeline
     from flows.release import page, register
     from flows.stages import evaluate, finetune
-    from flows.study.cells import Dataset
+    from flows.study.cells import EncodedDataset
     from medfocus.storage.shards import Shards
 
     def says(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +193,7 @@ def _job(tell: int, made: int) -> int:
     for module, name, stand_in in (
         (pipeline, "_reproduce", stage),
         (Shards, "put", noted_put),
-        (Dataset, "embed", says("features", Dataset.embed)),
+        (EncodedDataset, "embed", says("features", EncodedDataset.embed)),
         (finetune, "fit", says("training", finetune.fit)),
         (finetune, "parallel_config", lambda *_, **__: contextlib.nullcontext()),
         (finetune, "_workers_that_end", contextlib.nullcontext),

@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import pipeline
 from flows.servers import servers
 from flows.study.study import open_study
-from medfocus.storage.redaction import DiscreetError
+from medfocus.storage.redaction import RedactedError
 from medfocus.tracking import runs
 
 LOOPBACK = servers.HOST
@@ -76,7 +76,7 @@ def test_mlflow_s_server_is_asked_before_anything_is_computed(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     must_answer: Callable[..., None] = servers.must_answer
     monkeypatch.setattr(pipeline, "must_answer", lambda *given: must_answer(*given, seconds=0.5))
-    with pytest.raises(DiscreetError) as told:
+    with pytest.raises(RedactedError) as told:
         pipeline.check_plan.fn(open_study(project / "params.yaml"))
     assert isinstance(told.value.error, ConnectionError)
     assert f"MLFLOW_TRACKING_URI: no server answers at {address} " in str(told.value.error)

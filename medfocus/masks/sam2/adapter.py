@@ -1,7 +1,7 @@
 """SAM2 with adapters that were taught on known regions: SAM-Adapter, arXiv 2304.09148.
 
 Before each block of the Hiera encoder its stage's stream gains P_i = MLP_up(GELU(MLP_i(F_patch + F_hfc))):
-F_patch is the stream where it enters the stage, F_hfc the embedded high frequencies of the picture, both
+F_patch is the stream where it enters the stage, F_hfc the embedded high frequencies of the image, both
 narrowed; MLP_i is the block's own, MLP_up its stage's. The stages are those of the authors' SAM2 version
 (arXiv 2408.04579), blocks of the same width at their entrance. The encoder stays frozen, adapters and mask
 decoder train. MLP_up starts at 0, so that training starts from SAM2 itself [ours].
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from medfocus.masks import candidates
 from medfocus.masks.sam2.segmenter import Found, Sam2Segmenter
-from medfocus.masks.segmenter import Mask, check_picture, segmenter_key
+from medfocus.masks.segmenter import Mask, check_image, segmenter_key
 from medfocus.storage import weights
 from medfocus.storage.fingerprint import fingerprint
 
@@ -28,7 +28,7 @@ LOW_SHARE = 0.25  # of the spectrum's area: the low frequencies that F_hfc lacks
 
 
 class Pairs(Protocol):
-    """Pictures (H, W, 3) uint8 RGB of any sizes with their regions (H, W) bool; a list of them, or lazier."""
+    """Images (H, W, 3) uint8 RGB of any sizes with their regions (H, W) bool; a list of them, or lazier."""
 
     def __len__(self) -> int: ...
 
@@ -43,7 +43,7 @@ class Adapters(nn.Module):
         super().__init__()
         stages = sorted(set(widths))  # a stage is wider than the one before
         self.stages = [stages.index(width) for width in widths]  # of each block
-        # The picture's high frequencies at a quarter of its sides, an eighth, ...
+        # The image's high frequencies at a quarter of its sides, an eighth, ...
         self.high = nn.ModuleList(
             nn.Conv2d(3, n, 7, stride=4, padding=3)
             if i == 0
@@ -120,7 +120,7 @@ def adapted(model: Any, inner: Sequence[int], seed: int = 0) -> Any:
     return model.eval()
 
 
-def whole_picture(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def whole_image(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """SAM2's single mask for no prompt. Pixels (B, 3, S, S) -> logits (B, S/4, S/4), predicted IoU (B,)."""
     *fine, embedding = model.forward_image(pixels)["backbone_fpn"]  # the last: (B, d, S/16, S/16)
     if model.directly_add_no_mem_embed:
@@ -169,16 +169,16 @@ def train_adapter(
     """Teach adapters and a copy of the mask decoder known regions; the last iterate is kept.
 
     Args:
-        pairs: Asked for again whenever they are drawn, so that reading files then costs no memory. A
-            picture without a region has no place here: where only one class has none, blank masks would
+        pairs: Asked for again whenever they are drawn, so that reading files then costs no memory. An
+            image without a region has no place here: where only one class has none, blank masks would
             tell it.
         plain: The SAM2 to start from; it stays as it is.
         steps: Of AdamW, on a cosine from ``lr`` to 0.
-        batch_size: Pictures a step; every picture is drawn once before any is drawn again.
+        batch_size: Images a step; every image is drawn once before any is drawn again.
         lr: Learning rate at the start.
         weight_decay: AdamW's.
         reduction: What the widths of the encoder's stages are divided by inside the adapters.
-        seed: Of the adapters' first weights and the order of the pictures.
+        seed: Of the adapters' first weights and the order of the images.
         progress: Called with the number of steps done since its last call, as ``tqdm.update`` takes it.
 
     Returns:
@@ -191,7 +191,7 @@ def train_adapter(
     if bad := [f"{name} is {value}" for name, value in numbers.items() if value <= 0]:
         raise ValueError(f"adapter: {', '.join(bad)}; use numbers above 0.")
     if len(pairs) == 0:
-        raise ValueError("adapter: no picture has a known region; put some under masks/ beside the pictures.")
+        raise ValueError("adapter: no image has a known region; put some under masks/ beside the images.")
     trunk: Any = plain.model.image_encoder.trunk
     widths = sorted({block.dim for block in trunk.blocks})
     model = adapted(plain.model, [max(1, width // reduction) for width in widths], seed)
@@ -206,7 +206,7 @@ def train_adapter(
         drawn, order = order[:batch_size], order[batch_size:]
         pixels, target = _batch([pairs[i] for i in drawn], plain)
         optimizer.zero_grad(set_to_none=True)
-        outline_loss(*whole_picture(model, pixels), target).backward()
+        outline_loss(*whole_image(model, pixels), target).backward()
         optimizer.step()
         schedule.step()
         progress(1)
@@ -219,10 +219,10 @@ def adapter_key(plain: Sam2Segmenter, pairs: str, settings: Mapping[str, object]
 
 
 class AdapterSegmenter:
-    """One mask a picture from a taught SAM2, without any prompt, after the others' ladder.
+    """One mask per image from a taught SAM2, without any prompt, after the others' ladder.
 
     The mask within the limits (status "chosen"), else within relaxed ones ("relaxed"), else what SAM2 as it
-    was makes of the box around the picture ("box"), else the whole picture ("identity"). Every picture,
+    was makes of the box around the image ("box"), else the whole image ("identity"). Every image,
     with or without a known region, is treated the same. For one thread at a time.
     """
 
@@ -236,17 +236,17 @@ class AdapterSegmenter:
         self.key = segmenter_key(AdapterSegmenter, plain=plain.key, state=weights.digest(state))
         self.model = _with_state(plain.model, state).requires_grad_(False)
 
-    def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
-        """Pictures, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
+    def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
+        """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
         masks: list[Mask] = []
         size = self.plain.batch_size
         with torch.inference_mode():
-            for start in range(0, len(pictures), size):
-                batch = [check_picture(picture) for picture in pictures[start : start + size]]
-                logits, iou = whole_picture(self.model, _pixels(batch, self.plain))
-                for i, picture in enumerate(batch):
-                    found = self._found(picture, logits[i].float().cpu().numpy(), float(iou[i]))
-                    masks.append(self.plain._mask(picture, found))
+            for start in range(0, len(images), size):
+                batch = [check_image(image) for image in images[start : start + size]]
+                logits, iou = whole_image(self.model, _pixels(batch, self.plain))
+                for i, image in enumerate(batch):
+                    found = self._found(image, logits[i].float().cpu().numpy(), float(iou[i]))
+                    masks.append(self.plain._mask(image, found))
         return masks
 
     @property
@@ -254,19 +254,19 @@ class AdapterSegmenter:
         """What ``train_adapter`` gave, on the CPU."""
         return _state(self.model)
 
-    def describe(self, pictures: Sequence[np.ndarray], grid: int) -> Tensor:
-        """The picture features of SAM2 as it was, (B, P); see ``Sam2Segmenter.describe``."""
-        return self.plain.describe(pictures, grid)
+    def describe(self, images: Sequence[np.ndarray], grid: int) -> Tensor:
+        """The image features of SAM2 as it was, (B, P); see ``Sam2Segmenter.describe``."""
+        return self.plain.describe(images, grid)
 
-    def _found(self, picture: np.ndarray, logits: np.ndarray, predicted_iou: float) -> Found:
-        """The ladder for one picture and its logits (h, w), up to the box around the whole of it."""
+    def _found(self, image: np.ndarray, logits: np.ndarray, predicted_iou: float) -> Found:
+        """The ladder for one image and its logits (h, w), up to the box around the whole of it."""
         one = logits[None]  # (1, h, w)
         choice = None
         if np.isfinite(one).all() and np.isfinite(predicted_iou):
             quality, steady = np.array([predicted_iou]), candidates.stability(one)
             choice = candidates.choose(one > 0, quality, steady, self.plain.limits, keep=1, max_overlap=1.0)
         if choice is None:
-            return self.plain._boxed(self.plain.encode([picture]), 0)
+            return self.plain._boxed(self.plain.encode([image]), 0)
         return Found(one, choice.score, choice.status)
 
 
@@ -300,21 +300,21 @@ def _taught_parts(model: Any) -> tuple[nn.Module, nn.Module]:
     return model.image_encoder.trunk.adapters, model.sam_mask_decoder
 
 
-def _pixels(pictures: Sequence[np.ndarray], plain: Sam2Segmenter) -> Tensor:
-    """Pictures of any sizes as SAM2's own transforms give them to it: (B, 3, S, S)."""
-    return plain.predictor._transforms.forward_batch(list(pictures)).to(plain.predictor.device)
+def _pixels(images: Sequence[np.ndarray], plain: Sam2Segmenter) -> Tensor:
+    """Images of any sizes as SAM2's own transforms give them to it: (B, 3, S, S)."""
+    return plain.predictor._transforms.forward_batch(list(images)).to(plain.predictor.device)
 
 
 def _batch(pairs: Sequence[tuple[np.ndarray, np.ndarray]], plain: Sam2Segmenter) -> tuple[Tensor, Tensor]:
     """Pairs -> pixels (B, 3, S, S) and shares of a pixel inside the region (B, S, S)."""
-    for picture, region in pairs:
-        if region.shape != picture.shape[:2] or not region.any():
-            what = "empty" if region.shape == picture.shape[:2] else f"of {region.shape}"
+    for image, region in pairs:
+        if region.shape != image.shape[:2] or not region.any():
+            what = "empty" if region.shape == image.shape[:2] else f"of {region.shape}"
             raise ValueError(
-                f"adapter: the region of a picture of {picture.shape[:2]} is {what}; give a region of the "
-                "picture's size, and leave pictures without one out: blank masks can tell a class."
+                f"adapter: the region of an image of {image.shape[:2]} is {what}; give a region of the "
+                "image's size, and leave images without one out: blank masks can tell a class."
             )
-    pixels = _pixels([check_picture(picture) for picture, _ in pairs], plain)
+    pixels = _pixels([check_image(image) for image, _ in pairs], plain)
     size = pixels.shape[-2:]
     targets = [
         F.interpolate(torch.from_numpy(region)[None, None].float(), size, mode="area")[0, 0]

@@ -1,6 +1,6 @@
-"""A coarse outline, moved to where the picture changes. Arrays in, arrays out.
+"""A coarse outline, moved to where the image changes. Arrays in, arrays out.
 
-SAM2's masks have a quarter of its picture's sides, so of a small lesion most is rim.
+SAM2's masks have a quarter of its image's sides, so of a small lesion most is rim.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""SAM2's mask decoder for many prompts of one picture: the same numbers for a quarter of the work.
+"""SAM2's mask decoder for many prompts of one image: the same numbers for a quarter of the work.
 
-The decoder (arXiv 2408.00714, the two-way transformer of arXiv 2304.02643) projects each of the picture's N
+The decoder (arXiv 2408.00714, the two-way transformer of arXiv 2304.02643) projects each of the image's N
 places anew for every prompt, to meet T tokens, eight or so. As a product of matrices may be bracketed either
 way, the few tokens are projected here instead: q (X W)' is (q W') X', A (X W) is (A X) W. What depends on the
-picture alone is computed once, and the upscaling, whose steps look at one place each, is a product of
+image alone is computed once, and the upscaling, whose steps look at one place each, is a product of
 matrices too, in an order of pixels that is undone at the masks. Up to rounding nothing changes.
 """
 
@@ -27,7 +27,7 @@ _CHUNK_BYTES_GPU = 512 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """What all prompts of one picture share. N = (S/16)² places, d wide."""
+    """What all prompts of one image share. N = (S/16)² places, d wide."""
 
     places: Tensor  # (1, N, d)
     middle: Tensor  # (1, N, 4 (d/4)), the level at S/8 by place, and what is added there
@@ -38,7 +38,7 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What the transformer makes of p prompts; ``LeanDecoder.logits`` draws the masks."""
+    """What the transformer makes of p prompts; ``FastDecoder.logits`` draws the masks."""
 
     predicted_iou: Tensor  # (p, 3)
     places: Tensor  # (p, N, d)
@@ -52,7 +52,7 @@ class Answer:
         return Answer(self.predicted_iou[some], self.places[some], self.hyper[some])
 
 
-class LeanDecoder:
+class FastDecoder:
     """Draws three candidates a prompt, as the decoder of ``model`` does."""
 
     def __init__(self, model: SAM2Base) -> None:
@@ -74,7 +74,7 @@ class LeanDecoder:
             self._owed_last = _heads(last.k_proj(self._position), last)
 
     def scene(self, embedding: Tensor, fine: tuple[Tensor, ...]) -> Scene:
-        """What ``Features`` has of one picture, B = 1 -> what all its prompts share."""
+        """What ``Features`` has of one image, B = 1 -> what all its prompts share."""
         first, _, _, second, _ = self._decoder.output_upscaling
         n = self._side
         dense = self.model.sam_prompt_encoder.no_mask_embed.weight  # (1, d)

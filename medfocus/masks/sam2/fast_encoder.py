@@ -1,7 +1,7 @@
-"""SAM2's picture encoder without what only video reads, and with what no picture changes made once.
+"""SAM2's image encoder without what only video reads, and with what no image changes made once.
 
 The encoder (arXiv 2408.00714) also gives every level a positional encoding, which the mask decoder for
-pictures never reads, enlarges the same embedding of positions for every picture, and brings its finest levels
+images never reads, enlarges the same embedding of positions for every image, and brings its finest levels
 to the width d only to have the decoder narrow them again: two convolutions of one pixel in a row, which are
 one. Up to rounding nothing changes.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FOLDED = 2  # the levels at S/4 and S/8, which the mask decoder narrows
 
 
-class LeanEncoder:
+class FastEncoder:
     """Pixels -> what the mask decoder takes, as ``Sam2Segmenter.encode`` has it from ``model``."""
 
     def __init__(self, model: SAM2Base) -> None:

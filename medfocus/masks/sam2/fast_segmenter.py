@@ -1,4 +1,4 @@
-"""The segmenter of large pictures: the masks of ``Sam2Segmenter``, up to rounding, for less work.
+"""The segmenter of large images: the masks of ``Sam2Segmenter``, up to rounding, for less work.
 
 Encoder and decoder do the same in fewer steps (``fast_encoder``, ``fast_decoder``), and a point's masks are
 drawn only where its predicted IoU leaves them a chance: a candidate's score is that times three factors in
@@ -15,8 +15,8 @@ import torch
 
 from medfocus.masks import candidates
 from medfocus.masks.sam2 import segmenter
-from medfocus.masks.sam2.fast_decoder import Answer, LeanDecoder, Scene
-from medfocus.masks.sam2.fast_encoder import FOLDED, LeanEncoder
+from medfocus.masks.sam2.fast_decoder import Answer, FastDecoder, Scene
+from medfocus.masks.sam2.fast_encoder import FOLDED, FastEncoder
 from medfocus.masks.sam2.segmenter import Features, Found, Prompts, Sam2Segmenter
 from medfocus.masks.segmenter import segmenter_key
 
@@ -26,16 +26,16 @@ LEAST_SIZE = 512  # pixels a side that the model sees; below it decoding is chea
 def build_segmenter(
     config: str, checkpoint: str, image_size: int, strategy: str, **settings: Any
 ) -> Sam2Segmenter:
-    """``segmenter.build_segmenter``, and from ``LEAST_SIZE`` pixels a side on a lean one, where that fits.
+    """``segmenter.build_segmenter``, and from ``LEAST_SIZE`` pixels a side on a fast one, where that fits.
 
     The strategy "automatic" is SAM2's own generator as it stands, at every size.
     """
     plain = segmenter.build_segmenter(config, checkpoint, image_size, strategy, **settings)
-    return LeanSegmenter(plain) if image_size >= LEAST_SIZE and fits(plain) else plain
+    return FastSegmenter(plain) if image_size >= LEAST_SIZE and fits(plain) else plain
 
 
 def fits(plain: Sam2Segmenter) -> bool:
-    """Whether a lean segmenter can stand in: not for SAM2's own generator.
+    """Whether a fast segmenter can stand in: not for SAM2's own generator.
 
     And for models as all published ones are: the mask decoder reads the encoder's two finest levels, and
     into these no coarser one is mixed.
@@ -46,14 +46,14 @@ def fits(plain: Sam2Segmenter) -> bool:
     return plain.strategy != "automatic" and model.use_high_res_features_in_sam and apart
 
 
-class LeanSegmenter(Sam2Segmenter):
+class FastSegmenter(Sam2Segmenter):
     """As a ``Sam2Segmenter`` chooses, from the same candidates; its key differs, for rounding may decide."""
 
     def __init__(self, plain: Sam2Segmenter) -> None:
         """Take model, strategy and limits of ``plain``. Raises ValueError unless it ``fits``."""
         if not fits(plain):
             raise ValueError(
-                f"no lean segmenter for the strategy {plain.strategy!r} and this SAM2: it does 'grid', "
+                f"no fast segmenter for the strategy {plain.strategy!r} and this SAM2: it does 'grid', "
                 "'center' and 'box' on models of the published kind. Take the plain one."
             )
         super().__init__(
@@ -68,22 +68,22 @@ class LeanSegmenter(Sam2Segmenter):
             batch_size=plain.batch_size,
         )
         self.prompts = plain.prompts
-        self.encoder, self.decoder = LeanEncoder(self.model), LeanDecoder(self.model)
+        self.encoder, self.decoder = FastEncoder(self.model), FastDecoder(self.model)
         half = self.predictor.device.type == "cuda"  # the encoder's blocks, see there
         precision = "bfloat16" if half else "float32"
         self.features_key = segmenter_key(type(self), features_of=plain.features_key, precision=precision)
         self.key = segmenter_key(type(self), plain=plain.key, precision=precision)
 
-    def encode(self, pictures: Sequence[np.ndarray]) -> Features:
-        """Pictures of any sizes, squeezed to (S, S), through the image encoder as one batch of B."""
-        pixels = self.predictor._transforms.forward_batch(list(pictures))
+    def encode(self, images: Sequence[np.ndarray]) -> Features:
+        """Images of any sizes, squeezed to (S, S), through the image encoder as one batch of B."""
+        pixels = self.predictor._transforms.forward_batch(list(images))
         if self.predictor.device.type == "cuda":
             pixels = pixels.pin_memory()
         with torch.inference_mode():
             return self.encoder(pixels.to(self.predictor.device, non_blocking=True))
 
     def decode(self, features: Features, index: int, prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
-        """All prompts of picture ``index`` of the batch -> three candidates a prompt, M = 3P.
+        """All prompts of image ``index`` of the batch -> three candidates a prompt, M = 3P.
 
         Returns their logits (M, S/4, S/4) float32 (> 0 inside) and predicted IoU (M,) float32.
         """
@@ -96,7 +96,7 @@ class LeanSegmenter(Sam2Segmenter):
         return np.concatenate(logits), np.concatenate(iou)
 
     def _found(self, features: Features, index: int) -> Found:
-        """The ladder for one encoded picture, up to the box around the whole of it.
+        """The ladder for one encoded image, up to the box around the whole of it.
 
         What is not drawn could not have been chosen: see ``_Seen.bar``.
         """
@@ -135,7 +135,7 @@ class LeanSegmenter(Sam2Segmenter):
 class _Seen:
     """Candidates in the order in which they were drawn, and what the best of them leave to the others."""
 
-    def __init__(self, segmenter: LeanSegmenter) -> None:
+    def __init__(self, segmenter: FastSegmenter) -> None:
         self.segmenter = segmenter
         # A prompt whose predicted IoU lies below changes nothing any more. ``candidates.pick`` takes
         # candidates by their score, which is at most that, and it has ``keep`` better ones here, or, with

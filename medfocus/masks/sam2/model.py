@@ -1,4 +1,4 @@
-"""SAM2's network out of a configuration and a checkpoint: the picture path and its predictor.
+"""SAM2's network out of a configuration and a checkpoint: the image modules and its predictor.
 
 The sam2 package's configurations and modules, without those for video (arXiv 2408.00714).
 """
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 SIZE_STEP = 32  # pixels: patches of 4 in windows of 8
 
-# What a picture needs of a checkpoint; the rest serves video, and may be absent.
-PICTURE_PATH = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
+# What an image needs of a checkpoint; the rest serves video, and may be absent.
+IMAGE_MODULES = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
 # As sam2.build_sam does: an unstable single mask gives way to the best of the three.
 _DYNAMIC_MULTIMASK = {
     "dynamic_multimask_via_stability": True,
@@ -39,7 +39,7 @@ _SIZE_LETTERS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 def load_predictor(
     config: str, checkpoint: str, image_size: int, *, device: str = "cpu"
 ) -> tuple[SAM2ImagePredictor, str]:
-    """Build SAM2's picture path and its image predictor; also its key, which names weights and config.
+    """Build SAM2's image modules and its image predictor; also its key, which names weights and config.
 
     Args:
         config: "pocket", a configuration of the sam2 package ("configs/sam2.1/sam2.1_hiera_t.yaml",
@@ -83,7 +83,7 @@ def load_predictor(
         torch.manual_seed(seed)
         model: SAM2Base = instantiate(settings, _recursive_=True)
     if state is not None:
-        _load_picture_path(model, state, f"SAM2 checkpoint {checkpoint}", config)
+        _load_image_modules(model, state, f"SAM2 checkpoint {checkpoint}", config)
     model = model.eval().requires_grad_(False).to(device)
 
     from sam2.sam2_image_predictor import SAM2ImagePredictor
@@ -93,13 +93,13 @@ def load_predictor(
         predictor = SAM2ImagePredictor(model)
     # The class has the sizes of 1024 px written in. Strides 4, 8 and 16:
     predictor._bb_feat_sizes = [(image_size // stride, image_size // stride) for stride in (4, 8, 16)]
-    picture_path = {k: v for k, v in model.state_dict().items() if k.startswith(PICTURE_PATH)}
-    parts = (OmegaConf.to_yaml(settings), weights.digest(picture_path), version("sam2"))
+    image_modules = {k: v for k, v in model.state_dict().items() if k.startswith(IMAGE_MODULES)}
+    parts = (OmegaConf.to_yaml(settings), weights.digest(image_modules), version("sam2"))
     return predictor, "\n".join(parts)
 
 
 def _read_config(config: str, image_size: int) -> DictConfig:
-    """The model's settings of a configuration, for pictures of ``image_size`` and without video."""
+    """The model's settings of a configuration, for images of ``image_size`` and without video."""
     from omegaconf import DictConfig, OmegaConf
 
     content = OmegaConf.load(config_path(config))
@@ -179,10 +179,10 @@ def _packaged(name: str) -> Path:
     return Path(str(importlib.resources.files("medfocus").joinpath(name)))
 
 
-def _load_picture_path(model: SAM2Base, state: dict[str, torch.Tensor], place: str, config: str) -> None:
-    """Load what a picture needs of a checkpoint, all of it; what serves video may be absent or there."""
-    wanted = {k: v.shape for k, v in model.state_dict().items() if k.startswith(PICTURE_PATH)}
-    given = {k: v for k, v in state.items() if k.startswith(PICTURE_PATH)}
+def _load_image_modules(model: SAM2Base, state: dict[str, torch.Tensor], place: str, config: str) -> None:
+    """Load what an image needs of a checkpoint, all of it; what serves video may be absent or there."""
+    wanted = {k: v.shape for k, v in model.state_dict().items() if k.startswith(IMAGE_MODULES)}
+    given = {k: v for k, v in state.items() if k.startswith(IMAGE_MODULES)}
     faults = [f"{k} is missing" for k in wanted if k not in given]
     faults += [f"{k} is not known" for k in given if k not in wanted]
     faults += [

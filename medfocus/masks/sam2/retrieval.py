@@ -1,6 +1,6 @@
 """SAM2 proposes regions and a text about anatomy retrieves the mask among them: SaLIP, arXiv 2404.06362.
 
-The text says what to look at ("the lungs", "a lesion"), never what a picture is. As in SaLIP a proposal is
+The text says what to look at ("the lungs", "a lesion"), never what an image is. As in SaLIP a proposal is
 shown to CLIP as its box, black outside of the region. Unlike SaLIP, which asks SAM again with the boxes, the
 retrieved proposals themselves are the mask, as with the other strategies [ours].
 """
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from medfocus.images import decode
 from medfocus.masks import candidates
 from medfocus.masks.sam2.segmenter import Features, Found, Sam2Segmenter
-from medfocus.masks.segmenter import Mask, check_picture, segmenter_key
+from medfocus.masks.segmenter import Mask, check_image, segmenter_key
 from medfocus.storage.fingerprint import fingerprint
 
 # Proposals of a larger IoU are one and the same: SAM2's generator removes boxes above it (box_nms_thresh).
@@ -33,7 +33,7 @@ class Rank(Protocol):
         """Names what it looks for and by which weights: equal keys score equally."""
         ...
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """M crops (h, w, 3) uint8 RGB, of any sizes -> scores (M,), the best the highest."""
         ...
 
@@ -80,18 +80,18 @@ class TextRank:
         text = F.normalize(towers.encode_texts(list(texts)).mean(0), dim=0)  # (D,)
         return cls(towers, text, fingerprint(type(towers), towers=towers.key, texts=list(texts)))
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """M crops (h, w, 3) uint8 RGB -> cosines (M,) in [-1, 1]; a crop keeps its aspect, on black."""
-        views = np.stack([decode.letterbox(p, self.towers.image_size, (0, 0, 0)) for p in pictures])
+        views = np.stack([decode.letterbox(p, self.towers.image_size, (0, 0, 0)) for p in images])
         features = self.towers.encode_images(self.towers.preprocess(views))  # (M, D)
         return (features @ self.text).cpu().numpy()
 
 
-class RetrievedSegmenter:
-    """One mask a picture: of the proposals of a grid of points, those that a rank likes best.
+class RetrievalSegmenter:
+    """One mask per image: of the proposals of a grid of points, those that a rank likes best.
 
     The ladder is that of ``Sam2Segmenter``: proposals within the limits (status "chosen"), else within
-    relaxed ones, else the box around the picture, else the whole of it. The rank chooses on the first two
+    relaxed ones, else the box around the image, else the whole of it. The rank chooses on the first two
     rungs; a mask's score stays SAM2's, so that it means the same as with the other strategies.
     """
 
@@ -104,26 +104,26 @@ class RetrievedSegmenter:
         self.plain = plain
         self.rank = rank
         self.features_key = plain.features_key
-        self.key = segmenter_key(RetrievedSegmenter, plain=plain.key, rank=rank.key)
+        self.key = segmenter_key(RetrievalSegmenter, plain=plain.key, rank=rank.key)
 
-    def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
-        """Pictures, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
+    def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
+        """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
         masks: list[Mask] = []
         size = self.plain.batch_size
         with torch.inference_mode():
-            for start in range(0, len(pictures), size):
-                batch = [check_picture(picture) for picture in pictures[start : start + size]]
+            for start in range(0, len(images), size):
+                batch = [check_image(image) for image in images[start : start + size]]
                 features = self.plain.encode(batch)
-                for i, picture in enumerate(batch):
-                    masks.append(self.plain._mask(picture, self._found(features, i, picture)))
+                for i, image in enumerate(batch):
+                    masks.append(self.plain._mask(image, self._found(features, i, image)))
         return masks
 
-    def describe(self, pictures: Sequence[np.ndarray], grid: int) -> torch.Tensor:
-        """SAM2's picture features, (B, P); see ``Sam2Segmenter.describe``."""
-        return self.plain.describe(pictures, grid)
+    def describe(self, images: Sequence[np.ndarray], grid: int) -> torch.Tensor:
+        """SAM2's image features, (B, P); see ``Sam2Segmenter.describe``."""
+        return self.plain.describe(images, grid)
 
-    def _found(self, features: Features, index: int, picture: np.ndarray) -> Found:
-        """The ladder for one encoded picture, up to the box around the whole of it."""
+    def _found(self, features: Features, index: int, image: np.ndarray) -> Found:
+        """The ladder for one encoded image, up to the box around the whole of it."""
         plain = self.plain
         logits, iou = plain.decode(features, index, plain.prompts)  # (M, h, w), (M,)
         sound = np.isfinite(logits).all((1, 2)) & np.isfinite(iou)
@@ -133,7 +133,7 @@ class RetrievedSegmenter:
             indices, quality = distinct(regions, iou, steady, limits)
             if not indices:
                 continue
-            liking = self.rank([crop(picture, regions[i]) for i in indices])  # (n,)
+            liking = self.rank([crop(image, regions[i]) for i in indices])  # (n,)
             if liking.shape != (len(indices),):
                 raise ValueError(
                     f"the rank gave scores {liking.shape} for {len(indices)} crops; it owes one a crop."
@@ -180,7 +180,7 @@ def retrieve(
     """The best ``keep`` of proposals (n, h, w) bool by a rank's scores (n,), as indices, best first.
 
     As with ``candidates.pick`` two of them share at most ``max_overlap`` of the smaller one, and the union
-    covers at most ``max_area`` of the picture; the best one is always taken. A score that is no number comes
+    covers at most ``max_area`` of the image; the best one is always taken. A score that is no number comes
     last.
     """
     order = np.argsort(-np.nan_to_num(liking, nan=-np.inf), kind="stable")
@@ -197,17 +197,17 @@ def retrieve(
     return taken
 
 
-def crop(picture: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """A region (h, w) bool of a picture (H, W, 3) uint8, in its box and black outside of it: (a, b, 3) uint8.
+def crop(image: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """A region (h, w) bool of an image (H, W, 3) uint8, in its box and black outside of it: (a, b, 3) uint8.
 
-    The region, seldom as fine as the picture, is enlarged as it is; an empty one gives the whole picture.
+    The region, seldom as fine as the image, is enlarged as it is; an empty one gives the whole image.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     rows = np.arange(height) * region.shape[0] // height
     columns = np.arange(width) * region.shape[1] // width
     full = region[rows][:, columns]  # (H, W)
     if not full.any():
-        return picture
+        return image
     down, across = np.flatnonzero(full.any(1)), np.flatnonzero(full.any(0))
     box = slice(down[0], down[-1] + 1), slice(across[0], across[-1] + 1)
-    return picture[box] * full[box][:, :, None]
+    return image[box] * full[box][:, :, None]

@@ -1,7 +1,7 @@
-"""SAM2 as a zero-shot segmenter: point and box prompts that need no label -> one mask a picture.
+"""SAM2 as a zero-shot segmenter: point and box prompts that need no label -> one mask per image.
 
-A picture is encoded once (in batches), all its prompts are decoded together, candidates are scored on
-the low-resolution logits, and the winners alone are brought to the picture's resolution, where their
+An image is encoded once (in batches), all its prompts are decoded together, candidates are scored on
+the low-resolution logits, and the winners alone are brought to the image's resolution, where their
 outlines may follow its edges (``medfocus.masks.sam2.edges``). Everything goes through the sam2 package
 (arXiv 2408.00714): its ``SAM2ImagePredictor`` for encoding, its decoder, and for the
 strategy ``automatic`` its ``SAM2AutomaticMaskGenerator``.
@@ -23,7 +23,7 @@ from medfocus.images.decode import grey
 from medfocus.masks import candidates
 from medfocus.masks.sam2 import edges
 from medfocus.masks.sam2.model import load_predictor
-from medfocus.masks.segmenter import Mask, check_picture, identity, segmenter_key
+from medfocus.masks.segmenter import Mask, check_image, identity, segmenter_key
 
 if TYPE_CHECKING:
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
@@ -41,7 +41,7 @@ _GENERATE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """A batch of B encoded pictures, as the mask decoder takes them; S is the model's image size."""
+    """A batch of B encoded images, as the mask decoder takes them; S is the model's image size."""
 
     embedding: torch.Tensor  # (B, d, S/16, S/16)
     fine: tuple[torch.Tensor, ...]  # (B, d/8, S/4, S/4), (B, d/4, S/8, S/8)
@@ -49,7 +49,7 @@ class Features:
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """P prompts of N points each, in sides of the picture, so that (0.5, 0.5) is its centre."""
+    """P prompts of N points each, in sides of the image, so that (0.5, 0.5) is its centre."""
 
     coords: np.ndarray  # (P, N, 2) float32, (x, y)
     labels: np.ndarray  # (P, N) int32: 1 inside, 0 outside, 2 and 3 a box's top left and bottom right
@@ -57,7 +57,7 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a picture's ladder ended with: candidates whose union is its mask, none for the whole picture."""
+    """What an image's ladder ended with: candidates whose union is its mask, none for the whole image."""
 
     logits: np.ndarray  # (n, S/4, S/4) float32, > 0 inside
     score: float
@@ -65,10 +65,10 @@ class Found:
 
 
 class Sam2Segmenter:
-    """One mask a picture from SAM2 by one of ``STRATEGIES``, with the fallback ladder.
+    """One mask per image from SAM2 by one of ``STRATEGIES``, with the fallback ladder.
 
     Candidates within the limits (status "chosen"), else within relaxed limits ("relaxed"), else what the
-    box around the whole picture gives ("box"), else the whole picture ("identity"). For one thread at a time.
+    box around the whole image gives ("box"), else the whole image ("identity"). For one thread at a time.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class Sam2Segmenter:
         """Wrap a predictor of ``load_predictor``; one predictor may serve several segmenters.
 
         ``points_per_side`` is for "automatic" and "grid"; ``box_side`` for "box", the side of its centred
-        box as a share of the picture's. ``keep`` distinct candidates (see ``candidates.pick``) are united.
-        ``follow_edges`` moves the outline of a winner to the picture's edges.
+        box as a share of the image's. ``keep`` distinct candidates (see ``candidates.pick``) are united.
+        ``follow_edges`` moves the outline of a winner to the image's edges.
         Raises ValueError for an unknown strategy or a number out of range, or where "automatic", which is
         SAM2's own generator as it stands, is to follow edges.
         """
@@ -99,7 +99,7 @@ class Sam2Segmenter:
             if value < 1:
                 raise ValueError(f"{name} is {value}; use 1 or more.")
         if not 0 < box_side <= 1:
-            raise ValueError(f"box_side is {box_side}; use a share of the picture in (0, 1].")
+            raise ValueError(f"box_side is {box_side}; use a share of the image in (0, 1].")
         if follow_edges and strategy == "automatic":
             raise ValueError(
                 "follow_edges is on for the strategy 'automatic', SAM2's own generator as it stands. "
@@ -135,21 +135,21 @@ class Sam2Segmenter:
         """The network."""
         return self.predictor.model
 
-    def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
-        """Pictures, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
+    def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
+        """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
         masks: list[Mask] = []
         with torch.inference_mode():
-            for start in range(0, len(pictures), self.batch_size):
-                batch = [check_picture(picture) for picture in pictures[start : start + self.batch_size]]
+            for start in range(0, len(images), self.batch_size):
+                batch = [check_image(image) for image in images[start : start + self.batch_size]]
                 if self.strategy == "automatic":
-                    masks += [self._generated(picture) for picture in batch]
+                    masks += [self._generated(image) for image in batch]
                     continue
                 features = self.encode(batch)
-                masks += [self._mask(picture, self._found(features, i)) for i, picture in enumerate(batch)]
+                masks += [self._mask(image, self._found(features, i)) for i, image in enumerate(batch)]
         return masks
 
-    def at_points(self, picture: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:
-        """What one point prompt each, (x, y) in sides of a picture (H, W, 3) uint8, finds: (P, 3, H, W) bool.
+    def at_points(self, image: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:
+        """What one point prompt each, (x, y) in sides of an image (H, W, 3) uint8, finds: (P, 3, H, W) bool.
 
         The three candidates of a point stand in the order of their predicted IoU, the best first.
         """
@@ -157,33 +157,33 @@ class Sam2Segmenter:
             np.array(points, np.float32)[:, None], np.ones((len(points), 1), np.int32)
         )  # (P, 1, 2)
         with torch.inference_mode():
-            logits, iou = self.decode(self.encode([check_picture(picture)]), 0, prompts)  # (3P, h, w), (3P,)
+            logits, iou = self.decode(self.encode([check_image(image)]), 0, prompts)  # (3P, h, w), (3P,)
         order = (-iou.reshape(-1, 3)).argsort(1, kind="stable") + 3 * np.arange(len(points))[:, None]
-        regions = np.stack([self._region(picture, logits[i]) for i in order.ravel()])
-        return regions.reshape(len(points), 3, *picture.shape[:2])
+        regions = np.stack([self._region(image, logits[i]) for i in order.ravel()])
+        return regions.reshape(len(points), 3, *image.shape[:2])
 
     @torch.no_grad()
-    def describe(self, pictures: Sequence[np.ndarray], grid: int) -> torch.Tensor:
-        """What the image encoder knows of pictures (H, W, 3) uint8, on ``grid`` x ``grid`` cells: (B, P).
+    def describe(self, images: Sequence[np.ndarray], grid: int) -> torch.Tensor:
+        """What the image encoder knows of images (H, W, 3) uint8, on ``grid`` x ``grid`` cells: (B, P).
 
         Of its levels at a sixteenth and an eighth of S. No prompt, label or text enters.
         """
         found = []
-        for start in range(0, len(pictures), self.batch_size):
-            features = self.encode([check_picture(p) for p in pictures[start : start + self.batch_size]])
+        for start in range(0, len(images), self.batch_size):
+            features = self.encode([check_image(p) for p in images[start : start + self.batch_size]])
             levels = (features.embedding, features.fine[1])  # (b, d, S/16, S/16), (b, d/4, S/8, S/8)
             found.append(torch.cat([F.adaptive_avg_pool2d(level, grid).flatten(1) for level in levels], 1))
         return torch.cat(found)
 
-    def encode(self, pictures: Sequence[np.ndarray]) -> Features:
-        """Pictures of any sizes, squeezed to (S, S), through the image encoder as one batch of B."""
-        self.predictor.set_image_batch(list(pictures))
+    def encode(self, images: Sequence[np.ndarray]) -> Features:
+        """Images of any sizes, squeezed to (S, S), through the image encoder as one batch of B."""
+        self.predictor.set_image_batch(list(images))
         kept: Any = self.predictor._features  # what predict() itself reads; there is no public door
         self.predictor.reset_predictor()
         return Features(kept["image_embed"], tuple(kept["high_res_feats"]))
 
     def decode(self, features: Features, index: int, prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
-        """All prompts of picture ``index`` of the batch -> three candidates a prompt, M = 3P.
+        """All prompts of image ``index`` of the batch -> three candidates a prompt, M = 3P.
 
         Returns their logits (M, S/4, S/4) float32 (> 0 inside) and predicted IoU (M,) float32. They are
         decoded in chunks that bound the memory.
@@ -213,7 +213,7 @@ class Sam2Segmenter:
         return torch.cat(logits).numpy(), torch.cat(predicted_iou).numpy()
 
     def _found(self, features: Features, index: int) -> Found:
-        """The ladder for one encoded picture, up to the box around the whole of it."""
+        """The ladder for one encoded image, up to the box around the whole of it."""
         logits, iou = _finite(*self.decode(features, index, self.prompts))
         choice = candidates.choose(
             logits > 0,
@@ -228,7 +228,7 @@ class Sam2Segmenter:
         return Found(logits[list(choice.indices)], choice.score, choice.status)
 
     def _boxed(self, features: Features, index: int) -> Found:
-        """The rung before the last: what the box around the whole picture gives, or nothing."""
+        """The rung before the last: what the box around the whole image gives, or nothing."""
         logits, iou = _finite(*self.decode(features, index, box_prompt(1.0)))
         steady = candidates.stability(logits)
         best = candidates.pick(
@@ -238,48 +238,48 @@ class Sam2Segmenter:
             return Found(logits[:0], 0.0, "identity")
         return Found(logits[list(best[0])], best[1], "box")
 
-    def _mask(self, picture: np.ndarray, found: Found) -> Mask:
-        """What was found, at the picture's resolution; the whole picture where nothing is left of it."""
-        parts = [self._region(picture, logits) for logits in found.logits]
-        union = np.logical_or.reduce([np.zeros(picture.shape[:2], bool), *parts])
+    def _mask(self, image: np.ndarray, found: Found) -> Mask:
+        """What was found, at the image's resolution; the whole image where nothing is left of it."""
+        parts = [self._region(image, logits) for logits in found.logits]
+        union = np.logical_or.reduce([np.zeros(image.shape[:2], bool), *parts])
         return Mask(union, found.score, found.status) if union.any() else identity(*union.shape)
 
-    def _region(self, picture: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        """A candidate's logits (h, w) -> its tidied region (H, W) bool at the resolution of its picture.
+    def _region(self, image: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """A candidate's logits (h, w) -> its tidied region (H, W) bool at the resolution of its image.
 
         The edges are looked for at the resolution that the model saw, four times that of the logits.
         """
-        size = picture.shape[:2]
+        size = image.shape[:2]
         if not self.follow_edges:
             return candidates.tidy(_resized(logits, size) > 0)
         seen = (4 * logits.shape[0], 4 * logits.shape[1])
         inside = torch.from_numpy(_resized(logits, seen)).sigmoid().numpy()
-        followed = edges.along_edges(inside, _resized(grey(picture), seen)) - 0.5
+        followed = edges.along_edges(inside, _resized(grey(image), seen)) - 0.5
         return candidates.tidy(_resized(followed.astype(np.float32), size) > 0)
 
-    def _generated(self, picture: np.ndarray) -> Mask:
-        """The whole ladder for one picture, its candidates from SAM2's own generator.
+    def _generated(self, image: np.ndarray) -> Mask:
+        """The whole ladder for one image, its candidates from SAM2's own generator.
 
         The generator filters by its thresholds before it removes duplicates, so relaxed thresholds need
         a second run of it.
         """
         for status, limits in (("chosen", self.limits), ("relaxed", self.limits.relaxed())):
-            regions, iou, steady = self._proposals(picture, limits)
+            regions, iou, steady = self._proposals(image, limits)
             best = candidates.pick(regions, iou, steady, limits, keep=self.keep, max_overlap=self.max_overlap)
             if best is not None:
                 return Mask(candidates.unite(regions[list(best[0])]), best[1], status)
-        return self._mask(picture, self._boxed(self.encode([picture]), 0))
+        return self._mask(image, self._boxed(self.encode([image]), 0))
 
     def _proposals(
-        self, picture: np.ndarray, limits: candidates.Limits
+        self, image: np.ndarray, limits: candidates.Limits
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the generator finds: regions (M, H, W) bool, predicted IoU (M,), stability (M,)."""
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         generator = self._generator
         generator.pred_iou_thresh = limits.min_iou
         generator.stability_score_thresh = limits.min_stability
         generator.points_per_batch = max(1, min(64, _GENERATE_BYTES // (3 * 4 * height * width)))
-        found = generator.generate(picture)
+        found = generator.generate(image)
         regions = [one["segmentation"] for one in found]
         return (
             np.stack(regions) if regions else np.zeros((0, height, width), dtype=bool),
@@ -319,7 +319,7 @@ def build_segmenter(
 ) -> Sam2Segmenter:
     """A segmenter out of plain settings; see ``load_predictor`` and ``Sam2Segmenter``.
 
-    ``min_area`` and ``max_area`` are shares of the picture; ``keep`` is 2 for a chest X-ray, whose lungs
+    ``min_area`` and ``max_area`` are shares of the image; ``keep`` is 2 for a chest X-ray, whose lungs
     are two regions, else 1. ``min_iou`` and ``min_stability`` lie below the 0.8 and 0.95 that SAM2's
     generator has for photographs: the score ranks, the thresholds only keep out what is no region.
     """
@@ -347,7 +347,7 @@ def grid_prompts(points_per_side: int) -> Prompts:
 
 
 def box_prompt(side: float) -> Prompts:
-    """One box in the centre whose sides are ``side`` of the picture's: P = 1, N = 2 (its corners)."""
+    """One box in the centre whose sides are ``side`` of the image's: P = 1, N = 2 (its corners)."""
     low, high = (1 - side) / 2, (1 + side) / 2
     coords = np.array([[[low, low], [high, high]]], dtype=np.float32)  # (1, 2, 2)
     return Prompts(coords, np.array([[2, 3]], dtype=np.int32))
