@@ -29,6 +29,7 @@ from flows.cli.modality import Look, guess
 from flows.servers import servers
 from flows.stages import dvc
 from flows.stages import ingest as stage
+from flows.study import models as study_models
 from flows.study.params import SlicesParams, load_params
 from flows.study.study import open_study
 from medfocus.clip.encoder import build_clip
@@ -462,7 +463,8 @@ def test_masks_are_those_of_the_studys_segmenter_and_are_kept(home: Path, medfoc
         result = medfocus("masks", image, "--out", out)
         assert result.exit_code == 0, result.output
         [line] = rows(home / out / "masks.csv")
-        [mask] = open_study(home / "params.yaml").segmenter("phantom-chest").segment([decode.read(image)])
+        segmenter = study_models.build_segmenter(open_study(home / "params.yaml"), "phantom-chest")
+        [mask] = segmenter.segment([decode.read(image)])
         drawn = decode.read(home / out / line["mask"])[..., 0] > 0
         assert np.array_equal(drawn, mask.region) and line["status"] == mask.status
     assert medfocus("masks", image, "--out", "x", "--dataset", "knee").exit_code == 2

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flows.study.cells import build_method, cell_code, feature_key
+from flows.study.dataset import cell_code, feature_key
+from flows.study.methods import build_method
 from flows.study.params import load_params
 from medfocus.clip.encoder import build_clip
 from medfocus.datasets.duplicates import find_duplicates
