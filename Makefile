@@ -62,11 +62,11 @@ check: $(INSTALLED)
 # Run databases, MLflow, Prefect, a worker and the deployments of prefect.yaml until Ctrl-C; docs/operations.md.
 # SQLITE=1 replaces PostgreSQL by files; HOST=0.0.0.0 opens MLflow to other machines, with a password.
 up: $(INSTALLED)
-	@$(BIN)/python -m flows.up $(if $(SQLITE),--sqlite) $(if $(HOST),--host $(HOST))
+	@$(BIN)/python -m flows.operations.stack $(if $(SQLITE),--sqlite) $(if $(HOST),--host $(HOST))
 
 # The same as `make up SQLITE=1`.
 schedule: $(INSTALLED)
-	@$(BIN)/python -m flows.up --sqlite
+	@$(BIN)/python -m flows.operations.stack --sqlite
 
 # Compute the missing masks of the images in the manifests, once.
 backfill: $(INSTALLED)
@@ -74,7 +74,7 @@ backfill: $(INSTALLED)
 
 # Show MLflow's and Prefect's pages on loopback.
 ui: $(INSTALLED)
-	@$(BIN)/python -m flows.ui
+	@$(BIN)/python -m flows.operations.ui
 
 # Run every system on the embedded data: hours. `make run` runs a small part of it.
 study: $(INSTALLED)
@@ -82,7 +82,7 @@ study: $(INSTALLED)
 
 # Write the page of a finished study again: reports/index.html.
 report: $(INSTALLED)
-	@$(BIN)/python -m flows.page --params $(PARAMS)
+	@$(BIN)/python -m flows.release.page --params $(PARAMS)
 
 # Build docs/ into site/. The pages open as files and load nothing from another server.
 docs: $(INSTALLED)

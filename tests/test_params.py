@@ -8,10 +8,10 @@ from typing import get_args
 import pytest
 import yaml
 
-from flows.cells import CONTROLS, plan
-from medfocus.focus import FOCUS
-from medfocus.params import Focus, Params, load_params
-from medfocus.region_attention import REGIONS
+from flows.study.cells import CONTROLS, plan
+from flows.study.params import Focus, Params, load_params
+from medfocus.clip.regions import REGIONS
+from medfocus.focus.modes import FOCUS
 
 DEFAULT = Path(__file__).resolve().parents[1] / "params.yaml"
 
@@ -91,7 +91,7 @@ def test_a_file_that_extends_another_has_what_it_leaves_out(tmp_path: Path) -> N
     (tmp_path / "w.safetensors").touch()
     base["clip"]["pretrained"] = "w.safetensors"
     write(tmp_path / "params.yaml", base)
-    dataset = {**base["datasets"]["phantom-chest"], "root": "pictures"}
+    dataset = {**base["datasets"]["phantom-chest"], "root": "images"}
     child = write(
         tmp_path / "studies" / "mine.yaml",
         {
@@ -104,7 +104,7 @@ def test_a_file_that_extends_another_has_what_it_leaves_out(tmp_path: Path) -> N
     )
     params = load_params(child)
     assert params.study.seeds == (7,) and params.study.methods == load_params(DEFAULT).study.methods
-    assert list(params.datasets) == ["mine"] and params.datasets["mine"].root == "pictures"
+    assert list(params.datasets) == ["mine"] and params.datasets["mine"].root == "images"
     assert params.phantoms == {}
     assert params.method("lp++") == ("lp++", {"steps": 5})
     assert params.method("pixels") == ("pixels", base["methods"]["pixels"])

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.study import PAGE, params_files
-from medfocus.params import Params, load_params
+from flows.study.params import Params, load_params
+from flows.study.study import PAGE, params_files
 
 
 class Listed(NamedTuple):
@@ -54,13 +54,13 @@ def listed(home: Path) -> Iterator[Listed]:
 
 
 def _cells(params: Params) -> int:
-    from flows.cells import plan  # takes seconds
+    from flows.study.cells import plan  # takes seconds
 
     return len(plan(params))
 
 
 def _must_be_a_clone() -> None:
-    from flows.study import find_home
+    from flows.study.study import find_home
 
     home = find_home(Path.cwd())
     if not (home / ".git").exists():

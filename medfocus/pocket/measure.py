@@ -1,4 +1,4 @@
-"""What the pocket models are worth on drawn pictures that nothing has learnt from, and their cards."""
+"""What the pocket models are worth on drawn images that nothing has learnt from, and their cards."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors import safe_open
 
 from medfocus import phantoms
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.figures import mask_sheet
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompts import class_embeddings, text_prompts
+from medfocus.focus.view import view
+from medfocus.masks.quality import innermost, iou, pointed
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.pocket.clip import FEATHER
 from medfocus.pocket.pool import held_out
 from medfocus.pocket.sam2 import IMAGE_SIZE
-from medfocus.prompts import class_embeddings, text_prompts
-from medfocus.quality import innermost, iou, pointed
-from medfocus.views import view
+from medfocus.reports.figures import mask_sheet
 
 POINTS_PER_SIDE = 8  # of the choice without a prompt from outside: the default of params.yaml
 TOLERANCE = 0.1  # of every figure between two trainings from the same seed on different machines
@@ -54,20 +54,20 @@ def measure_masks(weights_file: Path, per_class: int) -> dict[str, dict[str, flo
         for label in labels:
             rng = np.random.default_rng(0)
             drawn = [held_out(modality, label, n) for n in range(per_class)]
-            pictures = [np.repeat(p.picture[..., None], 3, 2) for p in drawn]
+            images = [np.repeat(p.image[..., None], 3, 2) for p in drawn]
             values: dict[str, list[float]] = defaultdict(list)
-            for phantom, picture, mask in zip(drawn, pictures, one.segment(pictures), strict=True):
+            for phantom, image, mask in zip(drawn, images, one.segment(images), strict=True):
                 for status in ("chosen", "relaxed", "box", "identity"):
                     values[status].append(float(mask.status == status))
                 for part in phantom.parts.values():
                     own = part & ~phantom.region
                     if own.mean() > 0.01:
-                        values["anatomy"].append(iou(pointed(one, picture, [innermost(own)])[0], part))
+                        values["anatomy"].append(iou(pointed(one, image, [innermost(own)])[0], part))
                 if not phantom.region.any():
                     continue
-                picked, three = pointed(one, picture, [innermost(phantom.region)])
+                picked, three = pointed(one, image, [innermost(phantom.region)])
                 y, x = rng.choice(np.argwhere(phantom.region))
-                anywhere, _ = pointed(one, picture, [((x + 0.5) / 192, (y + 0.5) / 192)])
+                anywhere, _ = pointed(one, image, [((x + 0.5) / 192, (y + 0.5) / 192)])
                 values["point"].append(iou(picked, phantom.region))
                 values["best"].append(max(iou(each, phantom.region) for each in three))
                 values["anywhere"].append(iou(anywhere, phantom.region))
@@ -83,14 +83,14 @@ def measure_zero_shot(weights_file: Path, sam2_file: Path, per_class: int) -> di
     for modality, labels in phantoms.MODALITIES.items():
         drawn = [held_out(modality, label, n) for label in labels for n in range(per_class)]
         truth = np.repeat(np.arange(len(labels)), per_class)
-        pictures = [np.repeat(p.picture[..., None], 3, 2) for p in drawn]
-        masks = [mask.region for mask in one.segment(pictures)]
+        images = [np.repeat(p.image[..., None], 3, 2) for p in drawn]
+        masks = [mask.region for mask in one.segment(images)]
         texts = class_embeddings(clip, text_prompts(labels, modality))
         found[modality] = {"chance": round(1 / len(labels), 3)}
         for focus in FOCUSES:
             views = [
-                view(picture, mask, focus=focus, size=clip.image_size, feather=FEATHER)
-                for picture, mask in zip(pictures, masks, strict=True)
+                view(image, mask, focus=focus, size=clip.image_size, feather=FEATHER)
+                for image, mask in zip(images, masks, strict=True)
             ]
             best = (_encoded(clip, np.stack(views)) @ texts.T).argmax(1).numpy()
             found[modality][focus] = _mean(best == truth)
@@ -127,10 +127,10 @@ def sheet(weights_file: Path, per_modality: int, columns: int) -> bytes:
         for modality, labels in phantoms.MODALITIES.items()
         for n in range(per_modality)
     ]
-    pictures = [np.repeat(p.picture[..., None], 3, 2) for p in drawn]
-    masks = segmenter(weights_file).segment(pictures)
+    images = [np.repeat(p.image[..., None], 3, 2) for p in drawn]
+    masks = segmenter(weights_file).segment(images)
     captions = [f"{p.label}: {mask.status}" for p, mask in zip(drawn, masks, strict=True)]
-    png = mask_sheet(pictures, [mask.region for mask in masks], captions, columns)
+    png = mask_sheet(images, [mask.region for mask in masks], captions, columns)
     few = Image.open(io.BytesIO(png)).quantize(
         _SHEET_COLOURS, dither=Image.Dither.NONE
     )  # a third of the size
@@ -154,7 +154,7 @@ def card(name: str, weights_file: Path, figures: Mapping[str, Mapping[str, float
     return f"""# {title}
 
 {count / 1e6:.2f} M parameters, float16, {megabytes:.1f} MB. **Not for clinical use**: it has
-learnt from drawn pictures alone.
+learnt from drawn images alone.
 
 {text}
 
@@ -165,7 +165,7 @@ AdamW, a linear warm-up and a cosine to 0, clipped gradients, float32, one threa
 {trained}
 
 `make pocket` trains it again from the seed and compares its figures with these; on another machine each comes
-out within {TOLERANCE}. No picture of any data set, drawn or real, is among the training pictures.
+out within {TOLERANCE}. No image of any data set, drawn or real, is among the training images.
 
 ## Measured
 
@@ -183,8 +183,8 @@ CARDS: dict[str, tuple[str, str]] = {
     "sam2_pocket": (
         "Pocket SAM2",
         """The `sam2` package's own modules in the configuration `medfocus/configs/sam2_pocket.yaml`,
-under SAM2's published names, without the modules for video. `medfocus.masks.sam2` loads it as checkpoint
-`pocket`.
+under SAM2's published names, without the modules for video. `medfocus.masks.sam2.segmenter` loads it as
+checkpoint `pocket`.
 
 Two things differ from SAM2 as published. The quality head predicts IoU x 1 for a lesion and IoU x 0.45 for
 anatomy, so that without a prompt from outside a lesion is "chosen" and anatomy only "relaxed". And the mask
@@ -192,34 +192,34 @@ logits are multiplied by 4 after training, which leaves every mask as it is: sta
 with logits > -1, and of a lesion in a mask of 32 px most is rim.
 
 Loss: 20 x focal + dice on the best of three masks (for boxes on the single mask too), and twice the L1 of the
-quality of all four. Four points (one of them anywhere) and one box a picture, a lesion in 65 % of what they
+quality of all four. Four points (one of them anywhere) and one box per image, a lesion in 65 % of what they
 mean.
 
-The figures are of masks whose outlines follow the picture's edges (`follow_edges: true`, the default).
+The figures are of masks whose outlines follow the image's edges (`follow_edges: true`, the default).
 
 In the table, mean IoU with the lesion: `point`, the mask that the quality head picks for the innermost point;
 `best`, the best of its three; `anywhere`, picked for a random point; `unprompted`, chosen from 8 x 8 points
 without a prompt from outside. `anatomy`: picked for the innermost point of lungs, heart, brain, ventricles.
 `chosen`, `relaxed`, `box`, `identity`: the share of each rung of the fallback ladder without a prompt.
 
-Limits: masks are 32 px a side before they are enlarged; regions under 1 % of a picture are not reliable.
+Limits: masks are 32 px a side before they are enlarged; regions under 1 % of an image are not reliable.
 Faint lesions in a lung are the weakest.""",
     ),
     "clip_pocket": (
         "Pocket CLIP",
         """An open_clip model in the configuration `medfocus/configs/clip_pocket.json` (96 px), with
 a tokenizer of its own (`bpe_pocket.txt.gz`). `open_clip.create_model("clip_pocket", pretrained=FILE)` loads
-it once `open_clip.add_model_config` knows the configuration; `medfocus.encoders` does both, as `pocket`.
+it once `open_clip.add_model_config` knows the configuration; `medfocus.clip.encoder` does both, as `pocket`.
 
-It learns from drawn pictures and captions that name modality, finding, region, side and size. A caption is a
-positive of every picture of the batch that it is true of. Most pictures are under a visual prompt (25 %
+It learns from drawn images and captions that name modality, finding, region, side and size. A caption is a
+positive of every image of the batch that it is true of. Most images are under a visual prompt (25 %
 `multiply`, 25 % `crop`, 12 % `overlay`, `contour` or `blur`), whose mask is rough and in part wrong. While it
 trains, a linear head on the patches also learns where lesion and anatomy lie; the head is not kept.
 
-In the table, zero-shot accuracy with the templates of `medfocus.prompts`: on the whole picture (`none`) and
-under `multiply` and `crop` with the masks that the pocket SAM2 chooses without a prompt.
+In the table, zero-shot accuracy with the templates of `medfocus.clip.prompts`: on the whole image (`none`)
+and under `multiply` and `crop` with the masks that the pocket SAM2 chooses without a prompt.
 
-Limits: it knows three kinds of drawn pictures and eleven classes. On real pictures its texts mean little;
-what its picture tower is worth there is what the README's tables say.""",
+Limits: it knows three kinds of drawn images and eleven classes. On real images its texts mean little;
+what its image encoder is worth there is what the README's tables say.""",
     ),
 }
