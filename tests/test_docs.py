@@ -279,11 +279,11 @@ NOT_RUN_HERE = {
         "export MLFLOW_TRACKING_URI=sqlite:///mlflow.db": "for the server below",
         "export MLFLOW_LOGGING_LEVEL=ERROR MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true": "the same",
         "mlflow models serve --model-uri models:/medfocus-phantom-bre ...": "runs until Ctrl-C",
-        """printf '{"dataframe_records": [{"image": "%s"}], "params": ...""": "asks the server",
+        """printf '{"dataframe_records": [{"image": "%s"}], "params": { ...""": "asks the server",
         """{ printf '{"params": {"overlay": false}, "dataframe_records" ...""": "asks the server",
     },
     "test_serve.py::test_overlays_are_left_out_where_the_request_says_so": {
-        """printf '{"dataframe_records": [{"image": "%s"}]}' "$(base6 ...""": "asks the server",
+        """printf '{"dataframe_records": [{"image": "%s"}]}' "$(base64  ...""": "asks the server",
     },
     "test_serve.py::test_a_bad_image_in_a_request_is_told_by_place_fault_and_fix_and_no_more": {
         """echo '{"dataframe_records": [{"image": "not base64!"}]}' | ...""": "asks the server",
