@@ -9,7 +9,9 @@ from typing import Literal, NamedTuple
 from flows.study.methods import build_method
 from flows.study.params import OnlyParams, Params, StudyParams
 from flows.study.study import Study
+from medfocus.clip.regions import REGIONS
 from medfocus.evaluation.metrics import wilson_lower
+from medfocus.focus.modes import FOCUS
 from medfocus.methods import METHODS
 from medfocus.serving import checkpoint
 
@@ -64,9 +66,18 @@ def mask_source_of(focus: str) -> MaskSource:
 
 
 def plan(params: Params) -> list[Cell]:
-    """Every cell of the study, in its order; each method is built once, so that a typo fails here."""
-    for name in params.study.methods:
+    """Return every cell of the study, in order.
+
+    Raises ValueError for an unknown setting or focus of a method, so that a typo fails before any work.
+    """
+    known = (*FOCUS, *REGIONS, *CONTROLS)
+    for name, modes in params.study.methods.items():
         build_method(params, name, None)
+        if unknown := [focus for focus in modes if focus not in known]:
+            raise ValueError(
+                f"params.yaml: study.methods.{name} has the focus {unknown[0]!r}; "
+                f"use one of {', '.join(known)}."
+            )
     cells: list[Cell] = []
     for dataset in params.datasets:
         for method, modes in params.study.methods.items():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from flows.study.params import Region
 from flows.study.study import Study
+from medfocus.clip.regions import REGIONS
 from medfocus.datasets.records import read_manifest
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def build_encoder(study: Study, focus: str = "none") -> ClipEncoder:
         )
     if users:
         encoder = encoder.with_segmenter(build_sam2(study, next(iter(params.datasets))))
-    if focus in get_args(Region):
+    if focus in REGIONS:
         encoder = encoder.with_region(focus, params.views.attention_bias)
     return encoder
 
