@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from flows.cli import terminal
 from medfocus.datasets.listing import SUFFIXES, is_image
 from medfocus.datasets.records import Record, chunks
 from medfocus.images import decode, stack
 from medfocus.images.decode import ImageError
+from medfocus.images.png import encode_png
 
 if TYPE_CHECKING:
     from medfocus.masks.segmenter import Segmenter
@@ -93,7 +93,7 @@ class Folder:
         while self._is_taken(name := f"{stem}{'' if number == 1 else f'_{number}'}.png"):
             number += 1
         self._taken.add(name)
-        Image.fromarray(pixels).save(self._folder / name)
+        (self._folder / name).write_bytes(encode_png(pixels))
         return name
 
     def _is_taken(self, name: str) -> bool:
@@ -113,11 +113,13 @@ class Folder:
 
 def predict(predictor: Predictor, images: Images, out: Folder) -> int:
     """A line per image with the class, every probability and the mask's fate, and its overlay; how many."""
+    from medfocus.focus.modes import focus
+
     done = 0
     for batch in images.batches():
         predictions = predictor.predict_decoded([one.pixels for one in batch])
         for one, prediction in zip(batch, predictions, strict=True):
-            overlay = decode.decode(prediction.overlay, str(one.path))
+            overlay = focus(one.pixels, prediction.mask, "overlay", feather=0.0)
             out.rows(
                 [
                     {
@@ -144,6 +146,7 @@ def explain(predictor: Predictor, images: Images, out: Folder) -> int:
 
     from medfocus.explain.attribution import inside_share
     from medfocus.explain.explain import explain as attribute
+    from medfocus.focus.modes import focus
     from medfocus.focus.region_views import focused_view
     from medfocus.reports.figures import attribution_overlay
 
@@ -166,7 +169,7 @@ def explain(predictor: Predictor, images: Images, out: Folder) -> int:
             if predictor.focus != "crop" and framed.any():
                 inside = f"{inside_share(heat, framed):.6f}"
             seen = view[..., -3:] if view.shape[2] == 6 else view[..., :3]
-            overlay = decode.decode(said.overlay, str(one.path))
+            overlay = focus(one.pixels, said.mask, "overlay", feather=0.0)
             tiles = [
                 decode.letterbox(overlay, len(view), (0, 0, 0)), seen, attribution_overlay(seen, heat)
             ]  # fmt: skip
