@@ -14,6 +14,7 @@ from medfocus.app.clicks import Point
 from medfocus.explain.attribution import inside_share
 from medfocus.explain.explain import explain, on_image
 from medfocus.images import decode
+from medfocus.images.geometry import letterbox_mask
 from medfocus.images.png import encode_png
 from medfocus.masks.sam2.segmenter import Features
 from medfocus.masks.segmenter import Mask
@@ -130,7 +131,7 @@ class Reader:
             method = predictor.method
             maps, way = explain(method, method.encoder, torch.from_numpy(view)[None], target)
             heat = maps[0].numpy()  # (S, S)
-            framed = decode.letterbox_mask(reading.mask.region, len(view)) > 0.5
+            framed = letterbox_mask(reading.mask.region, len(view)) > 0.5
             tells = predictor.focus != "crop" and framed.any()
             inside = inside_share(heat, framed) if tells else None
             placed = on_image(heat, reading.shown_region, predictor.focus)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageFilter
 
-from medfocus.images.decode import letterbox, letterbox_mask, montage
+from medfocus.images.contact_sheet import montage
+from medfocus.images.geometry import letterbox, letterbox_mask
 from medfocus.images.png import encode_png
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from medfocus.evaluation.comparison import Cell, Difference
 from medfocus.evaluation.metrics import Interval, Reliability, mean_interval
-from medfocus.images.decode import letterbox
+from medfocus.images.geometry import letterbox
 from medfocus.images.png import encode_png
 from medfocus.reports import figures
 from medfocus.reports.data_warnings import mask_warnings
