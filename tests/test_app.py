@@ -378,7 +378,7 @@ def test_a_broken_image_has_an_error_of_its_own_and_the_others_are_read(opened: 
     assert second["error"] == {
         "status": 422,
         "place": "b.png",
-        "fault": f"is no image in a format that is read ({', '.join((*decode.FORMATS, 'DICOM', 'NIFTI'))})",
+        "fault": f"is not in a supported image format ({', '.join((*decode.FORMATS, 'DICOM', 'NIFTI'))})",
         "fix": "Export it again as PNG, or remove it.",
     }
     assert third["error"]["place"] == "c.png" and "cannot be decoded" in third["error"]["fault"]
@@ -394,14 +394,14 @@ def test_an_image_of_too_many_pixels_is_413_by_its_header(opened: Opener) -> Non
     Image.new("1", (8001, 8000)).save(header, "PNG")
     answer = opened().post("/images", files=given(("big.png", header.getvalue())))
     assert answer.status_code == 413
-    assert "megapixels are the most" in answer.json()["images"][0]["error"]["fault"]
+    assert "the limit is 64 megapixels" in answer.json()["images"][0]["error"]["fault"]
 
 
 def test_a_file_of_too_many_bytes_is_413(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medfocus.images.decode.MOST_BYTES", 1000)
     answer = opened().post("/images", files=given(("big.png", encoded(20))))
     assert answer.status_code == 413
-    assert "the most that is read" in answer.json()["images"][0]["error"]["fault"]
+    assert "the limit" in answer.json()["images"][0]["error"]["fault"]
 
 
 def test_a_request_past_a_limit_is_413_with_the_limit(opened: Opener) -> None:

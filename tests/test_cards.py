@@ -192,7 +192,7 @@ def test_neither_names_a_file_or_a_patient_and_both_are_the_same_each_time(model
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
-        ("is no image in a format that is read (PNG, JPEG)", "no image in a format that is read"),
+        ("is not in a supported image format (PNG, JPEG)", "no image in a format that is read"),
         ("cannot be decoded (image file is truncated)", "cannot be decoded"),
         ("holds 3 images, of which the first is used", "several images in one file"),
         (f"'p(.)' finds no patient in 2 images (the first is '{FILE}.png')", "no patient by the pattern"),

@@ -194,7 +194,7 @@ def test_an_empty_request_has_an_empty_answer(predictor: Predictor) -> None:
     ("bad", "fault"),
     [
         (b"", "the file is empty"),
-        (b"no image", "is no image in a format that is read"),
+        (b"no image", "is not in a supported image format"),
         (encoded(0)[:300], "cannot be decoded"),
     ],
 )
@@ -488,9 +488,13 @@ NOT_BASE64 = r"image 1 of 1: a text that is not base64 \(.+\)\. Encode the file'
         ([*base64_of(0), None], 400, r"image 2 of 2: .+ is no image\. Give a file's bytes.+"),
         ([["a list"]], 400, r"image 1 of 1: list is no image\. Give a file's bytes.+"),
         ([""], 400, r"image 1 of 1: the file is empty \(0 bytes\)\. .+"),
-        (["aGVsbG8="], 400, r"image 1 of 1: is no image in a format that is read .+\. Export it again.+"),
+        (["aGVsbG8="], 400, r"image 1 of 1: is not in a supported image format .+\. Export it again.+"),
         ([base64_of(0)[0][:400]], 400, r"image 1 of 1: cannot be decoded .+\. Export it again.+"),
-        ([large()], 413, r"image 1 of 1: has 9000 x 9000 pixels; 64 megapixels .+\. Scale it down.+"),
+        (
+            [large()],
+            413,
+            r"image 1 of 1: has 9000 x 9000 pixels; the limit .+\. Scale it down.+",
+        ),
         ([], 400, r"the request has no image\. Give one at least, in the column 'image'\."),
         (
             ["aGVsbG8="] * 65,

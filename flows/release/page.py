@@ -27,7 +27,7 @@ from medfocus.evaluation import metrics
 from medfocus.evaluation.comparison import Scored, compare
 from medfocus.explain.attribution import inside_share, pointing_hit
 from medfocus.explain.explain import explain
-from medfocus.images.decode import letterbox_mask
+from medfocus.images.geometry import letterbox_mask
 from medfocus.masks.quality import known_region
 from medfocus.reports.data_warnings import data_warnings
 from medfocus.reports.page import (

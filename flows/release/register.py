@@ -21,7 +21,7 @@ from medfocus.datasets.duplicates import groups, read_pairs
 from medfocus.datasets.records import Record
 from medfocus.datasets.splits import components
 from medfocus.evaluation import drift, gate
-from medfocus.images import decode
+from medfocus.images.geometry import grey
 from medfocus.phantoms import png
 from medfocus.reports import cards as texts
 from medfocus.serving import checkpoint
@@ -200,7 +200,7 @@ class _Challenger:
         paths = [record.path for record in chosen]
         ((embeddings,),) = (self.dataset.encode((DRIFT_BY,), "none", paths, 1, "encode for drift"),)
         masks = [self.dataset.masks.status[path].coverage for path in paths]
-        numbers = [drift.statistics(decode.grey(self.dataset.image(record))) for record in chosen]
+        numbers = [drift.statistics(grey(self.dataset.image(record))) for record in chosen]
         return drift.Images(
             labels=np.array([record.label for record in chosen]),
             embeddings=embeddings[:, 0].numpy(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from medfocus.clip.regions import patch_coverage
 from medfocus.explain.attribution import grad_cam, gradient_attention, occlusion, to_maps
 from medfocus.focus.modes import FILL, crop
-from medfocus.images.decode import letterbox_mask
+from medfocus.images.geometry import letterbox_mask
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder

@@ -6,7 +6,7 @@ import numpy as np
 
 from medfocus.clip.regions import REGIONS
 from medfocus.focus.view import Crop, cut, view, view_key
-from medfocus.images.decode import letterbox_mask
+from medfocus.images.geometry import letterbox_mask
 from medfocus.storage.fingerprint import fingerprint
 
 _KEPT = 0.5  # share of the region that has to be left in a crop, as in ``view``

@@ -8,7 +8,7 @@ import numpy as np
 
 from medfocus.focus.modes import FILL
 from medfocus.focus.modes import focus as apply_focus
-from medfocus.images.decode import letterbox
+from medfocus.images.geometry import letterbox
 from medfocus.storage.fingerprint import fingerprint
 
 AREA = (0.5, 1.0)  # share of the image that a random crop keeps, as the method's authors have it

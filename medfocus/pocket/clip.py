@@ -24,7 +24,7 @@ from medfocus.clip.encoder import ClipEncoder, build_clip
 from medfocus.clip.prompts import TEMPLATES
 from medfocus.focus.modes import crop as region_crop
 from medfocus.focus.view import Crop, cut, view
-from medfocus.images.decode import letterbox_mask
+from medfocus.images.geometry import letterbox_mask
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import Drawn, Pool
 

@@ -7,7 +7,6 @@ masks, and ``serve.json`` (everything else). Nothing in it is a pickle.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from medfocus.evaluation.metrics import softmax
 from medfocus.focus.modes import focus as apply_focus
 from medfocus.focus.region_views import focused_view
 from medfocus.images import decode
+from medfocus.images.png import encode_png
 from medfocus.masks.segmenter import Segmenter
 from medfocus.storage import weights
 
@@ -49,7 +48,7 @@ class Prediction:
     mask: np.ndarray  # (H, W) bool at the image's own resolution: what the focus saw as the region
     mask_status: str  # the rung of the fallback ladder
     mask_score: float  # in [0, 1]
-    overlay: bytes  # PNG at the image's own resolution, the mask tinted; empty where none was asked for
+    overlay: bytes = b""  # PNG of the image with its mask tinted; empty if not requested
 
 
 def save_model(
@@ -196,11 +195,15 @@ class Predictor:
         for start in range(0, len(images), _BATCH):
             batch = slice(start, start + _BATCH)
             decoded = list(map(decode.decode, images[batch], names[batch]))
-            predictions += self.predict_decoded(decoded, overlay)
+            some = self.predict_decoded(decoded)
+            if overlay:
+                pairs = zip(some, decoded, strict=True)
+                some = [replace(one, overlay=_overlay(image, one.mask)) for one, image in pairs]
+            predictions += some
         return predictions
 
-    def predict_decoded(self, images: Sequence[np.ndarray], overlay: bool = True) -> list[Prediction]:
-        """Images (H, W, 3) uint8 RGB, few enough for the memory -> one prediction each."""
+    def predict_decoded(self, images: Sequence[np.ndarray]) -> list[Prediction]:
+        """Images (H, W, 3) uint8 RGB, few enough for the memory -> one prediction each, without overlays."""
         masks = self.segmenter.segment(images)
         views = [self.view(image, mask.region) for image, mask in zip(images, masks, strict=True)]
         probabilities = self.probabilities(np.stack(views))
@@ -211,9 +214,8 @@ class Predictor:
                 mask=mask.region,
                 mask_status=mask.status,
                 mask_score=mask.score,
-                overlay=_png(apply_focus(image, mask.region, "overlay", feather=0.0)) if overlay else b"",
             )
-            for image, mask, p in zip(images, masks, probabilities, strict=True)
+            for mask, p in zip(masks, probabilities, strict=True)
         ]
 
     def view(self, image: np.ndarray, region: np.ndarray) -> np.ndarray:
@@ -225,6 +227,11 @@ class Predictor:
         import torch
 
         return probabilities_of(self.method, self.method.embed(torch.from_numpy(views)))
+
+
+def _overlay(image: np.ndarray, region: np.ndarray) -> bytes:
+    tinted = apply_focus(image, region, "overlay", feather=0.0)
+    return encode_png(tinted, compress_level=3)  # three times as fast as the default, 5 % larger
 
 
 def probabilities_of(method: Method, inputs: Tensor) -> np.ndarray:
@@ -278,9 +285,3 @@ def _towers(model: Any) -> dict[str, Any]:
 
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=3)  # a third of the usual time, 5 % larger
-    return buffer.getvalue()
