@@ -23,7 +23,9 @@ from medfocus.datasets.splits import components
 from medfocus.evaluation import drift, gate
 from medfocus.images.geometry import grey
 from medfocus.phantoms import png
-from medfocus.reports import cards as texts
+from medfocus.reports.data_sheet import SHEET
+from medfocus.reports.markdown import checks_table
+from medfocus.reports.model_card import CARD
 from medfocus.serving import checkpoint
 from medfocus.serving.predictor import Predictor, save_model
 from medfocus.storage import atomic
@@ -76,7 +78,7 @@ def register_best(study: Study, dataset: str) -> Outcome:
         outcome = Outcome(registration, challenger.checks, challenger.new)
         if outcome.checks:
             said = f"{told(outcome)}\n\n{challenger.headline}"
-            registry.describe(store, registration.name, registration.version, said, (texts.CARD, texts.SHEET))
+            registry.describe(store, registration.name, registration.version, said, (CARD, SHEET))
     return outcome
 
 
@@ -224,7 +226,7 @@ def told(outcome: Outcome) -> str:
     if outcome.new is not None:
         lines += ["", f"{outcome.new} images came since the champion was made."]
     if outcome.checks:
-        lines += ["", *texts.checks_table(outcome.checks)]
+        lines += ["", *checks_table(outcome.checks)]
     return "\n".join(lines)
 
 
