@@ -117,7 +117,6 @@ class _Challenger:
             checkpoint=self.checkpoint,
             encoder=models.build_encoder(study, self.header.focus),
             segmenter=models.build_segmenter(study, name),
-            segmenter_settings=models.segmenter_settings(study, name),
             feather=study.params.views.feather,
         )
         records = self.dataset.records
