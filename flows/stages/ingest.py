@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flows.study.study import here
 from medfocus.datasets import pseudonyms
-from medfocus.datasets.ingest import ingest, write_left_out
+from medfocus.datasets.faults import write_faults
+from medfocus.datasets.ingest import ingest
 from medfocus.datasets.listing import unwrapped
 from medfocus.datasets.records import write_manifest
 
@@ -35,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     reports = Path("reports/data", dataset)
     reports.mkdir(parents=True, exist_ok=True)
-    write_left_out(found.left_out, reports / "left_out.csv")
-    write_left_out(found.reported, reports / "reported.csv")
+    write_faults(found.left_out, reports / "left_out.csv")
+    write_faults(found.reported, reports / "reported.csv")
     manifest = Path("data/manifests", f"{dataset}.csv")
     manifest.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(found.records, manifest)

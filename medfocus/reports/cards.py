@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from medfocus.datasets.duplicates import Pair
+from medfocus.datasets.faults import LABEL_NOISE
 from medfocus.datasets.listing import SUFFIXES
 from medfocus.datasets.records import Record
 from medfocus.datasets.splits import Splits
@@ -27,37 +28,6 @@ CARD, SHEET = "card.md", "datasheet.md"  # as files of a version and of its run
 FEW = 20  # images of a group, below which its accuracy says little
 _CONFUSIONS = 5
 _SIZES = 4  # groups by size at most; more sizes are put together by their pixels
-# How ingestion's faults begin or go on -> what they are counted as. Their own texts may name files.
-_KINDS = (
-    (r"another label", "the same bytes under two labels"),
-    (r"seen in training", "test image with the same bytes in train"),
-    (r"times, with different", "listed several times, with different labels, splits or patients"),
-    (r"^the file is empty", "empty file"),
-    (r"^is no image in a format", "no image in a format that is read"),
-    (r"^is by its name no image", "by its name no image"),
-    (r"^cannot be decoded", "cannot be decoded"),
-    (r"^cannot be read", "cannot be read"),
-    (r"^the file is larger", "larger file than is read"),
-    (r"^has .+ pixels", "more pixels than are decoded"),
-    (r"^is no ordinary file", "no ordinary file"),
-    (r"^holds values that are not finite", "values that are not finite"),
-    (r"^holds several images|^holds \d+ (images|volumes), of which", "several images in one file"),
-    (r"^holds no image", "DICOM without an image"),
-    (r"^is stored as", "stored in a way that cannot be decoded"),
-    (r"^promises ", "fewer pixels than are promised"),
-    (r"of one shade", "slices of one shade"),
-    (r"^has text burnt", "text burnt into the pixels, as the header says"),
-    (r"have no window", "DICOM images without a window"),
-    (r"without a known patient", "files of several images without a known patient"),
-    (r"^is listed by itself", "slice listed twice, with different labels, splits or patients"),
-    (r"^holds \d+ images beside", "folder beside the split folders"),
-    (r"^lies in no class folder", "in no class folder"),
-    (r"^the label is empty", "no label"),
-    (r"^no such file|^leads out of", "path in the manifest without a file"),
-    (r"^the split ", "unknown split"),
-    (r"finds no patient", "no patient by the pattern"),
-    (r"^the class has no test image", "class without a test image"),
-)
 
 
 @dataclass(frozen=True)
@@ -70,7 +40,7 @@ class Data:
     records: Sequence[Record]
     splits: Splits
     pairs: Sequence[Pair]  # of duplicates
-    left_out: Sequence[str]  # ingestion's faults, by their texts
+    left_out: Sequence[str]  # the kinds of ingestion's faults, one per fault
     reported: Sequence[str]
     statuses: Mapping[str, str]  # path -> the rung of the fallback ladder that its mask comes from
     coverage: Mapping[str, float]  # path -> share of the image inside its mask
@@ -267,15 +237,6 @@ def checks_table(checks: Sequence[Check]) -> list[str]:
     return _table(("check", "found", "asked", ""), rows) if rows else []
 
 
-def fault_kinds(faults: Iterable[str]) -> Counter[str]:
-    """Ingestion's faults, whose texts may name files, counted by kinds, whose names do not."""
-    kinds = (
-        next((kind for pattern, kind in _KINDS if re.search(pattern, fault)), "of another kind")
-        for fault in faults
-    )
-    return Counter(kinds)
-
-
 def _scores(model: Model, data: Data) -> list[str]:
     """Both tables of metrics, a column a test set."""
     scored: list[list[str]] = []
@@ -345,10 +306,9 @@ def _limits(model: Model, data: Data) -> list[str]:
         said.append(
             "The embedded weights (pocket) were trained on drawn images alone; they never saw a real one."
         )
-    reported = fault_kinds(data.reported)
-    if noise := sum(fault_kinds([*data.left_out, *data.reported])[kind] for kind in _label_kinds()):
+    if noise := sum(kind in LABEL_NOISE for kind in (*data.left_out, *data.reported)):
         said.append(f"Label noise: ingestion found {noise} files whose label contradicts another's.")
-    elif reported:
+    elif data.reported:
         said.append(
             "Ingestion found no contradicting labels; wrong ones that nothing contradicts stay unseen."
         )
@@ -357,13 +317,6 @@ def _limits(model: Model, data: Data) -> list[str]:
     said.append("The version was chosen by validation inside its support, and the test set chose nothing.")
     said.append("Confounds are unknown: age, sex, device, site and burnt-in marks are not recorded.")
     return said
-
-
-def _label_kinds() -> tuple[str, ...]:
-    return (
-        "the same bytes under two labels",
-        "listed several times, with different labels, splits or patients",
-    )
 
 
 def _warnings(data: Data) -> list[str]:
@@ -409,10 +362,10 @@ def _drift(data: Data) -> list[str]:
     return [*told, *(["", *checks_table(data.drift)] if data.drift else [])]
 
 
-def _kinds(what: str, faults: Sequence[str]) -> list[str]:
-    if not faults:
-        return [f"- {what}: nothing"]
-    return [f"- {what}: {n}, {kind}" for kind, n in sorted(fault_kinds(faults).items())]
+def _kinds(severity: str, kinds: Sequence[str]) -> list[str]:
+    if not kinds:
+        return [f"- {severity}: nothing"]
+    return [f"- {severity}: {n}, {kind}" for kind, n in sorted(Counter(kinds).items())]
 
 
 def _count(data: Data, paths: Sequence[str], label: str) -> int:
