@@ -261,7 +261,7 @@ def test_a_class_keeps_its_name_whatever_yaml_makes_of_it(home: Path, medfocus: 
     ("arguments", "code", "told"),
     [
         (["init", "nowhere"], 1, "nowhere: no such folder or CSV; give the folder"),
-        (["init", "one"], 1, "one class only, 'a'"),
+        (["init", "one"], 1, "only one class, 'a'"),
         (["init", "two", "--modality", "knee"], 2, "'knee' is none of chest_xray, brain_mri"),
         (["init", "two", "--name", "a b"], 2, "'a-b' would do"),
         (["init", "two", "--root", "one"], 1, "--root is for a table"),

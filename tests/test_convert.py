@@ -219,7 +219,7 @@ def test_instances_become_known_regions_and_labels(tmp_path: Path, lesions: dict
     assert done.regions == 2 and done.labels == {"benign": 1, "malignant": 1, "": 1}
     assert labels(out) == {"images/a.png": "benign", "images/b/a.png": "malignant", "images/c.jpg": ""}
     (told,) = done.faults
-    assert (told.path, told.fault) == ("c.jpg", "is of no class, so it has no label")
+    assert (told.path, told.fault) == ("c.jpg", "has no class, so it has no label")
     found = ingest(out, manifest="list.csv")
     assert [record.path for record in found.records] == ["images/a.png", "images/b/a.png"]
     assert [fault.fault for fault in found.left_out] == ["the label is empty"]
@@ -248,24 +248,24 @@ def test_a_label_is_what_all_instances_have_in_common(
     done, out = converted(tmp_path, lesions, label_from=label_from)
     assert list(labels(out).values()) == expected
     if label_from == "category":
-        assert done.faults[0].fault == "is of several classes (benign, malignant), so it has no label"
+        assert done.faults[0].fault == "has several classes (benign, malignant), so it has no label"
 
 
 @pytest.mark.parametrize(
     ("segmentation", "told"),
     [
-        ([[1, 1, 5, 5]], "has a polygon of 4 values; three points, x and y each, are the least"),
+        ([[1, 1, 5, 5]], "has a polygon of 4 values; it needs x and y of three points or more"),
         ([[1, 1, 5, 5, 1, 5, 2]], "has a polygon of 7 values"),
-        ([[1, 1, 5, 5, 1, "x"]], "has a polygon with values that are no numbers"),
-        ([[1, 1, 5, 5, 1, float("nan")]], "has a polygon with values that are no numbers"),
+        ([[1, 1, 5, 5, 1, "x"]], "has a polygon with values that are not numbers"),
+        ([[1, 1, 5, 5, 1, float("nan")]], "has a polygon with values that are not numbers"),
         ([[1, 1, 5, 5, 1e12, 5]], "has a polygon that lies far outside of 12 x 8"),
         ([[1, 1, 1, 1, 1, 1]], "covers no pixel"),
-        ([], "has a box and no outline"),
+        ([], "has a box but no outline"),
         ({"size": [12, 8], "counts": [96]}, "size [12, 8], but the image is [8, 12]"),
         ({"size": [8, 12], "counts": [90, 5]}, "has a run-length code of 95 pixels; the image has 96"),
         ({"size": [8, 12], "counts": "zzzz99"}, "has a broken run-length code"),
         ({"size": [8, 12]}, "has a run-length code without counts"),
-        ("x", "is no outline"),
+        ("x", "is not an outline"),
     ],
 )
 def test_a_broken_outline_is_told_by_its_id_and_the_others_are_used(
@@ -299,18 +299,18 @@ def test_a_coco_file_reads_nothing_outside_and_what_does_not_fit_is_told(
     faults = {fault.path: fault.fault for fault in done.faults}
     assert faults["image 3: ../outside.png"] == f"leads out of {tmp_path / 'raw'}"
     assert faults["image 4: nowhere.png"] == f"no such file inside {tmp_path / 'raw'}"
-    assert faults["image 5: a.png"].startswith("has the name of a.png, but for the suffix")
+    assert faults["image 5: a.png"].startswith("has the name of a.png except for the suffix")
     assert faults["broken.png"].startswith("is not in a supported image format")
     assert faults["c.jpg"] == "has 12 x 8 pixels, but 8 x 12 in the file"
     assert faults["image 7: None"] == "has no file name, width and height"
-    assert faults["image 99"] == "is the image of some annotations, but not among images"
+    assert faults["image 99"] == "has annotations, but is not in the list of images"
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[]", "has no list 'images' of entries"),
         ('{"images": [], "annotations": [1], "categories": []}', "has no list 'annotations' of entries"),
         ('{"images": [], "annotations": [], "categories": []}', "no image can be used (it lists none)"),
@@ -334,4 +334,4 @@ def test_the_command_lists_the_faults_beside_the_table(
     result = medfocus(*words)
     assert result.exit_code == 0, result.output
     assert "1 faults" in result.output and "2 known regions" in result.output
-    assert "is of no class" in (tmp_path / "out" / "faults.csv").read_text()
+    assert "has no class" in (tmp_path / "out" / "faults.csv").read_text()

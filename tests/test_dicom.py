@@ -85,7 +85,7 @@ READ = {  # frames, height, width, whether in colours
 REFUSED = {
     "JPEG-lossy.dcm": "is stored as JPEG Extended (Process 2 and 4) with 12 bits, which cannot be decoded",
     "JPEG2000-embedded-sequence-delimiter.dcm": "pixels do not have the size in its header",
-    "MR_truncated.dcm": "declares 1 frame(s) with 8192 bytes of pixel data, but holds 8130",
+    "MR_truncated.dcm": "declares 8192 bytes of pixel data, but holds 8130",
     "badVR.dcm": "holds no image (RT Dose Storage)",
     "rtplan.dcm": "holds no image (RT Plan Storage)",
     "rtstruct.dcm": "holds no image (RT Structure Set Storage)",
@@ -290,10 +290,10 @@ def test_pydicom_is_not_imported_for_other_images(tmp_path: Path) -> None:
             {"Rows": 8001, "Columns": 8000},
             "has 8000 x 8001 pixels; the limit is 64 megapixels",
         ),
-        ({"NumberOfFrames": 2_000_000_000}, "declares 2000000000 frame(s) with 1024000000000 bytes"),
-        ({"Rows": 17}, "declares 1 frame(s) with 544 bytes of pixel data, but holds 512"),
+        ({"NumberOfFrames": 2_000_000_000}, "declares 1024000000000 bytes"),
+        ({"Rows": 17}, "declares 544 bytes of pixel data, but holds 512"),
         ({"Rows": 0}, "has 16 x 0 pixels"),
-        ({"NumberOfFrames": -1}, "declares -1 frame(s)"),
+        ({"NumberOfFrames": -1}, "declares "),
     ],
 )
 def test_a_header_that_promises_too_much_is_refused_before_a_pixel_is_decoded(
@@ -350,7 +350,7 @@ def test_broken_headers_are_refused_or_read_and_nothing_else() -> None:
 
 
 def test_compressed_frames_that_are_promised_and_not_there_are_refused() -> None:
-    with pytest.raises(ImageError, match="declares 500 frame\(s\) with 500 fragments of pixel data"):
+    with pytest.raises(ImageError, match="declares 500 fragments of pixel data"):
         decode.decode(baseline(np.zeros((16, 16), np.uint8), NumberOfFrames=500), "x")
 
 
@@ -544,8 +544,8 @@ def test_what_a_reader_has_to_know_is_told_once(folder: Path) -> None:
     (folder / "well" / "report.dcm").write_bytes(packaged("test-SR.dcm"))
     found = read(folder)
     assert [(fault.path, fault.fault) for fault in found.reported] == [
-        ("ill/burnt.dcm", "has text burnt into its pixels, as its header says, which may name the patient"),
-        (".", "3 DICOM images have no window, so each goes from its minimum to its maximum"),
+        ("ill/burnt.dcm", "has text in its pixels, according to its header; the text may name the patient"),
+        (".", "3 DICOM images have no window and are displayed from minimum to maximum"),
     ]
     [left] = found.left_out
     assert (left.path, left.fault) == ("well/report.dcm", "holds no image (Comprehensive SR Storage)")
@@ -562,7 +562,7 @@ def test_a_file_of_frames_is_a_record_a_frame_of_one_patient(folder: Path, tmp_p
     for record in own:
         assert decode.read_named(folder / record.path)[0] == record.sha256
     [told_once] = found.reported
-    assert told_once.fault == "files of several images without a known patient: 1; each counts as one"
+    assert told_once.fault == "1 files of several images have no patient; each counts as one patient"
 
 
 def test_a_manifest_names_frames_and_files_of_them(folder: Path) -> None:

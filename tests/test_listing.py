@@ -104,7 +104,7 @@ def test_the_doubled_folder_of_the_pneumonia_films_is_read_once_and_told(tmp_pat
     assert counts(found.records) == expected
     (copy,) = found.left_out
     assert copy.path == "chest_xray/chest_xray"
-    assert copy.fault == "repeats 6 images of the split folders beside it, by their paths"
+    assert copy.fault == "holds 6 images with the same paths as in the split folders"
     assert all(record.path.startswith("chest_xray/t") or "/val/" in record.path for record in found.records)
 
 
@@ -187,7 +187,7 @@ def test_a_row_with_more_cells_than_the_heading_is_left_out(four: Path) -> None:
     assert [row[0] for row in rows(four, "list.csv")] == ["b.png", "c.png"]
     (told,) = left_out(four, "list.csv").items()
     assert told[0] == "list.csv, line 2: a.png"
-    assert told[1] == "has 3 cells, and the heading 2. Put cells that hold the separator into quotes."
+    assert told[1] == "has 3 cells, but the heading has 2. Quote cells that contain the separator."
 
 
 def test_parquet_with_numbers_categories_and_nulls(four: Path) -> None:
@@ -212,11 +212,11 @@ def test_parquet_with_numbers_categories_and_nulls(four: Path) -> None:
 def test_a_parquet_file_of_images_is_told_to_hold_none_that_are_read(four: Path) -> None:
     images = [{"bytes": b"x", "path": "a.png"}]
     pq.write_table(pa.table({"path": pa.array(images), "label": ["cat"]}), four / "list.parquet")
-    with pytest.raises(IngestError, match=r"a column 'path' of type struct<.*Write images as files"):
+    with pytest.raises(IngestError, match=r"a column 'path' of type struct<.*Write the images to files"):
         ingest(four, manifest="list.parquet")
     whole = (four / "list.parquet").read_bytes()
     (four / "list.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(IngestError, match=r"list\.parquet: is no sound Parquet file .*Write it again"):
+    with pytest.raises(IngestError, match=r"list\.parquet: is not a valid Parquet file .*Write it again"):
         ingest(four, manifest="list.parquet")
 
 
@@ -237,8 +237,12 @@ def test_columns_of_other_names_are_read_where_they_are_given(four: Path) -> Non
 @pytest.mark.parametrize(
     ("heading", "columns", "told"),
     [
-        ("File;label", {}, r"has no column path \(its columns: File, label\)\. Rename them to path, label"),
-        ("File;label", {"path": "Datei"}, r"no column 'Datei', which columns\.path names \(its columns: F"),
+        (
+            "File;label",
+            {},
+            r"has no column path \(its columns: File, label\)\. Rename the columns to path, label",
+        ),
+        ("File;label", {"path": "Datei"}, r"no column 'Datei', set as columns\.path \(its columns: F"),
         ("path;Label;label", {}, r"has 2 columns for label \(its columns: path, Label, label\)\. Rename all"),
     ],
 )
@@ -255,13 +259,13 @@ def test_a_listed_mask_is_no_image_of_its_class(four: Path) -> None:
     (four / "list.csv").write_text("path,label\na.png,cat\na_mask.png,cat\nb.png,dog\nc.png,cat\n")
     assert [row[0] for row in rows(four, "list.csv")] == ["a.png", "b.png", "c.png"]
     assert left_out(four, "list.csv")["a_mask.png"].startswith(
-        "is listed in list.csv, but is by its name the known region of a.png. Remove the row, or rename"
+        "is listed in list.csv, but its name marks it as the known region of a.png. Remove the row, or rename"
     )
 
 
 def test_what_is_no_table_is_told_and_raises_nothing_else(four: Path) -> None:
     (four / "list.csv").write_text('path,label\na.png,"' + "x" * 200_000)
-    with pytest.raises(IngestError, match=r"holds no separated values \(field larger than field limit"):
+    with pytest.raises(IngestError, match=r"does not hold separated values \(field larger than field limit"):
         ingest(four, manifest="list.csv")
     (four / "list.csv").write_text("")
     with pytest.raises(IngestError, match="has no column label and no column path"):
@@ -274,9 +278,9 @@ def test_a_table_that_is_too_large_is_not_read(four: Path, monkeypatch: pytest.M
         four / "l.pq"
     )
     (four / "list.csv").write_text("path,label\na.png,cat\n" * 10_000)
-    monkeypatch.setattr("medfocus.storage.tables.MAX_BYTES", 80_000)
-    with pytest.raises(IngestError, match=r"list\.csv: has 0\.0 GB; .* are the most. Divide it"):
+    monkeypatch.setattr("medfocus.storage.tables.MOST_BYTES", 80_000)
+    with pytest.raises(IngestError, match=r"list\.csv: has 0\.0 GB; the limit is .* Divide it"):
         ingest(four, manifest="list.csv")
     assert (four / "l.pq").stat().st_size < 80_000, "what it unpacks to is what is refused"
-    with pytest.raises(IngestError, match=r"l\.pq: says that it unpacks to .* GB in 10000 rows"):
+    with pytest.raises(IngestError, match=r"l\.pq: unpacks to .* GB in 10000 rows"):
         ingest(four, manifest="l.pq")

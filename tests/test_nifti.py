@@ -160,7 +160,7 @@ def test_the_folder_of_a_volume_labels_its_slices_which_are_one_group(folder: Pa
     assert len({r.patient for r in found.records}) == 4 and len({r.sha256 for r in found.records}) == 28
     assert all((r.width, r.height, r.mode) == (12, 16, "I;16") for r in found.records)
     told = [f.fault for f in found.reported if f.path != "."]
-    assert told == ["has 2 slices of one shade, left out"] * 4 and not found.left_out
+    assert told == ["holds 2 constant slice(s), which are left out"] * 4 and not found.left_out
     for record in found.records[:3]:
         assert decode.read_named(folder / record.path)[0] == record.sha256
 
@@ -194,7 +194,7 @@ def test_of_four_dimensions_the_first_volume_is_used_and_told(folder: Path) -> N
     first = nifti(folder.parent / "first.nii", HEAD)
     shown = decode.read(folder / "ill" / "series.nii#z=4")
     assert np.array_equal(shown, decode.read(Path(f"{first}#z=4")))
-    assert ("ill/series.nii", "holds 3 volumes, of which the first is used") in [
+    assert ("ill/series.nii", "holds 3 volumes; only the first is used") in [
         (f.path, f.fault) for f in found.reported
     ]
 
@@ -206,7 +206,7 @@ def test_a_volume_of_one_shade_and_a_mask_beside_a_volume_are_no_images(tmp_path
     nifti(tmp_path / "ill" / "air.nii", np.zeros((5, 5, 5), np.int16))
     found = ingest(tmp_path)
     assert not any("mask" in r.path or "air" in r.path for r in found.records)
-    assert ("ill/air.nii", "holds slices of one shade alone") in [(f.path, f.fault) for f in found.left_out]
+    assert ("ill/air.nii", "holds only constant slices") in [(f.path, f.fault) for f in found.left_out]
     (tmp_path / "well" / "x.nii.gz").write_bytes(b"\x1f\x8bbroken")
     with pytest.raises(IngestError, match="the class has no usable image"):
         ingest(tmp_path)

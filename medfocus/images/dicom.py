@@ -178,7 +178,7 @@ class Dicom:
         else:
             held, declared, unit = len(stored), get_expected_length(self._data), "bytes of pixel data"
         if held < declared or self.frames < 1:
-            fault = f"declares {self.frames} frame(s) with {declared} {unit}, but holds {held}"
+            fault = f"declares {declared} {unit}, but holds {held}"
             raise ImageError(self.name, "truncated file", fault, "Copy it again, or remove it.")
 
     def _stored(self, index: int) -> tuple[np.ndarray, str]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medfocus.datasets.faults import LABEL_NOISE
 from medfocus.datasets.records import Record
 from medfocus.evaluation import metrics
 from medfocus.evaluation.gate import Check
-from medfocus.reports.data_sheet import SHEET, DatasetFacts, fault_kinds
+from medfocus.reports.data_sheet import SHEET, DatasetFacts
 from medfocus.reports.markdown import checks_table, share, share_of, table
 
 CARD = "card.md"  # the card's name as a file of a version and of its run
@@ -194,10 +195,9 @@ def _limits(model: ModelFacts, data: DatasetFacts) -> list[str]:
         said.append(
             "The embedded weights (pocket) were trained on drawn images alone; they never saw a real one."
         )
-    reported = fault_kinds(data.reported)
-    if noise := sum(fault_kinds([*data.left_out, *data.reported])[kind] for kind in _label_kinds()):
+    if noise := sum(kind in LABEL_NOISE for kind in (*data.left_out, *data.reported)):
         said.append(f"Label noise: ingestion found {noise} files whose label contradicts another's.")
-    elif reported:
+    elif data.reported:
         said.append(
             "Ingestion found no contradicting labels; wrong ones that nothing contradicts stay unseen."
         )
@@ -206,13 +206,6 @@ def _limits(model: ModelFacts, data: DatasetFacts) -> list[str]:
     said.append("The version was chosen by validation inside its support, and the test set chose nothing.")
     said.append("Confounds are unknown: age, sex, device, site and burnt-in marks are not recorded.")
     return said
-
-
-def _label_kinds() -> tuple[str, ...]:
-    return (
-        "the same bytes under two labels",
-        "listed several times, with different labels, splits or patients",
-    )
 
 
 def _by_size(records: Sequence[Record]) -> list[str]:
