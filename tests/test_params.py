@@ -8,9 +8,10 @@ from typing import get_args
 import pytest
 import yaml
 
-from flows.study.cells import CONTROLS, plan
+from flows.study.cells import plan
 from flows.study.params import Focus, Params, load_params
 from medfocus.clip.regions import REGIONS
+from medfocus.focus.controls import CONTROLS
 from medfocus.focus.modes import FOCUS
 
 DEFAULT = Path(__file__).resolve().parents[1] / "params.yaml"

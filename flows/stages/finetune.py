@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from flows.study import costs
 from flows.study.cells import (
-    CONTROLS,
     Cell,
     EncodedDataset,
     build_method,
@@ -38,6 +37,7 @@ from flows.study.cells import (
     support_views,
 )
 from flows.study.study import here
+from medfocus.focus.controls import CONTROLS
 from medfocus.learning.selection import LearningRates
 from medfocus.learning.validation import Validation, out_of_fold
 from medfocus.methods import METHODS, Method, Support

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,13 +20,15 @@ from tqdm import tqdm
 from flows.study.params import OnlyParams, Params, StudyParams
 from flows.study.study import Study, study_in
 from medfocus.clip import features
+from medfocus.clip.build import build_clip
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.datasets.records import Record, chunks, read_manifest
 from medfocus.datasets.splits import Splits, read_splits
 from medfocus.evaluation.metrics import wilson_lower
-from medfocus.focus.region_views import focused_view, focused_view_key
-from medfocus.focus.view import crop_box
+from medfocus.focus.controls import CONTROLS, MaskSource, focus_of, mask_source_of
+from medfocus.focus.crop import crop_box
+from medfocus.focus.view import view, view_key
 from medfocus.images import decode
 from medfocus.learning.selection import LearningRates
 from medfocus.learning.validation import out_of_fold
@@ -38,22 +40,6 @@ from medfocus.storage.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
-
-MaskSource = Literal["own", "another image's", "center box"]  # of the masks
-
-
-class Control(NamedTuple):
-    """How a control shows an image, so that what it then scores is not the region's merit."""
-
-    mode: str  # a key of medfocus.focus.modes.FOCUS
-    mask: MaskSource
-
-
-CONTROLS = {
-    "inverse": Control("inverse", "own"),
-    "shuffled": Control("multiply", "another image's"),
-    "center-box": Control("multiply", "center box"),
-}
 
 NOTHING = "0%"  # the support of a method that learns nothing
 
@@ -77,16 +63,6 @@ class Cell(NamedTuple):
         """Of the checkpoint, below data/checkpoints."""
         support = self.support.replace("%", "pc")
         return Path(self.dataset, f"{self.method}_{self.focus}_{support}_{self.seed}.safetensors")
-
-
-def focus_of(focus: str) -> str:
-    """The key of ``medfocus.focus.modes.FOCUS`` behind a focus mode of a study."""
-    return CONTROLS[focus].mode if focus in CONTROLS else focus
-
-
-def mask_source_of(focus: str) -> MaskSource:
-    """The mask that a focus mode of a study shows an image under."""
-    return CONTROLS[focus].mask if focus in CONTROLS else "own"
 
 
 def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Method:
@@ -376,11 +352,11 @@ class EncodedDataset:
             height, width = image.shape[:2]
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
         crop = crop_box(record.sha256, number, mirror=self.params.flip)
-        return focused_view(image, mask, focus=focus_of(focus), size=size, feather=feather, crop=crop)
+        return view(image, mask, focus=focus_of(focus), size=size, feather=feather, crop=crop)
 
     def _view_key(self, focus: str) -> str:
         size, feather = self.encoder.image_size, self.study.params.views.feather
-        return focused_view_key(focus=focus_of(focus), size=size, feather=feather)
+        return view_key(focus=focus_of(focus), size=size, feather=feather)
 
     def _view_name(self, record: Record, focus: str, number: int) -> str:
         mask = "" if focus == "none" else self._mask_digest(record.sha256, mask_source_of(focus))
@@ -436,13 +412,18 @@ def _opened(folder: Path, version: str, dataset: str, thread: int) -> EncodedDat
 def feature_key(method: Method, encoder: ClipEncoder, view: str) -> str:
     """Return the cache's key of a method's frozen features, from the key of their views."""
     return fingerprint(
-        type(method).embed, type(encoder), encoder=encoder.key, embedding=method.embedding, view=view
+        type(method).embed,
+        type(encoder),
+        build_clip,
+        encoder=encoder.key,
+        embedding=method.embedding,
+        view=view,
     )
 
 
 def cell_code(method: type[Method], encoder: ClipEncoder) -> str:
     """Return the sha256 hex of the code behind a cell's checkpoint."""
-    return fingerprint(method, out_of_fold, class_embeddings, features, type(encoder))
+    return fingerprint(method, out_of_fold, class_embeddings, features, type(encoder), build_clip)
 
 
 def _dtype(embedding: str) -> torch.dtype:

@@ -76,7 +76,7 @@ class Study:
             return OtsuSegmenter(**self.segmenter_settings(dataset))
         if self.params.masks.strategy == "retrieved":
             texts = self.anatomy(dataset)  # a fault of theirs comes before seconds of loading
-            from medfocus.clip.encoder import build_clip
+            from medfocus.clip.build import build_clip
             from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
 
             clip = build_clip(self.params.clip.model, self.params.clip.pretrained, self._device)
@@ -135,7 +135,7 @@ class Study:
         return encoder.with_region(focus, self.params.views.attention_bias)
 
     def _towers(self) -> ClipEncoder:
-        from medfocus.clip.encoder import build_clip  # takes seconds
+        from medfocus.clip.build import build_clip  # takes seconds
 
         encoder = build_clip(self.params.clip.model, self.params.clip.pretrained, self._device)
         asking = [
