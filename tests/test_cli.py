@@ -29,6 +29,7 @@ from flows.cli.modality import Look, guess
 from flows.servers import servers
 from flows.stages import dvc
 from flows.stages import ingest as stage
+from flows.study import models as study_models
 from flows.study.params import SlicesParams, load_params
 from flows.study.study import open_study
 from medfocus.clip.build import build_clip
@@ -243,7 +244,7 @@ def test_the_params_file_names_no_file_for_that_may_name_a_patient(home: Path, m
     shutil.copyfile(home / "scans" / "b" / "0.png", home / "scans" / "b" / "Mueller_Eva.png")
     result = medfocus("init", "scans")
     assert result.exit_code == 0
-    assert "a/Mueller_Eva.png: is no image in a format that is read" in result.output
+    assert "a/Mueller_Eva.png: is not in a supported image format" in result.output
     written = (home / "studies" / "scans.yaml").read_text()
     assert "Mueller" not in written and "1 file is left out" in written and "1 pair among 13" in written
 
@@ -374,7 +375,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint=folder / "cell.safetensors",
         encoder=encoder,
         segmenter=segmenter,
-        segmenter_settings={},
         feather=0.01,
     )
     return folder / "model"
@@ -395,7 +395,7 @@ def test_a_file_that_cannot_be_read_is_one_line_and_the_others_go_on(
     assert result.exit_code == 1
     told = [line for line in result.output.splitlines() if ".png" in line]
     assert [line.partition(": ")[2] for line in told] == [
-        "in/broken.png: is no image in a format that is read (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
+        "in/broken.png: is not in a supported image format (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
         "NIFTI). "
         "Export it again as PNG, or remove it.",
         "gone.png: cannot be read (No such file or directory). Correct the path, or copy the file again.",
@@ -462,7 +462,8 @@ def test_masks_are_those_of_the_studys_segmenter_and_are_kept(home: Path, medfoc
         result = medfocus("masks", image, "--out", out)
         assert result.exit_code == 0, result.output
         [line] = rows(home / out / "masks.csv")
-        [mask] = open_study(home / "params.yaml").segmenter("phantom-chest").segment([decode.read(image)])
+        segmenter = study_models.build_segmenter(open_study(home / "params.yaml"), "phantom-chest")
+        [mask] = segmenter.segment([decode.read(image)])
         drawn = decode.read(home / out / line["mask"])[..., 0] > 0
         assert np.array_equal(drawn, mask.region) and line["status"] == mask.status
     assert medfocus("masks", image, "--out", "x", "--dataset", "knee").exit_code == 2

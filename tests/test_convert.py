@@ -300,7 +300,7 @@ def test_a_coco_file_reads_nothing_outside_and_what_does_not_fit_is_told(
     assert faults["image 3: ../outside.png"] == f"leads out of {tmp_path / 'raw'}"
     assert faults["image 4: nowhere.png"] == f"no such file inside {tmp_path / 'raw'}"
     assert faults["image 5: a.png"].startswith("has the name of a.png, but for the suffix")
-    assert faults["broken.png"].startswith("is no image in a format that is read")
+    assert faults["broken.png"].startswith("is not in a supported image format")
     assert faults["c.jpg"] == "has 12 x 8 pixels, but 8 x 12 in the file"
     assert faults["image 7: None"] == "has no file name, width and height"
     assert faults["image 99"] == "is the image of some annotations, but not among images"

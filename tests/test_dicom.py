@@ -31,6 +31,7 @@ from medfocus.datasets.records import Record
 from medfocus.datasets.splits import Splits, draw_splits
 from medfocus.images import decode, gdcm_process, stack
 from medfocus.images import dicom as reader
+from medfocus.images.errors import ImageError
 from medfocus.masks.quality import known_region
 from tests.dicoms import baseline, dicom, jpeg, jpeg2000, shown
 
@@ -83,8 +84,8 @@ READ = {  # frames, height, width, whether in colours
 }
 REFUSED = {
     "JPEG-lossy.dcm": "is stored as JPEG Extended (Process 2 and 4) with 12 bits, which cannot be decoded",
-    "JPEG2000-embedded-sequence-delimiter.dcm": "pixels are not of the size that its header says",
-    "MR_truncated.dcm": "promises 1 frames and so 8192 bytes of pixel data, and holds 8130",
+    "JPEG2000-embedded-sequence-delimiter.dcm": "pixels do not have the size in its header",
+    "MR_truncated.dcm": "declares 1 frame(s) with 8192 bytes of pixel data, but holds 8130",
     "badVR.dcm": "holds no image (RT Dose Storage)",
     "rtplan.dcm": "holds no image (RT Plan Storage)",
     "rtstruct.dcm": "holds no image (RT Structure Set Storage)",
@@ -113,7 +114,7 @@ def test_every_transfer_syntax_that_pydicom_brings_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_image_or_cannot_be_decoded_is_named_with_its_fix(name: str) -> None:
-    with pytest.raises(decode.ImageError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode.decode(packaged(name), name)
     assert REFUSED[name] in caught.value.fault
     assert caught.value.fix.endswith("remove it.")
@@ -270,7 +271,7 @@ def test_dicom_is_known_by_its_bytes_with_and_without_a_preamble() -> None:
     for bare in (data[132:], file.getvalue()):
         assert np.array_equal(decode.decode(bare, "x"), decode.decode(data, "x"))
     for name in ("text.txt", "x.dcm"):
-        with pytest.raises(decode.ImageError, match="is no image in a format that is read"):
+        with pytest.raises(ImageError, match="is not in a supported image format"):
             decode.decode(b"no image at all, whatever its name says" * 9, name)
 
 
@@ -287,19 +288,19 @@ def test_pydicom_is_not_imported_for_other_images(tmp_path: Path) -> None:
     [
         (
             {"Rows": 8001, "Columns": 8000},
-            "has 8000 x 8001 pixels; 64 megapixels are the most that is decoded",
+            "has 8000 x 8001 pixels; the limit is 64 megapixels",
         ),
-        ({"NumberOfFrames": 2_000_000_000}, "promises 2000000000 frames and so 1024000000000 bytes"),
-        ({"Rows": 17}, "promises 1 frames and so 544 bytes of pixel data, and holds 512"),
+        ({"NumberOfFrames": 2_000_000_000}, "declares 2000000000 frame(s) with 1024000000000 bytes"),
+        ({"Rows": 17}, "declares 1 frame(s) with 544 bytes of pixel data, but holds 512"),
         ({"Rows": 0}, "has 16 x 0 pixels"),
-        ({"NumberOfFrames": -1}, "promises -1 frames"),
+        ({"NumberOfFrames": -1}, "declares -1 frame(s)"),
     ],
 )
 def test_a_header_that_promises_too_much_is_refused_before_a_pixel_is_decoded(
     tags: dict[str, Any], fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader.Dicom, "_stored", lambda *_: pytest.fail("a pixel was decoded"))
-    with pytest.raises(decode.ImageError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode.decode(dicom(RAMP, **tags), "x.dcm")
     assert fault in caught.value.fault
 
@@ -310,7 +311,7 @@ def test_a_compressed_frame_that_lies_about_its_size_is_refused(form: str) -> No
     make = baseline if form == "JPEG" else jpeg2000
     assert decode.decode(make(small), "x").shape == (16, 16, 3)
     for rows in (16, 600):
-        with pytest.raises(decode.ImageError, match="are not of the size that its header says"):
+        with pytest.raises(ImageError, match="do not have the size in its header"):
             decode.decode(make(large, Rows=rows, Columns=rows), "x")
 
 
@@ -318,7 +319,7 @@ def test_a_frame_that_ends_gdcms_process_is_refused_and_the_next_one_is_read() -
     """GDCM 3.2 aborts over this one: in the process of a run that would be the end of the run."""
     data = packaged("MR_small_jpeg_ls_lossless.dcm")
     bits = data.index(b"\xff\xd8\xff\xf7") + 6
-    with pytest.raises(decode.ImageError, match="GDCM broke down over its compressed pixels"):
+    with pytest.raises(ImageError, match="GDCM crashed on its compressed pixels"):
         decode.decode(data[:bits] + b"\x80" + data[bits + 1 :], "x")
     assert decode.decode(data, "x").shape == (64, 64, 3)
 
@@ -329,8 +330,8 @@ def test_a_frame_over_which_gdcm_does_not_come_to_an_end_is_given_up(
     endless = tmp_path / "endless.py"
     endless.write_text("import sys, time\nsys.stdin.buffer.readline()\ntime.sleep(600)\n")
     monkeypatch.setattr(gdcm_process, "_PROGRAM", endless)
-    monkeypatch.setattr(gdcm_process, "_SECONDS", 0.5)
-    with pytest.raises(gdcm_process.Broken, match=r"took more than 0\.5 s"):
+    monkeypatch.setattr(gdcm_process, "_TIMEOUT", 0.5)
+    with pytest.raises(gdcm_process.GdcmCrash, match=r"took more than 0\.5 s"):
         gdcm_process.Gdcm().decode(b"frame")
 
 
@@ -343,13 +344,13 @@ def test_broken_headers_are_refused_or_read_and_nothing_else() -> None:
             broken[place] = rng.integers(256)
         try:
             decode.decode(bytes(broken), "x")
-        except decode.ImageError:
+        except ImageError:
             refused += 1
     assert 30 < refused < 300
 
 
 def test_compressed_frames_that_are_promised_and_not_there_are_refused() -> None:
-    with pytest.raises(decode.ImageError, match="promises 500 frames and so 500 pieces of pixel data"):
+    with pytest.raises(ImageError, match="declares 500 frame\(s\) with 500 fragments of pixel data"):
         decode.decode(baseline(np.zeros((16, 16), np.uint8), NumberOfFrames=500), "x")
 
 
@@ -357,7 +358,7 @@ def test_runs_that_unpack_to_far_more_than_the_image_are_refused(monkeypatch: py
     runs = (1).to_bytes(4, "little") + (64).to_bytes(4, "little") + bytes(56) + b"\x81\0" * 50_000
     data = dicom(np.zeros((16, 16), np.uint8), frames=[runs], syntax=RLELossless)
     monkeypatch.setattr(reader, "_MOST_RUNS", 10_000)
-    with pytest.raises(decode.ImageError, match="are not of the size that its header says"):
+    with pytest.raises(ImageError, match="do not have the size in its header"):
         decode.decode(data, "x")
 
 
@@ -367,14 +368,14 @@ def test_a_deflated_bomb_is_refused_by_what_it_unpacks_to(monkeypatch: pytest.Mo
     assert len(data) < 20_000
     monkeypatch.setattr(decode, "MOST_BYTES", 3_000_000)
     monkeypatch.setattr(zlib, "decompress", lambda *_: pytest.fail("it was unpacked whole"))
-    with pytest.raises(decode.ImageError, match=r"^x: unpacks to more than 3 MB, the most that is read\."):
+    with pytest.raises(ImageError, match=r"^x: unpacks to more than 3 MB, the limit\."):
         decode.decode(data, "x")
 
 
 def test_what_is_cut_short_anywhere_is_refused_or_read_and_nothing_else() -> None:
     for data in (packaged("MR_small_RLE.dcm"), packaged("MR_small_jp2klossless.dcm"), dicom(RAMP, **TWELVE)):
         for end in range(140, len(data), len(data) // 12):
-            with pytest.raises(decode.ImageError):
+            with pytest.raises(ImageError):
                 decode.decode(data[:end], "x")
 
 
@@ -398,11 +399,11 @@ def test_a_frame_is_named_behind_the_file(tmp_path: Path) -> None:
     sha, _ = decode.read_named(Path(f"{file}#07"))
     assert sha == stack.digest(whole, "07") == hashlib.sha256(f"{whole}#07".encode()).hexdigest()
     for wrong in ("12", "x", "-1", "z=1"):
-        with pytest.raises(decode.ImageError, match=f"has no frame '{wrong}'; they go from 0 to 11"):
+        with pytest.raises(ImageError, match=f"has no frame '{wrong}'; its frames are 0 to 11"):
             decode.read(Path(f"{file}#{wrong}"))
-    with pytest.raises(decode.ImageError, match=r"holds several images\. Name the one"):
+    with pytest.raises(ImageError, match=r"holds several images\. Name one of them after a #"):
         decode.read(file)
-    with pytest.raises(decode.ImageError, match=r"^upload: holds several images"):
+    with pytest.raises(ImageError, match=r"^upload: holds several images"):
         decode.decode(file.read_bytes(), "upload")
 
 
@@ -579,7 +580,7 @@ def test_a_manifest_names_frames_and_files_of_them(folder: Path) -> None:
         ("b.dcm#4", "ill", "file-"),
     ]
     faults = {fault.path: fault.fault for fault in found.left_out}
-    assert faults["b.dcm#9"] == "has no frame '9'; they go from 0 to 4"
+    assert faults["b.dcm#9"] == "has no frame '9'; its frames are 0 to 4"
     assert faults["a.dcm#1"].startswith("is listed by itself and with its file")
     assert faults["list.csv, line 6: c.dcm#1"].startswith("no such file inside")
     assert faults["list.csv, line 7: ../out.dcm#1"].startswith("leads out of")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from medfocus.images import decode
+from medfocus.images.errors import ImageError
 from medfocus.storage.redaction import RedactedError, kind_and_place, redacted, unredacted
 
 
@@ -34,7 +35,7 @@ def test_the_text_of_an_error_is_told_on_the_terminal_and_nowhere_else(
     logged = "".join(traceback.format_exception(error))
     assert "ImageError at medfocus.images.decode:" in logged and "DOE_JANE" not in logged
     assert f"{image}: the file is empty (0 bytes). Copy it again" in capsys.readouterr().err
-    assert isinstance(unredacted(error), decode.ImageError) and "DOE_JANE" in str(unredacted(error))
+    assert isinstance(unredacted(error), ImageError) and "DOE_JANE" in str(unredacted(error))
 
 
 def test_a_fault_that_was_foreseen_is_told_in_its_sentence_and_any_other_with_the_way_to_it(
@@ -43,7 +44,7 @@ def test_a_fault_that_was_foreseen_is_told_in_its_sentence_and_any_other_with_th
     (tmp_path / "empty.png").touch()
     raised(tmp_path / "empty.png")
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("medfocus.images.stack.ImageError: ")
+    assert told.count("\n") == 1 and told.startswith("medfocus.images.errors.ImageError: ")
     raised(tmp_path / "nowhere.png")  # of the system
     assert "Traceback" in capsys.readouterr().err
 

@@ -148,7 +148,7 @@ def test_an_image_is_opened_once(tmp_path: Path) -> None:
 
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"x\.png: is no image in a format that is read"):
+    with pytest.raises(ValueError, match=r"x\.png: is not in a supported image format"):
         find_duplicates([record("x.png")], tmp_path)
 
 

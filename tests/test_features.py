@@ -22,7 +22,8 @@ from medfocus.clip.features import encode
 from medfocus.focus.crop import Crop, crop_box
 from medfocus.focus.modes import FILL, FOCUS
 from medfocus.focus.view import view, view_key
-from medfocus.images.decode import letterbox, read
+from medfocus.images.decode import read
+from medfocus.images.geometry import letterbox
 from medfocus.storage import shards as shards_module
 from tests.conftest import and_no_more
 

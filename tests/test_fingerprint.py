@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flows.study.cells import build_method, cell_code, feature_key
+from flows.study.dataset import cell_code, feature_key
+from flows.study.methods import build_method
 from flows.study.params import load_params
 from medfocus.clip.build import build_clip
 from medfocus.datasets.duplicates import find_duplicates
@@ -24,6 +25,7 @@ from medfocus.masks.sam2 import segmenter as sam2
 from medfocus.masks.sam2.adapter import adapter_key
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
 from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
+from medfocus.masks.settings import Sam2Settings
 from medfocus.storage import fingerprint
 from medfocus.storage.fingerprint import closure, code_key
 
@@ -128,7 +130,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], s
     method = build_method(load_params(ROOT / "params.yaml"), "coop", encoder)
 
     def plain() -> sam2.Sam2Segmenter:
-        return sam2.build_segmenter("pocket", "pocket", 128, "grid", points_per_side=2)
+        return sam2.load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=2))
 
     def view(focus: str) -> str:
         return view_key(focus=focus, size=96, feather=0.01)
@@ -159,7 +161,7 @@ COUNTS = {
     "fast masks": ("masks.sam2.fast_decoder masks.sam2.segmenter masks.candidates", "masks.sam2.adapter"),
     "adapters": ("masks.sam2.adapter masks.sam2.segmenter", "masks.sam2.retrieval masks.otsu"),
     "retrieved masks": ("masks.sam2.retrieval masks.sam2.segmenter clip.encoder", "masks.sam2.adapter"),
-    "views": ("focus.view focus.modes focus.marks focus.crop masks.candidates images.decode", "clip.encoder"),
+    "views": ("focus.view focus.modes focus.marks focus.crop images.geometry", "clip.encoder"),
     "region views": ("focus.view focus.modes clip.regions", "masks.otsu clip.encoder focus.controls"),
     "features": (
         "clip.encoder clip.build clip.vit clip.regions masks.candidates",

@@ -22,6 +22,7 @@ from PIL import Image
 
 from medfocus.datasets.listing import MASKS, Fault, inside
 from medfocus.images import decode
+from medfocus.images.errors import ImageError
 from medfocus.storage import atomic
 
 LabelFrom = Literal["category", "supercategory", "folder"]
@@ -161,7 +162,7 @@ def _copied(root: Path, image: _Image, target: Path, done: Converted) -> bool:
     """Whether the image can be decoded, and is now at ``target``."""
     try:
         height, width = decode.read(root / image.path).shape[:2]
-    except decode.ImageError as error:
+    except ImageError as error:
         done.faults.append(Fault(image.path, error.fault, error.fix))
         return False
     if (width, height) != (image.width, image.height):

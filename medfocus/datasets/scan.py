@@ -19,7 +19,7 @@ from medfocus.datasets.listing import Listed, Report, label_of
 from medfocus.datasets.pseudonyms import Salt
 from medfocus.datasets.records import Record, chunks
 from medfocus.images import decode, stack
-from medfocus.images.stack import ImageError
+from medfocus.images.errors import ImageError
 from medfocus.storage.shards import Shards
 
 _AT_ONCE = 1000  # images of which the cache is asked together
@@ -177,12 +177,14 @@ def _open(
                 return key, _of_stack(data, item.path, frame, reading)
         if frame:
             fix = "Leave out the # and what follows."
-            return ImageError(item.path, "is one image of a file that has no others", fix)
+            return ImageError(item.path, "no such frame", "is one image of a file that has no others", fix)
         image = decode.open_image(data, item.path)
         decode.to_rgb(image, item.path)
         count = _frames(data, item.path) if image.format == "TIFF" else 1
     except OSError as error:
-        return ImageError(item.path, f"cannot be read ({error.strerror})", "Copy or link it again.")
+        return ImageError(
+            item.path, "cannot be read", f"cannot be read ({error.strerror})", "Copy or link it again."
+        )
     except ImageError as error:
         return error
     return key, _Facts(key, image.width, image.height, image.mode, count)
@@ -202,7 +204,9 @@ def _of_stack(data: bytes, name: str, frame: str, reading: Reading) -> _Facts:
         height, width = pixels.shape[:2]
         without_window += not stack.has_window(found)
     if not names:
-        raise ImageError(name, "holds slices of one shade alone", "Take another, or remove it.")
+        raise ImageError(
+            name, "constant slices", "holds slices of one shade alone", "Take another, or remove it."
+        )
     return _Facts(
         stack.sha256,
         width,
@@ -224,4 +228,6 @@ def _frames(data: bytes, name: str) -> int:
             return getattr(stack, "n_frames", 1)
     except Exception as error:  # as in ``decode.open_image``
         fault = f"holds several images, of which a later one is broken ({error})"
-        raise ImageError(name, fault, "Export the first as PNG, or remove it.") from error
+        raise ImageError(
+            name, "several images in one file", fault, "Export the first as PNG, or remove it."
+        ) from error

@@ -15,7 +15,7 @@ from medfocus.explain.maps import to_maps
 from medfocus.explain.occlusion import occlusion
 from medfocus.explain.transformer import gradient_attention
 from medfocus.focus.modes import FILL, crop
-from medfocus.images.decode import letterbox_mask
+from medfocus.images.geometry import letterbox_mask
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder

@@ -8,7 +8,7 @@ from medfocus.clip.regions import REGIONS
 from medfocus.focus.crop import Crop, cut, keep_region
 from medfocus.focus.modes import FILL
 from medfocus.focus.modes import focus as apply_focus
-from medfocus.images.decode import letterbox, letterbox_mask
+from medfocus.images.geometry import letterbox, letterbox_mask
 from medfocus.storage.fingerprint import fingerprint
 
 

@@ -26,7 +26,7 @@ from medfocus.clip.prompts import TEMPLATES
 from medfocus.focus.crop import Crop, cut
 from medfocus.focus.modes import crop as region_crop
 from medfocus.focus.view import view
-from medfocus.images.decode import letterbox_mask
+from medfocus.images.geometry import letterbox_mask
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import Drawn, Pool
 
