@@ -42,7 +42,7 @@ def clip() -> ClipEncoder:
 
 
 def coloured(count: int, seed: int = 0, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """Images (N, 96, 96, C) uint8 whose brightest colour is their class, and labels (N,)."""
+    """Draw images (N, 96, 96, C) uint8 with the colour of their class, and labels (N,)."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % len(CLASSES)
     images = torch.randint(0, 120, (count, 96, 96, channels), generator=generator)

@@ -1,4 +1,4 @@
-"""Regions inside the encoder: alpha, attention and dual use a region beside the image."""
+"""Regions inside the encoder: alpha, attention and dual use a region in addition to the image."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_unpacking_returns_the_tokens_and_the_coverage() -> None:
 
 
 def test_unknown_regions_other_encoders_and_absent_masks_are_refused(clip: ClipEncoder) -> None:
-    with pytest.raises(ValueError, match="region 'beta' is not known; use one of alpha, attention, dual"):
+    with pytest.raises(ValueError, match=r"region 'beta' is not known\. Use one of alpha, attention, dual"):
         clip.with_region("beta", 1.0)
     resnet = build_clip("RN50", "random:0")
     with pytest.raises(ValueError, match="RN50: its image encoder is ModifiedResNet"):

@@ -127,13 +127,13 @@ def _locate(model: str, pretrained: str) -> tuple[str, Path | None, dict[str, An
                 f"CLIP {model} contains its weights, but clip.pretrained is '{pretrained}'. Leave it empty."
             )
         return _locate_folder(model)
-    what = f"CLIP {model} (clip.pretrained)"
+    caller = f"CLIP {model} (clip.pretrained)"
     if model == pretrained == "pocket":
         pretrained = str(CONFIGS.parent / "data" / f"{_POCKET}.safetensors")
     if re.fullmatch(r"random:\d+", pretrained):
         return _registered(model), None, {}
     if "." in pretrained or "/" in pretrained or os.sep in pretrained:  # a path: tags have none of these
-        checkpoint = weights.resolve(pretrained, hub_id=None, filename=None, what=what)
+        checkpoint = weights.resolve(pretrained, hub_id=None, filename=None, what=caller)
         return _registered(model), checkpoint, {}
 
     name = _registered(model)
@@ -143,7 +143,7 @@ def _locate(model: str, pretrained: str) -> tuple[str, Path | None, dict[str, An
     if not tag:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ValueError(
-            f"{what}: '{pretrained}' is not a tag of this model (its tags: {known}). Use one, a path "
+            f"{caller}: '{pretrained}' is not a tag of this model (its tags: {known}). Use one, a path "
             "to a checkpoint, or random:SEED."
         )
     hub_id, filename = os.path.split(tag["hf_hub"])
@@ -152,22 +152,24 @@ def _locate(model: str, pretrained: str) -> tuple[str, Path | None, dict[str, An
         "force_quick_gelu": tag.get("quick_gelu", False),  # open_clip only warns if a tag needs it
         "force_preprocess_cfg": {part: tag[part] for part in ("mean", "std", "interpolation", "resize_mode")},
     }
-    return name, weights.resolve(pretrained, hub_id=hub_id, filename=files, what=what), options
+    return name, weights.resolve(pretrained, hub_id=hub_id, filename=files, what=caller), options
 
 
 def _locate_folder(model: str) -> tuple[str, Path, dict[str, Any]]:
     """Return the result of ``_locate`` for a folder of configuration and weights, local or on the hub."""
     scheme, _, place = model.partition(":")
-    what = f"CLIP {model} (clip.model; local-dir:FOLDER takes a folder with its weights and configuration)"
+    caller = f"CLIP {model} (clip.model; local-dir:FOLDER takes a folder with weights and configuration)"
     if scheme == "hf-hub":
-        checkpoint = weights.resolve(place, hub_id=place, filename=_HUB_FILES, what=what)
-        config = weights.resolve(place, hub_id=place, filename="open_clip_config.json", what=what)
+        checkpoint = weights.resolve(place, hub_id=place, filename=_HUB_FILES, what=caller)
+        config = weights.resolve(place, hub_id=place, filename="open_clip_config.json", what=caller)
     else:
         folder = Path(place).expanduser()
         present = [name for name in _HUB_FILES if (folder / name).is_file()]
         file = str(folder / (present or _HUB_FILES)[0])
-        checkpoint = weights.resolve(file, hub_id=None, filename=None, what=what)
-        config = weights.resolve(str(folder / "open_clip_config.json"), hub_id=None, filename=None, what=what)
+        checkpoint = weights.resolve(file, hub_id=None, filename=None, what=caller)
+        config = weights.resolve(
+            str(folder / "open_clip_config.json"), hub_id=None, filename=None, what=caller
+        )
     return f"local-dir:{config.parent}", checkpoint, {}
 
 

@@ -34,7 +34,7 @@ class Describer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ClipEncoder:
-    """A frozen CLIP on one device: image encoder, text encoder, tokenizer and preprocessing."""
+    """A frozen CLIP on one device: image encoder, text tower, tokenizer and preprocessing."""
 
     name: str  # as the user gave it
     key: str  # sha256 of weights and configuration; names the features in caches
@@ -74,7 +74,7 @@ class ClipEncoder:
         Raises ValueError for an unknown region, or for one that needs a ViT if the image encoder is not one.
         """
         if region not in REGIONS:
-            raise ValueError(f"region {region!r} is not known; use one of {', '.join(REGIONS)}.")
+            raise ValueError(f"region {region!r} is not known. Use one of {', '.join(REGIONS)}.")
         kind = REGIONS[region](attention_bias)
         if kind.needs_vit:
             self._cut(1)
@@ -193,8 +193,8 @@ class ClipEncoder:
     def trunk(self, pixels: Tensor, blocks: int) -> Tensor:
         """Pixels (B, C, S, S) -> the input of the last ``blocks`` blocks, for ``tail``.
 
-        The input is tokens (B, L, W). The region "dual" has those of both images (B, 2 L, W), and
-        "attention" one more token with the region's coverage (B, L + 1, W).
+        The result is tokens (B, L, W). With the region "dual" it has the tokens of both images, (B, 2 L, W);
+        with "attention" it has one more token with the coverage of the patches, (B, L + 1, W).
         Raises ValueError if the image encoder is not open_clip's VisionTransformer or has fewer blocks.
         """
         visual, cut = self._cut(blocks)

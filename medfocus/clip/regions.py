@@ -1,4 +1,4 @@
-"""The kinds of region that an image encoder can use beside the image: alpha, attention and dual.
+"""The kinds of region that an image encoder can use in addition to the image: alpha, attention and dual.
 
 A kind of region is one object. It owns its channels of a view, its tokens and its merge of features.
 """
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Region:
-    """No region: the image encoder sees the RGB channels alone. The kinds below override what differs."""
+    """The base of all kinds, and the absence of a region: the encoder takes the RGB channels alone."""
 
     attention_bias: float = 0.0  # β of AttentionRegion; the others ignore it
 
     name: ClassVar[str | None] = None
     needs_vit: ClassVar[bool] = False
     has_focused_image: ClassVar[bool] = False  # further channels: the focused image, else the mask
-    sees_one_rgb: ClassVar[bool] = True  # the patch embedding sees one RGB image and no more
+    sees_one_rgb: ClassVar[bool] = True  # the patch embedding takes one RGB image
 
     @property
     def key(self) -> str:
-        """What tells this region's features from those of others, for cache keys."""
+        """The part of a cache key that distinguishes the features of this region."""
         return f"{self.name} 0.0"
 
     def adapt(self, model: nn.Module) -> nn.Module:
@@ -53,11 +53,11 @@ class Region:
         return (pixels[:, :3],)
 
     def attention_mask(self, visual: VisionTransformer, pixels: Tensor) -> Tensor | None:
-        """Return what each block adds to its attention logits, (B * heads, L, L), or None."""
+        """Return the additive attention mask of every block, (B * heads, L, L), or None."""
         return None
 
     def pack(self, tokens: Sequence[Tensor], visual: VisionTransformer, pixels: Tensor) -> Tensor:
-        """Join the tokens (B, L, W) of each image into one tensor, with all that ``unpack`` needs."""
+        """Join the tokens (B, L, W) of each image into one tensor for ``unpack``."""
         return tokens[0]
 
     def unpack(self, packed: Tensor, visual: VisionTransformer) -> tuple[Sequence[Tensor], Tensor | None]:
@@ -131,7 +131,7 @@ class AttentionRegion(Region):
 
 
 class DualRegion(Region):
-    """A region in a second image, the focused one; the features of both images are added."""
+    """A region in a second, focused image; the features are the sum of both images' features."""
 
     name = "dual"
     has_focused_image = True
@@ -160,7 +160,7 @@ REGIONS: dict[str, type[Region]] = {"alpha": AlphaRegion, "attention": Attention
 class AlphaConv(nn.Module):
     """A patch embedding with a fourth channel for the region: conv(RGB) + alpha(region).
 
-    ``alpha`` starts at zero, so the features are those without a region until it is trained.
+    ``alpha`` starts at zero, so a region has no effect on the features until it is trained.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:

@@ -1,4 +1,4 @@
-"""Controls: focus modes that show another region, to test whether scores depend on the right one."""
+"""Controls: focus modes that show another region, to test whether the right region matters."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def view(
 ) -> np.ndarray:
     """Image (H, W, 3) uint8 and mask (H, W) bool -> view (S, S, C) uint8.
 
-    A focus of FOCUS gives three channels. A focus of REGIONS gives the image and its region in further
+    A focus in FOCUS makes three channels. A focus in REGIONS adds the region to the image, in further
     channels of the same frame: "alpha" and "attention" the mask, 255 inside (C = 4), and "dual" the image
     with the focus "multiply" (C = 6).
 
