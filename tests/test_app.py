@@ -35,7 +35,7 @@ from medfocus.app.guard import Refused, door
 from medfocus.app.reading import Reader
 from medfocus.app.server import About, Bounds, Workplace, build, calibration_note
 from medfocus.app.uploads import Limits, body
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.explain.explain import explain
 from medfocus.focus.view import view
 from medfocus.images import decode

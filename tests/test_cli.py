@@ -32,7 +32,7 @@ from flows.stages import ingest as stage
 from flows.study import models as study_models
 from flows.study.params import SlicesParams, load_params
 from flows.study.study import open_study
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.records import read_manifest
 from medfocus.focus.view import view
 from medfocus.images import decode

@@ -15,7 +15,7 @@ from torch import Tensor
 from flows.study import models
 from flows.study.params import DatasetParams, load_params
 from flows.study.study import Study
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.records import Record, write_manifest
 from medfocus.masks.candidates import Limits
 from medfocus.masks.sam2.retrieval import (

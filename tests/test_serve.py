@@ -30,7 +30,8 @@ from PIL import Image
 
 from flows.servers import servers
 from medfocus.clip import features
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.evaluation.metrics import softmax
 from medfocus.focus.view import view
 from medfocus.images import decode
@@ -308,13 +309,13 @@ def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fit
     """A tag may ask for QuickGELU and other means than its architecture; both travel with the model."""
     import open_clip
 
-    from medfocus.clip import encoder as encoders
+    from medfocus.clip.build import built_config
 
     quick = open_clip.create_model(
         "clip_pocket", force_quick_gelu=True, force_preprocess_cfg={"mean": (0.5, 0.5, 0.5)}
     ).eval()
     visual: Any = quick.visual
-    as_built = encoders._as_built(fitted.encoder.config["model_cfg"], quick)
+    as_built = built_config(fitted.encoder.config["model_cfg"], quick)
     assert as_built["quick_gelu"]
     encoder = replace(
         fitted.encoder,

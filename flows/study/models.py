@@ -47,7 +47,7 @@ def build_segmenter(study: Study, dataset: str, adapter: Path | None = None) -> 
     masks, state, rank = study.params.masks, None, None
     if masks.segmenter == "sam2" and masks.strategy == "retrieved":
         texts = anatomy_texts(study, dataset)  # a fault in them is reported before seconds of loading
-        from medfocus.clip.encoder import build_clip
+        from medfocus.clip.build import build_clip
         from medfocus.masks.sam2.retrieval import TextRank
 
         clip = build_clip(study.params.clip.model, study.params.clip.pretrained, device(study))
@@ -106,7 +106,7 @@ def build_encoder(study: Study, focus: str = "none") -> ClipEncoder:
     SAM2 stands ready in them if a method asks for its features. Raises ValueError if a method does, but the
     masks are not from SAM2.
     """
-    from medfocus.clip.encoder import build_clip  # takes seconds
+    from medfocus.clip.build import build_clip  # takes seconds
 
     params = study.params
     encoder = build_clip(params.clip.model, params.clip.pretrained, device(study))

@@ -22,13 +22,14 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from torch import Tensor
 
 from medfocus.clip import features
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.explain.explain import explain, on_image
+from medfocus.focus.crop import crop_box
 from medfocus.focus.modes import FOCUS
-from medfocus.focus.region_views import focused_view
-from medfocus.focus.view import crop_box
+from medfocus.focus.view import view
 from medfocus.images import decode
 from medfocus.learning.selection import LearningRates
 from medfocus.masks.factory import build_segmenter
@@ -75,7 +76,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         How an image is shown under its mask: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha"
         or "dual". With "none" no mask is made.
     clip, pretrained : str, default="pocket"
-        See ``medfocus.clip.encoder.build_clip``. The default is small and knows procedural images alone.
+        See ``medfocus.clip.build.build_clip``. The default is small and knows procedural images alone.
     segmenter : {"sam2", "otsu"}, default="sam2"
         What makes the masks.
     segmenter_settings : dict or None, default=None
@@ -380,7 +381,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return [known[image.sha256] for image in images]
 
     def _view(self, image: _Image, mask: Mask | None, number: int) -> np.ndarray:
-        return focused_view(
+        return view(
             image.pixels,
             None if mask is None or self.focus == "none" else mask.region,
             focus=self.focus,

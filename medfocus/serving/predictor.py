@@ -20,7 +20,7 @@ import numpy as np
 
 from medfocus.evaluation.metrics import softmax
 from medfocus.focus.modes import focus as apply_focus
-from medfocus.focus.region_views import focused_view
+from medfocus.focus.view import view
 from medfocus.images import decode
 from medfocus.images.png import encode_png
 from medfocus.masks.factory import build_segmenter
@@ -91,7 +91,7 @@ def save_model(
     shutil.rmtree(beside, ignore_errors=True)
     (beside / _CLIP).mkdir(parents=True)
     shutil.copyfile(checkpoint, beside / _CELL)
-    save_file(_towers(encoder.model), beside / _CLIP / "open_clip_model.safetensors")
+    save_file(_towers(encoder), beside / _CLIP / "open_clip_model.safetensors")
     _write_json(beside / _CLIP / "open_clip_config.json", encoder.config)
     settings = asdict(segmenter.settings)
     if segmenter.sam2 is not None:
@@ -117,8 +117,8 @@ def save_model(
         "classes": header.classes,
         "focus": header.focus,
         "feather": feather,
-        "region": encoder.region,
-        "attention_bias": encoder.attention_bias,
+        "region": encoder.region.name,
+        "attention_bias": encoder.region.attention_bias,
         "view_size": encoder.image_size,
         "versions": {package: version(package) for package in _PACKAGES},
     }
@@ -146,7 +146,7 @@ class Predictor:
         them could run code when it is opened; then none was opened.
         """
         _refuse_pickles(folder)
-        from medfocus.clip.encoder import build_clip
+        from medfocus.clip.build import build_clip
         from medfocus.serving import checkpoint
 
         try:
@@ -210,7 +210,7 @@ class Predictor:
 
     def view(self, image: np.ndarray, region: np.ndarray) -> np.ndarray:
         """What CLIP sees of an image (H, W, 3) uint8 with a region (H, W) bool: (S, S, C) uint8."""
-        return focused_view(image, region, focus=self.focus, size=self.view_size, feather=self.feather)
+        return view(image, region, focus=self.focus, size=self.view_size, feather=self.feather)
 
     def probabilities(self, views: np.ndarray) -> np.ndarray:
         """Views (N, S, S, C) uint8 -> (N, K), in the order of ``classes``."""
@@ -260,11 +260,10 @@ def _tensors(model: Any) -> dict[str, Any]:
     return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
 
 
-def _towers(model: Any) -> dict[str, Any]:
-    """The towers' weights before ``ClipEncoder.with_region`` gave them a channel for the region."""
-    own, added = "visual.conv1.conv.", "visual.conv1.alpha."
-    tensors = _tensors(model)
-    return {k.replace(own, "visual.conv1."): v for k, v in tensors.items() if not k.startswith(added)}
+def _towers(encoder: ClipEncoder) -> dict[str, Any]:
+    """Return the weights of both towers as they were before ``ClipEncoder.with_region``."""
+    named = ((encoder.region.original_name(name), value) for name, value in _tensors(encoder.model).items())
+    return {name: value for name, value in named if name is not None}
 
 
 def _write_json(path: Path, content: object) -> None:
