@@ -29,7 +29,7 @@ from medfocus.datasets.ingest import Ingested, ingest
 from medfocus.datasets.pseudonyms import Salt
 from medfocus.datasets.records import Record
 from medfocus.datasets.splits import Splits, draw_splits
-from medfocus.images import decode, gdcm_process, stack
+from medfocus.images import decode, gdcm_process, gdcm_worker, stack
 from medfocus.images import dicom as reader
 from medfocus.images.errors import ImageError
 from medfocus.masks.quality import known_region
@@ -329,7 +329,7 @@ def test_a_frame_over_which_gdcm_does_not_come_to_an_end_is_given_up(
 ) -> None:
     endless = tmp_path / "endless.py"
     endless.write_text("import sys, time\nsys.stdin.buffer.readline()\ntime.sleep(600)\n")
-    monkeypatch.setattr(gdcm_process, "_PROGRAM", endless)
+    monkeypatch.setattr(gdcm_worker, "__file__", str(endless))
     monkeypatch.setattr(gdcm_process, "_TIMEOUT", 0.5)
     with pytest.raises(gdcm_process.GdcmCrash, match=r"took more than 0\.5 s"):
         gdcm_process.Gdcm().decode(b"frame")

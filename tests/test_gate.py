@@ -37,8 +37,8 @@ def test_a_challenger_that_is_surely_better_is_promoted_and_the_reason_has_every
     decision = judge(probabilities(2), LABELS, CLASSES, RULES, champion(12))
     assert decision.promoted
     assert decision.reason.startswith("promoted: classes: the same; test images new to both: 60; ")
-    assert "accuracy: 0.9667 to 0.8000 of version 3" in decision.reason
-    assert "paired test: p 0.00195 (10 images for it, 0 against)" in decision.reason
+    assert "accuracy: 0.9667; version 3 has 0.8000" in decision.reason
+    assert "paired test: p 0.00195 (10 images better, 0 worse)" in decision.reason
 
 
 def test_without_a_champion_only_recall_and_calibration_are_asked() -> None:
@@ -77,14 +77,14 @@ def test_a_challenger_that_is_too_sure_of_itself_is_refused() -> None:
 
 def test_other_classes_stop_promotion() -> None:
     decision = judge(probabilities(2), LABELS, CLASSES, RULES, champion(12, classes=("benign", "cyst")))
-    assert "classes: benign, malignant, asked those of version 3: benign, cyst" in decision.reason
+    assert "classes: benign, malignant, required as in version 3: benign, cyst" in decision.reason
 
 
 def test_only_images_that_the_champion_has_not_learnt_from_are_compared() -> None:
     fair = np.ones(60, bool)
     fair[:12] = False  # it has learnt these by heart, so they say nothing
     decision = judge(probabilities(12), LABELS, CLASSES, replace(RULES, p=1), champion(0, fair=fair))
-    assert "accuracy: 1.0000 to 1.0000" in decision.reason
+    assert "accuracy: 1.0000; version 3 has 1.0000" in decision.reason
     few = champion(12, fair=np.arange(60) < 10)
     assert "test images new to both" in failed(judge(probabilities(0), LABELS, CLASSES, RULES, few))
     none = champion(12, fair=np.zeros(60, bool))
@@ -99,8 +99,8 @@ def test_a_drift_past_its_bound_stops_promotion_and_another_does_not() -> None:
     ]
     decision = judge(probabilities(2), LABELS, CLASSES, RULES, champion(12), shifts)
     assert failed(decision) == ["drift of classes"]
-    assert decision.reason == "refused: drift of classes: 0.500, p 1e-06, asked 0.3 at most"
-    assert decision.checks[-1].found == "too few images to tell"
+    assert decision.reason == "refused: drift of classes: 0.500, p 1e-06, required at most 0.3"
+    assert decision.checks[-1].value == "too few images"
 
 
 def test_a_class_without_a_test_image_is_not_taken_for_recognised() -> None:

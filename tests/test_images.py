@@ -244,7 +244,7 @@ def test_montage_holds_every_tile_and_its_caption() -> None:
 
 def test_montage_refuses_a_wrong_number_of_captions() -> None:
     tile = np.zeros((4, 4, 3), dtype=np.uint8)
-    with pytest.raises(ValueError, match="2 captions for 1 tiles; give one a tile or None"):
+    with pytest.raises(ValueError, match="2 captions for 1 tiles; give one per tile or None"):
         contact_sheet.montage([tile], 1, ["a", "b"])
     with pytest.raises(ValueError, match="0 tiles in 3 columns"):
         contact_sheet.montage([], 3)

@@ -7,7 +7,6 @@ import pytest
 from sklearn.calibration import calibration_curve
 
 from medfocus.evaluation.metrics import (
-    expected_calibration_error,
     mean_interval,
     per_class_recall,
     reliability,
@@ -43,8 +42,8 @@ def test_auroc_is_undefined_where_a_class_has_no_test_image() -> None:
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     labels = np.array([0] * 7 + [1] * 3)
-    assert expected_calibration_error(np.tile([0.95, 0.05], (10, 1)), labels) == pytest.approx(0.25)
-    assert expected_calibration_error(np.tile([0.7, 0.3], (10, 1)), labels) == pytest.approx(0.0, abs=1e-12)
+    assert reliability(np.tile([0.95, 0.05], (10, 1)), labels).ece == pytest.approx(0.25)
+    assert reliability(np.tile([0.7, 0.3], (10, 1)), labels).ece == pytest.approx(0.0, abs=1e-12)
 
 
 def test_reliability_is_confidence_and_accuracy_bin_by_bin() -> None:

@@ -232,9 +232,10 @@ def headline(test_set: str, probabilities: np.ndarray, labels: np.ndarray, class
 def checks_table(checks: Sequence[Check]) -> list[str]:
     """Every check of the gate, a line each; nothing where there was none."""
     rows = [
-        (check.name, check.found, check.asked, "met" if check.passed else "**not met**") for check in checks
+        (check.name, check.value, check.required, "met" if check.passed else "**not met**")
+        for check in checks
     ]
-    return _table(("check", "found", "asked", ""), rows) if rows else []
+    return _table(("check", "value", "required", ""), rows) if rows else []
 
 
 def _scores(model: Model, data: Data) -> list[str]:
