@@ -29,9 +29,10 @@ from flows.cli.modality import Look, guess
 from flows.servers import servers
 from flows.stages import dvc
 from flows.stages import ingest as stage
+from flows.study import models as study_models
 from flows.study.params import SlicesParams, load_params
 from flows.study.study import open_study
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.records import read_manifest
 from medfocus.focus.view import view
 from medfocus.images import decode
@@ -374,7 +375,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint=folder / "cell.safetensors",
         encoder=encoder,
         segmenter=segmenter,
-        segmenter_settings={},
         feather=0.01,
     )
     return folder / "model"
@@ -462,7 +462,8 @@ def test_masks_are_those_of_the_studys_segmenter_and_are_kept(home: Path, medfoc
         result = medfocus("masks", image, "--out", out)
         assert result.exit_code == 0, result.output
         [line] = rows(home / out / "masks.csv")
-        [mask] = open_study(home / "params.yaml").segmenter("phantom-chest").segment([decode.read(image)])
+        segmenter = study_models.build_segmenter(open_study(home / "params.yaml"), "phantom-chest")
+        [mask] = segmenter.segment([decode.read(image)])
         drawn = decode.read(home / out / line["mask"])[..., 0] > 0
         assert np.array_equal(drawn, mask.region) and line["status"] == mask.status
     assert medfocus("masks", image, "--out", "x", "--dataset", "knee").exit_code == 2

@@ -14,7 +14,8 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional
 
-from flows.study.cells import Cell, build_method, plan
+from flows.study.cells import Cell, plan
+from flows.study.methods import build_method
 from flows.study.params import load_params
 from medfocus.learning.probe import stratified_folds
 from medfocus.learning.selection import LearningRates, choose

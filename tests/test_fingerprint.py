@@ -13,17 +13,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flows.study.cells import build_method, cell_code, feature_key
+from flows.study.dataset import cell_code, feature_key
+from flows.study.methods import build_method
 from flows.study.params import load_params
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.duplicates import find_duplicates
 from medfocus.datasets.ingest import ingest
-from medfocus.focus.region_views import focused_view_key
+from medfocus.focus.view import view_key
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2 import segmenter as sam2
 from medfocus.masks.sam2.adapter import adapter_key
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
 from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
+from medfocus.masks.settings import Sam2Settings
 from medfocus.storage import fingerprint
 from medfocus.storage.fingerprint import closure, code_key
 
@@ -128,10 +130,10 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], s
     method = build_method(load_params(ROOT / "params.yaml"), "coop", encoder)
 
     def plain() -> sam2.Sam2Segmenter:
-        return sam2.build_segmenter("pocket", "pocket", 128, "grid", points_per_side=2)
+        return sam2.load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=2))
 
     def view(focus: str) -> str:
-        return focused_view_key(focus=focus, size=96, feather=0.01)
+        return view_key(focus=focus, size=96, feather=0.01)
 
     return {
         "facts": lambda: facts_key(folder),
@@ -159,11 +161,14 @@ COUNTS = {
     "fast masks": ("masks.sam2.fast_decoder masks.sam2.segmenter masks.candidates", "masks.sam2.adapter"),
     "adapters": ("masks.sam2.adapter masks.sam2.segmenter", "masks.sam2.retrieval masks.otsu"),
     "retrieved masks": ("masks.sam2.retrieval masks.sam2.segmenter clip.encoder", "masks.sam2.adapter"),
-    "views": ("focus.view focus.modes masks.candidates images.decode", "focus.region_views clip.encoder"),
-    "region views": ("focus.region_views focus.view focus.modes", "masks.otsu clip.encoder"),
-    "features": ("clip.encoder clip.vit clip.regions masks.candidates", "learning.probe methods.slca"),
+    "views": ("focus.view focus.modes focus.marks focus.crop images.geometry", "clip.encoder"),
+    "region views": ("focus.view focus.modes clip.regions", "masks.otsu clip.encoder focus.controls"),
+    "features": (
+        "clip.encoder clip.build clip.vit clip.regions masks.candidates",
+        "learning.probe methods.slca",
+    ),
     "cells": (
-        "methods.coop clip.prompt_learning learning.validation clip.encoder",
+        "methods.coop clip.prompt_learning learning.validation clip.encoder clip.build",
         "methods.slca masks.otsu",
     ),
 }

@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from flows import pipeline
 from flows.servers import servers
 from flows.stages import finetune
-from flows.study import cells
+from flows.study.dataset import EncodedDataset
 from medfocus import phantoms
 from tests.dicoms import dicom
 
@@ -89,10 +89,14 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
     project: Path, clinic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = clinic / f"{FILE}_test_benign_0.png"
-    whole, embed = broken.read_bytes(), cells.EncodedDataset.embed
+    whole, embed = broken.read_bytes(), EncodedDataset.embed
 
     def breaks(
-        dataset: cells.EncodedDataset, methods: Iterable[str], focus: str, paths: list[str], *more: Any
+        dataset: EncodedDataset,
+        methods: Iterable[str],
+        focus: str,
+        paths: list[str],
+        *more: Any,
     ) -> None:
         if paths == dataset.splits.test:  # in the midst of the evaluation, MLflow's run being open
             broken.write_bytes(whole[:300])
@@ -103,7 +107,7 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
     monkeypatch.setattr(servers, "prefect_answers", lambda: False)  # the server is to be this project's own
     with servers.prefect_api():
         with monkeypatch.context() as patch:
-            patch.setattr(cells.EncodedDataset, "embed", breaks)
+            patch.setattr(EncodedDataset, "embed", breaks)
             with pytest.raises(SystemExit) as ended:
                 pipeline.main([])
         broken.write_bytes(whole)

@@ -340,10 +340,11 @@ def models_card(
     """
     with terminal.at_work():
         from flows.cli import models as work
-        from medfocus.reports import cards
+        from medfocus.reports.data_sheet import SHEET
+        from medfocus.reports.model_card import CARD
 
         chosen = work.choose(terminal.project(), model)
-        print(chosen.text(cards.SHEET if sheet else cards.CARD), end="")
+        print(chosen.text(SHEET if sheet else CARD), end="")
 
 
 Files = Annotated[list[Path], typer.Argument(help="Images, or folders of them.")]
@@ -401,6 +402,7 @@ def masks(
     """
     with terminal.at_work():
         from flows.cli import images as work
+        from flows.study import models
         from flows.study.params import load_params
         from flows.study.study import Study
         from medfocus.masks.store import MaskStore
@@ -413,7 +415,7 @@ def masks(
         folder = work.Folder(out, work.MASKS, force=force)
         study = Study(params.resolve().parent, terminal.project(), loaded)
         with terminal.waiting("loading the segmenter"):
-            segmenter = study.segmenter(name)
+            segmenter = models.build_segmenter(study, name)
         given = work.Images(files, "masks")
         store = MaskStore(study.shared_cache("masks"))
         done = work.masks(segmenter, store, given, folder, batch_size=loaded.masks.batch_size)

@@ -152,22 +152,15 @@ def explain(predictor: Predictor, images: Images, out: Folder) -> int:
     """
     import torch
 
-    from medfocus.explain.attribution import inside_share
     from medfocus.explain.explain import explain as attribute
+    from medfocus.explain.maps import inside_share
     from medfocus.focus.modes import focus
-    from medfocus.focus.region_views import focused_view
     from medfocus.reports.figures import attribution_overlay
 
     done = 0
     for batch in images.batches():
         for one, said in zip(batch, predictor.predict_decoded([g.pixels for g in batch]), strict=True):
-            view = focused_view(
-                one.pixels,
-                said.mask,
-                focus=predictor.focus,
-                size=predictor.view_size,
-                feather=predictor.feather,
-            )  # (S, S, C)
+            view = predictor.view(one.pixels, said.mask)  # (S, S, C)
             target = torch.tensor([predictor.classes.index(said.label)])
             encoder = predictor.method.encoder
             maps, way = attribute(predictor.method, encoder, torch.from_numpy(view)[None], target)

@@ -26,18 +26,12 @@ from joblib.externals.loky import get_reusable_executor
 from torch import nn
 from tqdm import tqdm
 
-from flows.study import costs
-from flows.study.cells import (
-    CONTROLS,
-    Cell,
-    EncodedDataset,
-    build_method,
-    choice_of_rate,
-    methods_of,
-    plan,
-    support_views,
-)
+from flows.study import costs, models
+from flows.study.cells import Cell, methods_of, plan
+from flows.study.dataset import EncodedDataset
+from flows.study.methods import build_method, choice_of_rate, support_views
 from flows.study.study import here
+from medfocus.focus.controls import CONTROLS
 from medfocus.learning.selection import LearningRates
 from medfocus.learning.validation import Validation, out_of_fold
 from medfocus.methods import METHODS, Method, Support
@@ -78,10 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     study = here()
     cells = plan(study.params)  # before anything slow: a typo in a method's settings fails here
-    encoder = study.encoder()
-    for left in Path("data").glob(".checkpoints.*"):  # by a run that was killed: DVC lets in one at a time
-        shutil.rmtree(left)
-    beside = Path(f"data/.checkpoints.{os.getpid()}")
+    encoder = models.build_encoder(study)
+    published = study.paths.checkpoints
+    for unfinished in published.parent.glob(
+        ".checkpoints.*"
+    ):  # left by a killed run: DVC lets in one at a time
+        shutil.rmtree(unfinished)
+    beside = published.with_name(f".checkpoints.{os.getpid()}")
     # One thread a fit, a process a core: the fits are many and small.
     with (
         warnings.catch_warnings(),
@@ -102,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for cell, path in paths.items():
                 (beside / cell.path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, beside / cell.path)
-    shutil.rmtree("data/checkpoints", ignore_errors=True)
-    beside.rename("data/checkpoints")
+    shutil.rmtree(published, ignore_errors=True)
+    beside.rename(published)
 
 
 def fit(job: Fit) -> None:
@@ -168,7 +165,7 @@ def cached_path(dataset: EncodedDataset, cell: Cell) -> Path:
     params = dataset.study.params
     settings, views = params.method(cell.method)[1], support_views(params, cell.method)
     key = dataset.key(cell, settings, views, _folds(dataset, cell))
-    return dataset.study.cache / "cells" / key[:2] / f"{key}.safetensors"
+    return dataset.study.cell_cache(key)
 
 
 def _prepared(dataset: EncodedDataset, cells: Mapping[Cell, Path]) -> Iterator[Fit]:

@@ -11,8 +11,8 @@ from scipy import ndimage
 
 from medfocus.app import clicks
 from medfocus.app.clicks import Point
-from medfocus.explain.attribution import inside_share
 from medfocus.explain.explain import explain, on_image
+from medfocus.explain.maps import inside_share
 from medfocus.images import decode
 from medfocus.images.geometry import letterbox_mask
 from medfocus.images.png import encode_png
