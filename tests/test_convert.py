@@ -122,15 +122,15 @@ def test_a_damaged_or_cut_file_leaves_nothing(tmp_path: Path) -> None:
 def test_a_folder_is_whole_or_not_there_and_what_a_kill_left_goes(tmp_path: Path) -> None:
     dead = tmp_path / ".out.999999999.part"
     dead.mkdir()
-    with pytest.raises(ZeroDivisionError), atomic.whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(ZeroDivisionError), atomic.new_folder(tmp_path / "out") as folder:
         (folder / str(1 // len(list(folder.iterdir())))).touch()
     assert list(tmp_path.iterdir()) == []
-    with atomic.whole_folder(tmp_path / "out") as folder:
+    with atomic.new_folder(tmp_path / "out") as folder:
         (folder / "x").touch()
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "out" / "x").exists()
-    with pytest.raises(FileExistsError, match="out is there already, and nothing is written over"):
-        atomic.whole_folder(tmp_path / "out").__enter__()
+    with pytest.raises(FileExistsError, match="out already exists and is not overwritten"):
+        atomic.new_folder(tmp_path / "out").__enter__()
 
 
 def test_a_set_is_fetched_by_its_name_or_the_way_is_told(

@@ -148,7 +148,7 @@ def convert(
     names = _class_names(file, name, labels)
     total, done = sum(map(len, labels.values())), 0
     counts: dict[str, Counter[str]] = {}
-    with atomic.whole_folder(out) as folder:
+    with atomic.new_folder(out) as folder:
         for split, (images, _) in splits.items():
             counts[split] = Counter(names[label] for label in labels[split])
             for label in names.values():
