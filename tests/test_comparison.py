@@ -129,7 +129,7 @@ def test_holm_matches_a_computation_by_hand() -> None:
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     np.testing.assert_allclose(holm([0.6, 0.7]), [1, 1])
     assert holm([]).shape == (0,)
-    with pytest.raises(ValueError, match=r"p-values from -1\.0 to 0\.5; they lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"p-values from -1\.0 to 0\.5; give values in \[0, 1\]"):
         holm([0.5, -1])
 
 
@@ -169,9 +169,11 @@ def test_a_baseline_without_training_images_is_compared_at_every_percent() -> No
 def test_an_unknown_baseline_and_other_images_are_told() -> None:
     one = results(0.5)
     test = Scored({("pixels", 5.0): one, ("ours", 5.0): one})
-    with pytest.raises(ValueError, match=r"no result of the baseline 'clip'; there are ours, pixels\."):
+    with pytest.raises(ValueError, match=r"no result of the baseline 'clip'; the systems are ours, pixels\."):
         compare([test], "clip", np.random.default_rng(0))
-    with pytest.raises(ValueError, match="60 images beside 50; give the same images in the same order"):
+    with pytest.raises(
+        ValueError, match="60 images, but 50 in the other arrays; give the same images in the same order"
+    ):
         paired_sums(results(0.5), results(0.5, images=50))
-    with pytest.raises(ValueError, match=r"results of shape \(0, 60\) and \(1, 60\); give a draw"):
+    with pytest.raises(ValueError, match=r"results of shape \(0, 60\) and \(1, 60\); give at least one draw"):
         paired_sums(results(0.5)[:0], results(0.5))

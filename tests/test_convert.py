@@ -81,12 +81,12 @@ def test_a_class_that_a_split_lacks_gets_no_folder_there(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "other", "told"),
     [
-        ("chestmnist", {}, "an image in it has several labels at once"),
-        ("organmnist3d", {}, "holds volumes, and only images are read"),
+        ("chestmnist", {}, "its images have several labels"),
+        ("organmnist3d", {}, "holds volumes, but only images are supported"),
         ("x", {"train_images": np.zeros((6, 8, 8, 8), np.uint8)}, "train_images is 6 x 8 x 8 x 8: volumes"),
-        ("x", {"test_labels": np.zeros((4, 14), int)}, "test_labels has 14 labels per image"),
+        ("x", {"test_labels": np.zeros((4, 14), int)}, "test_labels has 14 labels per image instead of one"),
         ("x", {"train_images": np.zeros((6, 8, 8))}, "train_images holds float64, not uint8. Scale"),
-        ("x", {"val_labels": np.zeros((3, 1), int)}, "has 2 val_images and 3 val_labels"),
+        ("x", {"val_labels": np.zeros((3, 1), int)}, "has 2 val_images but 3 val_labels"),
         ("x", {"val_labels": np.zeros((2, 1))}, "val_labels holds float64, not integers"),
         ("x", {"test_labels": np.full((4, 1), None)}, "test_labels.npy holds Python objects, which are not"),
         ("pneumoniamnist", {"test_labels": np.full((4, 1), 2)}, "has a label 2, but pneumoniamnist has the"),
@@ -107,14 +107,14 @@ def test_a_damaged_or_cut_file_leaves_nothing(tmp_path: Path) -> None:
     whole = file.read_bytes()
     place = whole.index(arrays()["train_images"].tobytes()) + 1000
     file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(ValueError, match=r"train_images is damaged .*Get it again"):
+    with pytest.raises(ValueError, match=r"train_images is damaged .*Download it again"):
         medmnist.convert(file, tmp_path / "out")
     file.write_bytes(whole[:500])
-    with pytest.raises(ValueError, match=r"x\.npz: is no sound \.npz"):
+    with pytest.raises(ValueError, match=r"x\.npz: is not a valid \.npz file"):
         medmnist.convert(file, tmp_path / "out")
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("train_images.npy", b"import os")
-    with pytest.raises(ValueError, match="is no array of numpy"):
+    with pytest.raises(ValueError, match="is not a NumPy array"):
         medmnist.convert(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
@@ -153,9 +153,9 @@ def test_a_set_is_fetched_by_its_name_or_the_way_is_told(
     monkeypatch.setitem(sys.modules, "medmnist", None)
     assert "Install medfocusclip[medmnist], or download pneumoniamnist_64.npz" in medfocus(*words, 64).output
     monkeypatch.setitem(sys.modules, "medmnist", package)
-    assert "cannot be fetched (RuntimeError). Try again with a network" in medfocus(*words, 28).output
-    assert "--size is 32; MedMNIST+ has 28, 64, 128, 224" in medfocus(*words, 32).output
-    assert "no file and no set of MedMNIST; they are pathmnist" in medfocus(
+    assert "cannot be downloaded (RuntimeError). Check the network" in medfocus(*words, 28).output
+    assert "--size is 32; use one of 28, 64, 128, 224" in medfocus(*words, 32).output
+    assert "is neither a file nor a data set of MedMNIST; use one of pathmnist" in medfocus(
         "convert", "medmnist", "mnist", tmp_path / "out"
     ).output  # fmt: skip
     assert medfocus(*words, 64).exit_code == 0

@@ -506,7 +506,7 @@ def test_the_salt_is_made_once_for_its_owner_alone_and_changes_every_pseudonym(
     salt.unlink()
     assert read(folder).records == shared and not salt.exists()
     monkeypatch.setenv(pseudonyms.VARIABLE, "short")
-    with pytest.raises(ValueError, match="the salt has 5 characters, and 16 are needed"):
+    with pytest.raises(ValueError, match="the salt has 5 characters, but needs 16"):
         read(folder)
 
 

@@ -55,7 +55,7 @@ def test_reliability_is_confidence_and_accuracy_bin_by_bin() -> None:
     assert curve.confidence[[5, 9]] == pytest.approx([1.6 / 3, 2.9 / 3])
     assert curve.accuracy[[5, 9]] == pytest.approx([1 / 3, 2 / 3])
     assert curve.ece == pytest.approx((0.6 + 0.9) / 6)
-    with pytest.raises(ValueError, match="0 bins; 10 to 15 are usual"):
+    with pytest.raises(ValueError, match="0 bins; use 10 to 15"):
         reliability(np.eye(2), np.array([0, 1]), bins=0)
 
 
@@ -83,7 +83,7 @@ def test_interval_matches_the_t_table() -> None:
     assert interval.mean == pytest.approx(0.74)
     assert interval.half_width == pytest.approx(2.776 * 0.0316228 / np.sqrt(5), rel=1e-3)
     assert np.isnan(mean_interval([0.5]).half_width)
-    with pytest.raises(ValueError, match="no draws to average"):
+    with pytest.raises(ValueError, match="no values; give at least one"):
         mean_interval([])
 
 

@@ -147,7 +147,7 @@ def test_a_failed_writing_leaves_the_set_that_was_there(
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(
-        ValueError, match=r"holds 'thesis.tex'.* would be lost\. Name an empty or a new folder\."
+        ValueError, match=r"holds 'thesis.tex'.* would be deleted\. Give an empty or a new folder\."
     ):
         write(tmp_path, "brain_mri", seed=0, train_per_class=1, test_per_class=1)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"

@@ -214,8 +214,8 @@ def test_splits_are_read_as_they_were_written_and_bytes_are_the_same(tmp_path: P
 def test_classes_too_small_for_the_shots_are_named_together() -> None:
     records = [*images({"a": 3, "b": 20, "c": 5}, "train"), *images({"a": 1, "b": 1, "c": 1}, "test")]
     fault = (
-        r"too few training images: class 'a' has 3, class 'c' has 5, but study\.shots asks for 16\. "
-        r"Lower it in params\.yaml or add images\."
+        r"too few training images: class 'a' has 3, class 'c' has 5, but study\.shots needs 16\. "
+        r"Lower it in params\.yaml, or add images\."
     )
     with pytest.raises(ValueError, match=fault):
         draw(records, shots=(1, 16))
@@ -224,7 +224,7 @@ def test_classes_too_small_for_the_shots_are_named_together() -> None:
 def test_class_of_one_patient_cannot_be_in_train_and_in_test() -> None:
     records = [*images({"b": 20}), *(replace(item, patient="p") for item in images({"a": 9}))]
     with pytest.raises(
-        ValueError, match=r"class 'a' cannot be in train and in test: its 9 images make 1 group"
+        ValueError, match=r"class 'a' cannot be in both train and test: its 9 images form 1 group"
     ):
         draw(records)
 
@@ -252,8 +252,8 @@ def test_a_class_without_training_images_is_named(label: str) -> None:
         ({"test_fraction": 1.0}, r"splits\.test_fraction is 1\.0; use a share between 0 and 1"),
         ({"fractions": [0.1, 5]}, r"\[5\] are outside of \(0, 1\]"),
         ({"shots": [0]}, r"study\.shots: \[0\] are below 1 image"),
-        ({"seeds": [1, 1]}, r"study\.seeds: \[1, 1\] are none or repeat"),
-        ({"seeds": []}, r"study\.seeds: \[\] are none or repeat"),
+        ({"seeds": [1, 1]}, r"study\.seeds: \[1, 1\] is empty or has repetitions"),
+        ({"seeds": []}, r"study\.seeds: \[\] is empty or has repetitions"),
     ],
 )
 def test_settings_out_of_range_are_named(settings: dict[str, float], fault: str) -> None:
