@@ -21,13 +21,13 @@ def test_softmax_rows_sum_to_one_and_survive_large_logits() -> None:
     np.testing.assert_allclose(rows, [[1, 0], [0, 1]])
 
 
-def test_perfect_and_confident_predictions_score_one_and_no_calibration_error() -> None:
+def test_perfect_and_confident_predictions_score_one_without_calibration_error() -> None:
     labels = np.array([0, 1, 2, 1])
     scores = score(np.eye(3)[labels], labels)
     assert scores == {"accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "auroc": 1, "ece": 0}
 
 
-def test_balanced_accuracy_gives_a_rare_class_its_share() -> None:
+def test_balanced_accuracy_weighs_a_rare_class_equally() -> None:
     labels = np.array([0] * 9 + [1])
     always_zero = np.tile([0.9, 0.1], (10, 1))
     scores = score(always_zero, labels)
@@ -36,7 +36,7 @@ def test_balanced_accuracy_gives_a_rare_class_its_share() -> None:
     assert scores["auroc"] == pytest.approx(0.5)
 
 
-def test_auroc_is_undefined_where_a_class_has_no_test_image() -> None:
+def test_auroc_is_undefined_if_a_class_has_no_test_image() -> None:
     assert np.isnan(score(np.full((4, 3), 1 / 3), np.array([0, 1, 0, 1]))["auroc"])
 
 
@@ -87,6 +87,6 @@ def test_interval_matches_the_t_table() -> None:
         mean_interval([])
 
 
-def test_five_of_five_is_worth_less_than_230_of_251() -> None:
+def test_wilson_ranks_five_of_five_below_230_of_251() -> None:
     assert wilson_lower(5, 5) < wilson_lower(230, 251)
     assert wilson_lower(0, 0) == 0
