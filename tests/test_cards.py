@@ -85,8 +85,8 @@ def model() -> ModelFacts:
         labels=LABELS,
         classes=CLASSES,
         test_sets={"official": PATHS, "clean": PATHS[:40]},
-        checks=[Check("recall of solid", False, "0.667", "0.7 at least")],
-        reason="refused: recall of solid: 0.667, asked 0.7 at least",
+        checks=[Check("recall of solid", False, "0.667", "at least 0.7")],
+        reason="refused: recall of solid: 0.667, required at least 0.7",
     )
 
 
@@ -140,8 +140,8 @@ def test_the_card_says_what_it_is_not_for_and_where_not_to_believe_it(
     card = model_card(model, data)
     for told in (
         "**Not for clinical use**",
-        "refused: recall of solid: 0.667, asked 0.7 at least",
-        "| recall of solid | 0.667 | 0.7 at least | **not met** |",
+        "refused: recall of solid: 0.667, required at least 0.7",
+        "| recall of solid | 0.667 | at least 0.7 | **not met** |",
         "1 of 60 test images occur in train as well",
         "1 patient has images in train and in test",
         "trained on drawn images alone",
@@ -170,10 +170,10 @@ def test_the_sheet_counts_images_faults_twins_and_patients(data: DatasetFacts) -
         "There was no champion yet",
     ):
         assert told in sheet
-    drift = Check("drift of coverage", False, "0.510, p 1e-05", "0.4 at most")
+    drift = Check("drift of coverage", False, "0.510, p 1e-05", "at most 0.4")
     later = data_sheet(replace(data, licence="CC BY 4.0", new=12, drift=[drift]))
     assert "Licence: CC BY 4.0." in later and "12 images came since the present champion" in later
-    assert "| drift of coverage | 0.510, p 1e-05 | 0.4 at most | **not met** |" in later
+    assert "| drift of coverage | 0.510, p 1e-05 | at most 0.4 | **not met** |" in later
 
 
 def test_a_drawn_test_set_and_unknown_patients_are_said(data: DatasetFacts) -> None:

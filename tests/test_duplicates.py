@@ -66,7 +66,7 @@ def pair(a: str, b: str, kind: str = "re-encoded") -> Pair:
 
 
 @pytest.mark.parametrize(("turn", "kind"), TURNS.items())
-def test_each_of_the_seven_flips_and_turns_is_found_and_named(
+def test_each_of_the_seven_flips_and_rotations_is_found_and_named(
     tmp_path: Path, turn: Transpose, kind: str
 ) -> None:
     a = texture(0)
@@ -85,7 +85,7 @@ def test_each_of_the_seven_flips_and_turns_is_found_and_named(
     ],
     ids=["resized", "colour", "gamma", "windowed", "sharpened"],
 )
-def test_a_changed_encoding_or_tone_leaves_it_the_same_image(
+def test_another_encoding_or_tone_is_found_as_a_copy(
     tmp_path: Path, change: Callable[[Image.Image], Image.Image]
 ) -> None:
     images = {"a.png": texture(0), "b.jpg": change(texture(0)), "c.png": texture(1)}
@@ -102,7 +102,7 @@ def test_a_blurred_copy_is_near() -> None:
     assert similarity >= 0.7
 
 
-def test_same_bytes_are_identical_whatever_they_show(tmp_path: Path) -> None:
+def test_equal_bytes_are_identical_even_if_blank(tmp_path: Path) -> None:
     blank = Image.new("L", (40, 40), 128)
     images = {"a.png": blank, "b.png": blank, "c.bmp": blank, "d.png": texture(0), "e.png": texture(0)}
     pairs = find_duplicates(saved(tmp_path, images), tmp_path)
@@ -112,7 +112,7 @@ def test_same_bytes_are_identical_whatever_they_show(tmp_path: Path) -> None:
     ]
 
 
-def test_blank_and_nearly_blank_images_are_no_twins() -> None:
+def test_blank_and_nearly_blank_images_are_not_twins() -> None:
     ramp = np.linspace(0, 255, 64, dtype=np.uint8)
     blank = [np.full((64, 64), value, dtype=np.uint8) for value in (0, 128, 255)]
     rng = np.random.default_rng(0)
@@ -120,7 +120,7 @@ def test_blank_and_nearly_blank_images_are_no_twins() -> None:
     assert match(np.stack([*blank, *noisy, np.tile(ramp, (64, 1)), np.tile(ramp // 2, (64, 1))])) == []
 
 
-def test_a_hundred_different_images_make_no_pair() -> None:
+def test_a_hundred_different_images_have_no_pair() -> None:
     thumbnails = np.stack([np.asarray(texture(seed).resize((64, 64))) for seed in range(100)])
     assert match(thumbnails) == []
 
@@ -182,7 +182,7 @@ def test_pairs_are_written_with_their_splits_and_labels(tmp_path: Path) -> None:
     ]
 
 
-def test_films_of_different_people_are_no_twins(shared_data: Path) -> None:
+def test_radiographs_of_different_people_are_not_twins(shared_data: Path) -> None:
     """One film a patient in tb_cxr; in pneumonia_cxr only copies of the same bytes are known."""
     tb, pneumonia = shared_data / "tb_cxr", shared_data / "pneumonia_cxr"
     assert find_duplicates(ingest(tb).records, tb) == []

@@ -92,14 +92,14 @@ def test_empty_file_is_named_with_its_fix() -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
-def test_image_that_is_cut_short_is_named_with_its_fix(form: str) -> None:
+def test_truncated_image_is_named_with_its_fix(form: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), form)
     with pytest.raises(ValueError, match=r"^x\.img: .+\. Export it again as PNG, or remove it\.$"):
         decode.decode(data[: len(data) // 2], "x.img")
 
 
-def test_text_is_no_image() -> None:
+def test_text_is_not_an_image() -> None:
     known = "PNG, JPEG, TIFF, BMP, WEBP, DICOM, NIFTI"
     fault = rf"^x: is not in a supported image format \({known}\)\. Export it again"
     with pytest.raises(ValueError, match=fault):
@@ -107,7 +107,7 @@ def test_text_is_no_image() -> None:
 
 
 @pytest.mark.parametrize("form", ["GIF", "EPS", "PPM", "ICNS", "PCX"])
-def test_decoders_of_other_formats_see_no_byte(form: str) -> None:
+def test_other_decoders_of_pillow_are_not_used(form: str) -> None:
     with pytest.raises(ValueError, match=r"^x: is not in a supported image format"):
         decode.decode(encoded(Image.new("RGB", (32, 32)), form), "x")
 
@@ -137,7 +137,7 @@ def test_an_image_above_64_megapixels_is_refused_by_its_header(side: int, warned
     assert text.endswith("Scale it down or cut it into tiles, or remove it.")
 
 
-def test_an_image_of_64_megapixels_passes_without_a_word_of_pillow() -> None:
+def test_an_image_of_64_megapixels_passes_without_a_warning() -> None:
     assert decode.read_header(promising(8000, 8000), "x").size == (8000, 8000)
     assert Image.MAX_IMAGE_PIXELS is not None and decode.MOST_PIXELS <= Image.MAX_IMAGE_PIXELS
     with pytest.raises(ValueError, match=r"^x: cannot be decoded \("):  # the header was all there is
@@ -155,7 +155,7 @@ print(next(line.split()[1] for line in Path("/proc/self/status").open() if line.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_the_largest_image_takes_less_than_800_mib(tmp_path: Path) -> None:
+def test_decoding_the_largest_image_takes_less_than_800_mib(tmp_path: Path) -> None:
     Image.new("RGB", (8000, 8000), RED).save(tmp_path / "x.png", compress_level=1)
     command = [sys.executable, "-c", _PEAK, str(tmp_path / "x.png")]
     told = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -171,9 +171,7 @@ def test_a_text_that_unpacks_to_more_than_its_image_is_refused() -> None:
         decode.decode(data, "x")
 
 
-def test_of_a_file_no_more_is_read_than_an_image_may_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_read_up_to_the_limit_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode.MOST_BYTES == 256_000_000
     monkeypatch.setattr(decode, "MOST_BYTES", 3_000_000)
     (tmp_path / "x.png").write_bytes(bytes(3_000_001))
@@ -201,7 +199,7 @@ def test_read_names_the_file(tmp_path: Path) -> None:
         decode.read(tmp_path / "x.png")
 
 
-def test_grey_weighs_colours_as_the_eye_does() -> None:
+def test_grey_uses_the_luma_weights() -> None:
     colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
     luma = geometry.grey(colours)
     assert luma.dtype == np.float32
@@ -216,7 +214,7 @@ def test_letterbox_leaves_a_square_of_its_size_unchanged() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 48))
-def test_image_and_mask_are_placed_alike(height: int, width: int, size: int) -> None:
+def test_image_and_mask_have_the_same_placement(height: int, width: int, size: int) -> None:
     white = np.full((height, width, 3), 255, dtype=np.uint8)
     box = geometry.letterbox(white, size, (7, 8, 9))
     mask = geometry.letterbox_mask(np.ones((height, width), dtype=bool), size)
@@ -244,7 +242,7 @@ def test_montage_holds_every_tile_and_its_caption() -> None:
 
 def test_montage_refuses_a_wrong_number_of_captions() -> None:
     tile = np.zeros((4, 4, 3), dtype=np.uint8)
-    with pytest.raises(ValueError, match="2 captions for 1 tiles; give one a tile or None"):
+    with pytest.raises(ValueError, match="2 captions for 1 tiles; give one per tile or None"):
         contact_sheet.montage([tile], 1, ["a", "b"])
     with pytest.raises(ValueError, match="0 tiles in 3 columns"):
         contact_sheet.montage([], 3)

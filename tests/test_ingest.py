@@ -202,7 +202,7 @@ def test_one_class_or_none_is_fatal(tmp_path: Path) -> None:
         ingest(tmp_path)
 
 
-def test_all_beside_train_is_fatal(tmp_path: Path) -> None:
+def test_all_next_to_train_is_fatal(tmp_path: Path) -> None:
     two_classes(tmp_path)
     image(tmp_path / "all" / "cat" / "x.png")
     with pytest.raises(
@@ -225,7 +225,7 @@ def test_class_that_is_absent_from_test_is_reported(tmp_path: Path) -> None:
     assert (fault.path, fault.fault) == ("elk", "the class has no test image")
 
 
-def test_stack_of_images_is_reported(tmp_path: Path) -> None:
+def test_tiff_with_several_frames_is_reported(tmp_path: Path) -> None:
     two_classes(tmp_path)
     first, second = (Image.new("L", (4, 4), value) for value in (10, 20))
     first.save(tmp_path / "train" / "cat" / "stack.tif", save_all=True, append_images=[second])
@@ -362,12 +362,12 @@ def test_patient_pattern_finds_patients(tmp_path: Path) -> None:
         (r"subject(\d+)", r"matches no image \(the first is 'test/cat/0.png'\)"),
     ],
 )
-def test_unfit_patient_pattern_is_fatal(tmp_path: Path, pattern: str, fault: str) -> None:
+def test_invalid_patient_pattern_is_fatal(tmp_path: Path, pattern: str, fault: str) -> None:
     with pytest.raises(IngestError, match=rf"patient_pattern: .*{fault}"):
         ingest(two_classes(tmp_path), patient_pattern=pattern)
 
 
-def test_covid19_is_read_whole_and_its_six_seen_test_files_are_reported(shared_data: Path) -> None:
+def test_covid19_is_read_completely_and_its_six_leaked_test_files_are_reported(shared_data: Path) -> None:
     result = ingest(shared_data / "covid19")
     assert len(result.records) == 317
     assert not result.left_out
@@ -375,25 +375,25 @@ def test_covid19_is_read_whole_and_its_six_seen_test_files_are_reported(shared_d
     assert all(fault.path.startswith("test/Covid/") for fault in result.reported)
 
 
-def test_busi_has_one_pair_of_two_labels_and_no_mask_among_its_images(shared_data: Path) -> None:
+def test_busi_has_one_pair_with_two_labels_and_no_mask_among_its_images(shared_data: Path) -> None:
     result = ingest(shared_data / "busi")
     assert len(result.records) == 778
     left_out = [fault.path for fault in result.left_out]
     assert left_out == ["all/benign/benign (433).jpg", "all/malignant/malignant (145).jpg"]
 
 
-def test_pneumonia_films_name_their_patients(shared_data: Path) -> None:
+def test_pneumonia_file_names_contain_patients(shared_data: Path) -> None:
     result = ingest(shared_data / "pneumonia_cxr", patient_pattern=r"(person\d+_(?:bacteria|virus))")
     assert len(result.records) == 1074
     assert sum(bool(record.patient) for record in result.records) == 690
 
 
-def test_data_set_without_images_is_told_so(shared_data: Path) -> None:
+def test_data_set_without_images_is_refused(shared_data: Path) -> None:
     with pytest.raises(IngestError, match="no class folder was found"):
         ingest(shared_data / "pneumoniamnist")
 
 
-def test_an_image_is_decoded_once_and_its_changed_bytes_again(
+def test_an_image_is_decoded_once_until_its_bytes_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second time everything is as it was the first time, the faults and notes included."""

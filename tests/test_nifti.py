@@ -38,7 +38,7 @@ STORED = {
 
 @pytest.mark.parametrize("form", STORED)
 @pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
-def test_slices_are_upright_however_the_volume_lies_in_its_file(tmp_path: Path, form: str, name: str) -> None:
+def test_slices_are_upright_for_every_orientation_of_the_file(tmp_path: Path, form: str, name: str) -> None:
     turn, affine = STORED[form]
     file = nifti(tmp_path / name, np.ascontiguousarray(turn(HEAD)), affine)
     axial = decode.read(Path(f"{file}#z=4"))[..., 0]
@@ -51,7 +51,7 @@ def test_slices_are_upright_however_the_volume_lies_in_its_file(tmp_path: Path, 
     assert sagittal.shape == (9, 16) and (sagittal[4, 2] > sagittal[4, 8]) and sagittal[1, 8] > sagittal[4, 8]
 
 
-def test_the_window_is_of_the_volume_and_one_hot_voxel_does_not_set_it(tmp_path: Path) -> None:
+def test_one_hot_voxel_does_not_change_the_window_of_the_volume(tmp_path: Path) -> None:
     voxels = np.random.default_rng(0).integers(0, 1001, (30, 30, 20)).astype(np.float32)
     voxels[..., 3] /= 4
     voxels[1, 1, 1], voxels[2, 2, 2] = 1e6, np.nan
@@ -65,7 +65,7 @@ def test_the_window_is_of_the_volume_and_one_hot_voxel_does_not_set_it(tmp_path:
     assert np.abs(bright - expected).max() <= 0.5
 
 
-def test_a_slope_changes_nothing_but_its_sign(tmp_path: Path) -> None:
+def test_only_the_sign_of_a_slope_matters(tmp_path: Path) -> None:
     plain = decode.read(Path(f"{nifti(tmp_path / 'a.nii', HEAD)}#z=4"))
     for slope, expected in ((3.0, plain), (-3.0, 255 - plain)):
         made = nibabel.Nifti1Image(HEAD, np.eye(4))
@@ -110,7 +110,7 @@ def changed(data: bytes, place: int, form: str, *values: float) -> bytes:
         (344, "4s", (b"ni1\0",), "has its voxels in a second file (.img)"),
     ],
 )
-def test_a_header_that_lies_is_refused_with_the_reason(
+def test_a_false_header_is_refused_with_the_reason(
     tmp_path: Path, place: int, form: str, values: tuple[Any, ...], fault: str
 ) -> None:
     data = changed(nifti(tmp_path / "x.nii", HEAD).read_bytes(), place, form, *values)
@@ -119,7 +119,7 @@ def test_a_header_that_lies_is_refused_with_the_reason(
     assert fault in caught.value.fault
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked_whole(
+def test_a_bomb_is_refused_before_it_is_unpacked_completely(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = nifti(tmp_path / "x.nii", HEAD).read_bytes()
@@ -151,7 +151,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_the_folder_of_a_volume_labels_its_slices_which_are_one_group(folder: Path) -> None:
+def test_the_folder_labels_the_slices_of_a_volume_as_one_group(folder: Path) -> None:
     cache = folder.parent / "cache"
     found = ingest(folder, cache=cache)
     assert ingest(folder, cache=cache) == found
@@ -165,7 +165,7 @@ def test_the_folder_of_a_volume_labels_its_slices_which_are_one_group(folder: Pa
         assert decode.read_named(folder / record.path)[0] == record.sha256
 
 
-def test_other_axes_and_fewer_slices_are_read_anew(folder: Path) -> None:
+def test_the_cache_distinguishes_axes_and_steps(folder: Path) -> None:
     def numbers(found: Ingested) -> list[str]:
         return [r.path.partition("#")[2] for r in found.records if "ill/head0" in r.path]
 
@@ -176,7 +176,7 @@ def test_other_axes_and_fewer_slices_are_read_anew(folder: Path) -> None:
     assert numbers(ingest(folder, cache=cache, slices=(0, 4))) == ["x=04", "x=08"]
 
 
-def test_a_manifest_names_a_volume_or_one_slice_of_it(folder: Path) -> None:
+def test_a_manifest_may_list_a_volume_or_one_of_its_slices(folder: Path) -> None:
     lines = ["path,label,patient", "ill/head0.nii.gz,ill,p1", "well/head1.nii.gz#y=5,well,"]
     lines += ["well/head0.nii.gz#z=0,well,p3", "well/head0.nii.gz#z=99,well,p3"]
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
@@ -188,7 +188,7 @@ def test_a_manifest_names_a_volume_or_one_slice_of_it(folder: Path) -> None:
     assert [f.path for f in found.left_out] == ["well/head0.nii.gz#z=99"]
 
 
-def test_of_four_dimensions_the_first_volume_is_used_and_told(folder: Path) -> None:
+def test_the_first_of_several_volumes_is_used_and_reported(folder: Path) -> None:
     nifti(folder / "ill" / "series.nii", np.stack([HEAD, HEAD[::-1], HEAD * 2], axis=3))
     found = ingest(folder)
     first = nifti(folder.parent / "first.nii", HEAD)
@@ -199,7 +199,7 @@ def test_of_four_dimensions_the_first_volume_is_used_and_told(folder: Path) -> N
     ]
 
 
-def test_a_volume_of_one_shade_and_a_mask_beside_a_volume_are_no_images(tmp_path: Path) -> None:
+def test_constant_volumes_and_masks_of_volumes_are_not_images(tmp_path: Path) -> None:
     for label in ("ill", "well"):
         nifti(tmp_path / label / "x.nii.gz", HEAD + (label == "ill"))
         nifti(tmp_path / label / "x_mask.nii.gz", HEAD)

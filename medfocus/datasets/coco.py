@@ -87,7 +87,7 @@ def convert(
         instances[_id(entry, "image_id")].append(entry)
     done = Converted()
     rows: list[tuple[str, str]] = []
-    with atomic.whole_folder(out) as folder:
+    with atomic.new_folder(out) as folder:
         for place, image in enumerate(listed := _images(content, root, instances, done), start=1):
             target = f"{_IMAGES}/{PurePosixPath(image.path).as_posix()}"
             if _copied(root, image, folder / target, done):

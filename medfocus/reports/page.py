@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from medfocus.evaluation.comparison import Cell, Difference
+from medfocus.evaluation.comparison import CurvePoint, Difference
 from medfocus.evaluation.metrics import Interval, Reliability, mean_interval
 from medfocus.images.geometry import letterbox
 from medfocus.images.png import encode_png
@@ -107,7 +107,7 @@ class Report:
     study: str
     rows: Sequence[StudyRow] = ()
     baseline: str = ""  # the system that the differences are to
-    differences: Mapping[Block, Mapping[Cell, Difference]] = field(default_factory=dict)
+    differences: Mapping[Block, Mapping[CurvePoint, Difference]] = field(default_factory=dict)
     published: Sequence[Published] = ()
     highlighted: Sequence[str] = ()  # systems in colour in the figure; empty: the baseline and the best
     verdicts: Sequence[str] = ()  # sentences to stand before those that follow from the rows
