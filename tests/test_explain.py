@@ -11,7 +11,8 @@ from torch import Tensor
 from medfocus.clip.encoder import ClipEncoder, build_clip
 from medfocus.explain.attribution import pointing_hit
 from medfocus.explain.explain import explain
-from medfocus.methods import METHODS, Support
+from medfocus.learning.method import Support
+from medfocus.methods import METHODS
 
 SIZE = 96
 

@@ -161,9 +161,12 @@ COUNTS = {
     "retrieved masks": ("masks.sam2.retrieval masks.sam2.segmenter clip.encoder", "masks.sam2.adapter"),
     "views": ("focus.view focus.modes masks.candidates images.decode", "focus.region_views clip.encoder"),
     "region views": ("focus.region_views focus.view focus.modes", "masks.otsu clip.encoder"),
-    "features": ("clip.encoder clip.vit clip.regions masks.candidates", "learning.probe methods.slca"),
+    "features": (
+        "learning.frozen clip.encoder clip.vit clip.regions masks.candidates",
+        "learning.probe methods.slca",
+    ),
     "cells": (
-        "methods.coop clip.prompt_learning learning.validation clip.encoder",
+        "methods.coop clip.prompt_learning learning.fitting learning.selection clip.encoder",
         "methods.slca masks.otsu",
     ),
 }

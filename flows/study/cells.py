@@ -28,11 +28,12 @@ from medfocus.evaluation.metrics import wilson_lower
 from medfocus.focus.region_views import focused_view, focused_view_key
 from medfocus.focus.view import crop_box
 from medfocus.images import decode
+from medfocus.learning import fitting
+from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.learning.selection import LearningRates
-from medfocus.learning.validation import out_of_fold
 from medfocus.masks.quality import center_box
 from medfocus.masks.store import PublishedMasks
-from medfocus.methods import IMAGES, METHODS, Method, Support
+from medfocus.methods import METHODS
 from medfocus.serving import checkpoint
 from medfocus.storage.fingerprint import fingerprint
 
@@ -442,7 +443,7 @@ def feature_key(method: Method, encoder: ClipEncoder, view: str) -> str:
 
 def cell_code(method: type[Method], encoder: ClipEncoder) -> str:
     """Return the sha256 hex of the code behind a cell's checkpoint."""
-    return fingerprint(method, out_of_fold, class_embeddings, features, type(encoder))
+    return fingerprint(method, fitting, class_embeddings, features, type(encoder))
 
 
 def _dtype(embedding: str) -> torch.dtype:

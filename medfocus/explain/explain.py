@@ -16,7 +16,7 @@ from medfocus.images.decode import letterbox_mask
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
-    from medfocus.methods import Method
+    from medfocus.learning.method import Method
 
 _STEP = 1e-2  # of the central differences, against features of length one
 _SQUARES = 8  # a side, of an occlusion; each overlaps half of its neighbour

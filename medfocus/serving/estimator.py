@@ -30,10 +30,12 @@ from medfocus.focus.modes import FOCUS
 from medfocus.focus.region_views import focused_view
 from medfocus.focus.view import crop_box
 from medfocus.images import decode
+from medfocus.learning import fitting
+from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.learning.selection import LearningRates
 from medfocus.masks.segmenter import Mask, Segmenter
 from medfocus.masks.store import MaskStore
-from medfocus.methods import IMAGES, METHODS, Method, Support
+from medfocus.methods import METHODS
 from medfocus.serving import checkpoint, defaults
 from medfocus.serving.predictor import Predictor, probabilities_of, save_model
 
@@ -159,7 +161,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         state = dict(cast("dict[str, Any]", super().__getstate__()))
         if "method_" in state:
             del state["encoder_"], state["segmenter_"]
-            state["method_"] = (self.encoder_.key, self._settled(), self.method_.state())
+            state["method_"] = (self.encoder_.key, self.method_.settings, self.method_.state())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -215,13 +217,9 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             self._class_names(),
             tuple(map(tuple, prompts)),
         )
-        generator = torch.Generator().manual_seed(_seed(self.random_state))
-        if len(rates := _rates(settings)) > 1:
-            self.method_: Method = LearningRates(rates, **defaults.LEARNING_RATES).fit(
-                method, support, generator
-            )
-        else:
-            self.method_ = method.fit(support, generator)
+        rates = _rates(settings)
+        candidates = LearningRates(rates, **defaults.LEARNING_RATES) if len(rates) > 1 else None
+        self.method_: Method = fitting.fit(method, support, candidates, _seed(self.random_state))
         return self
 
     def predict_proba(self, X: Images) -> np.ndarray:
@@ -268,7 +266,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         folder = Path(folder)
         header = checkpoint.Header(
             method=self.method,
-            settings=self._settled(),
+            settings=self.method_.settings,
             classes=tuple(map(str, self.classes_)),
             focus=self.focus,
             encoder_key=self.encoder_.key,
@@ -330,11 +328,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
                 f"{', '.join(known) or 'none'}."
             )
         return {k: tuple(v) if isinstance(v, list) else v for k, v in {**known, **given}.items()}
-
-    def _settled(self) -> dict[str, Any]:
-        """The settings of the fitted method, its learning rate the one that was chosen."""
-        settings = self._check_parameters()
-        return {**settings, "lr": vars(self.method_)["lr"]} if "lr" in settings else settings
 
     def _build(self, settings: Mapping[str, Any]) -> None:
         encoder = _towers(self.clip, self.pretrained, self.device, threading.get_ident())
