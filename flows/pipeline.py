@@ -30,6 +30,7 @@ from flows.servers.servers import must_answer, prefect_api
 from flows.stages.dvc import reproduce
 from flows.study.study import PAGE, RESULTS, STUDY, Study, open_study
 from medfocus.reports import tables
+from medfocus.reports.rows import read_rows
 from medfocus.storage.redaction import redacted
 from medfocus.tracking.provenance import lock_digest
 
@@ -120,7 +121,7 @@ def evaluate(study: Study) -> None:
 
         write_page(study)
     if ran:
-        rows = tables.read_study_csv(study.folder / STUDY)
+        rows = read_rows(study.folder / STUDY)
         create_markdown_artifact(
             tables.markdown_table(rows), key="study-table", description="Accuracy on the test sets"
         )
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with only_job(study), prefect_api():
             registrations = pipeline(params_file)
     print()
-    print(tables.study_table(tables.read_study_csv(study.folder / STUDY)))
+    print(tables.study_table(read_rows(study.folder / STUDY)))
     for registration in registrations:
         alias = f"@{registration.alias}" if registration.alias else "without alias"
         print(f"model {registration.name} version {registration.version} {alias}: {registration.reason}")

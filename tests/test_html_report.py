@@ -34,7 +34,8 @@ from medfocus.reports.page import (
     Report,
     render,
 )
-from medfocus.reports.tables import Published, StudyRow, plot_table, read_published
+from medfocus.reports.rows import Published, StudyRow, read_published
+from medfocus.reports.tables import plot_table
 from medfocus.reports.verdicts import verdict_sentences
 
 VOID = {"meta", "link", "img", "source", "br"}

@@ -39,7 +39,7 @@ from medfocus.reports.page import (
     Report,
     render,
 )
-from medfocus.reports.tables import StudyRow, read_published, read_study_csv, system_name
+from medfocus.reports.rows import StudyRow, read_published, read_rows, system_name
 from medfocus.serving import checkpoint
 from medfocus.storage import atomic
 from medfocus.tracking import runs
@@ -79,7 +79,7 @@ def write_page(study: Study) -> Path:
     The page is kept in MLflow as well, with the study's run.
     """
     with contextlib.chdir(study.folder):
-        rows = read_study_csv(STUDY if STUDY.exists() else RESULTS)
+        rows = read_rows(STUDY if STUDY.exists() else RESULTS)
         cells = plan(study.params)
         encoder = study.encoder()
         page = Report(study.params.study.name, rows=rows, baseline=study.params.report.baseline)
@@ -114,7 +114,8 @@ def write_page(study: Study) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder, PAGE.name)
             written.write_text(render(page), encoding="utf-8")
-            store.log_page(rows[0].mlflow_run_id, written)
+            if run_id := rows[0].mlflow_run_id:
+                store.log_page(run_id, written)
             atomic.write(PAGE, written.read_bytes())  # last: where it stands all of this is done
     return study.folder / PAGE
 

@@ -23,8 +23,9 @@ from medfocus.evaluation.comparison import Cell, Difference
 from medfocus.evaluation.metrics import Interval, Reliability, mean_interval
 from medfocus.images.decode import letterbox
 from medfocus.reports import figures
+from medfocus.reports.controls import CONTROLS
 from medfocus.reports.data_warnings import mask_warnings
-from medfocus.reports.tables import CONTROLS, Published, StudyRow, blocks_of, intervals_of
+from medfocus.reports.rows import Published, StudyRow, blocks_of, intervals_of
 from medfocus.reports.verdicts import LEVEL, p_value, points, verdict_sentences
 
 Block = tuple[str, str]  # a data set and one of its test sets
