@@ -374,7 +374,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint=folder / "cell.safetensors",
         encoder=encoder,
         segmenter=segmenter,
-        segmenter_settings={},
         feather=0.01,
     )
     return folder / "model"

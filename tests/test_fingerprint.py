@@ -24,6 +24,7 @@ from medfocus.masks.sam2 import segmenter as sam2
 from medfocus.masks.sam2.adapter import adapter_key
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
 from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
+from medfocus.masks.settings import Sam2Settings
 from medfocus.storage import fingerprint
 from medfocus.storage.fingerprint import closure, code_key
 
@@ -128,7 +129,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], s
     method = build_method(load_params(ROOT / "params.yaml"), "coop", encoder)
 
     def plain() -> sam2.Sam2Segmenter:
-        return sam2.build_segmenter("pocket", "pocket", 128, "grid", points_per_side=2)
+        return sam2.load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=2))
 
     def view(focus: str) -> str:
         return focused_view_key(focus=focus, size=96, feather=0.01)

@@ -36,7 +36,8 @@ from medfocus.focus.view import view
 from medfocus.images import decode
 from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
+from medfocus.masks.settings import OtsuSettings, Sam2Settings
 from medfocus.masks.store import decode_mask, encode_mask
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.serving import checkpoint, pyfunc
@@ -54,10 +55,7 @@ pytestmark = [
 
 CLASSES = ("blob", "stripes")
 PATIENT = "DOE_JANE_1970"
-SEGMENTER: dict[str, Any] = {
-    "config": "pocket", "checkpoint": "random:0", "image_size": 128, "strategy": "grid", "points_per_side": 3,
-    "keep": 1, "min_area": 0.01, "max_area": 0.7,
-}  # fmt: skip
+SEGMENTER = Sam2Settings("pocket", "random:0", 128, "grid", points_per_side=3)
 FEATHER = 0.01
 
 
@@ -101,7 +99,7 @@ class Fitted:
         """The model folder, something about it changed."""
         usual: dict[str, Any] = {
             "checkpoint": self.checkpoint, "encoder": self.encoder, "segmenter": self.segmenter,
-            "segmenter_settings": SEGMENTER, "feather": FEATHER,
+            "feather": FEATHER,
         }  # fmt: skip
         serve.save_model(folder, **{**usual, **changes})
         return folder
@@ -111,7 +109,7 @@ class Fitted:
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     """MedFocusCLIP on eight images, with pocket-size CLIP and SAM2 of random weights."""
     encoder = build_clip("pocket", "random:0")
-    segmenter = build_segmenter(**SEGMENTER)
+    segmenter = load_sam2(SEGMENTER)
     method = MedFocusClip(
         encoder, tuning="adapter", lora_rank=2, lora_alpha=1.0, lora_dropout=0.25,
         fusion="softmax-text", head="cosine", contrastive_weights=(0.5,),
@@ -244,17 +242,16 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside(fitted: Fitt
 
 
 def test_otsu_masks_are_served_too(fitted: Fitted, tmp_path: Path) -> None:
-    otsu = OtsuSegmenter(min_area=0.02)
-    folder = fitted.save(tmp_path / "model", segmenter=otsu, segmenter_settings={"min_area": 0.02})
+    otsu = OtsuSegmenter(OtsuSettings(min_area=0.02))
+    folder = fitted.save(tmp_path / "model", segmenter=otsu)
     [prediction] = Predictor.load(folder).predict([encoded(0)])
     assert np.array_equal(prediction.mask, otsu.segment([decode.decode(encoded(0), "it")])[0].region)
     assert not (folder / "sam2.safetensors").exists()
 
 
-def test_settings_of_another_segmenter_are_refused(fitted: Fitted, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the segmenter_settings make the segmenter .* the very arguments"):
-        fitted.save(tmp_path / "model", segmenter_settings={**SEGMENTER, "points_per_side": 2})
-    assert list(tmp_path.iterdir()) == []
+def test_the_loaded_segmenter_is_the_one_that_was_saved(fitted: Fitted, tmp_path: Path) -> None:
+    loaded = Predictor.load(fitted.save(tmp_path / "model")).segmenter
+    assert loaded.key == fitted.segmenter.key
 
 
 def test_another_clip_is_refused(fitted: Fitted, tmp_path: Path) -> None:

@@ -115,7 +115,6 @@ class _Challenger:
             checkpoint=self.checkpoint,
             encoder=study.encoder(self.header.focus),
             segmenter=study.segmenter(name),
-            segmenter_settings=study.segmenter_settings(name),
             feather=study.params.views.feather,
         )
         records = self.dataset.records

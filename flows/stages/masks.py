@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             records, set(read_splits(Path(f"data/splits/{dataset}.json")).train), root
         )
         adapter = _adapter(study, dataset, taught)
-    segmenter = _segmenter(study, dataset, adapter)
+    segmenter = study.segmenter(dataset, adapter)
     store = MaskStore(study.shared_cache("masks"))
     with tqdm(total=len(records), desc=f"masks {dataset}", unit="image", disable=None) as bar:
         if scale.runner != "here":
@@ -140,16 +140,6 @@ def _adapter(study: Study, dataset: str, taught: AdapterExamples) -> Path:
     return path
 
 
-def _segmenter(study: Study, dataset: str, adapter: Path | None) -> Segmenter:
-    """The data set's segmenter; with an adapter that is not yet beside its masks."""
-    if adapter is None:
-        return study.segmenter(dataset)
-    from medfocus.masks.sam2.adapter import AdapterSegmenter
-    from medfocus.storage import weights
-
-    return AdapterSegmenter(study.sam2(dataset), weights.load(adapter))
-
-
 @dataclass(frozen=True)
 class Shard:
     """Some images of a data set whose masks a worker is to put into the cache."""
@@ -182,7 +172,7 @@ def _opened(
 ) -> tuple[Study, Segmenter]:
     """A segmenter for the shards of one thread: it is for one at a time."""
     study = study_in(folder)
-    return study, _segmenter(study, dataset, adapter)
+    return study, study.segmenter(dataset, adapter)
 
 
 def _lacking(records: Iterable[Record], store: MaskStore, segmenter_key: str) -> Iterator[Record]:

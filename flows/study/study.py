@@ -14,6 +14,8 @@ import yaml
 
 from flows.study.params import Params, Region, load_params, moved_paths, read_content
 from medfocus.datasets.records import read_manifest
+from medfocus.masks.factory import build_sam2, build_segmenter
+from medfocus.masks.settings import OtsuSettings, Sam2Settings, SegmenterSettings
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
@@ -42,61 +44,59 @@ class Study:
         """The folder of a data set's images."""
         return self.folder / self.params.datasets[dataset].root
 
-    def segmenter_settings(self, dataset: str) -> dict[str, Any]:
-        """The arguments that make a data set's segmenter; without ``batch_size``, which changes no mask.
-
-        For the strategies "retrieved" and "adapter" they make the SAM2 segmenter that these stand on.
-        """
+    def segmenter_settings(self, dataset: str) -> SegmenterSettings:
+        """Return the settings of a data set's segmenter, or of the SAM2 that an adapter or texts guide."""
         masks = self.params.masks
-        common = {
-            "keep": masks.keep.get(self.params.datasets[dataset].modality, 1),
-            "min_area": masks.min_area,
-            "max_area": masks.max_area,
-        }
+        keep = masks.keep.get(self.params.datasets[dataset].modality, 1)
         if masks.segmenter == "otsu":
-            return common
-        return common | {
-            "config": masks.config,
-            "checkpoint": masks.checkpoint,
-            "image_size": masks.image_size,
-            "strategy": {"retrieved": "grid", "adapter": "box"}.get(masks.strategy, masks.strategy),
-            "points_per_side": masks.points_per_side,
-            "follow_edges": masks.follow_edges,
-        }
+            return OtsuSettings(keep, masks.min_area, masks.max_area)
+        return Sam2Settings(
+            masks.config,
+            masks.checkpoint,
+            masks.image_size,
+            {"retrieved": "grid", "adapter": "box"}.get(masks.strategy, masks.strategy),
+            points_per_side=masks.points_per_side,
+            keep=keep,
+            min_area=masks.min_area,
+            max_area=masks.max_area,
+            follow_edges=masks.follow_edges,
+        )
 
-    def segmenter(self, dataset: str) -> Segmenter:
-        """The segmenter that the masks section describes for a data set.
+    def segmenter(self, dataset: str, adapter: Path | None = None) -> Segmenter:
+        """Build the segmenter that the masks section describes for a data set.
 
-        Raises FileNotFoundError for the strategy "adapter" before the masks stage has taught one, and
-        ValueError as ``anatomy`` does.
+        ``adapter`` is the file of the strategy "adapter", by default the published one.
+        Raises FileNotFoundError if that file is missing, and ValueError as ``anatomy`` does.
         """
-        if self.params.masks.segmenter == "otsu":
-            from medfocus.masks.otsu import OtsuSegmenter
-
-            return OtsuSegmenter(**self.segmenter_settings(dataset))
-        if self.params.masks.strategy == "retrieved":
-            texts = self.anatomy(dataset)  # a fault of theirs comes before seconds of loading
+        masks, state, rank = self.params.masks, None, None
+        if masks.segmenter == "sam2" and masks.strategy == "retrieved":
+            texts = self.anatomy(dataset)  # faults in the texts show before the seconds of loading
             from medfocus.clip.encoder import build_clip
-            from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
+            from medfocus.masks.sam2.retrieval import TextRank
 
-            clip = build_clip(self.params.clip.model, self.params.clip.pretrained, self._device)
-            return RetrievalSegmenter(self.sam2(dataset), TextRank.of(clip, texts))
-        if self.params.masks.strategy == "adapter":
-            from medfocus.masks.sam2.adapter import AdapterSegmenter
-            from medfocus.storage import weights
-
-            path = self.folder / "data" / "masks" / dataset / ADAPTER
+            rank = TextRank.of(
+                build_clip(self.params.clip.model, self.params.clip.pretrained, self._device), texts
+            )
+        elif masks.segmenter == "sam2" and masks.strategy == "adapter":
+            path = adapter or self.folder / "data" / "masks" / dataset / ADAPTER
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no adapter there; run the masks stage, which teaches one.")
-            return AdapterSegmenter(self.sam2(dataset), weights.load(path))
-        return self.sam2(dataset)
+            from medfocus.storage import weights
+
+            state = weights.load(path)
+        return build_segmenter(
+            self.segmenter_settings(dataset),
+            adapter=state,
+            rank=rank,
+            batch_size=masks.batch_size,
+            device=self._device,
+        )
 
     def sam2(self, dataset: str) -> Sam2Segmenter:
-        """SAM2 as a data set's segmenter, before a text or an adapter informs it."""
-        from medfocus.masks.sam2.fast_segmenter import build_segmenter  # takes seconds
-
+        """Build the SAM2 of a data set, without adapter and texts."""
         settings = self.segmenter_settings(dataset)
-        return build_segmenter(**settings, batch_size=self.params.masks.batch_size, device=self._device)
+        assert isinstance(settings, Sam2Settings)
+        return build_sam2(settings, batch_size=self.params.masks.batch_size, device=self._device)
 
     def anatomy(self, dataset: str) -> tuple[str, ...]:
         """The texts by which "retrieved" chooses a data set's masks.

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,9 @@ from medfocus.evaluation.metrics import softmax
 from medfocus.focus.modes import focus as apply_focus
 from medfocus.focus.region_views import focused_view
 from medfocus.images import decode
+from medfocus.masks.factory import build_segmenter
 from medfocus.masks.segmenter import Segmenter
+from medfocus.masks.settings import OtsuSettings, Sam2Settings
 from medfocus.storage import weights
 
 if TYPE_CHECKING:
@@ -58,7 +60,6 @@ def save_model(
     checkpoint: Path,
     encoder: ClipEncoder,
     segmenter: Segmenter,
-    segmenter_settings: Mapping[str, object],
     feather: float,
 ) -> None:
     """Write all that ``Predictor.load`` needs to ``folder``, in place of what was there.
@@ -68,19 +69,16 @@ def save_model(
         checkpoint: What ``checkpoint.save`` wrote; it brings the method, its classes and its focus.
         encoder: The CLIP on which the method was fitted.
         segmenter: The segmenter of the images the method was fitted on.
-        segmenter_settings: The arguments by name with which ``masks.sam2.fast_segmenter.build_segmenter`` or
-            ``OtsuSegmenter`` made it.
         feather: Of the views.
 
     Raises:
-        ValueError: The checkpoint was fitted on another CLIP, or the settings make another segmenter.
+        ValueError: The checkpoint was fitted on another CLIP.
     """
     from safetensors.torch import save_file
 
     from medfocus.masks.sam2 import model
     from medfocus.masks.sam2.adapter import AdapterSegmenter
     from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
-    from medfocus.masks.sam2.segmenter import Sam2Segmenter
     from medfocus.serving import checkpoint as checkpoints
 
     header = checkpoints.read_header(checkpoint)
@@ -96,13 +94,12 @@ def save_model(
     shutil.copyfile(checkpoint, beside / _CELL)
     save_file(_towers(encoder.model), beside / _CLIP / "open_clip_model.safetensors")
     _write_json(beside / _CLIP / "open_clip_config.json", encoder.config)
-    settings = dict(segmenter_settings)
-    plain = getattr(segmenter, "plain", segmenter)  # what an adapter or a text only informs
-    if isinstance(plain, Sam2Segmenter):
-        state = _tensors(plain.model)
+    settings = asdict(segmenter.settings)
+    if segmenter.sam2 is not None:
+        state = _tensors(segmenter.sam2.model)
         save_file({k: v for k, v in state.items() if k.startswith(model.IMAGE_MODULES)}, beside / _SAM2)
-        shutil.copyfile(model.config_path(str(settings.pop("config"))), beside / _SAM2_CONFIG)
-        settings.pop("checkpoint", None)
+        shutil.copyfile(model.config_path(settings.pop("config")), beside / _SAM2_CONFIG)
+        del settings["checkpoint"]
     retrieved = None
     if isinstance(segmenter, AdapterSegmenter):
         save_file(segmenter.state, beside / _ADAPTER)
@@ -110,15 +107,8 @@ def save_model(
         assert isinstance(segmenter.rank, TextRank)  # the only one that a study knows
         save_file({"text": segmenter.rank.text.contiguous()}, beside / _TEXT)
         retrieved = segmenter.rank.key
-    kind = "sam2" if isinstance(plain, Sam2Segmenter) else "otsu"
-    if (made := _load_segmenter(beside, kind, settings, encoder, retrieved).key) != segmenter.key:
-        shutil.rmtree(beside)
-        raise ValueError(
-            f"the segmenter_settings make the segmenter {made[:12]}, but the model was fitted on masks of "
-            f"{segmenter.key[:12]}; give the very arguments that it was made with."
-        )
     content = {
-        "segmenter": kind,
+        "segmenter": segmenter.settings.kind,
         "segmenter_settings": settings,
         "segmenter_key": segmenter.key,
         "retrieved": retrieved,
@@ -180,7 +170,7 @@ class Predictor:
             name=content["clip"],
             key=content["clip_key"],
             tokenizer=None,
-            segmenter=segmenter if hasattr(segmenter, "describe") else None,
+            segmenter=segmenter.sam2,
         )
         method, header = checkpoint.load(folder / _CELL, encoder)
         return cls(method, segmenter, header.classes, header.focus, content["feather"], content["view_size"])
@@ -247,21 +237,15 @@ def _load_segmenter(
 ) -> Segmenter:
     """The segmenter of a model folder; ``retrieved`` is the key of the text that chooses, if one does."""
     if kind == "otsu":
-        from medfocus.masks.otsu import OtsuSegmenter
-
-        return OtsuSegmenter(**settings)
-    from medfocus.masks.sam2.fast_segmenter import build_segmenter
-
-    plain = build_segmenter(str(folder / _SAM2_CONFIG), str(folder / _SAM2), **settings)
-    if (folder / _ADAPTER).is_file():
-        from medfocus.masks.sam2.adapter import AdapterSegmenter
-
-        return AdapterSegmenter(plain, weights.load(folder / _ADAPTER))
+        return build_segmenter(OtsuSettings(**settings))
+    sam2 = Sam2Settings(config=str(folder / _SAM2_CONFIG), checkpoint=str(folder / _SAM2), **settings)
+    adapter = weights.load(folder / _ADAPTER) if (folder / _ADAPTER).is_file() else None
+    rank = None
     if retrieved is not None:
-        from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
+        from medfocus.masks.sam2.retrieval import TextRank
 
-        return RetrievalSegmenter(plain, TextRank(encoder, weights.load(folder / _TEXT)["text"], retrieved))
-    return plain
+        rank = TextRank(encoder, weights.load(folder / _TEXT)["text"], retrieved)
+    return build_segmenter(sam2, adapter=adapter, rank=rank)
 
 
 def _tensors(model: Any) -> dict[str, Any]:
