@@ -41,8 +41,8 @@ from medfocus.masks.settings import OtsuSettings, Sam2Settings
 from medfocus.masks.store import decode_mask, encode_mask
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.serving import checkpoint, pyfunc
-from medfocus.serving import predictor as serve
-from medfocus.serving.predictor import Predictor
+from medfocus.serving.model_folder import load_model, save_model
+from medfocus.serving.predictor import BATCH, Prediction, Predictor
 from medfocus.serving.pyfunc import FocusClassifier, ServedError
 from medfocus.tracking import registry, runs
 
@@ -101,7 +101,7 @@ class Fitted:
             "checkpoint": self.checkpoint, "encoder": self.encoder, "segmenter": self.segmenter,
             "feather": FEATHER,
         }  # fmt: skip
-        serve.save_model(folder, **{**usual, **changes})
+        save_model(folder, **{**usual, **changes})
         return folder
 
 
@@ -152,7 +152,7 @@ def model(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def predictor(model: Path) -> Predictor:
     """The model, loaded from its folder alone."""
-    return Predictor.load(model)
+    return load_model(model)
 
 
 def test_an_image_gets_the_probabilities_that_the_evaluation_gave_it(
@@ -178,7 +178,7 @@ def test_a_prediction_is_complete(predictor: Predictor) -> None:
 
 
 def test_an_images_neighbours_in_the_request_do_not_matter(predictor: Predictor) -> None:
-    images = [encoded(seed) for seed in range(serve._BATCH + 3)]
+    images = [encoded(seed) for seed in range(BATCH + 3)]
     together = [list(p.probabilities.values()) for p in predictor.predict(images)]
     alone = [list(predictor.predict([data])[0].probabilities.values()) for data in images]
     np.testing.assert_allclose(together, alone, atol=1e-6)
@@ -244,13 +244,13 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside(fitted: Fitt
 def test_otsu_masks_are_served_too(fitted: Fitted, tmp_path: Path) -> None:
     otsu = OtsuSegmenter(OtsuSettings(min_area=0.02))
     folder = fitted.save(tmp_path / "model", segmenter=otsu)
-    [prediction] = Predictor.load(folder).predict([encoded(0)])
+    [prediction] = load_model(folder).predict([encoded(0)])
     assert np.array_equal(prediction.mask, otsu.segment([decode.decode(encoded(0), "it")])[0].region)
     assert not (folder / "sam2.safetensors").exists()
 
 
 def test_the_loaded_segmenter_is_the_one_that_was_saved(fitted: Fitted, tmp_path: Path) -> None:
-    loaded = Predictor.load(fitted.save(tmp_path / "model")).segmenter
+    loaded = load_model(fitted.save(tmp_path / "model")).segmenter
     assert loaded.key == fitted.segmenter.key
 
 
@@ -260,8 +260,8 @@ def test_another_clip_is_refused(fitted: Fitted, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is no model folder \(no serve.json\)"):
-        Predictor.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"serve.json is missing"):
+        load_model(tmp_path)
 
 
 class Touch:
@@ -290,7 +290,7 @@ def test_a_model_folder_with_a_pickle_under_any_name_is_refused_and_its_code_nev
     folder = shutil.copytree(model, tmp_path / "model")
     (folder / name).write_bytes(pickle.dumps({"w": Touch(tmp_path / "ran")}))
     with pytest.raises(ValueError, match=fault):
-        Predictor.load(folder)
+        load_model(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -300,7 +300,7 @@ def test_a_model_folder_builds_nothing_but_sam2(model: Path, tmp_path: Path) -> 
     call = f"{{_target_: os.system, command: touch {tmp_path / 'ran'}}}"
     (folder / "sam2.yaml").write_text(f"{text}  extra: {call}\n")
     with pytest.raises(ValueError, match=r"asks to build 'os\.system', which is no module of sam2\.modeling"):
-        Predictor.load(folder)
+        load_model(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -323,7 +323,7 @@ def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fit
         config={"model_cfg": as_built, "preprocess_cfg": dict(visual.preprocess_cfg)},
     )
     folder = fitted.save(tmp_path / "model", encoder=encoder)
-    rebuilt = Predictor.load(folder).method.encoder
+    rebuilt = load_model(folder).method.encoder
     pixels = encoder.preprocess(torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8))
     assert rebuilt.mean == (0.5, 0.5, 0.5)
     torch.testing.assert_close(rebuilt.encode_images(pixels), encoder.encode_images(pixels))
@@ -565,18 +565,18 @@ class Alone:
     def __init__(self) -> None:
         self.inside = 0
 
-    def predict(self, images: list[bytes], overlay: bool) -> list[serve.Prediction]:
+    def predict(self, images: list[bytes], overlay: bool) -> list[Prediction]:
         self.inside += 1
         time.sleep(0.01)
         assert self.inside == 1
         self.inside -= 1
-        return [serve.Prediction("blob", {}, np.zeros((1, 1), bool), "chosen", 0.5, b"") for _ in images]
+        return [Prediction("blob", {}, np.zeros((1, 1), bool), "chosen", 0.5, b"") for _ in images]
 
 
 class Broken:
     """A predictor that fails in its inside."""
 
-    def predict(self, images: list[bytes], overlay: bool) -> list[serve.Prediction]:
+    def predict(self, images: list[bytes], overlay: bool) -> list[Prediction]:
         raise OSError(f"/data/{PATIENT}/cell.safetensors: no space left on device")
 
 

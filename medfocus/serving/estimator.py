@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +28,6 @@ from medfocus.explain.explain import explain, on_image
 from medfocus.focus.modes import FOCUS
 from medfocus.focus.region_views import focused_view
 from medfocus.focus.view import crop_box
-from medfocus.images import decode
 from medfocus.learning.selection import LearningRates
 from medfocus.masks.factory import build_segmenter
 from medfocus.masks.segmenter import Mask, Segmenter
@@ -37,14 +35,14 @@ from medfocus.masks.settings import SETTINGS, SegmenterSettings
 from medfocus.masks.store import MaskStore
 from medfocus.methods import IMAGES, METHODS, Method, Support
 from medfocus.serving import checkpoint, defaults
-from medfocus.serving.predictor import Predictor, probabilities_of, save_model
+from medfocus.serving.inputs import Images, InputImage, open_images
+from medfocus.serving.model_folder import load_model, save_model
+from medfocus.serving.predictor import probabilities_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 _OWN = "estimator.json"  # in a saved model's folder: what scikit-learn knows of it
-
-Images = Iterable[Any]  # of arrays (H, W) or (H, W, 3) uint8, or of paths
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +68,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     method : str, default="medfocusclip"
         A key of ``medfocus.methods.METHODS``.
     settings : dict or None, default=None
-        Hyperparameters of the method, in place of those of ``medfocus.serving.defaults.METHODS``.
+        Hyperparameters of the method, in place of those of params.yaml.
     focus : str, default="crop"
         How an image is shown under its mask: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha"
         or "dual". With "none" no mask is made.
@@ -79,7 +77,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     segmenter : {"sam2", "otsu"}, default="sam2"
         What makes the masks.
     segmenter_settings : dict or None, default=None
-        In place of those of ``medfocus.serving.defaults.SEGMENTERS``.
+        In place of those of params.yaml.
     modality : str, default="other"
         A key of ``medfocus.clip.prompts.TEMPLATES``.
     names : dict or None, default=None
@@ -190,7 +188,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         and for a parameter that is unknown or out of range.
         """
         settings = self._check_parameters()
-        images = _opened(X)
+        images = open_images(X)
         labels = column_or_1d(y, warn=True)
         check_consistent_length(images, labels)
         assert_all_finite(labels, input_name="y")
@@ -219,7 +217,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         )
         generator = torch.Generator().manual_seed(_seed(self.random_state))
         if len(rates := _rates(settings)) > 1:
-            self.method_: Method = LearningRates(rates, **defaults.LEARNING_RATES).fit(
+            self.method_: Method = LearningRates(rates, **defaults.default_params()["learning_rates"]).fit(
                 method, support, generator
             )
         else:
@@ -229,7 +227,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Images) -> np.ndarray:
         """N images -> (N, K) probabilities by ``classes_``, rows summing to one."""
         check_is_fitted(self)
-        images = _opened(X)
+        images = open_images(X)
         inputs = self._inputs(self.method_, images, self._masks(images), 1)[0]  # (N, ...)
         return probabilities_of(self.method_, inputs)
 
@@ -244,7 +242,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         Raises ValueError for a label that is not among ``classes_``.
         """
         check_is_fitted(self)
-        images = _opened([image])
+        images = open_images([image])
         if self.segmenter_ is None:  # the focus "none" saw none, but who asks wants to see it
             self.segmenter_ = self._segmenter()
         [mask] = self._masks(images)
@@ -264,7 +262,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the fitted classifier to ``folder``, in place of what was there: tensors and text, no pickle.
 
-        ``medfocus.serving.predictor.Predictor`` loads it as well.
+        ``medfocus.serving.model_folder.load_model`` reads it as well.
         """
         check_is_fitted(self)
         folder = Path(folder)
@@ -298,13 +296,13 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     def load(cls, folder: str | os.PathLike[str]) -> Self:
         """What ``save`` wrote, on the CPU.
 
-        Raises FileNotFoundError where it did not write that folder, ValueError as ``Predictor.load`` does.
+        Raises FileNotFoundError where it did not write that folder, ValueError as ``load_model`` does.
         """
         path = Path(folder, _OWN)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there; give a folder that MedFocusCLIP.save wrote.")
         content = json.loads(path.read_text(encoding="utf-8"))
-        predictor = Predictor.load(Path(folder))
+        predictor = load_model(Path(folder))
         made = cls(**content["params"])
         made.classes_ = np.array(content["classes"], dtype=content["dtype"])
         made.method_, made.segmenter_ = predictor.method, predictor.segmenter
@@ -317,14 +315,14 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         for name, value, known in (
             ("method", self.method, METHODS),
             ("focus", self.focus, modes),
-            ("segmenter", self.segmenter, defaults.SEGMENTERS),
+            ("segmenter", self.segmenter, SETTINGS),
         ):
             if value not in known:
                 raise ValueError(f"MedFocusCLIP: {name} is {value!r}; use one of {', '.join(known)}.")
         for name, value, least in (("augmented", self.augmented, 0), ("batch_size", self.batch_size, 1)):
             if value < least:
                 raise ValueError(f"MedFocusCLIP: {name} is {value}; use {least} or more.")
-        known, given = defaults.METHODS[self.method], dict(self.settings or {})
+        known, given = defaults.method_settings(self.method), dict(self.settings or {})
         if unknown := sorted(given.keys() - known.keys()):
             raise ValueError(
                 f"MedFocusCLIP: settings has {unknown[0]!r}, which {self.method} does not take; it takes "
@@ -354,14 +352,14 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         )
 
     def _segmenter(self) -> Segmenter:
-        values = {**defaults.SEGMENTERS[self.segmenter], **(self.segmenter_settings or {})}
-        settings = SETTINGS[self.segmenter](**values)
+        changes = self.segmenter_settings or {}
+        settings = defaults.segmenter_settings(self.segmenter, self.modality, changes)
         return _built_segmenter(settings, self.device, threading.get_ident())
 
     def _class_names(self) -> tuple[str, ...]:
         return tuple((self.names or {}).get(str(label), str(label)) for label in self.classes_)
 
-    def _masks(self, images: Sequence[_Image]) -> list[Mask] | list[None]:
+    def _masks(self, images: Sequence[InputImage]) -> list[Mask] | list[None]:
         """A mask each; none where no focus asks for one."""
         segmenter = self.segmenter_
         if segmenter is None:
@@ -379,7 +377,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
                 store.close()
         return [known[image.sha256] for image in images]
 
-    def _view(self, image: _Image, mask: Mask | None, number: int) -> np.ndarray:
+    def _view(self, image: InputImage, mask: Mask | None, number: int) -> np.ndarray:
         return focused_view(
             image.pixels,
             None if mask is None or self.focus == "none" else mask.region,
@@ -393,7 +391,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return self.method_.embed(torch.from_numpy(view)[None]).cpu()
 
     def _inputs(
-        self, method: Method, images: Sequence[_Image], masks: Sequence[Mask | None], views: int
+        self, method: Method, images: Sequence[InputImage], masks: Sequence[Mask | None], views: int
     ) -> Tensor:
         """(V, N, ...) the output of a method's frozen part for ``views`` views of images."""
         items = [(i, number) for i in range(len(images)) for number in range(views)]
@@ -410,45 +408,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return encoded.unflatten(0, (len(images), views)).transpose(0, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Image:
-    sha256: str  # of the file's bytes or, of an array, of its shape and pixels
-    pixels: np.ndarray  # (H, W, 3) uint8
-
-
-def _opened(X: Images) -> list[_Image]:
-    """Every image checked and decoded. Raises ValueError naming the first bad one's place."""
-    if isinstance(X, str | os.PathLike):
-        raise ValueError(f"MedFocusCLIP: X is one path, {os.fspath(X)!r}; give a list of images.")
-    if isinstance(X, np.ndarray) and X.ndim == 3 and X.shape[2] == 3:
-        raise ValueError(
-            f"MedFocusCLIP: X is one image of {X.shape}, or images that are 3 pixels wide; give a list "
-            "of images, [image] for a single one."
-        )
-    if not hasattr(X, "__iter__"):
-        raise ValueError(f"MedFocusCLIP: X is {type(X).__name__}; give a list of images.")
-    given = list(X)
-    if not given:
-        raise ValueError("MedFocusCLIP: X has 0 images (0 samples), and at least 1 is needed.")
-    return [_open(image, f"X[{i}]") for i, image in enumerate(given)]
-
-
-def _open(given: Any, name: str) -> _Image:
-    if isinstance(given, str | os.PathLike):
-        return _Image(*decode.read_named(Path(given)))
-    if not isinstance(given, np.ndarray):
-        raise ValueError(f"{name} is {type(given).__name__}; give an array of uint8 or a path.")
-    grey, colour = given.ndim == 2, given.ndim == 3 and given.shape[2] == 3
-    if given.dtype != np.uint8 or not (grey or colour) or given.size == 0:
-        raise ValueError(
-            f"{name} is {given.dtype} of shape {given.shape}; an image is uint8 of (H, W) or (H, W, 3). "
-            "Scale values to 0 to 255 and convert them, and put one image each into X."
-        )
-    pixels = np.repeat(given[:, :, None], 3, axis=2) if grey else np.ascontiguousarray(given)
-    content = f"{pixels.shape}".encode() + pixels.tobytes()
-    return _Image(hashlib.sha256(content).hexdigest(), pixels)
-
-
 @lru_cache(maxsize=4)
 def _towers(clip: str, pretrained: str, device: str, thread: int) -> ClipEncoder:
     """CLIP, once for all the fits of a cross-validation; a thread's own, as towers are for one at a time."""
@@ -458,7 +417,8 @@ def _towers(clip: str, pretrained: str, device: str, thread: int) -> ClipEncoder
 @lru_cache(maxsize=4)
 def _built_segmenter(settings: SegmenterSettings, device: str, thread: int) -> Segmenter:
     """A segmenter, kept as ``_towers`` are."""
-    return build_segmenter(settings, batch_size=defaults.SEGMENTER_BATCH, device=device)
+    batch_size = defaults.default_params()["masks"]["batch_size"]
+    return build_segmenter(settings, batch_size=batch_size, device=device)
 
 
 def _rates(settings: Mapping[str, Any]) -> tuple[float, ...]:

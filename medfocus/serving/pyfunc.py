@@ -24,7 +24,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from medfocus.images.decode import MOST_BYTES
 from medfocus.images.stack import ImageError, TooLargeError
-from medfocus.serving.predictor import Predictor
+from medfocus.serving.model_folder import load_model
 from medfocus.storage.redaction import kind_and_place
 
 MOST_IMAGES = 64  # of a request to a server; what runs in a process of its own may give more
@@ -52,7 +52,7 @@ class FocusClassifier(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the model folder that was logged as the artefact ``model``."""
-        self.predictor = Predictor.load(Path(context.artifacts["model"]))
+        self.predictor = load_model(Path(context.artifacts["model"]))
         self.one_at_a_time = threading.Lock()
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  # MLflow's own returns None
