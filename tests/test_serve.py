@@ -45,6 +45,7 @@ from medfocus.serving.model_folder import load_model, save_model
 from medfocus.serving.predictor import BATCH, Prediction, Predictor
 from medfocus.serving.pyfunc import FocusClassifier, ServedError
 from medfocus.tracking import registry, runs
+from medfocus.tracking.process import QUIET
 
 pytestmark = [
     # On import MLflow silences this in a way that "error" overrules.
@@ -379,7 +380,7 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     images = [encoded(seed) for seed in (30, 31, 32)]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | runs._QUIET
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | QUIET
     result = subprocess.run(
         [sys.executable, "-c", _CLIENT, f"sqlite:///{home / 'mlflow.db'}"],
         input=json.dumps([base64.b64encode(data).decode() for data in images]),

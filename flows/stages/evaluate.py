@@ -210,7 +210,7 @@ def numbers(header: checkpoint.Header, rows: dict[tuple[str, str], StudyRow]) ->
 
 
 def _log(
-    run: runs.Study,
+    run: runs.StudyRun,
     dataset: EncodedDataset,
     cell: Cell,
     header: checkpoint.Header,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medfocus.tracking.process import lock, quieten
 from medfocus.tracking.provenance import PACKAGES, installed
-from medfocus.tracking.runs import LONGEST_TAG, Tracking, lock, pages, quieten
+from medfocus.tracking.runs import LONGEST_TAG, Tracking, pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
