@@ -29,15 +29,15 @@ from medfocus.explain.explain import explain
 from medfocus.images.decode import letterbox_mask
 from medfocus.masks.quality import known_region
 from medfocus.reports.data_warnings import data_warnings
-from medfocus.reports.page import (
+from medfocus.reports.page import render
+from medfocus.reports.page_content import (
     Calibration,
     Confusion,
     Cost,
     Example,
+    PageContent,
     Provenance,
     Recalls,
-    Report,
-    render,
 )
 from medfocus.reports.rows import StudyRow, read_published, read_rows, system_name
 from medfocus.serving import checkpoint
@@ -82,7 +82,7 @@ def write_page(study: Study) -> Path:
         rows = read_rows(STUDY if STUDY.exists() else RESULTS)
         cells = plan(study.params)
         encoder = study.encoder()
-        page = Report(study.params.study.name, rows=rows, baseline=study.params.report.baseline)
+        page = PageContent(study.params.study.name, rows=rows, baseline=study.params.report.baseline)
         parts = _Parts()
         for name in study.params.datasets:
             dataset = EncodedDataset(study, name, encoder)
