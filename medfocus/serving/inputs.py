@@ -1,10 +1,10 @@
-"""Images as the estimator accepts them: arrays or paths."""
+"""The images that the estimator accepts, arrays or paths, and their masks."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from medfocus.images import decode
+from medfocus.masks.segmenter import Mask, Segmenter
+from medfocus.masks.store import MaskStore
 
 Images = Iterable[Any]  # of arrays (H, W) or (H, W, 3) uint8, or of paths
 
@@ -20,38 +22,56 @@ Images = Iterable[Any]  # of arrays (H, W) or (H, W, 3) uint8, or of paths
 class InputImage:
     """A decoded image and its identity."""
 
-    sha256: str  # of the file's bytes or, of an array, of its shape and pixels
+    sha256: str  # of the file's bytes, or of an array's shape and pixels
     pixels: np.ndarray  # (H, W, 3) uint8
 
 
 def open_images(X: Images) -> list[InputImage]:
-    """Every image checked and decoded. Raises ValueError naming the first bad one's place."""
+    """Check and decode images. Raises ValueError with the place of the first faulty image."""
     if isinstance(X, str | os.PathLike):
-        raise ValueError(f"MedFocusCLIP: X is one path, {os.fspath(X)!r}; give a list of images.")
+        raise ValueError(f"MedFocusCLIP: X is one path, {os.fspath(X)!r}. Give a list of images.")
     if isinstance(X, np.ndarray) and X.ndim == 3 and X.shape[2] == 3:
         raise ValueError(
-            f"MedFocusCLIP: X is one image of {X.shape}, or images that are 3 pixels wide; give a list "
-            "of images, [image] for a single one."
+            f"MedFocusCLIP: X is one image of shape {X.shape}, or a stack of images 3 pixels wide. "
+            "Give a list of images; for a single image, [image]."
         )
     if not hasattr(X, "__iter__"):
-        raise ValueError(f"MedFocusCLIP: X is {type(X).__name__}; give a list of images.")
-    given = list(X)
-    if not given:
-        raise ValueError("MedFocusCLIP: X has 0 images (0 samples), and at least 1 is needed.")
-    return [_open(image, f"X[{i}]") for i, image in enumerate(given)]
+        raise ValueError(f"MedFocusCLIP: X is of type {type(X).__name__}. Give a list of images.")
+    images = list(X)
+    if not images:
+        raise ValueError("MedFocusCLIP: X has 0 images (0 samples). Give at least 1.")
+    return [_open(image, f"X[{i}]") for i, image in enumerate(images)]
 
 
-def _open(given: Any, name: str) -> InputImage:
-    if isinstance(given, str | os.PathLike):
-        return InputImage(*decode.read_named(Path(given)))
-    if not isinstance(given, np.ndarray):
-        raise ValueError(f"{name} is {type(given).__name__}; give an array of uint8 or a path.")
-    grey, colour = given.ndim == 2, given.ndim == 3 and given.shape[2] == 3
-    if given.dtype != np.uint8 or not (grey or colour) or given.size == 0:
+def _open(image: Any, name: str) -> InputImage:
+    if isinstance(image, str | os.PathLike):
+        return InputImage(*decode.read_named(Path(image)))
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{name} is of type {type(image).__name__}. Give an array of uint8 or a path.")
+    grey, colour = image.ndim == 2, image.ndim == 3 and image.shape[2] == 3
+    if image.dtype != np.uint8 or not (grey or colour) or image.size == 0:
         raise ValueError(
-            f"{name} is {given.dtype} of shape {given.shape}; an image is uint8 of (H, W) or (H, W, 3). "
-            "Scale values to 0 to 255 and convert them, and put one image each into X."
+            f"{name} is {image.dtype} of shape {image.shape}, but an image is uint8 of (H, W) or (H, W, 3). "
+            "Scale the values to 0 to 255 and convert them to uint8."
         )
-    pixels = np.repeat(given[:, :, None], 3, axis=2) if grey else np.ascontiguousarray(given)
+    pixels = np.repeat(image[:, :, None], 3, axis=2) if grey else np.ascontiguousarray(image)
     content = f"{pixels.shape}".encode() + pixels.tobytes()
     return InputImage(hashlib.sha256(content).hexdigest(), pixels)
+
+
+def segment(
+    images: Sequence[InputImage], segmenter: Segmenter, cache: str | os.PathLike[str] | None
+) -> list[Mask]:
+    """Return a mask for each image. ``cache`` is a folder that keeps the masks, or None."""
+    store = None if cache is None else MaskStore(os.fspath(cache))
+    shas = list(dict.fromkeys(image.sha256 for image in images))
+    stored = {sha: store.get(sha, segmenter.key) for sha in shas} if store else {}
+    known = {sha: mask for sha, mask in stored.items() if mask is not None}
+    missing = {image.sha256: image.pixels for image in images if image.sha256 not in known}
+    if missing:
+        new = dict(zip(missing, segmenter.segment(list(missing.values())), strict=True))
+        known |= new
+        if store:
+            store.put(new, segmenter.key)
+            store.close()
+    return [known[image.sha256] for image in images]

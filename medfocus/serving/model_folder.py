@@ -67,8 +67,8 @@ def save_model(
     header = checkpoints.read_header(checkpoint)
     if header.encoder_key != encoder.key:
         raise ValueError(
-            f"{checkpoint} was fitted on CLIP weights {header.encoder_key[:12]}, but these are "
-            f"{encoder.key[:12]}; give the encoder it was fitted on."
+            f"{checkpoint} was fitted on CLIP weights {header.encoder_key[:12]}, but the encoder has "
+            f"{encoder.key[:12]}. Give the encoder that the checkpoint was fitted on."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -164,15 +164,15 @@ def _refuse_pickles(folder: Path) -> None:
     for file in sorted(folder.rglob("*")):
         if file.suffix.casefold() in _PICKLES:
             raise ValueError(
-                f"{file}: a {file.suffix} file can run any code when it is opened, and a model folder has "
-                "none, so the model was refused. Take it from where it was registered, or register it anew."
+                f"{file}: a {file.suffix} file can run code when it is opened, so the model is refused. "
+                "Download the model from its registry again, or register it again."
             )
 
 
 def _load_segmenter(
     folder: Path, kind: str, settings: Mapping[str, Any], encoder: ClipEncoder, retrieved: str | None
 ) -> Segmenter:
-    """The segmenter of a model folder; ``retrieved`` is the key of the text that chooses, if one does."""
+    """Load a folder's segmenter; ``retrieved`` is the key of the text that chooses the candidate, if any."""
     if kind == "otsu":
         return build_segmenter(OtsuSettings(**settings))
     sam2 = Sam2Settings(config=str(folder / _SAM2_CONFIG), checkpoint=str(folder / _SAM2), **settings)
@@ -186,7 +186,7 @@ def _load_segmenter(
 
 
 def _tensors(model: Any) -> dict[str, Any]:
-    """A model's state dict as safetensors takes it: on the CPU, contiguous, no memory shared."""
+    """Return a model's state dict for safetensors: on the CPU, contiguous, without shared memory."""
     return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
 
 

@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
     from medfocus.methods import Method
 
-BATCH = 16  # images at once, so that memory does not grow with the request
+BATCH = 16  # images in a batch, so that memory does not grow with the request
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the model says of one image."""
+    """The prediction for one image."""
 
     label: str
     probabilities: dict[str, float]  # by class, in the model's order; they sum to 1
-    mask: np.ndarray  # (H, W) bool at the image's own resolution: what the focus saw as the region
-    mask_status: str  # the rung of the fallback ladder
+    mask: np.ndarray  # (H, W) bool at the image's resolution: the region of the focus
+    mask_status: str  # the rung of the fallback ladder that made the mask
     mask_score: float  # in [0, 1]
-    overlay: bytes  # PNG at the image's own resolution, the mask tinted; empty where none was asked for
+    overlay: bytes  # PNG at the image's resolution with a tinted mask; empty if not requested
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Predictor:
     classes: tuple[str, ...]
     focus: str
     feather: float
-    view_size: int  # pixels a side of what CLIP sees
+    view_size: int  # pixels a side of a view
 
     def predict(self, images: Sequence[bytes], overlay: bool = True) -> list[Prediction]:
-        """Encoded images -> one prediction each, the same that the evaluation makes.
+        """Predict encoded images, as the evaluation does.
 
-        Without ``overlay`` no image with the mask drawn in is made, which takes time.
-        Raises ValueError naming the first bad image's place in the request, the fault and the fix.
+        Without ``overlay``, the predictions have no overlay, which saves time.
+        Raises ValueError with the place of the first faulty image in the request, its fault and the fix.
         """
         names = [f"image {i + 1} of {len(images)}" for i in range(len(images))]
         predictions: list[Prediction] = []
@@ -62,7 +62,7 @@ class Predictor:
         return predictions
 
     def predict_decoded(self, images: Sequence[np.ndarray], overlay: bool = True) -> list[Prediction]:
-        """Images (H, W, 3) uint8 RGB, few enough for the memory -> one prediction each."""
+        """Predict images (H, W, 3) uint8 RGB in one batch."""
         masks = self.segmenter.segment(images)
         views = [self.view(image, mask.region) for image, mask in zip(images, masks, strict=True)]
         probabilities = self.probabilities(np.stack(views))
@@ -79,23 +79,25 @@ class Predictor:
         ]
 
     def view(self, image: np.ndarray, region: np.ndarray) -> np.ndarray:
-        """What CLIP sees of an image (H, W, 3) uint8 with a region (H, W) bool: (S, S, C) uint8."""
+        """Return CLIP's view (S, S, C) uint8 of an image (H, W, 3) uint8 with a region (H, W) bool."""
         return focused_view(image, region, focus=self.focus, size=self.view_size, feather=self.feather)
 
     def probabilities(self, views: np.ndarray) -> np.ndarray:
-        """Views (N, S, S, C) uint8 -> (N, K), in the order of ``classes``."""
+        """Return the probabilities (N, K) of views (N, S, S, C) uint8, in the order of ``classes``."""
         import torch
 
         return probabilities_of(self.method, self.method.embed(torch.from_numpy(views)))
 
 
 def probabilities_of(method: Method, inputs: Tensor) -> np.ndarray:
-    """What a fitted method's main classifier says of embedded images, inputs (N, ...) -> (N, K)."""
+    """Return the probabilities (N, K) of a fitted method's main classifier for embedded images (N, ...)."""
     logits = next(iter(method.logits(inputs).values()))  # (N, K)
     return softmax(logits.detach().cpu().double().numpy())
 
 
 def _png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=3)  # a third of the usual time, 5 % larger
+    Image.fromarray(image).save(
+        buffer, "PNG", compress_level=3
+    )  # takes a third of the default time; files are 5 % larger
     return buffer.getvalue()
