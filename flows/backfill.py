@@ -8,10 +8,11 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.operations.jobs import faults_in_one_line, only_retraining
+from flows.operations.failures import faults_in_one_line
+from flows.operations.locks import only_retraining
 from flows.operations.notify import report_failure
 from flows.pipeline import cache_masks
-from flows.servers.servers import prefect_api
+from flows.servers.prefect import prefect_api
 from flows.study.study import open_study
 from medfocus.storage.redaction import redacted
 

@@ -24,9 +24,11 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
-from flows.operations.jobs import faults_in_one_line, only_job
+from flows.operations.failures import faults_in_one_line
+from flows.operations.locks import only_job
 from flows.operations.retries import PATIENT
-from flows.servers.servers import must_answer, prefect_api
+from flows.servers.prefect import prefect_api
+from flows.servers.processes import must_answer
 from flows.stages.dvc import reproduce
 from flows.study.study import Study, open_study
 from medfocus.reports import tables
@@ -45,7 +47,7 @@ def check_plan(study: Study) -> None:
 
     plan(study.params)
     if (store := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("http"):
-        must_answer(store, "MLFLOW_TRACKING_URI", "the runs are then kept in mlflow.db")
+        must_answer(store, "MLFLOW_TRACKING_URI", "the run then writes to mlflow.db")
 
 
 @task(task_run_name="phantoms {modality}", **PATIENT)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from prefect import flow
 
-from flows.operations.jobs import faults_in_one_line, only_job, only_retraining
+from flows.operations.failures import faults_in_one_line
+from flows.operations.locks import only_job, only_retraining
 from flows.operations.notify import report_failure
 from flows.pipeline import steps
-from flows.servers.servers import prefect_api
+from flows.servers.prefect import prefect_api
 from flows.study.study import open_study
 from medfocus.storage.redaction import redacted
 

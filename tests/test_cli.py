@@ -26,7 +26,7 @@ from typer.testing import CliRunner, Result
 from flows.cli import app, doctor, models
 from flows.cli.init import readable
 from flows.cli.modality import Look, guess
-from flows.servers import servers
+from flows.servers.processes import free_port
 from flows.stages import dvc
 from flows.stages import ingest as stage
 from flows.study import models as study_models
@@ -587,7 +587,7 @@ def test_the_doctor_names_each_fault_with_its_fix(
     (home / "studies").mkdir()
     (home / "studies" / "bad.yaml").write_text("extends: ../params.yaml\nspeed: fast\n")
     (home / "mlflow.db").write_bytes(b"not a database" * 100)
-    monkeypatch.setenv("PREFECT_API_URL", f"http://me:secret@127.0.0.1:{servers.free_port()}/api")
+    monkeypatch.setenv("PREFECT_API_URL", f"http://me:secret@127.0.0.1:{free_port()}/api")
     monkeypatch.setattr(doctor, "_SECONDS", 0.2)
     monkeypatch.setattr(doctor, "_LITTLE", 1e18)
     findings = found(home)

@@ -131,12 +131,12 @@ def parts_of(command: str) -> list[list[str]]:
 
 
 MAIN_JOB = "test_pipeline.py::test_flow_and_repro_share_their_stages"
-OPERATION = "test_up.py::test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported"
+OPERATION = "test_stack.py::test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported"
 TEAM = "test_team.py::test_a_fresh_clone_pulls_what_was_pushed_and_has_nothing_to_do"
 EXPERIMENT = "test_team.py::test_an_experiment_over_a_parameter_is_shown_beside_the_study"
 REPRODUCED = "test_team.py::test_a_run_comes_out_again_from_its_tags_alone"
 HERE = "test_docs.py::test_the_commands_do_what_the_pages_say"
-POSTGRESQL = "test_up.py::test_the_same_on_postgresql_and_behind_a_password"
+POSTGRESQL = "test_stack.py::test_the_same_on_postgresql_and_behind_a_password"
 RETRAINED = "test_retrain.py::test_new_images_are_taken_in_and_the_champion_changes_only_by_the_gate"
 CLUSTER = "test_runners.py::test_the_shard_of_a_killed_worker_is_done_again_and_the_others_are_whole"
 PARSED = "test_docs.py::test_a_command_is_one_that_its_program_takes"
@@ -194,7 +194,7 @@ NOT_RUN_HERE = {
         "medfocus predict new --out answers --model medfocus-mine --force": "as that of medfocus-breast",
         f"medfocus predict {MALIGNANT} --out answers --model medfocus-phantom-breast": "needs make run",
     },
-    "test_up.py::test_the_mlflow_page_answers_on_loopback_over_the_projects_database": {
+    "test_stack.py::test_the_mlflow_page_answers_on_loopback_over_the_projects_database": {
         "make ui": "runs until Ctrl-C",
     },
     POSTGRESQL: {

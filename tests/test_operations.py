@@ -28,10 +28,11 @@ from prefect.states import Crashed, exception_to_failed_state
 
 from flows.backfill import backfill
 from flows.operations import notify, stack
-from flows.operations.jobs import JobRunningError, only_retraining
+from flows.operations.locks import JobRunningError, only_retraining
 from flows.operations.retries import is_passing
 from flows.retrain import retrain
-from flows.servers import postgres, servers
+from flows.servers import postgres
+from flows.servers.prefect import POOL
 from flows.stages.dvc import StageBusyError
 from medfocus.storage.redaction import RedactedError
 
@@ -109,7 +110,7 @@ def test_a_webhook_that_never_answers_costs_a_bounded_time_and_no_error(
         report(failed(ValueError(PATIENT)))
         assert time.monotonic() - start < 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert "did not take it" in line and "secret" not in line and "DOE" not in line
+    assert "MEDFOCUS_WEBHOOK failed" in line and "secret" not in line and "DOE" not in line
 
 
 def test_an_address_that_is_no_web_address_is_not_opened(
@@ -117,7 +118,7 @@ def test_an_address_that_is_no_web_address_is_not_opened(
 ) -> None:
     monkeypatch.setenv(notify.WEBHOOK, "file:///etc/hostname")
     report(failed(ValueError(PATIENT)))
-    assert capsys.readouterr().err.endswith("did not take it (it is no http:// or https:// address)\n")
+    assert capsys.readouterr().err.endswith("MEDFOCUS_WEBHOOK failed (not an http:// or https:// address)\n")
 
 
 def test_a_server_that_does_not_answer_is_tried_again_and_a_bad_image_is_not() -> None:
@@ -145,7 +146,7 @@ def test_a_deployment_has_a_flow_that_takes_its_parameters_a_limit_and_a_hook(
     flow = load_flow_from_entrypoint(deployment["entrypoint"])
     assert isinstance(flow, Flow)
     assert set(deployment["parameters"]) == set(flow.parameters.properties)
-    assert deployment["work_pool"]["name"] == servers.POOL
+    assert deployment["work_pool"]["name"] == POOL
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
     assert flow.timeout_seconds and flow.on_failure_hooks and flow.on_crashed_hooks
 
@@ -163,7 +164,7 @@ def test_no_retraining_and_no_backfill_starts_where_another_works(project: Path)
             with pytest.raises(RedactedError, match=r"^JobRunningError at") as told:
                 flow.fn(Path("params.yaml"))
             assert isinstance(told.value.error, JobRunningError)
-            assert "another retraining or back-fill runs here" in str(told.value.error)
+            assert "another retraining or back-fill is running" in str(told.value.error)
     with only_retraining(project):  # it was given back
         pass
 
@@ -179,7 +180,7 @@ def test_a_backfill_names_the_data_set_that_is_not_there(project: Path) -> None:
 
 def test_beyond_loopback_mlflow_does_not_start_without_a_password_of_ones_own() -> None:
     for host in ("0.0.0.0", "192.0.2.7", "::"):
-        with pytest.raises(ValueError, match=r"there is no default one. Set MLFLOW_AUTH_ADMIN_PASSWORD"):
+        with pytest.raises(ValueError, match=r"there is no default. Set MLFLOW_AUTH_ADMIN_PASSWORD"):
             stack.credentials(host, {})
     for host in ("0.0.0.0", "127.0.0.1"):
         assert stack.credentials(host, {stack.PASSWORD: "of my own"}) == stack.Login("admin", "of my own")

@@ -19,7 +19,9 @@ from typing import Literal
 import psutil
 
 from flows.cli import terminal
-from flows.servers.servers import MLFLOW_PORT, PREFECT_PORT, answers, answers_at, must_answer, prefect_answers
+from flows.servers.mlflow import MLFLOW_PORT
+from flows.servers.prefect import PREFECT_PORT, prefect_answers
+from flows.servers.processes import answers, answers_at, must_answer
 from flows.study.study import params_files
 
 PACKAGE = "medfocusclip"

@@ -53,7 +53,8 @@ def tell(text: str) -> None:
 
 def sentence(error: Exception) -> str:
     """What went wrong: this project's own errors name place, fault and fix, others are named by kind."""
-    from flows.operations.jobs import JobRunningError, explained
+    from flows.operations.failures import explained
+    from flows.operations.locks import JobRunningError
     from medfocus.storage.redaction import unredacted
 
     told = unredacted(error)

@@ -20,8 +20,6 @@ from medfocus.serving import checkpoint
 from medfocus.storage import atomic
 from medfocus.tracking.provenance import made_from
 
-_DRIFT = "drift of "  # how the gate's checks of drift begin
-
 
 def of_version(
     dataset: EncodedDataset,
@@ -103,7 +101,7 @@ def _data(
         coverage={path: line.coverage for path, line in dataset.masks.status.items()},
         mask_lines=_lines(study.paths.report(name, "masks.csv")),
         segmenter=made_by if serves["segmenter"] == "sam2" else "Otsu's threshold",
-        drift=[check for check in checks if check.name.startswith(_DRIFT)],
+        drift=[check for check in checks if check.is_drift],
         new=new,
         made={name: made[name] for name in ("git.commit", "git.dirty", "dvc.lock.sha256", "seeds")}
         | {"params.yaml": f"sha256 {atomic.digest(study.paths.params)}"},

@@ -32,6 +32,7 @@ class Check:
     passed: bool
     found: str
     asked: str
+    is_drift: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def judge(
     checks.append(Check("calibration error", ece <= rules.calibration, f"{ece:.3f}", asked))
     for shift in shifts:
         found = "too few images to tell" if math.isnan(shift.value) else f"{shift.value:.3f}, p {shift.p:.2g}"
-        checks.append(Check(f"drift of {shift.name}", not shift.past, found, f"{shift.bound:g} at most"))
+        asked = f"{shift.bound:g} at most"
+        checks.append(Check(f"drift of {shift.name}", not shift.past, found, asked, is_drift=True))
     return Decision(tuple(checks))
 
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.servers.servers import free_port, prefect_server
+from flows.servers.prefect import prefect_server
+from flows.servers.processes import free_port
 
 PARTS = ("data", "masks", "features", "training", "evaluate", "page", "registry")
 _PART_OF = {name: "data" for name in ("phantoms", "ingest", "duplicates", "splits")} | {

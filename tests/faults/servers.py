@@ -20,7 +20,9 @@ from pathlib import Path
 
 import psutil
 
-from flows.servers.servers import HOST, free_port, mlflow_server, prefect_server
+from flows.servers.mlflow import mlflow_server
+from flows.servers.prefect import prefect_server
+from flows.servers.processes import HOST, free_port
 from tests.faults import forked, whole
 
 END = float("inf")

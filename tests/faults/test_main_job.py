@@ -67,7 +67,7 @@ def interrupt(job: subprocess.Popen[str]) -> float:
     _, said = job.communicate(timeout=60)
     assert job.returncode == 130
     print(f"ended in {seconds:.1f} s")
-    assert "medfocus: interrupted. What was finished is kept." in said
+    assert "medfocus: interrupted. Finished work is kept." in said
     return seconds
 
 
@@ -84,8 +84,8 @@ def test_of_two_jobs_at_once_one_is_refused_and_ctrl_c_ends_the_other_in_time(ho
     (job,) = (job for job in both if job is not refused)
     assert refused.returncode == 1 and refused.stderr is not None
     assert re.search(
-        rf"medfocus: JobRunningError: {home}: another main job runs here, process {job.pid} on \S+ since "
-        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(.*pipeline.py\)\. Wait for it, or end it: what it has finished is",
+        rf"medfocus: JobRunningError: {home}: another main job is running: process {job.pid} on \S+ since "
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(.*pipeline.py\)\. Wait until it ends, or stop it; its finished",
         refused.communicate()[1],
     )
     wait_for(job, "splits@phantom-breast: done")
@@ -132,8 +132,6 @@ WRAPPED = """
 @pytest.mark.parametrize("work", [DROPPED, WRAPPED])
 def test_ctrl_c_is_not_lost_in_what_tidies_up(work: str) -> None:
     """What is raised while Python frees memory is only reported; an error of tidying up takes its place."""
-    code = (
-        f"import time\nfrom flows.operations.jobs import faults_in_one_line\nwith faults_in_one_line():{work}"
-    )
+    code = f"import time\nfrom flows.operations import failures\nwith failures.faults_in_one_line():{work}"
     job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
-    assert (job.returncode, job.stderr) == (130, "\nmedfocus: interrupted. What was finished is kept.\n")
+    assert (job.returncode, job.stderr) == (130, "\nmedfocus: interrupted. Finished work is kept.\n")

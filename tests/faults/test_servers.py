@@ -16,12 +16,12 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import pipeline
-from flows.servers import servers
+from flows.servers import prefect, processes
 from flows.study.study import open_study
 from medfocus.storage.redaction import RedactedError
 from medfocus.tracking import runs
 
-LOOPBACK = servers.HOST
+LOOPBACK = processes.HOST
 
 
 @pytest.fixture
@@ -45,10 +45,10 @@ def hanging() -> Iterator[int]:
 
 @pytest.mark.parametrize("fault", ["down", "hangs"])
 def test_a_server_that_does_not_answer_is_named_in_time(fault: str, hanging: int) -> None:
-    url = f"http://{LOOPBACK}:{hanging if fault == 'hangs' else servers.free_port()}/api/health"
+    url = f"http://{LOOPBACK}:{hanging if fault == 'hangs' else processes.free_port()}/api/health"
     began = time.monotonic()
     with pytest.raises(ConnectionError, match=f"PREFECT_API_URL: no server answers at {url} in 0.5 seconds"):
-        servers.must_answer(url, "PREFECT_API_URL", "else", seconds=0.5)
+        processes.must_answer(url, "PREFECT_API_URL", "else", seconds=0.5)
     assert time.monotonic() - began < 2.5
 
 
@@ -59,11 +59,11 @@ def test_prefect_s_server_is_asked_before_the_flow_starts(monkeypatch: pytest.Mo
         asked.append(url)
         raise ConnectionError(f"{setting}: {without}")
 
-    monkeypatch.setattr(servers, "must_answer", refuse)
+    monkeypatch.setattr(prefect, "must_answer", refuse)
     with (
         temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
-        pytest.raises(ConnectionError, match="PREFECT_API_URL: a server on loopback is then started"),
-        servers.prefect_api(),
+        pytest.raises(ConnectionError, match="PREFECT_API_URL: the run then starts a server on loopback"),
+        prefect.prefect_api(),
     ):
         raise AssertionError("the flow ran")
     assert asked == ["http://127.0.0.1:9/api/health"]
@@ -72,9 +72,9 @@ def test_prefect_s_server_is_asked_before_the_flow_starts(monkeypatch: pytest.Mo
 def test_mlflow_s_server_is_asked_before_anything_is_computed(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = f"http://{LOOPBACK}:{servers.free_port()}"
+    address = f"http://{LOOPBACK}:{processes.free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    must_answer: Callable[..., None] = servers.must_answer
+    must_answer: Callable[..., None] = processes.must_answer
     monkeypatch.setattr(pipeline, "must_answer", lambda *given: must_answer(*given, seconds=0.5))
     with pytest.raises(RedactedError) as told:
         pipeline.check_plan.fn(open_study(project / "params.yaml"))
@@ -86,7 +86,7 @@ def test_a_run_on_a_server_that_is_gone_ends_with_its_own_error_at_once(tmp_path
     opened = runs.start(None, tmp_path, "medfocus")
     run_id = opened.client.create_run(opened.experiment_id).info.run_id
     gone = runs.Tracking(
-        f"http://{LOOPBACK}:{servers.free_port()}", tmp_path, opened.experiment_id, opened.client
+        f"http://{LOOPBACK}:{processes.free_port()}", tmp_path, opened.experiment_id, opened.client
     )
     with pytest.raises(RuntimeError, match="the fit failed"), gone._closing(run_id):
         raise RuntimeError("the fit failed")
@@ -95,14 +95,14 @@ def test_a_run_on_a_server_that_is_gone_ends_with_its_own_error_at_once(tmp_path
 
 def test_a_new_database_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
     database, journal = tmp_path / "prefect.db", tmp_path / "prefect.db-wal"
-    making = servers._whole_database(tmp_path)
+    making = prefect.whole_database(tmp_path)
     making.__enter__()  # and is killed in there
     database.write_text("half")
     journal.write_text("its journal")
-    with servers._whole_database(tmp_path):
+    with prefect.whole_database(tmp_path):
         assert not database.exists() and not journal.exists()
         database.write_text("whole")
-    with servers._whole_database(tmp_path):
+    with prefect.whole_database(tmp_path):
         assert database.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [database]
 

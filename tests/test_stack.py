@@ -29,8 +29,9 @@ import yaml
 from mlflow.exceptions import MlflowException
 
 from flows.operations.notify import WEBHOOK
+from flows.servers.mlflow import mlflow_server
 from flows.servers.postgres import find_programs
-from flows.servers.servers import free_port, living, mlflow_server
+from flows.servers.processes import free_port, living
 from medfocus.tracking import registry, runs
 
 ROOT = Path(__file__).resolve().parents[1]
