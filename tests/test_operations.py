@@ -172,10 +172,10 @@ def test_no_retraining_and_no_backfill_starts_where_another_works(project: Path)
 def test_a_backfill_names_the_data_set_that_is_not_there(project: Path) -> None:
     with pytest.raises(RedactedError) as told:
         backfill.fn(Path("params.yaml"), ["chest"])
-    assert "no data set 'chest' there; it has phantom-breast" in str(told.value.error)
+    assert "there is no data set 'chest'. Choose from phantom-breast" in str(told.value.error)
     with pytest.raises(RedactedError) as told:
         backfill.fn(Path("params.yaml"))
-    assert "phantom-breast has no manifest; ingest it first" in str(told.value.error)
+    assert "phantom-breast has no manifest. Ingest it" in str(told.value.error)
 
 
 def test_beyond_loopback_mlflow_does_not_start_without_a_password_of_ones_own() -> None:

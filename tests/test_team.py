@@ -78,7 +78,7 @@ def test_a_run_comes_out_again_from_its_tags_alone(
         (shared / "params.yaml").write_text(params)
         (shared / "data" / "splits" / "phantom-breast.json").write_bytes(kept)
     said = capsys.readouterr().out
-    assert f"Run {cell} comes out again, every metric exactly." in said
+    assert f"Run {cell} is reproduced: every metric is equal." in said
     assert {line.split()[0] for line in said.splitlines()[:-1]} >= {"accuracy", "auroc", "ece", "macro_f1"}
     assert "DIFFERS" not in said
 
@@ -88,7 +88,7 @@ def test_a_metric_that_differs_is_shown_and_fails(
 ) -> None:
     then = {"accuracy": 0.5, "ece": 0.1}
     monkeypatch.setattr(reproduce, "reproduce_run", lambda study, run: (then, {**then, "accuracy": 0.4}))
-    with pytest.raises(SystemExit, match="does not come out again"):
+    with pytest.raises(SystemExit, match="is not reproduced"):
         reproduce.main(["--run", cell])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["accuracy", "0.5", "0.4", "DIFFERS"] and lines[1].endswith("same")
@@ -99,7 +99,7 @@ def test_what_no_commit_has_cannot_be_rebuilt(shared: Path, cell: str) -> None:
     parent = client.get_run(cell).data.tags["mlflow.parentRunId"]
     client.set_tag(cell, "git.dirty", "true")
     try:
-        with pytest.raises(SystemExit, match=f"{cell} was made from changed files that no commit has"):
+        with pytest.raises(SystemExit, match=f"{cell} used changed files that are in no commit"):
             reproduce.main(["--run", cell])
     finally:
         client.set_tag(cell, "git.dirty", "false")
