@@ -23,9 +23,9 @@ from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from flows.cli import app, doctor, models
-from flows.cli.init import readable
-from flows.cli.modality import Look, guess
+from flows.cli import app, archive, doctor
+from flows.cli.init.dataset import readable
+from flows.cli.init.modality import Look, guess
 from flows.servers.processes import free_port
 from flows.stages import dvc
 from flows.stages import ingest as stage
@@ -93,7 +93,7 @@ def test_a_project_can_be_begun_anywhere_and_its_stages_run(
     monkeypatch.chdir(tmp_path)
     assert medfocus("new", "films").exit_code == 0
     again = medfocus("new", "films")
-    assert again.exit_code == 1 and "films/params.yaml is there already." in again.output
+    assert again.exit_code == 1 and "films/params.yaml already exists." in again.output
     monkeypatch.chdir(tmp_path / "films")
     images = draw_classes(tmp_path / "images", normal=5, covid=5)
     assert medfocus("init", images, "--name", "own").exit_code == 0
@@ -164,19 +164,22 @@ def test_init_asks_where_two_columns_may_be_the_classes(home: Path, medfocus: Me
     (folder / "list.csv").write_text("\n".join(["Bild,Geschlecht,Alter,Gruppe", *lines]))
     told = medfocus("init", folder / "list.csv")
     assert told.exit_code == 1
-    assert "several columns may be the classes (Geschlecht, Gruppe). Say which with --column" in told.output
+    assert (
+        "several columns may be the classes (Geschlecht, Gruppe). Name the column with --column"
+        in told.output
+    )
     assert medfocus("init", folder / "list.csv", "--column", "label=Gruppe").exit_code == 0
     named = load_params(home / "studies" / "list.yaml").datasets["list"].columns
     assert named == {"path": "Bild", "label": "Gruppe"}
     wrong = medfocus("init", folder / "list.csv", "--column", "labels=Gruppe")
-    assert "'labels=Gruppe' is not as in label=Diagnosis" in wrong.output
+    assert "--column 'labels=Gruppe' has the wrong form" in wrong.output
 
 
 def test_init_looks_through_a_wrapper_and_says_so(home: Path, medfocus: Medfocus) -> None:
     draw_classes(home / "busi" / "Dataset_BUSI_with_GT", a=6, b=6)
     result = medfocus("init", "busi")
     assert result.exit_code == 0, result.output
-    assert "(busi only wraps it)" in result.output
+    assert "(busi contains only this folder)" in result.output
     study = open_study(home / "studies" / "busi.yaml")
     assert study.root("busi").resolve() == home / "busi" / "Dataset_BUSI_with_GT"
 
@@ -212,7 +215,7 @@ def test_init_reads_patients_and_modality_out_of_dicom_headers(home: Path, medfo
     assert result.exit_code == 0, result.output
     assert "modality: chest_ct (by DICOM's Modality CT, BodyPartExamined CHEST)" in result.output
     text = (home / "studies" / "scans.yaml").read_text()
-    assert "known patient" not in text and "Every image's patient is known" in text
+    assert "known patient" not in text and "The patient of every image is known" in text
     assert load_params(home / "studies" / "scans.yaml").datasets["scans"].slices == SlicesParams(2, 1)
     assert "MRN" not in text + result.output and (home / ".patient-salt").is_file()
 
@@ -233,7 +236,7 @@ def test_init_overwrites_nothing_unless_it_is_told_to(home: Path, medfocus: Medf
     out.write_text("# edited\n")
     result = medfocus("init", "scans", "--out", out)
     assert (result.exit_code, out.read_text()) == (1, "# edited\n")
-    assert f"{out} is there already" in result.output and "--force" in result.output
+    assert f"{out} already exists" in result.output and "--force" in result.output
     assert medfocus("init", "scans", "--out", out, "--force").exit_code == 0
     assert load_params(out).study.name == "scans"
 
@@ -246,7 +249,11 @@ def test_the_params_file_names_no_file_for_that_may_name_a_patient(home: Path, m
     assert result.exit_code == 0
     assert "a/Mueller_Eva.png: is no image in a format that is read" in result.output
     written = (home / "studies" / "scans.yaml").read_text()
-    assert "Mueller" not in written and "1 file is left out" in written and "1 pair among 13" in written
+    assert (
+        "Mueller" not in written
+        and "1 file is left out" in written
+        and "1 pair shows the same image (1)" in written
+    )
 
 
 @pytest.mark.parametrize("label", ["no", "null", "a: b", "1e3", "it's", "#x", "two\nlines", "é"])
@@ -260,11 +267,11 @@ def test_a_class_keeps_its_name_whatever_yaml_makes_of_it(home: Path, medfocus: 
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["init", "nowhere"], 1, "nowhere: no such folder or CSV; give the folder"),
+        (["init", "nowhere"], 1, "nowhere: no such folder or table. Give the folder"),
         (["init", "one"], 1, "one class only, 'a'"),
         (["init", "two", "--modality", "knee"], 2, "'knee' is none of chest_xray, brain_mri"),
-        (["init", "two", "--name", "a b"], 2, "'a-b' would do"),
-        (["init", "two", "--root", "one"], 1, "--root is for a table"),
+        (["init", "two", "--name", "a b"], 2, "Try 'a-b'"),
+        (["init", "two", "--root", "one"], 1, "and --root is for a table"),
         (["init"], 2, "Missing argument"),
         (["study", "unheard-of"], 1, "no study 'unheard-of'"),
         (["run", "--params", "none.yaml"], 1, "none.yaml: no such params file"),
@@ -421,7 +428,7 @@ def test_predict_says_what_the_model_says_and_draws_the_mask(
         overlay = decode.read(home / "out" / line["overlay"])
         assert np.array_equal((overlay != decode.read(Path(line["file"]))).any(axis=2), prediction.mask)
     again = medfocus("predict", *files, "--out", "out", "--model", model)
-    assert again.exit_code == 1 and "predictions.csv is there already" in again.output
+    assert again.exit_code == 1 and "predictions.csv already exists" in again.output
 
 
 def test_every_frame_of_a_file_is_answered_under_its_name(
@@ -479,13 +486,13 @@ def test_a_model_travels_as_a_zip_and_says_the_same_where_it_is_imported(
     assert imported.exit_code == 0, imported.output
     assert "there version 1: imported" in imported.output
     listed = medfocus("models")
-    assert "imported: no gate has tried it here" in listed.output and "champion" not in listed.output
+    assert "imported, so the gate was not applied" in listed.output and "champion" not in listed.output
     image = shade(home / "a.png", 1, 90)
     assert medfocus("predict", image, "--out", "there").exit_code == 0  # the only one that is registered
     assert medfocus("predict", image, "--out", "here", "--model", model).exit_code == 0
     assert rows(home / "there" / "predictions.csv") == rows(home / "here" / "predictions.csv")
     wrong = medfocus("predict", image, "--out", "none", "--model", "there@7")
-    assert wrong.exit_code == 1 and "there has no version '7'; there are there@1" in wrong.output
+    assert wrong.exit_code == 1 and "there has no version '7'. Choose from there@1" in wrong.output
 
 
 def rewrite(source: Path, target: Path, **changes: bytes | None) -> Path:
@@ -503,24 +510,24 @@ def rewrite(source: Path, target: Path, **changes: bytes | None) -> Path:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"../../outside.json": b"{}"}, "holds '../../outside.json', which is no part of a model"),
-        ({"/tmp/outside.json": b"{}"}, "which is no part of a model"),
-        ({"python_model.pkl": b"x"}, "holds 'python_model.pkl', which is no part of a model"),
-        ({"cell.safetensors": b"x"}, "cell.safetensors is not what was exported (its sha256 differs)"),
-        ({"cell.safetensors": None}, "do not agree on cell.safetensors"),
-        ({"contents.json": None}, "has no contents.json that can be read"),
-        ({"contents.json": b'{"format": 2, "files": {}, "model": ""}'}, "of another kind"),
+        ({"../../outside.json": b"{}"}, "contains '../../outside.json', which is not part of a model"),
+        ({"/tmp/outside.json": b"{}"}, "which is not part of a model"),
+        ({"python_model.pkl": b"x"}, "contains 'python_model.pkl', which is not part of a model"),
+        ({"cell.safetensors": b"x"}, "cell.safetensors has changed since the export (its sha256 differs)"),
+        ({"cell.safetensors": None}, "cell.safetensors is either missing or not listed"),
+        ({"contents.json": None}, "has no readable contents.json"),
+        ({"contents.json": b'{"format": 2, "files": {}, "model": ""}'}, "of another format"),
         ({"serve.json": b" " * 10_000_001}, "serve.json unpacks to more than 10000000 bytes"),
     ],
 )
 def test_an_archive_from_elsewhere_is_refused_with_the_reason_and_writes_nothing(
     home: Path, model: Path, tmp_path: Path, changes: dict[str, bytes | None], fault: str
 ) -> None:
-    models.export(home, str(model), home / "good.zip")
+    archive.export(home, str(model), home / "good.zip")
     bad = rewrite(home / "good.zip", home / "bad.zip", **changes)
     before = {path for path in tmp_path.rglob("*")}
-    with pytest.raises(ValueError, match=f"bad.zip.*{re.escape(fault)}.*Export the model anew"):
-        models.bring(home, bad, "there")
+    with pytest.raises(ValueError, match=f"bad.zip.*{re.escape(fault)}.*export the model again"):
+        archive.import_model(home, bad, "there")
     assert {path for path in tmp_path.rglob("*")} == before
 
 
@@ -529,16 +536,16 @@ def test_a_pickle_in_a_parts_place_is_refused_and_its_code_never_runs(home: Path
         def __reduce__(self) -> tuple[object, ...]:
             return Path.touch, (home / "ran",)
 
-    models.export(home, str(model), home / "good.zip")
+    archive.export(home, str(model), home / "good.zip")
     data = pickle.dumps(Touch())
     contents = json.loads(zipfile.ZipFile(home / "good.zip").read("contents.json"))
     contents["files"]["cell.safetensors"] = hashlib.sha256(data).hexdigest()
     changes = {"cell.safetensors": data, "contents.json": json.dumps(contents).encode()}
     bad = rewrite(home / "good.zip", home / "bad.zip", **changes)
     with pytest.raises(
-        ValueError, match=r"bad\.zip: its model cannot be loaded \(cell\.safetensors is not a"
+        ValueError, match=r"bad\.zip: the model cannot be loaded \(cell\.safetensors is not a"
     ):
-        models.bring(home, bad, "there")
+        archive.import_model(home, bad, "there")
     assert not (home / "ran").exists() and not (home / "mlflow.db").exists()
 
 
@@ -550,7 +557,7 @@ def test_what_cannot_be_fetched_is_named_with_a_way_without_a_network(
     result = medfocus("models", "fetch", "facebook/sam2.1-hiera-tiny", "nonsense")
     assert result.exit_code == 1
     assert "hf download facebook/sam2.1-hiera-tiny sam2.1_hiera_tiny.pt" in result.output
-    assert "'nonsense' is no name of weights" in result.output
+    assert "'nonsense' does not name weights" in result.output
     assert "nothing to fetch" in medfocus("models", "fetch").output  # the embedded study needs none
 
 
@@ -571,7 +578,7 @@ def test_weights_in_the_hub_cache_are_listed_as_cached(
 def found(home: Path) -> dict[str, doctor.Finding]:
     """The examination, by what was looked at; the last word counts."""
     parts = (doctor.project(home), doctor.stores(home), doctor.servers(), doctor.disks(home))
-    return {each.what: each for part in parts for each in part}
+    return {each.subject: each for part in parts for each in part}
 
 
 def test_the_doctor_finds_nothing_wrong_with_a_sound_project(home: Path, medfocus: Medfocus) -> None:
@@ -592,14 +599,14 @@ def test_the_doctor_names_each_fault_with_its_fix(
     monkeypatch.setattr(doctor, "_LITTLE", 1e18)
     findings = found(home)
     expected = {
-        "project": "is no git clone",
+        "project": "is not a git repository",
         "study": "speed is not a known field",
         "MLflow": "mlflow.db is damaged",
         "Prefect": "no server answers at http://127.0.0.1",
         "disk": "free at",
     }
     for what, said in expected.items():
-        assert (findings[what].state, said in findings[what].said) == ("fault", True)
+        assert (findings[what].state, said in findings[what].text) == ("fault", True)
         assert findings[what].fix
-    assert "secret" not in " ".join(each.said for each in findings.values())
+    assert "secret" not in " ".join(each.text for each in findings.values())
     assert medfocus("doctor").exit_code == 1
