@@ -14,7 +14,7 @@ from flows.cli import terminal
 app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Convert MedMNIST and COCO files to folders that medfocus init reads.",
+    help="Convert MedMNIST and COCO files to folders of images.",
     epilog="Existing files are never overwritten, and an interrupted command leaves no partial folder.",
 )
 

@@ -121,9 +121,10 @@ def show_app(
     ] = "127.0.0.1",
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")] = False,
 ) -> None:
-    """Serve a page on which users read images and correct their masks, until Ctrl-C.
+    """Serve a page for reading images and correcting masks.
 
-    It listens only on this machine. Images stay in memory, and only while they are open.
+    The page runs until Ctrl-C and listens only on this machine. Images stay in memory while they are open and
+    are never saved.
 
     \b
     Examples:
