@@ -309,7 +309,7 @@ NOT_RUN_HERE = {
     "test_shards.py::test_a_full_disk_leaves_no_half_shard": {
         "python tests/faults/disk.py": "minutes, and root",
     },
-    "faults/test_servers.py::test_mlflow_s_server_is_asked_before_anything_is_computed": {
+    "faults/test_servers.py::test_mlflow_s_server_must_answer_before_anything_is_computed": {
         "python tests/faults/servers.py": "minutes",
     },
     "test_tracking.py::test_a_clock_that_is_moved_takes_no_run_from_a_living_process": {

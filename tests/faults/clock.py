@@ -2,10 +2,9 @@
 
     python tests/faults/clock.py
 
-One run is left undisturbed. Then a job is killed in its evaluation and run again with its clock, as Python
-tells it, some hours behind: nothing that was finished may be made again, no run be left open, and every
-output has to have the bytes of the undisturbed run. (That no run is taken from a living process whatever the
-clock says is a test of test_tracking.py.)
+The first run is undisturbed. Then a job is killed in its evaluation and run again with Python's clock some
+hours behind. The job must not repeat finished work or leave a run open, and every output must have the
+bytes of the undisturbed run. (test_tracking.py tests that no clock takes a run from a living process.)
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ BACK = (-1, -24, -24 * 400)  # hours
 
 
 def main() -> None:
-    """Print a line a move and a sum at the end."""
+    """Print a line for each move and a summary."""
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="medfocus-clock-"))
     failed = 0
     with forked.ready(folder):

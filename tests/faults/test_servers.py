@@ -1,4 +1,4 @@
-"""Claims about servers that are down or hang: a time limit, and an error that names them."""
+"""Claims about servers that are down or hang: a time limit, and an error with the server's name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOOPBACK = processes.HOST
 
 @pytest.fixture
 def hanging() -> Iterator[int]:
-    """The port of a server on loopback that takes every connection and never answers."""
+    """The port of a server on loopback that accepts every connection and never answers."""
     with socket.create_server((LOOPBACK, 0)) as listener:
         held: list[socket.socket] = []
 
@@ -44,7 +44,7 @@ def hanging() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("fault", ["down", "hangs"])
-def test_a_server_that_does_not_answer_is_named_in_time(fault: str, hanging: int) -> None:
+def test_a_server_that_does_not_answer_is_named_within_the_time_limit(fault: str, hanging: int) -> None:
     url = f"http://{LOOPBACK}:{hanging if fault == 'hangs' else processes.free_port()}/api/health"
     began = time.monotonic()
     with pytest.raises(ConnectionError, match=f"PREFECT_API_URL: no server answers at {url} in 0.5 seconds"):
@@ -52,7 +52,7 @@ def test_a_server_that_does_not_answer_is_named_in_time(fault: str, hanging: int
     assert time.monotonic() - began < 2.5
 
 
-def test_prefect_s_server_is_asked_before_the_flow_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefect_s_server_must_answer_before_the_flow_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def refuse(url: str, setting: str, without: str) -> None:
@@ -69,20 +69,20 @@ def test_prefect_s_server_is_asked_before_the_flow_starts(monkeypatch: pytest.Mo
     assert asked == ["http://127.0.0.1:9/api/health"]
 
 
-def test_mlflow_s_server_is_asked_before_anything_is_computed(
+def test_mlflow_s_server_must_answer_before_anything_is_computed(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = f"http://{LOOPBACK}:{processes.free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     must_answer: Callable[..., None] = processes.must_answer
-    monkeypatch.setattr(pipeline, "must_answer", lambda *given: must_answer(*given, seconds=0.5))
-    with pytest.raises(RedactedError) as told:
+    monkeypatch.setattr(pipeline, "must_answer", lambda *arguments: must_answer(*arguments, seconds=0.5))
+    with pytest.raises(RedactedError) as caught:
         pipeline.check_plan.fn(open_study(project / "params.yaml"))
-    assert isinstance(told.value.error, ConnectionError)
-    assert f"MLFLOW_TRACKING_URI: no server answers at {address} " in str(told.value.error)
+    assert isinstance(caught.value.error, ConnectionError)
+    assert f"MLFLOW_TRACKING_URI: no server answers at {address} " in str(caught.value.error)
 
 
-def test_a_run_on_a_server_that_is_gone_ends_with_its_own_error_at_once(tmp_path: Path) -> None:
+def test_a_run_on_a_dead_server_ends_at_once_with_its_own_error(tmp_path: Path) -> None:
     opened = runs.start(None, tmp_path, "medfocus")
     run_id = opened.client.create_run(opened.experiment_id).info.run_id
     gone = runs.Tracking(
@@ -93,10 +93,10 @@ def test_a_run_on_a_server_that_is_gone_ends_with_its_own_error_at_once(tmp_path
     assert opened.client.get_run(run_id).info.status == "RUNNING", "the next start closes it"
 
 
-def test_a_new_database_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+def test_an_incomplete_new_database_is_created_again(tmp_path: Path) -> None:
     database, journal = tmp_path / "prefect.db", tmp_path / "prefect.db-wal"
     making = prefect.whole_database(tmp_path)
-    making.__enter__()  # and is killed in there
+    making.__enter__()  # the process is killed here
     database.write_text("half")
     journal.write_text("its journal")
     with prefect.whole_database(tmp_path):
@@ -118,20 +118,20 @@ except FileNotFoundError as error:
 """
 
 
-def test_a_hub_that_hangs_is_left_after_its_time_limit(hanging: int, tmp_path: Path) -> None:
+def test_a_hub_that_hangs_is_given_up_after_the_time_limit(hanging: int, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "HF_ENDPOINT": f"http://{LOOPBACK}:{hanging}",
         "HF_HOME": str(tmp_path),
-        "HF_HUB_ETAG_TIMEOUT": "1",  # seconds; 10 where nothing is said
+        "HF_HUB_ETAG_TIMEOUT": "1",  # seconds; the default is 10
         "HF_HUB_OFFLINE": "0",
     }
     command = [sys.executable, "-c", HUB]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
-    seconds, _, message = said.partition(" ")
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
+    seconds, _, message = output.partition(" ")
     assert float(seconds) < 4
     assert re.match(
         r"clip.pretrained: 'tag' is no local file, model.safetensors of the hub's 'someone/model' is not in "
         rf"{tmp_path}\S*, and the download failed \(\w*Timeout\w*: .*\)\. Put the file anywhere",
         message,
-    ), said
+    ), output
