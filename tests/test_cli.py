@@ -32,12 +32,13 @@ from flows.stages import ingest as stage
 from flows.study import models as study_models
 from flows.study.params import SlicesParams, load_params
 from flows.study.study import open_study
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.records import read_manifest
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.methods import METHODS, Support
+from medfocus.methods.clip import ClipLinearProbe
 from medfocus.serving import checkpoint, predictor
 from tests.dicoms import dicom, nifti
 
@@ -249,13 +250,10 @@ def test_the_params_file_contains_no_file_name_because_it_may_name_a_patient(
     shutil.copyfile(home / "scans" / "b" / "0.png", home / "scans" / "b" / "Mueller_Eva.png")
     result = medfocus("init", "scans")
     assert result.exit_code == 0
-    assert "a/Mueller_Eva.png: is no image in a format that is read" in result.output
+    assert "a/Mueller_Eva.png: is not in a supported image format" in result.output
     written = (home / "studies" / "scans.yaml").read_text()
-    assert (
-        "Mueller" not in written
-        and "1 file is left out" in written
-        and "1 pair shows the same image (1)" in written
-    )
+    assert "Mueller" not in written and "1 file is left out" in written
+    assert "1 pair shows the same image (1)" in written
 
 
 @pytest.mark.parametrize("label", ["no", "null", "a: b", "1e3", "it's", "#x", "two\nlines", "é"])
@@ -270,7 +268,7 @@ def test_a_class_keeps_its_name_through_yaml(home: Path, medfocus: Medfocus, lab
     ("arguments", "code", "message"),
     [
         (["init", "nowhere"], 1, "nowhere: no such folder or table. Give the folder"),
-        (["init", "one"], 1, "one class only, 'a'"),
+        (["init", "one"], 1, "only one class, 'a'"),
         (["init", "two", "--modality", "knee"], 2, "'knee' is none of chest_xray, brain_mri"),
         (["init", "two", "--name", "a b"], 2, "Try 'a-b'"),
         (["init", "two", "--root", "one"], 1, "and --root is for a table"),
@@ -365,7 +363,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: a linear probe on the embedded CLIP that separates dark from light."""
     folder = tmp_path_factory.mktemp("model")
     encoder, segmenter = build_clip("pocket", "pocket"), OtsuSegmenter()
-    method = METHODS["clip-linear-probe"](encoder, folds=3)
+    method = ClipLinearProbe(encoder, folds=3)
     images = [decode.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
     masks = segmenter.segment(images)
     views = [
@@ -384,7 +382,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint=folder / "cell.safetensors",
         encoder=encoder,
         segmenter=segmenter,
-        segmenter_settings={},
         feather=0.01,
     )
     return folder / "model"
@@ -405,7 +402,7 @@ def test_an_unreadable_file_is_one_line_and_the_other_files_are_read(
     assert result.exit_code == 1
     faults = [line for line in result.output.splitlines() if ".png" in line]
     assert [line.partition(": ")[2] for line in faults] == [
-        "in/broken.png: is no image in a format that is read (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
+        "in/broken.png: is not in a supported image format (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
         "NIFTI). "
         "Export it again as PNG, or remove it.",
         "gone.png: cannot be read (No such file or directory). Correct the path, or copy the file again.",

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from flows.cli import terminal
 from medfocus.datasets.listing import SUFFIXES, is_image
 from medfocus.datasets.records import Record, chunks
 from medfocus.images import decode, stack
-from medfocus.images.decode import ImageError
+from medfocus.images.contact_sheet import montage
+from medfocus.images.errors import ImageError
+from medfocus.images.geometry import letterbox, letterbox_mask
+from medfocus.images.png import encode_png
 
 if TYPE_CHECKING:
     from medfocus.masks.segmenter import Segmenter
@@ -53,7 +55,8 @@ class Images:
         for path in self.paths:
             if path.is_dir() and not any(True for _ in _files(path)):
                 known = ", ".join(suffix[1:] for suffix in SUFFIXES)
-                self._report(ImageError(str(path), f"contains no image ({known})", "Give another folder."))
+                fault = f"contains no image ({known})"
+                self._report(ImageError(str(path), "no image in the file", fault, "Give another folder."))
         with terminal.bar(len(images), self.work) as bar:
             for chunk in chunks(images, _BATCH):
                 if batch := [image for path in chunk if (image := self._read(path)) is not None]:
@@ -67,7 +70,8 @@ class Images:
             self._report(error)
         except OSError as error:
             fault = f"cannot be read ({error.strerror})"
-            self._report(ImageError(str(path), fault, "Correct the path, or copy the file again."))
+            fix = "Correct the path, or copy the file again."
+            self._report(ImageError(str(path), "cannot be read", fault, fix))
         return None
 
     def _report(self, error: ImageError) -> None:
@@ -93,7 +97,7 @@ class OutputFolder:
         while self._is_taken(name := f"{stem}{'' if number == 1 else f'_{number}'}.png"):
             number += 1
         self._written.add(name)
-        Image.fromarray(pixels).save(self._folder / name)
+        (self._folder / name).write_bytes(encode_png(pixels))
         return name
 
     def _is_taken(self, name: str) -> bool:
@@ -112,9 +116,11 @@ class OutputFolder:
 
 def predict(predictor: Predictor, images: Images, out: OutputFolder) -> int:
     """Write each image's class, probabilities, mask facts and overlay; return the number of images."""
+    from medfocus.focus.modes import focus
+
     done = 0
     for image, prediction in _predictions(predictor, images):
-        overlay = decode.decode(prediction.overlay, str(image.path))
+        overlay = focus(image.pixels, prediction.mask, "overlay", feather=0.0)
         out.row(
             {
                 "file": str(image.path),
@@ -165,30 +171,24 @@ def _explanation(
     """Return the sheet, the way of the attribution, and its share inside the mask ("" if unknown)."""
     import torch
 
-    from medfocus.explain.attribution import inside_share
     from medfocus.explain.explain import explain as attribute
-    from medfocus.focus.region_views import focused_view
+    from medfocus.explain.maps import inside_share
+    from medfocus.focus.modes import focus
     from medfocus.reports.figures import attribution_overlay
 
-    view = focused_view(
-        image.pixels,
-        prediction.mask,
-        focus=predictor.focus,
-        size=predictor.view_size,
-        feather=predictor.feather,
-    )  # (S, S, C)
+    view = predictor.view(image.pixels, prediction.mask)  # (S, S, C)
     target = torch.tensor([predictor.classes.index(prediction.label)])
     encoder = predictor.method.encoder
     maps, way = attribute(predictor.method, encoder, torch.from_numpy(view)[None], target)
     heat = maps[0].numpy()
     inside = ""
-    framed = decode.letterbox_mask(prediction.mask, len(view)) > 0.5
+    framed = letterbox_mask(prediction.mask, len(view)) > 0.5
     if predictor.focus != "crop" and framed.any():
         inside = f"{inside_share(heat, framed):.6f}"
     seen = view[..., -3:] if view.shape[2] == 6 else view[..., :3]
-    overlay = decode.decode(prediction.overlay, str(image.path))
-    tiles = [decode.letterbox(overlay, len(view), (0, 0, 0)), seen, attribution_overlay(seen, heat)]
-    return decode.montage(tiles, 3, ["mask", "CLIP's view", f"why {prediction.label}"]), way, inside
+    overlay = focus(image.pixels, prediction.mask, "overlay", feather=0.0)
+    tiles = [letterbox(overlay, len(view), (0, 0, 0)), seen, attribution_overlay(seen, heat)]
+    return montage(tiles, 3, ["mask", "CLIP's view", f"why {prediction.label}"]), way, inside
 
 
 def masks(

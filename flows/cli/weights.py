@@ -65,7 +65,7 @@ def fetch(name: str) -> str:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from medfocus.clip.encoder import build_clip
+    from medfocus.clip.build import build_clip
     from medfocus.storage import weights
 
     if _is_sam2(name):

@@ -18,7 +18,7 @@ from medfocus.datasets.duplicates import groups, read_pairs
 from medfocus.datasets.records import Record
 from medfocus.datasets.splits import components
 from medfocus.evaluation import drift, gate
-from medfocus.images import decode
+from medfocus.images.geometry import grey
 from medfocus.serving import checkpoint
 from medfocus.serving.predictor import Predictor, save_model
 from medfocus.storage import atomic
@@ -70,7 +70,6 @@ class Challenger:
             checkpoint=self.checkpoint,
             encoder=models.build_encoder(study, self.header.focus),
             segmenter=models.build_segmenter(study, name),
-            segmenter_settings=models.segmenter_settings(study, name),
             feather=study.params.views.feather,
         )
         records = self.dataset.records
@@ -154,7 +153,7 @@ class Challenger:
         paths = [record.path for record in chosen]
         ((embeddings,),) = (self.dataset.encode((DRIFT_BY,), "none", paths, 1, "encode for drift"),)
         coverages = [self.dataset.masks.status[path].coverage for path in paths]
-        numbers = [drift.statistics(decode.grey(self.dataset.image(record))) for record in chosen]
+        numbers = [drift.statistics(grey(self.dataset.image(record))) for record in chosen]
         return drift.Images(
             labels=np.array([record.label for record in chosen]),
             embeddings=embeddings[:, 0].numpy(),

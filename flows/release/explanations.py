@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flows.study.cells import CONTROLS, Cell
+from flows.study.cells import Cell
 from flows.study.dataset import EncodedDataset
 from medfocus.datasets.records import spread_over_classes
-from medfocus.explain.attribution import inside_share, pointing_hit
 from medfocus.explain.explain import explain
-from medfocus.images.decode import letterbox_mask
+from medfocus.explain.maps import inside_share, pointing_hit
+from medfocus.focus.controls import CONTROLS
+from medfocus.images.geometry import letterbox_mask
 from medfocus.masks.quality import known_region
 from medfocus.reports.page import Example
 from medfocus.reports.tables import system_name

@@ -13,7 +13,9 @@ from flows.study.study import Study
 from medfocus import phantoms
 from medfocus.evaluation import gate
 from medfocus.phantoms import png
-from medfocus.reports import cards as texts
+from medfocus.reports.data_sheet import SHEET
+from medfocus.reports.markdown import checks_table
+from medfocus.reports.model_card import CARD
 from medfocus.tracking import registry, runs
 from medfocus.tracking.provenance import made_from
 
@@ -34,7 +36,7 @@ class Outcome:
         if self.new is not None:
             lines += ["", f"{self.new} images are newer than the champion."]
         if self.checks:
-            lines += ["", *texts.checks_table(self.checks)]
+            lines += ["", *checks_table(self.checks)]
         return "\n".join(lines)
 
 
@@ -69,7 +71,7 @@ def register_best(study: Study, dataset: str) -> Outcome:
         outcome = Outcome(registration, challenger.checks, challenger.new)
         if outcome.checks:
             text = f"{outcome.text}\n\n{challenger.headline}"
-            registry.describe(store, registration.name, registration.version, text, (texts.CARD, texts.SHEET))
+            registry.describe(store, registration.name, registration.version, text, (CARD, SHEET))
     return outcome
 
 

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flows.study.methods import build_method
 from flows.study.params import OnlyParams, Params, StudyParams
 from flows.study.study import Study
+from medfocus.clip.regions import REGIONS
 from medfocus.evaluation.metrics import wilson_lower
+from medfocus.focus.controls import CONTROLS
+from medfocus.focus.modes import FOCUS
 from medfocus.methods import METHODS
 from medfocus.serving import checkpoint
-
-MaskSource = Literal["own", "another image's", "center box"]  # of the masks
-
-
-class Control(NamedTuple):
-    """How a control shows an image, so that what it then scores is not the region's merit."""
-
-    mode: str  # a key of medfocus.focus.modes.FOCUS
-    mask: MaskSource
-
-
-CONTROLS = {
-    "inverse": Control("inverse", "own"),
-    "shuffled": Control("multiply", "another image's"),
-    "center-box": Control("multiply", "center box"),
-}
 
 NOTHING = "0%"  # the support of a method that learns nothing
 
@@ -53,20 +40,19 @@ class Cell(NamedTuple):
         return Path(self.dataset, f"{self.method}_{self.focus}_{support}_{self.seed}.safetensors")
 
 
-def focus_of(focus: str) -> str:
-    """The key of ``medfocus.focus.modes.FOCUS`` behind a focus mode of a study."""
-    return CONTROLS[focus].mode if focus in CONTROLS else focus
-
-
-def mask_source_of(focus: str) -> MaskSource:
-    """The mask that a focus mode of a study shows an image under."""
-    return CONTROLS[focus].mask if focus in CONTROLS else "own"
-
-
 def plan(params: Params) -> list[Cell]:
-    """Every cell of the study, in its order; each method is built once, so that a typo fails here."""
-    for name in params.study.methods:
+    """Return every cell of the study, in order.
+
+    Raises ValueError for an unknown setting or focus of a method, so that a typo fails before any work.
+    """
+    known = (*FOCUS, *REGIONS, *CONTROLS)
+    for name, modes in params.study.methods.items():
         build_method(params, name, None)
+        if unknown := [focus for focus in modes if focus not in known]:
+            raise ValueError(
+                f"params.yaml: study.methods.{name} has the focus {unknown[0]!r}; "
+                f"use one of {', '.join(known)}."
+            )
     cells: list[Cell] = []
     for dataset in params.datasets:
         for method, modes in params.study.methods.items():

@@ -22,18 +22,23 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from torch import Tensor
 
 from medfocus.clip import features
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.explain.explain import explain, on_image
+from medfocus.focus.crop import crop_box
 from medfocus.focus.modes import FOCUS
-from medfocus.focus.region_views import focused_view
-from medfocus.focus.view import crop_box
+from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning import fitting
+from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.learning.selection import LearningRates
+from medfocus.masks.factory import build_segmenter
 from medfocus.masks.segmenter import Mask, Segmenter
+from medfocus.masks.settings import SETTINGS, SegmenterSettings
 from medfocus.masks.store import MaskStore
-from medfocus.methods import IMAGES, METHODS, Method, Support
+from medfocus.methods import METHODS
 from medfocus.serving import checkpoint, defaults
 from medfocus.serving.predictor import Predictor, probabilities_of, save_model
 
@@ -73,7 +78,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         How an image is shown under its mask: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha"
         or "dual". With "none" no mask is made.
     clip, pretrained : str, default="pocket"
-        See ``medfocus.clip.encoder.build_clip``. The default is small and knows procedural images alone.
+        See ``medfocus.clip.build.build_clip``. The default is small and knows procedural images alone.
     segmenter : {"sam2", "otsu"}, default="sam2"
         What makes the masks.
     segmenter_settings : dict or None, default=None
@@ -159,7 +164,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         state = dict(cast("dict[str, Any]", super().__getstate__()))
         if "method_" in state:
             del state["encoder_"], state["segmenter_"]
-            state["method_"] = (self.encoder_.key, self._settled(), self.method_.state())
+            state["method_"] = (self.encoder_.key, self.method_.settings, self.method_.state())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -215,13 +220,9 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             self._class_names(),
             tuple(map(tuple, prompts)),
         )
-        generator = torch.Generator().manual_seed(_seed(self.random_state))
-        if len(rates := _rates(settings)) > 1:
-            self.method_: Method = LearningRates(rates, **defaults.LEARNING_RATES).fit(
-                method, support, generator
-            )
-        else:
-            self.method_ = method.fit(support, generator)
+        rates = _rates(settings)
+        candidates = LearningRates(rates, **defaults.LEARNING_RATES) if len(rates) > 1 else None
+        self.method_: Method = fitting.fit(method, support, candidates, _seed(self.random_state))
         return self
 
     def predict_proba(self, X: Images) -> np.ndarray:
@@ -268,7 +269,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         folder = Path(folder)
         header = checkpoint.Header(
             method=self.method,
-            settings=self._settled(),
+            settings=self.method_.settings,
             classes=tuple(map(str, self.classes_)),
             focus=self.focus,
             encoder_key=self.encoder_.key,
@@ -284,7 +285,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
                 checkpoint=path,
                 encoder=self.encoder_,
                 segmenter=self.segmenter_ or self._segmenter(),
-                segmenter_settings=self._segmenter_settings(),
                 feather=self.feather,
             )
         seed = self.random_state if isinstance(self.random_state, int) else None
@@ -331,32 +331,26 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             )
         return {k: tuple(v) if isinstance(v, list) else v for k, v in {**known, **given}.items()}
 
-    def _settled(self) -> dict[str, Any]:
-        """The settings of the fitted method, its learning rate the one that was chosen."""
-        settings = self._check_parameters()
-        return {**settings, "lr": vars(self.method_)["lr"]} if "lr" in settings else settings
-
     def _build(self, settings: Mapping[str, Any]) -> None:
         encoder = _towers(self.clip, self.pretrained, self.device, threading.get_ident())
         beside = bool(settings.get("segmenter_grid"))
         self.segmenter_ = self._segmenter() if self.focus != "none" or beside else None
         if beside:
-            if self.segmenter != "sam2":
+            sam2 = self.segmenter_.sam2 if self.segmenter_ else None
+            if sam2 is None:
                 raise ValueError(
                     f"MedFocusCLIP: segmenter_grid of {self.method} asks for SAM2's features, but the "
                     f"segmenter is {self.segmenter!r}. Set it to 'sam2', or segmenter_grid to 0."
                 )
-            encoder = encoder.with_segmenter(self.segmenter_)  # pyright: ignore[reportArgumentType]  # a Describer
+            encoder = encoder.with_segmenter(sam2)
         self.encoder_ = (
             encoder.with_region(self.focus, self.attention_bias) if self.focus in REGIONS else encoder
         )
 
-    def _segmenter_settings(self) -> dict[str, Any]:
-        return {**defaults.SEGMENTERS[self.segmenter], **(self.segmenter_settings or {})}
-
     def _segmenter(self) -> Segmenter:
-        settings = json.dumps(self._segmenter_settings(), sort_keys=True)
-        return _built_segmenter(self.segmenter, settings, self.device, threading.get_ident())
+        values = {**defaults.SEGMENTERS[self.segmenter], **(self.segmenter_settings or {})}
+        settings = SETTINGS[self.segmenter](**values)
+        return _built_segmenter(settings, self.device, threading.get_ident())
 
     def _class_names(self) -> tuple[str, ...]:
         return tuple((self.names or {}).get(str(label), str(label)) for label in self.classes_)
@@ -380,7 +374,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return [known[image.sha256] for image in images]
 
     def _view(self, image: _Image, mask: Mask | None, number: int) -> np.ndarray:
-        return focused_view(
+        return view(
             image.pixels,
             None if mask is None or self.focus == "none" else mask.region,
             focus=self.focus,
@@ -456,15 +450,9 @@ def _towers(clip: str, pretrained: str, device: str, thread: int) -> ClipEncoder
 
 
 @lru_cache(maxsize=4)
-def _built_segmenter(name: str, settings: str, device: str, thread: int) -> Segmenter:
-    """A segmenter from its settings in JSON, kept as ``_towers`` are."""
-    if name == "otsu":
-        from medfocus.masks.otsu import OtsuSegmenter
-
-        return OtsuSegmenter(**json.loads(settings))
-    from medfocus.masks.sam2.fast_segmenter import build_segmenter
-
-    return build_segmenter(**json.loads(settings), batch_size=defaults.SEGMENTER_BATCH, device=device)
+def _built_segmenter(settings: SegmenterSettings, device: str, thread: int) -> Segmenter:
+    """A segmenter, kept as ``_towers`` are."""
+    return build_segmenter(settings, batch_size=defaults.SEGMENTER_BATCH, device=device)
 
 
 def _rates(settings: Mapping[str, Any]) -> tuple[float, ...]:

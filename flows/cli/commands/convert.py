@@ -84,7 +84,7 @@ def convert_coco(
         from typing import cast, get_args
 
         from medfocus.datasets import coco
-        from medfocus.datasets.ingest import write_left_out
+        from medfocus.datasets.faults import write_faults
 
         if label_from not in get_args(coco.LabelFrom):
             known = ", ".join(get_args(coco.LabelFrom))
@@ -98,7 +98,7 @@ def convert_coco(
         for fault in done.faults[:_SHOWN_FAULTS]:
             terminal.tell(f"{fault.path}: {fault.fault}. {fault.fix}")
         if done.faults:
-            write_left_out(done.faults, out / "faults.csv")
+            write_faults(done.faults, out / "faults.csv")
             print(f"{len(done.faults)} faults: {out / 'faults.csv'}")
         print(f"{done.regions} known regions: {out / 'masks'}\nNext: medfocus init {out / 'list.csv'}")
 

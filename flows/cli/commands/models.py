@@ -141,7 +141,8 @@ def card(
     """
     with terminal.at_work():
         from flows.cli.models import choose
-        from medfocus.reports import cards
+        from medfocus.reports.data_sheet import SHEET
+        from medfocus.reports.model_card import CARD
 
         version = choose(terminal.project(), model)
-        print(version.text(cards.SHEET if sheet else cards.CARD), end="")
+        print(version.text(SHEET if sheet else CARD), end="")

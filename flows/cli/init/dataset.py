@@ -193,7 +193,7 @@ def _modality(data: Path, folder: Path, records: Sequence[Record], classes: Sequ
     labels = [record.label for record in records]
     files = [folder / records[i].path for i in spread_over_classes(labels, _GLANCED)]
     texts = [folder.name, data.stem, *classes]
-    return by_headers(map(decode.told_by_header, files)) or guess(texts, look_at(files))
+    return by_headers(map(decode.modality_and_body_part, files)) or guess(texts, look_at(files))
 
 
 def _readable(label: str) -> str:
