@@ -96,7 +96,7 @@ def cache_masks(study: Study, dataset: str) -> None:
         create_image_artifact(
             f"data:image/png;base64,{sheet}",
             key=_key(f"mask-sheet-{dataset}"),
-            description="Masks found without labels",
+            description="Masks, segmented without labels",
         )
 
 

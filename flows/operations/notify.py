@@ -41,9 +41,8 @@ def report(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
     if not address or fault:
         suffix = f"; {WEBHOOK} failed ({fault})" if fault else ""
         line = "{flow}, run {run}: {state}, {error}, {page}".format(**notice)
-        print(
-            line + suffix, file=sys.stderr, flush=True
-        )  # Prefect's console handler shows only its own faults
+        # Not by Prefect's console handler, which shows only Prefect's own faults.
+        print(line + suffix, file=sys.stderr, flush=True)
 
 
 def _kind(state: State[Any]) -> str | None:

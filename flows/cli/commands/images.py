@@ -74,7 +74,7 @@ def masks(
     out: Out,
     params: Params = Path("params.yaml"),
     dataset: Annotated[
-        str | None, typer.Option(help="The data set whose settings apply; default: the first.")
+        str | None, typer.Option(help="Use the settings of this data set; default: the first.")
     ] = None,
     force: Force = False,
 ) -> None:

@@ -179,7 +179,7 @@ def doctor() -> None:
 
         with terminal.waiting("checking"):
             findings = list(examine())
-        terminal.table(("", "", "found"), [(each.subject, each.state, each.text) for each in findings])
+        terminal.table(("", "", "result"), [(each.subject, each.state, each.text) for each in findings])
         for each in findings:
             if each.fix:
                 print(f"{each.state}: {each.subject}: {each.text}. {each.fix}")

@@ -108,7 +108,7 @@ def describe(
 
     Raises:
         FileNotFoundError: There is no such folder or table.
-        ValueError: The data set has faults, all of which the message lists, or too few images.
+        ValueError: The data set has faults, which the message lists, or too few images.
     """
     folder, manifest = _locate(data, root)
     table_columns = propose(data, folder, columns or {}) if manifest else {}
