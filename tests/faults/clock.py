@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults import forked, whole
+from tests.faults import forked, state
 
 BACK = (-1, -24, -24 * 400)  # hours
 
@@ -27,19 +27,19 @@ def main() -> None:
     with forked.ready(folder):
         project = forked.new_project(folder, "undisturbed")
         _ends(forked.start(project, folder / "log", folder / "made"))
-        expected = whole.outputs(project)
+        expected = state.outputs(project)
         for hours in BACK:
             project = forked.new_project(folder, "moved")
             job = forked.start(project, folder / "log", folder / "made")
             job.follow("evaluate", 1)
             job.kill()
-            kept = whole.finished(project)
+            kept = state.finished(project)
             job = forked.start(project, folder / "log", folder / "made", hours)
             _ends(job)
             again = [*(kept.entries & job.made()), *(stage for stage in job.ran if stage in kept.stages)]
-            again += [name for name, stat in kept.cells.items() if whole.cells(project).get(name) != stat]
-            same, bad = whole.outputs(project) == expected, whole.damaged(project)
-            running = whole.left_running(project)
+            again += [name for name, stat in kept.cells.items() if state.cells(project).get(name) != stat]
+            same, bad = state.outputs(project) == expected, state.damaged(project)
+            running = state.left_running(project)
             failed += not same or bool(again or bad or running)
             print(
                 f"clock moved by {hours} hours: {len(bad)} corrupt, {len(again)} lost, {running} runs left "

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults import forked, whole
+from tests.faults import forked, state
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="medfocus-disk-"))
     failed = 0
     with forked.ready(folder):
-        expected = whole.outputs(_run(folder, "undisturbed", 0)[0])
+        expected = state.outputs(_run(folder, "undisturbed", 0)[0])
         faults: list[tuple[str, str, Callable[[Path], object]]] = [
             *((f"{place} is full at {kib} KiB", place, _full(kib)) for place, kib in FULL),
             *((f"{place} is read-only", place, _read_only) for place in READ_ONLY),
@@ -36,14 +36,14 @@ def main() -> None:
             (project / place).mkdir(parents=True, exist_ok=True)
             with _mounted(project / place, fault):
                 _, message = _run(folder, "fault", 1)
-                bad = whole.damaged(project)
-                kept = whole.finished(project)
+                bad = state.damaged(project)
+                kept = state.finished(project)
                 shutil.copytree(project / place, folder / "saved", symlinks=True)
             shutil.rmtree(project / place)
             (folder / "saved").rename(project / place)
             job, _ = _start(project, folder)
             again = kept.entries & job.made()
-            same = job.code == 0 and whole.outputs(project) == expected
+            same = job.code == 0 and state.outputs(project) == expected
             named = str(project / place) in message and " again" in message
             failed += not (same and named and not bad and not again)
             print(

@@ -26,7 +26,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults import forked, whole
+from tests.faults import forked, state
 
 ENDING = 0.1  # probability that a sequence runs to its end after a kill
 
@@ -100,14 +100,14 @@ class Trial:
         job.follow(forked.PARTS[0], float("inf"))
         if job.code != 0:
             raise RuntimeError(f"the undisturbed run ended with {job.code}: {self._log(project).read_text()}")
-        self.expected, self.seconds = whole.outputs(project), job.seconds
+        self.expected, self.seconds = state.outputs(project), job.seconds
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in job.seconds.items())
         return f"{sum(job.seconds.values()):.1f} s ({parts}), {len(self.expected)} outputs"
 
     def sequence(self, instants: int, keep: bool) -> None:
         """Kill the job of one project until it may end, then compare its outputs with the expected ones."""
         project = self._project("sequence")
-        before, first, faults = whole.finished(project), 0, self.count.faults
+        before, first, faults = state.finished(project), 0, self.count.faults
         while True:
             job = forked.start(project, self._log(project), self._made(project))
             rest = forked.PARTS[first : first + 2] if self.count.instants < instants else ()
@@ -128,7 +128,7 @@ class Trial:
     def of_processes(self, instants: int, keep: bool) -> None:
         """Do the same with processes as a user starts them, where only the last stage shows the part."""
         project = self._project("process")
-        before, faults = whole.finished(project), self.count.faults
+        before, faults = state.finished(project), self.count.faults
         delays = [self.draw.uniform(8, 8 + 2 * sum(self.seconds.values())) for _ in range(2)]
         code = 0
         for delay in [*delays[: instants - self.count.instants], None]:
@@ -183,13 +183,13 @@ class Trial:
             time.sleep(0.2)
 
     def _check(
-        self, project: Path, before: whole.Finished, made: set[str], ran: list[str], hit: str
-    ) -> whole.Finished:
+        self, project: Path, before: state.Finished, made: set[str], ran: list[str], hit: str
+    ) -> state.Finished:
         """Count the repeated work and the damaged files; return the finished work."""
-        after = whole.finished(project)
+        after = state.finished(project)
         again = [*(before.entries & made), *(stage for stage in ran if stage in before.stages)]
         again += [name for name, stat in before.cells.items() if after.cells.get(name) != stat]
-        bad = whole.damaged(project)
+        bad = state.damaged(project)
         self.count.lost += len(again)
         self.count.corrupt += len(bad)
         if hit:
@@ -211,10 +211,10 @@ class Trial:
             self.count.different += 1
             print(f"     ended with {code}: {self._log(project).read_text()[-3000:]}", flush=True)
             return
-        outputs = whole.outputs(project)
+        outputs = state.outputs(project)
         names = sorted({*outputs, *self.expected})
         other = [name for name in names if outputs.get(name) != self.expected.get(name)]
-        running = whole.left_running(project)
+        running = state.left_running(project)
         self.count.running += running
         self.count.different += bool(other)
         self.count.identical += not other

@@ -23,7 +23,7 @@ import psutil
 from flows.servers.mlflow import mlflow_server
 from flows.servers.prefect import prefect_server
 from flows.servers.processes import HOST, free_port
-from tests.faults import forked, whole
+from tests.faults import forked, state
 
 END = float("inf")
 PATIENCE = 3  # retries of MLflow; its default of 7 takes four minutes
@@ -37,7 +37,7 @@ def main() -> None:
     with forked.ready(folder, trial.prefect):
         project = trial.start("undisturbed")
         trial.ends()
-        trial.expected = whole.outputs(project)
+        trial.expected = state.outputs(project)
         for fault in (
             trial.prefect_goes,
             trial.prefect_goes_and_comes_back,
@@ -144,14 +144,14 @@ class Trial:
     def hold(self, name: str, gone: float, last_line: str, server_fault: str) -> None:
         """Run the job again and print the result."""
         code, seconds, project = self.job.code, time.monotonic() - gone, self.project
-        kept, bad = whole.finished(project), whole.damaged(project)
+        kept, bad = state.finished(project), state.damaged(project)
         named = code == 0 or (last_line.startswith("medfocus: ") and server_fault in last_line)
         self.start("fault")
         last = self.ends()
         again = [*(kept.entries & self.job.made()), *(s for s in self.job.ran if s in kept.stages)]
-        again += [n for n, stat in kept.cells.items() if whole.cells(project).get(n) != stat]
-        same = self.job.code == 0 and whole.outputs(project) == self.expected
-        running = whole.left_running(project)
+        again += [n for n, stat in kept.cells.items() if state.cells(project).get(n) != stat]
+        same = self.job.code == 0 and state.outputs(project) == self.expected
+        running = state.left_running(project)
         self.failed += not (named and same) or bool(bad or again or running)
         print(
             f"{name}: ended with {code} after {seconds:.0f} s, {'named' if named else 'NOT NAMED'}, "

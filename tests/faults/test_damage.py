@@ -15,7 +15,7 @@ from flows.study import costs
 from medfocus.clip import features
 from medfocus.storage import atomic
 from medfocus.storage.shards import Shards
-from tests.faults import whole
+from tests.faults import state
 
 
 def flip(path: Path, at: int) -> None:
@@ -98,12 +98,12 @@ def test_a_damaged_cache_is_computed_again_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (project / "data/phantoms/.breast_ultrasound-abcdefgh/whole").mkdir(parents=True)  # left by a killed run
+    (project / "data/phantoms/.breast_ultrasound-abcdefgh/images").mkdir(parents=True)  # left by a killed run
     phantoms.main(["--modality", "breast_ultrasound"])
     for stage in (ingest, duplicates, splits, masks):
         stage.main(["--dataset", "phantom-breast"])
     finetune.main([])
-    whole = published()
+    complete = published()
     assert len(in_this_process) == 17
     (project / "data/.checkpoints.1").mkdir()  # left by a killed run
     (project / "data/masks/.phantom-breast.abcdefgh.old").mkdir()
@@ -134,7 +134,7 @@ def test_a_damaged_cache_is_computed_again_with_the_same_bytes(
         assert len(made) == 1, "one mask was damaged, so one is computed"
         finetune.main([])
     assert sorted(in_this_process) == cells[:2]
-    assert published() == whole
+    assert published() == complete
     for damaged in (cells[0], cells[1], shard):
         assert f"{damaged} is damaged" in caplog.text
     assert not [path for path in (project / "data").rglob(".*") if path.is_dir()]
@@ -157,9 +157,9 @@ def test_a_kill_while_dvc_clones_a_file_leaves_no_empty_object_in_its_cache(
             dvc.reproduce(project, stage)
     tried = [path for path in (project / ".dvc/cache").rglob("*.tmp") if path.stat().st_size == 0]
     assert len(tried) == 1  # the kill happened here
-    assert whole.damaged(project) == []
+    assert state.damaged(project) == []
     assert dvc.reproduce(project, stage)
-    assert whole.damaged(project) == []
+    assert state.damaged(project) == []
 
 
 def test_a_kill_while_dvc_writes_its_locks_leaves_the_earlier_file(
@@ -174,7 +174,7 @@ def test_a_kill_while_dvc_writes_its_locks_leaves_the_earlier_file(
         patch.setattr("dvc.rwlock.json.dump", half)
         with pytest.raises(Killed):
             dvc.reproduce(project, "phantoms@breast_ultrasound")
-    assert whole.damaged(project) == [] and not list((project / ".dvc/tmp").glob(".rwlock*"))
+    assert state.damaged(project) == [] and not list((project / ".dvc/tmp").glob(".rwlock*"))
     assert dvc.reproduce(project, "phantoms@breast_ultrasound")
 
 
@@ -185,11 +185,11 @@ def test_a_damaged_dvc_lock_is_set_aside_and_written_again(
     stage = "phantoms@breast_ultrasound"
     assert dvc.reproduce(project, stage)
     lock = project / "dvc.lock"
-    whole = lock.read_bytes()
+    complete = lock.read_bytes()
     lock.write_text(left)
     (project / ".dvc/tmp/rwlock").write_text("")
     dvc.reproduce(project, stage)
-    assert lock.read_bytes() == whole
+    assert lock.read_bytes() == complete
     assert "dvc.lock was damaged, and is made again" in capsys.readouterr().err
     assert (project / "dvc.lock.damaged").read_text() == left
     assert not dvc.reproduce(project, stage)
@@ -215,7 +215,7 @@ def test_a_kill_while_dvc_writes_dvc_lock_leaves_the_one_before(
         with pytest.raises(Killed):
             dvc.reproduce(project, "ingest@phantom-breast")
     assert lock.read_bytes() == before and not list(project.glob(".dvc.lock*"))
-    assert whole.damaged(project) == []
+    assert state.damaged(project) == []
     assert dvc.reproduce(project, "ingest@phantom-breast")
 
 
@@ -242,7 +242,7 @@ def test_an_empty_object_that_a_killed_dvc_repro_left_is_made_again(project: Pat
     for path in objects:
         path.unlink()
         path.touch()  # writable: DVC trusts read-only objects alone
-    assert len(whole.damaged(project)) == len(objects)
+    assert len(state.damaged(project)) == len(objects)
     (project / "dvc.lock").unlink()
     dvc.reproduce(project, stage)
-    assert whole.damaged(project) == []
+    assert state.damaged(project) == []

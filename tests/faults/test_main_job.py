@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_project
-from tests.faults import whole
+from tests.faults import state
 
 LIMIT = 5.0  # seconds from Ctrl-C to the end
 
@@ -90,24 +90,24 @@ def test_the_second_of_two_jobs_is_refused_and_ctrl_c_ends_the_first_in_time(hom
     )
     wait_for(job, "splits@phantom-breast: done")
     assert interrupt(job) < LIMIT, "in the masks"
-    assert set(whole.finished(home).stages) >= {"ingest@phantom-breast", "splits@phantom-breast"}
-    assert whole.damaged(home) == []
+    assert set(state.finished(home).stages) >= {"ingest@phantom-breast", "splits@phantom-breast"}
+    assert state.damaged(home) == []
 
     job = start(home)
     wait_for(job, "masks@phantom-breast: done")
-    while not whole.cells(home) and job.poll() is None:
+    while not state.cells(home) and job.poll() is None:
         time.sleep(0.05)
     assert interrupt(job) < LIMIT, "in training"
-    fitted = whole.cells(home)
-    assert fitted and whole.damaged(home) == []
+    fitted = state.cells(home)
+    assert fitted and state.damaged(home) == []
 
     job = start(home)
     wait_for(job, "finetune: done")
-    assert fitted.items() <= whole.cells(home).items(), "no cell is fitted twice"
+    assert fitted.items() <= state.cells(home).items(), "no cell is fitted twice"
     while not (home / "mlruns").exists() and job.poll() is None:
         time.sleep(0.05)
     assert interrupt(job) < LIMIT, "in the evaluation"
-    assert whole.left_running(home) == 0 and whole.damaged(home) == []
+    assert state.left_running(home) == 0 and state.damaged(home) == []
     assert "KILLED" in states(home / "mlflow.db", "select status from runs")
     prefect = home / ".prefect/prefect.db"
     assert states(prefect, "select state_type from flow_run") == {"CRASHED"}

@@ -98,10 +98,10 @@ def _damaged(project: Path) -> Iterator[Path]:
     for path in _shards(project):
         try:
             with zipfile.ZipFile(path) as shard:
-                whole = shard.testzip() is None
+                intact = shard.testzip() is None
         except zipfile.BadZipFile:
-            whole = False
-        if not whole:
+            intact = False
+        if not intact:
             yield path
     for path in (project / ".cache/cells").glob("*/[!.]*.safetensors"):
         if not (atomic.is_sound(path) and _opens(path)):
