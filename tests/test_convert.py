@@ -68,7 +68,7 @@ def test_a_file_with_an_unknown_name_has_numbered_classes(tmp_path: Path, medfoc
     told = medfocus("convert", "medmnist", save(tmp_path / "mine.npz", arrays()), tmp_path / "out")
     assert told.exit_code == 0, told.output
     assert {path.name for path in (tmp_path / "out" / "val").iterdir()} == {"class_0", "class_1"}
-    assert "mine.npz: is named after no set of MedMNIST" in told.output
+    assert "mine.npz: the name is no MedMNIST data set" in told.output
     assert f"Next: medfocus init {tmp_path / 'out'}" in told.output
 
 

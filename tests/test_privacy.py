@@ -27,7 +27,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flows import pipeline
-from flows.servers import servers
+from flows.servers import prefect as prefect_servers
 from flows.stages import finetune
 from flows.study.dataset import EncodedDataset
 from medfocus import phantoms
@@ -104,8 +104,8 @@ def test_no_patient_name_reaches_prefect_mlflow_or_shared_files(
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # to fit here: workers take longer to come up than to fit
     monkeypatch.setattr(finetune, "_end_with_parent", lambda: None)
-    monkeypatch.setattr(servers, "prefect_answers", lambda: False)  # the server is to be this project's own
-    with servers.prefect_api():
+    monkeypatch.setattr(prefect_servers, "prefect_answers", lambda: False)
+    with prefect_servers.prefect_api():
         with monkeypatch.context() as patch:
             patch.setattr(EncodedDataset, "embed", breaks)
             with pytest.raises(SystemExit) as ended:

@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.servers import servers
+from flows.servers import processes
+from flows.servers.mlflow import mlflow_server
+from flows.servers.prefect import prefect_server
 from flows.study import runners
 from flows.study.params import ScaleParams
 
@@ -125,9 +127,9 @@ def test_a_server_is_configured_to_listen_on_loopback_only(
         yield
 
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    monkeypatch.setattr(servers, "running", recorded)
-    port = servers.free_port()
-    with servers.prefect_server(port) if name == "prefect" else servers.mlflow_server(tmp_path, port):
+    monkeypatch.setattr(processes, "running", recorded)
+    port = processes.free_port()
+    with prefect_server(port) if name == "prefect" else mlflow_server(tmp_path, port):
         pass
     (command,) = started
     assert name in command and command[command.index("--host") + 1] == "127.0.0.1"
