@@ -18,7 +18,7 @@ from flows.study.dataset import EncodedDataset
 from flows.study.study import Study, open_study
 from medfocus.evaluation.comparison import compare
 from medfocus.reports.page import render
-from medfocus.reports.page_content import Cost, Provenance
+from medfocus.reports.page_content import Cost, PageContent, Provenance
 from medfocus.reports.rows import StudyRow, read_published, read_rows
 from medfocus.storage import atomic
 from medfocus.tracking import runs
