@@ -84,6 +84,18 @@ def test_a_method_on_the_region_dual_is_explained_by_occlusion(clip: ClipEncoder
     assert way == "occlusion" and maps.shape == (2, SIZE, SIZE)
 
 
+def test_occlusion_hides_a_square_in_the_focused_image_too(clip: ClipEncoder) -> None:
+    class FocusedUpperLeft(UpperLeft):
+        def embed(self, images: Tensor) -> Tensor:
+            return super().embed(images[..., 3:])
+
+    images, labels = cornered(2, seed=1)
+    views = torch.cat([images, images], dim=3)[labels == 0]
+    method: Any = FocusedUpperLeft()
+    maps, _ = explain(method, clip.with_region("dual", 0.0), views, torch.ones(1, dtype=torch.int64))
+    assert float(maps[0, : SIZE // 2, : SIZE // 2].sum()) > 0.8
+
+
 def test_the_attention_bias_moves_the_map_towards_the_region(clip: ClipEncoder) -> None:
     method = fitted("clip-linear-probe", clip, folds=3)
     images, labels = cornered(4, seed=1)

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, normalize
 
-from medfocus.clip.vit import heads
-
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
 
@@ -113,7 +111,7 @@ class AttentionRegion(Region):
         """Return β times the coverage of each patch, for the class token; None for β = 0."""
         if not self.attention_bias:
             return None
-        return class_token_bias(self._coverage(visual, pixels), self.attention_bias, heads(visual))
+        return class_token_bias(self._coverage(visual, pixels), self.attention_bias, _heads(visual))
 
     def pack(self, tokens: Sequence[Tensor], visual: VisionTransformer, pixels: Tensor) -> Tensor:
         """Append the coverage of the patches to the tokens, (B, L + 1, W); not for β = 0."""
@@ -124,7 +122,7 @@ class AttentionRegion(Region):
         if not self.attention_bias:
             return (packed,), None
         tokens, coverage = unpack(packed)
-        return (tokens,), class_token_bias(coverage, self.attention_bias, heads(visual))
+        return (tokens,), class_token_bias(coverage, self.attention_bias, _heads(visual))
 
     def _coverage(self, visual: VisionTransformer, pixels: Tensor) -> Tensor:
         return patch_coverage(pixels[:, 3:], visual.conv1.kernel_size[0])
@@ -209,3 +207,8 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tokens (B, L, W) and the coverage (B, L - 1) that ``pack`` joined."""
     tokens = packed[:, :-1]
     return tokens, packed[:, -1, : tokens.shape[1] - 1]
+
+
+def _heads(visual: VisionTransformer) -> int:
+    """Return the number of attention heads of each block."""
+    return visual.transformer.resblocks[0].attn.num_heads  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]

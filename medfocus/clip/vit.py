@@ -64,8 +64,3 @@ def as_vit(tower: object) -> VisionTransformer | None:
     from open_clip.transformer import VisionTransformer
 
     return tower if isinstance(tower, VisionTransformer) else None
-
-
-def heads(visual: VisionTransformer) -> int:
-    """Return the number of attention heads of each block."""
-    return visual.transformer.resblocks[0].attn.num_heads  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]

@@ -44,7 +44,7 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
         try:
             maps = grad_cam(body, pixels, lambda logits: logits[torch.arange(len(targets)), targets])
         except ValueError:  # the features of timm's ViT are tokens
-            return _occluded(method, views, targets), "occlusion"
+            return _occluded(method, encoder, views, targets), "occlusion"
         return _resized(maps, views.shape[1]), "Grad-CAM"
     visual = as_vit(encoder.model.visual)
     if visual is not None and method.embedding == "features" and encoder.region.sees_one_rgb:
@@ -53,7 +53,7 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
         mask = encoder.region.attention_mask(visual, pixels)
         maps = gradient_attention(visual, pixels[:, :3], lambda f: (f * slopes).sum(dim=1), mask)
         return maps, "gradient x attention"
-    return _occluded(method, views, targets), "occlusion"
+    return _occluded(method, encoder, views, targets), "occlusion"
 
 
 def on_image(heat: np.ndarray, mask: np.ndarray, focus: str) -> np.ndarray:
@@ -99,26 +99,21 @@ def _slopes(method: Method, features: Tensor, targets: Tensor) -> Tensor:
     return slopes
 
 
-def _occluded(method: Method, views: Tensor, targets: Tensor) -> Tensor:
+def _occluded(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor) -> Tensor:
     stride = max(1, views.shape[1] // (_SQUARES + 1))
-
-    def predict(shown: Tensor, further: Tensor) -> Tensor:
-        whole = torch.cat([shown, further.expand(len(shown), *further.shape)], dim=3)
-        return next(iter(method.logits(method.embed(whole)).values())).double().softmax(dim=1)
-
     maps = []
-    for image, target in zip(views, targets.tolist(), strict=True):
-        further = image[..., 3:]
-        maps.append(
-            occlusion(
-                lambda shown, further=further: predict(shown, further),
-                image[..., :3].contiguous(),
-                target,
-                patch=2 * stride,
-                stride=stride,
-                fill=FILL,
-            )
-        )
+    for view, target in zip(views, targets.tolist(), strict=True):
+        image, further = view[..., :3].contiguous(), view[..., 3:]
+
+        def predict(occluded: Tensor, image: Tensor = image, further: Tensor = further) -> Tensor:
+            """Images (N, S, S, 3) uint8 -> probabilities (N, K), with the view's further channels."""
+            channels = further.expand(len(occluded), *further.shape)
+            if encoder.region.has_focused_image:  # hide the square in the focused image too
+                channels = torch.where((occluded != image).any(dim=3, keepdim=True), occluded, channels)
+            inputs = method.embed(torch.cat([occluded, channels], dim=3))
+            return next(iter(method.logits(inputs).values())).double().softmax(dim=1)
+
+        maps.append(occlusion(predict, image, target, patch=2 * stride, stride=stride, fill=FILL))
     return torch.cat(maps)
 
 

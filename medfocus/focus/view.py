@@ -8,6 +8,7 @@ from medfocus.clip.regions import REGIONS
 from medfocus.focus.crop import Crop, cut, keep_region
 from medfocus.focus.modes import FILL
 from medfocus.focus.modes import focus as apply_focus
+from medfocus.images import decode
 from medfocus.images.geometry import letterbox, letterbox_mask
 from medfocus.storage.fingerprint import fingerprint
 
@@ -65,5 +66,5 @@ def _focused_view(
 
 
 def view_key(*, focus: str, size: int, feather: float) -> str:
-    """Return the sha256 hex of the settings of ``view`` and of the code behind it, for cache keys."""
-    return fingerprint(view, focus=focus, size=size, feather=feather)
+    """Return the cache's key of views: their settings and all code from the image file on."""
+    return fingerprint(view, decode, focus=focus, size=size, feather=feather)

@@ -78,7 +78,8 @@ class TextRank:
         if not texts:
             raise ValueError("no text to rank proposals by; give at least one, such as 'a lesion'.")
         text = F.normalize(towers.encode_texts(list(texts)).mean(0), dim=0)  # (D,)
-        return cls(towers, text, fingerprint(type(towers), towers=towers.key, texts=list(texts)))
+        code = (type(towers), "medfocus.clip.build")
+        return cls(towers, text, fingerprint(*code, towers=towers.key, texts=list(texts)))
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """M crops (h, w, 3) uint8 RGB -> cosines (M,) in [-1, 1]; a crop keeps its aspect, on black."""
