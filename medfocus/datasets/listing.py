@@ -266,10 +266,10 @@ def _is_seen(entry: Path) -> bool:
 
 def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yield all files in a folder and its subfolders; follow links, but never in a circle."""
-    here = folder.resolve()
-    for entry in _entries(folder) if here not in above else ():
+    real = folder.resolve()
+    for entry in _entries(folder) if real not in above else ():
         if entry.is_dir():
-            yield from _files(entry, (*above, here))
+            yield from _files(entry, (*above, real))
         else:
             yield entry
 

@@ -228,10 +228,10 @@ def _read(data: bytes, name: str, most_bytes: int) -> Any:
     if _is_deflated(data) and _inflated(data, most_bytes) > most_bytes:
         raise unpacks_too_large(name, most_bytes)
     tags = [*_TAGS, *_NAMED, *_GROUPS]
-    found = pydicom.dcmread(io.BytesIO(data), force=True, specific_tags=cast(Any, tags))
-    if not found.file_meta.get("TransferSyntaxUID") and found.original_encoding == (True, True):
-        found.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian  # DICOM's default
-    return found
+    dataset = pydicom.dcmread(io.BytesIO(data), force=True, specific_tags=cast(Any, tags))
+    if not dataset.file_meta.get("TransferSyntaxUID") and dataset.original_encoding == (True, True):
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian  # DICOM's default
+    return dataset
 
 
 def _is_deflated(data: bytes) -> bool:
