@@ -17,12 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from medfocus.datasets.faults import Fault, FaultKind
 from medfocus.datasets.listing import MASKS, inside
 from medfocus.images import decode
 from medfocus.images.errors import ImageError
+from medfocus.images.png import encode_png
 from medfocus.storage import atomic
 from medfocus.storage.tables import write_csv
 
@@ -269,4 +269,4 @@ def _label(
 
 def _write_mask(region: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(region.astype(np.uint8) * 255).save(path)
+    path.write_bytes(encode_png(region.astype(np.uint8) * 255))
