@@ -99,10 +99,10 @@ def test_a_missing_file_without_network_gives_one_error_with_file_hub_and_cache(
     with pytest.raises(FileNotFoundError) as caught:
         resolve("tiny")
     message = str(caught.value)
-    assert message.startswith("SAM2 (masks.checkpoint): 'tiny' is no local file, ")
-    assert f"{FILE} of the hub's '{HUB_ID}' is not in {hub_cache}" in message
+    assert message.startswith("SAM2 (masks.checkpoint): 'tiny' is not a local file, ")
+    assert f"{FILE} of '{HUB_ID}' is not in the hub cache {hub_cache}" in message
     assert "and the download failed (OfflineModeIsEnabled: " in message
-    assert "Put the file anywhere and give its path in place of 'tiny'" in message
+    assert "Give the path of a local file instead of 'tiny'" in message
     assert f"`hf download {HUB_ID} {FILE}`" in message
 
 
