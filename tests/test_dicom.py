@@ -22,7 +22,7 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
-from flows.cli.modality import OTHER, message
+from flows.cli.modality import OTHER, told
 from medfocus.datasets import pseudonyms
 from medfocus.datasets.duplicates import find_duplicates, groups, twins
 from medfocus.datasets.ingest import Ingested, ingest
@@ -621,5 +621,5 @@ def test_a_link_out_of_the_root_is_not_followed_for_a_frame(folder: Path) -> Non
 def test_the_tags_give_the_modality_if_they_agree(
     headers: list[tuple[str, str]], modality: str | None
 ) -> None:
-    found = message(headers)
+    found = told(headers)
     assert (found and found.modality) == modality
