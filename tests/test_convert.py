@@ -65,11 +65,11 @@ def test_medmnist_is_converted_without_loss(tmp_path: Path, size: int, colour: b
 
 
 def test_a_file_with_an_unknown_name_has_numbered_classes(tmp_path: Path, medfocus: Medfocus) -> None:
-    message = medfocus("convert", "medmnist", save(tmp_path / "mine.npz", arrays()), tmp_path / "out")
-    assert message.exit_code == 0, message.output
+    result = medfocus("convert", "medmnist", save(tmp_path / "mine.npz", arrays()), tmp_path / "out")
+    assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "out" / "val").iterdir()} == {"class_0", "class_1"}
-    assert "mine.npz: is named after no set of MedMNIST" in message.output
-    assert f"Next: medfocus init {tmp_path / 'out'}" in message.output
+    assert "mine.npz: is named after no set of MedMNIST" in result.output
+    assert f"Next: medfocus init {tmp_path / 'out'}" in result.output
 
 
 def test_a_split_has_no_folder_for_a_class_without_images(tmp_path: Path) -> None:
@@ -220,8 +220,8 @@ def test_instances_become_known_regions_and_labels(tmp_path: Path, lesions: dict
     done, out = converted(tmp_path, lesions)
     assert done.regions == 2 and done.labels == {"benign": 1, "malignant": 1, "": 1}
     assert labels(out) == {"images/a.png": "benign", "images/b/a.png": "malignant", "images/c.jpg": ""}
-    (message,) = done.faults
-    assert (message.path, message.fault) == ("c.jpg", "has no class, so it has no label")
+    (fault,) = done.faults
+    assert (fault.path, fault.fault) == ("c.jpg", "has no class, so it has no label")
     found = ingest(out, manifest="list.csv")
     assert [record.path for record in found.records] == ["images/a.png", "images/b/a.png"]
     assert [fault.fault for fault in found.left_out] == ["the label is empty"]

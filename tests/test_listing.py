@@ -187,9 +187,9 @@ def test_commas_inside_a_heading_with_semicolons_are_no_separators(four: Path) -
 def test_a_row_with_more_cells_than_the_heading_is_left_out(four: Path) -> None:
     (four / "list.csv").write_text("path,label\na.png,tumour, benign\nb.png,cat\nc.png,dog,\n")
     assert [row[0] for row in rows(four, "list.csv")] == ["b.png", "c.png"]
-    (message,) = left_out(four, "list.csv").items()
-    assert message[0] == "list.csv, line 2: a.png"
-    assert message[1] == "has 3 cells, but the heading has 2. Quote cells that contain the separator."
+    ((path, message),) = left_out(four, "list.csv").items()
+    assert path == "list.csv, line 2: a.png"
+    assert message == "has 3 cells, but the heading has 2. Quote cells that contain the separator."
 
 
 def test_parquet_tables_with_numbers_categories_and_nulls_are_read(four: Path) -> None:

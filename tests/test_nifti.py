@@ -161,8 +161,8 @@ def test_the_folder_labels_the_slices_of_a_volume_as_one_group(folder: Path) -> 
     assert [r.path for r in found.records[:2]] == ["ill/head0.nii.gz#z=1", "ill/head0.nii.gz#z=2"]
     assert len({r.patient for r in found.records}) == 4 and len({r.sha256 for r in found.records}) == 28
     assert all((r.width, r.height, r.mode) == (12, 16, "I;16") for r in found.records)
-    message = [f.fault for f in found.reported if f.path != "."]
-    assert message == ["holds 2 constant slice(s), which are left out"] * 4 and not found.left_out
+    faults = [f.fault for f in found.reported if f.path != "."]
+    assert faults == ["holds 2 constant slice(s), which are left out"] * 4 and not found.left_out
     for record in found.records[:3]:
         assert decode.read_named(folder / record.path)[0] == record.sha256
 
