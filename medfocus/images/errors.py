@@ -30,7 +30,8 @@ class ImageError(ValueError):
 
     def __init__(self, name: str, kind: ImageFault, fault: str, fix: str) -> None:
         super().__init__(f"{name}: {fault}. {fix}")
-        self.name, self.kind, self.fault, self.fix = name, kind, fault, fix
+        self.kind: ImageFault = kind
+        self.name, self.fault, self.fix = name, fault, fix
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, ImageFault, str, str]]:
         """Return the arguments, so that a worker process can send the error back."""
