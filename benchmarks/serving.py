@@ -31,6 +31,7 @@ import numpy as np
 from flows.servers.servers import free_port, model_server
 from medfocus import phantoms
 from medfocus.phantoms import png
+from medfocus.serving.model_folder import load_model
 from medfocus.serving.predictor import Predictor
 from medfocus.tracking import registry, runs
 
@@ -61,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         home, model = Path(place, "home"), Path(place, "model")
         uri = _registered(home, model)
-        predictor = Predictor.load(model)
+        predictor = load_model(model)
         predictor.predict(images[:1])
         began = time.perf_counter()
         with model_server(uri, "models:/benchmark@champion", free_port()) as address:

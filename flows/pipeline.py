@@ -30,6 +30,7 @@ from flows.servers.servers import must_answer, prefect_api
 from flows.stages.dvc import reproduce
 from flows.study.study import Study, open_study
 from medfocus.reports import tables
+from medfocus.reports.rows import read_rows
 from medfocus.storage.redaction import redacted
 from medfocus.tracking.provenance import lock_digest
 
@@ -119,7 +120,7 @@ def evaluate(study: Study) -> None:
 
         write_page(study)
     if ran:
-        rows = tables.read_study_csv(study.paths.study)
+        rows = read_rows(study.paths.study)
         create_markdown_artifact(
             tables.markdown_table(rows), key="study-table", description="Accuracy on the test sets"
         )
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with only_job(study), prefect_api():
             registrations = pipeline(params_file)
     print()
-    print(tables.study_table(tables.read_study_csv(study.paths.study)))
+    print(tables.study_table(read_rows(study.paths.study)))
     for registration in registrations:
         alias = f"@{registration.alias}" if registration.alias else "without alias"
         print(f"model {registration.name} version {registration.version} {alias}: {registration.reason}")

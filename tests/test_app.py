@@ -46,8 +46,9 @@ from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
 from medfocus.masks.segmenter import Mask, Segmenter, identity
 from medfocus.masks.settings import Sam2Settings
 from medfocus.methods.clip import ClipLinearProbe
-from medfocus.serving import checkpoint, predictor
-from medfocus.serving.predictor import Predictor, probabilities_of
+from medfocus.serving import checkpoint
+from medfocus.serving.model_folder import load_model, save_model
+from medfocus.serving.predictor import probabilities_of
 
 HOME = "http://127.0.0.1:8600"
 ABOUT = About("medfocus-brain", "3 (champion)", "brain", "clip-linear-probe", "SAM2", {"ece": 0.0625})
@@ -86,7 +87,7 @@ def save(folder: Path, segmenter: Segmenter) -> Path:
         "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"}
     )
     checkpoint.save(method, header, folder / "cell.safetensors")
-    predictor.save_model(
+    save_model(
         folder / "model", checkpoint=folder / "cell.safetensors", encoder=encoder, segmenter=segmenter,
         feather=0.01,
     )  # fmt: skip
@@ -101,13 +102,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reader(folder: Path) -> Reader:
-    return Reader(Predictor.load(folder))
+    return Reader(load_model(folder))
 
 
 @pytest.fixture(scope="module")
 def otsu(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """A model without SAM2."""
-    return Reader(Predictor.load(save(tmp_path_factory.mktemp("otsu"), OtsuSegmenter())))
+    return Reader(load_model(save(tmp_path_factory.mktemp("otsu"), OtsuSegmenter())))
 
 
 Opener = Callable[..., TestClient]

@@ -39,7 +39,8 @@ from medfocus.images import decode
 from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.methods.clip import ClipLinearProbe
-from medfocus.serving import checkpoint, predictor
+from medfocus.serving import checkpoint
+from medfocus.serving.model_folder import load_model, save_model
 from tests.dicoms import dicom, nifti
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -371,7 +372,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"}
     )
     checkpoint.save(method, header, folder / "cell.safetensors")
-    predictor.save_model(
+    save_model(
         folder / "model",
         checkpoint=folder / "cell.safetensors",
         encoder=encoder,
@@ -414,7 +415,7 @@ def test_predict_says_what_the_model_says_and_draws_the_mask(
     files = [shade(home / f"{i}.png", i % 2, 60 + i) for i in range(3)]
     result = medfocus("predict", *files, "--out", "out", "--model", model)
     assert result.exit_code == 0, result.output
-    expected = predictor.Predictor.load(model).predict([file.read_bytes() for file in files])
+    expected = load_model(model).predict([file.read_bytes() for file in files])
     for line, prediction in zip(rows(home / "out" / "predictions.csv"), expected, strict=True):
         assert line["label"] == prediction.label
         assert float(line["probability_dark"]) == pytest.approx(prediction.probabilities["dark"], abs=1e-5)
@@ -439,7 +440,7 @@ def test_every_frame_of_a_file_is_answered_under_its_name(
     slices = [f"in/head.nii.gz#z={z:02}" for z in range(11)]
     assert [line["file"] for line in lines] == ["in/cine#0", "in/cine#1", "in/cine#2", *slices]
     assert [line["overlay"] for line in lines[2:4]] == ["cine_2_overlay.png", "head_z=00_overlay.png"]
-    expected = predictor.Predictor.load(model).predict_decoded([np.stack([p] * 3, axis=2) for p in images])
+    expected = load_model(model).predict_decoded([np.stack([p] * 3, axis=2) for p in images])
     assert [line["label"] for line in lines[:3]] == [one.label for one in expected]
     assert medfocus("predict", "in/cine#1", "--out", "one", "--model", model).exit_code == 0
     assert [line["file"] for line in rows(home / "one" / "predictions.csv")] == ["in/cine#1"]

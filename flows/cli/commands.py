@@ -466,10 +466,10 @@ def _with_a_model(what: str, files: list[Path], out: Path, model: str | None, fo
         given = work.Images(files, what)
         with terminal.waiting("loading the model"):
             from flows.cli import models as registry
-            from medfocus.serving.predictor import Predictor
+            from medfocus.serving.model_folder import load_model
 
             with registry.opened(_home_of(model), model) as (told, place):
-                predictor = Predictor.load(place)
+                predictor = load_model(place)
         terminal.tell(f"model: {told}. For research; not for clinical use.")
         done = {"predict": work.predict, "explain": work.explain}[what](predictor, given, folder)
         print(f"{done} of {done + given.failed}: {folder.table}" if done else "no image could be read")

@@ -1,6 +1,6 @@
 """Registered models and cached weights: which there are, how they come to a machine without a network.
 
-A model travels as a zip of tensors and text: the parts of a model folder (``medfocus.serving.predictor``) and
+A model travels as a zip of tensors and text: the parts of a model folder (``serving.model_folder``) and
 ``contents.json``, which names each with its sha256. A zip from elsewhere is not trusted: no name in it leads
 anywhere, what it unpacks to is bounded while it is read, and it is loaded once before it is registered.
 Which images the model was made with stays behind.
@@ -193,7 +193,7 @@ def bring(home: Path, path: Path, name: str) -> registry.Registration:
     from medfocus import phantoms
     from medfocus.phantoms import png
     from medfocus.serving import checkpoint
-    from medfocus.serving.predictor import Predictor
+    from medfocus.serving.model_folder import load_model
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give what medfocus models export wrote.")
@@ -201,7 +201,7 @@ def bring(home: Path, path: Path, name: str) -> registry.Registration:
         folder = Path(place, "model")
         contents = unpack(path, folder)
         try:
-            Predictor.load(folder)
+            load_model(folder)
         except Exception as error:
             # Whatever is wrong in a file from elsewhere: its place here is of no use to anybody.
             said = " ".join(str(error).replace(f"{folder}{os.sep}", "").split())

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from flows.study.study import CODE_HERE
+from medfocus.serving.defaults import packaged_params
 from medfocus.storage import atomic
 
 _CODE = Path(__file__).resolve().parents[2]  # holds the packages flows and medfocus
@@ -31,7 +32,8 @@ def begin(folder: Path) -> None:
     if not (folder / ".git").exists():
         _git_init(folder)
     for name in FILES:
-        text = (source / name).read_text(encoding="utf-8")
+        path = packaged_params() if name == "params.yaml" else source / name
+        text = path.read_text(encoding="utf-8")
         if name == "dvc.yaml":
             text = text.replace(CODE_HERE, f"  - code: {_CODE.as_posix()}\n", 1)
         atomic.write(folder / name, text)

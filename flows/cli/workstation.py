@@ -15,7 +15,7 @@ from flows.cli import models, terminal
 from medfocus.app.guard import Guard, door, is_loopback
 from medfocus.app.reading import Reader
 from medfocus.app.server import NOTICE, About, Workplace, build
-from medfocus.serving.predictor import Predictor
+from medfocus.serving.model_folder import load_model
 
 PASSWORD = "MEDFOCUS_APP_PASSWORD"
 
@@ -52,7 +52,7 @@ def listening(host: str, port: int) -> socket.socket:
 def load(home: Path, asked: str | None) -> tuple[Reader, About]:
     """A model as ``models.opened`` finds it, ready to read, and what is known of it."""
     with models.opened(home, asked) as (told, folder):
-        predictor = Predictor.load(folder)
+        predictor = load_model(folder)
         reader = Reader(predictor)
         kind = "SAM2" if reader.is_pointed else "Otsu's threshold"
         method = type(predictor.method).__name__

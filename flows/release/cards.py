@@ -57,7 +57,7 @@ def of_version(
         focus=cell.focus,
         support=cell.support,
         seed=cell.seed,
-        learnt={name: own_classes.count(name) for name in dataset.classes},
+        learned_from={name: own_classes.count(name) for name in dataset.classes},
         settings=header.settings,
         parts={
             "CLIP": f"{clip}; sha256 {serves['clip_key']}",
@@ -108,7 +108,7 @@ def _data(
         segmenter=made_by if serves["segmenter"] == "sam2" else "Otsu's threshold",
         drift=[check for check in checks if check.name.startswith(_DRIFT)],
         new=new,
-        made={name: made[name] for name in ("git.commit", "git.dirty", "dvc.lock.sha256", "seeds")}
+        provenance={name: made[name] for name in ("git.commit", "git.dirty", "dvc.lock.sha256", "seeds")}
         | {"params.yaml": f"sha256 {atomic.digest(study.paths.params)}"},
     )
 

@@ -31,17 +31,17 @@ from medfocus.focus.controls import CONTROLS
 from medfocus.images.geometry import letterbox_mask
 from medfocus.masks.quality import known_region
 from medfocus.reports.data_warnings import data_warnings
-from medfocus.reports.page import (
+from medfocus.reports.page import render
+from medfocus.reports.page_content import (
     Calibration,
     Confusion,
     Cost,
     Example,
+    PageContent,
     Provenance,
     Recalls,
-    Report,
-    render,
 )
-from medfocus.reports.tables import StudyRow, read_published, read_study_csv, system_name
+from medfocus.reports.rows import StudyRow, read_published, read_rows, system_name
 from medfocus.serving import checkpoint
 from medfocus.storage import atomic
 from medfocus.tracking import runs
@@ -81,10 +81,10 @@ def write_page(study: Study) -> Path:
     """
     paths = study.paths
     with contextlib.chdir(study.folder):
-        rows = read_study_csv(paths.study if paths.study.exists() else paths.results)
+        rows = read_rows(paths.study if paths.study.exists() else paths.results)
         cells = plan(study.params)
         encoder = models.build_encoder(study)
-        page = Report(study.params.study.name, rows=rows, baseline=study.params.report.baseline)
+        page = PageContent(study.params.study.name, rows=rows, baseline=study.params.report.baseline)
         parts = _Parts()
         for name in study.params.datasets:
             dataset = EncodedDataset(study, name, encoder)
@@ -116,7 +116,8 @@ def write_page(study: Study) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder, paths.page.name)
             written.write_text(render(page), encoding="utf-8")
-            store.log_page(rows[0].mlflow_run_id, written)
+            if run_id := rows[0].mlflow_run_id:
+                store.log_page(run_id, written)
             atomic.write(paths.page, written.read_bytes())  # last: where it stands all of this is done
     return paths.page
 

@@ -27,7 +27,8 @@ from medfocus.reports.data_sheet import SHEET
 from medfocus.reports.markdown import checks_table
 from medfocus.reports.model_card import CARD
 from medfocus.serving import checkpoint
-from medfocus.serving.predictor import Predictor, save_model
+from medfocus.serving.model_folder import load_model, save_model
+from medfocus.serving.predictor import Predictor
 from medfocus.storage import atomic
 from medfocus.storage.fingerprint import fingerprint
 from medfocus.tracking import registry, runs
@@ -147,7 +148,7 @@ class _Challenger:
         try:
             model = champion.model_folder(folder)
             known = drift.Known.load(model / _KNOWN)
-            predictor = Predictor.load(model)
+            predictor = load_model(model)
             predicted = self._predicted(champion, predictor)
         except Exception as error:
             raise RuntimeError(
@@ -161,7 +162,7 @@ class _Challenger:
     def _predicted(self, champion: registry.Champion, predictor: Predictor) -> np.ndarray:
         """(N,) the champion's label for every test image; computed once for a champion and a test set."""
         tested = [record.sha256 for record in self.test]
-        key = fingerprint(Predictor, cell=champion.cell_key, test=tested)
+        key = fingerprint(load_model, cell=champion.cell_key, test=tested)
         path = self.study.cache / "champions" / f"{key}.npy"
         if atomic.is_sound(path):
             return np.load(path, allow_pickle=False)
