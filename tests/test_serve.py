@@ -283,8 +283,11 @@ class Touch:
         ("python_model.pkl", r"python_model\.pkl: a \.pkl file can run code when it is opened"),
         ("clip/open_clip_pytorch_model.bin", r"open_clip_pytorch_model\.bin: a \.bin file can run code"),
         ("cell.safetensors", "cell.safetensors is not a MedFocusCLIP checkpoint"),
-        ("sam2.safetensors", "sam2.safetensors: not a whole safetensors file"),
-        ("clip/open_clip_model.safetensors", "open_clip_model.safetensors: not a whole safetensors file"),
+        ("sam2.safetensors", "sam2.safetensors: is not a complete safetensors file"),
+        (
+            "clip/open_clip_model.safetensors",
+            "open_clip_model.safetensors: is not a complete safetensors file",
+        ),
     ],
 )
 def test_a_model_folder_with_a_pickle_under_any_name_is_refused_and_its_code_never_runs(

@@ -109,7 +109,7 @@ def test_masks_and_features_on_s3_equal_those_in_a_folder(bucket: str, tmp_path:
 
 def test_a_missing_bucket_is_named_and_not_created(server: str, bucket: str) -> None:
     shards = Shards("s3://mispelt-bucket/masks")
-    message = r"mispelt-bucket/masks: nothing can be written there \(.* does not exist\)\. .* scale\.cache"
+    message = r"mispelt-bucket/masks: cannot be written \(.* does not exist\)\. .* scale\.cache"
     with pytest.raises(OSError, match=message):
         shards.put(ENTRIES.items())
     assert not fsspec.filesystem("s3", skip_instance_cache=True).exists("mispelt-bucket")

@@ -131,7 +131,7 @@ def test_a_hub_that_hangs_is_given_up_after_the_time_limit(hanging: int, tmp_pat
     seconds, _, message = output.partition(" ")
     assert float(seconds) < 4
     assert re.match(
-        r"clip.pretrained: 'tag' is no local file, model.safetensors of the hub's 'someone/model' is not in "
-        rf"{tmp_path}\S*, and the download failed \(\w*Timeout\w*: .*\)\. Put the file anywhere",
+        r"clip.pretrained: 'tag' is not a local file, model.safetensors of 'someone/model' is not in the "
+        rf"hub cache {tmp_path}\S*, and the download failed \(\w*Timeout\w*: .*\)\. Give the path",
         message,
     ), output
