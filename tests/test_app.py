@@ -39,12 +39,13 @@ from medfocus.clip.build import build_clip
 from medfocus.explain.explain import explain
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
 from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
 from medfocus.masks.segmenter import Mask, Segmenter, identity
 from medfocus.masks.settings import Sam2Settings
-from medfocus.methods import METHODS, Support
+from medfocus.methods.clip import ClipLinearProbe
 from medfocus.serving import checkpoint, predictor
 from medfocus.serving.predictor import Predictor, probabilities_of
 
@@ -71,7 +72,7 @@ def encoded(number: int, kind: str = "PNG") -> bytes:
 def save(folder: Path, segmenter: Segmenter) -> Path:
     """A model folder: a linear probe on eight phantoms, by the packaged networks."""
     encoder = build_clip("pocket", "pocket")
-    method = METHODS["clip-linear-probe"](encoder, folds=3)
+    method = ClipLinearProbe(encoder, folds=3)
     images = [drawn(number) for number in range(8)]
     size = encoder.image_size
     views = [

@@ -36,8 +36,9 @@ from medfocus.clip.build import build_clip
 from medfocus.datasets.records import read_manifest
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.methods import METHODS, Support
+from medfocus.methods.clip import ClipLinearProbe
 from medfocus.serving import checkpoint, predictor
 from tests.dicoms import dicom, nifti
 
@@ -356,7 +357,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: a linear probe on the embedded CLIP, which tells dark from light."""
     folder = tmp_path_factory.mktemp("model")
     encoder, segmenter = build_clip("pocket", "pocket"), OtsuSegmenter()
-    method = METHODS["clip-linear-probe"](encoder, folds=3)
+    method = ClipLinearProbe(encoder, folds=3)
     images = [decode.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
     found = segmenter.segment(images)
     views = [

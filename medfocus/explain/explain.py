@@ -19,7 +19,7 @@ from medfocus.images.geometry import letterbox_mask
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
-    from medfocus.methods import Method
+    from medfocus.learning.method import Method
 
 _STEP = 1e-2  # of the central differences; features have length one
 _SQUARES = 8  # per side in an occlusion; each overlaps half of the next

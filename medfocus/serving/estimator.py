@@ -31,12 +31,14 @@ from medfocus.focus.crop import crop_box
 from medfocus.focus.modes import FOCUS
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning import fitting
+from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.learning.selection import LearningRates
 from medfocus.masks.factory import build_segmenter
 from medfocus.masks.segmenter import Mask, Segmenter
 from medfocus.masks.settings import SETTINGS, SegmenterSettings
 from medfocus.masks.store import MaskStore
-from medfocus.methods import IMAGES, METHODS, Method, Support
+from medfocus.methods import METHODS
 from medfocus.serving import checkpoint, defaults
 from medfocus.serving.predictor import Predictor, probabilities_of, save_model
 
@@ -162,7 +164,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         state = dict(cast("dict[str, Any]", super().__getstate__()))
         if "method_" in state:
             del state["encoder_"], state["segmenter_"]
-            state["method_"] = (self.encoder_.key, self._settled(), self.method_.state())
+            state["method_"] = (self.encoder_.key, self.method_.settings, self.method_.state())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -218,13 +220,9 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             self._class_names(),
             tuple(map(tuple, prompts)),
         )
-        generator = torch.Generator().manual_seed(_seed(self.random_state))
-        if len(rates := _rates(settings)) > 1:
-            self.method_: Method = LearningRates(rates, **defaults.LEARNING_RATES).fit(
-                method, support, generator
-            )
-        else:
-            self.method_ = method.fit(support, generator)
+        rates = _rates(settings)
+        candidates = LearningRates(rates, **defaults.LEARNING_RATES) if len(rates) > 1 else None
+        self.method_: Method = fitting.fit(method, support, candidates, _seed(self.random_state))
         return self
 
     def predict_proba(self, X: Images) -> np.ndarray:
@@ -271,7 +269,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         folder = Path(folder)
         header = checkpoint.Header(
             method=self.method,
-            settings=self._settled(),
+            settings=self.method_.settings,
             classes=tuple(map(str, self.classes_)),
             focus=self.focus,
             encoder_key=self.encoder_.key,
@@ -332,11 +330,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
                 f"{', '.join(known) or 'none'}."
             )
         return {k: tuple(v) if isinstance(v, list) else v for k, v in {**known, **given}.items()}
-
-    def _settled(self) -> dict[str, Any]:
-        """The settings of the fitted method, its learning rate the one that was chosen."""
-        settings = self._check_parameters()
-        return {**settings, "lr": vars(self.method_)["lr"]} if "lr" in settings else settings
 
     def _build(self, settings: Mapping[str, Any]) -> None:
         encoder = _towers(self.clip, self.pretrained, self.device, threading.get_ident())

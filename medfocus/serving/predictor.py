@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from medfocus.clip.encoder import ClipEncoder
-    from medfocus.methods import Method
+    from medfocus.learning.method import Method
 
 _CELL, _CLIP, _SAM2, _SAM2_CONFIG = "cell.safetensors", "clip", "sam2.safetensors", "sam2.yaml"
 _ADAPTER, _TEXT = "adapter.safetensors", "text.safetensors"
