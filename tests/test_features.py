@@ -23,7 +23,7 @@ from medfocus.focus.modes import FILL, FOCUS
 from medfocus.focus.view import Crop, crop_box, view, view_key
 from medfocus.images.decode import letterbox, read
 from medfocus.storage import shards as shards_module
-from tests.conftest import and_no_more
+from tests.conftest import run_forked
 
 SHA = hashlib.sha256(b"an image").hexdigest()
 ITEMS = list(range(23))
@@ -320,7 +320,7 @@ def test_a_killed_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
 )  # Python 3.12 frowns on it; spawning takes 10 s
 def test_two_processes_at_once_do_no_harm(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=and_no_more, args=(encode_all, tmp_path)) for _ in range(3)]
+    processes = [context.Process(target=run_forked, args=(encode_all, tmp_path)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
