@@ -17,7 +17,7 @@ import pytest
 
 from medfocus.storage import shards as module
 from medfocus.storage.shards import Shards
-from tests.conftest import and_no_more
+from tests.conftest import run_forked
 
 ENTRIES = {hashlib.sha256(bytes([i])).hexdigest(): bytes([i]) * (10 * i) for i in range(40)}
 KEYS = list(ENTRIES)
@@ -234,7 +234,7 @@ def put_and_read(folder: Path, number: int) -> None:
 @forks
 def test_concurrent_writers_lose_no_entry(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=and_no_more, args=(put_and_read, tmp_path, 11 * i)) for i in range(4)]
+    processes = [context.Process(target=run_forked, args=(put_and_read, tmp_path, 11 * i)) for i in range(4)]
     threads = [threading.Thread(target=put_and_read, args=(tmp_path, 7 * i)) for i in range(2)]
     for one in [*processes, *threads]:
         one.start()
