@@ -149,7 +149,7 @@ def test_the_card_says_what_it_is_not_for_and_where_not_to_believe_it(
         "**Not for clinical use**",
         "refused: recall of solid: 0.667, asked 0.7 at least",
         "| recall of solid | 0.667 | 0.7 at least | **not met** |",
-        "1 of 60 test images occur in train as well",
+        "1 of 60 test images are also in train",
         "1 patient has images in train and in test",
         "trained on phantoms, never",
         "ingestion found 1 files with contradicting labels",

@@ -292,7 +292,7 @@ def test_the_numbers_of_the_other_tables(page: str) -> None:
 
 def test_what_does_not_fit_is_told() -> None:
     example: Example = PARTS["gallery"][0]  # type: ignore[index, assignment]
-    with pytest.raises(ValueError, match=r"counts are \(2, 2\) for 3 classes; give \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"counts are \(2, 2\) for 3 classes\. Give \(3, 3\)"):
         render(PageContent("s", confusions=[Confusion("brain", "ours", ("a", "b", "c"), np.eye(2))]))
     table = Recalls("brain", "5 %", ("a", "b", "c"), (1, 1, 1), {"ours": np.ones((1, 2))})
     with pytest.raises(ValueError, match=r"Recalls of brain: \(1, 2\) of ours and 3 counts for 3 classes"):
@@ -331,38 +331,38 @@ def test_a_clean_data_set_has_no_warning() -> None:
     assert data_warnings(records, splits(paths["train"], paths["test"]), []) == []
 
 
-def test_the_warnings_tell_of_twins_patients_and_classes() -> None:
+def test_duplicates_patients_and_unequal_classes_are_warned_about() -> None:
     records = [record(f"train{i}", "a" if i < 9 else "b", "train", "") for i in range(12)]
     records += [record(f"test{i}", "a" if i < 12 else "b", "test") for i in range(15)]
     near = Pair("test1", "train1", "near", 0.75, "test", "train", "a", "a")
     inside = replace(near, path_a="train2")
-    said = data_warnings(
+    warnings = data_warnings(
         records,
         splits([r.path for r in records[:12]], [r.path for r in records[12:]], clean_test=["test0"] * 11,
                straddling_twins=["test3", "test4"], straddling_patients=["p1"], conflicting=["x"]),
         [near, inside, replace(near, kind="identical", path_a="test3")],
     )  # fmt: skip
-    assert [sentence.split(":")[0].split(";")[0] for sentence in said] == [
-        "2 of 15 test images occur in train as well, and 4 are left out of the clean test set for what "
-        "they share with train",
-        "1 pair is nearly the same image in train and in test, such as neighbouring frames of one patient",
+    assert [sentence.split(":")[0].split(";")[0] for sentence in warnings] == [
+        "2 of 15 test images are also in train. The clean test set excludes 4 images",
+        "1 pair has nearly the same image in train and in test, such as neighbouring frames of one patient. "
+        "The clean test set includes them.",
         "1 patient has images in train and in test.",
-        "12 of 27 images have no known patient",
-        "1 image has a twin with another label",
+        "12 of 27 images have no known patient, so a patient may be in train and in test.",
+        "1 image has a duplicate with another label. Training excludes such images",
         "Unequal classes in train",
         "Unequal classes in test",
-        "Tiny classes in test, whose recall means little",
+        "Tiny classes in test, with unreliable recall",
     ]
-    assert "9 images of 'a', 3 of 'b'" in said[5] and said[7].endswith("'b' (3).")
+    assert "9 images of 'a', 3 of 'b'" in warnings[5] and warnings[7].endswith("'b' (3).")
 
 
-def test_a_rung_that_goes_with_a_class_is_told() -> None:
+def test_a_rung_that_depends_on_the_class_is_warned_about() -> None:
     lines = [{"label": "normal", "chosen": "0.06", "relaxed": "0.94"},
              {"label": "nodule", "chosen": "0.95", "relaxed": "0.05"}]  # fmt: skip
-    tells = "how a mask was found can tell the class."
+    end = "so the rung can reveal the class."
     assert mask_warnings(lines) == [
-        f"'chosen' gave 95 % of the masks of 'nodule' and 6 % of 'normal': {tells}",
-        f"'relaxed' gave 94 % of the masks of 'normal' and 5 % of 'nodule': {tells}",
+        f"'chosen' made 95 % of the masks of 'nodule' and 6 % of 'normal', {end}",
+        f"'relaxed' made 94 % of the masks of 'normal' and 5 % of 'nodule', {end}",
     ]
     assert mask_warnings([{"label": "a", "chosen": 0.9}, {"label": "b", "chosen": 0.7}]) == []
 
@@ -417,9 +417,9 @@ def test_highlighted_systems_are_coloured_by_their_place_in_the_list_and_others_
 
 
 def test_the_panel_refuses_nothing_to_draw_and_more_names_than_colours() -> None:
-    with pytest.raises(ValueError, match="no curve to draw; give the results of at least one system"):
+    with pytest.raises(ValueError, match=r"no curve to draw\. Give the results of at least one system"):
         figures.accuracy_panel([], [], figures.LIGHT)
-    with pytest.raises(ValueError, match="8 highlighted systems; 7 can be told apart"):
+    with pytest.raises(ValueError, match=r"8 highlighted systems\. Give at most 7"):
         figures.accuracy_panel(CURVES, list("abcdefgh"), figures.LIGHT)
 
 

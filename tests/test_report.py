@@ -270,8 +270,8 @@ def test_every_control_that_is_not_below_the_focus_is_named() -> None:
     assert said is not None and said.split("; ") == [
         "background alone is not significantly below the focus (+4.9 ± 0.2): take the data set as confounded",
         "another image's mask is not significantly below the focus (+0.0 ± 0.0): "
-        "the mask's content is not what helps",
-        "the centre box is not significantly below the focus (+0.0 ± 0.0): no mask had to be found",
+        "the mask's content does not matter",
+        "the centre box is not significantly below the focus (+0.0 ± 0.0): a segmentation is not needed",
     ]
 
 
