@@ -109,9 +109,7 @@ def test_a_killed_processs_run_is_failed_at_the_next_start_and_a_living_ones_is_
     opened = tracking.start(None, home, "another experiment")
     assert run_of(opened, dead).info.status == "FAILED"
     assert run_of(opened, dead).info.end_time is not None
-    assert (
-        run_of(opened, dead).data.tags["error"] == "The process that owned this run ended without closing it."
-    )
+    assert run_of(opened, dead).data.tags["error"] == "The process of this run ended without closing it."
     assert run_of(opened, alive).info.status == "RUNNING"
     assert opened.close_dead_runs() == []
 
@@ -199,7 +197,7 @@ def test_starting_does_not_change_the_environments_uri(opened: Tracking) -> None
 def test_a_deleted_experiment_is_one_clear_error(opened: Tracking, home: Path) -> None:
     opened.client.delete_experiment(opened.experiment_id)
     name = opened.client.get_experiment(opened.experiment_id).name
-    with pytest.raises(ValueError, match=f"experiment '{name}' was deleted; restore it .* another name"):
+    with pytest.raises(ValueError, match=rf"experiment '{name}' was deleted\. Restore it .* another name"):
         tracking.start(None, home, name)
 
 
@@ -436,14 +434,14 @@ def test_rollback_gives_the_alias_back_and_the_model_is_not_promoted_again(
     assert (result.version, result.alias) == ("3", None)
     assert result.reason.startswith("refused: it was rolled back on 20")
     assert registry.rollback(opened, name) == ("2", "1")
-    with pytest.raises(ValueError, match="version 1 is the first champion, so there is none to go back to"):
+    with pytest.raises(ValueError, match="version 1 is the first champion, so there is no previous one"):
         registry.rollback(opened, name)
     assert register("d").alias == "champion"
     assert registry.rollback(opened, name) == ("4", "1")
 
 
 def test_a_model_without_a_champion_cannot_be_rolled_back(opened: Tracking) -> None:
-    with pytest.raises(ValueError, match="nobody has no champion, so there is nothing to roll back"):
+    with pytest.raises(ValueError, match="nobody has no champion to roll back"):
         registry.rollback(opened, "nobody")
 
 
