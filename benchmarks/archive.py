@@ -156,7 +156,7 @@ def _features(folder: Path, again: bool) -> dict[str, Any]:
     import torch
 
     from medfocus.clip import features
-    from medfocus.clip.encoder import build_clip
+    from medfocus.clip.build import build_clip
     from medfocus.datasets.records import read_manifest
     from medfocus.focus.view import view
     from medfocus.images import decode

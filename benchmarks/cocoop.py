@@ -61,8 +61,8 @@ def _peak(step: str, model: str) -> float:
     # Imported here, because a child inherits the peak of its parent.
     import torch
 
-    from medfocus.clip.encoder import build_clip
-    from medfocus.methods import Support
+    from medfocus.clip.build import build_clip
+    from medfocus.learning.method import Support
     from medfocus.methods.cocoop import CoCoOp
     from medfocus.methods.coop import CoOp
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from medfocus.clip import features
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.ingest import ingest
 from medfocus.focus.view import view
 from medfocus.images import decode

@@ -87,8 +87,9 @@ def _write_study(folder: Path, train: int) -> None:
 
 def _measure() -> dict[str, Any]:
     from flows.stages import evaluate, finetune
-    from flows.study import costs
-    from flows.study.cells import EncodedDataset, plan
+    from flows.study import costs, models
+    from flows.study.cells import plan
+    from flows.study.dataset import EncodedDataset
     from flows.study.study import here
 
     study = here()
@@ -105,7 +106,7 @@ def _measure() -> dict[str, Any]:
         evaluate.main([])
     whole = time.perf_counter() - began
 
-    encoder = study.encoder()
+    encoder = models.build_encoder(study)
     dataset = EncodedDataset(study, "phantom-brain", encoder)
     views = {focus: _views(dataset, focus) for focus in FOCUSES}
     size = study.params.views.batch_size
@@ -121,7 +122,7 @@ def _measure() -> dict[str, Any]:
         for name, part in (("clip", clip), ("sam2", sam2))
     }
     fits: dict[str, list[float]] = {}
-    for line in costs.read_lines(costs.COSTS):
+    for line in costs.read_lines(here().paths.costs):
         name = line.system.split(" ")[0]
         if name not in FINE_TUNED:
             fits.setdefault(name, []).append(1000 * line.fit_seconds)
@@ -142,10 +143,10 @@ def _measure() -> dict[str, Any]:
 @contextlib.contextmanager
 def _counted() -> Iterator[list[int]]:
     """Count the views that pass an image encoder in the block."""
-    from medfocus.clip import encoder
+    from medfocus.clip import build as builder
 
     passed = [0]
-    build: Callable[..., Any] = encoder.build_clip
+    build: Callable[..., Any] = builder.build_clip
 
     def counting(*arguments: Any, **options: Any) -> Any:
         encoder = build(*arguments, **options)
@@ -156,7 +157,7 @@ def _counted() -> Iterator[list[int]]:
         encoder.model.visual.conv1.register_forward_pre_hook(count)
         return encoder
 
-    with patch.object(encoder, "build_clip", counting):
+    with patch.object(builder, "build_clip", counting):
         yield passed
 
 

@@ -38,7 +38,7 @@ def backfill(params_file: Path = Path("params.yaml"), datasets: Sequence[str] | 
             if name not in study.params.datasets:
                 known = ", ".join(study.params.datasets)
                 raise ValueError(f"{params_file}: no data set {name!r} there; it has {known}.")
-            if not (study.folder / f"data/manifests/{name}.csv").is_file():
+            if not study.paths.manifest(name).is_file():
                 raise ValueError(f"{name} has no manifest; ingest it first, by `make run` or `make retrain`.")
         for name in names:
             cache_masks(study, name)

@@ -28,7 +28,7 @@ from flows.operations.jobs import faults_in_one_line, only_job
 from flows.operations.retries import PATIENT
 from flows.servers.servers import must_answer, prefect_api
 from flows.stages.dvc import reproduce
-from flows.study.study import PAGE, RESULTS, STUDY, Study, open_study
+from flows.study.study import Study, open_study
 from medfocus.reports import tables
 from medfocus.reports.rows import read_rows
 from medfocus.storage.redaction import redacted
@@ -61,7 +61,7 @@ def draw_phantoms(study: Study, modality: str) -> None:
 def ingest(study: Study, dataset: str) -> None:
     """Raw folder -> manifest, and a report of what is left out."""
     if _reproduce(study, f"ingest@{dataset}"):
-        path = study.folder / f"reports/data/{dataset}/left_out.csv"
+        path = study.paths.report(dataset, "left_out.csv")
         rows = [{"line": line, "fix": row["fix"]} for line, row in enumerate(_rows(path), start=2)]
         described = f"Left out at ingestion; the lines are those of {path.relative_to(study.folder)}"
         create_table_artifact(rows, key=_key(f"left-out-{dataset}"), description=described)
@@ -86,13 +86,12 @@ def draw_splits(study: Study, dataset: str) -> None:
 def cache_masks(study: Study, dataset: str) -> None:
     """Manifest -> one mask per image, with a contact sheet to look at."""
     if _reproduce(study, f"masks@{dataset}"):
-        reports = study.folder / "reports/data" / dataset
         create_table_artifact(
-            _rows(reports / "masks.csv"),
+            _rows(study.paths.report(dataset, "masks.csv")),
             key=_key(f"masks-{dataset}"),
             description="Coverage, score and fallbacks of the masks, a line a class",
         )
-        sheet = base64.b64encode((reports / "masks.png").read_bytes()).decode()
+        sheet = base64.b64encode(study.paths.report(dataset, "masks.png").read_bytes()).decode()
         create_image_artifact(
             f"data:image/png;base64,{sheet}",
             key=_key(f"mask-sheet-{dataset}"),
@@ -121,7 +120,7 @@ def evaluate(study: Study) -> None:
 
         write_page(study)
     if ran:
-        rows = read_rows(study.folder / STUDY)
+        rows = read_rows(study.paths.study)
         create_markdown_artifact(
             tables.markdown_table(rows), key="study-table", description="Accuracy on the test sets"
         )
@@ -177,13 +176,13 @@ def _shows_results(study: Study) -> bool:
     def rows(path: Path) -> list[str]:
         return [line.rpartition(",")[0] for line in path.read_text(encoding="utf-8").splitlines()]
 
-    shown = study.folder / STUDY
-    return shown.exists() and rows(shown) == rows(study.folder / RESULTS)
+    shown = study.paths.study
+    return shown.exists() and rows(shown) == rows(study.paths.results)
 
 
 def _page_is_current(study: Study) -> bool:
     """Whether the page is there and of what dvc.lock names: a run may be killed before it writes one."""
-    page = study.folder / PAGE
+    page = study.paths.page
     return page.exists() and lock_digest(study.folder) in page.read_text(encoding="utf-8")
 
 
@@ -207,11 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with only_job(study), prefect_api():
             registrations = pipeline(params_file)
     print()
-    print(tables.study_table(read_rows(study.folder / STUDY)))
+    print(tables.study_table(read_rows(study.paths.study)))
     for registration in registrations:
         alias = f"@{registration.alias}" if registration.alias else "without alias"
         print(f"model {registration.name} version {registration.version} {alias}: {registration.reason}")
-    print(f"\nThe whole of it on one page: {study.folder / PAGE}\nCompare the runs in MLflow: make ui")
+    print(f"\nThe whole of it on one page: {study.paths.page}\nCompare the runs in MLflow: make ui")
 
 
 if __name__ == "__main__":

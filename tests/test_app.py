@@ -35,16 +35,17 @@ from medfocus.app.guard import Refused, door
 from medfocus.app.reading import Reader
 from medfocus.app.server import About, Bounds, Workplace, build, calibration_note
 from medfocus.app.uploads import Limits, body
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.explain.explain import explain
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
 from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
 from medfocus.masks.segmenter import Mask, Segmenter, identity
 from medfocus.masks.settings import Sam2Settings
-from medfocus.methods import METHODS, Support
+from medfocus.methods.clip import ClipLinearProbe
 from medfocus.serving import checkpoint
 from medfocus.serving.model_folder import load_model, save_model
 from medfocus.serving.predictor import probabilities_of
@@ -72,7 +73,7 @@ def encoded(number: int, kind: str = "PNG") -> bytes:
 def save(folder: Path, segmenter: Segmenter) -> Path:
     """A model folder: a linear probe on eight phantoms, by the packaged networks."""
     encoder = build_clip("pocket", "pocket")
-    method = METHODS["clip-linear-probe"](encoder, folds=3)
+    method = ClipLinearProbe(encoder, folds=3)
     images = [drawn(number) for number in range(8)]
     size = encoder.image_size
     views = [
@@ -378,7 +379,7 @@ def test_a_broken_image_has_an_error_of_its_own_and_the_others_are_read(opened: 
     assert second["error"] == {
         "status": 422,
         "place": "b.png",
-        "fault": f"is no image in a format that is read ({', '.join((*decode.FORMATS, 'DICOM', 'NIFTI'))})",
+        "fault": f"is not in a supported image format ({', '.join((*decode.FORMATS, 'DICOM', 'NIFTI'))})",
         "fix": "Export it again as PNG, or remove it.",
     }
     assert third["error"]["place"] == "c.png" and "cannot be decoded" in third["error"]["fault"]
@@ -394,14 +395,14 @@ def test_an_image_of_too_many_pixels_is_413_by_its_header(opened: Opener) -> Non
     Image.new("1", (8001, 8000)).save(header, "PNG")
     answer = opened().post("/images", files=given(("big.png", header.getvalue())))
     assert answer.status_code == 413
-    assert "megapixels are the most" in answer.json()["images"][0]["error"]["fault"]
+    assert "the limit is 64 megapixels" in answer.json()["images"][0]["error"]["fault"]
 
 
 def test_a_file_of_too_many_bytes_is_413(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medfocus.images.decode.MOST_BYTES", 1000)
     answer = opened().post("/images", files=given(("big.png", encoded(20))))
     assert answer.status_code == 413
-    assert "the most that is read" in answer.json()["images"][0]["error"]["fault"]
+    assert "the limit" in answer.json()["images"][0]["error"]["fault"]
 
 
 def test_a_request_past_a_limit_is_413_with_the_limit(opened: Opener) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.methods import IMAGES, Support
-from medfocus.methods.backbone import Backbone, _two_or_more
+from medfocus.learning.method import IMAGES, Support
+from medfocus.methods.backbone import Backbone, at_least_two
 from medfocus.serving import checkpoint
 
 CLASSES = 3
@@ -129,18 +129,18 @@ def test_further_channels_are_seen_and_survive_the_state(channels: int) -> None:
 
 def test_channels_are_normalised_by_the_models_own_numbers() -> None:
     method = backbone(image_size=40)
-    network = method._untrained(3, CLASSES)
+    network = method.untrained(3, CLASSES)
     images, _ = coloured(2, channels=6)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
     rgb = images.numpy() / 255
     first, second = ((rgb[..., part] - mean) / std for part in (slice(0, 3), slice(3, 6)))
     six = np.concatenate([first, second], axis=-1).transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(method._seen(network, images).numpy(), six, atol=1e-5)
+    np.testing.assert_allclose(method.prepare(network, images).numpy(), six, atol=1e-5)
     four = np.concatenate([first, rgb[..., 3:4] * 2 - 1], axis=-1).transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(method._seen(network, images[..., :4]).numpy(), four, atol=1e-5)
-    assert backbone(image_size=32)._seen(network, images[..., :3]).shape == (2, 3, 32, 32)
+    np.testing.assert_allclose(method.prepare(network, images[..., :4]).numpy(), four, atol=1e-5)
+    assert backbone(image_size=32).prepare(network, images[..., :3]).shape == (2, 3, 32, 32)
     with pytest.raises(ValueError, match=r"images have 5 channels; give 3, 4 \(region\) or 6"):
-        method._seen(network, images[..., :5])
+        method.prepare(network, images[..., :5])
 
 
 # --- pretrained weights ---------------------------------------------------------------------------
@@ -153,9 +153,9 @@ def test_training_starts_at_the_files_features_with_a_new_head(
 ) -> None:
     source: Any = published(tmp_path / "own.safetensors", classes)
     method = backbone(pretrained=str(tmp_path / "own.safetensors"), tuning=tuning)
-    start: Any = method._untrained(3, CLASSES).eval()
+    start: Any = method.untrained(3, CLASSES).eval()
     images, _ = coloured(4)
-    seen = method._seen(start, images)
+    seen = method.prepare(start, images)
     with torch.no_grad():
         assert torch.equal(start.forward_features(seen), source.forward_features(seen))
     assert start.fc.weight.shape[0] == CLASSES
@@ -166,7 +166,7 @@ def test_training_starts_at_the_files_features_with_a_new_head(
 def test_a_pickle_of_weights_is_read_too(tmp_path: Path) -> None:
     source = published(tmp_path / "own.safetensors")
     torch.save({"state_dict": source.state_dict()}, tmp_path / "own.pth")
-    start = backbone(pretrained=str(tmp_path / "own.pth"))._untrained(3, CLASSES)
+    start = backbone(pretrained=str(tmp_path / "own.pth")).untrained(3, CLASSES)
     assert torch.equal(
         start.state_dict()["layer4.0.conv2.weight"], source.state_dict()["layer4.0.conv2.weight"]
     )
@@ -200,14 +200,14 @@ def test_full_tuning_moves_every_layer(tmp_path: Path) -> None:
 def test_three_channels_of_weights_serve_four(tmp_path: Path) -> None:
     path = tmp_path / "own.safetensors"
     source = published(path).state_dict()["conv1.0.weight"]
-    start = backbone(pretrained=str(path))._untrained(4, CLASSES).state_dict()["conv1.0.weight"]
+    start = backbone(pretrained=str(path)).untrained(4, CLASSES).state_dict()["conv1.0.weight"]
     torch.testing.assert_close(start, source[:, [0, 1, 2, 0]] * 3 / 4)
 
 
 def test_weights_of_a_larger_image_are_fitted(tmp_path: Path) -> None:
     source = timm.create_model("vit_tiny_patch16_224", img_size=64, **SMALL["vit"]["options"])
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
-    start = backbone("vit", pretrained=str(tmp_path / "vit.safetensors"))._untrained(3, CLASSES).state_dict()
+    start = backbone("vit", pretrained=str(tmp_path / "vit.safetensors")).untrained(3, CLASSES).state_dict()
     assert start["pos_embed"].shape == (1, 1 + 16, 96)
     assert torch.equal(start["blocks.1.mlp.fc1.weight"], source.state_dict()["blocks.1.mlp.fc1.weight"])
 
@@ -239,8 +239,8 @@ def test_an_empty_cache_says_where_it_looked_and_what_to_do(
         "pretrained is 'cache'",
         "there is no model.safetensors or",
         f"'timm/resnet10t.c3_in1k' in {tmp_path}",
-        f", nor {tmp_path / 'torch' / 'hub' / 'checkpoints' / 'resnet10t_176_c3-f3215ab1.pth'}. Give",
-        "Give the path of a .safetensors or .pth file",
+        f", nor {tmp_path / 'torch' / 'hub' / 'checkpoints' / 'resnet10t_176_c3-f3215ab1.pth'}. Set",
+        "Set pretrained to a .safetensors or .pth file",
         "`hf download timm/resnet10t.c3_in1k model.safetensors`",
     ):
         assert part in str(error.value)
@@ -255,7 +255,7 @@ def test_the_cache_gives_what_a_download_left(tmp_path: Path, monkeypatch: pytes
     (repo / "refs" / "main").write_text("abc")
     source = published(repo / "snapshots" / "abc" / "model.safetensors").state_dict()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    start = backbone(pretrained="cache")._untrained(3, CLASSES).state_dict()
+    start = backbone(pretrained="cache").untrained(3, CLASSES).state_dict()
     assert torch.equal(start["layer1.0.conv1.weight"], source["layer1.0.conv1.weight"])
 
 
@@ -266,7 +266,7 @@ def test_the_cache_of_torch_is_looked_into_too(tmp_path: Path, monkeypatch: pyte
     folder.mkdir(parents=True)
     source = published(tmp_path / "own.safetensors").state_dict()
     torch.save(source, folder / "resnet10t_176_c3-f3215ab1.pth")
-    start = backbone(pretrained="cache")._untrained(3, CLASSES).state_dict()
+    start = backbone(pretrained="cache").untrained(3, CLASSES).state_dict()
     assert torch.equal(start["layer1.0.conv1.weight"], source["layer1.0.conv1.weight"])
 
 
@@ -285,10 +285,10 @@ def test_a_last_batch_of_one_is_no_fault_of_batch_normalisation() -> None:
     assert (
         fitted(support=support_of(9), epochs=1, batch_size=1).logits(coloured(2)[0])["head"].isfinite().all()
     )
-    index, view = _two_or_more(torch.tensor([8]), torch.tensor([1]), 9)
+    index, view = at_least_two(torch.tensor([8]), torch.tensor([1]), 9)
     assert (index.tolist(), view.tolist()) == ([8, 0], [1, 1])
     index, view = torch.tensor([3, 1]), torch.tensor([0, 1])
-    assert _two_or_more(index, view, 9) == (index, view)
+    assert at_least_two(index, view, 9) == (index, view)
 
 
 def test_images_are_what_it_asks_for() -> None:
@@ -306,8 +306,8 @@ def test_the_loss_is_cross_entropy_of_the_drawn_view() -> None:
     moved = method.fit(support, torch.Generator().manual_seed(0)).state()["model.fc.bias"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        start: Any = method._untrained(3, CLASSES)
-    logits = start.train()(method._seen(start, support.inputs[0]))
+        start: Any = method.untrained(3, CLASSES)
+    logits = start.train()(method.prepare(start, support.inputs[0]))
     gradient = torch.autograd.grad(functional.cross_entropy(logits, support.labels), start.fc.bias)[0]
     torch.testing.assert_close(moved, start.fc.bias.detach() - 1e-3 * gradient.sign(), rtol=0, atol=1e-5)
 
@@ -315,12 +315,12 @@ def test_the_loss_is_cross_entropy_of_the_drawn_view() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "resnet10"}, r"timm has no model 'resnet10' \(near it: resnet10t, .*timm\.list_models"),
+        ({"model": "resnet10"}, r"timm has no model 'resnet10' \(similar: resnet10t, .*timm\.list_models"),
         ({"model": "hf-hub:timm/resnet10t.c3_in1k"}, "timm has no model 'hf-hub:"),
         ({"tuning": "head"}, "tuning is 'head'; use one of full, linear"),
         ({"max_steps": 0}, "max_steps is 0; use 1 or more"),
         ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
-        ({"options": {"num_classes": 4}}, "options has num_classes, which the other fields .*Take it out"),
+        ({"options": {"num_classes": 4}}, "options has num_classes, which other fields .*Remove it"),
     ],
 )
 def test_settings_that_make_no_network_are_refused(changed: dict[str, Any], message: str) -> None:

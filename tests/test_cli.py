@@ -29,14 +29,16 @@ from flows.cli.modality import Look, guess
 from flows.servers import servers
 from flows.stages import dvc
 from flows.stages import ingest as stage
+from flows.study import models as study_models
 from flows.study.params import SlicesParams, load_params
 from flows.study.study import open_study
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.records import read_manifest
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.methods import METHODS, Support
+from medfocus.methods.clip import ClipLinearProbe
 from medfocus.serving import checkpoint
 from medfocus.serving.model_folder import load_model, save_model
 from tests.dicoms import dicom, nifti
@@ -244,7 +246,7 @@ def test_the_params_file_names_no_file_for_that_may_name_a_patient(home: Path, m
     shutil.copyfile(home / "scans" / "b" / "0.png", home / "scans" / "b" / "Mueller_Eva.png")
     result = medfocus("init", "scans")
     assert result.exit_code == 0
-    assert "a/Mueller_Eva.png: is no image in a format that is read" in result.output
+    assert "a/Mueller_Eva.png: is not in a supported image format" in result.output
     written = (home / "studies" / "scans.yaml").read_text()
     assert "Mueller" not in written and "1 file is left out" in written and "1 pair among 13" in written
 
@@ -261,7 +263,7 @@ def test_a_class_keeps_its_name_whatever_yaml_makes_of_it(home: Path, medfocus: 
     ("arguments", "code", "told"),
     [
         (["init", "nowhere"], 1, "nowhere: no such folder or CSV; give the folder"),
-        (["init", "one"], 1, "one class only, 'a'"),
+        (["init", "one"], 1, "only one class, 'a'"),
         (["init", "two", "--modality", "knee"], 2, "'knee' is none of chest_xray, brain_mri"),
         (["init", "two", "--name", "a b"], 2, "'a-b' would do"),
         (["init", "two", "--root", "one"], 1, "--root is for a table"),
@@ -356,7 +358,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: a linear probe on the embedded CLIP, which tells dark from light."""
     folder = tmp_path_factory.mktemp("model")
     encoder, segmenter = build_clip("pocket", "pocket"), OtsuSegmenter()
-    method = METHODS["clip-linear-probe"](encoder, folds=3)
+    method = ClipLinearProbe(encoder, folds=3)
     images = [decode.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
     found = segmenter.segment(images)
     views = [
@@ -395,7 +397,7 @@ def test_a_file_that_cannot_be_read_is_one_line_and_the_others_go_on(
     assert result.exit_code == 1
     told = [line for line in result.output.splitlines() if ".png" in line]
     assert [line.partition(": ")[2] for line in told] == [
-        "in/broken.png: is no image in a format that is read (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
+        "in/broken.png: is not in a supported image format (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
         "NIFTI). "
         "Export it again as PNG, or remove it.",
         "gone.png: cannot be read (No such file or directory). Correct the path, or copy the file again.",
@@ -462,7 +464,8 @@ def test_masks_are_those_of_the_studys_segmenter_and_are_kept(home: Path, medfoc
         result = medfocus("masks", image, "--out", out)
         assert result.exit_code == 0, result.output
         [line] = rows(home / out / "masks.csv")
-        [mask] = open_study(home / "params.yaml").segmenter("phantom-chest").segment([decode.read(image)])
+        segmenter = study_models.build_segmenter(open_study(home / "params.yaml"), "phantom-chest")
+        [mask] = segmenter.segment([decode.read(image)])
         drawn = decode.read(home / out / line["mask"])[..., 0] > 0
         assert np.array_equal(drawn, mask.region) and line["status"] == mask.status
     assert medfocus("masks", image, "--out", "x", "--dataset", "knee").exit_code == 2

@@ -238,7 +238,8 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any], segmenter: str
 ) -> None:
     from flows.stages import duplicates, evaluate, finetune, ingest, masks, splits
-    from flows.study import cells, study
+    from flows.study import cells, methods, models, study
+    from flows.study import dataset as datasets
 
     data = "phantom-breast"
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -257,10 +258,10 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
         stage.main(["--dataset", data])
 
     opened = study.here()
-    dataset = cells.EncodedDataset(opened, data, opened.encoder())
+    dataset = datasets.EncodedDataset(opened, data, models.build_encoder(opened))
     cell = cells.Cell(data, name, "crop", "100%", 3)
     paths, test = dataset.support_paths(cell), dataset.splits.test
-    dataset.embed([name], "crop", paths, cells.support_views(opened.params, name), "train")
+    dataset.embed([name], "crop", paths, methods.support_views(opened.params, name), "train")
     dataset.embed([name], "crop", test, 1, "test")
     monkeypatch.setattr(finetune, "_end_with_parent", lambda: None)  # no worker here
     finetune.fit(finetune.prepare(dataset, cell, tmp_path / "cell.safetensors"))

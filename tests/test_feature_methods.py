@@ -14,11 +14,14 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional
 
-from flows.study.cells import Cell, build_method, plan
+from flows.study.cells import Cell, plan
+from flows.study.methods import build_method
 from flows.study.params import load_params
-from medfocus.learning.probe import stratified_folds
+from medfocus.learning.folds import stratified_folds
+from medfocus.learning.method import Support
 from medfocus.learning.selection import LearningRates, choose
-from medfocus.methods import METHODS, Support
+from medfocus.methods import METHODS
+from medfocus.methods.clip import ClipLinearProbe
 from medfocus.methods.clip_adapter import RATIO_WITHOUT_VALIDATION, Adapter
 from medfocus.methods.lp_plus_plus import minimise, start, step_sizes
 from medfocus.methods.pixels import RbfMachine
@@ -102,7 +105,7 @@ def test_every_study_has_settings_of_every_method(file: Path) -> None:
 @pytest.mark.parametrize("name", ON_FEATURES)
 def test_methods_on_features_share_the_cache_of_the_linear_probe(name: str, tiny_clip: TinyClip) -> None:
     images, _ = coloured_images(4)
-    probe = METHODS["clip-linear-probe"](tiny_clip, folds=3)  # pyright: ignore[reportArgumentType]
+    probe = ClipLinearProbe(tiny_clip, folds=3)  # pyright: ignore[reportArgumentType]
     assert make(name).embedding == probe.embedding
     assert torch.equal(make(name).embed(images), probe.embed(images))
 

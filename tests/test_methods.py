@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -16,13 +15,17 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings
-from medfocus.learning.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
-from medfocus.learning.training import train
-from medfocus.learning.validation import Validation, out_of_fold
-from medfocus.methods import METHODS, Support
-from medfocus.methods.medfocusclip import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
+from medfocus.learning.fitting import Validation, validate
+from medfocus.learning.folds import stratified_folds
+from medfocus.learning.method import Support
+from medfocus.learning.probe import C_WITHOUT_VALIDATION, fit_probe
+from medfocus.learning.training import Schedule, train
+from medfocus.methods import METHODS
+from medfocus.methods.fusion import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
+from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.serving import checkpoint
 from tests.conftest import TinyClip
 
@@ -317,11 +320,11 @@ def test_on_random_labels_the_method_is_at_chance(tiny_clip: TinyClip) -> None:
     """Held-out images of random labels are guessed no better than by chance: no label leaks into M or C."""
     correct = count = 0
     for seed in range(6):
-        method = METHODS["medfocusclip"](tiny_clip, **SETTINGS["medfocusclip"])
+        method = MedFocusClip(tiny_clip, **SETTINGS["medfocusclip"])
         images, labels = coloured_images(60, seed)
         shuffled = labels[torch.randperm(60, generator=torch.Generator().manual_seed(seed))]
         support = support_of(method, images, shuffled)
-        result = out_of_fold(copy.copy(method).fit, support, folds=3, seed=seed)
+        result = validate(method, support, None, folds=3, seed=seed)
         correct, count = correct + result.correct, count + result.count
     assert count == 360
     assert abs(correct / count - 1 / CLASSES) < 0.08  # three standard errors
@@ -356,7 +359,7 @@ def test_the_contrastive_term_alone_trains_the_adapters_and_not_the_head() -> No
 
 def test_the_weight_is_chosen_inside_the_support(tiny_clip: TinyClip) -> None:
     settings = {**SETTINGS["medfocusclip"], "head": "linear", "contrastive_weights": (0.0, 1.0)}
-    method = METHODS["medfocusclip"](tiny_clip, **settings)  # pyright: ignore[reportArgumentType]
+    method = MedFocusClip(tiny_clip, **settings)  # pyright: ignore[reportArgumentType]
     method.fit(support_of(method, *coloured_images(24)), torch.Generator().manual_seed(0))
     assert method.contrastive_weight_ == 0.0  # at λ = 1 the head never trains, so held-out loss stays at ln 3
 
@@ -365,7 +368,7 @@ def test_the_weight_is_chosen_inside_the_support(tiny_clip: TinyClip) -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_every_fusion_and_head_learns(fusion: str, head: str, tiny_clip: TinyClip) -> None:
     settings = {**SETTINGS["medfocusclip"], "fusion": fusion, "head": head}
-    method = METHODS["medfocusclip"](tiny_clip, **settings)  # pyright: ignore[reportArgumentType]
+    method = MedFocusClip(tiny_clip, **settings)  # pyright: ignore[reportArgumentType]
     method.fit(support_of(method, *coloured_images(24)), torch.Generator().manual_seed(0))
     images, labels = coloured_images(60, seed=9)
     for logits in method.logits(method.embed(images)).values():
@@ -386,9 +389,9 @@ def test_settings_out_of_range_name_the_field() -> None:
     with pytest.raises(
         ValueError, match="medfocusclip: fusion is 'sum'; use one of softmax-text, gated, concat"
     ):
-        METHODS["medfocusclip"](TinyClip(), **{**settings, "fusion": "sum"})  # pyright: ignore[reportArgumentType]
+        MedFocusClip(TinyClip(), **{**settings, "fusion": "sum"})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"contrastive_weights is \[2\]; give one or more values"):
-        METHODS["medfocusclip"](TinyClip(), **{**settings, "contrastive_weights": (2,)})  # pyright: ignore[reportArgumentType]
+        MedFocusClip(TinyClip(), **{**settings, "contrastive_weights": (2,)})  # pyright: ignore[reportArgumentType]
 
 
 # --- validation, the probe and the loop ---------------------------------------------------------
@@ -430,11 +433,8 @@ def test_training_descends_and_keeps_the_last_iterate() -> None:
         [weight],
         lambda index, view: (weight**2).sum(),
         torch.zeros(4),
+        Schedule(epochs=50, batch_size=2, lr=0.2, weight_decay=0.0),
         views=1,
-        epochs=50,
-        batch_size=2,
-        lr=0.2,
-        weight_decay=0.0,
         generator=torch.Generator().manual_seed(0),
     )
     assert len(history) == 50
@@ -446,8 +446,9 @@ def test_steps_bound_the_epochs_of_large_supports_and_one_epoch_is_always_made()
     def epochs(images: int) -> int:
         weight = torch.nn.Parameter(torch.ones(()))
         history = train(
-            [weight], lambda index, view: weight**2, torch.zeros(images), views=1, epochs=30, max_steps=40,
-            batch_size=32, lr=0.1, weight_decay=0.0, generator=torch.Generator().manual_seed(0),
+            [weight], lambda index, view: weight**2, torch.zeros(images),
+            Schedule(epochs=30, batch_size=32, lr=0.1, weight_decay=0.0),
+            views=1, generator=torch.Generator().manual_seed(0), max_steps=40,
         )  # fmt: skip
         return len(history)
 
@@ -473,19 +474,15 @@ def test_validation_predicts_every_image_once_by_a_method_that_has_not_seen_it(t
 
     labels = torch.arange(20) % 2
     support = Support(torch.arange(20.0)[None], labels, torch.arange(20), torch.zeros(2, 4))
-    result = out_of_fold(
-        lambda part, draws: Remembers().fit(part, draws),  # pyright: ignore[reportReturnType, reportArgumentType]
-        support,
-        folds=4,
-        seed=0,
-    )
+    result = validate(Remembers(), support, None, folds=4, seed=0)  # pyright: ignore[reportArgumentType]
     assert result == Validation(correct=10, count=20)  # it knows nothing held out, so class 1 is always wrong
     assert seen == [set()] * 4
 
 
 def test_nothing_is_validated_where_a_class_has_one_image() -> None:
     support = Support(torch.zeros(1, 3, 2), torch.tensor([0, 0, 1]), torch.arange(3), torch.zeros(2, 4))
-    assert out_of_fold(lambda *_: pytest.fail("nothing to fit"), support, folds=3, seed=0) == Validation(0, 0)
+    never: Any = None  # nothing is fitted
+    assert validate(never, support, None, folds=3, seed=0) == Validation(0, 0)
 
 
 class Brightness:
@@ -512,13 +509,13 @@ def test_what_joins_or_trains_in_the_tower_is_kept_in_the_checkpoint(
 ) -> None:
     encoder = build_clip("pocket", "random:0").with_segmenter(Brightness())
     settings = {**SETTINGS["medfocusclip"], **changed}
-    method = METHODS["medfocusclip"](encoder, **settings)  # pyright: ignore[reportArgumentType]
+    method = MedFocusClip(encoder, **settings)  # pyright: ignore[reportArgumentType]
     images, labels = coloured_images(12)
     images = images.repeat_interleave(6, 1).repeat_interleave(6, 2)  # (N, 96, 96, 3)
     text = functional.normalize(torch.randn(CLASSES, encoder.dim), dim=-1)
     support = support_of(method, images, labels, text)
     method.fit(support, torch.Generator().manual_seed(0))
-    again = METHODS["medfocusclip"](encoder, **settings).load(method.state())  # pyright: ignore[reportArgumentType]
+    again = MedFocusClip(encoder, **settings).load(method.state())  # pyright: ignore[reportArgumentType]
     for name, logits in method.logits(support.inputs[0]).items():
         assert torch.allclose(again.logits(support.inputs[0])[name], logits, rtol=0, atol=1e-5)
     if "blocks" in changed:
@@ -539,13 +536,13 @@ def test_patch_features_of_a_tower_that_trains_are_refused() -> None:
         with pytest.raises(
             ValueError, match=r"'full', layers .*Set tuning to adapter, or layers to \[\] and"
         ):
-            METHODS["medfocusclip"](None, **settings)  # pyright: ignore[reportArgumentType]
+            MedFocusClip(None, **settings)  # pyright: ignore[reportArgumentType]
 
 
 def test_segmenter_features_need_a_segmenter_and_change_the_encoders_key() -> None:
     encoder = build_clip("pocket", "random:0")
     assert encoder.with_segmenter(Brightness()).key != encoder.key
-    method = METHODS["medfocusclip"](encoder, **{**SETTINGS["medfocusclip"], "segmenter_grid": 4})  # pyright: ignore[reportArgumentType]
+    method = MedFocusClip(encoder, **{**SETTINGS["medfocusclip"], "segmenter_grid": 4})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"no segmenter with image features.*Set masks\.segmenter to sam2"):
         method.embed(torch.zeros(1, 96, 96, 3, dtype=torch.uint8))
 

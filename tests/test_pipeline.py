@@ -23,9 +23,12 @@ from flows.cli import app
 from flows.pipeline import pipeline
 from flows.stages import finetune
 from flows.stages.dvc import StageBusyError, reproduce
-from flows.study.cells import CONTROLS, Cell, EncodedDataset, best_cell, focus_of, mask_source_of
+from flows.study import models
+from flows.study.cells import Cell, best_cell
+from flows.study.dataset import EncodedDataset
 from flows.study.study import open_study
 from medfocus.datasets.splits import read_splits
+from medfocus.focus.controls import CONTROLS, focus_of, mask_source_of
 from medfocus.focus.view import view_key
 from medfocus.masks.quality import center_box
 from medfocus.storage.redaction import RedactedError, unredacted
@@ -199,7 +202,7 @@ def reproduce_data(project: Path) -> None:
 def test_every_control_shows_another_view_and_a_shuffled_mask_is_another_image_s(project: Path) -> None:
     reproduce_data(project)
     study = open_study(Path("params.yaml"))
-    dataset = EncodedDataset(study, "phantom-breast", study.encoder())
+    dataset = EncodedDataset(study, "phantom-breast", models.build_encoder(study))
     shas = [record.sha256 for record in dataset.records.values()]
     masked_by = [dataset._partner[sha] for sha in shas]
     assert all(own != other for own, other in zip(shas, masked_by, strict=True))
@@ -275,10 +278,10 @@ def test_permuting_the_labels_of_test_changes_no_choice_and_no_weight(project: P
 
 
 def test_a_control_is_never_the_best_cell(project: Path) -> None:
-    params = open_study(Path("params.yaml")).params
+    study = open_study(Path("params.yaml"))
     controls = [Cell("phantom-breast", "medfocusclip", focus, "100%", 0) for focus in CONTROLS]
     with pytest.raises(ValueError, match="no cell of phantom-breast could be validated"):
-        best_cell(params, "phantom-breast", controls)  # their checkpoints, which are not there, stay unopened
+        best_cell(study, "phantom-breast", controls)  # their checkpoints, which are not there, stay unopened
 
 
 def test_after_a_repro_the_flow_runs_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

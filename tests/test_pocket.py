@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from medfocus import phantoms
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.masks.quality import iou
 from medfocus.masks.sam2.model import load_predictor
 from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, load_sam2

@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from flows import pipeline
 from flows.servers import servers
 from flows.stages import finetune
-from flows.study import cells
+from flows.study.dataset import EncodedDataset
 from medfocus import phantoms
 from tests.dicoms import dicom
 
@@ -85,14 +85,18 @@ def save(image: np.ndarray, path: Path) -> None:
     Image.fromarray(image).save(path, **options)
 
 
-def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
+def test_no_patient_name_reaches_prefect_mlflow_or_shared_files(
     project: Path, clinic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = clinic / f"{FILE}_test_benign_0.png"
-    whole, embed = broken.read_bytes(), cells.EncodedDataset.embed
+    whole, embed = broken.read_bytes(), EncodedDataset.embed
 
     def breaks(
-        dataset: cells.EncodedDataset, methods: Iterable[str], focus: str, paths: list[str], *more: Any
+        dataset: EncodedDataset,
+        methods: Iterable[str],
+        focus: str,
+        paths: list[str],
+        *more: Any,
     ) -> None:
         if paths == dataset.splits.test:  # in the midst of the evaluation, MLflow's run being open
             broken.write_bytes(whole[:300])
@@ -103,7 +107,7 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
     monkeypatch.setattr(servers, "prefect_answers", lambda: False)  # the server is to be this project's own
     with servers.prefect_api():
         with monkeypatch.context() as patch:
-            patch.setattr(cells.EncodedDataset, "embed", breaks)
+            patch.setattr(EncodedDataset, "embed", breaks)
             with pytest.raises(SystemExit) as ended:
                 pipeline.main([])
         broken.write_bytes(whole)
@@ -146,7 +150,7 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
 
 
 @pytest.mark.parametrize("form", ["text", "base64", "npz", "gzip", "PNG in HTML", "file name", "database"])
-def test_the_search_sees_into_what_is_packed(tmp_path: Path, form: str) -> None:
+def test_the_search_looks_into_packed_data(tmp_path: Path, form: str) -> None:
     file = tmp_path / (f"{FILE.lower()}.txt" if form == "file name" else "file")
     content = f"x {FILE} y".encode()
     if form == "npz":

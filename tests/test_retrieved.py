@@ -12,9 +12,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from flows.study import models
 from flows.study.params import DatasetParams, load_params
 from flows.study.study import Study
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.records import Record, write_manifest
 from medfocus.masks.candidates import Limits
 from medfocus.masks.sam2.retrieval import (
@@ -224,7 +225,7 @@ def test_a_text_that_names_a_class_is_refused(tmp_path: Path, text: str) -> None
     with pytest.raises(
         ValueError, match=r"masks\.anatomy\.breast_ultrasound has the text .* names the class"
     ):
-        named.segmenter("scans")
+        models.build_segmenter(named, "scans")
 
 
 def test_a_class_that_only_the_manifest_names_is_refused_too(tmp_path: Path) -> None:
@@ -232,24 +233,24 @@ def test_a_class_that_only_the_manifest_names_is_refused_too(tmp_path: Path) -> 
     (tmp_path / "data" / "manifests").mkdir(parents=True)
     write_manifest([record], tmp_path / "data" / "manifests" / "scans.csv")
     with pytest.raises(ValueError, match="has the text 'a simple cyst', which names the class 'simple_cyst'"):
-        study(tmp_path, {"breast_ultrasound": ["a simple cyst"]}).segmenter("scans")
-    assert study(tmp_path, {"breast_ultrasound": ["a cyst"]}).anatomy("scans") == ("a cyst",)
+        models.build_segmenter(study(tmp_path, {"breast_ultrasound": ["a simple cyst"]}), "scans")
+    assert models.anatomy_texts(study(tmp_path, {"breast_ultrasound": ["a cyst"]}), "scans") == ("a cyst",)
 
 
 def test_a_modality_without_a_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"masks\.anatomy has no text for breast_ultrasound, the modality of"
     ):
-        study(tmp_path, {"chest_xray": ["the lungs"]}).segmenter("scans")
+        models.build_segmenter(study(tmp_path, {"chest_xray": ["the lungs"]}), "scans")
 
 
 def test_a_study_ranks_by_its_own_clip(tmp_path: Path) -> None:
     named = study(tmp_path, {"breast_ultrasound": ["a lesion"]})
-    segmenter = named.segmenter("scans")
+    segmenter = models.build_segmenter(named, "scans")
     assert isinstance(segmenter, RetrievalSegmenter)
     clip = build_clip("pocket", "pocket")
     assert segmenter.rank.key == TextRank.of(clip, ["a lesion"]).key
-    assert segmenter.sam2.features_key == named.sam2("scans").features_key
+    assert segmenter.sam2.features_key == models.build_sam2(named, "scans").features_key
     (mask,) = segmenter.segment([painted()])
     assert mask.region.shape == (64, 64)
     assert mask.status in ("chosen", "relaxed")

@@ -16,7 +16,8 @@ from scipy.special import erf
 from torch import Tensor
 
 from flows.stages import masks as stage
-from flows.study.study import ADAPTER, find_home, here
+from flows.study import models
+from flows.study.study import find_home, here
 from medfocus.datasets.records import Record, write_manifest
 from medfocus.datasets.splits import Splits, write_splits
 from medfocus.masks.quality import iou, known_region
@@ -306,18 +307,18 @@ def test_the_stage_teaches_on_training_images_with_a_region_and_masks_all(
         regions = {row["label"]: row["regions"] for row in csv.DictReader(file)}
     assert regions == {"a": "3", "b": "0"}  # measured on what it was not taught
 
-    again = here().segmenter("scans")
+    again = models.build_segmenter(here(), "scans")
     (mask,) = again.segment([np.asarray(Image.open(folder / "scans/a/7.png"))])
     assert iou(mask.region, masks[hashlib.sha256((folder / "scans/a/7.png").read_bytes()).hexdigest()]) > 0.99
-    published = (folder / "data/masks/scans" / ADAPTER).read_bytes()
+    published = here().paths.adapter("scans").read_bytes()
     stage.main(["--dataset", "scans"])
     assert taught == [3]  # out of the cache
-    assert (folder / "data/masks/scans" / ADAPTER).read_bytes() == published
-    assert here().segmenter("scans").key == again.key
+    assert here().paths.adapter("scans").read_bytes() == published
+    assert models.build_segmenter(here(), "scans").key == again.key
 
 
 def test_a_study_without_a_taught_adapter_says_which_stage_makes_one(folder: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"adapter.safetensors: no adapter there; run the masks stage"
     ):
-        here().segmenter("scans")
+        models.build_segmenter(here(), "scans")

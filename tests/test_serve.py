@@ -30,7 +30,8 @@ from PIL import Image
 
 from flows.servers import servers
 from medfocus.clip import features
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.evaluation.metrics import softmax
 from medfocus.focus.view import view
 from medfocus.images import decode
@@ -191,7 +192,7 @@ def test_an_empty_request_has_an_empty_answer(predictor: Predictor) -> None:
     ("bad", "fault"),
     [
         (b"", "the file is empty"),
-        (b"no image", "is no image in a format that is read"),
+        (b"no image", "is not in a supported image format"),
         (encoded(0)[:300], "cannot be decoded"),
     ],
 )
@@ -309,13 +310,13 @@ def test_the_activation_and_normalisation_of_a_pretrained_tag_are_kept(
     """A tag can have QuickGELU and other means than its architecture; the model folder has both."""
     import open_clip
 
-    from medfocus.clip import encoder as encoders
+    from medfocus.clip.build import built_config
 
     quick = open_clip.create_model(
         "clip_pocket", force_quick_gelu=True, force_preprocess_cfg={"mean": (0.5, 0.5, 0.5)}
     ).eval()
     visual: Any = quick.visual
-    as_built = encoders._as_built(fitted.encoder.config["model_cfg"], quick)
+    as_built = built_config(fitted.encoder.config["model_cfg"], quick)
     assert as_built["quick_gelu"]
     encoder = replace(
         fitted.encoder,
@@ -486,9 +487,13 @@ NOT_BASE64 = r"image 1 of 1: is not base64 \(.+\)\. Encode the file's bytes\."
         ([*base64_of(0), None], 400, r"image 2 of 2: .+ is no image\. Give a file's bytes.+"),
         ([["a list"]], 400, r"image 1 of 1: list is no image\. Give a file's bytes.+"),
         ([""], 400, r"image 1 of 1: the file is empty \(0 bytes\)\. .+"),
-        (["aGVsbG8="], 400, r"image 1 of 1: is no image in a format that is read .+\. Export it again.+"),
+        (["aGVsbG8="], 400, r"image 1 of 1: is not in a supported image format .+\. Export it again.+"),
         ([base64_of(0)[0][:400]], 400, r"image 1 of 1: cannot be decoded .+\. Export it again.+"),
-        ([large()], 413, r"image 1 of 1: has 9000 x 9000 pixels; 64 megapixels .+\. Scale it down.+"),
+        (
+            [large()],
+            413,
+            r"image 1 of 1: has 9000 x 9000 pixels; the limit .+\. Scale it down.+",
+        ),
         ([], 400, r"the request has no image\. Send at least one in the column 'image'\."),
         (
             ["aGVsbG8="] * 65,

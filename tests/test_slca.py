@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medfocus import phantoms
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.learning.method import Support
 from medfocus.masks.sam2.segmenter import load_sam2
 from medfocus.masks.settings import Sam2Settings

@@ -402,6 +402,7 @@ def masks(
     """
     with terminal.at_work():
         from flows.cli import images as work
+        from flows.study import models
         from flows.study.params import load_params
         from flows.study.study import Study
         from medfocus.masks.store import MaskStore
@@ -414,7 +415,7 @@ def masks(
         folder = work.Folder(out, work.MASKS, force=force)
         study = Study(params.resolve().parent, terminal.project(), loaded)
         with terminal.waiting("loading the segmenter"):
-            segmenter = study.segmenter(name)
+            segmenter = models.build_segmenter(study, name)
         given = work.Images(files, "masks")
         store = MaskStore(study.shared_cache("masks"))
         done = work.masks(segmenter, store, given, folder, batch_size=loaded.masks.batch_size)

@@ -44,7 +44,7 @@ def only_job(study: Study) -> contextlib.AbstractContextManager[None]:
 
     Raises JobRunningError, naming the holder, at once where another process has it.
     """
-    return _held(study.folder / "data", "job", f"{study.folder}: another main job")
+    return _held(study.paths.data, "job", f"{study.folder}: another main job")
 
 
 def only_retraining(home: Path) -> contextlib.AbstractContextManager[None]:

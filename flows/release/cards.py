@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from flows.stages.evaluate import test_sets
-from flows.study.cells import Cell, EncodedDataset
+from flows.study.cells import Cell
+from flows.study.dataset import EncodedDataset
 from medfocus.datasets.duplicates import read_pairs
 from medfocus.evaluation.gate import Check
 from medfocus.reports import data_sheet, model_card
@@ -88,7 +89,7 @@ def headline(dataset: EncodedDataset, probabilities: np.ndarray) -> str:
 def _data(
     dataset: EncodedDataset, serves: dict[str, Any], checks: Sequence[Check], new: int | None
 ) -> data_sheet.DatasetFacts:
-    reports, study = Path("reports/data", dataset.name), dataset.study
+    study, name = dataset.study, dataset.name
     masks = study.params.masks
     made_by = f"SAM2 ({masks.config}, {masks.checkpoint}), {masks.strategy} at {masks.image_size} px"
     made = made_from(study.folder, study.params.study.seeds)
@@ -98,17 +99,17 @@ def _data(
         licence=dataset.params.licence,
         records=list(dataset.records.values()),
         splits=dataset.splits,
-        pairs=read_pairs(reports / "duplicates.csv"),
-        left_out=[line["fault"] for line in _lines(reports / "left_out.csv")],
-        reported=[line["fault"] for line in _lines(reports / "reported.csv")],
+        pairs=read_pairs(study.paths.report(name, "duplicates.csv")),
+        left_out=[line["kind"] for line in _lines(study.paths.report(name, "left_out.csv"))],
+        reported=[line["kind"] for line in _lines(study.paths.report(name, "reported.csv"))],
         statuses={path: line.status for path, line in dataset.masks.status.items()},
         coverage={path: line.coverage for path, line in dataset.masks.status.items()},
-        mask_lines=_lines(reports / "masks.csv"),
+        mask_lines=_lines(study.paths.report(name, "masks.csv")),
         segmenter=made_by if serves["segmenter"] == "sam2" else "Otsu's threshold",
         drift=[check for check in checks if check.name.startswith(_DRIFT)],
         new=new,
         provenance={name: made[name] for name in ("git.commit", "git.dirty", "dvc.lock.sha256", "seeds")}
-        | {"params.yaml": f"sha256 {atomic.digest(study.folder / 'params.yaml')}"},
+        | {"params.yaml": f"sha256 {atomic.digest(study.paths.params)}"},
     )
 
 

@@ -17,16 +17,18 @@ import torch
 from tqdm import tqdm
 
 from flows.stages.evaluate import test_sets
-from flows.study import costs
-from flows.study.cells import CONTROLS, Cell, EncodedDataset, best_cell, plan
-from flows.study.study import PAGE, RESULTS, STUDY, Study, open_study
+from flows.study import costs, models
+from flows.study.cells import Cell, best_cell, plan
+from flows.study.dataset import EncodedDataset
+from flows.study.study import Study, open_study
 from medfocus.datasets.duplicates import read_pairs
 from medfocus.datasets.records import spread_over_classes
 from medfocus.evaluation import metrics
 from medfocus.evaluation.comparison import Scored, compare
-from medfocus.explain.attribution import inside_share, pointing_hit
 from medfocus.explain.explain import explain
-from medfocus.images.decode import letterbox_mask
+from medfocus.explain.maps import inside_share, pointing_hit
+from medfocus.focus.controls import CONTROLS
+from medfocus.images.geometry import letterbox_mask
 from medfocus.masks.quality import known_region
 from medfocus.reports.data_warnings import data_warnings
 from medfocus.reports.page import render
@@ -45,7 +47,6 @@ from medfocus.storage import atomic
 from medfocus.tracking import runs
 from medfocus.tracking.provenance import made_from
 
-ATTRIBUTION = Path("reports/attribution.csv")
 _EXPLAINED = 24  # test images per data set and system
 _SHOWN = 6  # of them in the gallery, for each system
 _OTHERS = 2  # focus modes explained beside the best cell's
@@ -78,10 +79,11 @@ def write_page(study: Study) -> Path:
 
     The page is kept in MLflow as well, with the study's run.
     """
+    paths = study.paths
     with contextlib.chdir(study.folder):
-        rows = read_rows(STUDY if STUDY.exists() else RESULTS)
+        rows = read_rows(paths.study if paths.study.exists() else paths.results)
         cells = plan(study.params)
-        encoder = study.encoder()
+        encoder = models.build_encoder(study)
         page = PageContent(study.params.study.name, rows=rows, baseline=study.params.report.baseline)
         parts = _Parts()
         for name in study.params.datasets:
@@ -93,7 +95,7 @@ def write_page(study: Study) -> Path:
             writer = csv.DictWriter(table, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(dataclasses.asdict(line) for line in parts.lines)
-            atomic.write(ATTRIBUTION, table.getvalue())
+            atomic.write(paths.attribution, table.getvalue())
         differences = compare(parts.tests, page.baseline, np.random.default_rng(0))
         published = study.params.report.published
         page = dataclasses.replace(
@@ -107,17 +109,17 @@ def write_page(study: Study) -> Path:
             recalls=parts.recalls,
             masks=parts.masks,
             warnings=parts.warnings,
-            costs=_costs(rows),
+            costs=_costs(study, rows),
             provenance=_provenance(study),
         )
         store = runs.start(None, study.home, study.params.tracking.experiment)
         with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder, PAGE.name)
+            written = Path(folder, paths.page.name)
             written.write_text(render(page), encoding="utf-8")
             if run_id := rows[0].mlflow_run_id:
                 store.log_page(run_id, written)
-            atomic.write(PAGE, written.read_bytes())  # last: where it stands all of this is done
-    return study.folder / PAGE
+            atomic.write(paths.page, written.read_bytes())  # last: where it stands all of this is done
+    return paths.page
 
 
 @dataclasses.dataclass
@@ -137,13 +139,12 @@ class _Parts:
     def add(self, dataset: EncodedDataset, cells: Sequence[Cell]) -> None:
         """Gather a data set's parts from what the stages made of it."""
         name, splits = dataset.name, dataset.splits
-        reports = Path("reports/data", name)
-        with (reports / "masks.csv").open(newline="", encoding="utf-8") as file:
+        with dataset.paths.report(name, "masks.csv").open(newline="", encoding="utf-8") as file:
             self.masks[name] = [dict(line) for line in csv.DictReader(file)]
-        pairs = read_pairs(reports / "duplicates.csv")
+        pairs = read_pairs(dataset.paths.report(name, "duplicates.csv"))
         self.warnings[name] = data_warnings(dataset.records.values(), splits, pairs)
         labels = dataset.labels(splits.test)
-        with np.load(Path("data/predictions", f"{name}.npz"), allow_pickle=False) as file:
+        with np.load(dataset.paths.predictions(name), allow_pickle=False) as file:
             predicted = {cell: _main_classifier(file, cell) for cell in cells}
         draws: dict[tuple[str, float], list[np.ndarray]] = {}  # (system, percent) -> a draw's (N, K) each
         for cell, values in predicted.items():
@@ -160,7 +161,7 @@ class _Parts:
             self.tests.append(Scored(correct, patients))
         largest = max(percent for _, percent in draws)
         with contextlib.suppress(ValueError):  # nothing could be validated: no system is the best
-            best = best_cell(dataset.study.params, name, cells)
+            best = best_cell(dataset.study, name, cells)
             counts = metrics.confusion(predicted[best].argmax(axis=1), labels, len(dataset.classes))
             self.confusions.append(Confusion(name, best.name, dataset.classes, counts))
             for cell in _explained_cells(best, cells):
@@ -189,7 +190,7 @@ class _Parts:
     def _explain(self, dataset: EncodedDataset, cell: Cell, predicted: np.ndarray) -> None:
         """Attribution of one cell on test images spread over the classes; the first go to the gallery."""
         encoder = dataset.encoder_for(cell.focus)
-        method, _ = checkpoint.load(Path("data/checkpoints", cell.path), encoder)
+        method, _ = checkpoint.load(dataset.paths.checkpoint(cell), encoder)
         test = dataset.splits.test
         system = f"{system_name(cell.method, cell.focus)}, {cell.support} of train"
         labels = [dataset.records[path].label for path in test]
@@ -275,9 +276,9 @@ def _attribution_sentences(lines: Sequence[Explained]) -> list[str]:
     return said
 
 
-def _costs(rows: Sequence[StudyRow]) -> list[Cost]:
+def _costs(study: Study, rows: Sequence[StudyRow]) -> list[Cost]:
     """Means over a system's cells at its largest support, in the order of the table."""
-    lines = costs.read_lines(costs.COSTS)
+    lines = costs.read_lines(study.paths.costs)
     found = []
     for system in dict.fromkeys(row.system for row in rows):
         own = [line for line in lines if line.system == system]

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from flows.release import cards
-from flows.study.cells import Cell, EncodedDataset, best_cell, plan
+from flows.study import models
+from flows.study.cells import Cell, best_cell, plan
+from flows.study.dataset import EncodedDataset
 from flows.study.params import DRIFT_BY
 from flows.study.study import Study
 from medfocus import phantoms
@@ -19,7 +21,7 @@ from medfocus.datasets.duplicates import groups, read_pairs
 from medfocus.datasets.records import Record
 from medfocus.datasets.splits import components
 from medfocus.evaluation import drift, gate
-from medfocus.images import decode
+from medfocus.images.geometry import grey
 from medfocus.phantoms import png
 from medfocus.reports.data_sheet import SHEET
 from medfocus.reports.markdown import checks_table
@@ -53,8 +55,8 @@ def register_best(study: Study, dataset: str) -> Outcome:
     before.
     """
     with contextlib.chdir(study.folder):
-        opened = EncodedDataset(study, dataset, study.encoder())
-        challenger = _Challenger(opened, best_cell(study.params, dataset, plan(study.params)))
+        opened = EncodedDataset(study, dataset, models.build_encoder(study))
+        challenger = _Challenger(opened, best_cell(study, dataset, plan(study.params)))
         header = challenger.header
         store = runs.start(None, study.home, study.params.tracking.experiment)
         run_id = store.runs_by_cell().get(header.facts["key"])
@@ -86,7 +88,7 @@ class _Challenger:
 
     def __init__(self, dataset: EncodedDataset, cell: Cell) -> None:
         self.dataset, self.cell, self.study = dataset, cell, dataset.study
-        self.checkpoint = Path("data/checkpoints", cell.path)
+        self.checkpoint = dataset.paths.checkpoint(cell)
         self.header = checkpoint.read_header(self.checkpoint)
         self.test = [dataset.records[path] for path in dataset.splits.test]
         self.checks: tuple[gate.Check, ...] = ()
@@ -96,7 +98,7 @@ class _Challenger:
     def judge(self, champion: registry.Champion | None) -> registry.Verdict:
         """The gate's decision, and every check of it kept in ``checks``."""
         params = self.study.params
-        probabilities, labels = _predictions(self.dataset.name, self.cell)
+        probabilities, labels = _predictions(self.dataset, self.cell)
         held, shifts = None, []
         if champion is not None:
             with tempfile.TemporaryDirectory() as folder:
@@ -114,8 +116,8 @@ class _Challenger:
         save_model(
             folder,
             checkpoint=self.checkpoint,
-            encoder=study.encoder(self.header.focus),
-            segmenter=study.segmenter(name),
+            encoder=models.build_encoder(study, self.header.focus),
+            segmenter=models.build_segmenter(study, name),
             feather=study.params.views.feather,
         )
         records = self.dataset.records
@@ -129,7 +131,7 @@ class _Challenger:
             self.dataset,
             self.cell,
             self.header,
-            _predictions(self.dataset.name, self.cell)[0],
+            _predictions(self.dataset, self.cell)[0],
             served,
             reason=self.reason,
             checks=self.checks,
@@ -139,7 +141,7 @@ class _Challenger:
     @property
     def headline(self) -> str:
         """The card in one paragraph."""
-        return cards.headline(self.dataset, _predictions(self.dataset.name, self.cell)[0])
+        return cards.headline(self.dataset, _predictions(self.dataset, self.cell)[0])
 
     def _champion(self, champion: registry.Champion, folder: Path) -> tuple[gate.Champion, drift.Known]:
         """The present champion on the test images, and what it was made with."""
@@ -178,7 +180,7 @@ class _Challenger:
     def _not_learnt(self, learnt: Iterable[str]) -> np.ndarray:
         """(N,) bool: test images that are not among ``learnt``, nor their twins or their patients'."""
         records = list(self.dataset.records.values())
-        pairs = read_pairs(Path(f"reports/data/{self.dataset.name}/duplicates.csv"))
+        pairs = read_pairs(self.dataset.paths.report(self.dataset.name, "duplicates.csv"))
         component = components(records, groups(records, pairs))
         learnt = frozenset(learnt)
         taken = {component[record.path] for record in records if record.sha256 in learnt}
@@ -200,7 +202,7 @@ class _Challenger:
         paths = [record.path for record in chosen]
         ((embeddings,),) = (self.dataset.encode((DRIFT_BY,), "none", paths, 1, "encode for drift"),)
         masks = [self.dataset.masks.status[path].coverage for path in paths]
-        numbers = [drift.statistics(decode.grey(self.dataset.image(record))) for record in chosen]
+        numbers = [drift.statistics(grey(self.dataset.image(record))) for record in chosen]
         return drift.Images(
             labels=np.array([record.label for record in chosen]),
             embeddings=embeddings[:, 0].numpy(),
@@ -210,9 +212,9 @@ class _Challenger:
         )
 
 
-def _predictions(dataset: str, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+def _predictions(dataset: EncodedDataset, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
     """(N, K) probabilities of the cell's main classifier on the whole test set, and the labels (N,)."""
-    with np.load(f"data/predictions/{dataset}.npz", allow_pickle=False) as predictions:
+    with np.load(dataset.paths.predictions(dataset.name), allow_pickle=False) as predictions:
         main = next(name for name in predictions.files if name.startswith(f"{cell.name} "))
         return predictions[main], predictions["labels"]
 

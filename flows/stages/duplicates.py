@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from flows.study.study import here
 from medfocus.datasets.duplicates import find_duplicates, write_pairs
@@ -17,15 +16,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     dataset = parser.parse_args(arguments).dataset
-    records = read_manifest(Path(f"data/manifests/{dataset}.csv"))
     study = here()
+    records = read_manifest(study.paths.manifest(dataset))
     pairs = find_duplicates(
         records,
         study.root(dataset),
         progress=sys.stderr.isatty(),
         cache=study.shared_cache("thumbnails"),
     )
-    report = Path("reports/data", dataset, "duplicates.csv")
+    report = study.paths.report(dataset, "duplicates.csv")
     report.parent.mkdir(parents=True, exist_ok=True)
     write_pairs(pairs, report)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flows.study import costs
-from flows.study.cells import Cell, EncodedDataset, best_cell, methods_of, plan
-from flows.study.study import METRICS, PLOTS, RESULTS, STUDY, Study, here
+from flows.study import costs, models
+from flows.study.cells import Cell, best_cell, methods_of, plan
+from flows.study.dataset import EncodedDataset
+from flows.study.study import Study, here
 from medfocus.evaluation import metrics
 from medfocus.reports import tables
 from medfocus.reports.figures import LIGHT, accuracy_figure, confusion_figure, reliability_panel
@@ -32,11 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Score every checkpoint on the official and the clean test set; one MLflow run a cell."""
     argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     study = here()
-    params = study.params
-    encoder = study.encoder()
+    params, paths = study.params, study.paths
+    encoder = models.build_encoder(study)
     cells = plan(params)
-    figures = Path("reports/figures")
-    figures.mkdir(parents=True, exist_ok=True)
+    paths.figures.mkdir(parents=True, exist_ok=True)
     store = runs.start(None, study.home, params.tracking.experiment)
     provenance = {
         "study": params.study.name,
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for _, of_system in groupby(own, key=lambda cell: (cell.method, cell.focus)):
                 first: list[StudyRow] = []  # of each cell: its own classifier on the whole test set
                 for cell in of_system:
-                    fitted = Path("data/checkpoints", cell.path)
+                    fitted = paths.checkpoint(cell)
                     predicted[cell], header, rate = predict(dataset, cell, fitted)
                     scored = score(dataset, cell, header, predicted[cell])
                     measured[cell] = numbers(header, scored)
@@ -76,29 +76,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     bar.update()
                 if not bar.disable:
                     bar.write(tables.progress_line(first), file=sys.stderr)
-            _save_predictions(Path("data/predictions", f"{name}.npz"), dataset, predicted)
-            best = best_cell(params, name, predicted)
+            _save_predictions(paths.predictions(name), dataset, predicted)
+            best = best_cell(study, name, predicted)
             headline[name] = {"best": best.name, **measured[best]}
             values = next(iter(predicted[best].values()))  # (N, K) of its own classifier
             drawn = _figures_of(dataset, best, values)
             for kind, figure in drawn.items():
-                (figures / f"{kind}-{name}.png").write_bytes(figure)
+                (paths.figures / f"{kind}-{name}.png").write_bytes(figure)
                 run.log_figure(f"{kind}-{name}", figure)
-            best_run = run_ids[checkpoint.read_header(Path("data/checkpoints", best.path)).facts["key"]]
+            best_run = run_ids[checkpoint.read_header(paths.checkpoint(best)).facts["key"]]
             told = f"The cell of {name} that validation inside its support chose, on the test set."
             run.describe(told, drawn, best_run)
-            run.log_figure(f"masks-{name}", Path(f"reports/data/{name}/masks.png").read_bytes())
+            run.log_figure(f"masks-{name}", paths.report(name, "masks.png").read_bytes())
         accuracy = accuracy_figure(rows)
-        (figures / "accuracy.png").write_bytes(accuracy)
+        (paths.figures / "accuracy.png").write_bytes(accuracy)
         run.log_figure("accuracy", accuracy)
-        write_results(rows, RESULTS)
-        PLOTS.parent.mkdir(parents=True, exist_ok=True)
-        PLOTS.write_text(tables.plot_table(rows), encoding="utf-8")
+        write_results(rows, paths.results)
+        paths.plots.write_text(tables.plot_table(rows), encoding="utf-8")
         run.describe(_described(headline), {"accuracy": accuracy})
-        METRICS.write_text(json.dumps(headline, indent=2) + "\n", encoding="utf-8")
-        costs.write_lines(spent, costs.COSTS)
+        paths.metrics.write_text(json.dumps(headline, indent=2) + "\n", encoding="utf-8")
+        costs.write_lines(spent, paths.costs)
         _write_study_csv(study, run_ids)
-        run.log_table("study", STUDY.read_text(encoding="utf-8"))
+        run.log_table("study", paths.study.read_text(encoding="utf-8"))
         for name in INPUTS:
             if (study.folder / name).exists():
                 run.log_input(study.folder / name)
@@ -111,9 +110,9 @@ def restore_study_csv(study: Study) -> None:
 
 
 def _write_study_csv(study: Study, run_ids: dict[str, str]) -> None:
-    rows = read_rows(study.folder / RESULTS)
+    rows = read_rows(study.paths.results)
     named = [dataclasses.replace(row, mlflow_run_id=run_ids.get(row.cell_key, "")) for row in rows]
-    write_study(named, study.folder / STUDY)
+    write_study(named, study.paths.study)
 
 
 def _settings(study: Study) -> dict[str, object]:
@@ -129,7 +128,7 @@ def _cost(
 ) -> list[costs.CostRow]:
     """What a cell cost; nothing where its checkpoint came out of DVC's cache and not of a fit here."""
     key = header.facts["key"]
-    fit = costs.read(dataset.study.cache / "cells" / key[:2] / f"{key}.safetensors")
+    fit = costs.read(dataset.study.cell_cache(key))
     if fit is None:
         return []
     percent, seconds = row.percent_of_train, round(fit.seconds, 3)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from flows.study.study import here
 from medfocus.datasets import pseudonyms
-from medfocus.datasets.ingest import ingest, write_left_out
+from medfocus.datasets.faults import write_faults
+from medfocus.datasets.ingest import ingest
 from medfocus.datasets.listing import unwrapped
 from medfocus.datasets.records import write_manifest
 
@@ -33,17 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         slices=(params.slices.axis, params.slices.every),
         salt_file=study.home / pseudonyms.FILE,
     )
-    reports = Path("reports/data", dataset)
-    reports.mkdir(parents=True, exist_ok=True)
-    write_left_out(found.left_out, reports / "left_out.csv")
-    write_left_out(found.reported, reports / "reported.csv")
-    manifest = Path("data/manifests", f"{dataset}.csv")
+    left_out, reported = (study.paths.report(dataset, f"{name}.csv") for name in ("left_out", "reported"))
+    left_out.parent.mkdir(parents=True, exist_ok=True)
+    write_faults(found.left_out, left_out)
+    write_faults(found.reported, reported)
+    manifest = study.paths.manifest(dataset)
     manifest.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(found.records, manifest)
-    for name, faults in (("left_out", found.left_out), ("reported", found.reported)):
+    for report, faults, words in (
+        (left_out, found.left_out, "left out"),
+        (reported, found.reported, "kept, with a fault"),
+    ):
         if faults:
-            words = "left out" if name == "left_out" else "kept, with a fault"
-            print(f"{dataset}: {len(faults)} {words}: {reports / name}.csv", file=sys.stderr)
+            place = report.relative_to(study.folder)
+            print(f"{dataset}: {len(faults)} {words}: {place}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from flows.study.study import ADAPTER, Study, here, study_in
+from flows.study import models
+from flows.study.study import Study, here, study_in
 from medfocus.datasets.records import Record, chunks, read_manifest, spread_over_classes
 from medfocus.datasets.splits import read_splits
 from medfocus.images import decode
@@ -39,14 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = parser.parse_args(arguments).dataset
     study = here()
     params, scale, root = study.params.masks, study.params.scale, study.root(dataset)
-    records = read_manifest(Path(f"data/manifests/{dataset}.csv"))
+    records = read_manifest(study.paths.manifest(dataset))
     taught, adapter = AdapterExamples((), root), None
     if params.segmenter == "sam2" and params.strategy == "adapter":
-        taught = AdapterExamples.of(
-            records, set(read_splits(Path(f"data/splits/{dataset}.json")).train), root
-        )
+        taught = AdapterExamples.of(records, set(read_splits(study.paths.splits(dataset)).train), root)
         adapter = _adapter(study, dataset, taught)
-    segmenter = study.segmenter(dataset, adapter)
+    segmenter = models.build_segmenter(study, dataset, adapter)
     store = MaskStore(study.shared_cache("masks"))
     with tqdm(total=len(records), desc=f"masks {dataset}", unit="image", disable=None) as bar:
         if scale.runner != "here":
@@ -60,20 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bar.reset()
         images = ((record, root / record.path) for record in records)
         cache_masks(images, segmenter, store, batch_size=params.batch_size, progress=bar.update)
-    folder = Path("data/masks", dataset)
+    folder = study.paths.masks(dataset)
     for left in folder.parent.glob(f".{dataset}.????????*"):  # by a killed run; DVC would take it for masks
         shutil.rmtree(left)
     publish(records, store, segmenter.key, folder)
     if adapter:
-        shutil.copyfile(adapter, folder / ADAPTER)
+        shutil.copyfile(adapter, study.paths.adapter(dataset))
 
-    masks, reports = PublishedMasks(folder), Path("reports/data", dataset)
-    reports.mkdir(parents=True, exist_ok=True)
+    masks, sheet = PublishedMasks(folder), study.paths.report(dataset, "masks.png")
+    sheet.parent.mkdir(parents=True, exist_ok=True)
     known = set(taught.records)  # an adapter's masks of these would flatter it
     measured = [record for record in records if record not in known]
-    _write_summary(masks, _truths(measured, root, masks), reports / "masks.csv")
+    _write_summary(masks, _truths(measured, root, masks), sheet.with_suffix(".csv"))
     shown = [records[i] for i in spread_over_classes([r.label for r in records], _SHEET_IMAGES)]
-    (reports / "masks.png").write_bytes(
+    sheet.write_bytes(
         mask_sheet(
             [decode.read(root / record.path) for record in shown],
             [masks[record.sha256] for record in shown],
@@ -126,7 +125,7 @@ def _adapter(study: Study, dataset: str, taught: AdapterExamples) -> Path:
 
     from medfocus.masks.sam2.adapter import adapter_key, train_adapter  # takes seconds
 
-    params, plain = study.params.masks.adapter, study.sam2(dataset)
+    params, plain = study.params.masks.adapter, models.build_sam2(study, dataset)
     settings = asdict(params)
     path = study.cache / "adapters" / f"{adapter_key(plain, taught.digest, settings)}.safetensors"
     if atomic.is_sound(path):
@@ -172,7 +171,7 @@ def _opened(
 ) -> tuple[Study, Segmenter]:
     """A segmenter for the shards of one thread: it is for one at a time."""
     study = study_in(folder)
-    return study, study.segmenter(dataset, adapter)
+    return study, models.build_segmenter(study, dataset, adapter)
 
 
 def _lacking(records: Iterable[Record], store: MaskStore, segmenter_key: str) -> Iterator[Record]:

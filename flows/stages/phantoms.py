@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from flows.study.study import here
 from medfocus import phantoms
@@ -16,11 +15,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--modality", required=True)
     modality = parser.parse_args(arguments).modality
-    params = here().params.phantoms[modality]
-    for left in Path("data/phantoms").glob(f".{modality}-????????"):  # by a run that was killed
-        shutil.rmtree(left)
+    study = here()
+    params, folder = study.params.phantoms[modality], study.paths.phantoms(modality)
+    for unfinished in folder.parent.glob(f".{modality}-????????"):  # left by a killed run
+        shutil.rmtree(unfinished)
     phantoms.write(
-        Path("data/phantoms", modality),
+        folder,
         modality,
         seed=params.seed,
         train_per_class=params.train_per_class,

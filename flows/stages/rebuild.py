@@ -7,7 +7,10 @@ import json
 from collections.abc import Sequence
 
 from flows.stages import evaluate, finetune
-from flows.study.cells import Cell, EncodedDataset, support_views
+from flows.study import models
+from flows.study.cells import Cell
+from flows.study.dataset import EncodedDataset
+from flows.study.methods import support_views
 from flows.study.study import Study, here
 from medfocus.images import decode
 
@@ -27,7 +30,7 @@ def rebuild(study: Study, cell: Cell) -> tuple[dict[str, float], str]:
 
     Raises ValueError for an image that is not the one of the manifest any more.
     """
-    dataset = EncodedDataset(study, cell.dataset, study.encoder())
+    dataset = EncodedDataset(study, cell.dataset, models.build_encoder(study))
     support, test = dataset.support_paths(cell), dataset.splits.test
     for path in (*support, *test):
         if decode.read_named(dataset.root / path)[0] != dataset.records[path].sha256:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from flows.study.study import here
 from medfocus.datasets.duplicates import groups, read_pairs, twins
@@ -17,9 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     dataset = parser.parse_args(arguments).dataset
-    params = here().params
-    records = read_manifest(Path(f"data/manifests/{dataset}.csv"))
-    pairs = read_pairs(Path(f"reports/data/{dataset}/duplicates.csv"))
+    study = here()
+    params = study.params
+    records = read_manifest(study.paths.manifest(dataset))
+    pairs = read_pairs(study.paths.report(dataset, "duplicates.csv"))
     splits = draw_splits(
         records,
         groups(records, pairs),
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shots=params.study.shots,
         seeds=params.study.seeds,
     )
-    path = Path("data/splits", f"{dataset}.json")
+    path = study.paths.splits(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_splits(splits, path)
 

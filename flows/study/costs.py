@@ -14,7 +14,6 @@ from typing import TypeVar
 from medfocus.storage import atomic
 
 Done = TypeVar("Done")
-COSTS = Path("reports/costs.csv")
 
 
 @dataclass(frozen=True)

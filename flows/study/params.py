@@ -19,10 +19,6 @@ from pydantic.dataclasses import dataclass
 from medfocus.storage.tables import COLUMNS
 
 Modality = Literal["chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "other"]
-Mark = Literal["contour", "circle", "box", "arrow"]
-Control = Literal["inverse", "shuffled", "center-box"]  # what shows an image so that it must not help
-Region = Literal["alpha", "attention", "dual"]  # the region beside the image, for the encoder to look at
-Focus = Literal["none", "multiply", "overlay", "binary", "crop", "blur", Mark, Region, Control]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files, DVC stages, MLflow models
@@ -49,7 +45,7 @@ class StudyParams:
     """Which cells are run: every method with its focus modes, on every data set, support and seed."""
 
     name: Name
-    methods: dict[str, tuple[Focus, ...]]  # method -> focus modes to run it with
+    methods: dict[str, tuple[str, ...]]  # method -> focus modes to run it with
     percents: tuple[Annotated[float, Field(gt=0, le=100)], ...]  # of the training images
     shots: tuple[Positive, ...]  # images per class
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]  # a support set each

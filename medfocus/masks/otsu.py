@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from medfocus.images.decode import grey
+from medfocus.images.geometry import grey
 from medfocus.masks import candidates
 from medfocus.masks.segmenter import Mask, check_image, identity, segmenter_key
 from medfocus.masks.settings import OtsuSettings

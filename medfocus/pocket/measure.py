@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from medfocus import phantoms
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.focus.view import view
 from medfocus.masks.quality import innermost, iou, pointed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -21,37 +21,6 @@ from medfocus.reports.data_warnings import data_warnings, mask_warnings
 from medfocus.reports.markdown import checks_table, counted, table
 
 SHEET = "datasheet.md"  # file name of the sheet, with a version and with its run
-# How ingestion's faults begin or go on -> what they are counted as. Their own texts may name files.
-_KINDS = (
-    (r"another label", "the same bytes under two labels"),
-    (r"seen in training", "test image with the same bytes in train"),
-    (r"times, with different", "listed several times, with different labels, splits or patients"),
-    (r"^the file is empty", "empty file"),
-    (r"^is no image in a format", "no image in a format that is read"),
-    (r"^is by its name no image", "by its name no image"),
-    (r"^cannot be decoded", "cannot be decoded"),
-    (r"^cannot be read", "cannot be read"),
-    (r"^the file is larger", "larger file than is read"),
-    (r"^has .+ pixels", "more pixels than are decoded"),
-    (r"^is no ordinary file", "no ordinary file"),
-    (r"^holds values that are not finite", "values that are not finite"),
-    (r"^holds several images|^holds \d+ (images|volumes), of which", "several images in one file"),
-    (r"^holds no image", "DICOM without an image"),
-    (r"^is stored as", "stored in a way that cannot be decoded"),
-    (r"^promises ", "fewer pixels than are promised"),
-    (r"of one shade", "slices of one shade"),
-    (r"^has text burnt", "text burnt into the pixels, as the header says"),
-    (r"have no window", "DICOM images without a window"),
-    (r"without a known patient", "files of several images without a known patient"),
-    (r"^is listed by itself", "slice listed twice, with different labels, splits or patients"),
-    (r"^holds \d+ images beside", "folder beside the split folders"),
-    (r"^lies in no class folder", "in no class folder"),
-    (r"^the label is empty", "no label"),
-    (r"^no such file|^leads out of", "path in the manifest without a file"),
-    (r"^the split ", "unknown split"),
-    (r"finds no patient", "no patient by the pattern"),
-    (r"^the class has no test image", "class without a test image"),
-)
 
 
 @dataclass(frozen=True)
@@ -64,7 +33,7 @@ class DatasetFacts:
     records: Sequence[Record]
     splits: Splits
     pairs: Sequence[Pair]  # of duplicates
-    left_out: Sequence[str]  # ingestion's faults, by their texts
+    left_out: Sequence[str]  # the kinds of ingestion's faults, one per fault
     reported: Sequence[str]
     statuses: Mapping[str, str]  # path -> rung of the fallback ladder that made the mask
     coverage: Mapping[str, float]  # path -> share of the image inside its mask
@@ -174,15 +143,6 @@ def data_sheet(data: DatasetFacts) -> str:
     return "\n".join(lines) + "\n"
 
 
-def fault_kinds(faults: Iterable[str]) -> Counter[str]:
-    """Ingestion's faults, whose texts may name files, counted by kinds, whose names do not."""
-    kinds = (
-        next((kind for pattern, kind in _KINDS if re.search(pattern, fault)), "of another kind")
-        for fault in faults
-    )
-    return Counter(kinds)
-
-
 def _duplicates(data: DatasetFacts) -> list[str]:
     test = set(data.splits.test)
     across = Counter(pair.kind for pair in data.pairs if (pair.path_a in test) != (pair.path_b in test))
@@ -209,10 +169,10 @@ def _drift(data: DatasetFacts) -> list[str]:
     return [f"{data.new} images were added since the present champion was made.", *checks]
 
 
-def _kinds(what: str, faults: Sequence[str]) -> list[str]:
-    if not faults:
-        return [f"- {what}: nothing"]
-    return [f"- {what}: {n}, {kind}" for kind, n in sorted(fault_kinds(faults).items())]
+def _kinds(severity: str, kinds: Sequence[str]) -> list[str]:
+    if not kinds:
+        return [f"- {severity}: nothing"]
+    return [f"- {severity}: {n}, {kind}" for kind, n in sorted(Counter(kinds).items())]
 
 
 def _format(path: str) -> str:

@@ -21,9 +21,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 def checks_table(checks: Sequence[Check]) -> list[str]:
     """Return a table of the gate's checks, or nothing if there are none."""
     rows = [
-        (check.name, check.found, check.asked, "met" if check.passed else "**not met**") for check in checks
+        (check.name, check.value, check.required, "met" if check.passed else "**not met**")
+        for check in checks
     ]
-    return table(("check", "found", "asked", ""), rows) if rows else []
+    return table(("check", "value", "required", ""), rows) if rows else []
 
 
 def counted(counts: Counter[str]) -> str:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medfocus.datasets.faults import LABEL_NOISE
 from medfocus.datasets.records import Record
 from medfocus.evaluation import metrics
 from medfocus.evaluation.gate import Check
-from medfocus.reports.data_sheet import SHEET, DatasetFacts, fault_kinds
+from medfocus.reports.data_sheet import SHEET, DatasetFacts
 from medfocus.reports.markdown import checks_table, share, share_of, table
 
 CARD = "card.md"  # file name of the card, with a version and with its run
@@ -199,23 +200,15 @@ def _limits(model: ModelFacts, data: DatasetFacts) -> list[str]:
     limits = [*data.warnings]
     if model.pocket:
         limits.append("The embedded weights (pocket) were trained on phantoms, never on a real image.")
-    reported = fault_kinds(data.reported)
-    if noise := sum(fault_kinds([*data.left_out, *data.reported])[kind] for kind in _label_kinds()):
+    if noise := sum(kind in LABEL_NOISE for kind in (*data.left_out, *data.reported)):
         limits.append(f"Label noise: ingestion found {noise} files with contradicting labels.")
-    elif reported:
+    elif data.reported:
         limits.append("Ingestion found no contradicting labels; it cannot find other wrong labels.")
     if small := [f"{name} ({n})" for name, n in model.learned_from.items() if n < FEW]:
         limits.append(f"Fewer than {FEW} training images: {', '.join(small)}.")
     limits.append("Validation inside the support selected this version; the test set had no influence.")
     limits.append("Confounds are unknown: age, sex, device, site and burnt-in marks are not recorded.")
     return limits
-
-
-def _label_kinds() -> tuple[str, ...]:
-    return (
-        "the same bytes under two labels",
-        "listed several times, with different labels, splits or patients",
-    )
 
 
 def _by_size(records: Sequence[Record]) -> list[str]:

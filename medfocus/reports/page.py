@@ -7,7 +7,6 @@ Content-Security-Policy forbids everything else.
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -16,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from PIL import Image
 
 from medfocus.evaluation.comparison import Difference
 from medfocus.evaluation.metrics import Interval, mean_interval
-from medfocus.images.decode import letterbox
+from medfocus.images.geometry import letterbox
+from medfocus.images.png import encode_png
 from medfocus.reports import figures
 from medfocus.reports.controls import CONTROLS
 from medfocus.reports.data_warnings import mask_warnings
@@ -318,9 +317,7 @@ def _cost(cost: Cost) -> dict[str, Any]:
 
 
 def _tile(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(letterbox(image, _TILE, (0, 0, 0))).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return encode_png(letterbox(image, _TILE, (0, 0, 0)), compress_level=9)
 
 
 def _uri(data: bytes) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from medfocus.evaluation.comparison import Cell, Difference
+from medfocus.evaluation.comparison import CurvePoint, Difference
 from medfocus.evaluation.metrics import Reliability
 from medfocus.reports.rows import Published, StudyRow
 
@@ -88,7 +88,7 @@ class PageContent:
     study: str
     rows: Sequence[StudyRow] = ()
     baseline: str = ""  # the system that all others are compared with
-    differences: Mapping[Block, Mapping[Cell, Difference]] = field(default_factory=dict)
+    differences: Mapping[Block, Mapping[CurvePoint, Difference]] = field(default_factory=dict)
     published: Sequence[Published] = ()
     highlighted: Sequence[str] = ()  # systems in colour; if empty, the baseline and the best
     verdicts: Sequence[str] = ()  # sentences above those that follow from the rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from medfocus.evaluation.comparison import Cell, Difference
+from medfocus.evaluation.comparison import CurvePoint, Difference
 from medfocus.evaluation.metrics import Interval
 from medfocus.reports.controls import CONTROLS, control_verdicts
 from medfocus.reports.rows import StudyRow, intervals_of
@@ -13,7 +13,7 @@ LEVEL = 0.05  # adjusted p of a significant difference
 
 
 def verdict_sentences(
-    block: Sequence[StudyRow], baseline: str = "", differences: Mapping[Cell, Difference] | None = None
+    block: Sequence[StudyRow], baseline: str = "", differences: Mapping[CurvePoint, Difference] | None = None
 ) -> list[str]:
     """Return sentences on one test set: best systems, differences to the baseline, controls."""
     controls = {row.system for row in block if row.focus in CONTROLS}  # a control is never the best
@@ -44,7 +44,9 @@ def verdict_sentences(
     return [*sentences, *control_verdicts(block)]
 
 
-def _lead(wins: Mapping[str, Sequence[float]], differences: Mapping[Cell, Difference], baseline: str) -> str:
+def _lead(
+    wins: Mapping[str, Sequence[float]], differences: Mapping[CurvePoint, Difference], baseline: str
+) -> str:
     """Return a sentence on the most frequent winner, at the largest percent that it wins."""
     cell = next(((system, max(won)) for system, won in wins.items()), None)
     if cell is None or cell not in differences:
@@ -56,7 +58,7 @@ def _lead(wins: Mapping[str, Sequence[float]], differences: Mapping[Cell, Differ
     )
 
 
-def _winners(intervals: Mapping[Cell, Interval], percents: Iterable[float]) -> dict[str, list[float]]:
+def _winners(intervals: Mapping[CurvePoint, Interval], percents: Iterable[float]) -> dict[str, list[float]]:
     """Return each best system with its percents, the most frequent winner first."""
     won: dict[str, list[float]] = {}
     for percent in percents:

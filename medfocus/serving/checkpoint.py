@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from medfocus.methods import METHODS, Method
+from medfocus.learning.method import Method
+from medfocus.methods import METHODS
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder

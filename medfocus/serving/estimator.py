@@ -21,18 +21,21 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from torch import Tensor
 
 from medfocus.clip import features
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.explain.explain import explain, on_image
+from medfocus.focus.crop import crop_box
 from medfocus.focus.modes import FOCUS
-from medfocus.focus.region_views import focused_view
-from medfocus.focus.view import crop_box
+from medfocus.focus.view import view
+from medfocus.learning import fitting
+from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.learning.selection import LearningRates
 from medfocus.masks.factory import build_segmenter
 from medfocus.masks.segmenter import Mask, Segmenter
 from medfocus.masks.settings import SETTINGS, SegmenterSettings
-from medfocus.methods import IMAGES, METHODS, Method, Support
+from medfocus.methods import METHODS
 from medfocus.serving import checkpoint, defaults
 from medfocus.serving.inputs import Images, InputImage, open_images, segment
 from medfocus.serving.model_folder import load_model, save_model
@@ -72,7 +75,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         The visual prompt: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha" or "dual". With
         "none", images are not segmented.
     clip, pretrained : str, default="pocket"
-        See ``medfocus.clip.encoder.build_clip``. The default is small and trained on phantoms.
+        See ``medfocus.clip.build.build_clip``. The default is small and trained on phantoms.
     segmenter : {"sam2", "otsu"}, default="sam2"
         The segmenter of the masks.
     segmenter_settings : dict or None, default=None
@@ -158,7 +161,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         state = dict(cast("dict[str, Any]", super().__getstate__()))
         if "method_" in state:
             del state["encoder_"], state["segmenter_"]
-            state["method_"] = (self.encoder_.key, self._settled(), self.method_.state())
+            state["method_"] = (self.encoder_.key, self.method_.settings, self.method_.state())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -213,13 +216,10 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             self._class_names(),
             tuple(map(tuple, prompts)),
         )
-        generator = torch.Generator().manual_seed(_seed(self.random_state))
-        if len(rates := _rates(settings)) > 1:
-            self.method_: Method = LearningRates(rates, **defaults.default_params()["learning_rates"]).fit(
-                method, support, generator
-            )
-        else:
-            self.method_ = method.fit(support, generator)
+        rates = _rates(settings)
+        selection = defaults.default_params()["learning_rates"]
+        candidates = LearningRates(rates, **selection) if len(rates) > 1 else None
+        self.method_: Method = fitting.fit(method, support, candidates, _seed(self.random_state))
         return self
 
     def predict_proba(self, X: Images) -> np.ndarray:
@@ -266,7 +266,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         folder = Path(folder)
         header = checkpoint.Header(
             method=self.method,
-            settings=self._settled(),
+            settings=self.method_.settings,
             classes=tuple(map(str, self.classes_)),
             focus=self.focus,
             encoder_key=self.encoder_.key,
@@ -328,11 +328,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             )
         return {k: tuple(v) if isinstance(v, list) else v for k, v in {**known, **changes}.items()}
 
-    def _settled(self) -> dict[str, Any]:
-        """Return the settings of the fitted method, with the selected learning rate."""
-        settings = self._check_parameters()
-        return {**settings, "lr": vars(self.method_)["lr"]} if "lr" in settings else settings
-
     def _build(self, settings: Mapping[str, Any]) -> None:
         encoder = _towers(self.clip, self.pretrained, self.device, threading.get_ident())
         describes = bool(settings.get("segmenter_grid"))
@@ -364,7 +359,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return segment(images, self.segmenter_, self.cache)
 
     def _view(self, image: InputImage, mask: Mask | None, number: int) -> np.ndarray:
-        return focused_view(
+        return view(
             image.pixels,
             None if mask is None or self.focus == "none" else mask.region,
             focus=self.focus,

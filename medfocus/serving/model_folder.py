@@ -75,7 +75,7 @@ def save_model(
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / _CLIP).mkdir(parents=True)
     shutil.copyfile(checkpoint, unfinished / _CELL)
-    save_file(_towers(encoder.model), unfinished / _CLIP / "open_clip_model.safetensors")
+    save_file(_towers(encoder), unfinished / _CLIP / "open_clip_model.safetensors")
     _write_json(unfinished / _CLIP / "open_clip_config.json", encoder.config)
     content = {
         **_write_segmenter(segmenter, unfinished),
@@ -85,8 +85,8 @@ def save_model(
         "classes": header.classes,
         "focus": header.focus,
         "feather": feather,
-        "region": encoder.region,
-        "attention_bias": encoder.attention_bias,
+        "region": encoder.region.name,
+        "attention_bias": encoder.region.attention_bias,
         "view_size": encoder.image_size,
         "versions": {package: version(package) for package in _PACKAGES},
     }
@@ -131,7 +131,7 @@ def load_model(folder: Path) -> Predictor:
     or if one of them could run code when it is opened; in that case none is opened.
     """
     _refuse_pickles(folder)
-    from medfocus.clip.encoder import build_clip
+    from medfocus.clip.build import build_clip
     from medfocus.serving import checkpoint
 
     try:
@@ -190,11 +190,10 @@ def _tensors(model: Any) -> dict[str, Any]:
     return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
 
 
-def _towers(model: Any) -> dict[str, Any]:
-    """The towers' weights before ``ClipEncoder.with_region`` gave them a channel for the region."""
-    own, added = "visual.conv1.conv.", "visual.conv1.alpha."
-    tensors = _tensors(model)
-    return {k.replace(own, "visual.conv1."): v for k, v in tensors.items() if not k.startswith(added)}
+def _towers(encoder: ClipEncoder) -> dict[str, Any]:
+    """Return the weights of both towers as they were before ``ClipEncoder.with_region``."""
+    named = ((encoder.region.original_name(name), value) for name, value in _tensors(encoder.model).items())
+    return {name: value for name, value in named if name is not None}
 
 
 def _write_json(path: Path, content: object) -> None:

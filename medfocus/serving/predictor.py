@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from medfocus.evaluation.metrics import softmax
 from medfocus.focus.modes import focus as apply_focus
-from medfocus.focus.region_views import focused_view
+from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.images.png import encode_png
 from medfocus.masks.segmenter import Segmenter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from medfocus.methods import Method
+    from medfocus.learning.method import Method
 
 BATCH = 16  # images in a batch, so that memory does not grow with the request
 
@@ -33,7 +32,7 @@ class Prediction:
     mask: np.ndarray  # (H, W) bool at the image's resolution: the region of the focus
     mask_status: str  # the rung of the fallback ladder that made the mask
     mask_score: float  # in [0, 1]
-    overlay: bytes  # PNG at the image's resolution with a tinted mask; empty if not requested
+    overlay: bytes = b""  # PNG at the image's resolution with a tinted mask; empty if not requested
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,15 @@ class Predictor:
         for start in range(0, len(images), BATCH):
             batch = slice(start, start + BATCH)
             decoded = list(map(decode.decode, images[batch], names[batch]))
-            predictions += self.predict_decoded(decoded, overlay)
+            some = self.predict_decoded(decoded)
+            if overlay:
+                pairs = zip(some, decoded, strict=True)
+                some = [replace(one, overlay=_overlay(image, one.mask)) for one, image in pairs]
+            predictions += some
         return predictions
 
-    def predict_decoded(self, images: Sequence[np.ndarray], overlay: bool = True) -> list[Prediction]:
-        """Predict images (H, W, 3) uint8 RGB in one batch."""
+    def predict_decoded(self, images: Sequence[np.ndarray]) -> list[Prediction]:
+        """Predict images (H, W, 3) uint8 RGB in one batch, without overlays."""
         masks = self.segmenter.segment(images)
         views = [self.view(image, mask.region) for image, mask in zip(images, masks, strict=True)]
         probabilities = self.probabilities(np.stack(views))
@@ -73,14 +76,13 @@ class Predictor:
                 mask=mask.region,
                 mask_status=mask.status,
                 mask_score=mask.score,
-                overlay=_png(apply_focus(image, mask.region, "overlay", feather=0.0)) if overlay else b"",
             )
-            for image, mask, p in zip(images, masks, probabilities, strict=True)
+            for mask, p in zip(masks, probabilities, strict=True)
         ]
 
     def view(self, image: np.ndarray, region: np.ndarray) -> np.ndarray:
         """Return CLIP's view (S, S, C) uint8 of an image (H, W, 3) uint8 with a region (H, W) bool."""
-        return focused_view(image, region, focus=self.focus, size=self.view_size, feather=self.feather)
+        return view(image, region, focus=self.focus, size=self.view_size, feather=self.feather)
 
     def probabilities(self, views: np.ndarray) -> np.ndarray:
         """Return the probabilities (N, K) of views (N, S, S, C) uint8, in the order of ``classes``."""
@@ -89,15 +91,12 @@ class Predictor:
         return probabilities_of(self.method, self.method.embed(torch.from_numpy(views)))
 
 
+def _overlay(image: np.ndarray, region: np.ndarray) -> bytes:
+    tinted = apply_focus(image, region, "overlay", feather=0.0)
+    return encode_png(tinted, compress_level=3)  # three times as fast as the default, 5 % larger
+
+
 def probabilities_of(method: Method, inputs: Tensor) -> np.ndarray:
     """Return the probabilities (N, K) of a fitted method's main classifier for embedded images (N, ...)."""
     logits = next(iter(method.logits(inputs).values()))  # (N, K)
     return softmax(logits.detach().cpu().double().numpy())
-
-
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(
-        buffer, "PNG", compress_level=3
-    )  # takes a third of the default time; files are 5 % larger
-    return buffer.getvalue()

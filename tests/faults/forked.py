@@ -165,7 +165,7 @@ def _job(tell: int, made: int) -> int:
     from flows import pipeline
     from flows.release import page, register
     from flows.stages import evaluate, finetune
-    from flows.study.cells import EncodedDataset
+    from flows.study.dataset import EncodedDataset
     from medfocus.storage.shards import Shards
 
     def says(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from medfocus.images import decode
+from medfocus.images.geometry import letterbox
 from medfocus.masks import candidates
 from medfocus.masks.sam2.segmenter import Features, Found, Sam2Segmenter
 from medfocus.masks.segmenter import Mask, check_image, segmenter_key
@@ -78,11 +78,12 @@ class TextRank:
         if not texts:
             raise ValueError("no text to rank proposals by; give at least one, such as 'a lesion'.")
         text = F.normalize(towers.encode_texts(list(texts)).mean(0), dim=0)  # (D,)
-        return cls(towers, text, fingerprint(type(towers), towers=towers.key, texts=list(texts)))
+        code = (type(towers), "medfocus.clip.build")
+        return cls(towers, text, fingerprint(*code, towers=towers.key, texts=list(texts)))
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """M crops (h, w, 3) uint8 RGB -> cosines (M,) in [-1, 1]; a crop keeps its aspect, on black."""
-        views = np.stack([decode.letterbox(p, self.towers.image_size, (0, 0, 0)) for p in images])
+        views = np.stack([letterbox(p, self.towers.image_size, (0, 0, 0)) for p in images])
         features = self.towers.encode_images(self.towers.preprocess(views))  # (M, D)
         return (features @ self.text).cpu().numpy()
 

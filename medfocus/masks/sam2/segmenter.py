@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from medfocus.images.decode import grey
+from medfocus.images.geometry import grey
 from medfocus.masks import candidates
 from medfocus.masks.sam2 import edges
 from medfocus.masks.sam2.model import load_predictor
