@@ -1,1 +1,1 @@
-"""Speed and memory, as ratios against a reference in the same run."""
+"""Speed and memory as ratios to a reference in the same run, and audits of the dependencies."""

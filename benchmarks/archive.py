@@ -1,16 +1,16 @@
-"""Whether memory and a rerun that has nothing to do stay small as the archive grows.
+"""Memory, and the time of a rerun without changes, as the archive grows.
 
-Draws two archives of small images, a tenth and the whole, and takes each through the stages of a
-study, every stage in a process of its own:
+Draws a small and a ten times larger archive of small images, and runs the stages of a study on each, every
+stage in its own process:
 
     ingest, duplicates      files -> manifest -> pairs of twins
     masks, features         computed into an empty cache
-    masks again, features again    everything is cached
-    dvc repro again         the whole study, which is up to date (the large archive only)
+    masks again, features again    with a full cache
+    dvc repro again         the whole study without changes (the large archive only)
 
-Beside the seconds stands the processor's time, which other work on the machine lengthens less. The peak is
-that of the stage's process, libraries and models included. What has to grow with N is in it: the manifest,
-the caches' index and the features, which `features.encode` gives as one tensor.
+The output shows CPU time next to the seconds, because other work on the machine affects it less. The peak is
+that of the stage's process, including libraries and models. It includes everything that grows with N: the
+manifest, the index of the caches and the features, which `features.encode` returns as one tensor.
 
     python -m benchmarks.archive
     python -m benchmarks.archive --segmenter sam2 --large 1000 --no-repro
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from medfocus.masks.segmenter import Segmenter
 
 STEPS = ("ingest", "duplicates", "masks", "masks again", "features", "features again")
-MOST_PEAK = 1.1  # of the small archive's
-MOST_SECONDS = 5.0  # for what has nothing to do
+MOST_PEAK = 1.1  # times the small archive's peak
+MOST_SECONDS = 5.0  # of a step without work
 CLASSES = ("dark", "light")
 
 
@@ -43,13 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--small", type=int, help="images; a tenth of --large unless told")
+    parser.add_argument("--small", type=int, help="images; default: a tenth of --large")
     parser.add_argument("--large", type=int, default=10_000, help="images")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
-    parser.add_argument("--segmenter", choices=("otsu", "sam2"), default="otsu", help="sam2: the pocket one")
+    parser.add_argument("--segmenter", choices=("otsu", "sam2"), default="otsu", help="sam2: pocket weights")
     parser.add_argument("--repro", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--step", help=argparse.SUPPRESS)  # what a child process measures
+    parser.add_argument("--step", help=argparse.SUPPRESS)  # the step of a child process
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def draw(folder: Path, count: int, size: int) -> None:
-    """Write ``count`` different grey images as folder/train|test/class/number.png, a fifth for the test."""
+    """Write ``count`` different grey images as folder/train|test/class/number.png, 20 % in test."""
     import numpy as np
     from PIL import Image
 
@@ -101,8 +101,8 @@ def draw(folder: Path, count: int, size: int) -> None:
 
 
 def measured(step: str, folder: Path, segmenter: str) -> dict[str, Any]:
-    """Run one stage on what the stages before it left in ``folder``; seconds without imports and models."""
-    # Imported here: what a stage does not need is not in its peak.
+    """Run one stage on the outputs of the previous stages; measure without imports and models."""
+    # Imported here, so that a stage's peak contains only its own imports.
     from medfocus.datasets.records import read_manifest, write_manifest
 
     root, manifest = folder / "images", folder / "manifest.csv"
@@ -116,8 +116,8 @@ def measured(step: str, folder: Path, segmenter: str) -> dict[str, Any]:
         from medfocus.datasets.duplicates import find_duplicates
 
         began = _clocks()
-        found = find_duplicates(read_manifest(manifest), root)
-        return _since(began) | {"pairs": len(found)}
+        pairs = find_duplicates(read_manifest(manifest), root)
+        return _since(began) | {"pairs": len(pairs)}
     if step.startswith("masks"):
         return _masks(folder, _segmenter(segmenter), again=step.endswith("again"))
     return _features(folder, again=step.endswith("again"))
@@ -191,7 +191,7 @@ def _features(folder: Path, again: bool) -> dict[str, Any]:
 
 
 def repro(project: Path, images: Path) -> dict[str, float]:
-    """Run a small study of ``images`` in a clone of this project, then measure what doing nothing costs."""
+    """Run a small study of ``images`` in a clone of this project, then measure a run without changes."""
     import yaml
 
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -251,7 +251,7 @@ def _in_a_process(step: str, folder: Path, options: argparse.Namespace) -> dict[
 
 
 def _peak() -> float:
-    """MiB. Not getrusage's, which a child inherits from the process that starts it."""
+    """Return the peak in MiB. A child would inherit getrusage's peak from its parent."""
     status = Path("/proc/self/status").read_text()  # Linux
     return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
 

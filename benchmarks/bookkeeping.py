@@ -1,8 +1,8 @@
-"""What Prefect, MLflow and DVC cost of a study's wall time.
+"""The share of Prefect, MLflow and DVC in a study's wall time.
 
-The whole of `make run` in a fresh clone, caches empty: what is spent neither inside the stages nor on the
-page, and what those spend on MLflow, is bookkeeping. That counts against it the start of Prefect's server,
-the check of the plan, and the registration of the best models with its trial predictions.
+Runs `make run` in a fresh clone with empty caches. Bookkeeping is all time outside of the stages and the
+page, and the time that these spend on MLflow. This includes the start of Prefect's server, the check of the
+plan, and the registration of the best models with its trial predictions.
 
     python -m benchmarks.bookkeeping
     python -m benchmarks.bookkeeping --params studies/chest_ct.yaml
@@ -21,7 +21,7 @@ from benchmarks.clone import ROOT, clone
 from flows.study.params import moved_paths, read_content
 
 MOST = 0.05
-ENOUGH = 600.0  # seconds of a study for which the bound is meant
+ENOUGH = 600.0  # seconds; the bound applies to studies of at least this length
 
 
 def main() -> None:
@@ -29,13 +29,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--params", type=Path, default=ROOT / "params.yaml")
-    parser.add_argument("--seeds", type=int, default=5, help="draws of every support")
+    parser.add_argument("--seeds", type=int, default=5, help="draws of each support")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder, "project")
         content = moved_paths(read_content(options.params), options.params.resolve().parent, project)
-        if options.params.resolve() == ROOT / "params.yaml":  # its images are drawn there
+        if options.params.resolve() == ROOT / "params.yaml":  # its images are drawn in the clone
             content = read_content(options.params)
         content["study"] |= {"seeds": list(range(options.seeds))}
         environment = clone(project, content)
@@ -43,13 +43,13 @@ def main() -> None:
             [sys.executable, "-c", _MEASURED], cwd=project, env=environment, stdout=subprocess.PIPE, text=True
         )
     if done.returncode:
-        raise SystemExit(f"the study ended with {done.returncode}")
+        raise SystemExit(f"the study failed with exit status {done.returncode}")
     result = json.loads(done.stdout.splitlines()[-1])
     compute = result["stages_s"] + result["page_s"] - result["mlflow_s"]
     share = (result["wall_s"] - compute) / result["wall_s"]
     verdict = "reached" if share <= MOST else f"FALLS SHORT by {share - MOST:.3f}"
     if result["wall_s"] < ENOUGH:
-        verdict += f"; meant for {ENOUGH:.0f} s and more, as much of it is the same for any study"
+        verdict += f"; the bound applies from {ENOUGH:.0f} s, because much of the time is constant"
     for name, value in result.items():
         print(f"{name:12} {value:8.1f}")
     print(f"bookkeeping: {share:.3f} of the wall time, at most {MOST}: {verdict}")

@@ -1,4 +1,4 @@
-"""A clone of the project in another folder, with a study of its own: what the benchmarks run whole."""
+"""A clone of the project in another folder, for benchmarks of whole studies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def clone(folder: Path, params: dict[str, Any]) -> dict[str, str]:
-    """Make ``folder`` such a clone, caches empty; the environment in which to run commands there."""
+    """Make a clone with empty caches in ``folder``; return the environment for commands in it."""
     folder.mkdir()
     for name in ("medfocus", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -31,7 +31,7 @@ def clone(folder: Path, params: dict[str, Any]) -> dict[str, str]:
         "DO_NOT_TRACK": "true",
         "PREFECT_HOME": str(folder / ".prefect"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(folder),  # not the clone that this file lies in
+        "PYTHONPATH": str(folder),  # not the clone of this file
     }
     for command in (
         ["git", "init", "--quiet"],

@@ -1,8 +1,7 @@
-"""Peak memory of one training step of CoCoOp against CoOp's, each in a process of its own.
+"""Peak memory of one training step of CoCoOp compared with CoOp's, each in its own process.
 
-A step is a batch of 32 images of ten classes through the text tower of ViT-B-32, with random weights:
-memory does not care. CoCoOp goes there in chunks of images; "whole batch" is what it would take without
-them.
+A step takes a batch of 32 images of ten classes through the text encoder of ViT-B-32, with random weights,
+which do not affect memory. CoCoOp encodes texts in chunks of images; "whole batch" is CoCoOp without chunks.
 
     python -m benchmarks.cocoop
 """
@@ -17,10 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-CHUNK = 2  # images, as params.yaml has it
+CHUNK = 2  # images, as in params.yaml
 BATCH = 32
 CLASSES = 10
-MOST = 4.0  # times CoOp's memory that CoCoOp may take
+MOST = 4.0  # the limit, times CoOp's memory
 STEPS = ("coop", "cocoop", "whole batch")
 
 
@@ -30,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # what a child process measures
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # the step of a child process
     arguments = parser.parse_args()
     if arguments.step:
         print(_peak(arguments.step, arguments.model))
@@ -43,14 +42,14 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result))
     if ratio > MOST:
-        raise SystemExit(f"CoCoOp's step takes {ratio:.2f} times CoOp's memory; more than {MOST}.")
+        raise SystemExit(f"CoCoOp's step takes {ratio:.2f} times CoOp's memory, and the limit is {MOST}.")
 
 
 def _in_a_process(step: str, model: str) -> float:
-    """MiB that one training step adds to what the process had before it.
+    """Return the MiB that one training step adds to the memory of its process.
 
-    The allocator is told to give freed memory back at once, for the step would otherwise live on what the
-    model's construction left behind, unseen.
+    The allocator returns freed memory at once. Otherwise the step would reuse memory that the model's
+    construction has freed, and the measurement would miss it.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.cocoop", "--step", step, "--model", model]
@@ -59,7 +58,7 @@ def _in_a_process(step: str, model: str) -> float:
 
 
 def _peak(step: str, model: str) -> float:
-    # Imported here, for a child inherits the peak of the process that starts it.
+    # Imported here, because a child inherits the peak of its parent.
     import torch
 
     from medfocus.clip.build import build_clip
@@ -88,8 +87,8 @@ def _peak(step: str, model: str) -> float:
         )
         method.fit(support, torch.Generator().manual_seed(0))
 
-    fit(2, 2)  # what is loaded and planned at the first step only
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is held now
+    fit(2, 2)  # the first step loads and plans
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak to the present memory
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fit(BATCH, CLASSES)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # KiB -> MiB

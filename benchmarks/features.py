@@ -1,13 +1,12 @@
-"""CLIP's features from image files against a bare loop over `encode_image`, side by side.
+"""CLIP's features from image files, compared with a bare loop over `encode_image`.
 
 The pipeline reads and decodes files, makes views in threads, encodes and fills a cache. The reference runs
-the same model on tensors that are ready in memory, in batches of the same size. Random weights: the clock
-does not care. Both alternate, so that a machine that slows down slows both; the ratio of the image
-rates is the median over the repetitions, on one thread of torch's. Views need a core of their own to cost
-nothing: "on one core" is the ratio of the processor times, which is what is left where there is none.
+the same model on tensors in memory, in batches of the same size. Random weights do not affect the time. Both
+alternate, so that a slower machine affects both. The ratio of the image rates is the median over repetitions,
+with one thread of PyTorch. Views need a second core to be free; "on one core" is the ratio of the CPU times.
 
     python -m benchmarks.features
-    python -m benchmarks.features --root ../shared/data/covid19 --models ViT-B-32
+    python -m benchmarks.features --root data/covid19 --models ViT-B-32
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from medfocus.clip.encoder import ClipEncoder
 from medfocus.focus.view import view
 from medfocus.images import decode
 
-LEAST = 0.9  # of the bare loop's image rate
-LOUD = 0.2  # a shortfall of such a share of it is a regression
-ROUNDS = {"pocket": 8}  # how often a repetition takes all images; once unless told, as a ViT-B is slow
+LEAST = 0.9  # the target, times the bare loop's image rate
+LOUD = 0.2  # a shortfall of this share is a regression
+ROUNDS = {"pocket": 8}  # passes over all images in a repetition; 1 for the slower models
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", type=Path, help="a folder of images; phantoms as JPEG unless told")
+    parser.add_argument("--root", type=Path, help="a folder of images; default: phantoms as JPEG")
     parser.add_argument("--size", type=int, default=512, help="pixels a side of the phantoms")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -72,7 +71,7 @@ def main() -> None:
 def _compare(
     clip: ClipEncoder, paths: Sequence[Path], options: argparse.Namespace, cache: Path
 ) -> tuple[float, dict[str, float]]:
-    """Rate from files over rate of the bare loop, and what it is made of, milliseconds per image."""
+    """Return the ratio of the rates from files and in the bare loop, and its parts in ms per image."""
     rounds = ROUNDS.get(clip.name, 1)
     items = list(paths) * rounds
     forward = 0.0
@@ -107,13 +106,13 @@ def _compare(
     began = time.process_time()
     ready = clip.preprocess(np.stack([made(path) for path in paths]))  # (N, 3, S, S)
     views = time.process_time() - began
-    clip.encode_images(ready[: options.batch_size])  # what is planned at the first pass only
+    clip.encode_images(ready[: options.batch_size])  # the first pass plans
     seconds = []
     for repeat in range(options.repeats):
         clocks = [(time.perf_counter(), time.process_time())]
         bare()
         clocks.append((time.perf_counter(), time.process_time()))
-        job(f"{clip.key} {repeat}")  # into a cache that is empty
+        job(f"{clip.key} {repeat}")  # with an empty cache
         clocks.append((time.perf_counter(), time.process_time()))
         seconds.append(np.diff(clocks, axis=0))
     bare_s, job_s = np.moveaxis(np.array(seconds), 1, 0)  # (R, 2) each: wall and processor time
@@ -145,12 +144,12 @@ def _draw(folder: Path, count: int, size: int) -> Path:
 
 
 def _pick(root: Path, count: int) -> list[Path]:
-    """``count`` of the images below a folder, spread over it; fewer where it has fewer."""
+    """Return up to ``count`` images below a folder, evenly spaced."""
     suffixes = (".png", ".jpg", ".jpeg")
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and "masks" not in p.parts)
-    if not found:
-        raise SystemExit(f"{root}: no PNG or JPEG in it; give --root the folder of a data set.")
-    return found[:: max(1, len(found) // count)][:count]
+    images = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and "masks" not in p.parts)
+    if not images:
+        raise SystemExit(f"{root} has no PNG or JPEG. Give --root the folder of a data set.")
+    return images[:: max(1, len(images) // count)][:count]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Masks and features from image files against the sum of the bare forward passes, side by side.
+"""Masks and features from image files, compared with the bare forward passes.
 
-The job decodes files, segments, keeps and publishes masks, focuses, and encodes. The reference runs
-the same networks in the same batches on tensors that are ready in memory. Full-size architectures
-with random weights: the clock does not care. Chunks of both alternate, so that a machine that slows
-down slows both.
+The job decodes files, segments, stores and publishes masks, makes views, and encodes them. The reference runs
+the same networks with the same batches on tensors in memory. The architectures have full size and random
+weights, which do not affect the time. Chunks of both alternate, so that a slower machine affects both.
 
-    python -m benchmarks.job --root ../shared/data/covid19 --images 317
+    python -m benchmarks.job --root data/covid19 --images 317
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from medfocus.masks.factory import build_sam2
 from medfocus.masks.settings import Sam2Settings
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
 
-CHUNK = 32  # images between changing over
+CHUNK = 32  # images before the other one runs
 FEATHER = 0.01
 
 
@@ -38,10 +38,10 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, required=True, help="a folder of split/class/*.png|jpg")
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--image-size", type=int, default=512, help="pixels a side that SAM2 sees")
+    parser.add_argument("--image-size", type=int, default=512, help="pixels a side of SAM2's input")
     parser.add_argument("--strategy", default="grid")
     parser.add_argument("--points-per-side", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=4, help="of SAM2; CLIP takes a chunk at once")
+    parser.add_argument("--batch-size", type=int, default=4, help="of SAM2; a batch of CLIP is a chunk")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     arguments = parser.parse_args()
 
@@ -62,14 +62,14 @@ def main() -> None:
     seconds = {"encoder": 0.0, "decoder": 0.0, "clip": 0.0, "job masks": 0.0, "job features": 0.0}
 
     def bare(chunk: list[np.ndarray]) -> None:
-        """The forward passes alone."""
+        """Run the forward passes alone."""
         size, clip_size = arguments.image_size, clip.image_size
         for start in range(0, len(chunk), arguments.batch_size):
             count = len(chunk[start : start + arguments.batch_size])
             ready = torch.rand(count, 3, size, size)
             with torch.inference_mode():
                 seconds["encoder"] += _timed(lambda ready=ready: segmenter.model.forward_image(ready))
-                encoded = segmenter.encode(chunk[start : start + arguments.batch_size])  # not on the clock
+                encoded = segmenter.encode(chunk[start : start + arguments.batch_size])  # not timed
                 seconds["decoder"] += _timed(
                     lambda encoded=encoded, count=count: [
                         segmenter.decode(encoded, i, segmenter.prompts) for i in range(count)
@@ -120,9 +120,9 @@ def main() -> None:
         )
 
 
-def _timed(run: object) -> float:
+def _timed(run: Callable[[], object]) -> float:
     began = time.perf_counter()
-    run()  # pyright: ignore[reportCallIssue]
+    run()
     return time.perf_counter() - began
 
 

@@ -1,4 +1,4 @@
-"""The licences of the direct dependencies, as their own metadata says: the table of THIRD_PARTY.md.
+"""The licences of the direct dependencies, from their metadata: the table of THIRD_PARTY.md.
 
 python -m benchmarks.licences
 """
@@ -12,23 +12,23 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-_LONGEST = 60  # characters of a field License that is a name and not the text
+_LONGEST = 60  # characters of a licence's name; a longer field License is its text
 
 
 def direct() -> dict[str, str]:
-    """Name of a direct dependency -> what it is for: "" for all, the name of an extra, or development."""
+    """Return each direct dependency with its part: "" for the core, the name of an extra, or development."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     parts = {"": project["project"]["dependencies"], **project["project"]["optional-dependencies"]}
     parts |= {"development": project["dependency-groups"]["dev"]}
-    found: dict[str, str] = {}
+    dependencies: dict[str, str] = {}
     for part, lines in parts.items():
         for line in lines:
-            found.setdefault(Requirement(line).name, part)
-    return found
+            dependencies.setdefault(Requirement(line).name, part)
+    return dependencies
 
 
 def licence(about: PackageMetadata) -> str:
-    """Its SPDX expression, or else its trove classifiers, or else its field License where that is a name."""
+    """Return the SPDX expression, else the trove classifiers, else the field License if it is a name."""
     if "License-Expression" in about:
         return about["License-Expression"]
     trove = [line.rpartition(" :: ")[2] for line in about.get_all("Classifier") or [] if "License ::" in line]
@@ -39,7 +39,7 @@ def licence(about: PackageMetadata) -> str:
 
 
 def row(name: str, part: str) -> str | None:
-    """A line of the table; None where the package is not installed."""
+    """Return a line of the table, or None if the package is not installed."""
     try:
         about = metadata(name)
     except PackageNotFoundError:
@@ -51,7 +51,7 @@ def main() -> None:
     """Print the table."""
     print("| package | licence | for |\n|---|---|---|")
     for name, part in sorted(direct().items(), key=lambda item: item[0].casefold()):
-        print(row(name, part) or f"| {name} | not installed here | {part} |")
+        print(row(name, part) or f"| {name} | not installed | {part} |")
 
 
 if __name__ == "__main__":

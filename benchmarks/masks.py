@@ -1,17 +1,17 @@
-"""Seconds per image for one mask, as ratios to SAM2's bare encoder and its own generator in the same run.
+"""Seconds per mask, as ratios to SAM2's bare encoder and to its own generator in the same run.
 
-Clock: the full-size SAM2.1-tiny with random weights (the clock does not care; no candidate of theirs is good
-enough to spare another one's drawing), phantoms squeezed to 1024 and 512 px. Every repetition times every
-row in turn, so that a machine that slows down slows all; medians. `encoder` is the forward pass of the sam2
-package on a tensor that is ready, `limit` what its arithmetic would take at the rate of a large product of
-matrices. `generator` is one call of SAM2AutomaticMaskGenerator with its published settings; it takes
-minutes, so it runs --generator-repeats times (once) and on the first image only. Nothing is extrapolated.
-On a machine that others share, `--threads 1 --processor` counts the processor's seconds, not the wall's.
+Time is that of the full-size SAM2.1-tiny with random weights, on phantoms resized to 1024 and 512 px. Random
+weights do not affect it, because no candidate is good enough to skip others. Every repetition times every row
+in turn, so that a slower machine affects all rows; results are medians. `encoder` is the forward pass of the
+sam2 package on a tensor in memory. `limit` is the time of its arithmetic at the rate of a large matrix
+product. `generator` is one call of SAM2AutomaticMaskGenerator with its published settings. It takes minutes,
+so it runs --generator-repeats times (once) on the first image only. On a shared machine, `--threads 1
+--processor` measures CPU time instead of wall time.
 
-Masks: the pocket weights at 128 px, whose masks mean something, on held-out phantoms of every class: mean IoU
-with the mask chosen among the generator's proposals at 16 x 16 points, and with the known lesion. `fast` is
-the code that runs from 512 px on, here at 128. The table also says what fewer points cost: a small lesion
-lies between 4 x 4 of them.
+Quality is that of the pocket weights at 128 px on held-out phantoms of every class: mean IoU with the mask
+that is chosen among the generator's proposals at 16 x 16 points, and with the known lesion. `fast` is the
+code for 512 px and more, here at 128. The table also shows the cost of fewer points: a small lesion can lie
+between 4 x 4 points.
 
     python -m benchmarks.masks
     python -m benchmarks.masks --images 2 --repeats 5 --json
@@ -47,26 +47,28 @@ from medfocus.masks.sam2.segmenter import Sam2Segmenter
 from medfocus.masks.settings import Sam2Settings
 from medfocus.masks.store import MaskStore, cache_masks
 
-FULL, POINTS = "sam2.1_hiera_t", 4  # POINTS a side: as the studies of large images take them
-DRAWN = 768  # pixels a side of the phantoms for the clock, of no size that the model sees
-POCKET_POINTS = 8  # as params.yaml has it
-HELD_OUT = 3_000_000  # seed of phantoms.generator: no image of the pocket models' training
+FULL, POINTS = "sam2.1_hiera_t", 4  # POINTS a side, as in the studies of large images
+DRAWN = 768  # pixels a side of the timed phantoms, which the model resizes
+POCKET_POINTS = 8  # as in params.yaml
+HELD_OUT = 3_000_000  # seed of phantoms.generator that the pocket models' training does not use
 GEMM = 2048
 MOST_RATIO, LEAST_16, LEAST_32, LEAST_512, LEAST_MIOU = 1.25, 9.0, 30.0, 30.0, 0.9
-SLACK = 0.2  # beyond which a ratio is a step back and no noise
+SLACK = 0.2  # a larger shortfall is a regression, not noise
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=1, help="on the clock; as many a class for the masks")
+    parser.add_argument(
+        "--images", type=int, default=1, help="timed images; also, for quality, of each class"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--generator-repeats", type=int, default=1, help="0 leaves the generator out")
-    parser.add_argument("--size", choices=("all", "full", "pocket"), default="all", help="which network")
-    parser.add_argument("--files", type=int, default=8, help="image files for the share in the forward pass")
-    parser.add_argument("--threads", type=int, help="of torch; its own choice if left out")
-    parser.add_argument("--processor", action="store_true", help="time of the processor, not of the wall")
+    parser.add_argument("--generator-repeats", type=int, default=1, help="0 omits the generator")
+    parser.add_argument("--size", choices=("all", "full", "pocket"), default="all", help="the networks")
+    parser.add_argument("--files", type=int, default=8, help="image files for the share of the forward pass")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch")
+    parser.add_argument("--processor", action="store_true", help="CPU time instead of wall time")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     if options.threads:
@@ -88,7 +90,7 @@ def main() -> None:
 
 
 def clock(images: int, repeats: int, generator_repeats: int, now: Callable[[], float]) -> dict[str, Any]:
-    """Seconds of every row by ``now``, and the ratios."""
+    """Return the seconds of every row by the clock ``now``, and their ratios."""
     shown = [drawn("chest_xray", "normal", number, DRAWN) for number in range(images)]
     shared: dict[str, Any] = {"config": FULL, "checkpoint": "random:0"}
     plain = segmenter.load_sam2(
@@ -158,18 +160,18 @@ def clock(images: int, repeats: int, generator_repeats: int, now: Callable[[], f
 
 
 def forward_share(count: int) -> float:
-    """Share of the wall time of ``cache_masks`` that the network runs, over image files at 512 px."""
+    """Return the network's share of the wall time of ``cache_masks``, over image files at 512 px."""
     segmenter = build_sam2(Sam2Settings(FULL, "random:0", 512, "grid", points_per_side=POINTS), batch_size=2)
     assert isinstance(segmenter, FastSegmenter)
     forward = 0.0
 
     def counted(run: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*given: Any) -> Any:
+        def timed(*arguments: Any) -> Any:
             nonlocal forward
             began = time.perf_counter()
-            found = run(*given)
+            result = run(*arguments)
             forward += time.perf_counter() - began
-            return found
+            return result
 
         return timed
 
@@ -192,7 +194,7 @@ def forward_share(count: int) -> float:
 
 
 def agreement(per_class: int) -> dict[str, Any]:
-    """Mean IoU with the generator's chosen mask, and with the lesion where there is one; pocket weights."""
+    """Return the pocket weights' mean IoU with the generator's chosen mask and with the lesion."""
     shared = {"config": "pocket", "checkpoint": "pocket", "image_size": 128}
 
     def grid(points: int, **settings: Any) -> Sam2Segmenter:
@@ -219,9 +221,9 @@ def agreement(per_class: int) -> dict[str, Any]:
                 rng = phantoms.generator(HELD_OUT, modality, "test", label, number)
                 phantom = phantoms.draw(modality, label, rng)
                 image, masks = np.repeat(phantom.image[..., None], 3, 2), {}
-                for name, made in segmenters.items():
+                for name, each in segmenters.items():
                     began = time.perf_counter()
-                    masks[name] = made.segment([image])[0].region
+                    masks[name] = each.segment([image])[0].region
                     seconds[name].append(time.perf_counter() - began)
                 for name, mask in masks.items():
                     with_generator[name].append(iou(mask, masks["generator"]))
@@ -239,20 +241,20 @@ def agreement(per_class: int) -> dict[str, Any]:
             "with_generator": mean(with_generator[name]),
             "with_truth": truth,
         }
-        said = ", ".join(f"{modality} {value:.3f}" for modality, value in truth.items())
+        lesion = ", ".join(f"{modality} {value:.3f}" for modality, value in truth.items())
         plain = ""
         if "fast" in name and name in with_plain:
             table[name]["with_plain"] = mean(with_plain[name])
             plain = f", with plain {table[name]['with_plain']:.4f}"
         took, agreed = table[name]["seconds"], table[name]["with_generator"]
         print(
-            f"{name:18} {took:.3f} s, IoU with the generator's {agreed:.3f}{plain}; with the lesion: {said}"
+            f"{name:18} {took:.3f} s, IoU with the generator's {agreed:.3f}{plain}; with the lesion: {lesion}"
         )
     return {"miou_with_generator": table["grid"]["with_generator"], "masks": table}
 
 
 def verdicts(result: Mapping[str, Any]) -> None:
-    """A line for each target, and for each that is missed by more than ``SLACK`` a louder one."""
+    """Print a line for each target, with a warning if it is missed by more than ``SLACK``."""
     targets = {
         "ratio_to_encoder": MOST_RATIO,
         "speedup_vs_generator16": LEAST_16,
@@ -265,7 +267,7 @@ def verdicts(result: Mapping[str, Any]) -> None:
         most = name == "ratio_to_encoder"
         short = result[name] / target - 1 if most else 1 - result[name] / target
         verdict = "reached" if short <= 0 else f"FALLS SHORT by {100 * short:.0f} %"
-        loud = "; a step back, not noise" if short > SLACK else ""
+        loud = "; a regression, not noise" if short > SLACK else ""
         print(f"{name}: {result[name]:.2f}, {'at most' if most else 'at least'} {target}: {verdict}{loud}")
     if "masks" in result:
         agreed, masks = result["miou_with_generator"], result["masks"]
@@ -273,12 +275,12 @@ def verdicts(result: Mapping[str, Any]) -> None:
         verdict = "reached" if agreed >= LEAST_MIOU or ours >= theirs else "FALLS SHORT"
         print(
             f"miou_with_generator: {agreed:.3f}, at least {LEAST_MIOU}, or IoU with the lesion no worse: "
-            f"{ours:.3f} with edges, as params.yaml has it, to the generator's {theirs:.3f}: {verdict}"
+            f"{ours:.3f} with edges, as in params.yaml, to the generator's {theirs:.3f}: {verdict}"
         )
 
 
 def generator(plain: Sam2Segmenter, points_per_side: int) -> Callable[[np.ndarray], object]:
-    """SAM2's own generator with its published settings, around the model of a segmenter."""
+    """Return SAM2's own generator with its published settings, for the model of a segmenter."""
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
     with warnings.catch_warnings():
@@ -295,7 +297,7 @@ def drawn(modality: str, label: str, number: int, size: int) -> np.ndarray:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Rounded as it is printed."""
+    """Return the rounded mean."""
     return round(float(np.mean(values)), 4)
 
 

@@ -1,13 +1,13 @@
-"""How good masks are on a data set whose regions are known: SAM2 against Otsu and a box in the middle.
+"""The quality of masks on a data set with known regions: SAM2, Otsu, and a box in the centre.
 
-Prints, a class and over all, the mean Dice and IoU with a 95 % interval (bootstrap over images) of
+Prints the mean Dice and IoU with 95 % intervals (bootstrap over images), by class and over all images, of
 
-    unprompted   the mask chosen without a prompt from outside, as the masks stage makes it
-    points       the union of what one point inside each connected part of the region finds
-    otsu         the segmenter that has no weights
-    centre box   the box in the middle with half of the image's area
+    unprompted   the mask of the masks stage, which no user prompts
+    points       the union of the masks of one point inside each connected part of the region
+    otsu         the segmenter without weights
+    centre box   the box in the centre with half of the image's area
 
-    python -m benchmarks.quality --root ../shared/data/tb_cxr --keep 2
+    python -m benchmarks.quality --root data/tb_cxr --keep 2
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, required=True, help="all|split/class/*.jpg|png, and masks/")
-    parser.add_argument("--keep", type=int, default=1, help="segments united; 2 for two lungs")
+    parser.add_argument("--keep", type=int, default=1, help="regions that a mask unites; 2 for two lungs")
     parser.add_argument("--config", default="pocket")
     parser.add_argument("--checkpoint", default="pocket")
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--points-per-side", type=int, default=8)
     parser.add_argument("--follow-edges", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--per-class", type=int, help="at most so many images of a class")
+    parser.add_argument("--per-class", type=int, help="largest number of images of a class")
     options = parser.parse_args()
     settings = Sam2Settings(
         options.config, options.checkpoint, options.image_size, "grid",
@@ -69,23 +69,23 @@ def main() -> None:
 
 
 def _images(root: Path, per_class: int | None) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Label, image (H, W, 3) uint8 and region (H, W) bool of every image that has a region."""
-    found: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = defaultdict(list)
+    """Return label, image (H, W, 3) uint8 and region (H, W) bool of every image with a region."""
+    examples: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = defaultdict(list)
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in (".jpg", ".png")):
         inside = path.relative_to(root)
-        if inside.parts[0] == "masks" or len(found[path.parent.name]) == per_class:
+        if inside.parts[0] == "masks" or len(examples[path.parent.name]) == per_class:
             continue
         image = decode.read(path)
         region = known_region(root, str(inside), *image.shape[:2])
         if region is not None:
-            found[path.parent.name].append((path.parent.name, image, region))
-    if not any(found.values()):
-        raise SystemExit(f"{root}: no image in it has a region in {root / 'masks'}.")
-    return [each for members in found.values() for each in members]
+            examples[path.parent.name].append((path.parent.name, image, region))
+    if not any(examples.values()):
+        raise SystemExit(f"{root}: no image has a region in {root / 'masks'}.")
+    return [each for members in examples.values() for each in members]
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its 95 % percentile bootstrap interval over images."""
+    """Return the mean and its 95 % percentile bootstrap interval over images."""
     rng = np.random.default_rng(0)
     means = rng.choice(np.asarray(values), (2000, len(values))).mean(1)
     low, high = np.quantile(means, (0.025, 0.975))

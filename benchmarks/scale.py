@@ -1,9 +1,9 @@
-"""Masks by shards: the image rate of every runner with 1, 2 and 4 workers.
+"""Masks in shards: the image rate of each runner with 1, 2 and 4 workers.
 
-Each row is the masks stage (`python -m flows.stages.masks`) on phantoms with the pocket SAM2, into an empty
-cache, once with an image for each worker and once with all: the difference is the rate, the first is what
-starting costs (Prefect's server, the workers, their libraries). Every worker computes with one thread,
-and so does the stage without workers.
+Each row runs the masks stage (`python -m flows.stages.masks`) on phantoms with the pocket SAM2 and an empty
+cache, first with one image for each worker, then with all. The first run measures the start (Prefect's
+server, the workers, their libraries), and the difference gives the rate. Every worker computes with one
+thread, and so does the stage without workers.
 
     python -m benchmarks.scale
     python -m benchmarks.scale --images 1000 --workers 1 2
@@ -83,14 +83,14 @@ def main() -> None:
                 }
             )
             against = rows[-1]["rate"] / rows[0]["rate"]
-            told = f"{rate:6.2f} images per second, {against:.2f} times here"
-            print(f"{runner:10} {workers} workers: {told}; {start:.1f} s to start", flush=True)
+            speed = f"{rate:6.2f} images per second, {against:.2f} times the runner 'here'"
+            print(f"{runner:10} {workers} workers: {speed}; {start:.1f} s to start", flush=True)
     if options.json:
         print(json.dumps({"cores": os.cpu_count(), "images": options.images, "rows": rows}))
 
 
 def _run(stage: str, project: Path, environment: dict[str, str]) -> float:
-    """A stage's seconds."""
+    """Run a stage; return its seconds."""
     name, *arguments = stage.split(" ")
     began = time.perf_counter()
     subprocess.run(

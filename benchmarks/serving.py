@@ -1,10 +1,10 @@
-"""MLflow's scoring server under load against bare `Predictor.predict`, side by side.
+"""MLflow's scoring server under load, compared with bare `Predictor.predict`.
 
 A classifier is fitted on a few phantoms with the pocket models, registered, and served by `mlflow models
-serve` on loopback. Clients in threads send images in base64, each waiting for its answer; the reference
-gives the same images to the same model in this process, in batches of the same size, without a server.
-Both alternate, so that a machine that slows down slows both; the ratio of the image rates is the median
-over the repetitions, on one thread of torch's. A latency is what a client waits, the others' turns included.
+serve` on loopback. Clients in threads send images in base64 and wait for the answer. The reference predicts
+the same images with the same model in this process, in batches of the same size. Both alternate, so that a
+slower machine affects both. The ratio of the image rates is the median over repetitions, with one thread of
+PyTorch. A latency is the time that a client waits, including the turns of other clients.
 
     python -m benchmarks.serving
     python -m benchmarks.serving --clients 1 --images 64
@@ -45,7 +45,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--images", type=int, default=128, help="a repetition")
+    parser.add_argument("--images", type=int, default=128, help="images in a repetition")
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images per request")
     parser.add_argument("--repeats", type=int, default=2)
@@ -78,7 +78,7 @@ def main() -> None:
             print("images per request  overlay  p50 s  p95 s  images/s  bare images/s  ratio")
             for batch, overlay in product(options.batches, (True, False)):
                 measured = _compare(predictor, address, images, batch, overlay, options)
-                name = f"batch_{batch}_{'overlay' if overlay else 'lean'}"
+                name = f"batch_{batch}_{'overlay' if overlay else 'plain'}"
                 result |= {f"{key}_{name}": value for key, value in measured.items()}
                 print(
                     f"{batch:18}  {'yes' if overlay else 'no':7}  {measured['p50_s']:5.2f}  "
@@ -128,7 +128,7 @@ def _compare(
     overlay: bool,
     options: argparse.Namespace,
 ) -> dict[str, float]:
-    """Latencies, and both rates in images per second."""
+    """Return latencies, and both rates in images per second."""
     parts = [images[start : start + batch] for start in range(0, len(images), batch)]
     bodies = [_body(part, overlay) for part in parts]
     latencies: list[float] = []
@@ -159,7 +159,7 @@ def _body(images: Sequence[bytes], overlay: bool) -> bytes:
 
 
 def _post(address: str, body: bytes) -> float:
-    """Seconds until the whole answer is there."""
+    """Return the seconds until the answer is complete."""
     place = urlsplit(address)
     began = time.perf_counter()
     connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=120)
@@ -173,7 +173,7 @@ def _post(address: str, body: bytes) -> float:
 
 
 def _registered(home: Path, model: Path) -> str:
-    """A small classifier in a folder and in a registry; the registry's URI."""
+    """Save a small classifier in a folder and register it; return the registry's URI."""
     from medfocus import MedFocusCLIP
 
     labels = [label for label in phantoms.MODALITIES[MODALITY] for _ in range(8)]

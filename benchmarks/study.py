@@ -1,10 +1,10 @@
-"""What a study costs against one pass of its encoders: `python -m benchmarks.study [--json]`.
+"""The cost of a study compared with one pass of its encoders: `python -m benchmarks.study [--json]`.
 
-A study of every method that leaves the towers frozen, at five fractions and five draws, in two focus modes,
-is run from an empty cache in a folder of its own, and beside it a bare loop of the same encoders over the
-same views, ready in memory. CLIP's image encoder should pass every view once a focus mode, and all of what
-`EncodedDataset.embed` does should cost at most 1.5 times the bare passes. The heads come on top: their
-milliseconds a fit on cached features are listed.
+The study has every method with frozen encoders, five fractions, five draws and two focus modes, and an empty
+cache in a temporary folder. The reference is a bare loop of the same encoders over the same views in memory.
+CLIP's image encoder should see every view once for each focus mode, and `EncodedDataset.embed` should take at
+most 1.5 times the bare passes. The time of the heads is additional: the output lists their milliseconds for a
+fit on cached features.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST = 1.5  # times the bare passes that embedding may cost
+MOST = 1.5  # the limit of embedding, times the bare passes
 FOCUSES = ("none", "multiply")
 METHODS = (
     *("nearest-class-mean", "k-nn", "clip-zero-shot", "clip-linear-probe", "clip-few-shot", "clip-adapter"),
     *("tip-adapter", "tip-adapter-f", "lp++", "ss-text", "slca", "medfocusclip", "medfocusclip-full"),
 )
-FINE_TUNED = ("clip-few-shot", "medfocusclip-full")  # blocks of the tower, on its cached tokens
+FINE_TUNED = ("clip-few-shot", "medfocusclip-full")  # trains blocks of the encoder on its cached tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", type=int, default=40, help="training images per class; there are four")
+    parser.add_argument("--train", type=int, default=40, help="training images of each of four classes")
     parser.add_argument("--threads", type=int, default=1, help="of torch, for the study and the bare loop")
     parser.add_argument("--json", action="store_true", help="print one object as the last line")
     arguments = parser.parse_args()
@@ -48,19 +48,19 @@ def main() -> None:
     print(f"{result['cells']} cells of {result['methods']} methods, focus {' and '.join(FOCUSES)}")
     for name in ("bare_clip_s", "bare_sam2_s", "embed_s", "fit_and_score_s"):
         print(f"{name:>18}: {result[name]:.1f} s")
-    print(f"image encoder: {result['views_through_tower']} views passed, {result['views']} there are")
-    print("milliseconds a fit on cached features, mean over its cells:")
+    print(f"image encoder: {result['views_through_tower']} passes of {result['views']} views")
+    print("milliseconds of a fit on cached features, mean over cells:")
     for name, value in result["fit_ms"].items():
         print(f"{name:>20}: {value:8.1f}")
     ratio = result["ratio"]
     verdict = "reached" if ratio <= MOST else f"FALLS SHORT by {ratio / MOST - 1:.0%}"
-    print(f"embedding over bare passes: {ratio:.2f}, at most {MOST} wanted: {verdict}")
+    print(f"embedding over bare passes: {ratio:.2f}, at most {MOST}: {verdict}")
     if arguments.json:
         print(json.dumps(result))
 
 
 def _write_study(folder: Path, train: int) -> None:
-    """A study of one data set of phantoms, and the stages before fine-tuning run."""
+    """Write a study of one data set of phantoms, and run the stages before fine-tuning."""
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     content["study"] |= {
         "name": "costs",
@@ -73,10 +73,10 @@ def _write_study(folder: Path, train: int) -> None:
         "brain_mri": {"seed": 0, "train_per_class": train, "test_per_class": train, "size": 192}
     }
     content["methods"]["medfocusclip"] |= {"segmenter_grid": 8}
-    for name in FINE_TUNED:  # their time is another matter; what they ask of the encoder is not
+    for name in FINE_TUNED:  # the time of their fit does not count here, only that of their embedding
         content["methods"][name] |= {"epochs": 1}
     (folder / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    (folder / ".dvc").mkdir()  # marks the project; nothing here asks DVC
+    (folder / ".dvc").mkdir()  # marks the project's root
 
     from flows.stages import duplicates, ingest, masks, phantoms, splits
 
@@ -142,7 +142,7 @@ def _measure() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _counted() -> Iterator[list[int]]:
-    """How many views pass an image encoder in the block."""
+    """Count the views that pass an image encoder in the block."""
     from medfocus.clip import build as builder
 
     passed = [0]
@@ -162,7 +162,7 @@ def _counted() -> Iterator[list[int]]:
 
 
 def _views(dataset: Any, focus: str) -> torch.Tensor:
-    """All views that a study embeds, several of a training image, one of a test one: (N, S, S, 3) uint8."""
+    """Return all views (N, S, S, 3) uint8 of a study: several of a training image, one of a test image."""
     size, feather = dataset.encoder.image_size, dataset.study.params.views.feather
     augmented = dataset.study.params.views.augmented
     made = [
@@ -175,13 +175,13 @@ def _views(dataset: Any, focus: str) -> torch.Tensor:
 
 
 def _seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """The median of some repetitions."""
-    found = []
+    """Return the median of some repetitions."""
+    seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
         work()
-        found.append(time.perf_counter() - began)
-    return float(np.median(found))
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds))
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ def test_a_known_vulnerability_fails_the_check_and_names_the_fixed_version(
 ) -> None:
     answering(monkeypatch, [BAD], [CLEAN, BAD, SKIPPED])
     assert audit.main(["x.lock"]) == 1
-    output = capsys.readouterr().out
-    assert "x.lock: b 2: GHSA-1, fixed in 2.1" in output
-    assert "x.lock: NOT AUDITED, as the index does not know them: c" in output
-    assert "x.lock: 2 packages audited, 1 vulnerabilities known" in output
+    told = capsys.readouterr().out
+    assert "x.lock: b 2: GHSA-1, fixed in 2.1" in told
+    assert "x.lock: NOT AUDITED, because the index does not know them: c" in told
+    assert "x.lock: 2 packages audited, 1 vulnerabilities" in told
 
 
 def test_an_audit_without_vulnerabilities_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,16 +52,16 @@ def test_an_audit_without_vulnerabilities_passes(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("canary", "reason"),
     [
-        ([CLEAN], "the index that answers here knows no vulnerability of jinja2"),
-        ([SKIPPED], "the index that answers here knows no vulnerability of jinja2"),
-        (None, "pip-audit had no answer in 20 s"),
-        ("ConnectionError: no route", "pip-audit could not ask; it said: ConnectionError: no route"),
+        ([CLEAN], "the package index knows no vulnerability of jinja2"),
+        ([SKIPPED], "the package index knows no vulnerability of jinja2"),
+        (None, "pip-audit did not finish in 20 s"),
+        ("ConnectionError: no route", "pip-audit failed: ConnectionError: no route"),
     ],
 )
-def test_an_index_without_an_answer_is_reported_as_not_audited(
+def test_an_index_without_data_is_reported_as_not_audited(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], canary: object, reason: str
 ) -> None:
     asked = answering(monkeypatch, canary, [BAD])
     assert audit.main(["x.lock"]) == 0
     assert capsys.readouterr().out.startswith(f"x.lock: NOT AUDITED: {reason}")
-    assert asked == ["canary.txt"], "an index that does not know the canary gets no further question"
+    assert asked == ["canary.txt"], "an index without data gets no further question"

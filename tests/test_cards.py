@@ -1,4 +1,4 @@
-"""Claims about the model card and the data sheet: the numbers, their intervals, and whom they do not name."""
+"""The model card and the data sheet: their numbers and intervals, and no names of patients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRAIN = [record(i, CLASSES[i % 2], "train") for i in range(30)]
 TEST = [record(100 + i, CLASSES[i % 2], "test") for i in range(60)]
 PATHS = [each.path for each in TEST]
 LABELS = np.array([i % 2 for i in range(60)])
-# Of the class "solid" 10 of 30 are taken for "cyst"; with the first 40 images alone it is 10 of 20.
+# 10 of 30 images of "solid" are predicted as "cyst"; among the first 40 images, 10 of 20.
 WRONG = [i for i in range(40) if i % 2][:10]
 PROBABILITIES = np.eye(2)[[1 - label if i in WRONG else label for i, label in enumerate(LABELS)]] * 0.8 + 0.1
 
@@ -91,7 +91,7 @@ def model() -> ModelFacts:
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The lines of all tables by their first cell."""
+    """Return the lines of all tables by their first cell."""
     cells = [re.split(r" ?\| ?", line.strip("|")) for line in text.splitlines() if line.startswith("| ")]
     return {first.strip(): [each.strip() for each in others] for first, *others in cells}
 
@@ -107,7 +107,7 @@ def test_every_test_set_has_its_scores_with_wilson_intervals(model: ModelFacts, 
     assert found["calibration error"][0] == f"{expected['ece']:.3f}"
 
 
-def test_failures_are_counted_by_what_is_known_of_an_image_and_small_groups_say_so(
+def test_failures_are_grouped_by_mask_size_and_mode_and_small_groups_are_marked(
     model: ModelFacts, data: DatasetFacts
 ) -> None:
     card = model_card(model, data)
@@ -138,15 +138,13 @@ def test_a_class_without_a_test_image_has_no_recall_and_no_auroc(
     assert "weakest class solid, recall 66.7 %" in headline("official", spread, LABELS * 2, named)
 
 
-def test_the_card_says_what_it_is_not_for_and_where_not_to_believe_it(
-    model: ModelFacts, data: DatasetFacts
-) -> None:
+def test_the_card_states_intended_use_and_its_limits(model: ModelFacts, data: DatasetFacts) -> None:
     card = model_card(model, data)
     for told in (
         "**Not for clinical use**",
         "refused: recall of solid: 0.667, required at least 0.7",
         "| recall of solid | 0.667 | at least 0.7 | **not met** |",
-        "1 of 60 test images occur in train as well",
+        "1 of 60 test images are also in train",
         "1 patient has images in train and in test",
         "trained on phantoms, never",
         "ingestion found 1 files with contradicting labels",
@@ -180,16 +178,16 @@ def test_the_sheet_counts_images_faults_twins_and_patients(data: DatasetFacts) -
     assert "| drift of coverage | 0.510, p 1e-05 | at most 0.4 | **not met** |" in later
 
 
-def test_a_drawn_test_set_and_unknown_patients_are_said(data: DatasetFacts) -> None:
+def test_the_sheet_states_a_drawn_test_set_and_unknown_patients(data: DatasetFacts) -> None:
     records = [replace(each, split="", patient="") for each in data.records]
     sheet = data_sheet(replace(data, records=records))
     assert "There is no official test set. One was drawn" in sheet and "Patients: none is known." in sheet
 
 
-def test_neither_names_a_file_or_a_patient_and_both_are_the_same_each_time(
+def test_card_and_sheet_name_no_file_and_no_patient_and_are_deterministic(
     model: ModelFacts, data: DatasetFacts
 ) -> None:
-    odd = replace(data.records[0], path=f"x/1.{FILE}")  # a suffix that is a name
+    odd = replace(data.records[0], path=f"x/1.{FILE}")  # the suffix is a name
     planted = replace(data, records=[odd, *data.records[1:]], pairs=[], splits=replace(data.splits, train=[]))
     texts = [model_card(model, data), data_sheet(data), data_sheet(planted)]
     assert not re.search(f"{PATIENT}|{FILE}|{FILE.lower()}", "".join(texts))

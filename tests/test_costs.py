@@ -1,4 +1,4 @@
-"""Claims about costs: measured around a fit, written next to its checkpoint, and read back."""
+"""Costs of a fit: measured, saved next to its checkpoint, and read back."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ print(seconds, idle, peak, again)
 """
 
 
-def test_seconds_and_peak_memory_count_only_the_measured_work() -> None:
-    """A process of its own has no free memory left from earlier work."""
+def test_seconds_and_peak_memory_are_those_of_the_fit_alone() -> None:
+    """In its own process, because other processes have free memory from earlier work."""
     out = subprocess.run(
         [sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -43,7 +43,7 @@ def test_seconds_and_peak_memory_count_only_the_measured_work() -> None:
     assert again < peak - 20  # the peak was reset
 
 
-def test_the_cost_of_a_fit_is_written_next_to_its_checkpoint(tmp_path: Path) -> None:
+def test_the_cost_of_a_fit_is_saved_next_to_its_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "ab" / "abc.safetensors"
     assert costs.read(path) is None
     fit = costs.Fit(1.25, 700.5, 4096, "from scratch")
@@ -51,7 +51,7 @@ def test_the_cost_of_a_fit_is_written_next_to_its_checkpoint(tmp_path: Path) -> 
     assert costs.read(path) == fit
 
 
-def test_a_written_table_is_read_back_unchanged(tmp_path: Path) -> None:
+def test_the_table_reads_back_as_written(tmp_path: Path) -> None:
     lines = [
         costs.CostRow("busi", "lp++", 5.0, 0, 0.01, None, 128, 5000.0, ""),
         costs.CostRow("busi", "resnet", 50.0, 1, 20.5, 812.25, 5_000_000, 70.0, "from scratch"),

@@ -170,7 +170,7 @@ NOT_RUN_HERE = {
     "test_cli.py::test_a_project_can_be_created_anywhere_and_its_stages_run": {
         "medfocus new films": "is for where no clone is",
     },
-    "test_package.py::test_the_lock_meets_the_declared_dependencies": {
+    "test_package.py::test_the_lock_satisfies_the_declared_dependencies": {
         "make install": "minutes, and the network",
     },
     MAIN_JOB: {
@@ -275,20 +275,20 @@ NOT_RUN_HERE = {
         "medfocus models card medfocus-phantom-breast@1": "as that of medfocus-breast",
         "medfocus models card medfocus-phantom-breast --sheet": "as that of medfocus-breast",
     },
-    "test_serve.py::test_every_json_form_of_mlflows_gets_the_evaluations_answers": {
+    "test_serve.py::test_every_json_form_of_mlflow_gets_the_evaluations_answers": {
         "export MLFLOW_TRACKING_URI=sqlite:///mlflow.db": "for the server below",
         "export MLFLOW_LOGGING_LEVEL=ERROR MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true": "the same",
         "mlflow models serve --model-uri models:/medfocus-phantom-bre ...": "runs until Ctrl-C",
         """printf '{"dataframe_records": [{"image": "%s"}], "params": { ...""": "asks the server",
         """{ printf '{"params": {"overlay": false}, "dataframe_records" ...""": "asks the server",
     },
-    "test_serve.py::test_overlays_are_left_out_where_the_request_says_so": {
+    "test_serve.py::test_a_request_can_omit_overlays": {
         """printf '{"dataframe_records": [{"image": "%s"}]}' "$(base64  ...""": "asks the server",
     },
-    "test_serve.py::test_a_bad_image_in_a_request_is_told_by_place_fault_and_fix_and_no_more": {
+    "test_serve.py::test_the_answer_to_a_faulty_image_has_place_fault_and_fix_alone": {
         """echo '{"dataframe_records": [{"image": "not base64!"}]}' | ...""": "asks the server",
     },
-    "test_serve.py::test_a_request_without_the_column_is_told_its_name": {
+    "test_serve.py::test_the_answer_to_a_request_without_the_column_names_it": {
         """echo '{"dataframe_records": [{"scan": "aGVsbG8="}]}' | ...""": "asks the server",
     },
     EXPERIMENT: {
@@ -312,7 +312,7 @@ NOT_RUN_HERE = {
     "faults/test_servers.py::test_mlflow_s_server_must_answer_before_anything_is_computed": {
         "python tests/faults/servers.py": "minutes",
     },
-    "test_tracking.py::test_a_clock_that_is_moved_takes_no_run_from_a_living_process": {
+    "test_tracking.py::test_a_changed_clock_does_not_fail_the_run_of_a_living_process": {
         "python tests/faults/clock.py": "moves the clock",
     },
     "test_operations.py::test_a_deployment_has_a_flow_with_its_parameters_a_time_limit_and_failure_hooks": {

@@ -1,4 +1,4 @@
-"""MedFocusCLIP as scikit-learn's users expect a classifier to be."""
+"""MedFocusCLIP as a classifier for scikit-learn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LABELS = phantoms.MODALITIES[MODALITY]
 
 
 def drawn(each: int, split: str = "train") -> tuple[list[np.ndarray], list[str]]:
-    """So many phantoms of every class, grey images of 96 px, and their labels."""
+    """Return ``each`` phantoms of every class, grey images of 96 px, and their labels."""
     pairs = [
         (phantoms.draw(MODALITY, label, phantoms.generator(0, MODALITY, split, label, i), 96).image, label)
         for i in range(each)
@@ -40,21 +40,21 @@ def drawn(each: int, split: str = "train") -> tuple[list[np.ndarray], list[str]]
 
 
 def small(**changes: Any) -> MedFocusCLIP:
-    """The paper's method with few steps and cheap masks."""
+    """Return the paper's method with few steps and fast masks."""
     usual = {"segmenter": "otsu", "settings": {"epochs": 20}, "batch_size": 16}
     return MedFocusCLIP(**{**usual, **changes})
 
 
 @pytest.fixture(scope="module")
 def fitted() -> MedFocusCLIP:
-    """As it comes, SAM2 and all, on six images per class."""
+    """The default classifier, with SAM2, fitted on six images per class."""
     return MedFocusCLIP(modality=MODALITY).fit(*drawn(6))
 
 
 # --- the contract --------------------------------------------------------------------------------
 
 
-def test_files_of_dicom_and_their_frames_are_images(tmp_path: Path) -> None:
+def test_dicom_files_and_their_frames_are_images(tmp_path: Path) -> None:
     frames, labels = drawn(2)
     (tmp_path / "x.dcm").write_bytes(dicom(np.stack(frames), NumberOfFrames=len(frames)))
     paths = [Path(f"{tmp_path / 'x.dcm'}#{i}") for i in range(len(frames))]
@@ -64,11 +64,11 @@ def test_files_of_dicom_and_their_frames_are_images(tmp_path: Path) -> None:
 
 
 class OnRows(MedFocusCLIP):
-    """Paints every row of a table as upright bars, so that scikit-learn's own checks can be run.
+    """A classifier that paints each row of a table as vertical bars, for scikit-learn's own checks.
 
-    Not run are the checks of what images do not have: columns with names and a fixed number, sparse
-    matrices, complex and infinite numbers, one-dimensional input, array namespaces; and those of sample
-    weights, a decision function and partial fits, which there are none of.
+    The omitted checks test properties that images do not have: column names, a fixed number of columns,
+    sparse matrices, complex and infinite numbers, one-dimensional input, array namespaces. Others test sample
+    weights, a decision function and partial fits, which do not exist here.
     """
 
     def fit(self, X: Any, y: Any, groups: Any = None) -> OnRows:
@@ -126,24 +126,24 @@ class OnRows(MedFocusCLIP):
         "check_fit2d_1sample",
     ],
 )
-def test_it_meets_the_checks_of_scikit_learn(check: str) -> None:
+def test_it_passes_the_checks_of_scikit_learn(check: str) -> None:
     getattr(estimator_checks, check)("OnRows", OnRows(method="pixels", focus="none", batch_size=8))
 
 
-def test_scikit_learn_is_told_that_it_takes_no_tables() -> None:
+def test_its_tags_say_that_it_accepts_images_instead_of_tables() -> None:
     tags = MedFocusCLIP().__sklearn_tags__()
     assert not tags.input_tags.two_d_array
     assert tags.estimator_type == "classifier"
 
 
-def test_a_clone_has_the_parameters_and_nothing_learnt(fitted: MedFocusCLIP) -> None:
+def test_a_clone_has_the_parameters_and_nothing_learned(fitted: MedFocusCLIP) -> None:
     copy = cast("MedFocusCLIP", clone(fitted))
     assert copy.get_params() == fitted.get_params()
     with pytest.raises(NotFittedError):
         copy.predict(drawn(1)[0])
 
 
-def test_every_parameter_goes_in_and_comes_out() -> None:
+def test_every_parameter_can_be_set_and_read() -> None:
     given = {"method": "lp++", "focus": "none", "settings": {"steps": 3}, "random_state": 7, "flip": True}
     assert MedFocusCLIP().set_params(**given).get_params() == {**MedFocusCLIP().get_params(), **given}
 
@@ -151,7 +151,7 @@ def test_every_parameter_goes_in_and_comes_out() -> None:
 # --- fitting and predicting ----------------------------------------------------------------------
 
 
-def test_it_learns_phantoms_it_has_not_seen(fitted: MedFocusCLIP) -> None:
+def test_it_classifies_phantoms_that_it_has_not_seen(fitted: MedFocusCLIP) -> None:
     images, labels = drawn(6, "test")
     probabilities = fitted.predict_proba(images)
     assert probabilities.shape == (18, 3)
@@ -161,7 +161,7 @@ def test_it_learns_phantoms_it_has_not_seen(fitted: MedFocusCLIP) -> None:
     assert fitted.score(images, labels) > 0.5  # chance is a third
 
 
-def test_cross_validation_keeps_masks_in_the_folder_it_is_given(tmp_path: Path) -> None:
+def test_cross_validation_keeps_masks_in_the_cache_folder(tmp_path: Path) -> None:
     images, labels = drawn(12)
     scores = cross_val_score(small(cache=tmp_path / "masks"), images, labels, cv=3)
     assert scores.shape == (3,)
@@ -169,7 +169,7 @@ def test_cross_validation_keeps_masks_in_the_folder_it_is_given(tmp_path: Path) 
     assert any((tmp_path / "masks").rglob("*"))
 
 
-def test_it_ends_a_pipeline() -> None:
+def test_it_is_the_last_step_of_a_pipeline() -> None:
     images, labels = drawn(3)
     upright = make_pipeline(FunctionTransformer(lambda X: [np.rot90(p).copy() for p in X]), small())
     turned = [np.rot90(image, -1).copy() for image in images]
@@ -186,7 +186,7 @@ def test_the_same_random_state_gives_the_same_classifier_and_another_does_not() 
     assert np.abs(first - other).max() > 1e-6
 
 
-def test_labels_may_be_numbers_with_words_for_them() -> None:
+def test_labels_may_be_numbers_with_class_names() -> None:
     images, labels = drawn(2)
     numbers = [LABELS.index(label) for label in labels]
     words = {str(i): label for i, label in enumerate(LABELS)}
@@ -197,7 +197,9 @@ def test_labels_may_be_numbers_with_words_for_them() -> None:
     np.testing.assert_allclose(model.predict_proba(images), named.predict_proba(images)[:, order])
 
 
-def test_grey_colour_and_files_of_one_image_are_the_same_to_it(fitted: MedFocusCLIP, tmp_path: Path) -> None:
+def test_grey_colour_and_file_of_one_image_give_the_same_prediction(
+    fitted: MedFocusCLIP, tmp_path: Path
+) -> None:
     image = drawn(1)[0][0]
     Image.fromarray(image).save(tmp_path / "image.png")
     colour = np.repeat(image[:, :, None], 3, axis=2)
@@ -206,14 +208,14 @@ def test_grey_colour_and_files_of_one_image_are_the_same_to_it(fitted: MedFocusC
     np.testing.assert_allclose(grey, file, atol=1e-6)
 
 
-def test_a_fitted_one_is_pickled_without_its_towers(fitted: MedFocusCLIP) -> None:
+def test_a_fitted_classifier_is_pickled_without_clip(fitted: MedFocusCLIP) -> None:
     images = drawn(1)[0]
     data = pickle.dumps(fitted)
     assert len(data) < 1_000_000
     np.testing.assert_array_equal(pickle.loads(data).predict_proba(images), fitted.predict_proba(images))
 
 
-def test_a_saved_one_comes_back(fitted: MedFocusCLIP, tmp_path: Path) -> None:
+def test_a_saved_classifier_loads_with_the_same_predictions(fitted: MedFocusCLIP, tmp_path: Path) -> None:
     images = drawn(2)[0]
     fitted.save(tmp_path / "model")
     loaded = MedFocusCLIP.load(tmp_path / "model")
@@ -228,8 +230,8 @@ def test_a_saved_one_comes_back(fitted: MedFocusCLIP, tmp_path: Path) -> None:
     ("name", "changes", "segmenter"),
     [
         ("medfocusclip", {}, "otsu"),
-        ("medfocusclip", {"segmenter_grid": 2, "layers": [1]}, "sam2"),  # SAM2's own features join
-        ("clip-adapter", {"lr": [0.0001, 0.01], "epochs": 20}, "otsu"),  # a rate is chosen
+        ("medfocusclip", {"segmenter_grid": 2, "layers": [1]}, "sam2"),  # with SAM2's features
+        ("clip-adapter", {"lr": [0.0001, 0.01], "epochs": 20}, "otsu"),  # selects a learning rate
     ],
 )
 def test_it_gives_the_numbers_of_a_study_with_the_same_support(
@@ -296,7 +298,7 @@ def test_an_explanation_has_mask_focus_and_attribution_on_the_image(fitted: MedF
     assert np.abs(other.attribution - told.attribution).max() > 0
 
 
-def test_without_a_focus_the_mask_can_still_be_seen() -> None:
+def test_an_explanation_without_a_focus_still_has_a_mask() -> None:
     images, labels = drawn(2)
     told = (
         small(method="clip-linear-probe", focus="none", settings=None).fit(images, labels).explain(images[0])
@@ -304,9 +306,9 @@ def test_without_a_focus_the_mask_can_still_be_seen() -> None:
     assert 0 < told.mask.mean() < 1
 
 
-def test_what_a_crop_leaves_out_gets_no_attribution() -> None:
+def test_the_area_outside_of_a_crop_has_no_attribution() -> None:
     mask = np.zeros((60, 100), bool)
-    mask[5:15, 10:20] = True  # the crop is 40 x 40 around (10, 15), cut off at the image
+    mask[5:15, 10:20] = True  # the crop is 40 x 40 around (10, 15), cut at the image's border
     heat = np.full((32, 32), 1 / 32**2, np.float32)
     found = on_image(heat, mask, "crop")
     assert found[:30, :35].min() > 0
@@ -314,9 +316,9 @@ def test_what_a_crop_leaves_out_gets_no_attribution() -> None:
     assert found.sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_attribution_lands_where_the_view_shows_it() -> None:
+def test_attribution_maps_from_the_view_back_to_the_image() -> None:
     heat = np.zeros((32, 32), np.float32)
-    heat[16, 24] = 1  # of a wide image the view has bars above and below
+    heat[16, 24] = 1  # the view of a wide image has bars above and below
     found = on_image(heat, np.ones((50, 100), bool), "multiply")
     assert np.unravel_index(found.argmax(), found.shape) == pytest.approx((26, 76), abs=2)
 
@@ -342,7 +344,7 @@ IMAGE = np.zeros((80, 80), np.uint8)
         ([IMAGE, IMAGE], [0.1, 0.7], "Unknown label type"),
     ],
 )
-def test_what_cannot_be_learnt_from_is_refused(images: Any, labels: Any, sentence: str) -> None:
+def test_faulty_images_and_labels_are_refused(images: Any, labels: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         small().fit(images, labels)
 
@@ -362,12 +364,12 @@ def test_what_cannot_be_learnt_from_is_refused(images: Any, labels: Any, sentenc
         ({"modality": "x-ray"}, "modality 'x-ray' has no text prompts"),
     ],
 )
-def test_a_wrong_parameter_is_named_at_fit_with_what_there_is(changes: dict[str, Any], sentence: str) -> None:
+def test_fit_names_a_wrong_parameter_with_the_known_values(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         small(**changes).fit(*drawn(1))
 
 
-def test_a_label_that_it_does_not_know_cannot_be_explained(fitted: MedFocusCLIP) -> None:
+def test_an_unknown_label_cannot_be_explained(fitted: MedFocusCLIP) -> None:
     with pytest.raises(ValueError, match=r"'healthy' is not one of the classes\. Give one of benign, "):
         fitted.explain(IMAGE, label="healthy")
 

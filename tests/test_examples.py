@@ -1,4 +1,4 @@
-"""The notebooks of examples/: they run from top to bottom, and print what stands in them."""
+"""The notebooks of examples/ run and print their stored output."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.ip
 
 
 def cells(notebook: Path) -> list[dict[str, Any]]:
-    """The cells of code."""
+    """Return the code cells."""
     content = json.loads(notebook.read_text(encoding="utf-8"))
     assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
     return [cell for cell in content["cells"] if cell["cell_type"] == "code"]
 
 
 def printed(cell: dict[str, Any]) -> str:
-    """The text that a cell holds as its output."""
+    """Return the stored output text of a cell."""
     return "".join("".join(output["text"]) for output in cell["outputs"])
 
 
 def without_numbers(text: str) -> str:
-    """They differ from one processor to another, in their last digits at least."""
+    """Remove numbers, because their last digits differ between processors."""
     return re.sub(r"\d+(\.\d*)?", "#", text)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_prints_what_stands_in_it(
+def test_a_notebook_runs_and_prints_its_stored_output(
     notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -50,7 +50,7 @@ def test_a_notebook_runs_and_prints_what_stands_in_it(
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_holds_text_and_no_image(notebook: Path) -> None:
+def test_a_notebook_contains_text_and_no_image(notebook: Path) -> None:
     outputs = [output for cell in cells(notebook) for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {"stream"}
     assert any(output["text"] for output in outputs)

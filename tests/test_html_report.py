@@ -1,4 +1,4 @@
-"""The page of a study, its sentences, its figures and the tables behind it."""
+"""The page of a study: sentences, figures and tables."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MASK[10:30, 20:50] = True
 
 
 class Page(HTMLParser):
-    """What a page holds; a tag that is closed in another's place is an error."""
+    """The parsed content of a page. A tag that is closed out of order is an error."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Page(HTMLParser):
 
 
 def cells(text: str, system: str) -> list[str]:
-    """The cells of a system's first row as text, the best ones in asterisks."""
+    """Return the cells of a system's first row as text, with asterisks around the best."""
     line = re.search(rf'<tr[^>]*><th scope="row">{re.escape(system)}[ <].*?</tr>', text, re.DOTALL)
     assert line
     found = re.findall(r"<td(.*?)>(.*?)</td>", line[0], re.DOTALL)
@@ -144,7 +144,7 @@ def page() -> str:
     return render(full())
 
 
-def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
+def test_the_page_loads_no_resource_and_runs_no_script(page: str) -> None:
     parsed = Page(page)
     assert "://" not in page and "@import" not in page and "url(" not in page
     assert not parsed.all("script") and not parsed.all("iframe")
@@ -158,7 +158,7 @@ def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
     assert str(policy).startswith("default-src 'none'")
 
 
-def test_every_link_leads_somewhere_and_every_section_is_in_the_contents(page: str) -> None:
+def test_every_link_has_a_target_and_every_section_is_in_the_contents(page: str) -> None:
     parsed = Page(page)
     ids = [str(a["id"]) for _, a, _ in parsed.tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -169,7 +169,7 @@ def test_every_link_leads_somewhere_and_every_section_is_in_the_contents(page: s
     )  # and its anchor
 
 
-def test_images_have_words_and_figures_a_dark_twin(page: str) -> None:
+def test_images_have_alternative_texts_and_figures_a_dark_version(page: str) -> None:
     parsed = Page(page)
     assert all(len(str(a.get("alt"))) > 10 for a in parsed.all("img"))
     assert len(parsed.all("source")) == len(parsed.all("picture")) == 2
@@ -177,7 +177,7 @@ def test_images_have_words_and_figures_a_dark_twin(page: str) -> None:
     assert "ours 71.0 at 5 %, 73.0 at 100 %" in alt and "zero 55.0 at 0 %" in alt
 
 
-def test_tables_scroll_in_their_boxes_and_the_boxes_take_the_keyboard(page: str) -> None:
+def test_tables_scroll_in_boxes_that_the_keyboard_can_focus(page: str) -> None:
     parsed = Page(page)
     around = [around for tag, _, around in parsed.tags if tag == "table"]
     assert len(around) == 7 and all("scroll" in classes for classes in around)
@@ -186,23 +186,23 @@ def test_tables_scroll_in_their_boxes_and_the_boxes_take_the_keyboard(page: str)
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_every_part_stands_alone(part: str) -> None:
+def test_every_part_renders_alone(part: str) -> None:
     text = render(PageContent("alone", **{part: PARTS[part]}))  # type: ignore[arg-type]
     assert re.findall(r'<h2 id="(\w+)"', text) == SECTIONS[part]
     assert "None" not in Page(text).text
 
 
-def test_a_study_of_nothing_still_has_a_page_that_says_what_it_is_for() -> None:
+def test_the_page_of_an_empty_study_states_its_intended_use() -> None:
     text = Page(render(PageContent("nothing"))).text
     assert text.count("Research use only, not for clinical use") == 2
     assert "Contents" not in text
 
 
-def test_equal_reports_give_equal_pages(page: str) -> None:
+def test_equal_content_gives_equal_pages(page: str) -> None:
     assert render(full()) == page
 
 
-def test_text_is_escaped_wherever_it_comes_from() -> None:
+def test_all_text_is_escaped() -> None:
     bad = '<img src=x onerror="1">'
     example = replace(PARTS["gallery"][0], name=bad, true_class=bad)  # type: ignore[index]
     text = render(
@@ -230,11 +230,11 @@ def test_the_best_of_each_column_is_marked_ties_included(page: str) -> None:
     assert cells(page, "zero") == ["*55.0*", "–", "–"]
 
 
-def test_published_numbers_stand_below_ours_are_marked_and_are_never_the_best(page: str) -> None:
+def test_published_numbers_are_below_ours_marked_and_never_the_best(page: str) -> None:
     assert cells(page, "Theirs") == ["–", "99.0", "–"]
     assert re.search(r'<tr class="published first"><th scope="row">Theirs <span class="tag">published<', page)
     assert page.index(">Theirs") > page.index(">zero")
-    assert "Elsewhere" not in page  # of another data set
+    assert "Elsewhere" not in page  # it has another data set
     assert "Other percents" not in page
 
 
@@ -250,7 +250,7 @@ def test_differences_show_their_interval_and_the_corrected_p_and_colour_follows_
     assert re.findall(r'<td class="difference (\w*)">', table) == ["above", "", "below"]
 
 
-def test_the_gallery_says_what_was_predicted_and_how_much_lies_inside(page: str) -> None:
+def test_the_gallery_shows_the_prediction_and_the_attribution_inside_the_mask(page: str) -> None:
     words = " ".join(Page(page).text.split())
     assert "✗ wrong: predicted tumor (83 %), true class cyst" in words
     assert "61 % of the attribution lies inside the mask" in words
@@ -259,7 +259,7 @@ def test_the_gallery_says_what_was_predicted_and_how_much_lies_inside(page: str)
     ]  # fmt: skip
 
 
-def test_a_mask_is_shown_where_it_is(page: str) -> None:
+def test_the_tile_of_a_mask_is_tinted_inside_the_mask_only(page: str) -> None:
     uris = [str(a["src"]) for a in Page(page).all("img") if "mask in orange" in str(a["alt"])]
     tile = np.asarray(Image.open(io.BytesIO(base64.b64decode(uris[0].split(",")[1]))).convert("RGB"))
     orange = tile[..., 0].astype(int) - tile[..., 2] > 60
@@ -267,7 +267,7 @@ def test_a_mask_is_shown_where_it_is(page: str) -> None:
     assert orange.sum() == pytest.approx(20 * 30 * (256 / 60) ** 2, rel=0.05)
 
 
-def test_heat_goes_on_what_the_system_looked_at() -> None:
+def test_heat_is_drawn_over_the_systems_view() -> None:
     focus = np.zeros((30, 30, 3), dtype=np.uint8)
     example: Example = PARTS["gallery"][0]  # type: ignore[index, assignment]
     for attribution, shade in ((np.zeros((30, 30)), 0), (np.zeros((40, 60)), 120)):
@@ -290,9 +290,9 @@ def test_the_numbers_of_the_other_tables(page: str) -> None:
     assert cells(page, "git.commit") == ["abc123"]
 
 
-def test_what_does_not_fit_is_told() -> None:
+def test_shapes_that_do_not_match_are_refused() -> None:
     example: Example = PARTS["gallery"][0]  # type: ignore[index, assignment]
-    with pytest.raises(ValueError, match=r"counts are \(2, 2\) for 3 classes; give \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"counts are \(2, 2\) for 3 classes\. Give \(3, 3\)"):
         render(PageContent("s", confusions=[Confusion("brain", "ours", ("a", "b", "c"), np.eye(2))]))
     table = Recalls("brain", "5 %", ("a", "b", "c"), (1, 1, 1), {"ours": np.ones((1, 2))})
     with pytest.raises(ValueError, match=r"Recalls of brain: \(1, 2\) of ours and 3 counts for 3 classes"):
@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_told() -> None:
         render(PageContent("s", gallery=[replace(example, attribution=np.ones((4, 6)))]))
 
 
-def test_the_sentences_name_the_best_the_zero_shot_level_and_the_lead() -> None:
+def test_the_sentences_name_the_best_systems_the_zero_shot_level_and_the_lead() -> None:
     assert verdict_sentences(ROWS, "clip", DIFFERENCES) == [
         "Highest accuracy: ours at 5 and 100 % of train (71.0 to 73.0 %).",
         "Of 3 differences to clip, 1 is above and 1 below it at an adjusted p below 0.05. At 100 % of train "
@@ -331,38 +331,38 @@ def test_a_clean_data_set_has_no_warning() -> None:
     assert data_warnings(records, splits(paths["train"], paths["test"]), []) == []
 
 
-def test_the_warnings_tell_of_twins_patients_and_classes() -> None:
+def test_duplicates_patients_and_unequal_classes_are_warned_about() -> None:
     records = [record(f"train{i}", "a" if i < 9 else "b", "train", "") for i in range(12)]
     records += [record(f"test{i}", "a" if i < 12 else "b", "test") for i in range(15)]
     near = Pair("test1", "train1", "near", 0.75, "test", "train", "a", "a")
     inside = replace(near, path_a="train2")
-    said = data_warnings(
+    warnings = data_warnings(
         records,
         splits([r.path for r in records[:12]], [r.path for r in records[12:]], clean_test=["test0"] * 11,
                straddling_twins=["test3", "test4"], straddling_patients=["p1"], conflicting=["x"]),
         [near, inside, replace(near, kind="identical", path_a="test3")],
     )  # fmt: skip
-    assert [sentence.split(":")[0].split(";")[0] for sentence in said] == [
-        "2 of 15 test images occur in train as well, and 4 are left out of the clean test set for what "
-        "they share with train",
-        "1 pair is nearly the same image in train and in test, such as neighbouring frames of one patient",
+    assert [sentence.split(":")[0].split(";")[0] for sentence in warnings] == [
+        "2 of 15 test images are also in train. The clean test set excludes 4 images",
+        "1 pair has nearly the same image in train and in test, such as neighbouring frames of one patient. "
+        "The clean test set includes them.",
         "1 patient has images in train and in test.",
-        "12 of 27 images have no known patient",
-        "1 image has a twin with another label",
+        "12 of 27 images have no known patient, so a patient may be in train and in test.",
+        "1 image has a duplicate with another label. Training excludes such images",
         "Unequal classes in train",
         "Unequal classes in test",
-        "Tiny classes in test, whose recall means little",
+        "Tiny classes in test, with unreliable recall",
     ]
-    assert "9 images of 'a', 3 of 'b'" in said[5] and said[7].endswith("'b' (3).")
+    assert "9 images of 'a', 3 of 'b'" in warnings[5] and warnings[7].endswith("'b' (3).")
 
 
-def test_a_rung_that_goes_with_a_class_is_told() -> None:
+def test_a_rung_that_depends_on_the_class_is_warned_about() -> None:
     lines = [{"label": "normal", "chosen": "0.06", "relaxed": "0.94"},
              {"label": "nodule", "chosen": "0.95", "relaxed": "0.05"}]  # fmt: skip
-    tells = "how a mask was found can tell the class."
+    end = "so the rung can reveal the class."
     assert mask_warnings(lines) == [
-        f"'chosen' gave 95 % of the masks of 'nodule' and 6 % of 'normal': {tells}",
-        f"'relaxed' gave 94 % of the masks of 'normal' and 5 % of 'nodule': {tells}",
+        f"'chosen' made 95 % of the masks of 'nodule' and 6 % of 'normal', {end}",
+        f"'relaxed' made 94 % of the masks of 'normal' and 5 % of 'nodule', {end}",
     ]
     assert mask_warnings([{"label": "a", "chosen": 0.9}, {"label": "b", "chosen": 0.7}]) == []
 
@@ -384,7 +384,7 @@ def test_published_numbers_are_read_and_checked(tmp_path: Path) -> None:
         read_published(path)
 
 
-def test_the_plots_have_a_line_a_system_and_percent_and_levels_at_every_percent() -> None:
+def test_the_plot_table_has_a_line_for_every_system_and_percent() -> None:
     assert plot_table(ROWS).splitlines() == [
         "test_set,system,percent_of_train,accuracy",
         *(f'"brain_mri, official",{line}' for line in (
@@ -413,18 +413,18 @@ def test_highlighted_systems_are_coloured_by_their_place_in_the_list_and_others_
         drawn = pixels(figures.accuracy_panel(CURVES, ["elsewhere", "b"], ink))
         assert coloured(drawn, ink.lines[1]) > 500
         assert not any(coloured(drawn, line) > 50 for line in ink.lines[2:])
-        assert drawn[0, 0, 3] == 0  # the page shows through
+        assert drawn[0, 0, 3] == 0  # transparent
 
 
-def test_the_panel_refuses_nothing_to_draw_and_more_names_than_colours() -> None:
-    with pytest.raises(ValueError, match="no curve to draw; give the results of at least one system"):
+def test_the_panel_refuses_no_curve_and_more_highlighted_systems_than_colours() -> None:
+    with pytest.raises(ValueError, match=r"no curve to draw\. Give the results of at least one system"):
         figures.accuracy_panel([], [], figures.LIGHT)
-    with pytest.raises(ValueError, match="8 highlighted systems; 7 can be told apart"):
+    with pytest.raises(ValueError, match=r"8 highlighted systems\. Give at most 7"):
         figures.accuracy_panel(CURVES, list("abcdefgh"), figures.LIGHT)
 
 
 @given(st.lists(st.floats(0, 1), max_size=7))
-def test_labels_are_apart_in_order_and_do_not_leave_the_panel(heights: list[float]) -> None:
+def test_labels_do_not_overlap_keep_their_order_and_stay_in_the_panel(heights: list[float]) -> None:
     moved = figures.spread(heights, 0.1)
     order = np.argsort(heights, kind="stable")
     placed = np.array(moved)[order]
@@ -432,11 +432,11 @@ def test_labels_are_apart_in_order_and_do_not_leave_the_panel(heights: list[floa
     assert not len(placed) or (placed.max() <= 1 + 1e-9 and placed.min() >= -1e-9)
 
 
-def test_labels_that_are_apart_stay_where_they_are() -> None:
+def test_labels_that_do_not_overlap_are_not_moved() -> None:
     assert figures.spread([0.9, 0.1, 0.5], 0.1) == [0.9, 0.1, 0.5]
 
 
-def test_heat_lies_where_the_attribution_is_and_leaves_the_rest_grey() -> None:
+def test_heat_is_coloured_at_the_attribution_and_grey_elsewhere() -> None:
     attribution = np.where(MASK, 2.0, -1.0)
     drawn = figures.attribution_overlay(IMAGE, attribution).astype(int)
     hot = np.ptp(drawn, axis=2) > 40

@@ -1,4 +1,4 @@
-"""What a user installs."""
+"""The packages that users install."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flows.cli import new
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_importing_the_package_imports_no_large_library() -> None:
     code = "import sys, medfocus; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "mlflow", "prefect", "pandas"} & set(result.stdout.split())
 
 
 def built(target: str, source: Path, out: Path) -> Path:
-    """An sdist or a wheel, by the locked hatchling."""
+    """Build an sdist or a wheel with the locked hatchling."""
     command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(out)]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     (made,) = out.glob("*.whl" if target == "wheel" else "*.tar.gz")
@@ -34,7 +34,7 @@ def tracked(*under: str) -> set[str]:
     return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines())
 
 
-def test_the_wheel_holds_the_packages_and_their_data(tmp_path: Path) -> None:
+def test_the_wheel_contains_the_packages_and_their_data(tmp_path: Path) -> None:
     held = set(zipfile.ZipFile(built("wheel", ROOT, tmp_path)).namelist())
     assert tracked("medfocus", "flows") <= held
     project = {f"flows/project/{name}" for name in new.FILES if name != "params.yaml"}
@@ -42,7 +42,7 @@ def test_the_wheel_holds_the_packages_and_their_data(tmp_path: Path) -> None:
     assert not any(name.startswith(("tests", "data")) for name in held)
 
 
-def test_the_sdist_holds_what_it_must_and_gives_the_same_wheel(tmp_path: Path) -> None:
+def test_the_sdist_is_complete_and_gives_the_same_wheel(tmp_path: Path) -> None:
     sdist = built("sdist", ROOT, tmp_path)
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
@@ -57,7 +57,7 @@ def test_the_sdist_holds_what_it_must_and_gives_the_same_wheel(tmp_path: Path) -
     assert here == there
 
 
-def test_the_licence_of_every_direct_dependency_is_listed_as_its_metadata_has_it() -> None:
+def test_third_party_lists_the_licence_of_every_direct_dependency() -> None:
     listed = (ROOT / "THIRD_PARTY.md").read_text(encoding="utf-8").splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in listed if line.startswith("| ")]
     dependencies = licences.direct()
@@ -77,7 +77,7 @@ def test_the_lock_pins_every_package_by_hash_and_names_no_registry() -> None:
     assert "://" not in text
 
 
-def test_the_lock_meets_the_declared_dependencies() -> None:
+def test_the_lock_satisfies_the_declared_dependencies() -> None:
     import tomllib
     from importlib.metadata import version
 

@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 def row(accuracy: float = 0.5, **changes: object) -> StudyRow:
-    """A row of a study; everything beside the accuracy may be changed."""
+    """Return a row of a study with changes."""
     usual = StudyRow(
         dataset="chest", method="pixels", focus="none", percent_of_train=5.0, seed=0, accuracy=accuracy,
         balanced_accuracy=0.4, macro_f1=0.3, auroc=0.7, ece=0.1, test_set="official", n_train=9, n_test=66,
@@ -32,7 +32,7 @@ def row(accuracy: float = 0.5, **changes: object) -> StudyRow:
 
 
 def study() -> list[StudyRow]:
-    """Two systems, two percents, three seeds."""
+    """Return rows of two systems, two percents and three seeds."""
     return [
         row(round(0.5 + 0.1 * seed + 0.2 * (focus == "multiply"), 6), focus=focus, percent_of_train=percent,
             seed=seed, n_train=int(180 * percent / 100))
@@ -62,7 +62,7 @@ def test_results_have_the_cell_key_in_place_of_the_run(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "results.csv") == rows
 
 
-def test_the_running_table_has_a_line_a_system_with_its_mean_and_interval_at_every_percent() -> None:
+def test_the_progress_line_has_mean_and_interval_at_every_percent() -> None:
     rows = [row(0.5, seed=0), row(0.7, seed=1), row(0.8, percent_of_train=100.0)]
     assert tables.progress_line(rows).split() == [
         *("chest", "pixels", "5%:", "60.0", "±", "127.1", "100%:", "80.0"),  # t(0.975, 1) * 0.1 is 1.271
@@ -110,7 +110,7 @@ def test_a_single_draw_has_no_interval_and_a_missing_cell_no_number() -> None:
     assert lines[6].split() == ["clip", "–", "70.0"]
 
 
-def test_what_needs_no_training_image_has_its_own_column_and_says_nothing_about_the_draws() -> None:
+def test_a_system_without_training_images_has_its_own_column_and_does_not_count_for_the_draws() -> None:
     zero_shot = row(0.4, method="zero-shot", percent_of_train=0.0, n_train=0)
     lines = tables.study_table([*study(), zero_shot]).splitlines()
     assert lines[0].endswith("over 3 draws; at 100 % every draw has the same images")
@@ -119,7 +119,7 @@ def test_what_needs_no_training_image_has_its_own_column_and_says_nothing_about_
     assert lines[7].split() == ["zero-shot", "40.0", "–", "–"]
 
 
-def test_what_needs_no_training_image_is_a_level_line_of_the_figure() -> None:
+def test_a_system_without_training_images_is_a_horizontal_line_of_the_figure() -> None:
     zero_shot = row(0.2, method="zero-shot", percent_of_train=0.0, n_train=0)
     pixels = image(figures.accuracy_figure([*study(), zero_shot]))
     coloured = (pixels == [0xD5, 0x5E, 0x00]).all(axis=2)  # the third system's colour
@@ -133,7 +133,7 @@ def test_tables_show_another_metric_when_asked() -> None:
     assert "70.0 ± 0.0" in tables.study_table(study(), "auroc")
 
 
-def test_markdown_says_the_same_as_the_plain_table() -> None:
+def test_markdown_has_the_numbers_of_the_plain_table() -> None:
     markdown = tables.markdown_table(study())
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert rows[1] == "|---|---:|---:|"
@@ -141,18 +141,18 @@ def test_markdown_says_the_same_as_the_plain_table() -> None:
     assert len({line.count("|") for line in rows}) == 1
 
 
-def test_a_study_without_rows_is_one_clear_error() -> None:
+def test_a_study_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="the study has no row; evaluate at least one cell"):
         tables.study_table([])
 
 
-def test_accuracy_figure_is_the_same_bytes_every_time_and_changes_with_the_data() -> None:
+def test_equal_rows_give_the_same_accuracy_figure_and_other_rows_another() -> None:
     png = figures.accuracy_figure(study())
     assert png == figures.accuracy_figure(study())
     assert png != figures.accuracy_figure([replace(r, accuracy=r.accuracy / 2) for r in study()])
 
 
-def test_accuracy_figure_grows_by_a_panel_for_every_data_set() -> None:
+def test_accuracy_figure_has_a_panel_for_every_data_set() -> None:
     one = image(figures.accuracy_figure(study()))
     two = image(figures.accuracy_figure([*study(), *(replace(r, dataset="brain") for r in study())]))
     four = image(figures.accuracy_figure([replace(r, dataset=d) for d in "abcd" for r in study()]))
@@ -160,31 +160,31 @@ def test_accuracy_figure_grows_by_a_panel_for_every_data_set() -> None:
     assert four.shape[0] > 1.5 * two.shape[0]
 
 
-def test_accuracy_figure_takes_single_draws_and_more_systems_than_colours() -> None:
+def test_accuracy_figure_accepts_single_draws_and_more_systems_than_colours() -> None:
     rows = [
         row(0.5 + i / 40, method=f"method-{i}", percent_of_train=p) for i in range(12) for p in (5.0, 50.0)
     ]
     assert image(figures.accuracy_figure(rows)).std() > 0
 
 
-def test_figures_carry_no_time_and_no_version() -> None:
+def test_figures_contain_no_time_and_no_version() -> None:
     for png in (figures.accuracy_figure(study()), figures.confusion_figure(np.eye(2, dtype=int), ["a", "b"])):
         with Image.open(io.BytesIO(png)) as image:
             assert "Software" not in image.info
             assert not any("time" in key.lower() or "date" in key.lower() for key in map(str, image.info))
 
 
-def test_figures_leave_no_trace_in_pyplot() -> None:
+def test_figures_leave_pyplot_unchanged() -> None:
     figures.accuracy_figure(study())
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
 
 
 def test_confusion_figure_colours_by_the_share_of_the_true_class() -> None:
-    # 1 of 1 right is as dark as 100 of 100 right; the two off-diagonal cells are as light.
+    # 1 of 1 correct is as dark as 100 of 100 correct; the off-diagonal cells are equally light.
     pixels = image(figures.confusion_figure(np.array([[1, 0], [0, 100]]), ["a", "b"]))
-    dark = (pixels == [8, 48, 107]).all(axis=2)  # the end of matplotlib's Blues
-    light = (pixels == [247, 251, 255]).all(axis=2)  # and its start
+    dark = (pixels == [8, 48, 107]).all(axis=2)  # the last colour of matplotlib's Blues
+    light = (pixels == [247, 251, 255]).all(axis=2)  # and its first colour
     assert abs(dark.sum() - light.sum()) < 0.05 * dark.sum()
     assert dark.mean() > 0.2
 
@@ -194,7 +194,7 @@ def test_confusion_figure_refuses_counts_of_another_shape() -> None:
         figures.confusion_figure(np.eye(2, dtype=int), ["a", "b", "c"])
 
 
-def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_image() -> None:
+def test_mask_sheet_draws_only_the_contour() -> None:
     grey = np.full((120, 160, 3), 90, dtype=np.uint8)
     region = np.zeros((120, 160), dtype=bool)
     region[30:90, 40:120] = True
@@ -207,7 +207,7 @@ def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_image() -> None
     assert orange.sum() == pytest.approx(4 * (80 + 60) * 176 / 160, rel=0.05)
 
 
-def test_mask_sheet_takes_images_of_any_sizes() -> None:
+def test_mask_sheet_accepts_images_of_any_size() -> None:
     images = [np.zeros((h, w, 3), dtype=np.uint8) for h, w in ((10, 300), (300, 10), (7, 7))]
     sheet = figures.mask_sheet(images, [np.ones(p.shape[:2], dtype=bool) for p in images], ["a", "b", "c"])
     assert sheet == figures.mask_sheet(
@@ -225,8 +225,8 @@ def test_report_and_tracking_import_neither_torch_nor_mlflow() -> None:
     assert result.stdout.split() == ["False", "False"]
 
 
-def test_what_a_focus_adds_is_paired_by_draw() -> None:
-    """Draws differ by far more than the focus adds; paired, its interval has no width."""
+def test_the_gain_of_a_focus_is_paired_by_draw() -> None:
+    """Draws differ by far more than the gain, but the paired interval has no width."""
     gain = tables.gain(study(), "accuracy", "pixels", "multiply", 5.0)
     assert gain is not None and gain.draws == 3
     assert (gain.mean, gain.half_width) == pytest.approx((20, 0), abs=1e-6)
@@ -236,7 +236,7 @@ def test_what_a_focus_adds_is_paired_by_draw() -> None:
     assert tables.gain(study(), "accuracy", "pixels", "blur", 5.0) is None
 
 
-def test_the_table_says_what_a_focus_adds_with_its_sign() -> None:
+def test_the_table_shows_the_gain_of_a_focus_with_its_sign() -> None:
     lines = tables.study_table(study()).splitlines()
     assert lines[-1].split() == ["pixels:", "multiply", "-", "none", "+20.0", "±", "0.0", "+20.0", "±", "0.0"]
     worse = [replace(r, accuracy=r.accuracy - 0.3) if r.focus == "multiply" else r for r in study()]
@@ -247,18 +247,18 @@ FOCUS = {0: 80.0, 1: 82.0, 2: 81.0}  # draw -> accuracy in %
 
 
 def lower(by: float) -> dict[int, float]:
-    """Accuracies below those of the focus by nearly the same in every draw."""
+    """Return accuracies that are below the focus by nearly the same amount in every draw."""
     return {draw: value - by - 0.1 * draw for draw, value in FOCUS.items()}
 
 
-def test_where_every_control_is_below_the_focus_the_region_carries_it() -> None:
+def test_the_region_carries_the_class_if_every_control_is_below_the_focus() -> None:
     said = controls.verdict(FOCUS, {"shuffled": lower(40), "inverse": lower(20)}, {})
     assert said == (
         "every control is below the focus (inverse -20.1 ± 0.2, shuffled -40.1 ± 0.2): the region carries it"
     )
 
 
-def test_where_the_background_alone_is_not_below_the_focus_the_data_set_is_confounded() -> None:
+def test_the_data_set_is_confounded_if_the_background_is_not_below_the_focus() -> None:
     said = controls.verdict(FOCUS, {"inverse": {0: 81.0, 1: 81.0, 2: 80.0}, "shuffled": lower(40)}, {})
     assert said == (
         "background alone is not significantly below the focus (-0.3 ± 2.9): take the data set as confounded"
@@ -270,24 +270,24 @@ def test_every_control_that_is_not_below_the_focus_is_named() -> None:
     assert said is not None and said.split("; ") == [
         "background alone is not significantly below the focus (+4.9 ± 0.2): take the data set as confounded",
         "another image's mask is not significantly below the focus (+0.0 ± 0.0): "
-        "the mask's content is not what helps",
-        "the centre box is not significantly below the focus (+0.0 ± 0.0): no mask had to be found",
+        "the mask's content does not matter",
+        "the centre box is not significantly below the focus (+0.0 ± 0.0): a segmentation is not needed",
     ]
 
 
-def test_two_draws_that_differ_cannot_put_a_control_below_the_focus_and_the_verdict_shows_why() -> None:
+def test_two_different_draws_are_too_few_for_a_verdict_and_the_interval_shows_it() -> None:
     said = controls.verdict({0: 80.0, 1: 80.0}, {"inverse": {0: 30.0, 1: 50.0}}, {})
     assert said is not None and "(-40.0 ± 127.1): take the data set as confounded" in said
 
 
 def test_the_verdict_is_paired_by_draw() -> None:
-    """The draws differ by far more than the control loses."""
+    """The draws differ by far more than the control and the focus."""
     focus = {0: 30.0, 1: 60.0, 2: 90.0}
     said = controls.verdict(focus, {"inverse": {2: 85.0, 0: 25.1, 1: 55.0, 7: 99.0}}, {})
     assert said == "every control is below the focus (inverse -5.0 ± 0.1): the region carries it"
 
 
-def test_a_focus_that_loses_to_the_whole_image_is_told_so() -> None:
+def test_the_verdict_says_that_the_whole_image_is_above_the_focus() -> None:
     said = controls.verdict(FOCUS, {"inverse": lower(20)}, lower(-6))
     assert said is not None and said.endswith(
         "the region carries it; the whole image is above the focus (+5.9 ± 0.2)"
@@ -301,7 +301,7 @@ def test_without_a_control_in_two_draws_there_is_no_verdict() -> None:
 
 
 def controlled(**losses: float) -> list[StudyRow]:
-    """The study and, with its focus, controls that lose so much to it."""
+    """Return the study with controls that score lower than its focus by the given losses."""
     focused = [r for r in study() if r.focus == "multiply"]
     return study() + [
         replace(r, focus=name.replace("_", "-"), accuracy=r.accuracy - loss - r.seed / 100)

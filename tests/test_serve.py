@@ -1,4 +1,4 @@
-"""A fitted cell as a folder, a registered model and a prediction in a fresh process."""
+"""A model folder, a registered model, and predictions in a fresh process and by a server."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def encoded(seed: int) -> bytes:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A cell as the fine-tuning leaves it."""
+    """A cell after fine-tuning."""
 
     encoder: ClipEncoder
     segmenter: Sam2Segmenter
@@ -84,7 +84,7 @@ class Fitted:
     checkpoint: Path
 
     def evaluated(self, images: list[bytes]) -> np.ndarray:
-        """Probabilities (N, K) by the evaluation's own steps: stored masks, views, features, softmax."""
+        """Return probabilities (N, K) by the steps of the evaluation: masks, views, features, softmax."""
         decoded = [decode.decode(data, "a test image") for data in images]
         stored = [decode_mask(encode_mask(self.segmenter.segment([image])[0])) for image in decoded]
 
@@ -99,7 +99,7 @@ class Fitted:
         return softmax(self.method.logits(inputs)["probe"].double().numpy())
 
     def save(self, folder: Path, **changes: Any) -> Path:
-        """The model folder, something about it changed."""
+        """Write the model folder with changes."""
         usual: dict[str, Any] = {
             "checkpoint": self.checkpoint, "encoder": self.encoder, "segmenter": self.segmenter,
             "feather": FEATHER,
@@ -158,13 +158,11 @@ def predictor(model: Path) -> Predictor:
     return load_model(model)
 
 
-def test_an_image_gets_the_probabilities_that_the_evaluation_gave_it(
-    fitted: Fitted, predictor: Predictor
-) -> None:
+def test_the_served_probabilities_are_those_of_the_evaluation(fitted: Fitted, predictor: Predictor) -> None:
     images = [encoded(seed) for seed in range(20, 26)]
     served = np.array([list(p.probabilities.values()) for p in predictor.predict(images)])
     np.testing.assert_allclose(served, fitted.evaluated(images), atol=1e-6)
-    assert np.ptp(served[:, 0]) > 0.01  # the images do differ in it
+    assert np.ptp(served[:, 0]) > 0.01  # the images differ
 
 
 def test_a_prediction_is_complete(predictor: Predictor) -> None:
@@ -180,7 +178,7 @@ def test_a_prediction_is_complete(predictor: Predictor) -> None:
     assert np.array_equal((overlay != image).any(axis=2), prediction.mask)
 
 
-def test_an_images_neighbours_in_the_request_do_not_matter(predictor: Predictor) -> None:
+def test_a_prediction_does_not_depend_on_the_other_images_of_the_request(predictor: Predictor) -> None:
     images = [encoded(seed) for seed in range(BATCH + 3)]
     together = [list(p.probabilities.values()) for p in predictor.predict(images)]
     alone = [list(predictor.predict([data])[0].probabilities.values()) for data in images]
@@ -199,14 +197,14 @@ def test_an_empty_request_has_an_empty_answer(predictor: Predictor) -> None:
         (encoded(0)[:300], "cannot be decoded"),
     ],
 )
-def test_a_bad_image_is_named_by_its_place_with_the_fault_and_the_fix(
+def test_the_error_for_a_faulty_image_has_its_place_the_fault_and_the_fix(
     predictor: Predictor, bad: bytes, fault: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"image 2 of 3: {fault}.*\. .+"):
         predictor.predict([encoded(0), bad, encoded(1)])
 
 
-def test_the_model_folder_holds_tensors_and_text_alone(model: Path) -> None:
+def test_the_model_folder_contains_only_tensors_and_text(model: Path) -> None:
     names = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert names == {
         "cell.safetensors", "clip/open_clip_model.safetensors", "clip/open_clip_config.json",
@@ -217,13 +215,11 @@ def test_the_model_folder_holds_tensors_and_text_alone(model: Path) -> None:
     assert content["versions"]["torch"].startswith("2.")
 
 
-def test_the_rebuilt_segmenter_is_the_one_of_the_training(fitted: Fitted, predictor: Predictor) -> None:
+def test_the_rebuilt_segmenter_is_that_of_the_training(fitted: Fitted, predictor: Predictor) -> None:
     assert predictor.segmenter.key == fitted.segmenter.key
 
 
-def test_the_rebuilt_clip_has_the_same_weights_and_reads_no_text(
-    fitted: Fitted, predictor: Predictor
-) -> None:
+def test_the_rebuilt_clip_has_the_same_weights_and_no_tokenizer(fitted: Fitted, predictor: Predictor) -> None:
     from medfocus.storage.weights import digest
 
     rebuilt = predictor.method.encoder
@@ -236,7 +232,9 @@ def test_the_rebuilt_clip_has_the_same_weights_and_reads_no_text(
     assert rebuilt.tokenizer is None
 
 
-def test_saving_again_replaces_the_folder_and_leaves_nothing_beside(fitted: Fitted, tmp_path: Path) -> None:
+def test_saving_again_replaces_the_folder_and_leaves_no_temporary_folder(
+    fitted: Fitted, tmp_path: Path
+) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "stale").write_text("")
     fitted.save(tmp_path / "model")
@@ -244,7 +242,7 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside(fitted: Fitt
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_otsu_masks_are_served_too(fitted: Fitted, tmp_path: Path) -> None:
+def test_a_model_with_otsu_masks_is_served(fitted: Fitted, tmp_path: Path) -> None:
     otsu = OtsuSegmenter(OtsuSettings(min_area=0.02))
     folder = fitted.save(tmp_path / "model", segmenter=otsu)
     [prediction] = load_model(folder).predict([encoded(0)])
@@ -252,7 +250,7 @@ def test_otsu_masks_are_served_too(fitted: Fitted, tmp_path: Path) -> None:
     assert not (folder / "sam2.safetensors").exists()
 
 
-def test_the_loaded_segmenter_is_the_one_that_was_saved(fitted: Fitted, tmp_path: Path) -> None:
+def test_the_loaded_segmenter_is_the_saved_segmenter(fitted: Fitted, tmp_path: Path) -> None:
     loaded = load_model(fitted.save(tmp_path / "model")).segmenter
     assert loaded.key == fitted.segmenter.key
 
@@ -262,13 +260,13 @@ def test_another_clip_is_refused(fitted: Fitted, tmp_path: Path) -> None:
         fitted.save(tmp_path / "model", encoder=replace(fitted.encoder, key="f" * 64))
 
 
-def test_a_folder_without_a_model_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"serve.json is missing"):
         load_model(tmp_path)
 
 
 class Touch:
-    """A pickle that makes a file when it is opened carelessly."""
+    """A pickle that creates a file when it is opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -290,7 +288,7 @@ class Touch:
         ),
     ],
 )
-def test_a_model_folder_with_a_pickle_under_any_name_is_refused_and_its_code_never_runs(
+def test_a_model_folder_with_a_pickle_under_any_name_is_refused_before_its_code_runs(
     model: Path, tmp_path: Path, name: str, fault: str
 ) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
@@ -300,7 +298,7 @@ def test_a_model_folder_with_a_pickle_under_any_name_is_refused_and_its_code_nev
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_folder_builds_nothing_but_sam2(model: Path, tmp_path: Path) -> None:
+def test_a_model_folder_builds_only_sam2(model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
     text = (folder / "sam2.yaml").read_text()
     call = f"{{_target_: os.system, command: touch {tmp_path / 'ran'}}}"
@@ -310,8 +308,10 @@ def test_a_model_folder_builds_nothing_but_sam2(model: Path, tmp_path: Path) -> 
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fitted, tmp_path: Path) -> None:
-    """A tag may ask for QuickGELU and other means than its architecture; both travel with the model."""
+def test_the_activation_and_normalisation_of_a_pretrained_tag_are_kept(
+    fitted: Fitted, tmp_path: Path
+) -> None:
+    """A tag can have QuickGELU and other means than its architecture; the model folder has both."""
     import open_clip
 
     from medfocus.clip.build import built_config
@@ -366,7 +366,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a registry that has the model as its champion."""
+    """A folder with a registry that has the model as champion."""
     home = tmp_path_factory.mktemp("registry") / "home"
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -397,23 +397,23 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     assert answer["columns"] == columns
     assert answer["signature"][0] == [{"type": "string", "name": "image", "required": False}]
     assert answer["signature"][1] == columns
-    assert answer["example"] == 1  # and the batch is of three
+    assert answer["example"] == 1  # and the batch has three
     np.testing.assert_allclose(answer["probabilities"], fitted.evaluated(images), atol=1e-6)
     assert answer["same"]
     assert decode.decode(base64.b64decode(answer["overlay"]), "overlay").shape == (90, 110, 3)
     assert answer["fault"].startswith("image 2 of 2: is not base64")
-    assert Path(answer["package"]).is_relative_to(home / "mlruns")  # the code travels with it
+    assert Path(answer["package"]).is_relative_to(home / "mlruns")  # the model contains its code
 
 
 @dataclass(frozen=True)
 class Served:
-    """A scoring server of MLflow's, and where it writes its log."""
+    """A scoring server of MLflow, and its log file."""
 
     address: str
     log: Path
 
     def post(self, body: object) -> tuple[int, Any]:
-        """The status and the content of its answer to a request."""
+        """Return the status and the content of the answer to a request."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = Request(f"{self.address}/invocations", data, {"Content-Type": "application/json"})
         try:
@@ -425,7 +425,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """`mlflow models serve` on loopback with the champion; a process of its own, ended after the tests."""
+    """`mlflow models serve` on loopback with the champion, in a process that ends after the tests."""
     log = tmp_path_factory.mktemp("server") / "log"
     store = f"sqlite:///{home / 'mlflow.db'}"
     with model_server(store, "models:/phantoms@champion", free_port(), log) as address:
@@ -445,7 +445,7 @@ FORMS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_json_form_of_mlflows_gets_the_evaluations_answers(
+def test_every_json_form_of_mlflow_gets_the_evaluations_answers(
     fitted: Fitted, served: Served, form: str
 ) -> None:
     status, answer = served.post({form: FORMS[form](base64_of(30, 31, 32))})
@@ -462,7 +462,7 @@ def test_a_bare_list_is_read_as_images(served: Served, form: str) -> None:
     assert served.post({form: texts}) == served.post({"dataframe_records": FORMS["instances"](texts)})
 
 
-def test_overlays_are_left_out_where_the_request_says_so(served: Served) -> None:
+def test_a_request_can_omit_overlays(served: Served) -> None:
     request = {"dataframe_records": FORMS["instances"](base64_of(30, 31))}
     _, whole = served.post(request)
     status, lean = served.post({**request, "params": {"overlay": False}})
@@ -506,7 +506,7 @@ NOT_BASE64 = r"image 1 of 1: is not base64 \(.+\)\. Encode the file's bytes\."
         ),
     ],
 )
-def test_a_bad_image_in_a_request_is_told_by_place_fault_and_fix_and_no_more(
+def test_the_answer_to_a_faulty_image_has_place_fault_and_fix_alone(
     served: Served, values: list[object], status: int, told: str
 ) -> None:
     rows = [[value, f"{PATIENT}.png"] for value in values]
@@ -529,7 +529,7 @@ def test_a_bad_image_in_a_request_is_told_by_place_fault_and_fix_and_no_more(
         {"prompt": "aGVsbG8="},
     ],
 )
-def test_a_request_without_the_column_is_told_its_name(served: Served, body: object) -> None:
+def test_the_answer_to_a_request_without_the_column_names_it(served: Served, body: object) -> None:
     told = "the request has no column 'image'. Send the images in this column, each in base64."
     assert served.post(body) == (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": told})
 
@@ -545,7 +545,7 @@ def test_a_request_without_the_column_is_told_its_name(served: Served, body: obj
         {"inputs": ["aGVsbG8="], "params": {"overlay": "no"}},
     ],
 )
-def test_what_mlflow_itself_refuses_is_the_requests_fault_without_a_trace(
+def test_a_request_that_mlflow_refuses_gets_status_400_without_a_stack_trace(
     served: Served, body: object
 ) -> None:
     status, answer = served.post(body)
@@ -553,7 +553,7 @@ def test_what_mlflow_itself_refuses_is_the_requests_fault_without_a_trace(
     assert "stack_trace" not in answer and answer["message"]
 
 
-def test_concurrent_requests_get_the_answers_of_serial_ones(served: Served) -> None:
+def test_concurrent_requests_get_the_same_answers_as_serial_requests(served: Served) -> None:
     requests = [{"inputs": base64_of(*range(seed, seed + 1 + seed % 3))} for seed in range(40, 52)]
     serial = [served.post(request) for request in requests]
     with ThreadPoolExecutor(8) as pool:
@@ -563,14 +563,14 @@ def test_concurrent_requests_get_the_answers_of_serial_ones(served: Served) -> N
 
 
 @pytest.mark.parametrize(("path", "said"), [("ping", b""), ("health", b""), ("version", b"3.")])
-def test_the_servers_state_can_be_asked(served: Served, path: str, said: bytes) -> None:
+def test_the_server_reports_its_state(served: Served, path: str, said: bytes) -> None:
     with urlopen(f"{served.address}/{path}", timeout=10) as response:
         assert response.status == 200
         assert response.read().strip().startswith(said)
 
 
 class Alone:
-    """A predictor that two threads must not be in at once."""
+    """A predictor that fails if two threads enter it."""
 
     def __init__(self) -> None:
         self.inside = 0
@@ -584,20 +584,20 @@ class Alone:
 
 
 class Broken:
-    """A predictor that fails in its inside."""
+    """A predictor that fails."""
 
     def predict(self, images: list[bytes], overlay: bool) -> list[Prediction]:
         raise OSError(f"/data/{PATIENT}/cell.safetensors: no space left on device")
 
 
 def answered(predictor: Any, values: list[Any]) -> pd.DataFrame:
-    """What the registered model's code says with another predictor inside."""
+    """Return the answer of the registered model's code with another predictor."""
     model = FocusClassifier()
     model.predictor, model.one_at_a_time = predictor, threading.Lock()
     return model.predict(PythonModelContext({}, {}), pd.DataFrame({"image": values}))
 
 
-def test_one_thread_at_a_time_predicts() -> None:
+def test_one_thread_predicts_at_a_time() -> None:
     model = FocusClassifier()
     model.predictor, model.one_at_a_time = cast("Predictor", Alone()), threading.Lock()
     frame = pd.DataFrame({"image": [b"x"]})
@@ -606,7 +606,7 @@ def test_one_thread_at_a_time_predicts() -> None:
     assert [answer["label"].tolist() for answer in answers] == [["blob"]] * 16
 
 
-def test_an_internal_fault_is_a_500_by_kind_and_place_and_its_text_is_in_the_log(
+def test_an_internal_fault_is_status_500_with_kind_and_place_and_its_text_is_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(ServedError) as raised:
@@ -621,7 +621,7 @@ def test_an_internal_fault_is_a_500_by_kind_and_place_and_its_text_is_in_the_log
     assert "no space left on device" in caplog.text
 
 
-def test_a_served_request_is_bounded_in_bytes_and_a_call_in_a_process_of_its_own_is_not(
+def test_a_served_request_is_bounded_in_bytes_and_a_call_in_the_same_process_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert len(answered(Alone(), [b"x"] * 65)) == 65

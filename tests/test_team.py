@@ -105,7 +105,7 @@ def test_a_run_of_uncommitted_files_cannot_be_rebuilt(shared: Path, cell: str) -
         client.set_tag(cell, "git.dirty", "false")
     with pytest.raises(SystemExit, match=f"{parent} has no tag .*Give the id of a cell's run"):
         reproduce.main(["--run", parent])
-    with pytest.raises(SystemExit, match="no run 'nonsense' in sqlite"):
+    with pytest.raises(SystemExit, match="has no run 'nonsense'"):
         reproduce.main(["--run", "nonsense"])
 
 

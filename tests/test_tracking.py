@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Operation with range is deprecated"),
 ]
 
-# Opens a study and logs a cell, says its id, and stays inside until its standard input ends.
+# Opens a study, logs a cell, prints the ids, and stays in the block until standard input ends.
 _HOLDER = """
 import sys
 from pathlib import Path
@@ -48,19 +48,19 @@ with opened.study("held", {}) as study:
 
 @pytest.fixture(autouse=True)
 def no_uri_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' stores are their own, whatever the shell says."""
+    """Isolate the stores of the tests from the shell's environment."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for all tests, since making one takes seconds; its path has a blank."""
+    """One database for all tests, because creating one takes seconds. Its path contains a space."""
     return tmp_path_factory.mktemp("a home") / "mlflow"
 
 
 @pytest.fixture(scope="module")
 def holders(home: Path) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
-    """Two processes that start at once on a home that does not exist yet, and the runs that they hold."""
+    """Two processes that start concurrently in a new home, and their open runs."""
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     command = [sys.executable, "-c", _HOLDER, str(home)]
     pipes: Any = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
@@ -82,16 +82,16 @@ def holders(home: Path) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
 
 @pytest.fixture
 def opened(home: Path, holders: object, request: pytest.FixtureRequest) -> Tracking:
-    """The common database, an experiment for every test."""
+    """The common database with an experiment for each test."""
     return tracking.start(None, home, request.node.name)
 
 
 def run_of(opened: Tracking, run_id: str) -> Any:
-    """MLflow's record of a run."""
+    """Return MLflow's record of a run."""
     return opened.client.get_run(run_id)
 
 
-def test_two_first_starts_at_once_make_one_database(
+def test_two_concurrent_first_starts_create_one_database(
     home: Path, holders: list[tuple[subprocess.Popen[str], str]]
 ) -> None:
     opened = tracking.start(None, home, "shared")
@@ -100,7 +100,7 @@ def test_two_first_starts_at_once_make_one_database(
     assert not list(home.glob(".mlflow.db.making*"))
 
 
-def test_a_killed_processs_run_is_failed_at_the_next_start_and_a_living_ones_is_not(
+def test_the_next_start_fails_the_run_of_a_killed_process_and_not_that_of_a_living_process(
     home: Path, holders: list[tuple[subprocess.Popen[str], str]]
 ) -> None:
     (victim, dead), (_, alive) = holders
@@ -109,25 +109,23 @@ def test_a_killed_processs_run_is_failed_at_the_next_start_and_a_living_ones_is_
     opened = tracking.start(None, home, "another experiment")
     assert run_of(opened, dead).info.status == "FAILED"
     assert run_of(opened, dead).info.end_time is not None
-    assert (
-        run_of(opened, dead).data.tags["error"] == "The process that owned this run ended without closing it."
-    )
+    assert run_of(opened, dead).data.tags["error"] == "The process of this run ended without closing it."
     assert run_of(opened, alive).info.status == "RUNNING"
     assert opened.close_dead_runs() == []
 
 
-def test_a_process_that_ends_in_order_finishes_its_run(
+def test_a_process_that_ends_normally_finishes_its_run(
     home: Path, holders: list[tuple[subprocess.Popen[str], str]]
 ) -> None:
     process, run_id = holders[1]
     _, chatter = process.communicate(timeout=60)  # its input ends
-    assert (process.returncode, chatter) == (0, "")  # MLflow and alembic say nothing
+    assert (process.returncode, chatter) == (0, "")  # MLflow and alembic print nothing
     assert run_of(tracking.start(None, home, "shared"), run_id).info.status == "FINISHED"
 
 
-def test_a_number_given_to_another_process_does_not_keep_a_run_alive(opened: Tracking) -> None:
+def test_a_reused_process_id_does_not_keep_a_run_alive(opened: Tracking) -> None:
     own = owner_tags()
-    born = {**own, "owner.born": own["owner.born"] + "1"}  # this process's number, another start
+    born = {**own, "owner.born": own["owner.born"] + "1"}  # this process id with another start
     before = {name: value for name, value in own.items() if name != "owner.born"} | {"owner.started": "1.0"}
     runs = [opened.client.create_run(opened.experiment_id, tags=tags).info.run_id for tags in (born, before)]
     assert sorted(opened.close_dead_runs()) == sorted(runs)
@@ -137,7 +135,7 @@ def test_a_number_given_to_another_process_does_not_keep_a_run_alive(opened: Tra
 def test_dead_runs_on_every_page_of_a_search_are_closed(
     opened: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = {**owner_tags(), "owner.pid": "99999999"}  # above the largest number of a process
+    gone = {**owner_tags(), "owner.pid": "99999999"}  # above the largest process id
     runs = [opened.client.create_run(opened.experiment_id, tags=gone).info.run_id for _ in range(3)]
     one_a_page = functools.partial(opened.client.search_runs, max_results=1)
     monkeypatch.setattr(opened.client, "search_runs", one_a_page)
@@ -145,13 +143,13 @@ def test_dead_runs_on_every_page_of_a_search_are_closed(
 
 
 @pytest.mark.parametrize("hours", [-30 * 24, -1, 1])
-def test_a_clock_that_is_moved_takes_no_run_from_a_living_process(
+def test_a_changed_clock_does_not_fail_the_run_of_a_living_process(
     opened: Tracking, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
     run_id = opened.client.create_run(opened.experiment_id, tags=owner_tags()).info.run_id
     now, started = time.time, psutil.Process.create_time
     monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
-    # A process's start is told as the boot's time by the clock, and so many seconds after it.
+    # psutil computes a process's start from the boot time by the clock.
     monkeypatch.setattr(psutil.Process, "create_time", lambda process: started(process) + 3600 * hours)
     assert opened.close_dead_runs() == []
     assert run_of(opened, run_id).info.status == "RUNNING"
@@ -165,7 +163,7 @@ def test_runs_of_other_hosts_are_left_alone(opened: Tracking) -> None:
     assert run_of(opened, run_id).info.status == "RUNNING"
 
 
-def test_what_a_killed_first_start_left_is_made_anew(tmp_path: Path) -> None:
+def test_the_remains_of_a_killed_first_start_are_replaced(tmp_path: Path) -> None:
     (tmp_path / ".mlflow.db.making").write_bytes(b"half a database")
     (tmp_path / ".mlflow.db.making-journal").write_bytes(b"its journal")
     opened = tracking.start(None, tmp_path, "after")
@@ -173,7 +171,7 @@ def test_what_a_killed_first_start_left_is_made_anew(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".mlflow.db.making*"))
 
 
-def test_artefacts_lie_under_the_home_and_the_uri_is_absolute(opened: Tracking, home: Path) -> None:
+def test_artifacts_are_in_the_home_folder_and_the_uri_is_absolute(opened: Tracking, home: Path) -> None:
     assert opened.uri == f"sqlite:///{home.resolve()}/mlflow.db"
     with opened.study("s", {}) as study:
         study.log_table("study", "a,b\n1,2\n")
@@ -185,21 +183,23 @@ def test_artefacts_lie_under_the_home_and_the_uri_is_absolute(opened: Tracking, 
     assert f"{study.run_id}/artifacts/figures/accuracy.png" in files
 
 
-def test_the_environments_uri_wins(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_uri_of_the_environment_has_precedence(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = f"sqlite:///{home.resolve()}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert tracking.start("sqlite:////nowhere/else.db", tmp_path, "from outside").uri == uri
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_starting_does_not_change_the_environments_uri(opened: Tracking) -> None:
+def test_a_start_does_not_change_the_uri_of_the_environment(opened: Tracking) -> None:
     assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
-def test_a_deleted_experiment_is_one_clear_error(opened: Tracking, home: Path) -> None:
+def test_a_deleted_experiment_is_refused(opened: Tracking, home: Path) -> None:
     opened.client.delete_experiment(opened.experiment_id)
     name = opened.client.get_experiment(opened.experiment_id).name
-    with pytest.raises(ValueError, match=f"experiment '{name}' was deleted; restore it .* another name"):
+    with pytest.raises(ValueError, match=rf"experiment '{name}' was deleted\. Restore it .* another name"):
         tracking.start(None, home, name)
 
 
@@ -226,7 +226,7 @@ def test_a_cell_is_a_finished_child_with_all_its_numbers(opened: Tracking) -> No
     assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == ("covid19", "d" * 36, "training")
 
 
-def test_a_page_shows_its_figures_no_wider_than_it_is(opened: Tracking, tmp_path: Path) -> None:
+def test_figures_are_not_wider_than_the_page_of_their_run(opened: Tracking, tmp_path: Path) -> None:
     wide = io.BytesIO()
     Image.new("RGB", (2000, 500)).save(wide, "PNG")
     with opened.study("study", {}) as study:
@@ -265,7 +265,7 @@ def test_the_newest_finished_run_of_a_cell_is_found_by_its_key(opened: Tracking)
         (SystemExit(3), "KILLED"),
     ],
 )
-def test_an_error_in_a_study_ends_its_run_and_is_kept(
+def test_an_error_in_a_study_ends_its_run_and_is_logged(
     opened: Tracking, error: BaseException, status: str
 ) -> None:
     with pytest.raises(type(error)), opened.study("study", {}) as study:
@@ -309,7 +309,7 @@ def test_provenance_names_code_data_packages_and_host(tmp_path: Path) -> None:
     (tmp_path / "dvc.lock").write_text("schema: '2.1'\n")
     (tmp_path / "params.yaml").write_text("b: 2\n")
     later = made_from(tmp_path, [0, 1])
-    assert later["git.dirty"] == "false"  # a run itself changes the lock, and both are kept with it
+    assert later["git.dirty"] == "false"  # a run changes the lock, and both files are logged with it
     assert later["dvc.lock.sha256"] != tags["dvc.lock.sha256"]
     (tmp_path / "code.py").write_text("x = 2\n")
     assert made_from(tmp_path, [0, 1])["git.dirty"] == "true"
@@ -317,7 +317,7 @@ def test_provenance_names_code_data_packages_and_host(tmp_path: Path) -> None:
 
 @pytest.fixture
 def register(opened: Tracking, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """``register`` of one model name a test, with a model folder that nothing loads."""
+    """Return ``register`` for a model name of the test, with a model folder that nothing loads."""
 
     def write_model(folder: Path) -> None:
         folder.mkdir()
@@ -327,7 +327,7 @@ def register(opened: Tracking, tmp_path: Path, request: pytest.FixtureRequest) -
         said = Verdict(promoted, "promoted: better" if promoted else "refused: worse", {"accuracy": "0.8"})
         return registry.register(
             opened,
-            request.node.name.replace(".", "_"),  # MLflow takes no dots
+            request.node.name.replace(".", "_"),  # MLflow allows no dots
             write_model,
             cell_key=cell_key,
             judge=judge or (lambda champion: said),
@@ -341,11 +341,11 @@ def register(opened: Tracking, tmp_path: Path, request: pytest.FixtureRequest) -
 
 
 def champion(opened: Tracking, name: str) -> Any:
-    """The version that holds the alias."""
+    """Return the version with the alias."""
     return opened.client.get_model_version_by_alias(name, "champion")
 
 
-def test_a_model_becomes_champion_by_the_verdict_whose_reason_is_kept(
+def test_a_promoted_model_becomes_champion_and_the_reason_is_kept(
     register: Callable[..., Any], opened: Tracking
 ) -> None:
     with opened.study("s", {}) as study:
@@ -360,7 +360,7 @@ def test_a_model_becomes_champion_by_the_verdict_whose_reason_is_kept(
     assert opened.client.get_run(run_id).data.tags["gate"] == "promoted: better"
 
 
-def test_a_version_has_the_numbers_of_its_run_where_there_is_one(
+def test_a_version_has_the_metrics_of_its_run_if_there_is_one(
     register: Callable[..., Any], opened: Tracking, home: Path
 ) -> None:
     with opened.study("s", {}) as study:
@@ -371,7 +371,7 @@ def test_a_version_has_the_numbers_of_its_run_where_there_is_one(
     assert made.metrics() == {"ece": 0.125, "accuracy": 0.5} and imported.metrics() == {}
 
 
-def test_a_refused_model_is_registered_and_leaves_the_alias_where_it_is(
+def test_a_refused_model_is_registered_without_the_alias(
     register: Callable[..., Any], opened: Tracking
 ) -> None:
     register("a")
@@ -381,9 +381,7 @@ def test_a_refused_model_is_registered_and_leaves_the_alias_where_it_is(
     assert opened.client.get_model_version(result.name, "2").tags["gate"] == "refused: worse"
 
 
-def test_a_model_is_refused_where_there_is_no_champion_yet(
-    register: Callable[..., Any], opened: Tracking
-) -> None:
+def test_a_model_can_be_refused_without_a_champion(register: Callable[..., Any], opened: Tracking) -> None:
     result = register("a", promoted=False)
     assert (result.version, result.alias) == ("1", None)
     assert register("b").alias == "champion"
@@ -408,14 +406,14 @@ def test_a_cell_that_lost_before_keeps_its_version_and_is_judged_again(
     assert len(opened.client.search_model_versions(f"name = '{result.name}'")) == 2
 
 
-def test_who_judges_may_open_the_champions_files(
+def test_the_judge_can_open_the_champions_files(
     register: Callable[..., Any], opened: Tracking, home: Path, tmp_path: Path
 ) -> None:
     seen: list[str] = []
 
     def judge(held: Champion | None) -> Verdict:
         assert held is not None and (held.version, held.cell_key) == ("1", "a")
-        tracking.start(None, home, "inside")  # does not wait for the lock that its own process holds
+        tracking.start(None, home, "inside")  # does not wait for the lock of its own process
         seen.extend(path.name for path in held.model_folder(tmp_path / "down").iterdir())
         return Verdict(False, "refused", {})
 
@@ -424,7 +422,7 @@ def test_who_judges_may_open_the_champions_files(
     assert seen == ["serve.json"]
 
 
-def test_rollback_gives_the_alias_back_and_the_model_is_not_promoted_again(
+def test_rollback_returns_the_alias_and_prevents_another_promotion(
     register: Callable[..., Any], opened: Tracking
 ) -> None:
     register("a")
@@ -436,18 +434,18 @@ def test_rollback_gives_the_alias_back_and_the_model_is_not_promoted_again(
     assert (result.version, result.alias) == ("3", None)
     assert result.reason.startswith("refused: it was rolled back on 20")
     assert registry.rollback(opened, name) == ("2", "1")
-    with pytest.raises(ValueError, match="version 1 is the first champion, so there is none to go back to"):
+    with pytest.raises(ValueError, match="version 1 is the first champion, so there is no previous one"):
         registry.rollback(opened, name)
     assert register("d").alias == "champion"
     assert registry.rollback(opened, name) == ("4", "1")
 
 
 def test_a_model_without_a_champion_cannot_be_rolled_back(opened: Tracking) -> None:
-    with pytest.raises(ValueError, match="nobody has no champion, so there is nothing to roll back"):
+    with pytest.raises(ValueError, match="nobody has no champion to roll back"):
         registry.rollback(opened, "nobody")
 
 
-def test_the_logged_model_holds_code_files_and_requirements_and_no_pickle(
+def test_the_logged_model_contains_code_files_and_requirements_and_no_pickle(
     register: Callable[..., Any], opened: Tracking, tmp_path: Path
 ) -> None:
     from mlflow.artifacts import download_artifacts

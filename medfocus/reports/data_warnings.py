@@ -1,4 +1,4 @@
-"""What a reader has to know of a data set before believing a number on it, in sentences."""
+"""Warnings about a data set, as sentences for the reader of its results."""
 
 from __future__ import annotations
 
@@ -9,67 +9,66 @@ from medfocus.datasets.duplicates import NEAR_KIND, Pair
 from medfocus.datasets.records import Record
 from medfocus.datasets.splits import Splits
 
-_IMBALANCE = 3  # the largest class over the smallest, from which accuracy alone misleads
-_FEW_TEST = 10  # test images of a class; fewer give its recall in steps of more than 10 points
-_RUNG_SPREAD = 0.3  # between the classes' shares of one rung of the masks' ladder
+_IMBALANCE = 3  # ratio of the largest class to the smallest that makes accuracy misleading
+_FEW_TEST = 10  # test images of a class; with fewer, its recall has steps of more than 10 points
+_RUNG_SPREAD = 0.3  # difference between two classes' shares of one rung of the fallback ladder
 _RUNGS = ("chosen", "relaxed", "box", "identity")
 
 
 def data_warnings(records: Iterable[Record], splits: Splits, pairs: Sequence[Pair]) -> list[str]:
-    """Duplicates and patients across train and test, unknown patients, conflicting labels, unequal and tiny
-    classes; empty where none of it holds.
-    """
+    """Return warnings about duplicates and patients across train and test, labels, and class sizes."""
     by_path = {record.path: record for record in records}
     train, test = set(splits.train), set(splits.test)
-    said = []
+    warnings = []
     if splits.straddling_twins:
-        said.append(
-            f"{len(splits.straddling_twins)} of {len(test)} test images occur in train as well, and "
-            f"{len(test) - len(splits.clean_test)} are left out of the clean test set for what they share "
-            "with train: believe its numbers rather than the official ones."
+        warnings.append(
+            f"{len(splits.straddling_twins)} of {len(test)} test images are also in train. The clean test "
+            f"set excludes {len(test) - len(splits.clean_test)} images and is more reliable."
         )
     across = [pair for pair in pairs if (pair.path_a in test) != (pair.path_b in test)]
     near = sum(pair.kind == NEAR_KIND and {pair.path_a, pair.path_b} <= train | test for pair in across)
     if near:
-        said.append(
-            f"{near} {'pair is' if near == 1 else 'pairs are'} nearly the same image in train and in test, "
-            "such as neighbouring frames of one patient; the clean test set keeps these."
+        warnings.append(
+            f"{near} {'pair has' if near == 1 else 'pairs have'} nearly the same image in train and in test, "
+            "such as neighbouring frames of one patient. The clean test set includes them."
         )
     if splits.straddling_patients:
         number = len(splits.straddling_patients)
-        whose = "1 patient has" if number == 1 else f"{number} patients have"
-        said.append(f"{whose} images in train and in test.")
+        patients = "1 patient has" if number == 1 else f"{number} patients have"
+        warnings.append(f"{patients} images in train and in test.")
     unknown = sum(not record.patient for record in by_path.values())
     if unknown:
-        of = "No image has a" if unknown == len(by_path) else f"{unknown} of {len(by_path)} images have no"
-        said.append(f"{of} known patient: one patient may be in train and in test.")
+        images = (
+            "No image has a" if unknown == len(by_path) else f"{unknown} of {len(by_path)} images have no"
+        )
+        warnings.append(f"{images} known patient, so a patient may be in train and in test.")
     if splits.conflicting:
         number = len(splits.conflicting)
-        some = "1 image has" if number == 1 else f"{number} images have"
-        said.append(
-            f"{some} a twin with another label; nothing is trained on such images, but in an official test "
-            "set they still count."
+        images = "1 image has" if number == 1 else f"{number} images have"
+        warnings.append(
+            f"{images} a duplicate with another label. Training excludes such images; an official test set "
+            "includes them."
         )
     for name, paths in (("train", splits.train), ("test", splits.test)):
         counts = Counter(by_path[path].label for path in paths)
         most, least = (pick(splits.classes, key=lambda label: counts[label]) for pick in (max, min))
         if counts[most] >= _IMBALANCE * max(1, counts[least]):
-            said.append(
+            warnings.append(
                 f"Unequal classes in {name}: {counts[most]} images of '{most}', {counts[least]} of "
-                f"'{least}'. Read balanced accuracy beside accuracy."
+                f"'{least}'. Read balanced accuracy as well."
             )
         tiny = [f"'{label}' ({counts[label]})" for label in splits.classes if counts[label] < _FEW_TEST]
         if tiny and name == "test":
-            said.append(f"Tiny classes in test, whose recall means little: {', '.join(tiny)}.")
-    return said
+            warnings.append(f"Tiny classes in test, with unreliable recall: {', '.join(tiny)}.")
+    return warnings
 
 
 def mask_warnings(lines: Iterable[Mapping[str, object]]) -> list[str]:
-    """Rungs of the masks' fallback ladder that go with a class, from the lines of masks.csv.
+    """Return warnings about rungs of the fallback ladder that depend on the class, from lines of masks.csv.
 
-    Such a rung can tell the class without what is in the image.
+    Such a rung reveals the class independently of the image's content.
     """
-    lines, said = list(lines), []
+    lines, warnings = list(lines), []
     for rung in _RUNGS:
         shares = {
             str(line["label"]): float(str(line[rung])) for line in lines if line.get(rung) not in ("", None)
@@ -78,8 +77,8 @@ def mask_warnings(lines: Iterable[Mapping[str, object]]) -> list[str]:
             continue
         most, least = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
         if shares[most] - shares[least] > _RUNG_SPREAD:
-            said.append(
-                f"'{rung}' gave {100 * shares[most]:.0f} % of the masks of '{most}' and "
-                f"{100 * shares[least]:.0f} % of '{least}': how a mask was found can tell the class."
+            warnings.append(
+                f"'{rung}' made {100 * shares[most]:.0f} % of the masks of '{most}' and "
+                f"{100 * shares[least]:.0f} % of '{least}', so the rung can reveal the class."
             )
-    return said
+    return warnings

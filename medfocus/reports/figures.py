@@ -1,4 +1,4 @@
-"""The figures of a study's page, as PNG bytes: numbers in, pixels out; each on a light or a dark page."""
+"""The figures of a study as PNG bytes. Those of the page exist for light and for dark mode."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
     from medfocus.evaluation.metrics import Reliability
 
-# Okabe and Ito's palette: told apart with every common form of colour blindness. Black comes first.
+# Okabe and Ito's palette, distinct with every common form of colour blindness. Black is first.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 _LEVELS = ("--", ":", "-.")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
-MOST_HIGHLIGHTED = 7  # colours beside the grey of all others
+MOST_HIGHLIGHTED = 7  # systems in colour; all others are grey
 
-_CONTOUR = (255, 140, 0)  # orange shows on grey images, light and dark
+_CONTOUR = (255, 140, 0)  # orange contrasts with light and dark greys
 _TILE = 176  # pixels a side of a contact sheet's tile
 _LABEL_GAP = 0.062  # of the panel's height, between two labels of lines
 
 
 @dataclass(frozen=True)
 class Ink:
-    """The colours of a figure; its paper is transparent."""
+    """The colours of a figure with a transparent background."""
 
     text: str
     grid: str
-    others: str  # lines that only stand behind the highlighted ones
+    others: str  # lines behind the highlighted lines
     lines: tuple[str, ...]
 
 
@@ -54,16 +54,16 @@ DARK = Ink(
 
 @dataclass(frozen=True)
 class Curve:
-    """A system's accuracy in % over the percent of train. A single point at 0 % is a level line."""
+    """A system's accuracy in % over the percent of train. A point at 0 % is drawn as a horizontal line."""
 
     system: str
     percents: tuple[float, ...]
     means: tuple[float, ...]
-    half_widths: tuple[float, ...]  # NaN where there is one draw
+    half_widths: tuple[float, ...]  # NaN for a single draw
 
 
 def blank(width: float, height: float) -> Figure:
-    """An empty figure, in inches, drawn by Agg and known to no global state."""
+    """Make an empty figure, in inches, with the Agg backend and without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,26 +73,28 @@ def blank(width: float, height: float) -> Figure:
 
 
 def png(figure: Figure, *, transparent: bool = False) -> bytes:
-    """A figure as PNG bytes without version or time: equal figures, equal bytes."""
+    """Encode a figure as PNG without version and time, so that equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None}, transparent=transparent)
     return buffer.getvalue()
 
 
 def accuracy_panel(curves: Sequence[Curve], highlighted: Sequence[str], ink: Ink) -> bytes:
-    """Accuracy over the percent of train on one test set: highlighted systems in colour, with their names at
-    the end of their lines and 95 % intervals over draws; all others in grey behind them.
+    """Draw accuracy over the percent of train on one test set.
 
-    A highlighted system has the same colour in every panel that is drawn with the same list; one that is not
-    among the curves is passed over.
+    Highlighted systems are in colour, with 95 % intervals over draws and their names at the ends of their
+    lines. All others are grey. Panels with the same list of highlighted systems give each the same colour,
+    even if one of them has no curve.
 
-    Raises ValueError for no curve, or for more highlighted systems than there are colours.
+    Raises ValueError if there is no curve, or more highlighted systems than colours.
     """
     if not curves:
-        raise ValueError("accuracy_panel: no curve to draw; give the results of at least one system.")
+        raise ValueError(
+            "accuracy_panel: there is no curve to draw. Give the results of at least one system."
+        )
     if len(highlighted) > MOST_HIGHLIGHTED:
         raise ValueError(
-            f"accuracy_panel: {len(highlighted)} highlighted systems; {MOST_HIGHLIGHTED} can be told apart."
+            f"accuracy_panel: {len(highlighted)} highlighted systems. Give at most {MOST_HIGHLIGHTED}."
         )
     figure = blank(4.9, 3.4)
     panel = figure.subplots()
@@ -101,7 +103,7 @@ def accuracy_panel(curves: Sequence[Curve], highlighted: Sequence[str], ink: Ink
     panel.minorticks_off()
     panel.set_xticks(percents, [f"{percent:.4g}" for percent in percents])
     panel.set_xlim(percents[0] / 1.25, percents[-1] * 1.25)
-    ends: list[tuple[float, str, str]] = []  # where a highlighted line ends, its name and colour
+    ends: list[tuple[float, str, str]] = []  # end, name and colour of each highlighted line
     for curve in sorted(curves, key=lambda curve: curve.system in highlighted):
         if curve.system not in highlighted:
             _line(panel, curve, ink.others)
@@ -114,7 +116,9 @@ def accuracy_panel(curves: Sequence[Curve], highlighted: Sequence[str], ink: Ink
     panel.set_xlabel("training images (%)", fontsize=9, color=ink.text)
     panel.set_ylabel("accuracy (%)", fontsize=9, color=ink.text)
     bottom, top = panel.get_ylim()
-    bottom, top = panel.set_ylim(max(bottom, -1.0), min(top, 101.0))  # an interval of two draws goes far
+    bottom, top = panel.set_ylim(
+        max(bottom, -1.0), min(top, 101.0)
+    )  # an interval of two draws can be very wide
     heights = spread([(end - bottom) / (top - bottom) for end, _, _ in ends], _LABEL_GAP)
     for (end, name, colour), height in zip(ends, heights, strict=True):
         panel.annotate(
@@ -139,7 +143,7 @@ def accuracy_panel(curves: Sequence[Curve], highlighted: Sequence[str], ink: Ink
 
 
 def reliability_panel(curve: Reliability, ink: Ink, *, transparent: bool = True) -> bytes:
-    """Accuracy over confidence, bin by bin, with the gap between them; below it the predictions."""
+    """Draw accuracy and its gap to confidence by bin, above the share of predictions by bin."""
     figure = blank(2.9, 3.3)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     bins = len(curve.count)
@@ -171,10 +175,10 @@ def reliability_panel(curve: Reliability, ink: Ink, *, transparent: bool = True)
 
 
 def confusion_figure(counts: np.ndarray, classes: Sequence[str], title: str = "") -> bytes:
-    """Confusion matrix (K, K), rows the true class, columns the predicted -> PNG bytes.
+    """Draw a confusion matrix (K, K): rows are true classes, columns are predicted classes.
 
-    Colours and percentages are shares of the true class; counts stand below them.
-    Raises ValueError where the shape does not fit the classes.
+    Colours and percentages are shares of the true class, with counts below them.
+    Raises ValueError if the shape does not match the classes.
     """
     size = len(classes)
     if counts.shape != (size, size):
@@ -208,7 +212,7 @@ def mask_sheet(
     captions: Sequence[str],
     columns: int = 6,
 ) -> bytes:
-    """Contact sheet, PNG bytes: images (H, W, 3) uint8 with the contours of regions (H, W) bool."""
+    """Draw a contact sheet of images (H, W, 3) uint8 with the contours of regions (H, W) bool."""
     tiles = []
     for image, region in zip(images, regions, strict=True):
         tile = letterbox(image, _TILE, (0, 0, 0))
@@ -221,33 +225,33 @@ def mask_sheet(
 
 
 def attribution_overlay(image: np.ndarray, attribution: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) uint8 in grey under the heat of an attribution (H, W), negative values as none.
+    """Draw the heat of an attribution (H, W) over an image (H, W, 3) uint8 in grey. Negative values are 0.
 
-    The heat is scaled by its own maximum, so its colours compare places of one image and not images.
-    Raises ValueError where the two have different sizes.
+    The maximum of each attribution scales its heat, so colours of different images are not comparable.
+    Raises ValueError if the sizes differ.
     """
     if attribution.shape != image.shape[:2]:
         raise ValueError(
-            f"attribution_overlay: {attribution.shape} values on an image of {image.shape[:2]} pixels; "
-            "bring the attribution to the image's size."
+            f"attribution_overlay: {attribution.shape} values on an image of {image.shape[:2]} pixels. "
+            "Resize the attribution to the image's size."
         )
     from matplotlib import colormaps
 
     heat = np.clip(np.nan_to_num(attribution.astype(float)), 0, None)
     heat /= max(float(heat.max()), 1e-12)
     colours = colormaps["inferno"](heat)[..., :3]  # (H, W, 3)
-    strength = np.sqrt(heat)[..., None] * 0.75  # faint heat has to be seen as well
+    strength = np.sqrt(heat)[..., None] * 0.75  # makes faint heat visible
     grey = image.mean(axis=2, keepdims=True) / 255
     return np.round(255 * ((1 - strength) * grey + strength * colours)).astype(np.uint8)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights in [0, 1] moved as little as need be so that any two are ``gap`` apart, order kept."""
+    """Move heights in [0, 1] as little as necessary, so that any two are ``gap`` apart in the same order."""
     order = np.argsort(heights, kind="stable")
     moved = [heights[i] for i in order]
     for i in range(1, len(moved)):
         moved[i] = max(moved[i], moved[i - 1] + gap)
-    # What was pushed out at the top goes down again, and pushes those below it.
+    # Move heights above the top down again, together with the heights below them.
     for i in reversed(range(len(moved))):
         moved[i] = min(moved[i], 1.0 - (len(moved) - 1 - i) * gap)
     placed = [0.0] * len(moved)
@@ -257,7 +261,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _line(panel: Axes, curve: Curve, colour: str, marker: str = "", apart: float = 1) -> None:
-    """A system's line; in colour, and with intervals, where it has a marker."""
+    """Draw a system's line; with a marker, also its intervals."""
     width = 1.6 if marker else 0.8
     if 0 in curve.percents:
         level = curve.means[curve.percents.index(0)]
@@ -291,12 +295,12 @@ def _style(panel: Axes, ink: Ink) -> None:
 
 
 def accuracy_figure(rows: Sequence[StudyRow], metric: str = "accuracy") -> bytes:
-    """A metric over the percent of train, PNG bytes: a panel a data set and test set, a line a system.
+    """Draw a metric over the percent of train, with a panel for each test set and a line for each system.
 
-    Bars are 95 % t-intervals over the draws; the systems stand a little apart so that bars can be told
-    from each other. A system that needs no training image is a level line.
+    Bars are 95 % t-intervals over draws, with small horizontal offsets between systems. A system that needs
+    no training image is a horizontal line.
 
-    Raises ValueError when there is no row.
+    Raises ValueError if there is no row.
     """
     blocks = blocks_of(rows)
     systems = list(dict.fromkeys(row.system for row in rows))
@@ -363,7 +367,7 @@ def _accuracy_panel(
             capsize=0,
         )
     low, high = panel.get_ylim()
-    panel.set_ylim(max(low, -1.0), min(high, 101.0))  # an interval of two draws goes far beyond
+    panel.set_ylim(max(low, -1.0), min(high, 101.0))  # an interval of two draws can be very wide
     panel.set_xscale("log")
     panel.minorticks_off()
     panel.set_xticks(percents, [percent_text(p) for p in percents], fontsize=8)

@@ -1,7 +1,7 @@
-"""A study -> one self-contained HTML page: data in, text out; no file and no network.
+"""Render a study as one self-contained HTML page.
 
-The page needs no script and loads nothing: its styles are inline, its images are data URIs, and its
-Content-Security-Policy forbids everything else. Every part of a ``PageContent`` may be left out.
+The page has no script and loads nothing: its styles are inline, its images are data URIs, and its
+Content-Security-Policy forbids everything else.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from medfocus.reports.rows import StudyRow, blocks_of, intervals_of
 from medfocus.reports.verdicts import LEVEL, p_value, points, verdict_sentences
 
 _TILE = 256  # pixels a side of an image of the gallery
-_TINT = np.array((255, 140, 0), dtype=np.float64)  # orange shows on grey images, light and dark
+_TINT = np.array((255, 140, 0), dtype=np.float64)  # orange contrasts with light and dark greys
 _SHARES = ("coverage", "chosen", "relaxed", "box", "identity")  # columns of masks.csv that are shares
 
 
 def render(content: PageContent) -> str:
-    """The page as text; equal reports give equal text. All text of the report is escaped.
+    """Render the page. Equal content gives equal text, and all text of the content is escaped.
 
-    Raises ValueError where shapes do not fit: a confusion matrix and its classes, recalls and their classes,
-    an attribution or mask and its image; or for more highlighted systems than there are colours.
+    Raises ValueError if the shape of a confusion matrix, recalls, a mask or an attribution does not match its
+    classes or image, or if there are more highlighted systems than colours.
     """
     blocks = blocks_of(content.rows) if content.rows else []
     results = [_results(content, block) for block in blocks]
@@ -69,7 +69,7 @@ def render(content: PageContent) -> str:
         recalls=[_recalls(recalls) for recalls in content.recalls],
         masks=[_masks(dataset, lines) for dataset, lines in content.masks.items() if lines],
         costs=[_cost(cost) for cost in content.costs],
-        warnings={dataset: list(said) for dataset, said in content.warnings.items() if said},
+        warnings={dataset: list(lines) for dataset, lines in content.warnings.items() if lines},
         provenance=content.provenance,
     )
 
@@ -84,7 +84,7 @@ def _summary(rows: Sequence[StudyRow]) -> list[str]:
 
 
 def _highlighted(content: PageContent) -> list[str]:
-    """The baseline and the systems with the highest mean accuracy, controls left out."""
+    """Return the baseline and the systems with the highest mean accuracy, without controls."""
     accuracies: dict[str, list[float]] = {}
     for row in content.rows:
         if row.focus not in CONTROLS:
@@ -96,7 +96,7 @@ def _highlighted(content: PageContent) -> list[str]:
 
 
 def _results(content: PageContent, block: Sequence[StudyRow]) -> dict[str, Any]:
-    """One test set: the table of accuracies, that of differences, and the sentences."""
+    """Return the accuracies, differences and sentences of one test set."""
     first, intervals = block[0], intervals_of(block, "accuracy")
     percents = sorted({row.percent_of_train for row in block})
     systems = {row.system: row.focus in CONTROLS for row in block}  # -> whether it is a control
@@ -141,7 +141,7 @@ def _results(content: PageContent, block: Sequence[StudyRow]) -> dict[str, Any]:
             for system, control in systems.items()
             if any(name == system for name, _ in differences)
         ],
-        "said": verdict_sentences(block, content.baseline, differences),
+        "sentences": verdict_sentences(block, content.baseline, differences),
     }
 
 
@@ -149,7 +149,7 @@ def _accuracy(interval: Interval | None, best: float) -> dict[str, Any] | None:
     if interval is None:
         return None
     half = "" if math.isnan(interval.half_width) else f"± {interval.half_width:.1f}"
-    # What reads as the best is shown as the best.
+    # Every system whose rounded mean equals the best is marked.
     return {"mean": f"{interval.mean:.1f}", "half": half, "best": f"{interval.mean:.1f}" == f"{best:.1f}"}
 
 
@@ -169,25 +169,25 @@ def _panel(block: Sequence[StudyRow], highlighted: Sequence[str]) -> dict[str, s
     intervals = intervals_of(block, "accuracy")
     curves = []
     for system in dict.fromkeys(row.system for row in block):
-        found = sorted((percent, i) for (name, percent), i in intervals.items() if name == system)
+        points = sorted((percent, i) for (name, percent), i in intervals.items() if name == system)
         curves.append(
             figures.Curve(
                 system,
-                tuple(percent for percent, _ in found),
-                tuple(i.mean for _, i in found),
-                tuple(i.half_width for _, i in found),
+                tuple(percent for percent, _ in points),
+                tuple(i.mean for _, i in points),
+                tuple(i.half_width for _, i in points),
             )
         )
     title = f"{block[0].dataset}, {block[0].test_set} test set"
-    told = []
+    descriptions = []
     for c in curves:
         if c.system in highlighted:
             points_of = dict(zip(c.percents, c.means, strict=True))
             ends = dict.fromkeys((c.percents[0], c.percents[-1]))
-            told.append(f"{c.system} " + ", ".join(f"{points_of[p]:.1f} at {p:.4g} %" for p in ends))
+            descriptions.append(f"{c.system} " + ", ".join(f"{points_of[p]:.1f} at {p:.4g} %" for p in ends))
     return {
         "title": title,
-        "alt": f"Accuracy in % over the percent of training images, {title}: {'; '.join(told)}.",
+        "alt": f"Accuracy in % over the percent of training images, {title}: {'; '.join(descriptions)}.",
         "light": _uri(figures.accuracy_panel(curves, highlighted, figures.LIGHT)),
         "dark": _uri(figures.accuracy_panel(curves, highlighted, figures.DARK)),
     }
@@ -199,21 +199,23 @@ def _example(example: Example) -> dict[str, Any]:
     if example.mask is not None:
         if example.mask.shape != size:
             raise ValueError(
-                f"Example '{example.name}': a mask of {example.mask.shape} on an image of {size} pixels; "
-                "bring it to the image's size."
+                f"Example '{example.name}': a mask of {example.mask.shape} on an image of {size} pixels. "
+                "Resize the mask to the image's size."
             )
         inside = 0.55 * example.image + 0.45 * _TINT
         region = np.where(example.mask[..., None], inside, 0.6 * example.image)
         share = f"{100 * example.mask.mean():.0f} %"
-        tiles.append(("mask", f"The same with its mask in orange, {share} of it", region.astype(np.uint8)))
+        tiles.append(
+            ("mask", f"The image with its mask in orange, {share} of the area", region.astype(np.uint8))
+        )
     if example.focus is not None:
-        tiles.append(("focus", "What the system looks at", example.focus))
+        tiles.append(("focus", "The system's view", example.focus))
     if example.attribution is not None:
-        # A crop has another geometry than its image: heat goes where the system looked.
+        # A crop has another geometry than its image, so its heat is drawn over the view.
         seen = example.image if example.focus is None else example.focus
         fits = example.attribution.shape == seen.shape[:2]
         heat = figures.attribution_overlay(seen if fits else example.image, example.attribution)
-        tiles.append(("attribution", "Heat where the prediction comes from", heat))
+        tiles.append(("attribution", "Heat of the attribution", heat))
     return {
         "right": example.true_class == example.predicted,
         "true": example.true_class,
@@ -229,7 +231,7 @@ def _confusion(confusion: Confusion) -> dict[str, Any]:
     counts, size = confusion.counts, len(confusion.classes)
     if counts.shape != (size, size):
         raise ValueError(
-            f"Confusion of {confusion.dataset}: counts are {counts.shape} for {size} classes; give "
+            f"Confusion of {confusion.dataset}: counts are {counts.shape} for {size} classes. Give "
             f"({size}, {size})."
         )
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (K, K)
@@ -268,21 +270,21 @@ def _recalls(recalls: Recalls) -> dict[str, Any]:
         if values.ndim != 2 or values.shape[1] != size or len(recalls.counts) != size:
             raise ValueError(
                 f"Recalls of {recalls.dataset}: {values.shape} of {system} and {len(recalls.counts)} counts "
-                f"for {size} classes; give (draws, {size}) and {size}."
+                f"for {size} classes. Give (draws, {size}) and {size}."
             )
         intervals[system] = [
             None if np.isnan(v).any() else mean_interval((100 * v).tolist()) for v in values.T
         ]
     best = [
-        max((found[k].mean for found in intervals.values() if found[k] is not None), default=0.0)  # type: ignore[union-attr]
+        max((row[k].mean for row in intervals.values() if row[k] is not None), default=0.0)  # type: ignore[union-attr]
         for k in range(size)
     ]
     return {
-        "title": f"{recalls.dataset}, {recalls.what}",
+        "title": f"{recalls.dataset}, {recalls.title}",
         "classes": list(zip(recalls.classes, recalls.counts, strict=True)),
         "systems": [
-            {"name": system, "cells": [_accuracy(i, b) for i, b in zip(found, best, strict=True)]}
-            for system, found in intervals.items()
+            {"name": system, "cells": [_accuracy(i, b) for i, b in zip(row, best, strict=True)]}
+            for system, row in intervals.items()
         ],
     }
 
@@ -304,7 +306,7 @@ def _masks(dataset: str, lines: Sequence[Mapping[str, object]]) -> dict[str, Any
         "lines": [
             {"label": line["label"], "cells": [cell(c, line.get(c)) for c in columns]} for line in lines
         ],
-        "said": mask_warnings(lines),
+        "warnings": mask_warnings(lines),
     }
 
 
@@ -323,7 +325,7 @@ def _uri(data: bytes) -> str:
 
 
 def _same(a: str, b: str) -> bool:
-    """Whether two names are of one data set: "brain-tumor" is "brain_tumor"."""
+    """Return whether two names mean one data set: "brain-tumor" is "brain_tumor"."""
     return a.casefold().replace("_", "-") == b.casefold().replace("_", "-")
 
 

@@ -16,18 +16,18 @@ Block = tuple[str, str]  # a data set and one of its test sets
 
 @dataclass(frozen=True)
 class Example:
-    """An image of the gallery and what a fitted system made of it."""
+    """An image of the gallery, with a fitted system's prediction and attribution."""
 
     dataset: str
     system: str
-    name: str  # of the image, which names no patient
+    name: str  # of the image, without a patient's name
     image: np.ndarray  # (H, W, 3) uint8
     true_class: str
     predicted: str
     probability: float  # of the predicted class
     mask: np.ndarray | None = None  # (H, W) bool
-    focus: np.ndarray | None = None  # (h, w, 3) uint8, what the system looked at
-    attribution: np.ndarray | None = None  # (h, w) of the focus, else (H, W); negative values count as 0
+    focus: np.ndarray | None = None  # (h, w, 3) uint8, the system's view
+    attribution: np.ndarray | None = None  # (h, w) if there is a focus, else (H, W); negative values are 0
     share_inside: float | None = None  # of the attribution, inside the mask
 
 
@@ -36,14 +36,14 @@ class Confusion:
     """A confusion matrix."""
 
     dataset: str
-    system: str  # with its percent of train and draw, as the heading shows it
+    system: str  # with its percent of train and draw, for the heading
     classes: tuple[str, ...]
     counts: np.ndarray  # (K, K) int, rows the true class, columns the predicted
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A reliability curve; its expected calibration error is shown beside it."""
+    """A reliability curve, shown with its expected calibration error."""
 
     dataset: str
     system: str
@@ -55,7 +55,7 @@ class Recalls:
     """The recall of every class, by system."""
 
     dataset: str
-    what: str  # the percent of train and the test set
+    title: str  # percent of train and test set
     classes: tuple[str, ...]
     counts: tuple[int, ...]  # (K,) test images
     by_system: Mapping[str, np.ndarray]  # -> (R, K) in [0, 1], a row a draw; NaN for an absent class
@@ -63,7 +63,7 @@ class Recalls:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a system costs; None where it was not measured."""
+    """The costs of a system; None for a cost that was not measured."""
 
     system: str
     fit_seconds: float | None = None
@@ -74,24 +74,24 @@ class Cost:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How to make the numbers again."""
+    """The origin of the numbers."""
 
     command: str
     facts: Mapping[str, str]  # such as git.commit and dvc.lock.sha256
-    params: str = ""  # params.yaml, whole
+    params: str = ""  # the text of params.yaml
 
 
 @dataclass(frozen=True)
 class PageContent:
-    """Everything a page shows. A part that is left empty has no section."""
+    """Everything that a page shows. An empty part has no section."""
 
     study: str
     rows: Sequence[StudyRow] = ()
-    baseline: str = ""  # the system that the differences are to
+    baseline: str = ""  # the system that all others are compared with
     differences: Mapping[Block, Mapping[CurvePoint, Difference]] = field(default_factory=dict)
     published: Sequence[Published] = ()
-    highlighted: Sequence[str] = ()  # systems in colour in the figure; empty: the baseline and the best
-    verdicts: Sequence[str] = ()  # sentences to stand before those that follow from the rows
+    highlighted: Sequence[str] = ()  # systems in colour; if empty, the baseline and the best
+    verdicts: Sequence[str] = ()  # sentences above those that follow from the rows
     gallery: Sequence[Example] = ()
     confusions: Sequence[Confusion] = ()
     calibrations: Sequence[Calibration] = ()

@@ -21,9 +21,9 @@ from medfocus.reports.rows import (
 
 
 def plot_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
-    """The CSV for ``dvc plots``: a line a test set, system and percent of train, means over draws in %.
+    """Write the CSV for ``dvc plots``: means over draws in %, by test set, system and percent of train.
 
-    What needs no training image has a line at every percent. Raises ValueError when there is no row.
+    A system that needs no training image has a line at every percent. Raises ValueError if there is no row.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -33,15 +33,15 @@ def plot_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
         percents = sorted({row.percent_of_train for row in block} - {0}) or [0.0]
         for system in dict.fromkeys(row.system for row in block):
             for percent in percents:
-                found = intervals.get((system, percent)) or intervals.get((system, 0.0))
-                if found is not None:
+                interval = intervals.get((system, percent)) or intervals.get((system, 0.0))
+                if interval is not None:
                     where = f"{block[0].dataset}, {block[0].test_set}"
-                    writer.writerow([where, system, percent_text(percent), f"{found.mean:.4f}"])
+                    writer.writerow([where, system, percent_text(percent), f"{interval.mean:.4f}"])
     return buffer.getvalue()
 
 
 def progress_line(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
-    """A system on one test set in one line, as the running table of a study shows it; see ``study_table``."""
+    """Write one line on a system and a test set, for the progress of a study; see ``study_table``."""
     intervals = intervals_of(rows, metric)
     values = (
         f"{percent_text(percent)}%: {interval_text(interval)}" for (_, percent), interval in intervals.items()
@@ -50,12 +50,11 @@ def progress_line(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
 
 
 def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
-    """Plain-text tables, one a data set and test set: system x percent of train, mean ± half width in %.
+    """Write a plain-text table for each test set: system x percent of train, mean ± half width in %.
 
-    The half width is that of the 95 % t-interval over the draws; one draw has none. Below the systems stands
-    what each focus adds to its method, paired by draw; see ``gain``. Where controls were run in two draws or
-    more, a line a method gives their ``verdict``.
-    Raises ValueError when there is no row.
+    The half width is that of the 95 % t-interval over draws; one draw has none. Below the systems, each focus
+    has its ``gain``. Below the table, each method with controls in at least two draws has their ``verdict``.
+    Raises ValueError if there is no row.
     """
     blocks = []
     for block in blocks_of(rows):
@@ -74,7 +73,7 @@ def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
 
 
 def markdown_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
-    """The tables of ``study_table`` in Markdown."""
+    """Write the tables of ``study_table`` in Markdown."""
     blocks = []
     for block in blocks_of(rows):
         head, images, *body = (f"| {' | '.join(line)} |" for line in _cells(block, metric))
@@ -85,9 +84,10 @@ def markdown_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
 
 
 def gain(rows: Sequence[StudyRow], metric: str, method: str, focus: str, percent: float) -> Interval | None:
-    """What a focus adds to a method's metric, in percentage points, paired by draw: each draw's two cells
-    have the same support and the same test images. None where no draw has both. ``rows`` are of one test
-    set.
+    """Return the gain of a focus over the whole image, in percentage points, paired by draw.
+
+    The two cells of a draw have the same support and test images. ``rows`` belong to one test set. Returns
+    None if no draw has both cells.
     """
     by_focus: dict[str, dict[int, float]] = {"none": {}, focus: {}}
     for row in rows:
@@ -98,7 +98,7 @@ def gain(rows: Sequence[StudyRow], metric: str, method: str, focus: str, percent
 
 def _heading(block: Sequence[StudyRow], metric: str) -> str:
     intervals = intervals_of(block, metric)
-    # What learns nothing has one draw and says nothing about the others' number.
+    # At 0 % there is one draw, because nothing is learned.
     draws = {i.draws for (_, percent), i in intervals.items() if percent} or {1}
     first = block[0]
     number = str(max(draws)) if len(draws) == 1 else f"{min(draws)} to {max(draws)}"
@@ -110,7 +110,7 @@ def _heading(block: Sequence[StudyRow], metric: str) -> str:
 
 
 def _cells(block: Sequence[StudyRow], metric: str) -> list[list[str]]:
-    """The table as text: the percents, the numbers of training images, then a line a system."""
+    """Return the lines of a table: percents, numbers of training images, then systems and gains."""
     percents = sorted({row.percent_of_train for row in block})
     intervals = intervals_of(block, metric)
     systems = list(dict.fromkeys(row.system for row in block))

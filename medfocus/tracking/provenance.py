@@ -1,4 +1,4 @@
-"""From what a run was made: code, data, packages, seeds, host."""
+"""The origin of a run: code, data, packages, seeds, host."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "sam2", "scikit-learn", "
 
 
 def made_from(repo: Path, seeds: Sequence[int]) -> dict[str, str]:
-    """Tags that say from what a run was made: code, data, packages, seeds, host.
+    """Return the tags of a run's origin: code, data, packages, seeds, host.
 
-    ``git.dirty`` is "true" where tracked files but ``dvc.lock`` and ``params.yaml`` differ from the commit;
-    outside of a git repository, or before its first commit, ``git.commit`` is "none".
+    ``git.dirty`` is "true" if tracked files other than ``dvc.lock`` and ``params.yaml`` differ from the
+    commit. Outside a git repository, or before its first commit, ``git.commit`` is "none".
     """
     commit = _git(repo, "rev-parse", "--verify", "--quiet", "HEAD")
-    # The two are kept with every study, and a run may be what changes the lock.
+    # Every study keeps these two files, and a run changes the lock.
     code = (":/", ":(top,exclude)*dvc.lock", ":(top,exclude)*params.yaml")
     return {
         "git.commit": commit or "none",
@@ -30,18 +30,18 @@ def made_from(repo: Path, seeds: Sequence[int]) -> dict[str, str]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         **{f"version.{package}": version for package, version in installed(PACKAGES)},
-        **({"mlflow.source.git.commit": commit} if commit else {}),  # the one that MLflow's pages show
+        **({"mlflow.source.git.commit": commit} if commit else {}),  # MLflow's pages show this tag
     }
 
 
 def lock_digest(repo: Path) -> str:
-    """sha256 hex over ``dvc.lock``; "none" where there is none."""
+    """Return the sha256 hex of ``dvc.lock``, or "none" if it does not exist."""
     lock = repo / "dvc.lock"
     return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else "none"
 
 
 def installed(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(package, version) of those that are installed."""
+    """Yield (package, version) for each installed package."""
     for package in packages:
         try:
             yield package, importlib.metadata.version(package)
@@ -50,7 +50,7 @@ def installed(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _git(repo: Path, *arguments: str) -> str:
-    """Output of a git command, "" where it fails or git is absent."""
+    """Return the output of a git command, or "" if it fails or git is missing."""
     try:
         result = subprocess.run(
             ["git", "-C", str(repo), *arguments], capture_output=True, text=True, timeout=30

@@ -1,4 +1,4 @@
-"""The model registry: versions, the champion's alias, the way back. What moves the alias is here alone."""
+"""The model registry: versions, the champion's alias, and rollback. Only this module moves the alias."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION = "champion"  # the alias that served code loads
+CHAMPION = "champion"  # the alias of the served version
 _BEFORE, _ROLLED_BACK = "champion.before", "champion.rolled_back"  # tags of a version
-_MODEL_ARTIFACT = "model"  # the served model's folder inside the logged one
+_MODEL_ARTIFACT = "model"  # the model folder inside the logged model
 _SERVED_WITH = (
     *(*PACKAGES, "timm", "numpy", "scipy", "pandas", "pillow", "safetensors", "huggingface_hub"),
     *("pydicom", "python-gdcm", "nibabel"),
@@ -29,30 +29,30 @@ _SERVED_WITH = (
 
 @dataclass(frozen=True)
 class Champion:
-    """The version that holds the alias."""
+    """The version with the champion's alias."""
 
     name: str
     version: str
     cell_key: str
-    model_folder: Callable[[Path], Path]  # downloads its files into a folder; see ``model_folder.save_model``
+    model_folder: Callable[[Path], Path]  # downloads its model folder into a given folder
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a challenger."""
+    """The decision on a challenger."""
 
     promoted: bool
     reason: str
-    tags: Mapping[str, str]  # more of the version
+    tags: Mapping[str, str]  # further tags of the version
 
 
 @dataclass(frozen=True)
 class Registration:
-    """What ``register`` did, and why."""
+    """The result of ``register``, with its reason."""
 
     name: str
     version: str
-    alias: str | None  # "champion" where this version holds it
+    alias: str | None  # "champion" if this version has it
     reason: str
 
 
@@ -62,16 +62,16 @@ class Registered:
 
     name: str
     version: str
-    alias: str  # "champion", or "" where it holds none
+    alias: str  # "champion" or ""
     created: str  # day and time, UTC
     tags: Mapping[str, str]
-    model_folder: Callable[[Path], Path]  # as a champion's
-    metrics: Callable[[], Mapping[str, float]]  # of its run on the test images; none where no run is known
-    text: Callable[[str], str]  # of a file kept with the version; FileNotFoundError where it has none such
+    model_folder: Callable[[Path], Path]  # downloads its model folder into a given folder
+    metrics: Callable[[], Mapping[str, float]]  # reads its run's metrics; empty without a run
+    text: Callable[[str], str]  # reads a file of the version by name, or raises FileNotFoundError
 
 
 def registered(home: Path) -> list[Registered]:
-    """Every version in the registry by name, the newest first. Makes nothing where there is no store yet.
+    """Return every version in the registry, by name and newest first. Does not create a store.
 
     The store is that of ``runs.start``: MLFLOW_TRACKING_URI, or ``home``/mlflow.db.
     """
@@ -87,7 +87,7 @@ def registered(home: Path) -> list[Registered]:
         for model in pages(client.search_registered_models)
         if CHAMPION in model.aliases
     }
-    found = [
+    versions = [
         Registered(
             each.name,
             str(each.version),
@@ -100,7 +100,7 @@ def registered(home: Path) -> list[Registered]:
         )
         for each in pages(client.search_model_versions)
     ]
-    return sorted(found, key=lambda each: (each.name, -int(each.version)))
+    return sorted(versions, key=lambda each: (each.name, -int(each.version)))
 
 
 def register(
@@ -116,27 +116,27 @@ def register(
     run_id: str | None = None,
     cards: Callable[[Path], Mapping[str, str]] | None = None,
 ) -> Registration:
-    """Register a served model, and make it champion if ``judge`` says so; nothing else moves the alias.
+    """Register a served model, and make it champion if ``judge`` promotes it.
 
-    The verdict's reason is kept as the tag ``gate`` of the version and of the run. A cell that has a
-    version gets no second one; one that was rolled back is not judged again.
+    The version and the run get the verdict's reason as the tag ``gate``. A cell gets at most one version, and
+    a version that was rolled back is not judged again.
 
     Args:
         store: An open tracking store.
-        name: Of the registered model; models that compete share it.
-        write_model: Writes the folder of ``model_folder.save_model``; called only if a version is made.
+        name: Name of the registered model; competing models share it.
+        write_model: Writes the folder of ``model_folder.save_model``; called only for a new version.
         cell_key: Identifies the fitted model by content.
-        judge: Maps the present champion, if there is one, to the verdict on the challenger. It may
-            download the champion's files.
+        judge: Maps the present champion, if any, to the verdict on the challenger. It may download the
+            champion's files.
         classes: In the order of the model's output.
-        example: An encoded image, kept with the model as its input example; not a patient's.
-        tags: More tags of the version.
-        run_id: The run that fitted the model, where there is one.
-        cards: Maps the written model folder to texts by their files' names, which are kept with the version
-            and with the run; called only if a version is made, after ``judge``.
+        example: An encoded image, logged as the model's input example; never a patient's image.
+        tags: Further tags of the version.
+        run_id: The run that fitted the model, if any.
+        cards: Maps the written model folder to texts by file name, for the version and the run; called
+            only for a new version, after ``judge``.
 
     Raises:
-        RuntimeError: The champion's files cannot be loaded and judged.
+        RuntimeError: The champion's files cannot be loaded.
     """
     with lock(store.home):
         held = _champion(store, name)
@@ -148,13 +148,15 @@ def register(
             reason = f"refused: it was rolled back on {when}; delete its tag {_ROLLED_BACK} to admit it"
             return Registration(name, str(known.version), None, reason)
         verdict = judge(None if held is None else _opened(store, held))
-        said = {"gate": verdict.reason, **verdict.tags}
+        verdict_tags = {"gate": verdict.reason, **verdict.tags}
         if known is None:
             model_id = _log_model(store, name, write_model, classes, example, run_id, cards)
-            version = _create_version(store, name, model_id, run_id, {**tags, **said, "cell_key": cell_key})
+            version = _create_version(
+                store, name, model_id, run_id, {**tags, **verdict_tags, "cell_key": cell_key}
+            )
         else:
             version = str(known.version)
-            _set_version_tags(store, name, version, said)
+            _set_version_tags(store, name, version, verdict_tags)
         if run_id is not None:
             store.client.set_tag(run_id, "gate", verdict.reason[:LONGEST_TAG])
         if not verdict.promoted:
@@ -166,21 +168,21 @@ def register(
 
 
 def rollback(store: Tracking, name: str) -> tuple[str, str]:
-    """Give the alias back to the version that held it before: the version that had it, and that one.
+    """Give the alias back to the previous champion; return the present and the previous version.
 
-    The one that is rolled back keeps its files, and a tag by which it is not promoted again.
+    The version that is rolled back keeps its files, and gets a tag that prevents another promotion.
 
-    Raises ValueError where the model has no champion, or the champion none before it.
+    Raises ValueError if the model has no champion or no previous champion.
     """
     with lock(store.home):
         held = _champion(store, name)
         if held is None:
-            raise ValueError(f"{name} has no champion, so there is nothing to roll back.")
+            raise ValueError(f"{name} has no champion to roll back.")
         before = held.tags.get(_BEFORE)
         if before is None:
             raise ValueError(
-                f"{name} version {held.version} is the first champion, so there is none to go back to. "
-                f"To be without a champion, delete the alias {CHAMPION!r} in MLflow."
+                f"{name} version {held.version} is the first champion, so there is no previous one. "
+                f"To have no champion, delete the alias {CHAMPION!r} in MLflow."
             )
         version = str(held.version)
         _set_version_tags(store, name, version, {_ROLLED_BACK: time.strftime("%Y-%m-%d %H:%M")})
@@ -189,7 +191,7 @@ def rollback(store: Tracking, name: str) -> tuple[str, str]:
 
 
 def describe(store: Tracking, name: str, version: str, text: str, cards: Sequence[str] = ()) -> None:
-    """Give a registered version's page a Markdown text, and links to those of its run's files."""
+    """Show a Markdown text on a version's page, with links to cards of its run."""
     run_id = store.client.get_model_version(name, version).run_id
     links = [f"[{file}](get-artifact?path={file}&run_uuid={run_id})" for file in cards if run_id]
     end = "\n\n" + ", ".join(links) if links else ""
@@ -202,7 +204,7 @@ def _champion(store: Tracking, name: str) -> ModelVersion | None:
     try:
         return store.client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
-        # The two stores call a missing alias by different names.
+        # The two stores have different codes for a missing alias.
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
@@ -215,8 +217,8 @@ def _opened(store: Tracking, champion: ModelVersion) -> Champion:
 
 
 def _version_of_cell(store: Tracking, name: str, cell_key: str) -> ModelVersion | None:
-    found = store.client.search_model_versions(f"name = '{name}' and tags.cell_key = '{cell_key}'")
-    return found[0] if found else None
+    versions = store.client.search_model_versions(f"name = '{name}' and tags.cell_key = '{cell_key}'")
+    return versions[0] if versions else None
 
 
 def _set_version_tags(store: Tracking, name: str, version: str, tags: Mapping[str, str]) -> None:
@@ -233,7 +235,7 @@ def _log_model(
     run_id: str | None,
     cards: Callable[[Path], Mapping[str, str]] | None,
 ) -> str:
-    """Log the model folder as a pyfunc, models from code; its model id."""
+    """Log the model folder as a pyfunc model from code; return its model id."""
     import mlflow
     import pandas as pd
     from mlflow.entities import LoggedModelOutput
@@ -248,8 +250,9 @@ def _log_model(
         ColSpec("double", "mask_score"),
         ColSpec("string", "overlay", required=False),
     ]
-    # As "binary" MLflow would decode base64 by itself, laxly, and a column that is asked for it would miss
-    # with a print of the rest: this way every fault is told by the model, in its own words. Bytes do as well.
+    # With type "binary", MLflow decodes base64 itself and accepts malformed input. If a required column is
+    # missing, MLflow's error prints the rest of the request. Here the model reports every fault itself. The
+    # column may also contain bytes.
     image = ColSpec("string", "image", required=False)
     overlay = ParamSpec("overlay", DataType.boolean, True)
     with tempfile.TemporaryDirectory() as folder:
@@ -261,11 +264,11 @@ def _log_model(
             code_paths=[str(package)],
             signature=ModelSignature(Schema([image]), Schema(outputs), ParamSchema([overlay])),
             input_example=pd.DataFrame({"image": [example]}),
-            # Given, so that MLflow neither loads the model nor asks an index to find them out.
+            # Without this list, MLflow loads the model and asks a package index to infer it.
             pip_requirements=[f"{package}=={version}" for package, version in installed(_SERVED_WITH)],
         )
         for file, text in (cards(Path(folder, _MODEL_ARTIFACT)) if cards else {}).items():
-            path = Path(folder, "pyfunc", file)  # beside MLmodel, where no code looks for it
+            path = Path(folder, "pyfunc", file)  # next to the file MLmodel, where no code reads it
             path.write_text(text, encoding="utf-8")
             if run_id is not None:
                 store.client.log_artifact(run_id, str(path))
@@ -289,8 +292,8 @@ def _create_version(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     texts = {key: str(value) for key, value in tags.items()}
-    # The registry's own store looks the model up through the process-wide URI, which stays as it was:
-    # it would leak into the environment and win over the next start's.
+    # The registry's store looks the model up through the process-wide URI. The context manager restores that
+    # URI, which would otherwise remain in the environment and override the next start's.
     with _use_tracking_uri(store.uri):
         version = store.client.create_model_version(
             name, f"models:/{model_id}", run_id, texts, model_id=model_id
@@ -299,7 +302,7 @@ def _create_version(
 
 
 def _opener(client: MlflowClient, uri: str, name: str, version: str) -> Callable[[Path], Path]:
-    """What downloads a version's files into a folder; see ``model_folder.save_model``."""
+    """Return a function that downloads a version's model folder."""
 
     def model_folder(into: Path) -> Path:
         from mlflow.artifacts import download_artifacts
@@ -312,7 +315,7 @@ def _opener(client: MlflowClient, uri: str, name: str, version: str) -> Callable
 
 
 def _measured(client: MlflowClient, run_id: str | None) -> Callable[[], Mapping[str, float]]:
-    """What asks for the metrics of a version's run."""
+    """Return a function that reads the metrics of a version's run."""
 
     def metrics() -> Mapping[str, float]:
         from mlflow.exceptions import MlflowException
@@ -328,7 +331,7 @@ def _measured(client: MlflowClient, run_id: str | None) -> Callable[[], Mapping[
 
 
 def _reader(client: MlflowClient, uri: str, name: str, version: str) -> Callable[[str], str]:
-    """What reads a text that is kept beside a version's model."""
+    """Return a function that reads a text of a version."""
 
     def text(file: str) -> str:
         from mlflow.artifacts import download_artifacts
@@ -341,8 +344,8 @@ def _reader(client: MlflowClient, uri: str, name: str, version: str) -> Callable
                 return Path(path).read_text(encoding="utf-8")
         except (MlflowException, OSError) as error:
             raise FileNotFoundError(
-                f"{name} version {version} has no {file}. It was imported, or registered before there were "
-                "such; register it anew to have one."
+                f"{name} version {version} has no {file}; an imported version has none. Register the model "
+                "from its study to get one."
             ) from error
 
     return text

@@ -1,4 +1,4 @@
-"""Runs and their numbers. Only this module, ``registry`` and the served model's own file import mlflow."""
+"""Runs of MLflow: a parent run for each study, a child run for each cell."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # which pages the experiment is shown with
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # selects MLflow's pages for the experiment
 _PAGE_WIDTH = 800  # pixels
 LONGEST_TAG = 5000  # characters; MLflow's databases take 8000 bytes
 
 
 @dataclass(frozen=True)
 class DataInput:
-    """Images of a data set as a run used them."""
+    """Images of a data set that a run uses."""
 
     name: str
-    digest: str  # of these images; MLflow keeps its first 36 characters
-    source: str  # where it lies
+    digest: str  # digest of these images; MLflow keeps its first 36 characters
+    source: str  # path of the data set
     context: str = "training"
 
 
 def start(uri: str | None, home: Path, experiment: str) -> Tracking:
-    """Open the tracking store and close the runs that dead processes of this host left RUNNING.
+    """Open the tracking store, and close the runs that dead processes of this host left RUNNING.
 
-    Nothing here asks the network, unless the URI names a server.
+    This uses the network only if the URI is that of a server.
 
     Args:
-        uri: Any MLflow tracking URI; None means ``home``/mlflow.db. MLFLOW_TRACKING_URI wins over both.
-        home: Folder of the database and, unless a server decides, of the artefacts (``home``/mlruns).
-        experiment: Name of the experiment; made where it does not exist.
+        uri: MLflow tracking URI; None means ``home``/mlflow.db. MLFLOW_TRACKING_URI overrides it.
+        home: Folder of the database and, without a server, of the artifacts (``home``/mlruns).
+        experiment: Name of the experiment. It is created if it does not exist.
 
     Raises:
         ValueError: The experiment was deleted.
     """
     quieten()
-    import mlflow  # takes seconds, so not at the top
+    import mlflow  # the import takes seconds
 
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def start(uri: str | None, home: Path, experiment: str) -> Tracking:
 
 @dataclass(frozen=True)
 class Tracking:
-    """An open tracking store; made by ``start``."""
+    """An open tracking store; ``start`` opens it."""
 
     uri: str
     home: Path
@@ -84,25 +84,25 @@ class Tracking:
     def study(
         self, name: str, params: Mapping[str, object], tags: Mapping[str, object] | None = None
     ) -> Iterator[StudyRun]:
-        """A parent run for the ``with`` block: FINISHED after it, FAILED or KILLED when it raises."""
+        """Open a parent run for the ``with`` block. It ends FAILED or KILLED if the block raises."""
         run = self.client.create_run(self.experiment_id, run_name=name, tags=_tags(tags or {}))
         with self._closing(run.info.run_id):
             self._log_params_and_metrics(run.info.run_id, params, {})
             yield StudyRun(run.info.run_id, self)
 
     def run(self, run_id: str) -> Run:
-        """A run by its id. Raises ValueError where there is none."""
+        """Return a run by its id. Raises ValueError if it does not exist."""
         from mlflow.exceptions import MlflowException
 
         try:
             return self.client.get_run(run_id)
         except MlflowException as error:
             raise ValueError(
-                f"no run {run_id!r} in {self.uri}; give the id that MLflow's page or reports/study.csv has."
+                f"{self.uri} has no run {run_id!r}. Give a run id from MLflow's page or reports/study.csv."
             ) from error
 
     def download(self, run_id: str, name: str, into: Path) -> Path:
-        """One of a run's files, copied into a folder. Raises ValueError where the run has none such."""
+        """Copy a file of a run into a folder. Raises ValueError if the run does not have it."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -111,19 +111,19 @@ class Tracking:
             raise ValueError(f"the run {run_id} has no file {name} ({error}).") from error
 
     def close_dead_runs(self) -> list[str]:
-        """Set RUNNING runs of this host whose process is gone to FAILED; their ids. In every experiment."""
+        """Set RUNNING runs of this host's dead processes to FAILED, in all experiments; return their ids."""
         experiments = [e.experiment_id for e in self.client.search_experiments()]
-        mine = f"attributes.status = 'RUNNING' and tags.`owner.host` = '{socket.gethostname()}'"
-        search = functools.partial(self.client.search_runs, experiments, mine)
-        # All pages before anything changes: a run that is closed is no longer found, and moves the next page.
+        running_here = f"attributes.status = 'RUNNING' and tags.`owner.host` = '{socket.gethostname()}'"
+        search = functools.partial(self.client.search_runs, experiments, running_here)
+        # Read all pages first: closing a run removes it from the search, which shifts the next page.
         dead = [run.info.run_id for run in pages(search) if not is_alive(run.data.tags)]
         for run_id in dead:
-            self.client.set_tag(run_id, "error", "The process that owned this run ended without closing it.")
+            self.client.set_tag(run_id, "error", "The process of this run ended without closing it.")
             self.client.set_terminated(run_id, "FAILED")
         return dead
 
     def runs_by_cell(self) -> dict[str, str]:
-        """The newest finished run of every cell of the experiment: tag ``cell_key`` -> run id."""
+        """Return the newest finished run of each cell of the experiment: tag ``cell_key`` -> run id."""
         search = functools.partial(
             self.client.search_runs,
             [self.experiment_id],
@@ -136,7 +136,7 @@ class Tracking:
         return newest
 
     def log_page(self, cell_run: str, page: Path) -> None:
-        """Keep a study's page with the parent of one of its cells' runs, if the store has it."""
+        """Log a study's page with the parent of a cell's run, if the store has this run."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -148,13 +148,13 @@ class Tracking:
         self.client.log_artifact(parent, str(page))
 
     def _answers(self) -> bool:
-        """Whether a store that is a server is there: MLflow would ask one that is gone for minutes."""
-        place = urllib.parse.urlsplit(self.uri)
-        if not place.scheme.startswith("http"):
+        """Return whether the store's server, if any, answers. MLflow itself would retry for minutes."""
+        url = urllib.parse.urlsplit(self.uri)
+        if not url.scheme.startswith("http"):
             return True
         try:
-            port = place.port or (443 if place.scheme == "https" else 80)
-            socket.create_connection((place.hostname or "", port), timeout=2).close()
+            port = url.port or (443 if url.scheme == "https" else 80)
+            socket.create_connection((url.hostname or "", port), timeout=2).close()
         except OSError:
             return False
         return True
@@ -179,12 +179,12 @@ class Tracking:
 
     @contextmanager
     def _closing(self, run_id: str) -> Iterator[None]:
-        """Whatever happens inside, the run ends: FINISHED, FAILED, or KILLED by the keyboard or an exit."""
+        """End the run after the block: FINISHED, FAILED, or KILLED by the keyboard or an exit."""
         try:
             yield
         except BaseException as error:
             killed = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
-            if self._answers():  # else the next start closes the run
+            if self._answers():  # otherwise the next start closes the run
                 self.client.set_tag(run_id, "error", kind_and_place(error))
                 self.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
             raise
@@ -193,7 +193,7 @@ class Tracking:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """An open parent run; made by ``Tracking.study``."""
+    """An open parent run; ``Tracking.study`` opens it."""
 
     run_id: str
     tracking: Tracking = field(repr=False)
@@ -207,7 +207,7 @@ class StudyRun:
         tags: Mapping[str, object] | None = None,
         datasets: Sequence[DataInput] = (),
     ) -> str:
-        """One finished child run with all of a cell's numbers. Its id."""
+        """Log a finished child run with a cell's numbers; return its id."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         tracking, client = self.tracking, self.tracking.client
@@ -227,15 +227,15 @@ class StudyRun:
         return run_id
 
     def log_figure(self, name: str, png: bytes) -> None:
-        """Keep a figure with the study, as ``figures/<name>.png``."""
+        """Log a figure with the study, as ``figures/<name>.png``."""
         self.tracking._log_file(self.run_id, f"figures/{name}.png", png)
 
     def log_table(self, name: str, csv: str) -> None:
-        """Keep a table with the study, as ``<name>.csv``."""
+        """Log a table with the study, as ``<name>.csv``."""
         self.tracking._log_file(self.run_id, f"{name}.csv", csv.encode())
 
     def describe(self, text: str, figures: Mapping[str, bytes], cell_run: str | None = None) -> None:
-        """Show a Markdown text, and PNG figures by name under it, on the study's page or on a cell's."""
+        """Show a Markdown text and PNG figures on the study's page, or on a cell's page."""
         run_id = cell_run or self.run_id
         lines = [text[:LONGEST_TAG]]
         for name, png in figures.items():
@@ -244,12 +244,12 @@ class StudyRun:
         self.tracking.client.set_tag(run_id, "mlflow.note.content", "\n\n".join(lines))
 
     def log_input(self, path: Path) -> None:
-        """Keep a file that the study was made from, as ``inputs/<its name>``."""
+        """Log an input file of the study, as ``inputs/<its name>``."""
         self.tracking._log_file(self.run_id, f"inputs/{path.name}", path.read_bytes())
 
 
 def _narrow(png: bytes) -> bytes:
-    """An image as wide as a run's page at most: it would show what is wider cut off."""
+    """Scale an image down to the width of a run's page, which crops wider images."""
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         image.thumbnail((_PAGE_WIDTH, 2 * _PAGE_WIDTH), Image.Resampling.LANCZOS)
         narrow = io.BytesIO()
@@ -258,7 +258,7 @@ def _narrow(png: bytes) -> bytes:
 
 
 def pages(search: Callable[..., Any]) -> Iterator[Any]:
-    """All that a search of MLflow's finds, page by page."""
+    """Yield all results of a search of MLflow, page by page."""
     token: str | None = None
     while token != "":
         page = search(page_token=token)
@@ -267,51 +267,51 @@ def pages(search: Callable[..., Any]) -> Iterator[Any]:
 
 
 def create_database(home: Path) -> None:
-    """Have MLflow's tables in ``home``/mlflow.db, before a server over it starts."""
+    """Create MLflow's tables in ``home``/mlflow.db, for a server that starts afterwards."""
     quieten()
     with lock(home):
         _create(home / "mlflow.db")
 
 
 def _create(path: Path) -> None:
-    """Make MLflow's tables in a file beside and move it in: a killed start leaves nothing half made."""
+    """Create MLflow's tables in a temporary file, then rename it: a kill leaves no partial database."""
     if path.exists():
         return
     import sqlalchemy
     from mlflow.store.db.utils import _initialize_tables
 
-    beside = path.with_name(f".{path.name}.making")
-    for left in path.parent.glob(f"{beside.name}*"):  # the file and its journal, from a killed start
+    unfinished = path.with_name(f".{path.name}.making")
+    for left in path.parent.glob(f"{unfinished.name}*"):  # the file and its journal after a killed start
         left.unlink()
-    engine = sqlalchemy.create_engine(f"sqlite:///{beside}")
+    engine = sqlalchemy.create_engine(f"sqlite:///{unfinished}")
     _initialize_tables(engine)
     with engine.connect() as connection:
-        # Kept in the file: a cell costs two fifths where the disk is slow to sync, and the pages can be
-        # read while a study writes. Where the file system cannot do it, SQLite stays as it was.
+        # WAL is a property of the file. A cell then takes 40 % of the time on a disk with slow syncs, and the
+        # pages are readable while a study writes. On a file system without WAL, SQLite keeps its default.
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     engine.dispose()
-    beside.replace(path)
+    unfinished.replace(path)
 
 
 def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return client.create_experiment(name, location, _KIND)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another process, on a server
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process created it on the server
                 raise
-            found = client.get_experiment_by_name(name)
-    if found is None or found.lifecycle_stage != "active":
+            experiment = client.get_experiment_by_name(name)
+    if experiment is None or experiment.lifecycle_stage != "active":
         raise ValueError(
-            f"MLflow experiment {name!r} was deleted; restore it (`mlflow experiments restore`) "
-            "or give another name."
+            f"The MLflow experiment {name!r} was deleted. Restore it (`mlflow experiments restore`) "
+            "or set another name (params.yaml: tracking)."
         )
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def _tags(tags: Mapping[str, object]) -> dict[str, Any]:
-    """``tags`` as text, with the process that owns the run."""
+    """Return tags as text, with those of the run's owner."""
     return {key: str(value)[:LONGEST_TAG] for key, value in {**tags, **owner_tags()}.items()}
