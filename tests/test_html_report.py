@@ -272,7 +272,7 @@ def test_heat_is_drawn_over_the_systems_view() -> None:
     example: Example = PARTS["gallery"][0]  # type: ignore[index, assignment]
     for attribution, shade in ((np.zeros((30, 30)), 0), (np.zeros((40, 60)), 120)):
         text = render(PageContent("s", gallery=[replace(example, focus=focus, attribution=attribution)]))
-        (uri,) = [str(a["src"]) for a in Page(text).all("img") if "prediction comes" in str(a["alt"])]
+        (uri,) = [str(a["src"]) for a in Page(text).all("img") if "Heat of the" in str(a["alt"])]
         tile = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
         assert (tile[128, 128] == shade).all()
 
@@ -299,7 +299,7 @@ def test_shapes_that_do_not_match_are_refused() -> None:
         render(PageContent("s", recalls=[table]))
     with pytest.raises(ValueError, match=r"'a.png': a mask of \(4, 6\) on an image of \(40, 60\) pixels"):
         render(PageContent("s", gallery=[replace(example, mask=np.ones((4, 6), bool))]))
-    with pytest.raises(ValueError, match=r"\(4, 6\) values on an image of \(40, 60\) pixels; bring"):
+    with pytest.raises(ValueError, match=r"\(4, 6\) values on an image of \(40, 60\) pixels\. Resize"):
         render(PageContent("s", gallery=[replace(example, attribution=np.ones((4, 6)))]))
 
 
@@ -343,7 +343,7 @@ def test_duplicates_patients_and_unequal_classes_are_warned_about() -> None:
         [near, inside, replace(near, kind="identical", path_a="test3")],
     )  # fmt: skip
     assert [sentence.split(":")[0].split(";")[0] for sentence in warnings] == [
-        "2 of 15 test images are also in train. The clean test set excludes 4 images",
+        "2 of 15 test images are also in train. The clean test set excludes 4 images and is more reliable.",
         "1 pair has nearly the same image in train and in test, such as neighbouring frames of one patient. "
         "The clean test set includes them.",
         "1 patient has images in train and in test.",

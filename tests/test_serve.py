@@ -487,9 +487,9 @@ NOT_BASE64 = r"image 1 of 1: is not base64 \(.+\)\. Encode the file's bytes\."
     [
         (["not base64!"], 400, NOT_BASE64),
         (["ü"], 400, NOT_BASE64),
-        ([*base64_of(0), 3], 400, r"image 2 of 2: int is no image\. Give a file's bytes, or base64.+"),
-        ([*base64_of(0), None], 400, r"image 2 of 2: .+ is no image\. Give a file's bytes.+"),
-        ([["a list"]], 400, r"image 1 of 1: list is no image\. Give a file's bytes.+"),
+        ([*base64_of(0), 3], 400, r"image 2 of 2: has type int\. Send a file's bytes, or their base64.+"),
+        ([*base64_of(0), None], 400, r"image 2 of 2: has type .+\. Send a file's bytes.+"),
+        ([["a list"]], 400, r"image 1 of 1: has type list\. Send a file's bytes.+"),
         ([""], 400, r"image 1 of 1: the file is empty \(0 bytes\)\. .+"),
         (["aGVsbG8="], 400, r"image 1 of 1: is not in a supported image format .+\. Export it again.+"),
         ([base64_of(0)[0][:400]], 400, r"image 1 of 1: cannot be decoded .+\. Export it again.+"),

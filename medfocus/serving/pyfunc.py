@@ -124,7 +124,7 @@ def _bytes(value: object, name: str) -> bytes:
             return base64.b64decode(value, validate=True)
         except ValueError as error:  # binascii.Error, or a character that is not ASCII
             raise ServedError(f"{name}: is not base64 ({error}). Encode the file's bytes.") from error
-    raise ServedError(f"{name}: is a {type(value).__name__}. Send a file's bytes, or their base64 text.")
+    raise ServedError(f"{name}: has type {type(value).__name__}. Send a file's bytes, or their base64 text.")
 
 
 set_model(FocusClassifier())
