@@ -1,4 +1,4 @@
-# Everything a user or CI does. Needs Python 3.11+, git and make; the rest is installed into .venv.
+# Every command for users and CI. Needs Python 3.11+, git and make; everything else is installed into .venv.
 PYTHON ?= python3
 PARAMS ?= params.yaml
 BIN := .venv/bin
@@ -8,10 +8,10 @@ export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
-# The stages are `python -m flows...`: that has to be the environment's Python.
+# DVC runs its stages as `python -m flows...`, which must find the environment's Python.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# With it in the environment every process would compile the libraries anew: 22 s of imports and not 9.
+# If set, every process compiles the libraries again: imports take 22 s instead of 9 s.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install run study report repro retrain rollback reproduce test check up schedule backfill ui docs pocket lock \
@@ -19,8 +19,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 install: $(INSTALLED)
 
-# uv itself comes through pip, pinned by hash like everything else. sam2 is built from source, without
-# its CUDA extension, against the locked torch.
+# pip installs uv, pinned by hash like everything else. sam2 is built from source against the locked
+# torch, without its CUDA extension.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -37,14 +37,14 @@ run: $(INSTALLED)
 repro: $(INSTALLED)
 	@$(BIN)/dvc repro
 
-# New pictures -> masks -> study -> gate -> registry, once, now; and the champion back to the one before.
+# retrain: new images -> masks -> study -> gate -> registry, once. rollback: return to the previous champion.
 retrain: $(INSTALLED)
 	@$(BIN)/python -m flows.retrain --params $(PARAMS)
 
 rollback: $(INSTALLED)
 	@$(BIN)/python -m flows.rollback --params $(PARAMS) $(if $(DATASET),--dataset $(DATASET))
 
-# A cell's MLflow run, rebuilt from its tags: its commit, its data, one fit; every metric compared exactly.
+# Rebuild a cell's MLflow run from its tags (its commit, its data, one fit) and compare every metric exactly.
 reproduce: $(INSTALLED)
 	@test -n "$(RUN)" || { echo "Which run? make reproduce RUN=..., an id as reports/study.csv has it."; exit 1; }
 	@$(BIN)/python -m flows.reproduce --params $(PARAMS) --run $(RUN)
@@ -59,45 +59,45 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	@$(BIN)/python -m benchmarks.audit
 
-# Databases, MLflow, Prefect, a worker and the deployments of prefect.yaml, until Ctrl-C; docs/operations.md.
-# SQLITE=1 does without PostgreSQL, HOST=0.0.0.0 shows MLflow to others, by password.
+# Run databases, MLflow, Prefect, a worker and the deployments of prefect.yaml until Ctrl-C; docs/operations.md.
+# SQLITE=1 replaces PostgreSQL by files; HOST=0.0.0.0 opens MLflow to other machines, with a password.
 up: $(INSTALLED)
-	@$(BIN)/python -m flows.up $(if $(SQLITE),--sqlite) $(if $(HOST),--host $(HOST))
+	@$(BIN)/python -m flows.operations.stack $(if $(SQLITE),--sqlite) $(if $(HOST),--host $(HOST))
 
-# The same on SQLite files alone.
+# The same as `make up SQLITE=1`.
 schedule: $(INSTALLED)
-	@$(BIN)/python -m flows.up --sqlite
+	@$(BIN)/python -m flows.operations.stack --sqlite
 
-# The masks that the manifests' pictures lack, once, now.
+# Compute the missing masks of the images in the manifests, once.
 backfill: $(INSTALLED)
 	@$(BIN)/python -m flows.backfill --params $(PARAMS)
 
-# MLflow's and Prefect's pages on loopback.
+# Show MLflow's and Prefect's pages on loopback.
 ui: $(INSTALLED)
-	@$(BIN)/python -m flows.ui
+	@$(BIN)/python -m flows.operations.ui
 
-# Every system on the embedded data: hours; `make run` is its small part.
+# Run every system on the embedded data: hours. `make run` runs a small part of it.
 study: $(INSTALLED)
 	@$(BIN)/python -m flows.pipeline --params studies/phantoms.yaml
 
-# The page of a study that was run, anew: reports/index.html.
+# Write the page of a finished study again: reports/index.html.
 report: $(INSTALLED)
-	@$(BIN)/python -m flows.page --params $(PARAMS)
+	@$(BIN)/python -m flows.release.page --params $(PARAMS)
 
-# The pages of docs/ as a site in site/, to be opened as files: it loads nothing from elsewhere.
+# Build docs/ into site/. The pages open as files and load nothing from another server.
 docs: $(INSTALLED)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
-# Train the two small models of medfocus/data again, from the seed, and compare their figures: a good hour.
+# Train the two small models of medfocus/data again from the seed and compare their figures: over an hour.
 pocket: $(INSTALLED)
 	@$(BIN)/python -m medfocus.pocket --out .cache/pocket/out --cache .cache/pocket
 
-# After a change of pyproject.toml: pin everything anew, for every platform, without a registry's address.
+# Pin all dependencies after a change of pyproject.toml, for every platform, without a registry's address.
 lock:
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
 
-# dist/: the sdist, and the wheel that is built from it, by the locked hatchling.
+# Build the sdist, and the wheel from it, into dist/ with the locked hatchling.
 wheel: $(INSTALLED)
 	$(BIN)/uv build --quiet --no-build-isolation
 

@@ -1,6 +1,6 @@
 """Whether memory and a rerun that has nothing to do stay small as the archive grows.
 
-Draws two archives of small pictures, a tenth and the whole, and takes each through the stages of a
+Draws two archives of small images, a tenth and the whole, and takes each through the stages of a
 study, every stage in a process of its own:
 
     ingest, duplicates      files -> manifest -> pairs of twins
@@ -43,8 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--small", type=int, help="pictures; a tenth of --large unless told")
-    parser.add_argument("--large", type=int, default=10_000, help="pictures")
+    parser.add_argument("--small", type=int, help="images; a tenth of --large unless told")
+    parser.add_argument("--large", type=int, default=10_000, help="images")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--segmenter", choices=("otsu", "sam2"), default="otsu", help="sam2: the pocket one")
     parser.add_argument("--repro", action=argparse.BooleanOptionalAction, default=True)
@@ -63,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows: dict[int, dict[str, Any]] = {}
         for count in (small, options.large):
-            draw(Path(folder, str(count), "pictures"), count, options.size)
+            draw(Path(folder, str(count), "images"), count, options.size)
             rows[count] = {step: _in_a_process(step, Path(folder, str(count)), options) for step in STEPS}
             for step, row in rows[count].items():
                 times = f"{row['seconds']:8.2f} s {row['cpu_s']:8.2f} s CPU"
@@ -72,7 +72,7 @@ def main() -> None:
             result[f"peak_ratio_{step}"] = round(_ratio(rows[options.large][step], rows[small][step]), 3)
             result[f"noop_{step}_s"] = rows[options.large][f"{step} again"]["seconds"]
         if options.repro:
-            result |= repro(Path(folder, "project"), Path(folder, str(options.large), "pictures"))
+            result |= repro(Path(folder, "project"), Path(folder, str(options.large), "images"))
     result["steps"] = rows
     for name, value in result.items():
         most = MOST_PEAK if name.startswith("peak") else MOST_SECONDS
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def draw(folder: Path, count: int, size: int) -> None:
-    """Write ``count`` different grey pictures as folder/train|test/class/number.png, a fifth for the test."""
+    """Write ``count`` different grey images as folder/train|test/class/number.png, a fifth for the test."""
     import numpy as np
     from PIL import Image
 
@@ -94,26 +94,26 @@ def draw(folder: Path, count: int, size: int) -> None:
     for i in range(count):
         rng = np.random.default_rng(i)
         coarse = Image.fromarray(rng.integers(0, 200, (8, 8), dtype=np.uint8))
-        picture = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) // 2
-        picture = picture + rng.integers(0, 40, (size, size), dtype=np.uint8) + 80 * (i % 2)
+        image = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) // 2
+        image = image + rng.integers(0, 40, (size, size), dtype=np.uint8) + 80 * (i % 2)
         path = Path(folder, "test" if i % 10 < 2 else "train", CLASSES[i % 2], f"{i:06}.png")
-        Image.fromarray(picture.astype(np.uint8)).save(path, compress_level=1)
+        Image.fromarray(image.astype(np.uint8)).save(path, compress_level=1)
 
 
 def measured(step: str, folder: Path, segmenter: str) -> dict[str, Any]:
     """Run one stage on what the stages before it left in ``folder``; seconds without imports and models."""
     # Imported here: what a stage does not need is not in its peak.
-    from medfocus.records import read_manifest, write_manifest
+    from medfocus.datasets.records import read_manifest, write_manifest
 
-    root, manifest = folder / "pictures", folder / "manifest.csv"
+    root, manifest = folder / "images", folder / "manifest.csv"
     if step == "ingest":
-        from medfocus.ingest import ingest
+        from medfocus.datasets.ingest import ingest
 
         began = _clocks()
         write_manifest(ingest(root).records, manifest)
         return _since(began)
     if step == "duplicates":
-        from medfocus.duplicates import find_duplicates
+        from medfocus.datasets.duplicates import find_duplicates
 
         began = _clocks()
         found = find_duplicates(read_manifest(manifest), root)
@@ -130,21 +130,21 @@ def _segmenter(name: str) -> Segmenter:
         return OtsuSegmenter()
     import torch
 
-    from medfocus.masks.sam2 import build_segmenter
+    from medfocus.masks.sam2.segmenter import build_segmenter
 
     torch.set_num_threads(1)
     return build_segmenter("pocket", "pocket", 128, "grid", points_per_side=8, batch_size=16)
 
 
 def _masks(folder: Path, segmenter: Segmenter, again: bool) -> dict[str, Any]:
+    from medfocus.datasets.records import read_manifest
     from medfocus.masks.store import MaskStore, cache_masks, publish
-    from medfocus.records import read_manifest
 
     began = _clocks()
     records = read_manifest(folder / "manifest.csv")
     store = MaskStore(folder / "cache" / "masks")
-    pictures = ((record, folder / "pictures" / record.path) for record in records)
-    done = cache_masks(pictures, segmenter, store, batch_size=16)
+    images = ((record, folder / "images" / record.path) for record in records)
+    done = cache_masks(images, segmenter, store, batch_size=16)
     cached = time.perf_counter()
     publish(records, store, segmenter.key, folder / "masks")
     assert (done.computed == 0) == again, done
@@ -154,11 +154,12 @@ def _masks(folder: Path, segmenter: Segmenter, again: bool) -> dict[str, Any]:
 def _features(folder: Path, again: bool) -> dict[str, Any]:
     import torch
 
-    from medfocus import features, images
-    from medfocus.encoders import build_clip
+    from medfocus.clip import features
+    from medfocus.clip.encoder import build_clip
+    from medfocus.datasets.records import read_manifest
+    from medfocus.focus.view import view
+    from medfocus.images import decode
     from medfocus.masks.store import PublishedMasks
-    from medfocus.records import read_manifest
-    from medfocus.views import view
 
     torch.set_num_threads(1)
     clip = build_clip("pocket", "random:0")
@@ -176,7 +177,7 @@ def _features(folder: Path, again: bool) -> dict[str, Any]:
         records,
         [record.sha256 for record in records],
         lambda record: view(
-            images.read(folder / "pictures" / record.path), masks[record.sha256],
+            decode.read(folder / "images" / record.path), masks[record.sha256],
             focus="multiply", size=clip.image_size, feather=0.01,
         ),
         encode,
@@ -188,14 +189,14 @@ def _features(folder: Path, again: bool) -> dict[str, Any]:
     return _since(began) | {"result_mib": round(result.nbytes / 2**20, 1)}
 
 
-def repro(project: Path, pictures: Path) -> dict[str, float]:
-    """Run a small study of ``pictures`` in a clone of this project, then measure what doing nothing costs."""
+def repro(project: Path, images: Path) -> dict[str, float]:
+    """Run a small study of ``images`` in a clone of this project, then measure what doing nothing costs."""
     import yaml
 
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     content["study"] |= {"methods": {"pixels": ["none"]}, "percents": [5], "seeds": [0]}
     described = next(iter(content["datasets"].values()))
-    content["datasets"] = {"archive": {**described, "root": str(pictures), "modality": "other"}}
+    content["datasets"] = {"archive": {**described, "root": str(images), "modality": "other"}}
     content["phantoms"] = {}
     content["masks"] |= {"segmenter": "otsu", "keep": {}}
     content["validation"] |= {"methods": ["pixels"]}
@@ -231,8 +232,8 @@ def repro(project: Path, pictures: Path) -> dict[str, float]:
 _AS_THE_FLOW = """
 import time
 from pathlib import Path
-from flows.stages import reproduce
-from flows.study import open_study
+from flows.stages.dvc import reproduce
+from flows.study.study import open_study
 study = open_study(Path("params.yaml"))
 began = time.perf_counter()
 assert not any([reproduce(study.folder, stage) for stage in study.stages])

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.clone import ROOT, clone
-from medfocus.params import moved_paths, read_content
+from flows.study.params import moved_paths, read_content
 
 MOST = 0.05
 ENOUGH = 600.0  # seconds of a study for which the bound is meant
@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder, "project")
         content = moved_paths(read_content(options.params), options.params.resolve().parent, project)
-        if options.params.resolve() == ROOT / "params.yaml":  # its pictures are drawn there
+        if options.params.resolve() == ROOT / "params.yaml":  # its images are drawn there
             content = read_content(options.params)
         content["study"] |= {"seeds": list(range(options.seeds))}
         environment = clone(project, content)
@@ -59,8 +59,10 @@ def main() -> None:
 
 _MEASURED = """
 import json, time
-from flows import page, pipeline, stages
-from medfocus import tracking
+from flows import pipeline
+from flows.release import page
+from flows.stages import dvc
+from medfocus.tracking import runs
 
 spent = {"stages_s": 0.0, "page_s": 0.0, "mlflow_s": 0.0}
 
@@ -73,11 +75,11 @@ def timed(run, name):
             spent[name] += time.perf_counter() - began
     return measured
 
-stages._run_here = timed(stages._run_here, "stages_s")
+dvc._run_here = timed(dvc._run_here, "stages_s")
 page.write_page = timed(page.write_page, "page_s")
-tracking.start = timed(tracking.start, "mlflow_s")
+runs.start = timed(runs.start, "mlflow_s")
 for method in ("log_cell", "log_figure", "log_table"):
-    setattr(tracking.Study, method, timed(getattr(tracking.Study, method), "mlflow_s"))
+    setattr(runs.Study, method, timed(getattr(runs.Study, method), "mlflow_s"))
 began = time.perf_counter()
 pipeline.main([])
 spent = {"wall_s": time.perf_counter() - began, **spent}

@@ -1,4 +1,4 @@
-"""How long a reader's click takes on the page of ``medfocus app``, beside the first reading of the picture.
+"""How long a reader's click takes on the page of ``medfocus app``, beside the first reading of the image.
 
 `open` reads a phantom for the first time: decoding, SAM2's encoding, its mask, the prediction, the layers of
 the page. `click` is what a point costs then: prompt encoder, mask decoder, and all of the prediction again.
@@ -31,12 +31,12 @@ from flows.cli import workstation
 from medfocus import phantoms
 from medfocus.app import clicks
 from medfocus.app.reading import Reader
-from medfocus.masks.lean.segmenter import build_segmenter
-from medfocus.masks.sam2 import Sam2Segmenter
+from medfocus.masks.quality import iou
+from medfocus.masks.sam2.fast_segmenter import build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter
 from medfocus.phantoms.phantom import Phantom
-from medfocus.quality import iou
 
-HELD_OUT = 3_000_000  # seed of phantoms.generator: no picture of the pocket models' training
+HELD_OUT = 3_000_000  # seed of phantoms.generator: no image of the pocket models' training
 FULL = "sam2.1_hiera_t"
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--model", help="as medfocus app takes it")
     parser.add_argument("--modality", default="brain_mri", choices=phantoms.MODALITIES)
-    parser.add_argument("--pictures", type=int, default=6, help="a class with a lesion")
+    parser.add_argument("--images", type=int, default=6, help="a class with a lesion")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--full", action="store_true", help="SAM2.1-tiny at 1024 px, too")
     options = parser.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
     drawn = [
         phantom
         for label in phantoms.MODALITIES[options.modality]
-        for i in range(options.pictures)
+        for i in range(options.images)
         if (phantom := draw(options.modality, label, i)).region.any()
     ]
     print(f"{about.model} {about.version}, {torch.get_num_threads()} threads, median of {options.repeats}")
@@ -75,7 +75,7 @@ def draw(modality: str, label: str, number: int) -> Phantom:
 
 
 def rgb(phantom: Phantom) -> np.ndarray:
-    return np.repeat(phantom.picture[..., None], 3, axis=2)
+    return np.repeat(phantom.image[..., None], 3, axis=2)
 
 
 Steps = dict[str, Callable[[], object]]
@@ -84,7 +84,7 @@ Steps = dict[str, Callable[[], object]]
 def steps(reader: Reader, segmenter: Sam2Segmenter, phantom: Phantom) -> Steps:
     """What the page waits for."""
     buffer = io.BytesIO()
-    Image.fromarray(phantom.picture).save(buffer, "PNG")
+    Image.fromarray(phantom.image).save(buffer, "PNG")
     opened = reader.open(buffer.getvalue(), "a phantom")
     point = clicks.deepest(phantom.region)
     whole: Steps = {
@@ -94,12 +94,12 @@ def steps(reader: Reader, segmenter: Sam2Segmenter, phantom: Phantom) -> Steps:
     return whole | parts(segmenter, opened.pixels, point)
 
 
-def parts(segmenter: Sam2Segmenter, picture: np.ndarray, point: clicks.Point) -> Steps:
+def parts(segmenter: Sam2Segmenter, image: np.ndarray, point: clicks.Point) -> Steps:
     """SAM2's share."""
-    features = clicks.encode(segmenter, picture)
+    features = clicks.encode(segmenter, image)
     return {
-        "encoding": lambda: clicks.encode(segmenter, picture),
-        "points": lambda: clicks.mask_at(segmenter, picture, features, [point]),
+        "encoding": lambda: clicks.encode(segmenter, image),
+        "points": lambda: clicks.mask_at(segmenter, image, features, [point]),
     }
 
 
@@ -127,10 +127,10 @@ def quality(segmenter: Sam2Segmenter, drawn: list[Phantom]) -> tuple[float, floa
     """Mean IoU with the lesion: of the first mask, and of the mask at the lesion's deepest point."""
     found: list[tuple[float, float]] = []
     for phantom in drawn:
-        picture = rgb(phantom)
-        features = clicks.encode(segmenter, picture)
-        mask = clicks.mask_at(segmenter, picture, features, [clicks.deepest(phantom.region)])
-        [first] = segmenter.segment([picture])
+        image = rgb(phantom)
+        features = clicks.encode(segmenter, image)
+        mask = clicks.mask_at(segmenter, image, features, [clicks.deepest(phantom.region)])
+        [first] = segmenter.segment([image])
         found.append((iou(first.region, phantom.region), iou(mask.region, phantom.region)))
     first, after = np.mean(found, axis=0).tolist()
     return first, after

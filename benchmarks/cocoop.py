@@ -1,7 +1,7 @@
 """Peak memory of one training step of CoCoOp against CoOp's, each in a process of its own.
 
-A step is a batch of 32 pictures of ten classes through the text tower of ViT-B-32, with random weights:
-memory does not care. CoCoOp goes there in chunks of pictures; "whole batch" is what it would take without
+A step is a batch of 32 images of ten classes through the text tower of ViT-B-32, with random weights:
+memory does not care. CoCoOp goes there in chunks of images; "whole batch" is what it would take without
 them.
 
     python -m benchmarks.cocoop
@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CHUNK = 2  # pictures, as params.yaml has it
+CHUNK = 2  # images, as params.yaml has it
 BATCH = 32
 CLASSES = 10
 MOST = 4.0  # times CoOp's memory that CoCoOp may take
@@ -62,7 +62,7 @@ def _peak(step: str, model: str) -> float:
     # Imported here, for a child inherits the peak of the process that starts it.
     import torch
 
-    from medfocus.encoders import build_clip
+    from medfocus.clip.encoder import build_clip
     from medfocus.methods import Support
     from medfocus.methods.cocoop import CoCoOp
     from medfocus.methods.coop import CoOp
@@ -78,11 +78,11 @@ def _peak(step: str, model: str) -> float:
     else:
         method = CoCoOp(clip, reduction=16, chunk=CHUNK if step == "cocoop" else BATCH, **shared)
 
-    def fit(pictures: int, classes: int) -> None:
+    def fit(images: int, classes: int) -> None:
         support = Support(
-            inputs=torch.nn.functional.normalize(torch.randn(1, pictures, clip.dim), dim=-1),
-            labels=torch.arange(pictures) % classes,
-            groups=torch.arange(pictures),
+            inputs=torch.nn.functional.normalize(torch.randn(1, images, clip.dim), dim=-1),
+            labels=torch.arange(images) % classes,
+            groups=torch.arange(images),
             text_features=torch.zeros(classes, clip.dim),
             class_names=tuple(f"class {number}" for number in range(classes)),
         )

@@ -1,8 +1,8 @@
-"""CLIP's features from picture files against a bare loop over `encode_image`, side by side.
+"""CLIP's features from image files against a bare loop over `encode_image`, side by side.
 
 The pipeline reads and decodes files, makes views in threads, encodes and fills a cache. The reference runs
 the same model on tensors that are ready in memory, in batches of the same size. Random weights: the clock
-does not care. Both alternate, so that a machine that slows down slows both; the ratio of the picture
+does not care. Both alternate, so that a machine that slows down slows both; the ratio of the image
 rates is the median over the repetitions, on one thread of torch's. Views need a core of their own to cost
 nothing: "on one core" is the ratio of the processor times, which is what is left where there is none.
 
@@ -23,22 +23,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-from medfocus import features, images, phantoms
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.views import view
+from medfocus import phantoms
+from medfocus.clip import features
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.focus.view import view
+from medfocus.images import decode
 
-LEAST = 0.9  # of the bare loop's picture rate
+LEAST = 0.9  # of the bare loop's image rate
 LOUD = 0.2  # a shortfall of such a share of it is a regression
-ROUNDS = {"pocket": 8}  # how often a repetition takes all pictures; once unless told, as a ViT-B is slow
+ROUNDS = {"pocket": 8}  # how often a repetition takes all images; once unless told, as a ViT-B is slow
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", type=Path, help="a folder of pictures; phantoms as JPEG unless told")
+    parser.add_argument("--root", type=Path, help="a folder of images; phantoms as JPEG unless told")
     parser.add_argument("--size", type=int, default=512, help="pixels a side of the phantoms")
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2, help="threads that make views")
@@ -46,17 +48,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, object] = {"pictures": options.pictures, "batch_size": options.batch_size}
+    result: dict[str, object] = {"images": options.images, "batch_size": options.batch_size}
     with tempfile.TemporaryDirectory() as folder:
-        root = options.root or _draw(Path(folder, "pictures"), options.pictures, options.size)
-        paths = _pick(root, options.pictures)
+        root = options.root or _draw(Path(folder, "images"), options.images, options.size)
+        paths = _pick(root, options.images)
         for model in options.models:
             clip = build_clip(model, "random:0")
             ratio, measured = _compare(clip, paths, options, Path(folder, "cache"))
             name = model.lower().replace("-", "_")
             result |= {f"ratio_{name}": ratio, **{f"{key}_{name}": value for key, value in measured.items()}}
             print(
-                f"{model}: {len(paths)} pictures, {measured['bare_ms']} ms a picture in the bare loop, "
+                f"{model}: {len(paths)} images, {measured['bare_ms']} ms per image in the bare loop, "
                 f"{measured['job_ms']} ms from files, {measured['forward']:.0%} of them in forward; a view "
                 f"takes {measured['view_ms']} ms of one thread\nratio {ratio:.3f} "
                 f"({measured['one_core']} on one core), at least {LEAST}: {_verdict(ratio)}",
@@ -69,13 +71,13 @@ def main() -> None:
 def _compare(
     clip: ClipEncoder, paths: Sequence[Path], options: argparse.Namespace, cache: Path
 ) -> tuple[float, dict[str, float]]:
-    """Rate from files over rate of the bare loop, and what it is made of, milliseconds a picture."""
+    """Rate from files over rate of the bare loop, and what it is made of, milliseconds per image."""
     rounds = ROUNDS.get(clip.name, 1)
     items = list(paths) * rounds
     forward = 0.0
 
     def made(path: Path) -> np.ndarray:
-        return view(images.read(path), None, focus="none", size=clip.image_size, feather=0.01)
+        return view(decode.read(path), None, focus="none", size=clip.image_size, feather=0.01)
 
     def encoded(pixels: torch.Tensor) -> torch.Tensor:
         nonlocal forward
@@ -136,13 +138,13 @@ def _draw(folder: Path, count: int, size: int) -> Path:
     folder.mkdir()
     for i in range(count):
         rng = phantoms.generator(0, "chest_xray", "train", "normal", i)
-        picture = phantoms.draw("chest_xray", "normal", rng, size).picture
-        Image.fromarray(picture).save(folder / f"{i:05}.jpg", quality=90)
+        image = phantoms.draw("chest_xray", "normal", rng, size).image
+        Image.fromarray(image).save(folder / f"{i:05}.jpg", quality=90)
     return folder
 
 
 def _pick(root: Path, count: int) -> list[Path]:
-    """``count`` of the pictures below a folder, spread over it; fewer where it has fewer."""
+    """``count`` of the images below a folder, spread over it; fewer where it has fewer."""
     suffixes = (".png", ".jpg", ".jpeg")
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and "masks" not in p.parts)
     if not found:

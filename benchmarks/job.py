@@ -1,11 +1,11 @@
-"""Masks and features from picture files against the sum of the bare forward passes, side by side.
+"""Masks and features from image files against the sum of the bare forward passes, side by side.
 
 The job decodes files, segments, keeps and publishes masks, focuses, and encodes. The reference runs
 the same networks in the same batches on tensors that are ready in memory. Full-size architectures
 with random weights: the clock does not care. Chunks of both alternate, so that a machine that slows
 down slows both.
 
-    python -m benchmarks.job --root ../shared/data/covid19 --pictures 317
+    python -m benchmarks.job --root ../shared/data/covid19 --images 317
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medfocus import features, images
-from medfocus.encoders import build_clip
-from medfocus.ingest import ingest
-from medfocus.masks.lean.segmenter import build_segmenter
+from medfocus.clip import features
+from medfocus.clip.encoder import build_clip
+from medfocus.datasets.ingest import ingest
+from medfocus.focus.view import view
+from medfocus.images import decode
+from medfocus.masks.sam2.fast_segmenter import build_segmenter
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
-from medfocus.views import view
 
-CHUNK = 32  # pictures between changing over
+CHUNK = 32  # images between changing over
 FEATHER = 0.01
 
 
@@ -35,7 +36,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, required=True, help="a folder of split/class/*.png|jpg")
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=512, help="pixels a side that SAM2 sees")
     parser.add_argument("--strategy", default="grid")
     parser.add_argument("--points-per-side", type=int, default=4)
@@ -44,8 +45,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     records = ingest(arguments.root, manifest=None, patient_pattern=None).records
-    step = max(1, len(records) // arguments.pictures)
-    records = records[::step][: arguments.pictures]
+    step = max(1, len(records) // arguments.images)
+    records = records[::step][: arguments.images]
     segmenter = build_segmenter(
         "sam2.1_hiera_t",
         "random:0",
@@ -78,7 +79,7 @@ def main() -> None:
         store = MaskStore(Path(folder, "masks"))
         for start in range(0, len(records), CHUNK):
             some = records[start : start + CHUNK]
-            bare([images.read(arguments.root / record.path) for record in some])
+            bare([decode.read(arguments.root / record.path) for record in some])
             began = time.perf_counter()
             pairs = [(record, arguments.root / record.path) for record in some]
             cache_masks(pairs, segmenter, store, batch_size=arguments.batch_size)
@@ -90,7 +91,7 @@ def main() -> None:
                 some,
                 [record.sha256 for record in some],
                 lambda record, masks=masks: view(
-                    images.read(arguments.root / record.path),
+                    decode.read(arguments.root / record.path),
                     masks[record.sha256],
                     focus="multiply",
                     size=clip.image_size,
@@ -106,15 +107,13 @@ def main() -> None:
     forward = seconds["encoder"] + seconds["decoder"] + seconds["clip"]
     job = seconds["job masks"] + seconds["job features"]
     count = len(records)
-    print(f"{count} pictures, SAM2.1-tiny at {arguments.image_size} px, {arguments.strategy}, ViT-B-32")
+    print(f"{count} images, SAM2.1-tiny at {arguments.image_size} px, {arguments.strategy}, ViT-B-32")
     for name, value in seconds.items():
-        print(f"{name:>14}: {value / count:.3f} s a picture")
+        print(f"{name:>14}: {value / count:.3f} s per image")
     print(f"bare forward passes {forward:.1f} s, job {job:.1f} s, ratio {job / forward:.3f}")
     if arguments.json:
         print(
-            json.dumps(
-                {"pictures": count, "bare_s": forward, "job_s": job, "ratio": job / forward, **seconds}
-            )
+            json.dumps({"images": count, "bare_s": forward, "job_s": job, "ratio": job / forward, **seconds})
         )
 
 

@@ -1,20 +1,20 @@
-"""Seconds a picture for one mask, as ratios to SAM2's bare encoder and its own generator in the same run.
+"""Seconds per image for one mask, as ratios to SAM2's bare encoder and its own generator in the same run.
 
 Clock: the full-size SAM2.1-tiny with random weights (the clock does not care; no candidate of theirs is good
 enough to spare another one's drawing), phantoms squeezed to 1024 and 512 px. Every repetition times every
 row in turn, so that a machine that slows down slows all; medians. `encoder` is the forward pass of the sam2
 package on a tensor that is ready, `limit` what its arithmetic would take at the rate of a large product of
 matrices. `generator` is one call of SAM2AutomaticMaskGenerator with its published settings; it takes
-minutes, so it runs --generator-repeats times (once) and on the first picture only. Nothing is extrapolated.
+minutes, so it runs --generator-repeats times (once) and on the first image only. Nothing is extrapolated.
 On a machine that others share, `--threads 1 --processor` counts the processor's seconds, not the wall's.
 
 Masks: the pocket weights at 128 px, whose masks mean something, on held-out phantoms of every class: mean IoU
-with the mask chosen among the generator's proposals at 16 x 16 points, and with the known lesion. `lean` is
+with the mask chosen among the generator's proposals at 16 x 16 points, and with the known lesion. `fast` is
 the code that runs from 512 px on, here at 128. The table also says what fewer points cost: a small lesion
 lies between 4 x 4 of them.
 
     python -m benchmarks.masks
-    python -m benchmarks.masks --pictures 2 --repeats 5 --json
+    python -m benchmarks.masks --images 2 --repeats 5 --json
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from medfocus import phantoms
-from medfocus.masks import sam2
-from medfocus.masks.lean.segmenter import LeanSegmenter, build_segmenter
-from medfocus.masks.sam2 import Sam2Segmenter
+from medfocus.datasets.records import Record
+from medfocus.masks.quality import iou
+from medfocus.masks.sam2 import segmenter
+from medfocus.masks.sam2.fast_segmenter import FastSegmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter
 from medfocus.masks.store import MaskStore, cache_masks
-from medfocus.quality import iou
-from medfocus.records import Record
 
-FULL, POINTS = "sam2.1_hiera_t", 4  # POINTS a side: as the studies of large pictures take them
+FULL, POINTS = "sam2.1_hiera_t", 4  # POINTS a side: as the studies of large images take them
 DRAWN = 768  # pixels a side of the phantoms for the clock, of no size that the model sees
 POCKET_POINTS = 8  # as params.yaml has it
-HELD_OUT = 3_000_000  # seed of phantoms.generator: no picture of the pocket models' training
+HELD_OUT = 3_000_000  # seed of phantoms.generator: no image of the pocket models' training
 GEMM = 2048
 MOST_RATIO, LEAST_16, LEAST_32, LEAST_512, LEAST_MIOU = 1.25, 9.0, 30.0, 30.0, 0.9
 SLACK = 0.2  # beyond which a ratio is a step back and no noise
@@ -58,13 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pictures", type=int, default=1, help="on the clock; as many a class for the masks")
+    parser.add_argument("--images", type=int, default=1, help="on the clock; as many a class for the masks")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--generator-repeats", type=int, default=1, help="0 leaves the generator out")
     parser.add_argument("--size", choices=("all", "full", "pocket"), default="all", help="which network")
-    parser.add_argument(
-        "--files", type=int, default=8, help="picture files for the share in the forward pass"
-    )
+    parser.add_argument("--files", type=int, default=8, help="image files for the share in the forward pass")
     parser.add_argument("--threads", type=int, help="of torch; its own choice if left out")
     parser.add_argument("--processor", action="store_true", help="time of the processor, not of the wall")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -74,27 +72,27 @@ def main() -> None:
     now = time.process_time if options.processor else time.perf_counter
     result: dict[str, Any] = {
         "clock": now.__name__,
-        "pictures": options.pictures,
+        "images": options.images,
         "threads": torch.get_num_threads(),
     }
     if options.size != "pocket":
-        result |= clock(options.pictures, options.repeats, options.generator_repeats, now)
+        result |= clock(options.images, options.repeats, options.generator_repeats, now)
         result["forward_share"] = forward_share(options.files)
     if options.size != "full":
-        result |= agreement(max(options.pictures, 4))
+        result |= agreement(max(options.images, 4))
     verdicts(result)
     if options.json:
         print(json.dumps(result))
 
 
-def clock(pictures: int, repeats: int, generator_repeats: int, now: Callable[[], float]) -> dict[str, Any]:
+def clock(images: int, repeats: int, generator_repeats: int, now: Callable[[], float]) -> dict[str, Any]:
     """Seconds of every row by ``now``, and the ratios."""
-    shown = [drawn("chest_xray", "normal", number, DRAWN) for number in range(pictures)]
+    shown = [drawn("chest_xray", "normal", number, DRAWN) for number in range(images)]
     shared = {"config": FULL, "checkpoint": "random:0", "batch_size": 1}
-    plain = sam2.build_segmenter(**shared, image_size=1024, strategy="grid", points_per_side=POINTS)
+    plain = segmenter.build_segmenter(**shared, image_size=1024, strategy="grid", points_per_side=POINTS)
     rows: dict[str, Callable[[np.ndarray], object]] = {}
     for size in (1024, 512):
-        model = plain.model if size == 1024 else sam2.build_segmenter(
+        model = plain.model if size == 1024 else segmenter.build_segmenter(
             **shared, image_size=size, strategy="grid"
         ).model  # fmt: skip
         ready = torch.rand(1, 3, size, size)
@@ -104,8 +102,8 @@ def clock(pictures: int, repeats: int, generator_repeats: int, now: Callable[[],
             ("box", "box", 1),
         ):  # fmt: skip
             one = build_segmenter(**shared, image_size=size, strategy=strategy, points_per_side=points)
-            rows[f"{name}, {size} px"] = lambda picture, one=one: one.segment([picture])
-    rows["plain grid 4 x 4, 1024 px"] = lambda picture: plain.segment([picture])
+            rows[f"{name}, {size} px"] = lambda image, one=one: one.segment([image])
+    rows["plain grid 4 x 4, 1024 px"] = lambda image: plain.segment([image])
     square = torch.rand(GEMM, GEMM)
     rows["product of matrices"] = lambda _: square @ square
     generators = {f"generator {side} x {side}, 1024 px": generator(plain, side) for side in (16, 32)}
@@ -113,13 +111,13 @@ def clock(pictures: int, repeats: int, generator_repeats: int, now: Callable[[],
     seconds: dict[str, list[float]] = defaultdict(list)
     with torch.inference_mode():
         for repeat in range(max(repeats, generator_repeats)):
-            for number, picture in enumerate(shown):
+            for number, image in enumerate(shown):
                 timed = rows if repeat < repeats else {}
                 if number == 0 and repeat < generator_repeats:
                     timed = timed | generators
                 for name, run in timed.items():
                     began = now()
-                    run(picture)
+                    run(image)
                     seconds[name].append(now() - began)
                     print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
         flops = {}
@@ -138,7 +136,7 @@ def clock(pictures: int, repeats: int, generator_repeats: int, now: Callable[[],
     for name, value in sorted(median.items(), key=lambda item: -item[1]):
         times = len(seconds[name])
         spread = f"{min(seconds[name]):.2f} to {max(seconds[name]):.2f}, n = {times}" if times else "computed"
-        print(f"{name:26} {value:8.3f} s a picture ({spread}), {value / encoder:6.2f} times the encoder")
+        print(f"{name:26} {value:8.3f} s per image ({spread}), {value / encoder:6.2f} times the encoder")
     ratios = {
         "ratio_to_encoder": grid / encoder,
         "ratio_to_encoder_8x8": median["grid 8 x 8, 1024 px"] / encoder,
@@ -155,9 +153,9 @@ def clock(pictures: int, repeats: int, generator_repeats: int, now: Callable[[],
 
 
 def forward_share(count: int) -> float:
-    """Share of the wall time of ``cache_masks`` that the network runs, over picture files at 512 px."""
+    """Share of the wall time of ``cache_masks`` that the network runs, over image files at 512 px."""
     segmenter = build_segmenter(FULL, "random:0", 512, "grid", points_per_side=POINTS, batch_size=2)
-    assert isinstance(segmenter, LeanSegmenter)
+    assert isinstance(segmenter, FastSegmenter)
     forward = 0.0
 
     def counted(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,11 +196,11 @@ def agreement(per_class: int) -> dict[str, Any]:
     segmenters = {
         "generator": build_segmenter(**shared, strategy="automatic", points_per_side=16),
         "grid": grid(POCKET_POINTS),
-        "grid, lean": LeanSegmenter(grid(POCKET_POINTS)),
+        "grid, fast": FastSegmenter(grid(POCKET_POINTS)),
         "grid, 4 x 4": grid(4),
-        "grid, 16 x 16, lean": LeanSegmenter(grid(16)),
+        "grid, 16 x 16, fast": FastSegmenter(grid(16)),
         "grid, edges": grid(POCKET_POINTS, follow_edges=True),
-        "grid, edges, lean": LeanSegmenter(grid(POCKET_POINTS, follow_edges=True)),
+        "grid, edges, fast": FastSegmenter(grid(POCKET_POINTS, follow_edges=True)),
         "center": build_segmenter(**shared, strategy="center"),
         "box": build_segmenter(**shared, strategy="box"),
     }
@@ -215,14 +213,14 @@ def agreement(per_class: int) -> dict[str, Any]:
             for number in range(per_class):
                 rng = phantoms.generator(HELD_OUT, modality, "test", label, number)
                 phantom = phantoms.draw(modality, label, rng)
-                picture, masks = np.repeat(phantom.picture[..., None], 3, 2), {}
-                for name, segmenter in segmenters.items():
+                image, masks = np.repeat(phantom.image[..., None], 3, 2), {}
+                for name, made in segmenters.items():
                     began = time.perf_counter()
-                    masks[name] = segmenter.segment([picture])[0].region
+                    masks[name] = made.segment([image])[0].region
                     seconds[name].append(time.perf_counter() - began)
                 for name, mask in masks.items():
                     with_generator[name].append(iou(mask, masks["generator"]))
-                    if (plain := name.removesuffix(", lean")) in masks:
+                    if (plain := name.removesuffix(", fast")) in masks:
                         with_plain[name].append(iou(mask, masks[plain]))
                     if phantom.region.any():
                         with_truth[name][modality].append(iou(mask, phantom.region))
@@ -238,7 +236,7 @@ def agreement(per_class: int) -> dict[str, Any]:
         }
         said = ", ".join(f"{modality} {value:.3f}" for modality, value in truth.items())
         plain = ""
-        if "lean" in name and name in with_plain:
+        if "fast" in name and name in with_plain:
             table[name]["with_plain"] = mean(with_plain[name])
             plain = f", with plain {table[name]['with_plain']:.4f}"
         took, agreed = table[name]["seconds"], table[name]["with_generator"]
@@ -288,7 +286,7 @@ def generator(plain: Sam2Segmenter, points_per_side: int) -> Callable[[np.ndarra
 def drawn(modality: str, label: str, number: int, size: int) -> np.ndarray:
     """A held-out phantom (size, size, 3) uint8."""
     rng = phantoms.generator(HELD_OUT, modality, "test", label, number)
-    return np.repeat(phantoms.draw(modality, label, rng, size).picture[..., None], 3, 2)
+    return np.repeat(phantoms.draw(modality, label, rng, size).image[..., None], 3, 2)
 
 
 def mean(values: Sequence[float]) -> float:

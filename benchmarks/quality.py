@@ -1,11 +1,11 @@
 """How good masks are on a data set whose regions are known: SAM2 against Otsu and a box in the middle.
 
-Prints, a class and over all, the mean Dice and IoU with a 95 % interval (bootstrap over pictures) of
+Prints, a class and over all, the mean Dice and IoU with a 95 % interval (bootstrap over images) of
 
     unprompted   the mask chosen without a prompt from outside, as the masks stage makes it
     points       the union of what one point inside each connected part of the region finds
     otsu         the segmenter that has no weights
-    centre box   the box in the middle with half of the picture's area
+    centre box   the box in the middle with half of the image's area
 
     python -m benchmarks.quality --root ../shared/data/tb_cxr --keep 2
 """
@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from medfocus import images
-from medfocus.masks.lean.segmenter import build_segmenter
+from medfocus.images import decode
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.quality import center_box, dice, innermost, iou, known_region, parts, pointed
+from medfocus.masks.quality import center_box, dice, innermost, iou, known_region, parts, pointed
+from medfocus.masks.sam2.fast_segmenter import build_segmenter
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--points-per-side", type=int, default=8)
     parser.add_argument("--follow-edges", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--per-class", type=int, help="at most so many pictures of a class")
+    parser.add_argument("--per-class", type=int, help="at most so many images of a class")
     options = parser.parse_args()
     sam2 = build_segmenter(
         options.config, options.checkpoint, options.image_size, "grid",
@@ -46,13 +46,11 @@ def main() -> None:
     )  # fmt: skip
     otsu = OtsuSegmenter(keep=options.keep)
     scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for label, picture, region in tqdm(
-        _pictures(options.root, options.per_class), unit="picture", disable=None
-    ):
+    for label, image, region in tqdm(_images(options.root, options.per_class), unit="image", disable=None):
         masks = {
-            "unprompted": sam2.segment([picture])[0].region,
-            "points": pointed(sam2, picture, [innermost(part) for part in parts(region)])[0],
-            "otsu": otsu.segment([picture])[0].region,
+            "unprompted": sam2.segment([image])[0].region,
+            "points": pointed(sam2, image, [innermost(part) for part in parts(region)])[0],
+            "otsu": otsu.segment([image])[0].region,
             "centre box": center_box(*region.shape),
         }
         for name, mask in masks.items():
@@ -63,29 +61,29 @@ def main() -> None:
     for label, by_name in scores.items():
         for name, pairs in by_name.items():
             d, i = (_interval(values) for values in zip(*pairs, strict=True))
-            table[f"{label}, {name}"] = {"pictures": len(pairs), "dice": d, "iou": i}
-            print(f"{label:14} {name:11} {len(pairs):4} pictures  Dice {_text(d)}  IoU {_text(i)}")
+            table[f"{label}, {name}"] = {"images": len(pairs), "dice": d, "iou": i}
+            print(f"{label:14} {name:11} {len(pairs):4} images  Dice {_text(d)}  IoU {_text(i)}")
     print(json.dumps({"root": options.root.name, **table}))
 
 
-def _pictures(root: Path, per_class: int | None) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Label, picture (H, W, 3) uint8 and region (H, W) bool of every picture that has a region."""
+def _images(root: Path, per_class: int | None) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Label, image (H, W, 3) uint8 and region (H, W) bool of every image that has a region."""
     found: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = defaultdict(list)
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in (".jpg", ".png")):
         inside = path.relative_to(root)
         if inside.parts[0] == "masks" or len(found[path.parent.name]) == per_class:
             continue
-        picture = images.read(path)
-        region = known_region(root, str(inside), *picture.shape[:2])
+        image = decode.read(path)
+        region = known_region(root, str(inside), *image.shape[:2])
         if region is not None:
-            found[path.parent.name].append((path.parent.name, picture, region))
+            found[path.parent.name].append((path.parent.name, image, region))
     if not any(found.values()):
-        raise SystemExit(f"{root}: no picture in it has a region in {root / 'masks'}.")
+        raise SystemExit(f"{root}: no image in it has a region in {root / 'masks'}.")
     return [each for members in found.values() for each in members]
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its 95 % percentile bootstrap interval over pictures."""
+    """Mean and the ends of its 95 % percentile bootstrap interval over images."""
     rng = np.random.default_rng(0)
     means = rng.choice(np.asarray(values), (2000, len(values))).mean(1)
     low, high = np.quantile(means, (0.025, 0.975))

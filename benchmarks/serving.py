@@ -1,13 +1,13 @@
 """MLflow's scoring server under load against bare `Predictor.predict`, side by side.
 
 A classifier is fitted on a few phantoms with the pocket models, registered, and served by `mlflow models
-serve` on loopback. Clients in threads send pictures in base64, each waiting for its answer; the reference
-gives the same pictures to the same model in this process, in batches of the same size, without a server.
-Both alternate, so that a machine that slows down slows both; the ratio of the picture rates is the median
+serve` on loopback. Clients in threads send images in base64, each waiting for its answer; the reference
+gives the same images to the same model in this process, in batches of the same size, without a server.
+Both alternate, so that a machine that slows down slows both; the ratio of the image rates is the median
 over the repetitions, on one thread of torch's. A latency is what a client waits, the others' turns included.
 
     python -m benchmarks.serving
-    python -m benchmarks.serving --clients 1 --pictures 64
+    python -m benchmarks.serving --clients 1 --images 64
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from flows.servers import free_port, model_server
-from medfocus import phantoms, registry, tracking
+from flows.servers.servers import free_port, model_server
+from medfocus import phantoms
 from medfocus.phantoms import png
-from medfocus.serve import Predictor
+from medfocus.serving.predictor import Predictor
+from medfocus.tracking import registry, runs
 
 MODALITY = "breast_ultrasound"
 
@@ -41,9 +42,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--pictures", type=int, default=128, help="a repetition")
+    parser.add_argument("--images", type=int, default=128, help="a repetition")
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="pictures a request")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images per request")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
@@ -51,29 +52,29 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    pictures = [png.encode(_drawn("test", i, options.size)) for i in range(options.pictures)]
+    images = [png.encode(_drawn("test", i, options.size)) for i in range(options.images)]
     result: dict[str, object] = {
         "clients": options.clients,
-        "pictures": options.pictures,
+        "images": options.images,
         "load_average": round(os.getloadavg()[0], 1),
     }
     with tempfile.TemporaryDirectory() as place:
         home, model = Path(place, "home"), Path(place, "model")
         uri = _registered(home, model)
         predictor = Predictor.load(model)
-        predictor.predict(pictures[:1])
+        predictor.predict(images[:1])
         began = time.perf_counter()
         with model_server(uri, "models:/benchmark@champion", free_port()) as address:
             result["start_s"] = round(time.perf_counter() - began, 1)
-            _post(address, _body(pictures[:1], True))
+            _post(address, _body(images[:1], True))
             print(
-                f"{options.clients} clients, {options.pictures} pictures of {options.size} px a repetition, "
+                f"{options.clients} clients, {options.images} images of {options.size} px a repetition, "
                 f"{options.repeats} repetitions; load average before: {result['load_average']}; the server "
                 f"was up after {result['start_s']} s"
             )
-            print("pictures a request  overlay  p50 s  p95 s  pictures/s  bare pictures/s  ratio")
+            print("images per request  overlay  p50 s  p95 s  images/s  bare images/s  ratio")
             for batch, overlay in product(options.batches, (True, False)):
-                measured = _compare(predictor, address, pictures, batch, overlay, options)
+                measured = _compare(predictor, address, images, batch, overlay, options)
                 name = f"batch_{batch}_{'overlay' if overlay else 'lean'}"
                 result |= {f"{key}_{name}": value for key, value in measured.items()}
                 print(
@@ -89,13 +90,13 @@ def main() -> None:
 def _compare(
     predictor: Predictor,
     address: str,
-    pictures: Sequence[bytes],
+    images: Sequence[bytes],
     batch: int,
     overlay: bool,
     options: argparse.Namespace,
 ) -> dict[str, float]:
-    """Latencies, and both rates in pictures a second."""
-    parts = [pictures[start : start + batch] for start in range(0, len(pictures), batch)]
+    """Latencies, and both rates in images per second."""
+    parts = [images[start : start + batch] for start in range(0, len(images), batch)]
     bodies = [_body(part, overlay) for part in parts]
     latencies: list[float] = []
     seconds: list[tuple[float, float]] = []
@@ -113,14 +114,14 @@ def _compare(
     return {
         "p50_s": round(float(p50), 3),
         "p95_s": round(float(p95), 3),
-        "rate": round(len(pictures) / float(np.median(served_s)), 2),
-        "bare_rate": round(len(pictures) / float(np.median(bare_s)), 2),
+        "rate": round(len(images) / float(np.median(served_s)), 2),
+        "bare_rate": round(len(images) / float(np.median(bare_s)), 2),
         "ratio": round(float(np.median(bare_s / served_s)), 3),
     }
 
 
-def _body(pictures: Sequence[bytes], overlay: bool) -> bytes:
-    rows = [{"picture": base64.b64encode(data).decode()} for data in pictures]
+def _body(images: Sequence[bytes], overlay: bool) -> bytes:
+    rows = [{"image": base64.b64encode(data).decode()} for data in images]
     return json.dumps({"dataframe_records": rows, "params": {"overlay": overlay}}).encode()
 
 
@@ -145,7 +146,7 @@ def _registered(home: Path, model: Path) -> str:
     labels = [label for label in phantoms.MODALITIES[MODALITY] for _ in range(8)]
     drawn = [_drawn("train", i, 192, label) for i, label in enumerate(labels)]
     MedFocusCLIP(modality=MODALITY).fit(drawn, labels).save(model)
-    store = tracking.start(None, home, "benchmark")
+    store = runs.start(None, home, "benchmark")
     registry.register(
         store,
         "benchmark",
@@ -162,7 +163,7 @@ def _registered(home: Path, model: Path) -> str:
 def _drawn(split: str, number: int, size: int, label: str | None = None) -> np.ndarray:
     label = label or phantoms.MODALITIES[MODALITY][number % 3]
     random = phantoms.generator(0, MODALITY, split, label, number)
-    return phantoms.draw(MODALITY, label, random, size).picture
+    return phantoms.draw(MODALITY, label, random, size).image
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 A study of every method that leaves the towers frozen, at five fractions and five draws, in two focus modes,
 is run from an empty cache in a folder of its own, and beside it a bare loop of the same encoders over the
-same views, ready in memory. CLIP's picture tower should pass every view once a focus mode, and all of what
-`Dataset.embed` does should cost at most 1.5 times the bare passes. The heads come on top: their milliseconds
-a fit on cached features are listed.
+same views, ready in memory. CLIP's image encoder should pass every view once a focus mode, and all of what
+`EncodedDataset.embed` does should cost at most 1.5 times the bare passes. The heads come on top: their
+milliseconds a fit on cached features are listed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FINE_TUNED = ("clip-few-shot", "medfocusclip-full")  # blocks of the tower, on i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", type=int, default=40, help="training pictures a class; there are four")
+    parser.add_argument("--train", type=int, default=40, help="training images per class; there are four")
     parser.add_argument("--threads", type=int, default=1, help="of torch, for the study and the bare loop")
     parser.add_argument("--json", action="store_true", help="print one object as the last line")
     arguments = parser.parse_args()
@@ -48,7 +48,7 @@ def main() -> None:
     print(f"{result['cells']} cells of {result['methods']} methods, focus {' and '.join(FOCUSES)}")
     for name in ("bare_clip_s", "bare_sam2_s", "embed_s", "fit_and_score_s"):
         print(f"{name:>18}: {result[name]:.1f} s")
-    print(f"picture tower: {result['views_through_tower']} views passed, {result['views']} there are")
+    print(f"image encoder: {result['views_through_tower']} views passed, {result['views']} there are")
     print("milliseconds a fit on cached features, mean over its cells:")
     for name, value in result["fit_ms"].items():
         print(f"{name:>20}: {value:8.1f}")
@@ -78,7 +78,7 @@ def _write_study(folder: Path, train: int) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     (folder / ".dvc").mkdir()  # marks the project; nothing here asks DVC
 
-    from flows import duplicates, ingest, masks, phantoms, splits
+    from flows.stages import duplicates, ingest, masks, phantoms, splits
 
     phantoms.main(["--modality", "brain_mri"])
     for stage in (ingest, duplicates, splits, masks):
@@ -86,12 +86,14 @@ def _write_study(folder: Path, train: int) -> None:
 
 
 def _measure() -> dict[str, Any]:
-    from flows import costs, evaluate, finetune
-    from flows.cells import Dataset, plan
-    from flows.study import here
+    from flows.stages import evaluate, finetune
+    from flows.study import costs, models
+    from flows.study.cells import plan
+    from flows.study.dataset import EncodedDataset
+    from flows.study.study import here
 
     study = here()
-    embed, spent = Dataset.embed, {"embed": 0.0}
+    embed, spent = EncodedDataset.embed, {"embed": 0.0}
 
     def timed_embed(*arguments: Any, **options: Any) -> None:
         began = time.perf_counter()
@@ -99,13 +101,13 @@ def _measure() -> dict[str, Any]:
         spent["embed"] += time.perf_counter() - began
 
     began = time.perf_counter()
-    with patch.object(Dataset, "embed", timed_embed), _counted() as passed:
+    with patch.object(EncodedDataset, "embed", timed_embed), _counted() as passed:
         finetune.main([])
         evaluate.main([])
     whole = time.perf_counter() - began
 
-    encoder = study.encoder()
-    dataset = Dataset(study, "phantom-brain", encoder)
+    encoder = models.build_encoder(study)
+    dataset = EncodedDataset(study, "phantom-brain", encoder)
     views = {focus: _views(dataset, focus) for focus in FOCUSES}
     size = study.params.views.batch_size
 
@@ -120,7 +122,7 @@ def _measure() -> dict[str, Any]:
         for name, part in (("clip", clip), ("sam2", sam2))
     }
     fits: dict[str, list[float]] = {}
-    for line in costs.read_lines(costs.COSTS):
+    for line in costs.read_lines(here().paths.costs):
         name = line.system.split(" ")[0]
         if name not in FINE_TUNED:
             fits.setdefault(name, []).append(1000 * line.fit_seconds)
@@ -140,11 +142,11 @@ def _measure() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _counted() -> Iterator[list[int]]:
-    """How many views pass a picture tower in the block."""
-    from medfocus import encoders
+    """How many views pass an image encoder in the block."""
+    from medfocus.clip import encoder
 
     passed = [0]
-    build: Callable[..., Any] = encoders.build_clip
+    build: Callable[..., Any] = encoder.build_clip
 
     def counting(*arguments: Any, **options: Any) -> Any:
         encoder = build(*arguments, **options)
@@ -155,12 +157,12 @@ def _counted() -> Iterator[list[int]]:
         encoder.model.visual.conv1.register_forward_pre_hook(count)
         return encoder
 
-    with patch.object(encoders, "build_clip", counting):
+    with patch.object(encoder, "build_clip", counting):
         yield passed
 
 
 def _views(dataset: Any, focus: str) -> torch.Tensor:
-    """All views that a study embeds, several of a training picture, one of a test one: (N, S, S, 3) uint8."""
+    """All views that a study embeds, several of a training image, one of a test one: (N, S, S, 3) uint8."""
     size, feather = dataset.encoder.image_size, dataset.study.params.views.feather
     augmented = dataset.study.params.views.augmented
     made = [

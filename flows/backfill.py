@@ -1,4 +1,4 @@
-"""Mask back-fill: one mask for every picture of the manifests that has none by the present settings."""
+"""Mask back-fill: one mask for every image of the manifests that has none by the present settings."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.hooks import report_failure
-from flows.jobs import faults_in_one_line, only_retraining
+from flows.operations.jobs import faults_in_one_line, only_retraining
+from flows.operations.notify import report_failure
 from flows.pipeline import cache_masks
-from flows.servers import prefect_api
-from flows.study import open_study
-from medfocus.discreet import discreet
+from flows.servers.servers import prefect_api
+from flows.study.study import open_study
+from medfocus.storage.redaction import redacted
 
 
 @flow(
@@ -24,7 +24,7 @@ from medfocus.discreet import discreet
     on_failure=[report_failure],
     on_crashed=[report_failure],
 )
-@discreet
+@redacted
 def backfill(params_file: Path = Path("params.yaml"), datasets: Sequence[str] | None = None) -> None:
     """Manifests -> masks, of ``datasets`` or of all; nothing is ingested and nothing is trained.
 
@@ -38,7 +38,7 @@ def backfill(params_file: Path = Path("params.yaml"), datasets: Sequence[str] | 
             if name not in study.params.datasets:
                 known = ", ".join(study.params.datasets)
                 raise ValueError(f"{params_file}: no data set {name!r} there; it has {known}.")
-            if not (study.folder / f"data/manifests/{name}.csv").is_file():
+            if not study.paths.manifest(name).is_file():
                 raise ValueError(f"{name} has no manifest; ingest it first, by `make run` or `make retrain`.")
         for name in names:
             cache_masks(study, name)

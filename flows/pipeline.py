@@ -24,24 +24,24 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
-from flows.jobs import faults_in_one_line, only_job
-from flows.retries import PATIENT
-from flows.servers import must_answer, prefect_api
-from flows.stages import reproduce
-from flows.study import PAGE, RESULTS, STUDY, Study, open_study
-from medfocus import report
-from medfocus.discreet import discreet
-from medfocus.provenance import lock_digest
+from flows.operations.jobs import faults_in_one_line, only_job
+from flows.operations.retries import PATIENT
+from flows.servers.servers import must_answer, prefect_api
+from flows.stages.dvc import reproduce
+from flows.study.study import Study, open_study
+from medfocus.reports import tables
+from medfocus.storage.redaction import redacted
+from medfocus.tracking.provenance import lock_digest
 
 if TYPE_CHECKING:
-    from medfocus.registry import Registration
+    from medfocus.tracking.registry import Registration
 
 
 @task(task_run_name="plan {study.params.study.name}", cache_policy=NO_CACHE)
-@discreet
+@redacted
 def check_plan(study: Study) -> None:
     """Build every method of the study once: a typo fails here, before any work; so does a missing server."""
-    from flows.cells import plan
+    from flows.study.cells import plan
 
     plan(study.params)
     if (store := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("http"):
@@ -49,49 +49,48 @@ def check_plan(study: Study) -> None:
 
 
 @task(task_run_name="phantoms {modality}", **PATIENT)
-@discreet
+@redacted
 def draw_phantoms(study: Study, modality: str) -> None:
     """Draw an embedded data set."""
     _reproduce(study, f"phantoms@{modality}")
 
 
 @task(task_run_name="ingest {dataset}", **PATIENT)
-@discreet
+@redacted
 def ingest(study: Study, dataset: str) -> None:
     """Raw folder -> manifest, and a report of what is left out."""
     if _reproduce(study, f"ingest@{dataset}"):
-        path = study.folder / f"reports/data/{dataset}/left_out.csv"
+        path = study.paths.report(dataset, "left_out.csv")
         rows = [{"line": line, "fix": row["fix"]} for line, row in enumerate(_rows(path), start=2)]
         described = f"Left out at ingestion; the lines are those of {path.relative_to(study.folder)}"
         create_table_artifact(rows, key=_key(f"left-out-{dataset}"), description=described)
 
 
 @task(task_run_name="duplicates {dataset}", **PATIENT)
-@discreet
+@redacted
 def find_duplicates(study: Study, dataset: str) -> None:
     """Manifest -> pairs of twins."""
     _reproduce(study, f"duplicates@{dataset}")
 
 
 @task(task_run_name="splits {dataset}", **PATIENT)
-@discreet
+@redacted
 def draw_splits(study: Study, dataset: str) -> None:
     """Manifest and twins -> test sets and nested supports."""
     _reproduce(study, f"splits@{dataset}")
 
 
 @task(task_run_name="masks {dataset}", **PATIENT)
-@discreet
+@redacted
 def cache_masks(study: Study, dataset: str) -> None:
-    """Manifest -> one mask a picture, with a contact sheet to look at."""
+    """Manifest -> one mask per image, with a contact sheet to look at."""
     if _reproduce(study, f"masks@{dataset}"):
-        reports = study.folder / "reports/data" / dataset
         create_table_artifact(
-            _rows(reports / "masks.csv"),
+            _rows(study.paths.report(dataset, "masks.csv")),
             key=_key(f"masks-{dataset}"),
             description="Coverage, score and fallbacks of the masks, a line a class",
         )
-        sheet = base64.b64encode((reports / "masks.png").read_bytes()).decode()
+        sheet = base64.b64encode(study.paths.report(dataset, "masks.png").read_bytes()).decode()
         create_image_artifact(
             f"data:image/png;base64,{sheet}",
             key=_key(f"mask-sheet-{dataset}"),
@@ -100,37 +99,37 @@ def cache_masks(study: Study, dataset: str) -> None:
 
 
 @task(task_run_name="fine-tune {study.params.study.name}", **PATIENT)
-@discreet
+@redacted
 def finetune(study: Study) -> None:
     """Every cell of the study -> a checkpoint, from its support alone."""
     _reproduce(study, "finetune")
 
 
 @task(task_run_name="evaluate {study.params.study.name}", **PATIENT)
-@discreet
+@redacted
 def evaluate(study: Study) -> None:
     """Checkpoints -> test scores, MLflow runs, figures."""
     ran = _reproduce(study, "evaluate")
     if not _shows_results(study):
-        from flows.evaluate import restore_study_csv  # takes seconds, as do the next ones
+        from flows.stages.evaluate import restore_study_csv  # takes seconds, as do the next ones
 
         restore_study_csv(study)
     if not _page_is_current(study):
-        from flows.page import write_page
+        from flows.release.page import write_page
 
         write_page(study)
     if ran:
-        rows = report.read_study_csv(study.folder / STUDY)
+        rows = tables.read_study_csv(study.paths.study)
         create_markdown_artifact(
-            report.markdown_table(rows), key="study-table", description="Accuracy on the test sets"
+            tables.markdown_table(rows), key="study-table", description="Accuracy on the test sets"
         )
 
 
 @task(task_run_name="register {dataset}", **PATIENT)
-@discreet
+@redacted
 def register_best(study: Study, dataset: str) -> Registration:
     """The best cell by validation -> the model registry; champion only through the gate."""
-    from flows import register
+    from flows.release import register
 
     outcome = register.register_best(study, dataset)
     told = register.told(outcome)
@@ -139,7 +138,7 @@ def register_best(study: Study, dataset: str) -> Registration:
 
 
 @flow(name="medfocus", flow_run_name="{params_file}", validate_parameters=False)
-@discreet
+@redacted
 def pipeline(params_file: Path = Path("params.yaml")) -> list[Registration]:
     """Ingest, split, mask, fine-tune on few shots, evaluate, register the best."""
     return steps(open_study(Path(params_file)))
@@ -176,13 +175,13 @@ def _shows_results(study: Study) -> bool:
     def rows(path: Path) -> list[str]:
         return [line.rpartition(",")[0] for line in path.read_text(encoding="utf-8").splitlines()]
 
-    shown = study.folder / STUDY
-    return shown.exists() and rows(shown) == rows(study.folder / RESULTS)
+    shown = study.paths.study
+    return shown.exists() and rows(shown) == rows(study.paths.results)
 
 
 def _page_is_current(study: Study) -> bool:
     """Whether the page is there and of what dvc.lock names: a run may be killed before it writes one."""
-    page = study.folder / PAGE
+    page = study.paths.page
     return page.exists() and lock_digest(study.folder) in page.read_text(encoding="utf-8")
 
 
@@ -206,11 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with only_job(study), prefect_api():
             registrations = pipeline(params_file)
     print()
-    print(report.study_table(report.read_study_csv(study.folder / STUDY)))
+    print(tables.study_table(tables.read_study_csv(study.paths.study)))
     for registration in registrations:
         alias = f"@{registration.alias}" if registration.alias else "without alias"
         print(f"model {registration.name} version {registration.version} {alias}: {registration.reason}")
-    print(f"\nThe whole of it on one page: {study.folder / PAGE}\nCompare the runs in MLflow: make ui")
+    print(f"\nThe whole of it on one page: {study.paths.page}\nCompare the runs in MLflow: make ui")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from typing import Any
 import yaml
 from dvc.repo import Repo
 
-from flows.cells import Cell
-from flows.study import Study, open_study
-from medfocus import tracking
-from medfocus.params import load_params, moved_paths, read_content
-from medfocus.provenance import PACKAGES, installed
+from flows.study.cells import Cell
+from flows.study.params import load_params, moved_paths, read_content
+from flows.study.study import Study, open_study
+from medfocus.tracking import runs
+from medfocus.tracking.provenance import PACKAGES, installed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def reproduce_run(study: Study, run_id: str) -> tuple[dict[str, float], dict[str
         ValueError: The run is no cell's, or was made from files that no commit has.
         RuntimeError: What it was made from cannot be had any more; what git, DVC or the fit said.
     """
-    store = tracking.start(None, study.home, study.params.tracking.experiment)
+    store = runs.start(None, study.home, study.params.tracking.experiment)
     run = store.run(run_id)
     tags = run.data.tags
     cell = _cell(run_id, tags)
@@ -75,7 +75,7 @@ def reproduce_run(study: Study, run_id: str) -> tuple[dict[str, float], dict[str
             raise RuntimeError(f"inputs/dvc.lock of the parent run is not the one of the tag ({lock[:12]}).")
         _bring_data(study.home, clone, tags["study.folder"], cell.dataset)
         options = [word for name, value in cell._asdict().items() for word in (f"--{name}", str(value))]
-        said = _run([sys.executable, "-m", "flows.rebuild", *options], there, PYTHONPATH=str(clone))
+        said = _run([sys.executable, "-m", "flows.stages.rebuild", *options], there, PYTHONPATH=str(clone))
     answer = json.loads(said.splitlines()[-1])
     if answer["cell_key"] != tags["cell_key"]:
         raise RuntimeError(f"what was fitted is another cell, {answer['cell_key'][:12]}.")
@@ -102,7 +102,7 @@ def _other_versions(tags: Mapping[str, str]) -> list[str]:
 
 
 def _bring_data(home: Path, clone: Path, folder: str, dataset: str) -> None:
-    """Have the clone hold what its dvc.lock names of a data set; its pictures stay where they are."""
+    """Have the clone hold what its dvc.lock names of a data set; its images stay where they are."""
     here, there = home / folder, clone / folder
     if not (there / "dvc.yaml").exists():  # of a study whose folder git does not know
         text = (here / "dvc.yaml").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """Retraining as an operation: what came since is ingested and masked, the study run, the gate asked.
 
-It is the pipeline's flow, made to run by itself. A picture that was there before is not decoded, segmented
+It is the pipeline's flow, made to run by itself. An image that was there before is not decoded, segmented
 or encoded again, a cell whose support is as it was is not fitted again, and the champion changes only by the
 gate.
 """
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 from prefect import flow
 
-from flows.hooks import report_failure
-from flows.jobs import faults_in_one_line, only_job, only_retraining
+from flows.operations.jobs import faults_in_one_line, only_job, only_retraining
+from flows.operations.notify import report_failure
 from flows.pipeline import steps
-from flows.servers import prefect_api
-from flows.study import open_study
-from medfocus.discreet import discreet
+from flows.servers.servers import prefect_api
+from flows.study.study import open_study
+from medfocus.storage.redaction import redacted
 
 if TYPE_CHECKING:
-    from medfocus.registry import Registration
+    from medfocus.tracking.registry import Registration
 
 
 @flow(
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     on_failure=[report_failure],
     on_crashed=[report_failure],
 )
-@discreet
+@redacted
 def retrain(params_file: Path = Path("params.yaml")) -> list[Registration]:
-    """New pictures -> masks -> the study's cells -> gate -> registry.
+    """New images -> masks -> the study's cells -> gate -> registry.
 
     Raises JobRunningError where another retraining or back-fill works in this checkout.
     """

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.study import open_study
-from medfocus import registry, tracking
+from flows.study.study import open_study
+from medfocus.tracking import registry, runs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = options.dataset or (names[0] if len(names) == 1 else None)
     if dataset not in names:
         sys.exit(f"rollback: which data set? Say `make rollback DATASET=` and one of {', '.join(names)}.")
-    store = tracking.start(None, study.home, study.params.tracking.experiment)
+    store = runs.start(None, study.home, study.params.tracking.experiment)
     try:
         before, now = registry.rollback(store, f"medfocus-{dataset}")
     except ValueError as error:

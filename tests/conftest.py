@@ -1,4 +1,4 @@
-"""What all tests share: real pictures where they are present, and a CLIP small enough to reason about."""
+"""What all tests share: real images where they are present, and a CLIP small enough to reason about."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARED_DATA = Path(
 def shared_data() -> Path:
     """The folder of real data sets; the test is skipped, saying so, where it is absent."""
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"no real pictures at {SHARED_DATA}; set MEDFOCUS_SHARED_DATA to their folder")
+        pytest.skip(f"no real images at {SHARED_DATA}; set MEDFOCUS_SHARED_DATA to their folder")
     return SHARED_DATA
 
 
@@ -77,7 +77,7 @@ class TinyTail(nn.Module):
 
 
 class TinyClip:
-    """Stands in for the frozen towers: 8 features, the tokens being a picture's four quadrants' means."""
+    """Stands in for the frozen towers: 8 features, the tokens being an image's four quadrants' means."""
 
     dim = 8
     logit_scale = 10.0
@@ -88,9 +88,9 @@ class TinyClip:
             torch.manual_seed(0)
             self._tail = TinyTail(3, self.dim)
 
-    def preprocess(self, pictures: Tensor) -> Tensor:
+    def preprocess(self, images: Tensor) -> Tensor:
         """(B, S, S, 3) uint8 -> (B, 3, S, S) in [0, 1]."""
-        return pictures.permute(0, 3, 1, 2).float() / 255
+        return images.permute(0, 3, 1, 2).float() / 255
 
     def describe(self, views: Tensor, grid: int) -> Tensor:
         """(B, S, S, C) uint8 -> the mean colours of ``grid`` x ``grid`` cells (B, 3 grid²)."""
@@ -124,7 +124,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone of the project in a temporary folder, with a study of seconds: one data set, 39 pictures."""
+    """A clone of the project in a temporary folder, with a study of seconds: one data set, 39 images."""
     make_project(tmp_path)
     work_in(tmp_path, monkeypatch)
     return tmp_path
@@ -154,7 +154,7 @@ def make_project(folder: Path, segmenter: str = "otsu") -> None:
     }
     content["masks"] |= {"segmenter": segmenter}
     content["report"] |= {"baseline": "pixels"}
-    content["gate"] |= {"recall": {}, "calibration": 0.99}  # 15 test pictures prove little
+    content["gate"] |= {"recall": {}, "calibration": 0.99}  # 15 test images prove little
     content["methods"]["medfocusclip"] |= {"epochs": 5}
     (folder / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "1"}

@@ -22,7 +22,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medfocus import images
+from medfocus.images import decode
 
 
 def dicom(
@@ -55,10 +55,10 @@ def dicom(
     return file.getvalue()
 
 
-def jpeg(picture: np.ndarray, form: str = "JPEG", **options: Any) -> bytes:
+def jpeg(image: np.ndarray, form: str = "JPEG", **options: Any) -> bytes:
     """A compressed frame: JPEG, or JPEG2000 without its boxes."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, form, **options)
+    Image.fromarray(image).save(file, form, **options)
     return file.getvalue()
 
 
@@ -74,8 +74,8 @@ def baseline(stored: np.ndarray, **tags: Any) -> bytes:
 
 
 def shown(data: bytes, frame: str = "") -> np.ndarray:
-    """What is made of a file of grey pictures, (H, W) uint8."""
-    stack = images.open_stack(data, "x")
+    """What is made of a file of grey images, (H, W) uint8."""
+    stack = decode.open_stack(data, "x")
     assert stack is not None
     pixels = stack.pixels(stack.find(frame) if frame else frame)
     assert pixels.dtype == np.uint8

@@ -27,7 +27,7 @@ from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from flows.cli import workstation
-from medfocus import checkpoint, images, phantoms, serve
+from medfocus import phantoms
 from medfocus.app import clicks
 from medfocus.app.clicks import Point
 from medfocus.app.desk import Desk
@@ -35,15 +35,17 @@ from medfocus.app.guard import Refused, door
 from medfocus.app.reading import Reader
 from medfocus.app.server import About, Bounds, Workplace, build, calibration_note
 from medfocus.app.uploads import Limits, body
-from medfocus.encoders import build_clip
-from medfocus.explain import explain
-from medfocus.masks.lean.segmenter import LeanSegmenter
+from medfocus.clip.encoder import build_clip
+from medfocus.explain.explain import explain
+from medfocus.focus.view import view
+from medfocus.images import decode
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.fast_segmenter import FastSegmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.masks.segmenter import Mask, Segmenter, identity
 from medfocus.methods import METHODS, Support
-from medfocus.serve import Predictor, probabilities_of
-from medfocus.views import view
+from medfocus.serving import checkpoint, predictor
+from medfocus.serving.predictor import Predictor, probabilities_of
 
 HOME = "http://127.0.0.1:8600"
 ABOUT = About("medfocus-brain", "3 (champion)", "brain", "clip-linear-probe", "SAM2", {"ece": 0.0625})
@@ -59,7 +61,7 @@ def drawn(number: int) -> np.ndarray:
     """A phantom (192, 192, 3) of the class that the number's parity says."""
     label = CLASSES[number % 2]
     phantom = phantoms.draw("brain_mri", label, phantoms.generator(7, "brain_mri", "test", label, number))
-    return np.repeat(phantom.picture[..., None], 3, axis=2)
+    return np.repeat(phantom.image[..., None], 3, axis=2)
 
 
 def encoded(number: int, kind: str = "PNG") -> bytes:
@@ -72,11 +74,11 @@ def save(folder: Path, segmenter: Segmenter, settings: dict[str, Any]) -> Path:
     """A model folder: a linear probe on eight phantoms, by the packaged networks."""
     encoder = build_clip("pocket", "pocket")
     method = METHODS["clip-linear-probe"](encoder, folds=3)
-    pictures = [drawn(number) for number in range(8)]
+    images = [drawn(number) for number in range(8)]
     size = encoder.image_size
     views = [
-        view(picture, mask.region, focus="multiply", size=size, feather=0.01)
-        for picture, mask in zip(pictures, segmenter.segment(pictures), strict=True)
+        view(image, mask.region, focus="multiply", size=size, feather=0.01)
+        for image, mask in zip(images, segmenter.segment(images), strict=True)
     ]
     features = method.embed(torch.from_numpy(np.stack(views)))
     support = Support(features[None], torch.tensor([0, 1] * 4), torch.arange(8), torch.eye(2, encoder.dim))
@@ -85,7 +87,7 @@ def save(folder: Path, segmenter: Segmenter, settings: dict[str, Any]) -> Path:
         "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"}
     )
     checkpoint.save(method, header, folder / "cell.safetensors")
-    serve.save_model(
+    predictor.save_model(
         folder / "model", checkpoint=folder / "cell.safetensors", encoder=encoder, segmenter=segmenter,
         segmenter_settings=settings, feather=0.01,
     )  # fmt: skip
@@ -128,19 +130,19 @@ def opened(reader: Reader) -> Iterator[Opener]:
         client.__exit__(None, None, None)
 
 
-def given(*pictures: tuple[str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:
-    return [("pictures", picture) for picture in pictures]
+def given(*images: tuple[str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("images", image) for image in images]
 
 
 def post(client: TestClient, *numbers: int) -> list[dict[str, Any]]:
-    answer = client.post("/pictures", files=given(*((f"{n}.png", encoded(n)) for n in numbers)))
+    answer = client.post("/images", files=given(*((f"{n}.png", encoded(n)) for n in numbers)))
     assert answer.status_code == 200, answer.text
-    return answer.json()["pictures"]
+    return answer.json()["images"]
 
 
 def set_points(client: TestClient, name: str, *points: tuple[float, float, bool]) -> Any:
     content = {"points": [{"x": x, "y": y, "inside": inside} for x, y, inside in points]}
-    return client.post(f"/pictures/{name}/points", json=content)
+    return client.post(f"/images/{name}/points", json=content)
 
 
 def shown(layer: str) -> np.ndarray:
@@ -156,7 +158,7 @@ def region_of(told: dict[str, Any]) -> np.ndarray:
 # --- what it says -------------------------------------------------------------------------------
 
 
-def test_each_picture_gets_the_models_probabilities_and_mask(opened: Opener, reader: Reader) -> None:
+def test_each_image_gets_the_models_probabilities_and_mask(opened: Opener, reader: Reader) -> None:
     told = post(opened(), 20, 21, 22)
     expected = reader.predictor.predict([encoded(number) for number in (20, 21, 22)])
     for answer, prediction in zip(told, expected, strict=True):
@@ -166,7 +168,7 @@ def test_each_picture_gets_the_models_probabilities_and_mask(opened: Opener, rea
         assert first["mask"]["status"] == prediction.mask_status
         assert first["mask"]["score"] == pytest.approx(prediction.mask_score, abs=1e-6)
         assert np.array_equal(region_of(first), prediction.mask)
-        assert shown(answer["shown"]["picture"]).shape == (192, 192, 3)
+        assert shown(answer["shown"]["image"]).shape == (192, 192, 3)
     assert np.ptp([answer["first"]["probabilities"]["glioma"] for answer in told]) > 0.1
 
 
@@ -180,7 +182,7 @@ def test_what_clip_sees_is_the_focus_with_the_mask(opened: Opener, reader: Reade
 def test_the_attribution_is_the_one_of_explain(opened: Opener, reader: Reader) -> None:
     client = opened()
     [answer] = post(client, 20)
-    told = client.get(f"/pictures/{answer['id']}/first/attribution").json()
+    told = client.get(f"/images/{answer['id']}/first/attribution").json()
     size = reader.predictor.view_size
     seen = view(drawn(20), region_of(answer["first"]), focus="multiply", size=size, feather=0.01)
     target = torch.tensor([CLASSES.index(answer["first"]["label"])])
@@ -194,11 +196,11 @@ def test_the_attribution_is_the_one_of_explain(opened: Opener, reader: Reader) -
     assert heat[at[0], at[1], 3] > 250
 
 
-def test_a_large_picture_is_read_whole_and_shown_smaller(opened: Opener) -> None:
+def test_a_large_image_is_read_whole_and_shown_smaller(opened: Opener) -> None:
     buffer = io.BytesIO()
     Image.fromarray(drawn(20)).resize((1500, 1200)).save(buffer, "JPEG")
-    answer = opened().post("/pictures", files=given(("x.jpg", buffer.getvalue())))
-    [told] = answer.json()["pictures"]
+    answer = opened().post("/images", files=given(("x.jpg", buffer.getvalue())))
+    [told] = answer.json()["images"]
     assert (told["width"], told["height"], told["shown"]["size"]) == (1500, 1200, [1024, 819])
     assert region_of(told["first"]).shape == (819, 1024)
 
@@ -242,12 +244,12 @@ def test_a_click_changes_the_mask_and_the_prediction_is_that_of_the_new_mask(
     assert told["edited"]["mask"]["status"] == "edited"
 
 
-def test_a_picture_is_encoded_once_however_many_points_it_gets(
+def test_an_image_is_encoded_once_however_many_points_it_gets(
     opened: Opener, reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segmenter: Any = reader.predictor.segmenter
     encode, calls = segmenter.encode, []
-    monkeypatch.setattr(segmenter, "encode", lambda pictures: calls.append(1) or encode(pictures))
+    monkeypatch.setattr(segmenter, "encode", lambda images: calls.append(1) or encode(images))
     client = opened()
     [answer] = post(client, 20)
     for x in (0.3, 0.5, 0.6):
@@ -258,13 +260,13 @@ def test_a_picture_is_encoded_once_however_many_points_it_gets(
 def test_one_point_is_what_sam2s_own_predictor_makes_of_it(reader: Reader) -> None:
     """``point_coords`` and ``point_labels`` of SAM2ImagePredictor; the best candidate by predicted IoU."""
     segmenter: Any = reader.predictor.segmenter
-    picture, point = drawn(20), Point(0.35, 0.6, True)
+    image, point = drawn(20), Point(0.35, 0.6, True)
     predictor = segmenter.predictor
-    predictor.set_image(picture)
+    predictor.set_image(image)
     coords, labels = np.array([[0.35 * 192, 0.6 * 192]]), np.array([1])
     masks, iou, _ = predictor.predict(coords, labels, multimask_output=True, return_logits=True)
     predictor.reset_predictor()
-    made = clicks.mask_at(segmenter, picture, clicks.encode(segmenter, picture), [point])
+    made = clicks.mask_at(segmenter, image, clicks.encode(segmenter, image), [point])
     own = masks[int(iou.argmax())] > 0
     assert made.score == pytest.approx(float(iou.max()), abs=1e-4)
     assert (made.region & own).sum() / (made.region | own).sum() > 0.9  # ours follows the edges besides
@@ -287,8 +289,8 @@ class Informed:
     plain: Sam2Segmenter
     key = "informed"
 
-    def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
-        return [identity(*picture.shape[:2]) for picture in pictures]
+    def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
+        return [identity(*image.shape[:2]) for image in images]
 
 
 def test_masks_that_stand_on_sam2_are_edited_by_sam2_as_it_was(opened: Opener, reader: Reader) -> None:
@@ -301,12 +303,12 @@ def test_masks_that_stand_on_sam2_are_edited_by_sam2_as_it_was(opened: Opener, r
     assert told == set_points(other, own["id"], (*LESION, True)).json()
 
 
-def test_a_lean_segmenter_answers_points_inside_and_outside_as_the_plain_one_does(reader: Reader) -> None:
+def test_a_fast_segmenter_answers_points_inside_and_outside_as_the_plain_one_does(reader: Reader) -> None:
     plain: Any = reader.predictor.segmenter
-    lean, picture = LeanSegmenter(plain), drawn(20)
+    fast, image = FastSegmenter(plain), drawn(20)
     points = [Point(0.4, 0.5, True), Point(0.6, 0.4, True), Point(0.1, 0.1, False)]
     made, expected = (
-        clicks.mask_at(each, picture, clicks.encode(each, picture), points) for each in (lean, plain)
+        clicks.mask_at(each, image, clicks.encode(each, image), points) for each in (fast, plain)
     )
     assert made.score == pytest.approx(expected.score, abs=1e-4)
     assert (made.region != expected.region).mean() < 0.001
@@ -333,9 +335,9 @@ def test_no_points_bring_the_first_mask_back(opened: Opener) -> None:
     client = opened()
     [answer] = post(client, 20)
     set_points(client, answer["id"], (0.35, 0.6, True))
-    assert client.get(f"/pictures/{answer['id']}/edited/attribution").status_code == 200
+    assert client.get(f"/images/{answer['id']}/edited/attribution").status_code == 200
     assert set_points(client, answer["id"]).json() == {"edited": None, "followed": 0}
-    gone = client.get(f"/pictures/{answer['id']}/edited/attribution")
+    gone = client.get(f"/images/{answer['id']}/edited/attribution")
     assert gone.status_code == 404 and gone.json()["error"]["fault"] == "has no edited mask"
 
 
@@ -360,53 +362,53 @@ def test_masks_that_are_not_sam2s_cannot_be_edited_and_it_is_said(opened: Opener
 def test_points_that_are_none_are_refused(opened: Opener, content: bytes) -> None:
     client = opened()
     [answer] = post(client, 20)
-    refused = client.post(f"/pictures/{answer['id']}/points", content=content)
+    refused = client.post(f"/images/{answer['id']}/points", content=content)
     assert refused.status_code == 422 and refused.json()["error"]["place"] == "the points"
 
 
 # --- what comes in ------------------------------------------------------------------------------
 
 
-def test_a_broken_picture_has_an_error_of_its_own_and_the_others_are_read(opened: Opener) -> None:
-    files = given(("a.png", encoded(20)), ("b.png", b"no picture"), ("c.png", encoded(21)[:300]))
-    answer = opened().post("/pictures", files=files)
+def test_a_broken_image_has_an_error_of_its_own_and_the_others_are_read(opened: Opener) -> None:
+    files = given(("a.png", encoded(20)), ("b.png", b"no image"), ("c.png", encoded(21)[:300]))
+    answer = opened().post("/images", files=files)
     assert answer.status_code == 200
-    first, second, third = answer.json()["pictures"]
+    first, second, third = answer.json()["images"]
     assert "error" not in first
     assert second["error"] == {
         "status": 422,
         "place": "b.png",
-        "fault": f"is no picture in a format that is read ({', '.join((*images.FORMATS, 'DICOM', 'NIFTI'))})",
+        "fault": f"is no image in a format that is read ({', '.join((*decode.FORMATS, 'DICOM', 'NIFTI'))})",
         "fix": "Export it again as PNG, or remove it.",
     }
     assert third["error"]["place"] == "c.png" and "cannot be decoded" in third["error"]["fault"]
 
 
-def test_where_no_picture_could_be_read_the_answer_is_an_error(opened: Opener) -> None:
-    answer = opened().post("/pictures", files=given(("b.png", b"no picture")))
+def test_where_no_image_could_be_read_the_answer_is_an_error(opened: Opener) -> None:
+    answer = opened().post("/images", files=given(("b.png", b"no image")))
     assert answer.status_code == 422
 
 
-def test_a_picture_of_too_many_pixels_is_413_by_its_header(opened: Opener) -> None:
+def test_an_image_of_too_many_pixels_is_413_by_its_header(opened: Opener) -> None:
     header = io.BytesIO()
     Image.new("1", (8001, 8000)).save(header, "PNG")
-    answer = opened().post("/pictures", files=given(("big.png", header.getvalue())))
+    answer = opened().post("/images", files=given(("big.png", header.getvalue())))
     assert answer.status_code == 413
-    assert "megapixels are the most" in answer.json()["pictures"][0]["error"]["fault"]
+    assert "megapixels are the most" in answer.json()["images"][0]["error"]["fault"]
 
 
 def test_a_file_of_too_many_bytes_is_413(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medfocus.images.MOST_BYTES", 1000)
-    answer = opened().post("/pictures", files=given(("big.png", encoded(20))))
+    monkeypatch.setattr("medfocus.images.decode.MOST_BYTES", 1000)
+    answer = opened().post("/images", files=given(("big.png", encoded(20))))
     assert answer.status_code == 413
-    assert "the most that is read" in answer.json()["pictures"][0]["error"]["fault"]
+    assert "the most that is read" in answer.json()["images"][0]["error"]["fault"]
 
 
 def test_a_request_past_a_limit_is_413_with_the_limit(opened: Opener) -> None:
     client = opened(Bounds(upload=Limits(files=2, bytes=40_000)))
-    many = client.post("/pictures", files=given(*((f"{i}.png", b"x") for i in range(3))))
+    many = client.post("/images", files=given(*((f"{i}.png", b"x") for i in range(3))))
     assert (many.status_code, many.json()["error"]["fault"]) == (413, "has more than 2 files")
-    large = client.post("/pictures", files=given(("a.png", bytes(50_000))))
+    large = client.post("/images", files=given(("a.png", bytes(50_000))))
     assert (large.status_code, large.json()["error"]["place"]) == (413, "the request")
 
 
@@ -438,14 +440,14 @@ def test_of_a_body_whose_length_is_not_announced_no_more_is_read_than_is_taken()
 def test_a_request_that_is_no_form_with_files_is_refused(
     opened: Opener, content: bytes, kind: str, status: int
 ) -> None:
-    answer = opened().post("/pictures", content=content, headers={"Content-Type": kind})
+    answer = opened().post("/images", content=content, headers={"Content-Type": kind})
     assert answer.status_code == status and answer.json()["error"]["place"] == "the request"
 
 
 def test_where_there_is_no_room_in_the_queue_the_answer_is_503(opened: Opener) -> None:
-    answer = opened(Bounds(jobs=0)).post("/pictures", files=given(("a.png", encoded(20))))
+    answer = opened(Bounds(jobs=0)).post("/images", files=given(("a.png", encoded(20))))
     assert answer.status_code == 503
-    assert answer.json()["pictures"][0]["error"]["fix"] == "Try again in a moment."
+    assert answer.json()["images"][0]["error"]["fix"] == "Try again in a moment."
 
 
 WATCHED: list[str] = []
@@ -462,15 +464,15 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 def test_an_upload_is_never_written_to_a_file(opened: Opener) -> None:
     client = opened()
-    post(client, 20)  # what is loaded at the first picture is loaded
+    post(client, 20)  # what is loaded at the first image is loaded
     sys.addaudithook(watch)
     buffer = io.BytesIO()
     Image.fromarray(drawn(20)).resize((1000, 1000)).save(buffer, "BMP")
     assert len(buffer.getvalue()) > 2_500_000  # Starlette's own form would spool it
     WATCHING.set()
     try:
-        answer = client.post("/pictures", files=given(("large.bmp", buffer.getvalue())))
-        set_points(client, answer.json()["pictures"][0]["id"], (0.5, 0.5, True))
+        answer = client.post("/images", files=given(("large.bmp", buffer.getvalue())))
+        set_points(client, answer.json()["images"][0]["id"], (0.5, 0.5, True))
         written = list(WATCHED)
         with tempfile.SpooledTemporaryFile(max_size=10) as spooled:
             spooled.write(bytes(11))
@@ -488,7 +490,7 @@ class Weight:
         self.nbytes = nbytes
 
 
-def test_pictures_make_room_by_number_bytes_and_time() -> None:
+def test_images_make_room_by_number_bytes_and_time() -> None:
     now = [0.0]
     desk: Desk[Weight] = Desk(most=2, most_bytes=100, seconds=60, clock=lambda: now[0])
     first, second = desk.put(Weight()), desk.put(Weight())
@@ -506,11 +508,11 @@ def test_pictures_make_room_by_number_bytes_and_time() -> None:
 
 
 def test_what_is_no_longer_kept_is_404_and_says_for_how_long_it_was(opened: Opener) -> None:
-    client = opened(Bounds(pictures=1))
+    client = opened(Bounds(images=1))
     first, second = post(client, 20, 21)
     gone = set_points(client, first["id"], (0.5, 0.5, True))
     assert gone.status_code == 404
-    assert gone.json()["error"]["fault"] == "is no longer kept (1 pictures are kept, each 30 minutes)"
+    assert gone.json()["error"]["fault"] == "is no longer kept (1 images are kept, each 30 minutes)"
     assert set_points(client, second["id"], (0.5, 0.5, True)).status_code == 200
 
 
@@ -527,14 +529,14 @@ def test_time_runs_out_also_where_nobody_asks(reader: Reader) -> None:
         assert set_points(client, answer["id"], (0.5, 0.5, True)).status_code == 404
 
 
-def test_a_picture_that_is_removed_is_gone_at_once(opened: Opener) -> None:
+def test_an_image_that_is_removed_is_gone_at_once(opened: Opener) -> None:
     client = opened()
     [answer] = post(client, 20)
-    assert client.delete(f"/pictures/{answer['id']}").status_code == 204
+    assert client.delete(f"/images/{answer['id']}").status_code == 204
     assert set_points(client, answer["id"], (0.5, 0.5, True)).status_code == 404
 
 
-def test_nobody_can_guess_where_a_picture_is() -> None:
+def test_nobody_can_guess_where_an_image_is() -> None:
     desk: Desk[Weight] = Desk(most=99, most_bytes=99, seconds=9)
     names = {desk.put(Weight()) for _ in range(50)}
     assert len(names) == 50 and all(len(base64.urlsafe_b64decode(name + "==")) == 16 for name in names)
@@ -561,15 +563,15 @@ def test_a_request_for_another_name_is_refused(opened: Opener, host: str) -> Non
 )
 def test_a_request_from_another_origin_is_refused(opened: Opener, origin: str) -> None:
     client = opened()
-    answer = client.post("/pictures", files=given(("a.png", encoded(20))), headers={"Origin": origin})
+    answer = client.post("/images", files=given(("a.png", encoded(20))), headers={"Origin": origin})
     assert answer.status_code == 403
-    assert client.delete("/pictures/x", headers={"Origin": origin}).status_code == 403
+    assert client.delete("/images/x", headers={"Origin": origin}).status_code == 403
 
 
 def test_a_change_without_an_origin_is_refused(reader: Reader) -> None:
     with TestClient(build(Workplace(reader), ABOUT, door("127.0.0.1", None)), base_url=HOME) as client:
         assert client.get("/").status_code == 200
-        assert client.post("/pictures", files=given(("a.png", encoded(20)))).status_code == 403
+        assert client.post("/images", files=given(("a.png", encoded(20)))).status_code == 403
 
 
 def test_beyond_loopback_addresses_are_known_and_names_of_others_are_not(reader: Reader) -> None:
@@ -584,7 +586,7 @@ def test_a_password_is_asked_for_where_one_is_set(reader: Reader) -> None:
     with TestClient(build(Workplace(reader), ABOUT, door("127.0.0.1", "geheim ü")), base_url=HOME) as client:
         answer = client.get("/")
         assert (answer.status_code, answer.headers["WWW-Authenticate"][:5]) == (401, "Basic")
-        for path in ("/page.js", "/pictures/x/first/attribution"):
+        for path in ("/page.js", "/images/x/first/attribution"):
             assert client.get(path).status_code == 401
         assert client.get("/", auth=("", "wrong")).status_code == 401
         assert client.get("/", headers={"Authorization": "Basic !"}).status_code == 401
@@ -623,7 +625,7 @@ def test_every_answer_forbids_what_is_external_and_asks_not_to_be_kept(opened: O
 
 def test_no_path_leads_out_of_the_page(opened: Opener) -> None:
     client = opened()
-    for path in ("/..%2fserver.py", "/index.html", "/server.py", "/docs", "/openapi.json", "/pictures"):
+    for path in ("/..%2fserver.py", "/index.html", "/server.py", "/docs", "/openapi.json", "/images"):
         assert client.get(path).status_code in (404, 405)
 
 
@@ -635,11 +637,11 @@ def test_what_goes_wrong_inside_is_told_without_its_text(
 
     client, files = opened(), given(("Anna_Example.png", encoded(20)))
     monkeypatch.setattr(reader, "open", fail)
-    [told] = client.post("/pictures", files=files).json()["pictures"]
+    [told] = client.post("/images", files=files).json()["images"]
     assert told["error"]["status"] == 500
     assert told["error"]["fault"].startswith("cannot be read here (RuntimeError at ")
     monkeypatch.setattr("medfocus.app.server.uploads", fail)
-    answer = client.post("/pictures", files=files)
+    answer = client.post("/images", files=files)
     assert answer.status_code == 500
     assert answer.json()["error"]["fault"].startswith("went wrong here (RuntimeError at ")
     output = capfd.readouterr()
@@ -702,7 +704,7 @@ def page(browser: Browser, reader: Reader) -> Iterator[Page]:
 
 
 def upload(page: Page, tmp_path: Path, number: int = MISSED) -> Locator:
-    """The card of a picture that was chosen by its file."""
+    """The card of an image that was chosen by its file."""
     (tmp_path / "Anna_Example.png").write_bytes(encoded(number))
     page.locator("#files").set_input_files(tmp_path / "Anna_Example.png")
     card = page.locator(".card")
@@ -725,7 +727,7 @@ def test_a_reader_sees_probabilities_clicks_and_sees_them_change(
     assert chances(card) == first
     assert card.locator(".answer .label").inner_text() == expected.label
     assert card.get_by_text("Calibration error of this model: 6.2 percentage points.").is_visible()
-    for name in ("picture", "layer.mask"):
+    for name in ("image", "layer.mask"):
         drawn_width = card.locator(f"img.{name}").evaluate("image => image.complete && image.naturalWidth")
         assert drawn_width == 192
 
@@ -768,7 +770,7 @@ def test_the_page_can_be_used_by_keyboard_and_read_aloud(page: Page, tmp_path: P
     assert mark.evaluate("e => [e.style.left, e.style.top]") == ["35%", "51%"]
     page.keyboard.press("Backspace")
     card.locator(".chances td.after").first.wait_for(state="detached")
-    assert "Anna_Example.png" in (card.locator("img.picture").get_attribute("alt") or "")
+    assert "Anna_Example.png" in (card.locator("img.image").get_attribute("alt") or "")
     for image in card.locator("img:visible").all():
         assert image.get_attribute("alt")
     for control in page.locator("input:visible, button:visible").all():
@@ -787,12 +789,12 @@ def test_on_a_narrow_screen_nothing_runs_out_of_it(page: Page, tmp_path: Path) -
     assert page.locator("th[scope=row]").first.evaluate("e => e.getClientRects()[0].height") < 40
 
 
-def test_a_file_that_is_no_picture_is_told_on_its_card(page: Page, tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_told_on_its_card(page: Page, tmp_path: Path) -> None:
     page.route(
-        "**/pictures",
+        "**/images",
         lambda route: route.fulfill(
             json={
-                "pictures": [
+                "images": [
                     {
                         "name": "x.png",
                         "error": {
@@ -806,7 +808,7 @@ def test_a_file_that_is_no_picture_is_told_on_its_card(page: Page, tmp_path: Pat
             }
         ),
     )  # as the server says it, without the line on the console that a 4xx has
-    (tmp_path / "x.png").write_bytes(b"no picture")
+    (tmp_path / "x.png").write_bytes(b"no image")
     page.locator("#files").set_input_files(tmp_path / "x.png")
     error = page.locator(".card .error")
     error.wait_for()

@@ -12,7 +12,9 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from medfocus.attribution import (
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.lora import LoraTowers
+from medfocus.explain.attribution import (
     attended,
     attention_rollout,
     grad_cam,
@@ -23,8 +25,6 @@ from medfocus.attribution import (
     rollout,
     to_maps,
 )
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.lora import LoraTowers
 
 ENCODERS = ("pocket", "ViT-B-32")
 
@@ -35,7 +35,7 @@ def encoders() -> dict[str, ClipEncoder]:
 
 
 def noise(count: int, size: int, channels: int = 3, seed: int = 0) -> Tensor:
-    """Pictures (N, S, S, C) uint8 of coarse noise, so that patches differ."""
+    """Images (N, S, S, C) uint8 of coarse noise, so that patches differ."""
     coarse = torch.rand(count, channels, 8, 8, generator=torch.Generator().manual_seed(seed))
     return (255 * nn.functional.interpolate(coarse, size)).permute(0, 2, 3, 1).to(torch.uint8).contiguous()
 
@@ -55,7 +55,7 @@ def tower(layers: int = 2, **settings: Any) -> VisionTransformer:
 
 
 def quadrant(size: int) -> np.ndarray:
-    """The upper right quarter of the picture."""
+    """The upper right quarter of the image."""
     mask = np.zeros((size, size), bool)
     mask[: size // 2, size // 2 :] = True
     return mask
@@ -85,12 +85,12 @@ def test_the_forward_that_keeps_attention_is_the_encoders(
 
 def test_the_bias_is_that_of_an_encoder_looking_at_a_region(encoders: dict[str, ClipEncoder]) -> None:
     encoder = encoders["pocket"]
-    looking = encoder.looking("attention", 3.0)
-    pixels = looking.preprocess(torch.cat([noise(2, 96), 255 * (noise(2, 96, 1, seed=1) > 99)], dim=-1))
+    regional = encoder.with_region("attention", 3.0)
+    pixels = regional.preprocess(torch.cat([noise(2, 96), 255 * (noise(2, 96, 1, seed=1) > 99)], dim=-1))
     coverage = nn.functional.avg_pool2d(pixels[:, 3:], 12).flatten(1)
     bias = torch.cat([torch.zeros(2, 1), 3.0 * coverage], dim=1)  # (B, L)
     features, _ = attended(encoder.model.visual, pixels[:, :3], bias)  # pyright: ignore[reportArgumentType]
-    assert torch.allclose(features, looking.encode_images(pixels), atol=1e-5)
+    assert torch.allclose(features, regional.encode_images(pixels), atol=1e-5)
     assert not torch.allclose(features, encoder.encode_images(pixels[:, :3]), atol=1e-3)
 
 
@@ -99,11 +99,11 @@ def test_low_rank_updates_take_part_in_the_forward(encoders: dict[str, ClipEncod
     towers = LoraTowers(encoder, rank=2, alpha=1.0, dropout=0.0).eval()
     for parameter in towers.parameters():
         nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
-    pictures = noise(2, encoder.image_size)
+    images = noise(2, encoder.image_size)
     with torch.no_grad():
-        features, _ = attended(towers.encoder.model.visual, encoder.preprocess(pictures))  # pyright: ignore[reportArgumentType]
-        assert torch.allclose(features, towers(pictures), atol=1e-5)
-    assert not torch.allclose(features, encoder.encode_images(encoder.preprocess(pictures)), atol=1e-3)
+        features, _ = attended(towers.encoder.model.visual, encoder.preprocess(images))  # pyright: ignore[reportArgumentType]
+        assert torch.allclose(features, towers(images), atol=1e-5)
+    assert not torch.allclose(features, encoder.encode_images(encoder.preprocess(images)), atol=1e-3)
 
 
 # --- rollout ------------------------------------------------------------------------------------
@@ -305,52 +305,52 @@ def test_grad_cam_of_a_net_that_looks_at_one_quadrant_lies_in_it() -> None:
         assert inside_share(heat, mask) == pytest.approx(1) and pointing_hit(heat, mask, 0.0)
 
 
-def brightness_of_quadrant(pictures: Tensor) -> Tensor:
+def brightness_of_quadrant(images: Tensor) -> Tensor:
     """A classifier that looks at the upper right quarter alone: (N, S, S, 3) -> (N, 2)."""
-    mean = pictures[:, : pictures.shape[1] // 2, pictures.shape[2] // 2 :].float().mean(dim=(1, 2, 3)) / 255
+    mean = images[:, : images.shape[1] // 2, images.shape[2] // 2 :].float().mean(dim=(1, 2, 3)) / 255
     return torch.stack([1 - mean, mean], dim=1)
 
 
 def test_occlusion_of_a_classifier_that_looks_at_one_quadrant_lies_in_it() -> None:
-    picture = torch.full((32, 32, 3), 200, dtype=torch.uint8)
+    image = torch.full((32, 32, 3), 200, dtype=torch.uint8)
     mask = quadrant(32)
-    exact = occlusion(brightness_of_quadrant, picture, 1, patch=8, stride=8, fill=0)
+    exact = occlusion(brightness_of_quadrant, image, 1, patch=8, stride=8, fill=0)
     assert_maps(exact, 1, 32)
     np.testing.assert_allclose(exact[0], mask / mask.sum(), atol=1e-7)
     assert pointing_hit(exact[0], mask, 0.0)
     # A square that hangs over the quadrant's edge blames what lies just outside.
-    overlapping = occlusion(brightness_of_quadrant, picture, 1, patch=8, stride=4, fill=0)
+    overlapping = occlusion(brightness_of_quadrant, image, 1, patch=8, stride=4, fill=0)
     assert 0.8 < inside_share(overlapping[0], mask) < 1
     # What rises when it is hidden is no evidence for the class.
-    other = occlusion(brightness_of_quadrant, picture, 0, patch=8, stride=8, fill=0)
+    other = occlusion(brightness_of_quadrant, image, 0, patch=8, stride=8, fill=0)
     assert torch.equal(other, torch.full((1, 32, 32), 1 / 32**2))
 
 
 def test_occlusion_hides_every_pixel_and_matches_a_plain_loop() -> None:
-    picture = noise(1, 20)[0]
+    image = noise(1, 20)[0]
     fill = (10, 200, 30)
 
-    def predict(pictures: Tensor) -> Tensor:
+    def predict(images: Tensor) -> Tensor:
         weight = torch.arange(20 * 20 * 3).reshape(20, 20, 3) % 7 / 7e4
-        return torch.stack([(pictures * weight).sum(dim=(1, 2, 3)), torch.ones(len(pictures))], dim=1)
+        return torch.stack([(images * weight).sum(dim=(1, 2, 3)), torch.ones(len(images))], dim=1)
 
     heat, count = np.zeros((20, 20)), np.zeros((20, 20))
-    whole = float(predict(picture[None])[0, 0])
+    whole = float(predict(image[None])[0, 0])
     for top in (0, 4, 8, 12, 14):  # the last square ends at the edge
         for left in (0, 4, 8, 12, 14):
-            hidden = picture.clone()
+            hidden = image.clone()
             hidden[top : top + 6, left : left + 6] = torch.tensor(fill, dtype=torch.uint8)
             heat[top : top + 6, left : left + 6] += max(0.0, whole - float(predict(hidden[None])[0, 0]))
             count[top : top + 6, left : left + 6] += 1
     heat /= count
-    found = occlusion(predict, picture, 0, patch=6, stride=4, fill=fill)
+    found = occlusion(predict, image, 0, patch=6, stride=4, fill=fill)
     np.testing.assert_allclose(found[0], heat / heat.sum(), rtol=1e-3, atol=1e-6)
 
 
 # --- maps and numbers ---------------------------------------------------------------------------
 
 
-def test_a_picture_without_heat_gets_the_same_everywhere() -> None:
+def test_an_image_without_heat_gets_the_same_everywhere() -> None:
     heat = torch.tensor([[[0.0, 0.0], [-1.0, 0.0]], [[0.0, 3.0], [0.0, 1e-30]]])
     maps = to_maps(heat, 4)
     assert_maps(maps, 2, 4)
@@ -393,7 +393,7 @@ def test_a_plateau_points_from_its_middle_and_a_flat_map_nowhere() -> None:
 
 def test_other_towers_are_refused_by_what_they_are(encoders: dict[str, ClipEncoder]) -> None:
     pixels = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"this picture tower is SmallNet. Use grad_cam"):
+    with pytest.raises(ValueError, match=r"this image encoder is SmallNet. Use grad_cam"):
         attention_rollout(SmallNet(), pixels)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"has MultiheadAttention and 'avg'. Use occlusion"):
         attention_rollout(tower(pool_type="avg"), pixels)
@@ -410,7 +410,7 @@ def test_scores_without_a_gradient_are_refused() -> None:
     free = torch.zeros(2, requires_grad=True)
     with pytest.raises(ValueError, match="score: has no gradient"):
         gradient_attention(visual, pixels, lambda features: free * 2)
-    with pytest.raises(ValueError, match=r"score: gives \(2, 6\) for 2 pictures; .* \(2,\)\."):
+    with pytest.raises(ValueError, match=r"score: gives \(2, 6\) for 2 images; .* \(2,\)\."):
         gradient_attention(visual, pixels, lambda features: features)
     with pytest.raises(ValueError, match="NaN or infinite"):
         gradient_attention(visual, pixels, lambda features: features[:, 0] * torch.nan)
@@ -433,17 +433,17 @@ def test_grad_cam_refuses_what_has_no_map() -> None:
 
 
 def test_occlusion_names_what_does_not_fit() -> None:
-    picture = torch.zeros(8, 8, 3, dtype=torch.uint8)
-    for bad in (picture[None], picture.float(), picture[..., :1]):
-        with pytest.raises(ValueError, match=r"occlusion: the picture is .*; give one, \(S, S, 3\) uint8"):
+    image = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    for bad in (image[None], image.float(), image[..., :1]):
+        with pytest.raises(ValueError, match=r"occlusion: the image is .*; give one, \(S, S, 3\) uint8"):
             occlusion(brightness_of_quadrant, bad, 0, patch=2, stride=2, fill=0)
     for patch, stride in ((9, 1), (0, 1), (4, 5), (4, 0)):
         with pytest.raises(ValueError, match=f"squares of {patch} px, {stride} px apart, on 8 x 8 px"):
-            occlusion(brightness_of_quadrant, picture, 0, patch=patch, stride=stride, fill=0)
+            occlusion(brightness_of_quadrant, image, 0, patch=patch, stride=stride, fill=0)
     with pytest.raises(ValueError, match=r"on 4 x 8 px\. Use a square view"):
-        occlusion(brightness_of_quadrant, picture[:4], 0, patch=2, stride=2, fill=0)
+        occlusion(brightness_of_quadrant, image[:4], 0, patch=2, stride=2, fill=0)
     with pytest.raises(ValueError, match=r"target 2 is no column of the prediction \(1, 2\)"):
-        occlusion(brightness_of_quadrant, picture, 2, patch=2, stride=2, fill=0)
+        occlusion(brightness_of_quadrant, image, 2, patch=2, stride=2, fill=0)
 
 
 @pytest.mark.parametrize("number", [inside_share, pointing_hit])

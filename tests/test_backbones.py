@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus import checkpoint
-from medfocus.methods import PICTURES, Support
+from medfocus.methods import IMAGES, Support
 from medfocus.methods.backbone import Backbone, _two_or_more
+from medfocus.serving import checkpoint
 
 CLASSES = 3
 SMALL: dict[str, dict[str, Any]] = {
@@ -43,17 +43,17 @@ def backbone(family: str = "resnet", **changes: Any) -> Backbone:
 
 
 def coloured(count: int, seed: int = 0, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """Pictures (N, 40, 40, C) uint8 whose brightest colour is their class, and labels (N,)."""
+    """Images (N, 40, 40, C) uint8 whose brightest colour is their class, and labels (N,)."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
-    pictures = torch.randint(0, 120, (count, 40, 40, channels), generator=generator)
-    pictures[torch.arange(count), :, :, labels] += 100
-    return pictures.to(torch.uint8), labels
+    images = torch.randint(0, 120, (count, 40, 40, channels), generator=generator)
+    images[torch.arange(count), :, :, labels] += 100
+    return images.to(torch.uint8), labels
 
 
 def support_of(count: int = 24, views: int = 1, channels: int = 3) -> Support:
-    pictures, labels = coloured(count, channels=channels)
-    inputs = torch.stack([pictures + number for number in range(views)])
+    images, labels = coloured(count, channels=channels)
+    inputs = torch.stack([images + number for number in range(views)])
     return Support(inputs, labels, torch.arange(count), torch.eye(CLASSES))
 
 
@@ -76,15 +76,15 @@ def published(path: Path, classes: int = 7, **options: Any) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def resnet() -> Backbone:
-    """Fitted once on two views of 24 pictures."""
+    """Fitted once on two views of 24 images."""
     return fitted(support=support_of(views=2))
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_every_family_learns_from_pictures_and_its_state_predicts_again(family: str) -> None:
+def test_every_family_learns_from_images_and_its_state_predicts_again(family: str) -> None:
     method = fitted(family)
-    pictures, labels = coloured(70, seed=9)  # more than go through the network at a time
-    logits = method.logits(pictures)["head"]
+    images, labels = coloured(70, seed=9)  # more than go through the network at a time
+    logits = method.logits(images)["head"]
     assert logits.shape == (70, CLASSES)
     assert float((logits.argmax(dim=1) == labels).double().mean()) > 0.8
     assert not method.model_.training
@@ -92,7 +92,7 @@ def test_every_family_learns_from_pictures_and_its_state_predicts_again(family: 
     expected = torch.random.get_rng_state()
     again = backbone(family).load(copy.deepcopy(method.state()))
     assert torch.equal(torch.random.get_rng_state(), expected)
-    assert torch.equal(again.logits(pictures)["head"], logits)
+    assert torch.equal(again.logits(images)["head"], logits)
 
 
 def test_a_checkpoint_keeps_it(resnet: Any, tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_a_checkpoint_keeps_it(resnet: Any, tmp_path: Path) -> None:
     checkpoint.save(resnet, header, tmp_path / "method.safetensors")
     kept = checkpoint.read_header(tmp_path / "method.safetensors").settings  # its tuples are lists now
     again = backbone(**kept).load(load_file(tmp_path / "method.safetensors"))
-    pictures, _ = coloured(4)
-    assert torch.equal(again.logits(pictures)["head"], resnet.logits(pictures)["head"])
+    images, _ = coloured(4)
+    assert torch.equal(again.logits(images)["head"], resnet.logits(images)["head"])
 
 
 def test_the_same_seed_fits_the_same_network_and_leaves_the_global_generator(resnet: Backbone) -> None:
@@ -119,28 +119,28 @@ def test_the_same_seed_fits_the_same_network_and_leaves_the_global_generator(res
 def test_further_channels_are_seen_and_survive_the_state(channels: int) -> None:
     support = support_of(channels=channels)
     method = fitted(support=support, epochs=2)
-    pictures, _ = coloured(5, seed=3, channels=channels)
-    logits = method.logits(pictures)["head"]
-    last = pictures.clone()
+    images, _ = coloured(5, seed=3, channels=channels)
+    logits = method.logits(images)["head"]
+    last = images.clone()
     last[..., -1] = 255 - last[..., -1]
     assert not torch.allclose(method.logits(last)["head"], logits)
-    assert torch.equal(backbone().load(method.state()).logits(pictures)["head"], logits)
+    assert torch.equal(backbone().load(method.state()).logits(images)["head"], logits)
 
 
 def test_channels_are_normalised_by_the_models_own_numbers() -> None:
     method = backbone(image_size=40)
     network = method._untrained(3, CLASSES)
-    pictures, _ = coloured(2, channels=6)
+    images, _ = coloured(2, channels=6)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
-    rgb = pictures.numpy() / 255
+    rgb = images.numpy() / 255
     first, second = ((rgb[..., part] - mean) / std for part in (slice(0, 3), slice(3, 6)))
     six = np.concatenate([first, second], axis=-1).transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(method._seen(network, pictures).numpy(), six, atol=1e-5)
+    np.testing.assert_allclose(method._seen(network, images).numpy(), six, atol=1e-5)
     four = np.concatenate([first, rgb[..., 3:4] * 2 - 1], axis=-1).transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(method._seen(network, pictures[..., :4]).numpy(), four, atol=1e-5)
-    assert backbone(image_size=32)._seen(network, pictures[..., :3]).shape == (2, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"pictures have 5 channels; give 3, 4 \(region\) or 6"):
-        method._seen(network, pictures[..., :5])
+    np.testing.assert_allclose(method._seen(network, images[..., :4]).numpy(), four, atol=1e-5)
+    assert backbone(image_size=32)._seen(network, images[..., :3]).shape == (2, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"images have 5 channels; give 3, 4 \(region\) or 6"):
+        method._seen(network, images[..., :5])
 
 
 # --- pretrained weights ---------------------------------------------------------------------------
@@ -154,8 +154,8 @@ def test_training_starts_at_the_files_features_with_a_new_head(
     source: Any = published(tmp_path / "own.safetensors", classes)
     method = backbone(pretrained=str(tmp_path / "own.safetensors"), tuning=tuning)
     start: Any = method._untrained(3, CLASSES).eval()
-    pictures, _ = coloured(4)
-    seen = method._seen(start, pictures)
+    images, _ = coloured(4)
+    seen = method._seen(start, images)
     with torch.no_grad():
         assert torch.equal(start.forward_features(seen), source.forward_features(seen))
     assert start.fc.weight.shape[0] == CLASSES
@@ -179,12 +179,12 @@ def test_linear_trains_the_head_and_leaves_the_body(tmp_path: Path) -> None:
     state = method.state()
     body = [name for name in source if not name.startswith("fc.")]
     assert all(torch.equal(state[f"model.{name}"], source[name]) for name in body)  # BatchNorm's buffers, too
-    pictures, labels = coloured(30, seed=9)
-    logits = method.logits(pictures)["head"]
+    images, labels = coloured(30, seed=9)
+    logits = method.logits(images)["head"]
     assert float((logits.argmax(dim=1) == labels).double().mean()) > 0.8
     path.unlink()  # a fitted method needs the file no more
     assert torch.equal(
-        backbone(pretrained=str(path), tuning="linear").load(state).logits(pictures)["head"], logits
+        backbone(pretrained=str(path), tuning="linear").load(state).logits(images)["head"], logits
     )
 
 
@@ -204,7 +204,7 @@ def test_three_channels_of_weights_serve_four(tmp_path: Path) -> None:
     torch.testing.assert_close(start, source[:, [0, 1, 2, 0]] * 3 / 4)
 
 
-def test_weights_of_a_larger_picture_are_fitted(tmp_path: Path) -> None:
+def test_weights_of_a_larger_image_are_fitted(tmp_path: Path) -> None:
     source = timm.create_model("vit_tiny_patch16_224", img_size=64, **SMALL["vit"]["options"])
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
     start = backbone("vit", pretrained=str(tmp_path / "vit.safetensors"))._untrained(3, CLASSES).state_dict()
@@ -291,12 +291,12 @@ def test_a_last_batch_of_one_is_no_fault_of_batch_normalisation() -> None:
     assert _two_or_more(index, view, 9) == (index, view)
 
 
-def test_pictures_are_what_it_asks_for() -> None:
+def test_images_are_what_it_asks_for() -> None:
     method = backbone()
-    pictures, _ = coloured(2)
-    assert method.embedding == PICTURES
+    images, _ = coloured(2)
+    assert method.embedding == IMAGES
     assert (method.needs_towers, method.takes_views, method.learns) == (False, True, True)
-    assert torch.equal(method.embed(pictures), pictures)
+    assert torch.equal(method.embed(images), images)
 
 
 def test_the_loss_is_cross_entropy_of_the_drawn_view() -> None:
@@ -341,7 +341,7 @@ def test_pixels_that_no_patch_would_see_are_refused(family: str, patch: int) -> 
         fitted(family, image_size=30)
 
 
-def test_a_swin_whose_windows_do_not_tile_the_picture_still_fits() -> None:
+def test_a_swin_whose_windows_do_not_tile_the_image_still_fits() -> None:
     """7 x 7 windows over 10 x 10 patches: timm pads them."""
     options = {**SMALL["swin"]["options"], "window_size": 7}
     method = fitted("swin", options=options, image_size=40, epochs=1)

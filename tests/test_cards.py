@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from medfocus import cards, metrics
-from medfocus.cards import Data, Model
-from medfocus.duplicates import Pair
-from medfocus.gate import Check
-from medfocus.records import Record
-from medfocus.splits import Splits
+from medfocus.datasets.duplicates import Pair
+from medfocus.datasets.records import Record
+from medfocus.datasets.splits import Splits
+from medfocus.evaluation import metrics
+from medfocus.evaluation.gate import Check
+from medfocus.reports import cards
+from medfocus.reports.cards import Data, Model
 
 PATIENT, FILE = "MRN_0815_4711", "DOE_JANE_1970"
 CLASSES = ("cyst", "solid")
@@ -29,7 +30,7 @@ TRAIN = [record(i, CLASSES[i % 2], "train") for i in range(30)]
 TEST = [record(100 + i, CLASSES[i % 2], "test") for i in range(60)]
 PATHS = [each.path for each in TEST]
 LABELS = np.array([i % 2 for i in range(60)])
-# Of the class "solid" 10 of 30 are taken for "cyst"; with the first 40 pictures alone it is 10 of 20.
+# Of the class "solid" 10 of 30 are taken for "cyst"; with the first 40 images alone it is 10 of 20.
 WRONG = [i for i in range(40) if i % 2][:10]
 PROBABILITIES = np.eye(2)[[1 - label if i in WRONG else label for i, label in enumerate(LABELS)]] * 0.8 + 0.1
 
@@ -59,10 +60,10 @@ def data() -> Data:
             "the file is empty (0 bytes)",
             f"holds the same bytes as {FILE}, which has another label, 'x'",
         ],
-        reported=[f"holds the same bytes as {FILE}.png, so this test picture is seen in training", FILE],
+        reported=[f"holds the same bytes as {FILE}.png, so this test image is seen in training", FILE],
         statuses={path: "relaxed" if i < 6 else "chosen" for i, path in enumerate(PATHS)},
         coverage={path: i / 100 for i, path in enumerate(PATHS)},
-        mask_lines=[{"label": "cyst", "pictures": "45", "coverage": "0.25", "iou": ""}],
+        mask_lines=[{"label": "cyst", "images": "45", "coverage": "0.25", "iou": ""}],
         segmenter="Otsu's threshold",
         drift=[],
         new=None,
@@ -109,7 +110,7 @@ def test_every_test_set_has_its_scores_with_wilson_intervals(model: Model, data:
     assert found["calibration error"][0] == f"{expected['ece']:.3f}"
 
 
-def test_failures_are_counted_by_what_is_known_of_a_picture_and_small_groups_say_so(
+def test_failures_are_counted_by_what_is_known_of_an_image_and_small_groups_say_so(
     model: Model, data: Data
 ) -> None:
     card = cards.model_card(model, data)
@@ -120,17 +121,17 @@ def test_failures_are_counted_by_what_is_known_of_a_picture_and_small_groups_say
     thirds = [found[f"mask covers {group}"] for group in ("up to 19.7 %", "19.7 % to 39.3 %", "above 39.3 %")]
     assert [each[0].rpartition(", ")[2] for each in thirds] == ["10 of 20", "20 of 20", "20 of 20"]
     assert {"size 128 x 96", "size 96 x 96"} <= set(found)
-    assert "The same for all test pictures: mode." in card
+    assert "The same for all test images: mode." in card
 
 
-def test_a_class_without_a_test_picture_has_no_recall_and_no_auroc(model: Model, data: Data) -> None:
+def test_a_class_without_a_test_image_has_no_recall_and_no_auroc(model: Model, data: Data) -> None:
     named = ("cyst", "scar", "solid")
     spread = np.insert(PROBABILITIES, 1, 0.0, axis=1)
     without = replace(
         model, classes=named, probabilities=spread, labels=LABELS * 2, learnt={name: 1 for name in named}
     )
     found = rows(cards.model_card(without, data))
-    assert found["scar"] == ["no picture", "no picture"] and found["AUROC"][0] == "cannot be told"
+    assert found["scar"] == ["no image", "no image"] and found["AUROC"][0] == "cannot be told"
     assert "weakest class solid, recall 66.7 %" in cards.headline("official", spread, LABELS * 2, named)
 
 
@@ -140,27 +141,27 @@ def test_the_card_says_what_it_is_not_for_and_where_not_to_believe_it(model: Mod
         "**Not for clinical use**",
         "refused: recall of solid: 0.667, asked 0.7 at least",
         "| recall of solid | 0.667 | 0.7 at least | **not met** |",
-        "1 of 60 test pictures occur in train as well",
-        "1 patient has pictures in train and in test",
-        "trained on drawn pictures alone",
+        "1 of 60 test images occur in train as well",
+        "1 patient has images in train and in test",
+        "trained on drawn images alone",
         "ingestion found 1 files whose label contradicts another's",
-        "Learnt from fewer than 20 pictures: cyst (3)",
+        "Learnt from fewer than 20 images: cyst (3)",
         "17 of 28 right out of fold",
     ):
         assert told in card
     elsewhere = replace(model, pocket=False, validation="0 of 0", learnt={"cyst": 20, "solid": 20})
-    assert not re.search("drawn pictures|Learnt from fewer|0 of 0", cards.model_card(elsewhere, data))
+    assert not re.search("drawn images|Learnt from fewer|0 of 0", cards.model_card(elsewhere, data))
 
 
-def test_the_sheet_counts_pictures_faults_twins_and_patients(data: Data) -> None:
+def test_the_sheet_counts_images_faults_twins_and_patients(data: Data) -> None:
     sheet = cards.data_sheet(data)
     for told in (
-        "90 breast_ultrasound pictures in 2 classes. The test set is the official one.",
+        "90 breast_ultrasound images in 2 classes. The test set is the official one.",
         "| cyst | 15 | 30 | 20 |",
-        "Patients: 90 are known, for 90 of 90 pictures.",
+        "Patients: 90 are known, for 90 of 90 images.",
         "Sizes: 2, sides of 96 to 128 pixels. Modes: L (90). Files: png (90).",
         "- left out: 1, empty file\n- left out: 1, the same bytes under two labels",
-        "- kept, but reported: 1, of another kind\n- kept, but reported: 1, test picture with the same bytes",
+        "- kept, but reported: 1, of another kind\n- kept, but reported: 1, test image with the same bytes",
         "| re-encoded | 1 | 1 |",
         "| cyst | 45 | 0.250 |",
         "Licence: not stated.",
@@ -170,7 +171,7 @@ def test_the_sheet_counts_pictures_faults_twins_and_patients(data: Data) -> None
         assert told in sheet
     drift = Check("drift of coverage", False, "0.510, p 1e-05", "0.4 at most")
     later = cards.data_sheet(replace(data, licence="CC BY 4.0", new=12, drift=[drift]))
-    assert "Licence: CC BY 4.0." in later and "12 pictures came since the present champion" in later
+    assert "Licence: CC BY 4.0." in later and "12 images came since the present champion" in later
     assert "| drift of coverage | 0.510, p 1e-05 | 0.4 at most | **not met** |" in later
 
 
@@ -191,13 +192,13 @@ def test_neither_names_a_file_or_a_patient_and_both_are_the_same_each_time(model
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
-        ("is no picture in a format that is read (PNG, JPEG)", "no picture in a format that is read"),
+        ("is no image in a format that is read (PNG, JPEG)", "no image in a format that is read"),
         ("cannot be decoded (image file is truncated)", "cannot be decoded"),
-        ("holds 3 pictures, of which the first is used", "several pictures in one file"),
-        (f"'p(.)' finds no patient in 2 pictures (the first is '{FILE}.png')", "no patient by the pattern"),
-        ("holds no picture (Encapsulated PDF Storage)", "DICOM without a picture"),
+        ("holds 3 images, of which the first is used", "several images in one file"),
+        (f"'p(.)' finds no patient in 2 images (the first is '{FILE}.png')", "no patient by the pattern"),
+        ("holds no image (Encapsulated PDF Storage)", "DICOM without an image"),
         ("has 3 slices of one shade, left out", "slices of one shade"),
-        ("7 DICOM pictures have no window, so each goes from its", "DICOM pictures without a window"),
+        ("7 DICOM images have no window, so each goes from its", "DICOM images without a window"),
         (f"something new about {FILE}", "of another kind"),
     ],
 )

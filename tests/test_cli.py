@@ -23,19 +23,22 @@ from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from flows import ingest as stage
-from flows import servers, stages
 from flows.cli import app, doctor, models
 from flows.cli.init import readable
 from flows.cli.modality import Look, guess
-from flows.study import open_study
-from medfocus import checkpoint, images, serve
-from medfocus.encoders import build_clip
+from flows.servers import servers
+from flows.stages import dvc
+from flows.stages import ingest as stage
+from flows.study import models as study_models
+from flows.study.params import SlicesParams, load_params
+from flows.study.study import open_study
+from medfocus.clip.encoder import build_clip
+from medfocus.datasets.records import read_manifest
+from medfocus.focus.view import view
+from medfocus.images import decode
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.methods import METHODS, Support
-from medfocus.params import SlicesParams, load_params
-from medfocus.records import read_manifest
-from medfocus.views import view
+from medfocus.serving import checkpoint, predictor
 from tests.dicoms import dicom, nifti
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +72,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def draw(path: Path, seed: int) -> Path:
-    """A grey picture, as bright as a chest film."""
+    """A grey image, as bright as a chest film."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(80, 180, (48, 48), dtype=np.uint8)
     Image.fromarray(noise).resize((96, 96)).save(path)
@@ -92,29 +95,29 @@ def test_a_project_can_be_begun_anywhere_and_its_stages_run(
     again = medfocus("new", "films")
     assert again.exit_code == 1 and "films/params.yaml is there already." in again.output
     monkeypatch.chdir(tmp_path / "films")
-    pictures = draw_classes(tmp_path / "pictures", normal=5, covid=5)
-    assert medfocus("init", pictures, "--name", "own").exit_code == 0
+    images = draw_classes(tmp_path / "images", normal=5, covid=5)
+    assert medfocus("init", images, "--name", "own").exit_code == 0
     study = open_study(Path("studies/own.yaml"))
     assert study.home == Path.cwd() and f"- code: {ROOT.as_posix()}\n" in Path("dvc.yaml").read_text()
     for name in ("ingest@own", "duplicates@own", "splits@own"):
-        assert stages.reproduce(study.folder, name) and not stages.reproduce(study.folder, name)
+        assert dvc.reproduce(study.folder, name) and not dvc.reproduce(study.folder, name)
     assert len((study.folder / "data/manifests/own.csv").read_text().splitlines()) == 11
 
 
 def test_init_writes_a_params_file_that_a_study_can_be_opened_with(home: Path, medfocus: Medfocus) -> None:
-    pictures = draw_classes(home / "cxr", pneumonia=12, normal=8)
-    result = medfocus("init", pictures)
+    images = draw_classes(home / "cxr", pneumonia=12, normal=8)
+    result = medfocus("init", images)
     assert result.exit_code == 0, result.output
     study = open_study(home / "studies" / "cxr.yaml")
     data = study.params.datasets["cxr"]
-    assert study.root("cxr").resolve() == pictures
+    assert study.root("cxr").resolve() == images
     assert (data.modality, data.flip) == ("chest_xray", False)
     assert data.names == {"pneumonia": "pneumonia", "normal": "normal"}
     assert study.params.phantoms == {}
     assert "A GUESS" in (home / "studies" / "cxr.yaml").read_text()
 
 
-def test_every_percent_that_init_writes_leaves_each_class_a_picture(home: Path, medfocus: Medfocus) -> None:
+def test_every_percent_that_init_writes_leaves_each_class_an_image(home: Path, medfocus: Medfocus) -> None:
     draw_classes(home / "scans", few=7, many=30)
     assert medfocus("init", "scans").exit_code == 0
     percents = load_params(home / "studies" / "scans.yaml").study.percents
@@ -123,7 +126,7 @@ def test_every_percent_that_init_writes_leaves_each_class_a_picture(home: Path, 
 
 
 def test_init_reads_a_csv_with_its_patients(home: Path, medfocus: Medfocus) -> None:
-    folder = draw_classes(home / "pictures", a=6, b=6)
+    folder = draw_classes(home / "images", a=6, b=6)
     lines = [f"{label}/{i}.png,{label},p{i}" for label in "ab" for i in range(6)]
     (folder / "clinic a.csv").write_text("\n".join(["path,label,patient", *lines]))
     result = medfocus("init", folder / "clinic a.csv")
@@ -136,7 +139,7 @@ def test_init_reads_a_csv_with_its_patients(home: Path, medfocus: Medfocus) -> N
 def test_init_proposes_the_columns_by_their_values(
     home: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = draw_classes(home / "pictures", a=6, b=6)
+    folder = draw_classes(home / "images", a=6, b=6)
     lines = ["PID;Datei;Geschlecht;Diagnose;Menge"]
     for label in "ab":
         parts = ["train"] * 4 + ["test"] * 2
@@ -155,7 +158,7 @@ def test_init_proposes_the_columns_by_their_values(
 
 
 def test_init_asks_where_two_columns_may_be_the_classes(home: Path, medfocus: Medfocus) -> None:
-    folder = draw_classes(home / "pictures", a=6, b=6)
+    folder = draw_classes(home / "images", a=6, b=6)
     draw_classes(folder, c=12)
     lines = [f"c/{i}.png,{'FM'[i % 2]},{40 + i},{'ab'[i % 2]}" for i in range(12)] * 2  # twelve ages
     (folder / "list.csv").write_text("\n".join(["Bild,Geschlecht,Alter,Gruppe", *lines]))
@@ -209,7 +212,7 @@ def test_init_reads_patients_and_modality_out_of_dicom_headers(home: Path, medfo
     assert result.exit_code == 0, result.output
     assert "modality: chest_ct (by DICOM's Modality CT, BodyPartExamined CHEST)" in result.output
     text = (home / "studies" / "scans.yaml").read_text()
-    assert "known patient" not in text and "Every picture's patient is known" in text
+    assert "known patient" not in text and "Every image's patient is known" in text
     assert load_params(home / "studies" / "scans.yaml").datasets["scans"].slices == SlicesParams(2, 1)
     assert "MRN" not in text + result.output and (home / ".patient-salt").is_file()
 
@@ -241,7 +244,7 @@ def test_the_params_file_names_no_file_for_that_may_name_a_patient(home: Path, m
     shutil.copyfile(home / "scans" / "b" / "0.png", home / "scans" / "b" / "Mueller_Eva.png")
     result = medfocus("init", "scans")
     assert result.exit_code == 0
-    assert "a/Mueller_Eva.png: is no picture in a format that is read" in result.output
+    assert "a/Mueller_Eva.png: is no image in a format that is read" in result.output
     written = (home / "studies" / "scans.yaml").read_text()
     assert "Mueller" not in written and "1 file is left out" in written and "1 pair among 13" in written
 
@@ -285,7 +288,7 @@ def test_wrong_usage_ends_with_2_and_a_fault_with_1_and_its_fix(
         (["chest_ct", "adenocarcinoma"], SLICE, "chest_ct"),
         (["brainTumor", "glioma"], SLICE, "brain_mri"),
         (["breast ultrasound"], Look(0.0, 0.05, 0.3), "breast_ultrasound"),
-        (["cxr"], SLICE, "other"),  # the pictures contradict
+        (["cxr"], SLICE, "other"),  # the images contradict
         (["brain ct"], SLICE, "other"),
         (["breast mri"], SLICE, "other"),
         (["knee xray"], FILM, "other"),
@@ -294,7 +297,7 @@ def test_wrong_usage_ends_with_2_and_a_fault_with_1_and_its_fix(
         (["study7", "positive"], FILM, "other"),
     ],
 )
-def test_a_modality_is_guessed_where_names_and_pictures_agree_and_else_is_other(
+def test_a_modality_is_guessed_where_names_and_images_agree_and_else_is_other(
     texts: list[str], look: Look, modality: str
 ) -> None:
     assert guess(texts, look).modality == modality
@@ -354,11 +357,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     encoder, segmenter = build_clip("pocket", "pocket"), OtsuSegmenter()
     method = METHODS["clip-linear-probe"](encoder, folds=3)
-    pictures = [images.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
-    found = segmenter.segment(pictures)
+    images = [decode.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
+    found = segmenter.segment(images)
     views = [
-        view(picture, mask.region, focus="multiply", size=encoder.image_size, feather=0.01)
-        for picture, mask in zip(pictures, found, strict=True)
+        view(image, mask.region, focus="multiply", size=encoder.image_size, feather=0.01)
+        for image, mask in zip(images, found, strict=True)
     ]
     features = method.embed(torch.from_numpy(np.stack(views)))
     labels, text = torch.tensor([0, 1] * 4), encoder.encode_texts(list(CLASSES))
@@ -367,7 +370,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"}
     )
     checkpoint.save(method, header, folder / "cell.safetensors")
-    serve.save_model(
+    predictor.save_model(
         folder / "model",
         checkpoint=folder / "cell.safetensors",
         encoder=encoder,
@@ -387,13 +390,13 @@ def test_a_file_that_cannot_be_read_is_one_line_and_the_others_go_on(
     home: Path, medfocus: Medfocus, model: Path
 ) -> None:
     shade(home / "in" / "a.png", 0, 50)
-    (home / "in" / "broken.png").write_bytes(b"no picture")
+    (home / "in" / "broken.png").write_bytes(b"no image")
     shade(home / "in" / "more" / "a.png", 1, 51)
     result = medfocus("predict", "in", "gone.png", "--out", "out", "--model", model)
     assert result.exit_code == 1
     told = [line for line in result.output.splitlines() if ".png" in line]
     assert [line.partition(": ")[2] for line in told] == [
-        "in/broken.png: is no picture in a format that is read (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
+        "in/broken.png: is no image in a format that is read (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
         "NIFTI). "
         "Export it again as PNG, or remove it.",
         "gone.png: cannot be read (No such file or directory). Correct the path, or copy the file again.",
@@ -411,12 +414,12 @@ def test_predict_says_what_the_model_says_and_draws_the_mask(
     files = [shade(home / f"{i}.png", i % 2, 60 + i) for i in range(3)]
     result = medfocus("predict", *files, "--out", "out", "--model", model)
     assert result.exit_code == 0, result.output
-    expected = serve.Predictor.load(model).predict([file.read_bytes() for file in files])
+    expected = predictor.Predictor.load(model).predict([file.read_bytes() for file in files])
     for line, prediction in zip(rows(home / "out" / "predictions.csv"), expected, strict=True):
         assert line["label"] == prediction.label
         assert float(line["probability_dark"]) == pytest.approx(prediction.probabilities["dark"], abs=1e-5)
-        overlay = images.read(home / "out" / line["overlay"])
-        assert np.array_equal((overlay != images.read(Path(line["file"]))).any(axis=2), prediction.mask)
+        overlay = decode.read(home / "out" / line["overlay"])
+        assert np.array_equal((overlay != decode.read(Path(line["file"]))).any(axis=2), prediction.mask)
     again = medfocus("predict", *files, "--out", "out", "--model", model)
     assert again.exit_code == 1 and "predictions.csv is there already" in again.output
 
@@ -424,9 +427,9 @@ def test_predict_says_what_the_model_says_and_draws_the_mask(
 def test_every_frame_of_a_file_is_answered_under_its_name(
     home: Path, medfocus: Medfocus, model: Path
 ) -> None:
-    pictures = [images.read(shade(home / f"{i}.png", i % 2, 60 + i))[..., 0] for i in range(3)]
+    images = [decode.read(shade(home / f"{i}.png", i % 2, 60 + i))[..., 0] for i in range(3)]
     (home / "in").mkdir()
-    (home / "in" / "cine").write_bytes(dicom(np.stack(pictures), NumberOfFrames=3))
+    (home / "in" / "cine").write_bytes(dicom(np.stack(images), NumberOfFrames=3))
     volume = np.zeros((40, 30, 11), np.int16)
     volume[10:20, 10:20] = 90
     nifti(home / "in" / "head.nii.gz", volume)
@@ -436,34 +439,35 @@ def test_every_frame_of_a_file_is_answered_under_its_name(
     slices = [f"in/head.nii.gz#z={z:02}" for z in range(11)]
     assert [line["file"] for line in lines] == ["in/cine#0", "in/cine#1", "in/cine#2", *slices]
     assert [line["overlay"] for line in lines[2:4]] == ["cine_2_overlay.png", "head_z=00_overlay.png"]
-    expected = serve.Predictor.load(model).predict_decoded([np.stack([p] * 3, axis=2) for p in pictures])
+    expected = predictor.Predictor.load(model).predict_decoded([np.stack([p] * 3, axis=2) for p in images])
     assert [line["label"] for line in lines[:3]] == [one.label for one in expected]
     assert medfocus("predict", "in/cine#1", "--out", "one", "--model", model).exit_code == 0
     assert [line["file"] for line in rows(home / "one" / "predictions.csv")] == ["in/cine#1"]
 
 
-def test_explain_shows_each_picture_and_where_the_answer_came_from(
+def test_explain_shows_each_image_and_where_the_answer_came_from(
     home: Path, medfocus: Medfocus, model: Path
 ) -> None:
     result = medfocus("explain", shade(home / "a.png", 0, 70), "--out", "why", "--model", model)
     assert result.exit_code == 0, result.output
     [line] = rows(home / "why" / "explanations.csv")
     assert line["way"] == "gradient x attention" and 0 <= float(line["inside_mask"]) <= 1
-    assert images.read(home / "why" / line["sheet"]).shape[1] > 3 * 90
+    assert decode.read(home / "why" / line["sheet"]).shape[1] > 3 * 90
 
 
 def test_masks_are_those_of_the_studys_segmenter_and_are_kept(home: Path, medfocus: Medfocus) -> None:
     text = (home / "params.yaml").read_text().replace("segmenter: sam2", "segmenter: otsu")
     (home / "params.yaml").write_text(text)
-    picture = shade(home / "a.png", 0, 80)
+    image = shade(home / "a.png", 0, 80)
     for out in ("first", "second"):  # the second from the cache
-        result = medfocus("masks", picture, "--out", out)
+        result = medfocus("masks", image, "--out", out)
         assert result.exit_code == 0, result.output
         [line] = rows(home / out / "masks.csv")
-        [mask] = open_study(home / "params.yaml").segmenter("phantom-chest").segment([images.read(picture)])
-        drawn = images.read(home / out / line["mask"])[..., 0] > 0
+        segmenter = study_models.build_segmenter(open_study(home / "params.yaml"), "phantom-chest")
+        [mask] = segmenter.segment([decode.read(image)])
+        drawn = decode.read(home / out / line["mask"])[..., 0] > 0
         assert np.array_equal(drawn, mask.region) and line["status"] == mask.status
-    assert medfocus("masks", picture, "--out", "x", "--dataset", "knee").exit_code == 2
+    assert medfocus("masks", image, "--out", "x", "--dataset", "knee").exit_code == 2
 
 
 def test_a_model_travels_as_a_zip_and_says_the_same_where_it_is_imported(
@@ -476,11 +480,11 @@ def test_a_model_travels_as_a_zip_and_says_the_same_where_it_is_imported(
     assert "there version 1: imported" in imported.output
     listed = medfocus("models")
     assert "imported: no gate has tried it here" in listed.output and "champion" not in listed.output
-    picture = shade(home / "a.png", 1, 90)
-    assert medfocus("predict", picture, "--out", "there").exit_code == 0  # the only one that is registered
-    assert medfocus("predict", picture, "--out", "here", "--model", model).exit_code == 0
+    image = shade(home / "a.png", 1, 90)
+    assert medfocus("predict", image, "--out", "there").exit_code == 0  # the only one that is registered
+    assert medfocus("predict", image, "--out", "here", "--model", model).exit_code == 0
     assert rows(home / "there" / "predictions.csv") == rows(home / "here" / "predictions.csv")
-    wrong = medfocus("predict", picture, "--out", "none", "--model", "there@7")
+    wrong = medfocus("predict", image, "--out", "none", "--model", "there@7")
     assert wrong.exit_code == 1 and "there has no version '7'; there are there@1" in wrong.output
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from medfocus.comparison import Scored, bootstrap, compare, holm, mcnemar, paired_sums, sign_flip
+from medfocus.evaluation.comparison import Scored, bootstrap, compare, holm, mcnemar, paired_sums, sign_flip
 
 
-def results(*accuracies: float, pictures: int = 60, seed: int = 0) -> np.ndarray:
-    """(R, N) bool, one draw an accuracy; draws are wrong about the same hard pictures."""
+def results(*accuracies: float, images: int = 60, seed: int = 0) -> np.ndarray:
+    """(R, N) bool, one draw an accuracy; draws are wrong about the same hard images."""
     rng = np.random.default_rng(seed)
-    hard = rng.random(pictures)
-    return np.stack([hard + 0.2 * rng.random(pictures) < 1.2 * accuracy for accuracy in accuracies])
+    hard = rng.random(images)
+    return np.stack([hard + 0.2 * rng.random(images) < 1.2 * accuracy for accuracy in accuracies])
 
 
 def test_one_draw_by_sign_flips_is_mcnemars_exact_test() -> None:
@@ -25,7 +25,7 @@ def test_one_draw_by_sign_flips_is_mcnemars_exact_test() -> None:
         assert sign_flip(sums) == pytest.approx(mcnemar(ours[0], theirs[0])[2], rel=1e-9)
 
 
-def test_mcnemar_is_the_binomial_test_of_the_discordant_pictures() -> None:
+def test_mcnemar_is_the_binomial_test_of_the_discordant_images() -> None:
     ours = np.array([True] * 9 + [False] * 2 + [True] * 5 + [False] * 4)
     theirs = np.array([False] * 9 + [True] * 2 + [True] * 5 + [False] * 4)
     only_ours, only_theirs, p = mcnemar(ours, theirs)
@@ -42,9 +42,7 @@ def test_sign_flips_count_every_choice_of_signs() -> None:
 
 
 def test_sign_flips_agree_with_scipys_permutation_test() -> None:
-    sums, _, _ = paired_sums(
-        results(0.8, 0.7, 0.75, pictures=14), results(0.5, 0.6, 0.6, pictures=14, seed=3)
-    )
+    sums, _, _ = paired_sums(results(0.8, 0.7, 0.75, images=14), results(0.5, 0.6, 0.6, images=14, seed=3))
     paired = stats.permutation_test(
         (sums,), np.sum, permutation_type="samples", n_resamples=2**14, alternative="two-sided"
     )
@@ -80,8 +78,8 @@ def test_unequal_numbers_of_draws_are_compared_by_their_means() -> None:
     np.testing.assert_allclose(sums / scale, ours.mean(axis=0) - theirs.mean(axis=0))
 
 
-def test_pictures_of_a_patient_are_one_unit() -> None:
-    ours, theirs = results(0.8, pictures=12), results(0.4, pictures=12, seed=5)
+def test_images_of_a_patient_are_one_unit() -> None:
+    ours, theirs = results(0.8, images=12), results(0.4, images=12, seed=5)
     patients = np.array(list("aabbbcddefgh"))
     sums, sizes, _ = paired_sums(ours, theirs, patients)
     expected = [int(ours[0, patients == p].sum()) - int(theirs[0, patients == p].sum()) for p in "abcdefgh"]
@@ -89,9 +87,9 @@ def test_pictures_of_a_patient_are_one_unit() -> None:
     assert sizes.tolist() == [2, 3, 1, 2, 1, 1, 1, 1]
 
 
-def test_the_bootstrap_is_that_of_resampled_pictures() -> None:
+def test_the_bootstrap_is_that_of_resampled_images() -> None:
     """Against plain resampling of indices, and the normal interval with the standard error of a mean."""
-    ours, theirs = results(0.8, 0.75, pictures=200), results(0.7, 0.66, pictures=200, seed=4)
+    ours, theirs = results(0.8, 0.75, images=200), results(0.7, 0.66, images=200, seed=4)
     sums, sizes, scale = paired_sums(ours, theirs)
     low, high, p = bootstrap(sums / scale, sizes, np.random.default_rng(0), 20_000)
     each = ours.mean(axis=0) - theirs.mean(axis=0)
@@ -106,14 +104,14 @@ def test_the_bootstrap_is_that_of_resampled_pictures() -> None:
 def test_the_bootstrap_of_patients_resamples_patients() -> None:
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(40), rng.integers(1, 9, 40))
-    each = np.repeat(rng.integers(-1, 2, 40), np.bincount(patients))  # a patient's pictures go together
+    each = np.repeat(rng.integers(-1, 2, 40), np.bincount(patients))  # a patient's images go together
     sums, sizes = np.bincount(patients, each), np.bincount(patients)
     low, high, _ = bootstrap(sums, sizes, np.random.default_rng(0), 20_000)
     drawn = rng.integers(0, 40, (20_000, 40))
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.015)
     alone = bootstrap(each, np.ones(len(each), int), np.random.default_rng(0), 20_000)
-    assert high - low > 1.5 * (alone[1] - alone[0])  # pictures taken for independent promise too much
+    assert high - low > 1.5 * (alone[1] - alone[0])  # images taken for independent promise too much
 
 
 def test_the_bootstrap_repeats_with_its_seed_and_never_gives_a_p_of_zero() -> None:
@@ -157,23 +155,23 @@ def test_every_system_is_compared_at_its_own_percent_and_corrected_over_all_test
     difference = found[0]["ours", 5.0]
     assert difference.mean == pytest.approx(better.mean() - base.mean())
     assert difference.low <= difference.mean <= difference.high
-    assert (difference.draws, difference.pictures) == (2, 60)
+    assert (difference.draws, difference.images) == (2, 60)
     assert difference.adjusted_p == pytest.approx(2 * difference.p)
 
 
-def test_a_baseline_without_training_pictures_is_compared_at_every_percent() -> None:
+def test_a_baseline_without_training_images_is_compared_at_every_percent() -> None:
     zero, ours = results(0.5), results(0.8, 0.8)
     test = Scored({("zero-shot", 0.0): zero, ("ours", 5.0): ours, ("ours", 100.0): ours})
     (found,) = compare([test], "zero-shot", np.random.default_rng(0), 500)
     assert list(found) == [("ours", 5.0), ("ours", 100.0)]
 
 
-def test_an_unknown_baseline_and_other_pictures_are_told() -> None:
+def test_an_unknown_baseline_and_other_images_are_told() -> None:
     one = results(0.5)
     test = Scored({("pixels", 5.0): one, ("ours", 5.0): one})
     with pytest.raises(ValueError, match=r"no result of the baseline 'clip'; there are ours, pixels\."):
         compare([test], "clip", np.random.default_rng(0))
-    with pytest.raises(ValueError, match="60 pictures beside 50; give the same pictures in the same order"):
-        paired_sums(results(0.5), results(0.5, pictures=50))
+    with pytest.raises(ValueError, match="60 images beside 50; give the same images in the same order"):
+        paired_sums(results(0.5), results(0.5, images=50))
     with pytest.raises(ValueError, match=r"results of shape \(0, 60\) and \(1, 60\); give a draw"):
         paired_sums(results(0.5)[:0], results(0.5))

@@ -18,9 +18,10 @@ from pycocotools import mask as rle
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from medfocus import coco, files, medmnist
-from medfocus.ingest import ingest
-from medfocus.quality import known_region
+from medfocus.datasets import coco, medmnist
+from medfocus.datasets.ingest import ingest
+from medfocus.masks.quality import known_region
+from medfocus.storage import atomic
 
 Medfocus = Callable[..., Result]
 
@@ -34,7 +35,7 @@ def medfocus() -> Medfocus:
 def arrays(
     size: int = 28, colour: bool = False, other: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """What a MedMNIST file of two classes holds: 6, 2 and 4 pictures of noise."""
+    """What a MedMNIST file of two classes holds: 6, 2 and 4 images of noise."""
     rng, found = np.random.default_rng(size), dict[str, np.ndarray]()
     for split, count in (("train", 6), ("val", 2), ("test", 4)):
         shape = (count, size, size, 3) if colour else (count, size, size)
@@ -80,10 +81,10 @@ def test_a_class_that_a_split_lacks_gets_no_folder_there(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "other", "told"),
     [
-        ("chestmnist", {}, "a picture in it has several labels at once"),
-        ("organmnist3d", {}, "holds volumes, and only pictures are read"),
+        ("chestmnist", {}, "an image in it has several labels at once"),
+        ("organmnist3d", {}, "holds volumes, and only images are read"),
         ("x", {"train_images": np.zeros((6, 8, 8, 8), np.uint8)}, "train_images is 6 x 8 x 8 x 8: volumes"),
-        ("x", {"test_labels": np.zeros((4, 14), int)}, "test_labels has 14 labels a picture"),
+        ("x", {"test_labels": np.zeros((4, 14), int)}, "test_labels has 14 labels per image"),
         ("x", {"train_images": np.zeros((6, 8, 8))}, "train_images holds float64, not uint8. Scale"),
         ("x", {"val_labels": np.zeros((3, 1), int)}, "has 2 val_images and 3 val_labels"),
         ("x", {"val_labels": np.zeros((2, 1))}, "val_labels holds float64, not integers"),
@@ -91,7 +92,7 @@ def test_a_class_that_a_split_lacks_gets_no_folder_there(tmp_path: Path) -> None
         ("pneumoniamnist", {"test_labels": np.full((4, 1), 2)}, "has a label 2, but pneumoniamnist has the"),
     ],
 )
-def test_what_is_no_set_of_pictures_with_a_class_each_is_refused(
+def test_what_is_no_set_of_images_with_a_class_each_is_refused(
     tmp_path: Path, name: str, other: dict[str, np.ndarray], told: str
 ) -> None:
     file = save(tmp_path / f"{name}.npz", arrays(other=other))
@@ -121,15 +122,15 @@ def test_a_damaged_or_cut_file_leaves_nothing(tmp_path: Path) -> None:
 def test_a_folder_is_whole_or_not_there_and_what_a_kill_left_goes(tmp_path: Path) -> None:
     dead = tmp_path / ".out.999999999.part"
     dead.mkdir()
-    with pytest.raises(ZeroDivisionError), files.whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(ZeroDivisionError), atomic.whole_folder(tmp_path / "out") as folder:
         (folder / str(1 // len(list(folder.iterdir())))).touch()
     assert list(tmp_path.iterdir()) == []
-    with files.whole_folder(tmp_path / "out") as folder:
+    with atomic.whole_folder(tmp_path / "out") as folder:
         (folder / "x").touch()
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "out" / "x").exists()
     with pytest.raises(FileExistsError, match="out is there already, and nothing is written over"):
-        files.whole_folder(tmp_path / "out").__enter__()
+        atomic.whole_folder(tmp_path / "out").__enter__()
 
 
 def test_a_set_is_fetched_by_its_name_or_the_way_is_told(
@@ -180,7 +181,7 @@ def entry(number: int, image: int, segmentation: object, category: int = 1) -> d
 
 @pytest.fixture
 def lesions(tmp_path: Path) -> dict[str, Any]:
-    """Three pictures of 8 x 12, one in a folder, and what a COCO file says of them."""
+    """Three images of 8 x 12, one in a folder, and what a COCO file says of them."""
     (tmp_path / "raw" / "b").mkdir(parents=True)
     names = ("a.png", "b/a.png", "c.jpg")
     for value, name in enumerate(names):
@@ -216,11 +217,11 @@ def test_instances_become_known_regions_and_labels(tmp_path: Path, lesions: dict
     ]
     done, out = converted(tmp_path, lesions)
     assert done.regions == 2 and done.labels == {"benign": 1, "malignant": 1, "": 1}
-    assert labels(out) == {"pictures/a.png": "benign", "pictures/b/a.png": "malignant", "pictures/c.jpg": ""}
+    assert labels(out) == {"images/a.png": "benign", "images/b/a.png": "malignant", "images/c.jpg": ""}
     (told,) = done.faults
     assert (told.path, told.fault) == ("c.jpg", "is of no class, so it has no label")
     found = ingest(out, manifest="list.csv")
-    assert [record.path for record in found.records] == ["pictures/a.png", "pictures/b/a.png"]
+    assert [record.path for record in found.records] == ["images/a.png", "images/b/a.png"]
     assert [fault.fault for fault in found.left_out] == ["the label is empty"]
     square = np.zeros((8, 12), bool)
     square[1:5, 2:6] = True
@@ -229,7 +230,7 @@ def test_instances_become_known_regions_and_labels(tmp_path: Path, lesions: dict
     column = square.copy()
     column[:, 0] = True
     assert second is not None and np.array_equal(second, column)
-    assert known_region(out, "pictures/c.jpg", 8, 12) is None
+    assert known_region(out, "images/c.jpg", 8, 12) is None
 
 
 @pytest.mark.parametrize(
@@ -260,8 +261,8 @@ def test_a_label_is_what_all_instances_have_in_common(
         ([[1, 1, 5, 5, 1e12, 5]], "has a polygon that lies far outside of 12 x 8"),
         ([[1, 1, 1, 1, 1, 1]], "covers no pixel"),
         ([], "has a box and no outline"),
-        ({"size": [12, 8], "counts": [96]}, "size [12, 8], but the picture is [8, 12]"),
-        ({"size": [8, 12], "counts": [90, 5]}, "has a run-length code of 95 pixels; the picture has 96"),
+        ({"size": [12, 8], "counts": [96]}, "size [12, 8], but the image is [8, 12]"),
+        ({"size": [8, 12], "counts": [90, 5]}, "has a run-length code of 95 pixels; the image has 96"),
         ({"size": [8, 12], "counts": "zzzz99"}, "has a broken run-length code"),
         ({"size": [8, 12]}, "has a run-length code without counts"),
         ("x", "is no outline"),
@@ -274,7 +275,7 @@ def test_a_broken_outline_is_told_by_its_id_and_the_others_are_used(
     done, out = converted(tmp_path, lesions)
     assert done.faults[0].path == "annotation 77 of a.png"
     assert told in done.faults[0].fault
-    region = known_region(out, "pictures/a.png", 8, 12)
+    region = known_region(out, "images/a.png", 8, 12)
     assert region is not None and region.sum() == 16
 
 
@@ -294,15 +295,15 @@ def test_a_coco_file_reads_nothing_outside_and_what_does_not_fit_is_told(
     ]
     lesions["annotations"] += [entry(9, 99, [SQUARE])]
     done, out = converted(tmp_path, lesions)
-    assert set(labels(out)) == {"pictures/a.png", "pictures/b/a.png"}
+    assert set(labels(out)) == {"images/a.png", "images/b/a.png"}
     faults = {fault.path: fault.fault for fault in done.faults}
     assert faults["image 3: ../outside.png"] == f"leads out of {tmp_path / 'raw'}"
     assert faults["image 4: nowhere.png"] == f"no such file inside {tmp_path / 'raw'}"
     assert faults["image 5: a.png"].startswith("has the name of a.png, but for the suffix")
-    assert faults["broken.png"].startswith("is no picture in a format that is read")
+    assert faults["broken.png"].startswith("is no image in a format that is read")
     assert faults["c.jpg"] == "has 12 x 8 pixels, but 8 x 12 in the file"
     assert faults["image 7: None"] == "has no file name, width and height"
-    assert faults["image 99"] == "is the picture of some annotations, but not among images"
+    assert faults["image 99"] == "is the image of some annotations, but not among images"
 
 
 @pytest.mark.parametrize(
@@ -312,7 +313,7 @@ def test_a_coco_file_reads_nothing_outside_and_what_does_not_fit_is_told(
         ("[" * 100_000, "is no JSON"),
         ("[]", "has no list 'images' of entries"),
         ('{"images": [], "annotations": [1], "categories": []}', "has no list 'annotations' of entries"),
-        ('{"images": [], "annotations": [], "categories": []}', "no picture can be used (it lists none)"),
+        ('{"images": [], "annotations": [], "categories": []}', "no image can be used (it lists none)"),
     ],
 )
 def test_what_is_no_coco_file_leaves_nothing(
@@ -328,7 +329,7 @@ def test_the_command_lists_the_faults_beside_the_table(
     tmp_path: Path, lesions: dict[str, Any], medfocus: Medfocus
 ) -> None:
     (tmp_path / "x.json").write_text(json.dumps(lesions))
-    words = ("convert", "coco", tmp_path / "x.json", tmp_path / "out", "--pictures", tmp_path / "raw")
+    words = ("convert", "coco", tmp_path / "x.json", tmp_path / "out", "--images", tmp_path / "raw")
     assert medfocus(*words, "--label-from", "colour").exit_code == 2
     result = medfocus(*words)
     assert result.exit_code == 0, result.output

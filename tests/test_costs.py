@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from flows import costs
+from flows.study import costs
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 MEASURED = """
 import time
-from flows import costs
+from flows.study import costs
 
 def hungry():
     block = bytearray(40 * 2**20)  # 40 MiB, every page written to
@@ -53,8 +53,8 @@ def test_a_fit_s_cost_is_kept_beside_its_checkpoint(tmp_path: Path) -> None:
 
 def test_the_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     lines = [
-        costs.Line("busi", "lp++", 5.0, 0, 0.01, None, 128, 5000.0, ""),
-        costs.Line("busi", "resnet", 50.0, 1, 20.5, 812.25, 5_000_000, 70.0, "from scratch"),
+        costs.CostRow("busi", "lp++", 5.0, 0, 0.01, None, 128, 5000.0, ""),
+        costs.CostRow("busi", "resnet", 50.0, 1, 20.5, 812.25, 5_000_000, 70.0, "from scratch"),
     ]
     costs.write_lines(lines, tmp_path / "costs.csv")
     assert costs.read_lines(tmp_path / "costs.csv") == lines

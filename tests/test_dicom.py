@@ -23,14 +23,15 @@ from pydicom.filewriter import write_dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from flows.cli.modality import OTHER, told
-from medfocus import apart, frames, images, patients
-from medfocus import dicom as reader
-from medfocus.duplicates import find_duplicates, groups, twins
-from medfocus.ingest import Ingested, ingest
-from medfocus.patients import Salt
-from medfocus.quality import known_region
-from medfocus.records import Record
-from medfocus.splits import Splits, draw_splits
+from medfocus.datasets import pseudonyms
+from medfocus.datasets.duplicates import find_duplicates, groups, twins
+from medfocus.datasets.ingest import Ingested, ingest
+from medfocus.datasets.pseudonyms import Salt
+from medfocus.datasets.records import Record
+from medfocus.datasets.splits import Splits, draw_splits
+from medfocus.images import decode, gdcm_process, stack
+from medfocus.images import dicom as reader
+from medfocus.masks.quality import known_region
 from tests.dicoms import baseline, dicom, jpeg, jpeg2000, shown
 
 RAMP = np.arange(256, dtype=np.uint16).reshape(16, 16) * 16  # 12 bits
@@ -84,21 +85,21 @@ REFUSED = {
     "JPEG-lossy.dcm": "is stored as JPEG Extended (Process 2 and 4) with 12 bits, which cannot be decoded",
     "JPEG2000-embedded-sequence-delimiter.dcm": "pixels are not of the size that its header says",
     "MR_truncated.dcm": "promises 1 frames and so 8192 bytes of pixel data, and holds 8130",
-    "badVR.dcm": "holds no picture (RT Dose Storage)",
-    "rtplan.dcm": "holds no picture (RT Plan Storage)",
-    "rtstruct.dcm": "holds no picture (RT Structure Set Storage)",
-    "rtdose.dcm": "holds no picture (RT Dose Storage)",
-    "liver_1frame.dcm": "holds no picture (Segmentation Storage)",
-    "test-SR.dcm": "holds no picture (Comprehensive SR Storage)",
-    "waveform_ecg.dcm": "holds no picture (12-lead ECG Waveform Storage)",
-    "DICOMDIR": "holds no picture (Media Storage Directory Storage)",
+    "badVR.dcm": "holds no image (RT Dose Storage)",
+    "rtplan.dcm": "holds no image (RT Plan Storage)",
+    "rtstruct.dcm": "holds no image (RT Structure Set Storage)",
+    "rtdose.dcm": "holds no image (RT Dose Storage)",
+    "liver_1frame.dcm": "holds no image (Segmentation Storage)",
+    "test-SR.dcm": "holds no image (Comprehensive SR Storage)",
+    "waveform_ecg.dcm": "holds no image (12-lead ECG Waveform Storage)",
+    "DICOMDIR": "holds no image (Media Storage Directory Storage)",
 }
 
 
 @pytest.mark.parametrize("name", READ)
 def test_every_transfer_syntax_that_pydicom_brings_is_read(name: str) -> None:
     data = packaged(name)
-    stack = images.open_stack(data, name)
+    stack = decode.open_stack(data, name)
     assert stack is not None
     count, height, width, colour = READ[name]
     assert len(stack.names()) == count and (stack.mode == "RGB") == colour
@@ -107,26 +108,26 @@ def test_every_transfer_syntax_that_pydicom_brings_is_read(name: str) -> None:
         assert pixels.shape == ((height, width, 3) if colour else (height, width))
         assert int(pixels.max()) - int(pixels.min()) > 100, "something is to be seen"
     if count == 1:
-        assert images.decode(data, name).shape == (height, width, 3)
+        assert decode.decode(data, name).shape == (height, width, 3)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_picture_or_cannot_be_decoded_is_named_with_its_fix(name: str) -> None:
-    with pytest.raises(images.PictureError) as caught:
-        images.decode(packaged(name), name)
+def test_what_is_no_image_or_cannot_be_decoded_is_named_with_its_fix(name: str) -> None:
+    with pytest.raises(decode.ImageError) as caught:
+        decode.decode(packaged(name), name)
     assert REFUSED[name] in caught.value.fault
     assert caught.value.fix.endswith("remove it.")
 
 
-def test_one_picture_is_the_same_however_it_is_stored() -> None:
-    whole = images.decode(packaged("MR_small.dcm"), "x")
+def test_one_image_is_the_same_however_it_is_stored() -> None:
+    whole = decode.decode(packaged("MR_small.dcm"), "x")
     for form in ("bigendian", "implicit", "expb", "padded", "RLE", "jp2klossless", "jpeg_ls_lossless"):
-        assert np.array_equal(images.decode(packaged(f"MR_small_{form}.dcm"), form), whole), form
-    bars = images.decode(packaged("SC_rgb_rle.dcm"), "x")
+        assert np.array_equal(decode.decode(packaged(f"MR_small_{form}.dcm"), form), whole), form
+    bars = decode.decode(packaged("SC_rgb_rle.dcm"), "x")
     for name in ("SC_rgb_rle_16bit.dcm", "SC_rgb_rle_32bit.dcm", "SC_rgb_jpeg_gdcm.dcm"):
-        assert np.abs(images.decode(packaged(name), name).astype(int) - bars).max() <= 1, name
+        assert np.abs(decode.decode(packaged(name), name).astype(int) - bars).max() <= 1, name
     for name in ("SC_ybr_full_422_uncompressed.dcm", "SC_rgb_jpeg_dcmtk.dcm"):
-        close = np.abs(images.decode(packaged(name), name).astype(int) - bars) <= 6
+        close = np.abs(decode.decode(packaged(name), name).astype(int) - bars) <= 6
         assert close.mean() > 0.95, name  # colours are halved in width at edges
 
 
@@ -149,7 +150,7 @@ def test_the_first_window_is_taken_after_the_rescale() -> None:
     assert np.abs(shown(data) - expected).max() <= 0.5
 
 
-def test_a_signed_picture_of_twelve_bits_in_sixteen() -> None:
+def test_a_signed_image_of_twelve_bits_in_sixteen() -> None:
     stored = RAMP.astype(np.int16) - 2048
     assert np.array_equal(shown(dicom(stored, **TWELVE)), np.arange(256).reshape(16, 16))
     windowed = shown(dicom(stored, WindowCenter=0, WindowWidth=100, **TWELVE))
@@ -206,15 +207,15 @@ def test_a_palette_gives_colours() -> None:
     for colour, values in tables.items():
         palette[f"{colour}PaletteColorLookupTableDescriptor"] = [4, 0, 8]
         palette[f"{colour}PaletteColorLookupTableData"] = bytes(values)
-    picture = images.decode(dicom(np.array([[0, 1], [2, 2]], np.uint8), **palette), "x")
-    assert picture[0].tolist() == [[0, 0, 64], [255, 0, 0]] and picture[1, 0].tolist() == [0, 128, 0]
+    image = decode.decode(dicom(np.array([[0, 1], [2, 2]], np.uint8), **palette), "x")
+    assert image[0].tolist() == [[0, 0, 64], [255, 0, 0]] and image[1, 0].tolist() == [0, 128, 0]
 
 
 def test_colours_by_plane_and_by_pixel_are_the_same() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    planes = dicom(picture, PlanarConfiguration=1, PixelData=picture.transpose(2, 0, 1).tobytes())
-    assert np.array_equal(images.decode(dicom(picture), "x"), picture)
-    assert np.array_equal(images.decode(planes, "x"), picture)
+    image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    planes = dicom(image, PlanarConfiguration=1, PixelData=image.transpose(2, 0, 1).tobytes())
+    assert np.array_equal(decode.decode(dicom(image), "x"), image)
+    assert np.array_equal(decode.decode(planes, "x"), image)
 
 
 def test_sixteen_and_thirty_two_bits() -> None:
@@ -267,17 +268,16 @@ def test_dicom_is_known_by_its_bytes_with_and_without_a_preamble() -> None:
     file.is_little_endian, file.is_implicit_VR = True, True
     write_dataset(file, pydicom.dcmread(io.BytesIO(data)))
     for bare in (data[132:], file.getvalue()):
-        assert np.array_equal(images.decode(bare, "x"), images.decode(data, "x"))
+        assert np.array_equal(decode.decode(bare, "x"), decode.decode(data, "x"))
     for name in ("text.txt", "x.dcm"):
-        with pytest.raises(images.PictureError, match="is no picture in a format that is read"):
-            images.decode(b"no picture at all, whatever its name says" * 9, name)
+        with pytest.raises(decode.ImageError, match="is no image in a format that is read"):
+            decode.decode(b"no image at all, whatever its name says" * 9, name)
 
 
-def test_pydicom_is_not_imported_for_other_pictures(tmp_path: Path) -> None:
+def test_pydicom_is_not_imported_for_other_images(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(jpeg(np.zeros((4, 4), np.uint8), "PNG"))
-    code = (
-        "import sys; from pathlib import Path; from medfocus import images; images.read(Path(sys.argv[1]));"
-    )
+    code = "import sys; from pathlib import Path; from medfocus.images import decode;"
+    code += "decode.read(Path(sys.argv[1]));"
     code += "assert not {'pydicom', 'gdcm', 'nibabel'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.png")], check=True)
 
@@ -299,8 +299,8 @@ def test_a_header_that_promises_too_much_is_refused_before_a_pixel_is_decoded(
     tags: dict[str, Any], fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader.Dicom, "_stored", lambda *_: pytest.fail("a pixel was decoded"))
-    with pytest.raises(images.PictureError) as caught:
-        images.decode(dicom(RAMP, **tags), "x.dcm")
+    with pytest.raises(decode.ImageError) as caught:
+        decode.decode(dicom(RAMP, **tags), "x.dcm")
     assert fault in caught.value.fault
 
 
@@ -308,19 +308,19 @@ def test_a_header_that_promises_too_much_is_refused_before_a_pixel_is_decoded(
 def test_a_compressed_frame_that_lies_about_its_size_is_refused(form: str) -> None:
     small, large = np.zeros((16, 16), np.uint8), np.zeros((512, 512), np.uint8)
     make = baseline if form == "JPEG" else jpeg2000
-    assert images.decode(make(small), "x").shape == (16, 16, 3)
+    assert decode.decode(make(small), "x").shape == (16, 16, 3)
     for rows in (16, 600):
-        with pytest.raises(images.PictureError, match="are not of the size that its header says"):
-            images.decode(make(large, Rows=rows, Columns=rows), "x")
+        with pytest.raises(decode.ImageError, match="are not of the size that its header says"):
+            decode.decode(make(large, Rows=rows, Columns=rows), "x")
 
 
 def test_a_frame_that_ends_gdcms_process_is_refused_and_the_next_one_is_read() -> None:
     """GDCM 3.2 aborts over this one: in the process of a run that would be the end of the run."""
     data = packaged("MR_small_jpeg_ls_lossless.dcm")
     bits = data.index(b"\xff\xd8\xff\xf7") + 6
-    with pytest.raises(images.PictureError, match="GDCM broke down over its compressed pixels"):
-        images.decode(data[:bits] + b"\x80" + data[bits + 1 :], "x")
-    assert images.decode(data, "x").shape == (64, 64, 3)
+    with pytest.raises(decode.ImageError, match="GDCM broke down over its compressed pixels"):
+        decode.decode(data[:bits] + b"\x80" + data[bits + 1 :], "x")
+    assert decode.decode(data, "x").shape == (64, 64, 3)
 
 
 def test_a_frame_over_which_gdcm_does_not_come_to_an_end_is_given_up(
@@ -328,10 +328,10 @@ def test_a_frame_over_which_gdcm_does_not_come_to_an_end_is_given_up(
 ) -> None:
     endless = tmp_path / "endless.py"
     endless.write_text("import sys, time\nsys.stdin.buffer.readline()\ntime.sleep(600)\n")
-    monkeypatch.setattr(apart, "_PROGRAM", endless)
-    monkeypatch.setattr(apart, "_SECONDS", 0.5)
-    with pytest.raises(apart.Broken, match=r"took more than 0\.5 s"):
-        apart.Gdcm().decode(b"frame")
+    monkeypatch.setattr(gdcm_process, "_PROGRAM", endless)
+    monkeypatch.setattr(gdcm_process, "_SECONDS", 0.5)
+    with pytest.raises(gdcm_process.Broken, match=r"took more than 0\.5 s"):
+        gdcm_process.Gdcm().decode(b"frame")
 
 
 def test_broken_headers_are_refused_or_read_and_nothing_else() -> None:
@@ -342,43 +342,43 @@ def test_broken_headers_are_refused_or_read_and_nothing_else() -> None:
         for place in rng.integers(132, len(data) - RAMP.nbytes, 3):
             broken[place] = rng.integers(256)
         try:
-            images.decode(bytes(broken), "x")
-        except images.PictureError:
+            decode.decode(bytes(broken), "x")
+        except decode.ImageError:
             refused += 1
     assert 30 < refused < 300
 
 
 def test_compressed_frames_that_are_promised_and_not_there_are_refused() -> None:
-    with pytest.raises(images.PictureError, match="promises 500 frames and so 500 pieces of pixel data"):
-        images.decode(baseline(np.zeros((16, 16), np.uint8), NumberOfFrames=500), "x")
+    with pytest.raises(decode.ImageError, match="promises 500 frames and so 500 pieces of pixel data"):
+        decode.decode(baseline(np.zeros((16, 16), np.uint8), NumberOfFrames=500), "x")
 
 
-def test_runs_that_unpack_to_far_more_than_the_picture_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_unpack_to_far_more_than_the_image_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = (1).to_bytes(4, "little") + (64).to_bytes(4, "little") + bytes(56) + b"\x81\0" * 50_000
     data = dicom(np.zeros((16, 16), np.uint8), frames=[runs], syntax=RLELossless)
     monkeypatch.setattr(reader, "_MOST_RUNS", 10_000)
-    with pytest.raises(images.PictureError, match="are not of the size that its header says"):
-        images.decode(data, "x")
+    with pytest.raises(decode.ImageError, match="are not of the size that its header says"):
+        decode.decode(data, "x")
 
 
 def test_a_deflated_bomb_is_refused_by_what_it_unpacks_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert images.decode(packaged("image_dfl.dcm"), "x").shape == (512, 512, 3)
+    assert decode.decode(packaged("image_dfl.dcm"), "x").shape == (512, 512, 3)
     data = dicom(np.zeros((2000, 2000), np.uint8), syntax=DeflatedExplicitVRLittleEndian)
     assert len(data) < 20_000
-    monkeypatch.setattr(images, "MOST_BYTES", 3_000_000)
+    monkeypatch.setattr(decode, "MOST_BYTES", 3_000_000)
     monkeypatch.setattr(zlib, "decompress", lambda *_: pytest.fail("it was unpacked whole"))
-    with pytest.raises(images.PictureError, match=r"^x: unpacks to more than 3 MB, the most that is read\."):
-        images.decode(data, "x")
+    with pytest.raises(decode.ImageError, match=r"^x: unpacks to more than 3 MB, the most that is read\."):
+        decode.decode(data, "x")
 
 
 def test_what_is_cut_short_anywhere_is_refused_or_read_and_nothing_else() -> None:
     for data in (packaged("MR_small_RLE.dcm"), packaged("MR_small_jp2klossless.dcm"), dicom(RAMP, **TWELVE)):
         for end in range(140, len(data), len(data) // 12):
-            with pytest.raises(images.PictureError):
-                images.decode(data[:end], "x")
+            with pytest.raises(decode.ImageError):
+                decode.decode(data[:end], "x")
 
 
-# --- Files of several pictures -----------------------------------------------------------------------------
+# --- Files of several images -----------------------------------------------------------------------------
 
 
 def stack_of(path: Path, count: int = 12, **tags: Any) -> Path:
@@ -392,38 +392,38 @@ def stack_of(path: Path, count: int = 12, **tags: Any) -> Path:
 
 def test_a_frame_is_named_behind_the_file(tmp_path: Path) -> None:
     file = stack_of(tmp_path / "x.dcm")
-    assert images.read(Path(f"{file}#7"))[0, 0, 0] == images.read(Path(f"{file}#07"))[0, 0, 0] == 140
-    assert [path.name for path in images.frames_of(file)] == [f"x.dcm#{k:02}" for k in range(12)]
+    assert decode.read(Path(f"{file}#7"))[0, 0, 0] == decode.read(Path(f"{file}#07"))[0, 0, 0] == 140
+    assert [path.name for path in decode.frames_of(file)] == [f"x.dcm#{k:02}" for k in range(12)]
     whole = hashlib.sha256(file.read_bytes()).hexdigest()
-    sha, _ = images.read_named(Path(f"{file}#07"))
-    assert sha == frames.digest(whole, "07") == hashlib.sha256(f"{whole}#07".encode()).hexdigest()
+    sha, _ = decode.read_named(Path(f"{file}#07"))
+    assert sha == stack.digest(whole, "07") == hashlib.sha256(f"{whole}#07".encode()).hexdigest()
     for wrong in ("12", "x", "-1", "z=1"):
-        with pytest.raises(images.PictureError, match=f"has no frame '{wrong}'; they go from 0 to 11"):
-            images.read(Path(f"{file}#{wrong}"))
-    with pytest.raises(images.PictureError, match=r"holds several pictures\. Name the one"):
-        images.read(file)
-    with pytest.raises(images.PictureError, match=r"^upload: holds several pictures"):
-        images.decode(file.read_bytes(), "upload")
+        with pytest.raises(decode.ImageError, match=f"has no frame '{wrong}'; they go from 0 to 11"):
+            decode.read(Path(f"{file}#{wrong}"))
+    with pytest.raises(decode.ImageError, match=r"holds several images\. Name the one"):
+        decode.read(file)
+    with pytest.raises(decode.ImageError, match=r"^upload: holds several images"):
+        decode.decode(file.read_bytes(), "upload")
 
 
 def test_a_file_whose_own_name_has_a_mark_stays_that_file(tmp_path: Path) -> None:
     stack_of(tmp_path / "x.dcm")
     (tmp_path / "x.dcm#07").write_bytes(jpeg(np.full((5, 6), 77, np.uint8), "PNG"))
-    assert images.read(tmp_path / "x.dcm#07").shape == (5, 6, 3)
+    assert decode.read(tmp_path / "x.dcm#07").shape == (5, 6, 3)
     with pytest.raises(FileNotFoundError):
-        images.read(tmp_path / "y.dcm#07")
+        decode.read(tmp_path / "y.dcm#07")
 
 
 def test_a_file_is_opened_once_for_all_of_its_frames_and_anew_when_it_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, opened = stack_of(tmp_path / "x.dcm"), []
-    monkeypatch.setattr(images, "open_stack", lambda *a, o=images.open_stack: opened.append(1) or o(*a))
+    monkeypatch.setattr(decode, "open_stack", lambda *a, o=decode.open_stack: opened.append(1) or o(*a))
     with ThreadPoolExecutor(4) as pool:
-        read = list(pool.map(images.read, images.frames_of(file) * 3))
-    assert [picture[0, 0, 0] for picture in read[:3]] == [0, 20, 40] and len(opened) == 1
+        read = list(pool.map(decode.read, decode.frames_of(file) * 3))
+    assert [image[0, 0, 0] for image in read[:3]] == [0, 20, 40] and len(opened) == 1
     stack_of(file, 3)
-    assert images.frames_of(file) == [Path(f"{file}#{k}") for k in range(3)] and len(opened) == 2
+    assert decode.frames_of(file) == [Path(f"{file}#{k}") for k in range(3)] and len(opened) == 2
 
 
 def test_known_regions_of_frames_lie_under_their_names(tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(root: Path, **options: Any) -> Ingested:
-    return ingest(root, salt_file=root.parent / patients.FILE, **options)
+    return ingest(root, salt_file=root.parent / pseudonyms.FILE, **options)
 
 
 def drawn(records: list[Record], folder: Path) -> Splits:
@@ -477,7 +477,7 @@ def test_a_folder_of_dicoms_is_read_and_its_patients_never_straddle(
     patient = {record.path: record.patient for record in found.records}
     test, train = ({patient[path] for path in part} for part in (splits.test, splits.train))
     assert test and train and not test & train
-    monkeypatch.setenv(patients.VARIABLE, "a team's own secret")
+    monkeypatch.setenv(pseudonyms.VARIABLE, "a team's own secret")
     other = read(folder).records
     assert not {record.patient for record in other} & set(patient.values())
     assert drawn(other, folder) == splits, "draws go by paths and by who is whose, not by pseudonyms"
@@ -492,19 +492,19 @@ def test_a_patient_that_the_pattern_or_the_manifest_gives_goes_before_the_header
 def test_the_salt_is_made_once_for_its_owner_alone_and_changes_every_pseudonym(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    salt, cache = folder.parent / patients.FILE, folder.parent / "cache"
+    salt, cache = folder.parent / pseudonyms.FILE, folder.parent / "cache"
     first = read(folder, cache=cache).records
     assert stat.S_IMODE(salt.stat().st_mode) == 0o600 and len(salt.read_text().strip()) == 64
     assert read(folder, cache=cache).records == first == read(folder).records
-    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(patients.FILE)] == [
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(pseudonyms.FILE)] == [
         salt.name
     ]
-    monkeypatch.setenv(patients.VARIABLE, "a team's own secret")
+    monkeypatch.setenv(pseudonyms.VARIABLE, "a team's own secret")
     shared = read(folder, cache=cache).records  # although the cache knows these bytes
     assert not {record.patient for record in shared} & {record.patient for record in first}
     salt.unlink()
     assert read(folder).records == shared and not salt.exists()
-    monkeypatch.setenv(patients.VARIABLE, "short")
+    monkeypatch.setenv(pseudonyms.VARIABLE, "short")
     with pytest.raises(ValueError, match="the salt has 5 characters, and 16 are needed"):
         read(folder)
 
@@ -544,10 +544,10 @@ def test_what_a_reader_has_to_know_is_told_once(folder: Path) -> None:
     found = read(folder)
     assert [(fault.path, fault.fault) for fault in found.reported] == [
         ("ill/burnt.dcm", "has text burnt into its pixels, as its header says, which may name the patient"),
-        (".", "3 DICOM pictures have no window, so each goes from its minimum to its maximum"),
+        (".", "3 DICOM images have no window, so each goes from its minimum to its maximum"),
     ]
     [left] = found.left_out
-    assert (left.path, left.fault) == ("well/report.dcm", "holds no picture (Comprehensive SR Storage)")
+    assert (left.path, left.fault) == ("well/report.dcm", "holds no image (Comprehensive SR Storage)")
 
 
 def test_a_file_of_frames_is_a_record_a_frame_of_one_patient(folder: Path, tmp_path: Path) -> None:
@@ -559,9 +559,9 @@ def test_a_file_of_frames_is_a_record_a_frame_of_one_patient(folder: Path, tmp_p
     assert [record.path for record in own] == [f"well/cine.dcm#{k:02}" for k in range(12)]
     assert len({record.sha256 for record in own}) == 12 and len({record.patient for record in own}) == 1
     for record in own:
-        assert images.read_named(folder / record.path)[0] == record.sha256
+        assert decode.read_named(folder / record.path)[0] == record.sha256
     [told_once] = found.reported
-    assert told_once.fault == "files of several pictures without a known patient: 1; each counts as one"
+    assert told_once.fault == "files of several images without a known patient: 1; each counts as one"
 
 
 def test_a_manifest_names_frames_and_files_of_them(folder: Path) -> None:

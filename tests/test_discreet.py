@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from medfocus import images
-from medfocus.discreet import DiscreetError, discreet, kind_and_place, whole
+from medfocus.images import decode
+from medfocus.storage.redaction import RedactedError, kind_and_place, redacted, unredacted
 
 
-@discreet
+@redacted
 def read(path: Path) -> int:
-    """Of the size of a picture."""
-    return images.read(path).size
+    """Of the size of an image."""
+    return decode.read(path).size
 
 
-def raised(path: Path) -> DiscreetError:
-    with pytest.raises(DiscreetError) as caught:
+def raised(path: Path) -> RedactedError:
+    with pytest.raises(RedactedError) as caught:
         read(path)
     return caught.value
 
@@ -27,14 +27,14 @@ def raised(path: Path) -> DiscreetError:
 def test_the_text_of_an_error_is_told_on_the_terminal_and_nowhere_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = tmp_path / "DOE_JANE.png"
-    picture.touch()
-    error = raised(picture)
-    assert str(error).startswith("PictureError at medfocus.images:")
+    image = tmp_path / "DOE_JANE.png"
+    image.touch()
+    error = raised(image)
+    assert str(error).startswith("ImageError at medfocus.images.decode:")
     logged = "".join(traceback.format_exception(error))
-    assert "PictureError at medfocus.images:" in logged and "DOE_JANE" not in logged
-    assert f"{picture}: the file is empty (0 bytes). Copy it again" in capsys.readouterr().err
-    assert isinstance(whole(error), images.PictureError) and "DOE_JANE" in str(whole(error))
+    assert "ImageError at medfocus.images.decode:" in logged and "DOE_JANE" not in logged
+    assert f"{image}: the file is empty (0 bytes). Copy it again" in capsys.readouterr().err
+    assert isinstance(unredacted(error), decode.ImageError) and "DOE_JANE" in str(unredacted(error))
 
 
 def test_a_fault_that_was_foreseen_is_told_in_its_sentence_and_any_other_with_the_way_to_it(
@@ -43,7 +43,7 @@ def test_a_fault_that_was_foreseen_is_told_in_its_sentence_and_any_other_with_th
     (tmp_path / "empty.png").touch()
     raised(tmp_path / "empty.png")
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("medfocus.frames.PictureError: ")
+    assert told.count("\n") == 1 and told.startswith("medfocus.images.stack.ImageError: ")
     raised(tmp_path / "nowhere.png")  # of the system
     assert "Traceback" in capsys.readouterr().err
 
@@ -51,8 +51,8 @@ def test_a_fault_that_was_foreseen_is_told_in_its_sentence_and_any_other_with_th
 def test_an_error_is_told_once_however_many_watch_over_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(DiscreetError) as caught:
-        discreet(discreet(read))(tmp_path / "nowhere.png")
+    with pytest.raises(RedactedError) as caught:
+        redacted(redacted(read))(tmp_path / "nowhere.png")
     assert isinstance(caught.value.error, FileNotFoundError)
     assert capsys.readouterr().err.count("nowhere.png") == 1
 
@@ -62,11 +62,11 @@ def test_what_is_kept_of_an_error_as_a_pickle_has_no_text_either(tmp_path: Path)
     kept = pickle.dumps(raised(tmp_path / "DOE_JANE.png"))
     assert b"DOE_JANE" not in kept
     error = pickle.loads(kept)
-    assert whole(error) is error and str(error).startswith("PictureError at medfocus.images:")
+    assert unredacted(error) is error and str(error).startswith("ImageError at medfocus.images.decode:")
 
 
 def test_what_is_returned_passes_and_an_error_of_elsewhere_has_its_own_place() -> None:
-    assert discreet(max)(1, 2) == 2
+    assert redacted(max)(1, 2) == 2
     with pytest.raises(ValueError, match="DOE_JANE") as caught:
         int("DOE_JANE")
     assert kind_and_place(caught.value).startswith("ValueError at ")

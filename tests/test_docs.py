@@ -25,9 +25,9 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.testing import CliRunner
 
-from flows import phantoms
 from flows.cli import app
-from medfocus.params import read_content
+from flows.stages import phantoms
+from flows.study.params import read_content
 from tests.conftest import ROOT, make_project, work_in
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,16 +138,16 @@ EXPERIMENT = "test_team.py::test_an_experiment_over_a_parameter_is_shown_beside_
 REPRODUCED = "test_team.py::test_a_run_comes_out_again_from_its_tags_alone"
 HERE = "test_docs.py::test_the_commands_do_what_the_pages_say"
 POSTGRESQL = "test_up.py::test_the_same_on_postgresql_and_behind_a_password"
-RETRAINED = "test_retrain.py::test_new_pictures_are_taken_in_and_the_champion_changes_only_by_the_gate"
+RETRAINED = "test_retrain.py::test_new_images_are_taken_in_and_the_champion_changes_only_by_the_gate"
 CLUSTER = "test_runners.py::test_the_shard_of_a_killed_worker_is_done_again_and_the_others_are_whole"
 PARSED = "test_docs.py::test_a_command_is_one_that_its_program_takes"
 
-# In this order, in one project of 39 pictures with a folder ``new`` of two pictures and a broken one.
+# In this order, in one project of 39 images with a folder ``new`` of two images and a broken one.
 RUN_HERE = (
     "medfocus doctor",
-    "mkdir -p ../pictures",
-    "cp -r data/phantoms/breast_ultrasound/train ../pictures/mine",
-    "medfocus init ../pictures/mine",
+    "mkdir -p ../images",
+    "cp -r data/phantoms/breast_ultrasound/train ../images/mine",
+    "medfocus init ../images/mine",
     "medfocus init data/phantoms/breast_ultrasound --name breast",
     "medfocus run --params studies/breast.yaml",
     "medfocus study",
@@ -207,7 +207,7 @@ NOT_RUN_HERE = {
         "make up SQLITE=1": "runs until Ctrl-C",
         "export PREFECT_API_URL=http://127.0.0.1:4200/api": "the address of make up",
         "prefect deployment run retrain/study --param params_file=studies/busi.yaml": (
-            "needs make up, and the pictures"
+            "needs make up, and the images"
         ),
     },
     "test_operations.py::test_beyond_loopback_mlflow_does_not_start_without_a_password_of_ones_own": {
@@ -219,7 +219,7 @@ NOT_RUN_HERE = {
     "test_pipeline.py::test_after_a_repro_the_flow_runs_nothing": {
         "make repro": "minutes",
     },
-    "test_pocket.py::test_the_packaged_figures_hold_on_a_few_held_out_pictures": {
+    "test_pocket.py::test_the_packaged_figures_hold_on_a_few_held_out_images": {
         "make pocket": "an hour",
     },
     RETRAINED: {
@@ -233,7 +233,7 @@ NOT_RUN_HERE = {
     "test_cli.py::test_what_cannot_be_fetched_is_named_with_a_way_without_a_network": {
         "medfocus models fetch facebook/sam2.1-hiera-tiny": "the network",
     },
-    "test_cli.py::test_explain_shows_each_picture_and_where_the_answer_came_from": {
+    "test_cli.py::test_explain_shows_each_image_and_where_the_answer_came_from": {
         f"medfocus explain {MALIGNANT}/00000.png --out why --model medfocus-phantom-breast": "needs make run",
     },
     "test_app.py::test_a_reader_sees_probabilities_clicks_and_sees_them_change": {
@@ -243,14 +243,14 @@ NOT_RUN_HERE = {
         "medfocus app --port 0 --no-browser": "runs until Ctrl-C",
     },
     "test_convert.py::test_every_pixel_and_label_of_medmnist_arrives": {
-        "medfocus convert medmnist pneumoniamnist.npz ../pictures/pneumonia": "no such file",
+        "medfocus convert medmnist pneumoniamnist.npz ../images/pneumonia": "no such file",
     },
     "test_convert.py::test_a_set_is_fetched_by_its_name_or_the_way_is_told": {
-        "medfocus convert medmnist breastmnist --size 224 ../pictures/breast": "the network",
+        "medfocus convert medmnist breastmnist --size 224 ../images/breast": "the network",
     },
     "test_convert.py::test_instances_become_known_regions_and_labels": {
-        "medfocus convert coco instances.json ../pictures/lesions --pictures images": "no such file",
-        f"{COCO} data/own/instances.json data/own/lesions --pictures {BREAST}": "no such file",
+        "medfocus convert coco instances.json ../images/lesions --images images": "no such file",
+        f"{COCO} data/own/instances.json data/own/lesions --images {BREAST}": "no such file",
     },
     "test_cli.py::test_init_looks_through_a_wrapper_and_says_so": {
         "medfocus init data/own/archive --name busi-like --modality breast_ultrasound": "no such archive",
@@ -260,10 +260,10 @@ NOT_RUN_HERE = {
         "medfocus init data/own/scans/befunde.csv": "no such table",
     },
     "test_cli.py::test_init_reads_patients_and_modality_out_of_dicom_headers": {
-        "medfocus init pictures/films": "no such films",
+        "medfocus init images/films": "no such films",
     },
     "test_cli.py::test_init_of_volumes_writes_how_they_are_cut": {
-        "medfocus init pictures/heads --modality brain_mri": "no such volumes",
+        "medfocus init images/heads --modality brain_mri": "no such volumes",
     },
     "test_cli.py::test_every_frame_of_a_file_is_answered_under_its_name": {
         "medfocus predict new --out answers --model medfocus-chest@1": "no such model",
@@ -280,17 +280,17 @@ NOT_RUN_HERE = {
         "export MLFLOW_TRACKING_URI=sqlite:///mlflow.db": "for the server below",
         "export MLFLOW_LOGGING_LEVEL=ERROR MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true": "the same",
         "mlflow models serve --model-uri models:/medfocus-phantom-bre ...": "runs until Ctrl-C",
-        """printf '{"dataframe_records": [{"picture": "%s"}], "params": ...""": "asks the server",
+        """printf '{"dataframe_records": [{"image": "%s"}], "params": { ...""": "asks the server",
         """{ printf '{"params": {"overlay": false}, "dataframe_records" ...""": "asks the server",
     },
     "test_serve.py::test_overlays_are_left_out_where_the_request_says_so": {
-        """printf '{"dataframe_records": [{"picture": "%s"}]}' "$(base6 ...""": "asks the server",
+        """printf '{"dataframe_records": [{"image": "%s"}]}' "$(base64  ...""": "asks the server",
     },
-    "test_serve.py::test_a_bad_picture_in_a_request_is_told_by_place_fault_and_fix_and_no_more": {
-        """echo '{"dataframe_records": [{"picture": "not base64!"}]}' | ...""": "asks the server",
+    "test_serve.py::test_a_bad_image_in_a_request_is_told_by_place_fault_and_fix_and_no_more": {
+        """echo '{"dataframe_records": [{"image": "not base64!"}]}' | ...""": "asks the server",
     },
     "test_serve.py::test_a_request_without_the_column_is_told_its_name": {
-        """echo '{"dataframe_records": [{"image": "aGVsbG8="}]}' | ...""": "asks the server",
+        """echo '{"dataframe_records": [{"scan": "aGVsbG8="}]}' | ...""": "asks the server",
     },
     EXPERIMENT: {
         "dvc exp run --name short --set-param methods.medfocusclip.epochs=30": "needs a study that was run",
@@ -665,7 +665,7 @@ def test_every_room_is_in_the_tree_and_in_the_figure_of_the_architecture() -> No
             assert f">{room.parent.name}<" in drawn or f">{room.parent.name}: " in drawn, room
 
 
-def test_the_picture_of_the_architecture_has_the_stages_of_dvc_yaml() -> None:
+def test_the_figure_of_the_architecture_has_the_stages_of_dvc_yaml() -> None:
     drawn = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert re.findall(r'id="stage-(\w+)"', drawn) == list(stages)
@@ -680,7 +680,7 @@ def test_the_picture_of_the_architecture_has_the_stages_of_dvc_yaml() -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A project of seconds, with the pictures that the pages speak of, as the working directory."""
+    """A project of seconds, with the images that the pages speak of, as the working directory."""
     from prefect.testing.utilities import prefect_test_harness
 
     folder = tmp_path_factory.mktemp("docs") / "medfocusclip"
@@ -691,9 +691,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         phantoms.main(["--modality", "breast_ultrasound"])
         drawn = folder / "data" / "phantoms" / "breast_ultrasound"
         (folder / "new").mkdir()
-        for name, picture in zip("ab", sorted((drawn / "test").rglob("*.png")), strict=False):
-            shutil.copyfile(picture, folder / "new" / f"{name}.png")
-        (folder / "new" / "c.png").write_bytes(b"no picture")
+        for name, image in zip("ab", sorted((drawn / "test").rglob("*.png")), strict=False):
+            shutil.copyfile(image, folder / "new" / f"{name}.png")
+        (folder / "new" / "c.png").write_bytes(b"no image")
         yield folder
 
 
@@ -718,14 +718,14 @@ def test_the_python_of_the_first_pages_runs(project: Path, sets_tracking_uri: No
         [block.text for block in BLOCKS if (block.page, block.language) == (page, "python")]
         for page in ("README.md", "docs/start.md")
     )
-    pictures = sorted((project / "data" / "phantoms" / "breast_ultrasound" / "train").rglob("*.png"))
+    images = sorted((project / "data" / "phantoms" / "breast_ultrasound" / "train").rglob("*.png"))
     given = {
-        "pictures": pictures,
-        "labels": [picture.parent.name for picture in pictures],
-        "others": pictures[:2],
+        "images": images,
+        "labels": [image.parent.name for image in images],
+        "others": images[:2],
     }
     exec(fit, given)
-    shutil.copyfile(pictures[0], "picture.png")
+    shutil.copyfile(images[0], "image.png")
     store = f"sqlite:///{project / 'mlflow.db'}"  # MLflow keeps a store by its URI, whatever folder it is in
     registered = load.replace("medfocus-phantom-breast@champion", "medfocus-breast/1")
     registered = registered.replace("sqlite:///mlflow.db", store)
@@ -820,8 +820,8 @@ def test_the_examples_of_extending_meet_the_contracts(tmp_path: Path) -> None:
                 text = changed(text, hunk)
             file.write_text(text, encoding="utf-8")
     tests = [file for file in new if file.startswith("tests/")]
-    assert len(tests) == 2 and len(new) == 3
-    theirs = "least-squares or dim or ridge or jpeg_2000 or a_study_may_name or unknown_mode"
+    assert len(tests) == 3 and len(new) == 5
+    theirs = "least-squares or dim or ridge or metaimage or default_params or unknown_mode"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-vv", "-k", theirs, *tests]
     command += [f"tests/test_{room}.py" for room in ("methods", "focus", "params")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

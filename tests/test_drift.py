@@ -1,4 +1,4 @@
-"""Claims about drift: the same kind of pictures passes, another is found, and few pictures prove nothing."""
+"""Claims about drift: the same kind of images passes, another is found, and few images prove nothing."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.stats import ks_2samp
 
-from medfocus import drift
-from medfocus.drift import Known, Pictures, measure, statistics
+from medfocus.evaluation import drift
+from medfocus.evaluation.drift import Images, Known, measure, statistics
 
 BOUNDS = {"embedding": 0.8, "coverage": 0.4, "classes": 0.3, "statistics": 0.5}
 
 
-def drawn(count: int, seed: int) -> Pictures:
-    """Pictures of one kind: two classes, 16 features."""
+def drawn(count: int, seed: int) -> Images:
+    """Images of one kind: two classes, 16 features."""
     rng = np.random.default_rng(seed)
-    return Pictures(
+    return Images(
         labels=rng.choice(["benign", "malignant"], count),
         embeddings=rng.normal(size=(count, 16)).astype(np.float32),
         coverage=rng.beta(2, 8, count),
@@ -30,11 +30,11 @@ def drawn(count: int, seed: int) -> Pictures:
     )
 
 
-def past(old: Pictures, new: Pictures) -> list[str]:
+def past(old: Images, new: Images) -> list[str]:
     return [shift.name for shift in measure(old, new, BOUNDS, p=0.01) if shift.past]
 
 
-def test_pictures_of_the_same_kind_do_not_drift() -> None:
+def test_images_of_the_same_kind_do_not_drift() -> None:
     old = drawn(300, 0)
     assert [past(old, drawn(60, seed)) for seed in range(1, 21)] == [[]] * 20
 
@@ -59,7 +59,7 @@ def test_a_new_class_is_a_drift_of_the_class_shares() -> None:
     ]
 
 
-def test_a_large_difference_of_few_pictures_is_no_proof() -> None:
+def test_a_large_difference_of_few_images_is_no_proof() -> None:
     new = drawn(4, 1)
     shifts = measure(drawn(300, 0), replace(new, embeddings=new.embeddings + 9), BOUNDS, p=0.01)
     assert not any(shift.past for shift in shifts)
@@ -85,7 +85,7 @@ def test_distances_are_those_of_the_libraries_definitions() -> None:
     assert measure(old, new, BOUNDS, 0.01)[2].value == pytest.approx(variation)
 
 
-def test_brighter_flatter_and_larger_pictures_are_told_apart() -> None:
+def test_brighter_flatter_and_larger_images_are_told_apart() -> None:
     rng = np.random.default_rng(0)
     grey = rng.uniform(0.2, 0.6, (64, 128))
     base = statistics(grey)

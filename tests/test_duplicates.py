@@ -1,4 +1,4 @@
-"""The same picture is found in every disguise, and different pictures are never taken for one."""
+"""The same image is found in every disguise, and different images are never taken for one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from PIL.Image import Transpose
 from scipy.ndimage import gaussian_filter
 
-from medfocus.duplicates import (
+from medfocus.datasets.duplicates import (
     Pair,
     find_duplicates,
     groups,
@@ -27,10 +27,10 @@ from medfocus.duplicates import (
     twins_across,
     write_pairs,
 )
-from medfocus.ingest import ingest
-from medfocus.records import Record
+from medfocus.datasets.ingest import ingest
+from medfocus.datasets.records import Record
 
-# What is done to picture a to make picture b, and the way back that is to be found.
+# What is done to image a to make image b, and the way back that is to be found.
 TURNS = {
     Transpose.FLIP_LEFT_RIGHT: "mirrored",
     Transpose.FLIP_TOP_BOTTOM: "flipped",
@@ -43,7 +43,7 @@ TURNS = {
 
 
 def texture(seed: int, side: int = 160) -> Image.Image:
-    """A grey picture with structure on every scale, as anatomy has."""
+    """A grey image with structure on every scale, as anatomy has."""
     rng = np.random.default_rng(seed)
     layers = [gaussian_filter(rng.normal(size=(side, side)), sigma) * sigma for sigma in (1, 3, 9)]
     values = np.sum(layers, axis=0)
@@ -55,11 +55,11 @@ def record(path: str, data: bytes = b"", label: str = "cat", split: str = "", pa
     return Record(path, hashlib.sha256(data or path.encode()).hexdigest(), 1, 1, "L", label, split, patient)
 
 
-def saved(root: Path, pictures: dict[str, Image.Image]) -> list[Record]:
-    """Write pictures by name, in the format of its suffix, and list them."""
-    for name, picture in pictures.items():
-        picture.save(root / name)
-    return [record(name, (root / name).read_bytes()) for name in pictures]
+def saved(root: Path, images: dict[str, Image.Image]) -> list[Record]:
+    """Write images by name, in the format of its suffix, and list them."""
+    for name, image in images.items():
+        image.save(root / name)
+    return [record(name, (root / name).read_bytes()) for name in images]
 
 
 def pair(a: str, b: str, kind: str = "re-encoded") -> Pair:
@@ -86,18 +86,18 @@ def test_each_of_the_seven_flips_and_turns_is_found_and_named(
     ],
     ids=["resized", "colour", "gamma", "windowed", "sharpened"],
 )
-def test_a_changed_encoding_or_tone_leaves_it_the_same_picture(
+def test_a_changed_encoding_or_tone_leaves_it_the_same_image(
     tmp_path: Path, change: Callable[[Image.Image], Image.Image]
 ) -> None:
-    pictures = {"a.png": texture(0), "b.jpg": change(texture(0)), "c.png": texture(1)}
-    (found,) = find_duplicates(saved(tmp_path, pictures), tmp_path)
+    images = {"a.png": texture(0), "b.jpg": change(texture(0)), "c.png": texture(1)}
+    (found,) = find_duplicates(saved(tmp_path, images), tmp_path)
     assert (found.path_a, found.path_b, found.kind) == ("a.png", "b.jpg", "re-encoded")
     assert 0.8 <= found.similarity <= 1
 
 
 def test_a_blurred_copy_is_near() -> None:
     sharp, blurred = texture(0), texture(0).filter(ImageFilter.GaussianBlur(3))
-    thumbnails = np.stack([np.asarray(picture.resize((64, 64))) for picture in (sharp, blurred)])
+    thumbnails = np.stack([np.asarray(image.resize((64, 64))) for image in (sharp, blurred)])
     ((i, j, kind, similarity),) = match(thumbnails)
     assert (i, j, kind) == (0, 1, "near")
     assert similarity >= 0.7
@@ -105,15 +105,15 @@ def test_a_blurred_copy_is_near() -> None:
 
 def test_same_bytes_are_identical_whatever_they_show(tmp_path: Path) -> None:
     blank = Image.new("L", (40, 40), 128)
-    pictures = {"a.png": blank, "b.png": blank, "c.bmp": blank, "d.png": texture(0), "e.png": texture(0)}
-    pairs = find_duplicates(saved(tmp_path, pictures), tmp_path)
+    images = {"a.png": blank, "b.png": blank, "c.bmp": blank, "d.png": texture(0), "e.png": texture(0)}
+    pairs = find_duplicates(saved(tmp_path, images), tmp_path)
     assert [(p.path_a, p.path_b, p.kind, p.similarity) for p in pairs] == [
         ("a.png", "b.png", "identical", 1.0),
         ("d.png", "e.png", "identical", 1.0),
     ]
 
 
-def test_blank_and_nearly_blank_pictures_are_no_twins() -> None:
+def test_blank_and_nearly_blank_images_are_no_twins() -> None:
     ramp = np.linspace(0, 255, 64, dtype=np.uint8)
     blank = [np.full((64, 64), value, dtype=np.uint8) for value in (0, 128, 255)]
     rng = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def test_blank_and_nearly_blank_pictures_are_no_twins() -> None:
     assert match(np.stack([*blank, *noisy, np.tile(ramp, (64, 1)), np.tile(ramp // 2, (64, 1))])) == []
 
 
-def test_a_hundred_different_pictures_make_no_pair() -> None:
+def test_a_hundred_different_images_make_no_pair() -> None:
     thumbnails = np.stack([np.asarray(texture(seed).resize((64, 64))) for seed in range(100)])
     assert match(thumbnails) == []
 
@@ -133,7 +133,7 @@ def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
     assert find_duplicates([], tmp_path) == []
 
 
-def test_a_picture_is_opened_once(tmp_path: Path) -> None:
+def test_an_image_is_opened_once(tmp_path: Path) -> None:
     a, root, cache = texture(0), tmp_path / "set", tmp_path / "cache"
     root.mkdir()
     records = saved(root, {"a.png": a, "b.png": a.transpose(Transpose.ROTATE_90), "c.jpg": texture(2)})
@@ -146,9 +146,9 @@ def test_a_picture_is_opened_once(tmp_path: Path) -> None:
     assert len(find_duplicates(records, root, cache=cache)) == 3
 
 
-def test_unreadable_picture_is_named(tmp_path: Path) -> None:
+def test_unreadable_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"x\.png: is no picture in a format that is read"):
+    with pytest.raises(ValueError, match=r"x\.png: is no image in a format that is read"):
         find_duplicates([record("x.png")], tmp_path)
 
 
@@ -159,7 +159,7 @@ def test_groups_are_connected_components_numbered_by_first_path() -> None:
     assert groups(records, []) == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
 
 
-def test_twin_by_way_of_another_test_picture_counts_and_near_does_not() -> None:
+def test_twin_by_way_of_another_test_image_counts_and_near_does_not() -> None:
     records = [
         record("train/a", split="train"), record("val/b", split="val"), record("test/c", split="test"),
         record("test/d", split="test"), record("test/e", split="test"), record("test/f", split="test"),
@@ -225,7 +225,7 @@ def test_known_groups_of_busi_are_found(shared_data: Path) -> None:
 
 
 def test_brain_tumor_twins_are_found_in_under_two_minutes(shared_data: Path) -> None:
-    """992 test pictures are known to be a train slice: identical, mirrored or turned by 180 degrees."""
+    """992 test images are known to be a train slice: identical, mirrored or turned by 180 degrees."""
     root = shared_data / "brain_tumor"
     records = ingest(root).records
     start = time.perf_counter()

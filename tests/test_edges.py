@@ -1,4 +1,4 @@
-"""Outlines that follow the picture's edges, and what SAM2's encoder says of a picture."""
+"""Outlines that follow the image's edges, and what SAM2's encoder says of an image."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from medfocus.masks import edges
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.masks.quality import innermost, iou
+from medfocus.masks.sam2 import edges
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.pocket.pool import held_out
-from medfocus.quality import innermost, iou
 
 NOISE = np.random.default_rng(0)
 
@@ -60,7 +60,7 @@ def segmenters() -> dict[bool, Sam2Segmenter]:
 
 
 def spot(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A dark picture with a bright spot, (H, W, 3) uint8, and the spot (H, W) bool."""
+    """A dark image with a bright spot, (H, W, 3) uint8, and the spot (H, W) bool."""
     region = disc(height, width, 0.4 * height, 0.6 * width, 0.1 * min(height, width))
     grey = 60 + 110 * region + 6 * np.random.default_rng(1).standard_normal(region.shape)
     return _rgb(grey.clip(0, 255).astype(np.uint8)), region
@@ -73,7 +73,7 @@ def test_lesions_are_outlined_better_along_edges(segmenters: dict[bool, Sam2Segm
         np.mean(
             [
                 iou(
-                    segmenters[on].at_points(_rgb(phantom.picture), [innermost(phantom.region)])[0, 0],
+                    segmenters[on].at_points(_rgb(phantom.image), [innermost(phantom.region)])[0, 0],
                     phantom.region,
                 )
                 for phantom in drawn
@@ -89,14 +89,14 @@ def _rgb(grey: np.ndarray) -> np.ndarray:
     return np.repeat(grey[..., None], 3, 2)
 
 
-def test_such_a_mask_does_not_depend_on_the_pictures_beside_it(
+def test_such_a_mask_does_not_depend_on_the_images_beside_it(
     segmenters: dict[bool, Sam2Segmenter],
 ) -> None:
-    pictures = [spot(*size)[0] for size in ((96, 96), (160, 200), (120, 80), (64, 64))]
-    together = segmenters[True].segment(pictures)
-    for picture, mask in zip(pictures, together, strict=True):
-        (alone,) = segmenters[True].segment([picture])
-        assert mask.region.shape == picture.shape[:2]
+    images = [spot(*size)[0] for size in ((96, 96), (160, 200), (120, 80), (64, 64))]
+    together = segmenters[True].segment(images)
+    for image, mask in zip(images, together, strict=True):
+        (alone,) = segmenters[True].segment([image])
+        assert mask.region.shape == image.shape[:2]
         assert mask.status == alone.status
         assert iou(mask.region, alone.region) > 0.99, "a matrix product rounds by the size of its batch"
 
@@ -105,15 +105,15 @@ def test_the_key_tells_such_masks_apart(segmenters: dict[bool, Sam2Segmenter]) -
     assert segmenters[False].key != segmenters[True].key
 
 
-def test_a_picture_is_described_by_two_levels_of_the_encoder_whatever_stands_beside_it(
+def test_an_image_is_described_by_two_levels_of_the_encoder_whatever_stands_beside_it(
     segmenters: dict[bool, Sam2Segmenter],
 ) -> None:
-    pictures = [spot(*size)[0] for size in ((96, 96), (160, 200), (120, 80), (64, 64))]
-    described = segmenters[True].describe(pictures, 4)
+    images = [spot(*size)[0] for size in ((96, 96), (160, 200), (120, 80), (64, 64))]
+    described = segmenters[True].describe(images, 4)
     assert described.shape == (4, (128 + 128 // 4) * 4 * 4)
     assert not described.is_inference(), "a head that trains on it has to be able to"
-    for picture, one in zip(pictures, described, strict=True):
-        assert torch.allclose(segmenters[False].describe([picture], 4)[0], one, atol=1e-3)
+    for image, one in zip(images, described, strict=True):
+        assert torch.allclose(segmenters[False].describe([image], 4)[0], one, atol=1e-3)
 
 
 def test_sam2s_own_generator_stays_as_it_is() -> None:

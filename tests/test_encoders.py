@@ -21,9 +21,9 @@ from torch.nn.functional import normalize
 from torchvision.transforms.functional import normalize as normalize_pixels
 from torchvision.transforms.functional import to_tensor
 
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.pocket_tokenizer import CONFIGS, pocket_tokenizer, write_merges
-from medfocus.prompts import TEMPLATES, class_embeddings, text_prompts
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompts import TEMPLATES, class_embeddings, text_prompts
+from medfocus.clip.tokenizer import CONFIGS, pocket_tokenizer, write_merges
 
 LAION_HUB_ID = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 OPENAI_HUB_ID = "timm/vit_base_patch32_clip_224.openai"
@@ -156,7 +156,7 @@ def test_a_batch_passes_the_tower_once_whatever_is_asked_of_it(
     pocket: ClipEncoder, region: str | None
 ) -> None:
     """Features, tokens and patches of one batch are the same bits as one by one, and cost one pass."""
-    encoder = pocket if region is None else pocket.looking(region, 2.0)
+    encoder = pocket if region is None else pocket.with_region(region, 2.0)
     channels = {None: 3, "alpha": 4, "attention": 4, "dual": 6}[region]
     shape = (2, encoder.image_size, encoder.image_size, channels)
     batches = [torch.from_numpy(np.random.default_rng(i).integers(0, 256, shape, np.uint8)) for i in range(3)]
@@ -174,8 +174,8 @@ def test_a_batch_passes_the_tower_once_whatever_is_asked_of_it(
     try:
         expected = [asked(encoder, batch) for batch in batches]
         passes.clear()
-        remembering = encoder.remembering()
-        found = [asked(remembering, batch) for batch in batches]
+        caching = encoder.with_activation_cache()
+        found = [asked(caching, batch) for batch in batches]
     finally:
         hook.remove()
     for one, other in zip(expected, found, strict=True):
@@ -218,7 +218,7 @@ def test_a_tower_of_another_kind_encodes_but_is_not_cut(tmp_path: Path, vision: 
     write_model_folder(tmp_path / "model", vision)
     encoder = build_clip(f"local-dir:{tmp_path / 'model'}", "")
     assert encoder.encode_images(pixels(encoder)).shape == (3, 8)
-    expected = rf"model: its picture tower is {tower}, not open_clip's VisionTransformer.*Take a ViT such as"
+    expected = rf"model: its image encoder is {tower}, not open_clip's VisionTransformer.*Take a ViT such as"
     with pytest.raises(ValueError, match=expected):
         encoder.trunk(pixels(encoder), 1)
     with pytest.raises(ValueError, match=expected):
@@ -228,7 +228,7 @@ def test_a_tower_of_another_kind_encodes_but_is_not_cut(tmp_path: Path, vision: 
 @pytest.mark.parametrize("blocks", [0, 5])
 def test_the_cut_has_to_lie_inside_the_tower(pocket: ClipEncoder, blocks: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"pocket: {blocks} blocks to fine-tune; its picture tower has 1 to 4"
+        ValueError, match=rf"pocket: {blocks} blocks to fine-tune; its image encoder has 1 to 4"
     ):
         pocket.trunk(pixels(pocket), blocks)
 
@@ -448,12 +448,12 @@ def test_the_segmenter_describes_rgb_alone_and_once_a_batch_and_grid(pocket: Cli
     class Means:
         features_key = "means"
 
-        def describe(self, pictures: Sequence[np.ndarray], grid: int) -> Tensor:
+        def describe(self, images: Sequence[np.ndarray], grid: int) -> Tensor:
             described.append(grid)
-            return torch.tensor([[float(p.mean()), p.shape[2]] for p in pictures])
+            return torch.tensor([[float(p.mean()), p.shape[2]] for p in images])
 
     views = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 4), np.uint8))
-    encoder = pocket.beside(Means()).remembering()
+    encoder = pocket.with_segmenter(Means()).with_activation_cache()
     expected = torch.tensor([[float(view[..., :3].numpy().mean()), 3] for view in views])
     assert torch.equal(encoder.describe(views, 4), expected)
     assert torch.equal(encoder.describe(views, 4), expected) and described == [4]
@@ -477,5 +477,5 @@ def test_patch_features_stand_behind_the_image_features(pocket: ClipEncoder) -> 
 def test_patch_features_that_are_not_there_are_refused(
     pocket: ClipEncoder, layers: tuple[int, ...], grid: int
 ) -> None:
-    with pytest.raises(ValueError, match="its picture tower has layers 0 to 4 and 8 x 8 patches"):
+    with pytest.raises(ValueError, match="its image encoder has layers 0 to 4 and 8 x 8 patches"):
         pocket.encode_layers(pixels(pocket), layers, grid)

@@ -18,9 +18,10 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
 from sklearn.utils.validation import check_is_fitted
 
-from medfocus import MedFocusCLIP, defaults, phantoms
-from medfocus.explain import on_picture
+from medfocus import MedFocusCLIP, phantoms
+from medfocus.explain.explain import on_image
 from medfocus.methods import METHODS
+from medfocus.serving import defaults
 from tests.dicoms import dicom
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,13 +30,13 @@ LABELS = phantoms.MODALITIES[MODALITY]
 
 
 def drawn(each: int, split: str = "train") -> tuple[list[np.ndarray], list[str]]:
-    """So many phantoms of every class, grey pictures of 96 px, and their labels."""
+    """So many phantoms of every class, grey images of 96 px, and their labels."""
     pairs = [
-        (phantoms.draw(MODALITY, label, phantoms.generator(0, MODALITY, split, label, i), 96).picture, label)
+        (phantoms.draw(MODALITY, label, phantoms.generator(0, MODALITY, split, label, i), 96).image, label)
         for i in range(each)
         for label in LABELS
     ]
-    return [picture for picture, _ in pairs], [label for _, label in pairs]
+    return [image for image, _ in pairs], [label for _, label in pairs]
 
 
 def small(**changes: Any) -> MedFocusCLIP:
@@ -46,14 +47,14 @@ def small(**changes: Any) -> MedFocusCLIP:
 
 @pytest.fixture(scope="module")
 def fitted() -> MedFocusCLIP:
-    """As it comes, SAM2 and all, on six pictures a class."""
+    """As it comes, SAM2 and all, on six images per class."""
     return MedFocusCLIP(modality=MODALITY).fit(*drawn(6))
 
 
 # --- the contract --------------------------------------------------------------------------------
 
 
-def test_files_of_dicom_and_their_frames_are_pictures(tmp_path: Path) -> None:
+def test_files_of_dicom_and_their_frames_are_images(tmp_path: Path) -> None:
     frames, labels = drawn(2)
     (tmp_path / "x.dcm").write_bytes(dicom(np.stack(frames), NumberOfFrames=len(frames)))
     paths = [Path(f"{tmp_path / 'x.dcm'}#{i}") for i in range(len(frames))]
@@ -65,7 +66,7 @@ def test_files_of_dicom_and_their_frames_are_pictures(tmp_path: Path) -> None:
 class OnRows(MedFocusCLIP):
     """Paints every row of a table as upright bars, so that scikit-learn's own checks can be run.
 
-    Not run are the checks of what pictures do not have: columns with names and a fixed number, sparse
+    Not run are the checks of what images do not have: columns with names and a fixed number, sparse
     matrices, complex and infinite numbers, one-dimensional input, array namespaces; and those of sample
     weights, a decision function and partial fits, which there are none of.
     """
@@ -151,75 +152,73 @@ def test_every_parameter_goes_in_and_comes_out() -> None:
 
 
 def test_it_learns_phantoms_it_has_not_seen(fitted: MedFocusCLIP) -> None:
-    pictures, labels = drawn(6, "test")
-    probabilities = fitted.predict_proba(pictures)
+    images, labels = drawn(6, "test")
+    probabilities = fitted.predict_proba(images)
     assert probabilities.shape == (18, 3)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert list(fitted.classes_) == sorted(LABELS)
-    assert np.array_equal(fitted.predict(pictures), fitted.classes_[probabilities.argmax(1)])
-    assert fitted.score(pictures, labels) > 0.5  # chance is a third
+    assert np.array_equal(fitted.predict(images), fitted.classes_[probabilities.argmax(1)])
+    assert fitted.score(images, labels) > 0.5  # chance is a third
 
 
 def test_cross_validation_keeps_masks_in_the_folder_it_is_given(tmp_path: Path) -> None:
-    pictures, labels = drawn(12)
-    scores = cross_val_score(small(cache=tmp_path / "masks"), pictures, labels, cv=3)
+    images, labels = drawn(12)
+    scores = cross_val_score(small(cache=tmp_path / "masks"), images, labels, cv=3)
     assert scores.shape == (3,)
     assert scores.mean() > 0.4
     assert any((tmp_path / "masks").rglob("*"))
 
 
 def test_it_ends_a_pipeline() -> None:
-    pictures, labels = drawn(3)
+    images, labels = drawn(3)
     upright = make_pipeline(FunctionTransformer(lambda X: [np.rot90(p).copy() for p in X]), small())
-    turned = [np.rot90(picture, -1).copy() for picture in pictures]
+    turned = [np.rot90(image, -1).copy() for image in images]
     probabilities = upright.fit(turned, labels).predict_proba(turned)
-    np.testing.assert_array_equal(probabilities, small().fit(pictures, labels).predict_proba(pictures))
+    np.testing.assert_array_equal(probabilities, small().fit(images, labels).predict_proba(images))
 
 
 def test_the_same_random_state_gives_the_same_classifier_and_another_does_not() -> None:
-    pictures, labels = drawn(3)
+    images, labels = drawn(3)
     first, again, other = (
-        small(random_state=seed).fit(pictures, labels).predict_proba(pictures) for seed in (1, 1, 2)
+        small(random_state=seed).fit(images, labels).predict_proba(images) for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-6
 
 
 def test_labels_may_be_numbers_with_words_for_them() -> None:
-    pictures, labels = drawn(2)
+    images, labels = drawn(2)
     numbers = [LABELS.index(label) for label in labels]
     words = {str(i): label for i, label in enumerate(LABELS)}
-    model = small(method="clip-zero-shot", settings=None, names=words).fit(pictures, numbers)
-    assert model.predict(pictures).dtype == np.asarray(numbers).dtype
-    named = small(method="clip-zero-shot", settings=None).fit(pictures, labels)
+    model = small(method="clip-zero-shot", settings=None, names=words).fit(images, numbers)
+    assert model.predict(images).dtype == np.asarray(numbers).dtype
+    named = small(method="clip-zero-shot", settings=None).fit(images, labels)
     order = [list(named.classes_).index(label) for label in LABELS]
-    np.testing.assert_allclose(model.predict_proba(pictures), named.predict_proba(pictures)[:, order])
+    np.testing.assert_allclose(model.predict_proba(images), named.predict_proba(images)[:, order])
 
 
-def test_grey_colour_and_files_of_one_picture_are_the_same_to_it(
-    fitted: MedFocusCLIP, tmp_path: Path
-) -> None:
-    picture = drawn(1)[0][0]
-    Image.fromarray(picture).save(tmp_path / "picture.png")
-    colour = np.repeat(picture[:, :, None], 3, axis=2)
-    grey, rgb, file = fitted.predict_proba([picture, colour, tmp_path / "picture.png"])
+def test_grey_colour_and_files_of_one_image_are_the_same_to_it(fitted: MedFocusCLIP, tmp_path: Path) -> None:
+    image = drawn(1)[0][0]
+    Image.fromarray(image).save(tmp_path / "image.png")
+    colour = np.repeat(image[:, :, None], 3, axis=2)
+    grey, rgb, file = fitted.predict_proba([image, colour, tmp_path / "image.png"])
     np.testing.assert_array_equal(grey, rgb)
     np.testing.assert_allclose(grey, file, atol=1e-6)
 
 
 def test_a_fitted_one_is_pickled_without_its_towers(fitted: MedFocusCLIP) -> None:
-    pictures = drawn(1)[0]
+    images = drawn(1)[0]
     data = pickle.dumps(fitted)
     assert len(data) < 1_000_000
-    np.testing.assert_array_equal(pickle.loads(data).predict_proba(pictures), fitted.predict_proba(pictures))
+    np.testing.assert_array_equal(pickle.loads(data).predict_proba(images), fitted.predict_proba(images))
 
 
 def test_a_saved_one_comes_back(fitted: MedFocusCLIP, tmp_path: Path) -> None:
-    pictures = drawn(2)[0]
+    images = drawn(2)[0]
     fitted.save(tmp_path / "model")
     loaded = MedFocusCLIP.load(tmp_path / "model")
     assert loaded.get_params() == fitted.get_params()
-    np.testing.assert_allclose(loaded.predict_proba(pictures), fitted.predict_proba(pictures), atol=1e-6)
+    np.testing.assert_allclose(loaded.predict_proba(images), fitted.predict_proba(images), atol=1e-6)
     (tmp_path / "model" / "estimator.json").unlink()
     with pytest.raises(FileNotFoundError, match="give a folder that "):
         MedFocusCLIP.load(tmp_path / "model")
@@ -236,7 +235,9 @@ def test_a_saved_one_comes_back(fitted: MedFocusCLIP, tmp_path: Path) -> None:
 def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any], segmenter: str
 ) -> None:
-    from flows import cells, duplicates, evaluate, finetune, ingest, masks, splits, study
+    from flows.stages import duplicates, evaluate, finetune, ingest, masks, splits
+    from flows.study import cells, methods, models, study
+    from flows.study import dataset as datasets
 
     data = "phantom-breast"
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -255,10 +256,10 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
         stage.main(["--dataset", data])
 
     opened = study.here()
-    dataset = cells.Dataset(opened, data, opened.encoder())
+    dataset = datasets.EncodedDataset(opened, data, models.build_encoder(opened))
     cell = cells.Cell(data, name, "crop", "100%", 3)
     paths, test = dataset.support_paths(cell), dataset.splits.test
-    dataset.embed([name], "crop", paths, cells.support_views(opened.params, name), "train")
+    dataset.embed([name], "crop", paths, methods.support_views(opened.params, name), "train")
     dataset.embed([name], "crop", test, 1, "test")
     monkeypatch.setattr(finetune, "_end_with_parent", lambda: None)  # no worker here
     finetune.fit(finetune.prepare(dataset, cell, tmp_path / "cell.safetensors"))
@@ -283,33 +284,31 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
 # --- explaining ----------------------------------------------------------------------------------
 
 
-def test_an_explanation_has_mask_focus_and_attribution_on_the_picture(fitted: MedFocusCLIP) -> None:
-    picture = drawn(1)[0][0]
-    told = fitted.explain(picture)
-    assert told.label == fitted.predict([picture])[0]
-    assert (told.mask.shape, told.mask.dtype) == (picture.shape, np.dtype(bool))
+def test_an_explanation_has_mask_focus_and_attribution_on_the_image(fitted: MedFocusCLIP) -> None:
+    image = drawn(1)[0][0]
+    told = fitted.explain(image)
+    assert told.label == fitted.predict([image])[0]
+    assert (told.mask.shape, told.mask.dtype) == (image.shape, np.dtype(bool))
     assert told.focus.shape == (fitted.encoder_.image_size,) * 2 + (3,)
-    assert told.attribution.shape == picture.shape
+    assert told.attribution.shape == image.shape
     assert told.attribution.sum() == pytest.approx(1, abs=1e-4)
-    other = fitted.explain(picture, label=next(c for c in fitted.classes_ if c != told.label))
+    other = fitted.explain(image, label=next(c for c in fitted.classes_ if c != told.label))
     assert np.abs(other.attribution - told.attribution).max() > 0
 
 
 def test_without_a_focus_the_mask_can_still_be_seen() -> None:
-    pictures, labels = drawn(2)
+    images, labels = drawn(2)
     told = (
-        small(method="clip-linear-probe", focus="none", settings=None)
-        .fit(pictures, labels)
-        .explain(pictures[0])
+        small(method="clip-linear-probe", focus="none", settings=None).fit(images, labels).explain(images[0])
     )
     assert 0 < told.mask.mean() < 1
 
 
 def test_what_a_crop_leaves_out_gets_no_attribution() -> None:
     mask = np.zeros((60, 100), bool)
-    mask[5:15, 10:20] = True  # the crop is 40 x 40 around (10, 15), cut off at the picture
+    mask[5:15, 10:20] = True  # the crop is 40 x 40 around (10, 15), cut off at the image
     heat = np.full((32, 32), 1 / 32**2, np.float32)
-    found = on_picture(heat, mask, "crop")
+    found = on_image(heat, mask, "crop")
     assert found[:30, :35].min() > 0
     assert found[30:].max() == found[:, 35:].max() == 0
     assert found.sum() == pytest.approx(1, abs=1e-4)
@@ -317,35 +316,35 @@ def test_what_a_crop_leaves_out_gets_no_attribution() -> None:
 
 def test_attribution_lands_where_the_view_shows_it() -> None:
     heat = np.zeros((32, 32), np.float32)
-    heat[16, 24] = 1  # of a wide picture the view has bars above and below
-    found = on_picture(heat, np.ones((50, 100), bool), "multiply")
+    heat[16, 24] = 1  # of a wide image the view has bars above and below
+    found = on_image(heat, np.ones((50, 100), bool), "multiply")
     assert np.unravel_index(found.argmax(), found.shape) == pytest.approx((26, 76), abs=2)
 
 
 # --- refusing ------------------------------------------------------------------------------------
 
 
-PICTURE = np.zeros((80, 80), np.uint8)
+IMAGE = np.zeros((80, 80), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "labels", "sentence"),
+    ("images", "labels", "sentence"),
     [
-        ([PICTURE, PICTURE], [0, 0], "y has 1 class"),
-        ([PICTURE, PICTURE], [0, 1, 1], "inconsistent numbers of samples"),
-        ([PICTURE, PICTURE[0]], [0, 1], r"X\[1\] is uint8 of shape \(80,\); a picture is uint8 of \(H, W\)"),
-        ([PICTURE / 255, PICTURE], [0, 1], r"X\[0\] is float64 .* Scale values to 0 to 255"),
-        ([PICTURE, None], [0, 1], r"X\[1\] is NoneType; give an array of uint8 or a path"),
-        (np.zeros((80, 80, 3), np.uint8), [0, 1], r"\[picture\] for a single one"),
-        ("picture.png", [0, 1], "give a list of pictures"),
-        (7, [0, 1], "X is int; give a list of pictures"),
-        ([], [], "X has 0 pictures"),
-        ([PICTURE, PICTURE], [0.1, 0.7], "Unknown label type"),
+        ([IMAGE, IMAGE], [0, 0], "y has 1 class"),
+        ([IMAGE, IMAGE], [0, 1, 1], "inconsistent numbers of samples"),
+        ([IMAGE, IMAGE[0]], [0, 1], r"X\[1\] is uint8 of shape \(80,\); an image is uint8 of \(H, W\)"),
+        ([IMAGE / 255, IMAGE], [0, 1], r"X\[0\] is float64 .* Scale values to 0 to 255"),
+        ([IMAGE, None], [0, 1], r"X\[1\] is NoneType; give an array of uint8 or a path"),
+        (np.zeros((80, 80, 3), np.uint8), [0, 1], r"\[image\] for a single one"),
+        ("image.png", [0, 1], "give a list of images"),
+        (7, [0, 1], "X is int; give a list of images"),
+        ([], [], "X has 0 images"),
+        ([IMAGE, IMAGE], [0.1, 0.7], "Unknown label type"),
     ],
 )
-def test_what_cannot_be_learnt_from_is_refused(pictures: Any, labels: Any, sentence: str) -> None:
+def test_what_cannot_be_learnt_from_is_refused(images: Any, labels: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        small().fit(pictures, labels)
+        small().fit(images, labels)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +369,7 @@ def test_a_wrong_parameter_is_named_at_fit_with_what_there_is(changes: dict[str,
 
 def test_a_label_that_it_does_not_know_cannot_be_explained(fitted: MedFocusCLIP) -> None:
     with pytest.raises(ValueError, match="'healthy' is none of the classes; give one of benign, "):
-        fitted.explain(PICTURE, label="healthy")
+        fitted.explain(IMAGE, label="healthy")
 
 
 # --- the numbers and the examples ----------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_a_notebook_runs_and_prints_what_stands_in_it(
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_holds_text_and_no_picture(notebook: Path) -> None:
+def test_a_notebook_holds_text_and_no_image(notebook: Path) -> None:
     outputs = [output for cell in cells(notebook) for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {"stream"}
     assert any(output["text"] for output in outputs)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfocus.attribution import pointing_hit
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.explain import explain
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.explain.attribution import pointing_hit
+from medfocus.explain.explain import explain
 from medfocus.methods import METHODS, Support
 
 SIZE = 96
@@ -26,45 +26,45 @@ def cornered(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 2
     noise = torch.randint(60, 90, (count, SIZE, SIZE, 1), generator=generator)
-    pictures = noise.expand(-1, -1, -1, 3).clone()
+    images = noise.expand(-1, -1, -1, 3).clone()
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    for picture, label in zip(pictures, labels.tolist(), strict=True):
+    for image, label in zip(images, labels.tolist(), strict=True):
         middle = 24 if label == 0 else 72
-        picture[(y - middle) ** 2 + (x - middle) ** 2 < 100] = 230
-    return pictures.to(torch.uint8), labels
+        image[(y - middle) ** 2 + (x - middle) ** 2 < 100] = 230
+    return images.to(torch.uint8), labels
 
 
 def fitted(name: str, encoder: ClipEncoder, **settings: Any) -> Any:
     method = METHODS[name](encoder, **settings)
-    pictures, labels = cornered(24)
+    images, labels = cornered(24)
     text = torch.eye(2, encoder.dim)
-    support = Support(method.embed(pictures)[None], labels, torch.arange(24), text)
+    support = Support(method.embed(images)[None], labels, torch.arange(24), text)
     return method.fit(support, torch.Generator().manual_seed(0))
 
 
 def test_a_head_on_features_is_explained_by_gradient_and_attention(clip: ClipEncoder) -> None:
     method = fitted("clip-linear-probe", clip, folds=3)
-    pictures, labels = cornered(4, seed=1)
-    maps, way = explain(method, clip, pictures, labels)
+    images, labels = cornered(4, seed=1)
+    maps, way = explain(method, clip, images, labels)
     assert way == "gradient x attention"
     assert maps.shape == (4, SIZE, SIZE) and torch.allclose(maps.sum(dim=(1, 2)), torch.ones(4), atol=1e-4)
 
 
 class UpperLeft:
-    """Says 1 the brighter the upper left quarter is; it has no gradient that the picture could get."""
+    """Says 1 the brighter the upper left quarter is; it has no gradient that the image could get."""
 
     embedding = "quarter"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        return pictures[:, : SIZE // 2, : SIZE // 2].double().mean(dim=(1, 2, 3))
+    def embed(self, images: Tensor) -> Tensor:
+        return images[:, : SIZE // 2, : SIZE // 2].double().mean(dim=(1, 2, 3))
 
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         return {"head": torch.stack([torch.zeros_like(inputs), inputs - 90], dim=1)}
 
 
-def test_what_has_no_gradient_is_explained_by_hiding_parts_of_the_picture(clip: ClipEncoder) -> None:
-    pictures, labels = cornered(2, seed=1)
-    bright = pictures[labels == 0]  # the disc is where the method looks
+def test_what_has_no_gradient_is_explained_by_hiding_parts_of_the_image(clip: ClipEncoder) -> None:
+    images, labels = cornered(2, seed=1)
+    bright = images[labels == 0]  # the disc is where the method looks
     method: Any = UpperLeft()
     maps, way = explain(method, clip, bright, torch.ones(len(bright), dtype=torch.int64))
     assert way == "occlusion"
@@ -74,26 +74,26 @@ def test_what_has_no_gradient_is_explained_by_hiding_parts_of_the_picture(clip: 
     assert all(float(heat[: SIZE // 2, : SIZE // 2].sum()) > 0.8 for heat in maps)
 
 
-def test_a_region_beside_the_picture_stays_where_it_is_while_parts_are_hidden(clip: ClipEncoder) -> None:
-    looking = clip.looking("dual", 0.0)
+def test_a_region_beside_the_image_stays_where_it_is_while_parts_are_hidden(clip: ClipEncoder) -> None:
+    regional = clip.with_region("dual", 0.0)
     method = fitted("clip-linear-probe", clip, folds=3)
-    method.encoder = looking
-    pictures, labels = cornered(2, seed=1)
-    maps, way = explain(method, looking, torch.cat([pictures, pictures], dim=3), labels)
+    method.encoder = regional
+    images, labels = cornered(2, seed=1)
+    maps, way = explain(method, regional, torch.cat([images, images], dim=3), labels)
     assert way == "occlusion" and maps.shape == (2, SIZE, SIZE)
 
 
 def test_the_bias_of_the_region_attention_moves_the_attribution(clip: ClipEncoder) -> None:
     method = fitted("clip-linear-probe", clip, folds=3)
-    pictures, labels = cornered(4, seed=1)
+    images, labels = cornered(4, seed=1)
     region = torch.zeros(4, SIZE, SIZE, 1, dtype=torch.uint8)
     region[:, 48:] = 255
-    views = torch.cat([pictures, region], dim=3)
+    views = torch.cat([images, region], dim=3)
     shares = []
     for bias in (0.0, 20.0):
-        looking = clip.looking("attention", bias)
-        method.encoder = looking
-        maps, _ = explain(method, looking, views, labels)
+        regional = clip.with_region("attention", bias)
+        method.encoder = regional
+        maps, _ = explain(method, regional, views, labels)
         shares.append(float(maps[:, 48:].sum()))
     assert shares[1] > shares[0]
 
@@ -103,7 +103,7 @@ def test_a_convolutional_net_is_explained_by_grad_cam(clip: ClipEncoder) -> None
         "resnet", clip, model="resnet10t", pretrained="", options={}, image_size=48, tuning="full", epochs=4,
         max_steps=20, batch_size=8, lr=3e-3, weight_decay=0.0,
     )  # fmt: skip
-    pictures, labels = cornered(2, seed=1)
-    maps, way = explain(method, clip, pictures, labels)
+    images, labels = cornered(2, seed=1)
+    maps, way = explain(method, clip, images, labels)
     assert way == "Grad-CAM"
     assert maps.shape == (2, SIZE, SIZE) and torch.allclose(maps.sum(dim=(1, 2)), torch.ones(2), atol=1e-4)

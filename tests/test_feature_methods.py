@@ -14,19 +14,20 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional
 
-from flows.cells import Cell, build_method, plan
-from medfocus import checkpoint
+from flows.study.cells import Cell, plan
+from flows.study.methods import build_method
+from flows.study.params import load_params
+from medfocus.learning.probe import stratified_folds
+from medfocus.learning.selection import LearningRates, choose
 from medfocus.methods import METHODS, Support
-from medfocus.methods.choose import LearningRates, choose
 from medfocus.methods.clip_adapter import RATIO_WITHOUT_VALIDATION, Adapter
 from medfocus.methods.lp_plus_plus import minimise, start, step_sizes
 from medfocus.methods.pixels import RbfMachine
 from medfocus.methods.ss_text import closed_form
 from medfocus.methods.tip_adapter import ALPHA, BETA, Cache, cache_logits
-from medfocus.params import load_params
-from medfocus.probe import stratified_folds
+from medfocus.serving import checkpoint
 from tests.conftest import TinyClip
-from tests.test_methods import SETTINGS, coloured_pictures, random_features, support_of
+from tests.test_methods import SETTINGS, coloured_images, random_features, support_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES, DIM, SCALE = 3, 8, TinyClip.logit_scale
@@ -79,11 +80,11 @@ def log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fitted(name: str) -> tuple[Any, Tensor]:
-    """A method fitted on a dozen pictures and inputs of others."""
+    """A method fitted on a dozen images and inputs of others."""
     method = make(name)
     if name == "pixels-svm":
-        method.fit(support_of(method, *coloured_pictures(12)), seeded())
-        return method, method.embed(coloured_pictures(9, seed=1)[0])
+        method.fit(support_of(method, *coloured_images(12)), seeded())
+        return method, method.embed(coloured_images(9, seed=1)[0])
     return method.fit(clustered(12), seeded()), clustered(9, seed=1).inputs[0]
 
 
@@ -101,17 +102,17 @@ def test_every_study_has_settings_of_every_method(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ON_FEATURES)
 def test_methods_on_features_share_the_cache_of_the_linear_probe(name: str, tiny_clip: TinyClip) -> None:
-    pictures, _ = coloured_pictures(4)
+    images, _ = coloured_images(4)
     probe = METHODS["clip-linear-probe"](tiny_clip, folds=3)  # pyright: ignore[reportArgumentType]
     assert make(name).embedding == probe.embedding
-    assert torch.equal(make(name).embed(pictures), probe.embed(pictures))
+    assert torch.equal(make(name).embed(images), probe.embed(images))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_picture_a_class_is_enough(name: str) -> None:
+def test_one_image_a_class_is_enough(name: str) -> None:
     method = make(name)
-    pictures, labels = coloured_pictures(CLASSES)
-    support = support_of(method, pictures, labels) if name == "pixels-svm" else clustered(CLASSES, noise=0.1)
+    images, labels = coloured_images(CLASSES)
+    support = support_of(method, images, labels) if name == "pixels-svm" else clustered(CLASSES, noise=0.1)
     logits = only(method.fit(support, seeded()).logits(support.inputs[0]))
     assert logits.shape == (CLASSES, CLASSES) and np.isfinite(logits).all()
     assert (logits.argmax(axis=1) == labels.numpy()).all()
@@ -121,8 +122,8 @@ def test_one_picture_a_class_is_enough(name: str) -> None:
 def test_a_support_of_two_classes_is_enough(name: str) -> None:
     method = make(name)
     if name == "pixels-svm":
-        pictures, labels = coloured_pictures(12)
-        support = support_of(method, pictures, labels)
+        images, labels = coloured_images(12)
+        support = support_of(method, images, labels)
     else:
         support = clustered(12)
     support = support.subset(np.flatnonzero(support.labels.numpy() < 2))
@@ -132,7 +133,7 @@ def test_a_support_of_two_classes_is_enough(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pictures_logits_do_not_depend_on_the_pictures_tested_beside_it(name: str) -> None:
+def test_an_images_logits_do_not_depend_on_the_images_tested_beside_it(name: str) -> None:
     method, inputs = fitted(name)
     before = {key: value.clone() for key, value in method.state().items()}
     together = only(method.logits(inputs))
@@ -200,7 +201,7 @@ def test_settings_out_of_range_name_the_field(name: str, setting: dict[str, Any]
 # --- choices inside the support -----------------------------------------------------------------
 
 
-def test_a_choice_is_the_best_held_out_log_likelihood_and_sees_no_picture_twice() -> None:
+def test_a_choice_is_the_best_held_out_log_likelihood_and_sees_no_image_twice() -> None:
     support = clustered(24, twins=2)
     sides: list[tuple[set[int], set[int]]] = []
 
@@ -235,10 +236,10 @@ def labelled(labels: Tensor) -> Support:
     return Support(inputs, labels, torch.arange(len(labels)), torch.zeros(CLASSES, DIM))
 
 
-def test_the_learning_rate_is_the_one_that_does_best_on_held_out_pictures_of_a_part_of_the_support() -> None:
+def test_the_learning_rate_is_the_one_that_does_best_on_held_out_images_of_a_part_of_the_support() -> None:
     support = labelled(torch.arange(90) % CLASSES)
     Sharpened.seen.clear()
-    rates = LearningRates((0.1, 5.0, 1.0), folds=2, pictures=30)
+    rates = LearningRates((0.1, 5.0, 1.0), folds=2, images=30)
     chosen = rates.fit(Sharpened(0.7), support, seeded())  # pyright: ignore[reportArgumentType]
     assert cast("Any", chosen).lr == 5.0
     assert Sharpened.seen == [15] * 6 + [90]  # three rates on either half of 30, and the last on all
@@ -247,7 +248,7 @@ def test_the_learning_rate_is_the_one_that_does_best_on_held_out_pictures_of_a_p
 @pytest.mark.parametrize("counts", [(1, 60, 60), (2, 60, 60), (500, 2, 3)])
 def test_a_rate_can_be_chosen_or_not_whatever_the_classes_sizes(counts: tuple[int, ...]) -> None:
     labels = torch.arange(CLASSES).repeat_interleave(torch.tensor(counts))
-    rates = LearningRates((0.1, 5.0), folds=2, pictures=20)
+    rates = LearningRates((0.1, 5.0), folds=2, images=20)
     chosen = rates.fit(Sharpened(0.7), labelled(labels), seeded())  # pyright: ignore[reportArgumentType]
     assert cast("Any", chosen).lr == (0.1 if min(counts) == 1 else 5.0)  # nothing held out: the first stands
 
@@ -302,8 +303,8 @@ def test_tip_adapter_chooses_alpha_and_beta_on_the_folds_of_its_support() -> Non
     for fit, held in stratified_folds(labels, groups, 3, seed=4):
         for alpha in grid:
             for beta in grid:
-                pictures = support.inputs[0, held].double().numpy()
-                logits = tip_by_hand(support.subset(fit), pictures, alpha, beta)
+                images = support.inputs[0, held].double().numpy()
+                logits = tip_by_hand(support.subset(fit), images, alpha, beta)
                 score = log_likelihood(logits, labels[held])
                 scores[alpha, beta] = scores.get((alpha, beta), 0.0) + score
     assert (method.alpha_, method.beta_) == max(scores, key=lambda pair: scores[pair])
@@ -375,9 +376,7 @@ def test_an_adapter_without_a_share_leaves_clip_zero_shot() -> None:
 
 def test_the_share_of_the_adapter_is_chosen_inside_the_support() -> None:
     support = clustered(24, noise=0.3)
-    misleading = support.text_features.roll(
-        1, dims=0
-    )  # without an adapter every picture is taken for another
+    misleading = support.text_features.roll(1, dims=0)  # without an adapter every image is taken for another
     support = Support(support.inputs, support.labels, support.groups, misleading)
     assert make("clip-adapter", ratios=(0.0, 0.8)).fit(support, seeded()).ratio_ == 0.8
 
@@ -386,7 +385,7 @@ def test_the_share_of_the_adapter_is_chosen_inside_the_support() -> None:
 
 
 def test_lp_plus_plus_starts_at_class_sums_and_the_mean_cosine_to_the_own_text() -> None:
-    support = clustered(10)  # classes of 4, 3 and 3 pictures
+    support = clustered(10)  # classes of 4, 3 and 3 images
     features, text = support.inputs[0].double(), support.text_features.double()
     weight, alpha = start(features, functional.one_hot(support.labels, CLASSES).double(), text)
     own = [features[support.labels == k] for k in range(CLASSES)]
@@ -508,7 +507,7 @@ def test_nearest_neighbours_vote_and_their_shares_are_probabilities(neighbours: 
 
 
 def test_of_two_classes_with_as_many_votes_the_nearer_wins() -> None:
-    angles = torch.tensor([0.3, 0.1, 0.2, 0.4])  # from the picture that is asked about
+    angles = torch.tensor([0.3, 0.1, 0.2, 0.4])  # from the image that is asked about
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     support = Support(features[None], torch.tensor([0, 1, 2, 0]), torch.arange(4), torch.eye(3, 2))
     logits = make("k-nn", neighbours=(3,)).fit(support, seeded()).logits(torch.tensor([[1.0, 0.0]]))
@@ -560,9 +559,9 @@ def test_the_state_of_the_svm_reproduces_scikit_learns_decision_function(
 
 
 def test_the_svm_chooses_cost_and_width_on_the_folds_of_its_support() -> None:
-    pictures, labels = coloured_pictures(30)
+    images, labels = coloured_images(30)
     method = make("pixels-svm", costs=(0.1, 10.0), gammas=(0.01, 1.0, 50.0))
-    support = support_of(method, pictures, labels)
+    support = support_of(method, images, labels)
     method.fit(support, seeded(1))
     pixels, targets = support.inputs[0].double().numpy(), labels.numpy()
     scores: dict[tuple[float, float], float] = {}

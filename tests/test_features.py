@@ -16,24 +16,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfocus import features
-from medfocus import shards as shards_module
-from medfocus.encoders import build_clip
-from medfocus.features import encode
-from medfocus.focus import FILL, FOCUS
-from medfocus.images import letterbox, read
-from medfocus.views import Crop, crop_box, view, view_key
+from medfocus.clip import features
+from medfocus.clip.encoder import build_clip
+from medfocus.clip.features import encode
+from medfocus.focus.modes import FILL, FOCUS
+from medfocus.focus.view import Crop, crop_box, view, view_key
+from medfocus.images.decode import letterbox, read
+from medfocus.storage import shards as shards_module
 from tests.conftest import and_no_more
 
-SHA = hashlib.sha256(b"a picture").hexdigest()
+SHA = hashlib.sha256(b"an image").hexdigest()
 ITEMS = list(range(23))
-KEYS = [f"picture {i}" for i in ITEMS]
+KEYS = [f"image {i}" for i in ITEMS]
 
 
 # Views
 
 
-def picture(height: int = 60, width: int = 40) -> np.ndarray:
+def image(height: int = 60, width: int = 40) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -43,25 +43,25 @@ def region(height: int = 60, width: int = 40) -> np.ndarray:
     return mask
 
 
-def test_view_zero_is_the_whole_picture_and_needs_no_mask_without_focus() -> None:
-    whole = view(picture(), None, focus="none", size=32, feather=0.02, crop=crop_box(SHA, 0, mirror=True))
-    assert np.array_equal(whole, letterbox(picture(), 32, FILL))
-    assert np.array_equal(whole, view(picture(), region(), focus="none", size=32, feather=0.02))
+def test_view_zero_is_the_whole_image_and_needs_no_mask_without_focus() -> None:
+    whole = view(image(), None, focus="none", size=32, feather=0.02, crop=crop_box(SHA, 0, mirror=True))
+    assert np.array_equal(whole, letterbox(image(), 32, FILL))
+    assert np.array_equal(whole, view(image(), region(), focus="none", size=32, feather=0.02))
 
 
 def test_the_padding_is_clip_s_mean_colour() -> None:
-    seen = view(picture(), region(), focus="multiply", size=30, feather=0)
+    seen = view(image(), region(), focus="multiply", size=30, feather=0)
     assert seen.shape == (30, 30, 3) and seen.dtype == np.uint8
     assert (seen[:, :5] == FILL).all() and (seen[:, -5:] == FILL).all()
 
 
 @pytest.mark.parametrize("focus", [mode for mode in FOCUS if mode != "none"])
 def test_a_focus_without_a_mask_is_refused(focus: str) -> None:
-    with pytest.raises(ValueError, match=rf"focus '{focus}' needs a mask, and this picture has none\. Make"):
-        view(picture(), None, focus=focus, size=32, feather=0.02)
+    with pytest.raises(ValueError, match=rf"focus '{focus}' needs a mask, and this image has none\. Make"):
+        view(image(), None, focus=focus, size=32, feather=0.02)
 
 
-def test_a_crop_is_repeatable_and_keeps_half_of_the_picture_or_more_in_its_own_shape() -> None:
+def test_a_crop_is_repeatable_and_keeps_half_of_the_image_or_more_in_its_own_shape() -> None:
     crops = [crop_box(SHA, number) for number in range(1, 200)]
     assert crops == [crop_box(SHA, number) for number in range(1, 200)]
     assert len(set(crops)) == len(crops)
@@ -82,17 +82,17 @@ def test_views_are_mirrored_only_where_that_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("focus", FOCUS)
-def test_picture_and_mask_are_cropped_together_and_before_the_focus(focus: str) -> None:
+def test_image_and_mask_are_cropped_together_and_before_the_focus(focus: str) -> None:
     crop = Crop(0.1, 0.25, 0.85, 0.9, mirrored=True)
     rows, columns = slice(15, 54), slice(4, 34)
-    cut, mask = picture()[rows, columns][:, ::-1], region()[rows, columns][:, ::-1]
+    cut, mask = image()[rows, columns][:, ::-1], region()[rows, columns][:, ::-1]
     expected = view(cut.copy(), mask.copy(), focus=focus, size=48, feather=0.02)
-    assert np.array_equal(view(picture(), region(), focus=focus, size=48, feather=0.02, crop=crop), expected)
+    assert np.array_equal(view(image(), region(), focus=focus, size=48, feather=0.02, crop=crop), expected)
 
 
 def test_a_crop_that_loses_the_region_is_not_taken() -> None:
-    seen = view(picture(), region(), focus="crop", size=48, feather=0, crop=Crop(0, 0.6, 0.7, 1, False))
-    assert np.array_equal(seen, view(picture(), region(), focus="crop", size=48, feather=0))
+    seen = view(image(), region(), focus="crop", size=48, feather=0, crop=Crop(0, 0.6, 0.7, 1, False))
+    assert np.array_equal(seen, view(image(), region(), focus="crop", size=48, feather=0))
 
 
 def test_a_view_s_key_tells_its_settings() -> None:
@@ -132,7 +132,7 @@ def run(
 ) -> Tensor:
     return encode(
         items,
-        [f"picture {item}" for item in items] if keys is None else keys,
+        [f"image {item}" for item in items] if keys is None else keys,
         make_view,
         encode_batch,
         cache=cache,
@@ -214,12 +214,12 @@ def test_the_model_always_gets_whole_batches_so_a_row_does_not_depend_on_what_wa
 def test_the_batch_size_changes_no_feature_by_more_than_rounding(batch_size: int) -> None:
     encoder = build_clip("pocket", "random:0")
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (96, 96, 3), dtype=np.uint8) for _ in range(20)]
+    images = [rng.integers(0, 256, (96, 96, 3), dtype=np.uint8) for _ in range(20)]
     results = [
         encode(
             list(range(20)),
             [str(i) for i in range(20)],
-            pictures.__getitem__,
+            images.__getitem__,
             lambda views: encoder.encode_images(encoder.preprocess(views)),
             cache=None,
             settings="",
@@ -230,7 +230,7 @@ def test_the_batch_size_changes_no_feature_by_more_than_rounding(batch_size: int
     assert torch.allclose(results[0], results[1], atol=1e-5, rtol=0)
 
 
-def test_a_failing_picture_ends_the_run_and_keeps_what_was_encoded(tmp_path: Path) -> None:
+def test_a_failing_image_ends_the_run_and_keeps_what_was_encoded(tmp_path: Path) -> None:
     def broken(item: int) -> np.ndarray:
         if item == 17:
             raise ValueError("scan17.png: cut short")
@@ -254,7 +254,7 @@ def test_a_failing_model_leaves_no_thread_behind() -> None:
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"not finite in torch\.float16, for picture 0 or the 4 after it\. Check"
+        ValueError, match=r"not finite in torch\.float16, for image 0 or the 4 after it\. Check"
     ):
         run(tmp_path, encode_batch=lambda views: mean_and_square(views) + 1e6, dtype=torch.float16)
     assert shards(tmp_path) == []
@@ -330,7 +330,7 @@ def test_two_processes_at_once_do_no_harm(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".zip"]
 
 
-def test_real_pictures_give_the_features_of_a_bare_loop(shared_data: Path) -> None:
+def test_real_images_give_the_features_of_a_bare_loop(shared_data: Path) -> None:
     paths = sorted((shared_data / "covid19").rglob("*.jp*g"))[::40]
     encoder = build_clip("pocket", "random:0")
 
@@ -349,7 +349,7 @@ def test_real_pictures_give_the_features_of_a_bare_loop(shared_data: Path) -> No
     bare = torch.cat([encoder.encode_images(encoder.preprocess(whole(path)[None])) for path in paths])
     assert len(paths) > 3
     assert torch.allclose(result, bare, atol=1e-5)
-    assert torch.linalg.matrix_rank(result) > 1  # different pictures, different features
+    assert torch.linalg.matrix_rank(result) > 1  # different images, different features
 
 
 # Several kinds of features of the same views

@@ -1,4 +1,4 @@
-"""Claims about focus: what a mask does to a picture, and what it must not do."""
+"""Claims about focus: what a mask does to an image, and what it must not do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from medfocus.focus import FILL, FOCUS, MARK_COLOUR, SEGMENT_COLOURS, focus, soft_edge
+from medfocus.focus.modes import FILL, FOCUS, MARK_COLOUR, SEGMENT_COLOURS, focus, soft_edge
 
 MODES = list(FOCUS)
 MARKS = ["contour", "circle", "box", "arrow"]
@@ -15,7 +15,7 @@ FEATHER = 0.05
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
 
 
@@ -43,86 +43,84 @@ def far_outside(mask: np.ndarray, feather: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["none", "multiply", "crop", "blur", *MARKS])
-def test_full_mask_leaves_the_picture_unchanged(picture: np.ndarray, mode: str) -> None:
-    full = np.ones(picture.shape[:2], dtype=bool)
-    assert np.array_equal(focus(picture, full, mode, feather=FEATHER), picture)
+def test_full_mask_leaves_the_image_unchanged(image: np.ndarray, mode: str) -> None:
+    full = np.ones(image.shape[:2], dtype=bool)
+    assert np.array_equal(focus(image, full, mode, feather=FEATHER), image)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_empty_mask_is_read_as_the_whole_picture(picture: np.ndarray, mode: str) -> None:
-    empty, full = np.zeros(picture.shape[:2], dtype=bool), np.ones(picture.shape[:2], dtype=bool)
+def test_empty_mask_is_read_as_the_whole_image(image: np.ndarray, mode: str) -> None:
+    empty, full = np.zeros(image.shape[:2], dtype=bool), np.ones(image.shape[:2], dtype=bool)
     assert np.array_equal(
-        focus(picture, empty, mode, feather=FEATHER), focus(picture, full, mode, feather=FEATHER)
+        focus(image, empty, mode, feather=FEATHER), focus(image, full, mode, feather=FEATHER)
     )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("feather", [0.0, 0.02, 0.5])
 def test_every_mode_keeps_dtype_and_shape_and_writes_nothing_into_its_input(
-    picture: np.ndarray, mask: np.ndarray, mode: str, feather: float
+    image: np.ndarray, mask: np.ndarray, mode: str, feather: float
 ) -> None:
-    before, region = picture.copy(), mask.copy()
-    picture.flags.writeable = mask.flags.writeable = False
-    focused = focus(picture, mask, mode, feather=feather)
-    picture.flags.writeable = mask.flags.writeable = True
+    before, region = image.copy(), mask.copy()
+    image.flags.writeable = mask.flags.writeable = False
+    focused = focus(image, mask, mode, feather=feather)
+    image.flags.writeable = mask.flags.writeable = True
     assert focused.dtype == np.uint8
     assert focused.shape[2] == 3
-    assert mode == "crop" or focused.shape == picture.shape
-    assert np.array_equal(picture, before)
+    assert mode == "crop" or focused.shape == image.shape
+    assert np.array_equal(image, before)
     assert np.array_equal(mask, region)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_transposing_picture_and_mask_transposes_the_focus(
-    picture: np.ndarray, mask: np.ndarray, mode: str
+def test_transposing_image_and_mask_transposes_the_focus(
+    image: np.ndarray, mask: np.ndarray, mode: str
 ) -> None:
-    upright = focus(picture, mask, mode, feather=FEATHER)
+    upright = focus(image, mask, mode, feather=FEATHER)
     lying = focus(
-        np.ascontiguousarray(picture.transpose(1, 0, 2)), np.ascontiguousarray(mask.T), mode, feather=FEATHER
+        np.ascontiguousarray(image.transpose(1, 0, 2)), np.ascontiguousarray(mask.T), mode, feather=FEATHER
     )
     rounding = 2 if mode == "blur" else 0  # Pillow's blur rounds between its passes
     assert np.abs(upright.transpose(1, 0, 2).astype(int) - lying).max() <= rounding
 
 
 @pytest.mark.parametrize("mode", ["multiply", "blur", *MARKS])
-def test_what_is_inside_the_mask_stays_untouched(picture: np.ndarray, mask: np.ndarray, mode: str) -> None:
-    assert np.array_equal(focus(picture, mask, mode, feather=FEATHER)[mask], picture[mask])
+def test_what_is_inside_the_mask_stays_untouched(image: np.ndarray, mask: np.ndarray, mode: str) -> None:
+    assert np.array_equal(focus(image, mask, mode, feather=FEATHER)[mask], image[mask])
 
 
-def test_multiplied_picture_is_clips_mean_colour_outside_away_from_the_feather(
-    picture: np.ndarray, mask: np.ndarray
+def test_multiplied_image_is_clips_mean_colour_outside_away_from_the_feather(
+    image: np.ndarray, mask: np.ndarray
 ) -> None:
     outside = far_outside(mask, FEATHER)
     assert 0.3 < outside.mean() < 0.9
-    assert (focus(picture, mask, "multiply", feather=FEATHER)[outside] == FILL).all()
+    assert (focus(image, mask, "multiply", feather=FEATHER)[outside] == FILL).all()
     assert np.allclose(np.array(FILL) / 255, (0.48145466, 0.4578275, 0.40821073), atol=0.5 / 255)
 
 
-def test_without_feather_a_multiplied_picture_is_the_equation(picture: np.ndarray, mask: np.ndarray) -> None:
-    expected = np.where(mask[:, :, None], picture, np.array(FILL, dtype=np.uint8))
-    assert np.array_equal(focus(picture, mask, "multiply", feather=0), expected)
+def test_without_feather_a_multiplied_image_is_the_equation(image: np.ndarray, mask: np.ndarray) -> None:
+    expected = np.where(mask[:, :, None], image, np.array(FILL, dtype=np.uint8))
+    assert np.array_equal(focus(image, mask, "multiply", feather=0), expected)
 
 
-def test_the_inverse_of_a_full_mask_is_a_picture_of_clips_mean_colour(picture: np.ndarray) -> None:
-    full = np.ones(picture.shape[:2], dtype=bool)
-    assert (focus(picture, full, "inverse", feather=FEATHER) == FILL).all()
+def test_the_inverse_of_a_full_mask_is_an_image_of_clips_mean_colour(image: np.ndarray) -> None:
+    full = np.ones(image.shape[:2], dtype=bool)
+    assert (focus(image, full, "inverse", feather=FEATHER) == FILL).all()
 
 
 def test_inverse_hides_the_region_and_leaves_the_background_away_from_the_feather(
-    picture: np.ndarray, mask: np.ndarray
+    image: np.ndarray, mask: np.ndarray
 ) -> None:
-    background = focus(picture, mask, "inverse", feather=FEATHER)
+    background = focus(image, mask, "inverse", feather=FEATHER)
     assert (background[mask] == FILL).all()
     outside = far_outside(mask, FEATHER)
-    assert np.array_equal(background[outside], picture[outside])
+    assert np.array_equal(background[outside], image[outside])
 
 
-def test_multiply_and_inverse_share_the_picture_out_between_them(
-    picture: np.ndarray, mask: np.ndarray
-) -> None:
-    region = focus(picture, mask, "multiply", feather=FEATHER).astype(int)
-    background = focus(picture, mask, "inverse", feather=FEATHER).astype(int)
-    assert np.abs(region + background - FILL - picture).max() <= 1  # each is rounded
+def test_multiply_and_inverse_share_the_image_out_between_them(image: np.ndarray, mask: np.ndarray) -> None:
+    region = focus(image, mask, "multiply", feather=FEATHER).astype(int)
+    background = focus(image, mask, "inverse", feather=FEATHER).astype(int)
+    assert np.abs(region + background - FILL - image).max() <= 1  # each is rounded
 
 
 def test_feather_falls_from_the_mask_outwards_and_ends_at_its_width() -> None:
@@ -135,27 +133,27 @@ def test_feather_falls_from_the_mask_outwards_and_ends_at_its_width() -> None:
     assert abs(across[104] - 128) < 20
 
 
-def test_mask_at_the_pictures_border_gets_no_soft_edge_there() -> None:
+def test_mask_at_the_images_border_gets_no_soft_edge_there() -> None:
     mask = np.zeros((60, 60), dtype=bool)
     mask[:, :30] = True
     rows = soft_edge(mask, 0.1)
     assert (rows == rows[30]).all()
 
 
-def test_blur_takes_detail_outside_and_keeps_its_brightness(picture: np.ndarray, mask: np.ndarray) -> None:
+def test_blur_takes_detail_outside_and_keeps_its_brightness(image: np.ndarray, mask: np.ndarray) -> None:
     outside = far_outside(mask, FEATHER)
-    blurred = focus(picture, mask, "blur", feather=FEATHER)[outside].astype(float)
-    original = picture[outside].astype(float)
+    blurred = focus(image, mask, "blur", feather=FEATHER)[outside].astype(float)
+    original = image[outside].astype(float)
     assert blurred.std() < 0.2 * original.std()
     assert abs(blurred.mean() - original.mean()) < 3
 
 
 def test_overlay_tints_only_inside_and_each_segment_in_its_colour(
-    picture: np.ndarray, mask: np.ndarray
+    image: np.ndarray, mask: np.ndarray
 ) -> None:
-    tinted = focus(picture, mask, "overlay", feather=FEATHER)
-    assert np.array_equal(tinted[~mask], picture[~mask])
-    grey = np.full_like(picture, 128)
+    tinted = focus(image, mask, "overlay", feather=FEATHER)
+    assert np.array_equal(tinted[~mask], image[~mask])
+    grey = np.full_like(image, 128)
     tinted = focus(grey, mask, "overlay", feather=FEATHER).astype(int)
     for (y, x), colour in zip([(60, 50), (60, 120)], SEGMENT_COLOURS, strict=False):  # the larger one first
         shift = tinted[y, x] - 128
@@ -171,27 +169,25 @@ def test_more_segments_than_colours_start_again_at_the_first() -> None:
     assert len({tuple(pixel) for pixel in tinted[mask]}) == len(SEGMENT_COLOURS)
 
 
-def test_overlay_keeps_the_texture_under_the_tint(picture: np.ndarray, mask: np.ndarray) -> None:
+def test_overlay_keeps_the_texture_under_the_tint(image: np.ndarray, mask: np.ndarray) -> None:
     one_segment = mask & (np.arange(160) < 85)
-    tinted = focus(picture, mask, "overlay", feather=FEATHER)[one_segment].astype(float)
+    tinted = focus(image, mask, "overlay", feather=FEATHER)[one_segment].astype(float)
     for channel in range(3):
-        assert np.corrcoef(tinted[:, channel], picture[one_segment][:, channel])[0, 1] > 0.99
+        assert np.corrcoef(tinted[:, channel], image[one_segment][:, channel])[0, 1] > 0.99
 
 
-def test_binary_shows_the_silhouette_and_nothing_of_the_picture(
-    picture: np.ndarray, mask: np.ndarray
-) -> None:
-    silhouette = focus(picture, mask, "binary", feather=FEATHER)
-    assert np.array_equal(silhouette, focus(255 - picture, mask, "binary", feather=FEATHER))
+def test_binary_shows_the_silhouette_and_nothing_of_the_image(image: np.ndarray, mask: np.ndarray) -> None:
+    silhouette = focus(image, mask, "binary", feather=FEATHER)
+    assert np.array_equal(silhouette, focus(255 - image, mask, "binary", feather=FEATHER))
     assert (silhouette[mask] == 255).all()
     assert (silhouette[far_outside(mask, FEATHER)] == 0).all()
 
 
 @pytest.mark.parametrize(("top", "left", "h", "w"), [(40, 60, 5, 4), (0, 0, 90, 30), (100, 150, 20, 10)])
-def test_crop_holds_the_masks_whole_box_and_at_least_two_fifths_of_the_picture_around_it(
-    picture: np.ndarray, top: int, left: int, h: int, w: int
+def test_crop_holds_the_masks_whole_box_and_at_least_two_fifths_of_the_image_around_it(
+    image: np.ndarray, top: int, left: int, h: int, w: int
 ) -> None:
-    mask = np.zeros(picture.shape[:2], dtype=bool)
+    mask = np.zeros(image.shape[:2], dtype=bool)
     mask[top : top + h, left : left + w] = True
     coordinates = np.stack([*np.mgrid[:120, :160], np.zeros((120, 160))], axis=-1).astype(np.uint8)
     cropped = focus(coordinates, mask, "crop", feather=FEATHER)
@@ -209,10 +205,10 @@ def test_crop_holds_the_masks_whole_box_and_at_least_two_fifths_of_the_picture_a
 
 @pytest.mark.parametrize("mode", MARKS)
 def test_a_mark_changes_nothing_but_its_own_red_pixels_outside_of_the_mask(
-    picture: np.ndarray, mask: np.ndarray, mode: str
+    image: np.ndarray, mask: np.ndarray, mode: str
 ) -> None:
-    drawn = focus(picture, mask, mode, feather=FEATHER)
-    changed = (drawn != picture).any(axis=2)
+    drawn = focus(image, mask, mode, feather=FEATHER)
+    changed = (drawn != image).any(axis=2)
     assert changed.any()
     assert (drawn[changed] == MARK_COLOUR).all()
     assert np.array_equal(changed, mark_of(mask, mode))
@@ -227,14 +223,14 @@ def test_contour_is_a_thin_line_around_the_mask(mask: np.ndarray) -> None:
 
 @pytest.mark.parametrize("mode", ["contour", "circle", "box"])
 @pytest.mark.parametrize("turn", [np.fliplr, np.flipud, np.rot90])
-def test_a_mirrored_or_turned_picture_has_its_mark_mirrored_or_turned(
-    picture: np.ndarray, mask: np.ndarray, mode: str, turn: Callable[[np.ndarray], np.ndarray]
+def test_a_mirrored_or_turned_image_has_its_mark_mirrored_or_turned(
+    image: np.ndarray, mask: np.ndarray, mode: str, turn: Callable[[np.ndarray], np.ndarray]
 ) -> None:
-    turned = focus(turn(picture), turn(mask), mode, feather=FEATHER)
-    assert np.array_equal(turned, turn(focus(picture, mask, mode, feather=FEATHER)))
+    turned = focus(turn(image), turn(mask), mode, feather=FEATHER)
+    assert np.array_equal(turned, turn(focus(image, mask, mode, feather=FEATHER)))
 
 
-def test_a_mirrored_picture_has_its_arrow_mirrored_where_one_side_has_most_room() -> None:
+def test_a_mirrored_image_has_its_arrow_mirrored_where_one_side_has_most_room() -> None:
     region = box_of(30, 20, 21, 31)
     mark = mark_of(region, "arrow")
     assert np.array_equal(mark_of(np.fliplr(region), "arrow"), np.fliplr(mark))
@@ -298,18 +294,18 @@ def test_arrow_is_smaller_where_there_is_less_room() -> None:
 
 @pytest.mark.parametrize("mode", ["contour", "circle", "box"])
 @pytest.mark.parametrize("place", [(0, 0, 1, 1), (0, 40, 30, 50), (100, 130, 20, 30), (1, 1, 118, 158)])
-def test_a_mark_at_the_picture_s_border_is_cut_off_there(mode: str, place: tuple[int, int, int, int]) -> None:
+def test_a_mark_at_the_image_s_border_is_cut_off_there(mode: str, place: tuple[int, int, int, int]) -> None:
     region = box_of(*place)
     mark = mark_of(region, mode)
     assert mark.any()
     within = np.pad(region, 40)
     whole = np.zeros((*within.shape, 3), dtype=np.uint8)
     whole = (focus(whole, within, mode, feather=0) == MARK_COLOUR).all(axis=2)[40:-40, 40:-40]
-    assert not (mark & ~whole).any()  # the same place, though the line of a larger picture is broader
+    assert not (mark & ~whole).any()  # the same place, though the line of a larger image is broader
 
 
 @pytest.mark.parametrize("size", [8, 28, 224, 1000])
-def test_contour_is_drawn_in_tiny_and_large_pictures_alike(size: int) -> None:
+def test_contour_is_drawn_in_tiny_and_large_images_alike(size: int) -> None:
     mask = np.zeros((size, size), dtype=bool)
     mask[size // 4 : size // 2, size // 4 : size // 2] = True
     drawn = focus(np.zeros((size, size, 3), dtype=np.uint8), mask, "contour", feather=0)
@@ -318,32 +314,32 @@ def test_contour_is_drawn_in_tiny_and_large_pictures_alike(size: int) -> None:
 
 
 def test_a_single_row_of_pixels_can_be_focused() -> None:
-    picture = np.arange(90, dtype=np.uint8).reshape(1, 30, 3)
+    image = np.arange(90, dtype=np.uint8).reshape(1, 30, 3)
     mask = np.zeros((1, 30), dtype=bool)
     mask[0, 10:15] = True
     for mode in MODES:
-        focused = focus(picture, mask, mode, feather=0.1)
+        focused = focus(image, mask, mode, feather=0.1)
         assert focused.dtype == np.uint8
         assert focused.size > 0
 
 
-def test_unknown_mode_lists_the_known_ones(picture: np.ndarray, mask: np.ndarray) -> None:
+def test_unknown_mode_lists_the_known_ones(image: np.ndarray, mask: np.ndarray) -> None:
     message = (
         "Unknown focus 'multipy'; known: none, multiply, inverse, overlay, binary, crop, blur, contour, "
         "circle, box, arrow."
     )
     with pytest.raises(ValueError, match=message):
-        focus(picture, mask, "multipy", feather=0)
+        focus(image, mask, "multipy", feather=0)
 
 
-def test_a_mask_of_another_picture_or_kind_is_refused(picture: np.ndarray, mask: np.ndarray) -> None:
+def test_a_mask_of_another_image_or_kind_is_refused(image: np.ndarray, mask: np.ndarray) -> None:
     with pytest.raises(
-        ValueError, match=r"mask is bool of \(160, 120\); this picture's is bool of \(120, 160\)"
+        ValueError, match=r"mask is bool of \(160, 120\); this image's is bool of \(120, 160\)"
     ):
-        focus(picture, mask.T, "multiply", feather=0)
+        focus(image, mask.T, "multiply", feather=0)
     with pytest.raises(ValueError, match=r"mask is uint8 of \(120, 160\)"):
-        focus(picture, mask.astype(np.uint8), "multiply", feather=0)
-    with pytest.raises(ValueError, match=r"picture is float64 of \(120, 160, 3\); focus takes"):
-        focus(picture / 255, mask, "multiply", feather=0)
+        focus(image, mask.astype(np.uint8), "multiply", feather=0)
+    with pytest.raises(ValueError, match=r"image is float64 of \(120, 160, 3\); focus takes"):
+        focus(image / 255, mask, "multiply", feather=0)
     with pytest.raises(ValueError, match=r"feather is 3; use a share of the longest side in \[0, 0.5\]"):
-        focus(picture, mask, "multiply", feather=3)
+        focus(image, mask, "multiply", feather=3)

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medfocus.drift import Shift
-from medfocus.gate import Champion, Decision, Rules, judge
+from medfocus.evaluation.drift import Shift
+from medfocus.evaluation.gate import Champion, Decision, Rules, judge
 
 CLASSES = ("benign", "malignant")
-RULES = Rules(margin=0.0, p=0.05, pictures=20, recall={"all": 0.5}, calibration=0.2)
+RULES = Rules(margin=0.0, p=0.05, images=20, recall={"all": 0.5}, calibration=0.2)
 LABELS = np.repeat([0, 1], 30)  # (60,)
 
 
 def probabilities(wrong: int, confidence: float = 0.95) -> np.ndarray:
-    """(60, 2): right but for ``wrong`` pictures of the first class."""
+    """(60, 2): right but for ``wrong`` images of the first class."""
     predicted = LABELS.copy()
     predicted[:wrong] = 1
     return np.where(np.eye(2, dtype=bool)[predicted], confidence, 1 - confidence)
@@ -36,9 +36,9 @@ def failed(decision: Decision) -> list[str]:
 def test_a_challenger_that_is_surely_better_is_promoted_and_the_reason_has_every_number() -> None:
     decision = judge(probabilities(2), LABELS, CLASSES, RULES, champion(12))
     assert decision.promoted
-    assert decision.reason.startswith("promoted: classes: the same; test pictures new to both: 60; ")
+    assert decision.reason.startswith("promoted: classes: the same; test images new to both: 60; ")
     assert "accuracy: 0.9667 to 0.8000 of version 3" in decision.reason
-    assert "paired test: p 0.00195 (10 pictures for it, 0 against)" in decision.reason
+    assert "paired test: p 0.00195 (10 images for it, 0 against)" in decision.reason
 
 
 def test_without_a_champion_only_recall_and_calibration_are_asked() -> None:
@@ -80,15 +80,15 @@ def test_other_classes_stop_promotion() -> None:
     assert "classes: benign, malignant, asked those of version 3: benign, cyst" in decision.reason
 
 
-def test_only_pictures_that_the_champion_has_not_learnt_from_are_compared() -> None:
+def test_only_images_that_the_champion_has_not_learnt_from_are_compared() -> None:
     fair = np.ones(60, bool)
     fair[:12] = False  # it has learnt these by heart, so they say nothing
     decision = judge(probabilities(12), LABELS, CLASSES, replace(RULES, p=1), champion(0, fair=fair))
     assert "accuracy: 1.0000 to 1.0000" in decision.reason
     few = champion(12, fair=np.arange(60) < 10)
-    assert "test pictures new to both" in failed(judge(probabilities(0), LABELS, CLASSES, RULES, few))
+    assert "test images new to both" in failed(judge(probabilities(0), LABELS, CLASSES, RULES, few))
     none = champion(12, fair=np.zeros(60, bool))
-    assert failed(judge(probabilities(0), LABELS, CLASSES, RULES, none)) == ["test pictures new to both"]
+    assert failed(judge(probabilities(0), LABELS, CLASSES, RULES, none)) == ["test images new to both"]
 
 
 def test_a_drift_past_its_bound_stops_promotion_and_another_does_not() -> None:
@@ -100,10 +100,10 @@ def test_a_drift_past_its_bound_stops_promotion_and_another_does_not() -> None:
     decision = judge(probabilities(2), LABELS, CLASSES, RULES, champion(12), shifts)
     assert failed(decision) == ["drift of classes"]
     assert decision.reason == "refused: drift of classes: 0.500, p 1e-06, asked 0.3 at most"
-    assert decision.checks[-1].found == "too few pictures to tell"
+    assert decision.checks[-1].found == "too few images to tell"
 
 
-def test_a_class_without_a_test_picture_is_not_taken_for_recognised() -> None:
+def test_a_class_without_a_test_image_is_not_taken_for_recognised() -> None:
     decision = judge(probabilities(0)[:30], LABELS[:30], CLASSES, RULES, None)
     assert failed(decision) == ["recall of malignant"]
-    assert "recall of malignant: no test picture" in decision.reason
+    assert "recall of malignant: no test image" in decision.reason

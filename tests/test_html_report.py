@@ -17,11 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medfocus import figures
-from medfocus.comparison import Difference
-from medfocus.data_warnings import data_warnings, mask_warnings
-from medfocus.duplicates import Pair
-from medfocus.html_report import (
+from medfocus.datasets.duplicates import Pair
+from medfocus.datasets.records import Record
+from medfocus.datasets.splits import Splits
+from medfocus.evaluation.comparison import Difference
+from medfocus.evaluation.metrics import reliability
+from medfocus.reports import figures
+from medfocus.reports.data_warnings import data_warnings, mask_warnings
+from medfocus.reports.page import (
     Calibration,
     Confusion,
     Cost,
@@ -31,15 +34,12 @@ from medfocus.html_report import (
     Report,
     render,
 )
-from medfocus.metrics import reliability
-from medfocus.records import Record
-from medfocus.report import Published, StudyRow, plot_table, read_published
-from medfocus.splits import Splits
-from medfocus.verdicts import verdict_sentences
+from medfocus.reports.tables import Published, StudyRow, plot_table, read_published
+from medfocus.reports.verdicts import verdict_sentences
 
 VOID = {"meta", "link", "img", "source", "br"}
 CURVE = reliability(np.array([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]]), np.array([0, 1, 1]), 10)
-PICTURE = np.full((40, 60, 3), 120, dtype=np.uint8)
+IMAGE = np.full((40, 60, 3), 120, dtype=np.uint8)
 MASK = np.zeros((40, 60), dtype=bool)
 MASK[10:30, 20:50] = True
 
@@ -99,13 +99,13 @@ DIFFERENCES = {
 PARTS: dict[str, object] = {
     "rows": ROWS,
     "verdicts": ["It depends."],
-    "gallery": [Example("brain", "ours", "a.png", PICTURE, "cyst", "tumor", 0.83, MASK, PICTURE,
+    "gallery": [Example("brain", "ours", "a.png", IMAGE, "cyst", "tumor", 0.83, MASK, IMAGE,
                         MASK.astype(float), 0.61)],
     "confusions": [Confusion("brain", "ours", ("cyst", "tumor"), np.array([[3, 1], [0, 5]]))],
     "calibrations": [Calibration("brain", "ours", CURVE)],
     "recalls": [Recalls("brain", "5 %", ("cyst", "tumor"), (4, 0),
                         {"ours": np.array([[0.5, np.nan], [0.75, np.nan]])})],
-    "masks": {"brain": [{"label": "cyst", "pictures": "4", "coverage": "0.25", "box": "0.5", "iou": ""}]},
+    "masks": {"brain": [{"label": "cyst", "images": "4", "coverage": "0.25", "box": "0.5", "iou": ""}]},
     "costs": [Cost("ours", 1.25, 3120.4, None, 16384)],
     "warnings": {"brain": ["Tiny classes."], "chest": []},
     "provenance": Provenance("make run", {"git.commit": "abc123"}, "seed: 0"),
@@ -168,7 +168,7 @@ def test_every_link_leads_somewhere_and_every_section_is_in_the_contents(page: s
     )  # and its anchor
 
 
-def test_pictures_have_words_and_figures_a_dark_twin(page: str) -> None:
+def test_images_have_words_and_figures_a_dark_twin(page: str) -> None:
     parsed = Page(page)
     assert all(len(str(a.get("alt"))) > 10 for a in parsed.all("img"))
     assert len(parsed.all("source")) == len(parsed.all("picture")) == 2
@@ -211,7 +211,7 @@ def test_text_is_escaped_wherever_it_comes_from() -> None:
             gallery=[example],
             confusions=[Confusion(bad, bad, (bad,), np.array([[1]]))],
             recalls=[Recalls(bad, bad, (bad,), (1,), {bad: np.array([[1.0]])})],
-            masks={bad: [{"label": bad, "pictures": 1}]},
+            masks={bad: [{"label": bad, "images": 1}]},
             costs=[Cost(bad)],
             warnings={bad: [bad]},
             provenance=Provenance(bad, {bad: bad}, bad),
@@ -254,7 +254,7 @@ def test_the_gallery_says_what_was_predicted_and_how_much_lies_inside(page: str)
     assert "✗ wrong: predicted tumor (83 %), true class cyst" in words
     assert "61 % of the attribution lies inside the mask" in words
     assert re.findall(r"<figcaption>(\w+)</figcaption></figure>", page) == [
-        "picture", "mask", "focus", "attribution",
+        "image", "mask", "focus", "attribution",
     ]  # fmt: skip
 
 
@@ -296,9 +296,9 @@ def test_what_does_not_fit_is_told() -> None:
     table = Recalls("brain", "5 %", ("a", "b", "c"), (1, 1, 1), {"ours": np.ones((1, 2))})
     with pytest.raises(ValueError, match=r"Recalls of brain: \(1, 2\) of ours and 3 counts for 3 classes"):
         render(Report("s", recalls=[table]))
-    with pytest.raises(ValueError, match=r"'a.png': a mask of \(4, 6\) on a picture of \(40, 60\) pixels"):
+    with pytest.raises(ValueError, match=r"'a.png': a mask of \(4, 6\) on an image of \(40, 60\) pixels"):
         render(Report("s", gallery=[replace(example, mask=np.ones((4, 6), bool))]))
-    with pytest.raises(ValueError, match=r"\(4, 6\) values on a picture of \(40, 60\) pixels; bring"):
+    with pytest.raises(ValueError, match=r"\(4, 6\) values on an image of \(40, 60\) pixels; bring"):
         render(Report("s", gallery=[replace(example, attribution=np.ones((4, 6)))]))
 
 
@@ -310,11 +310,9 @@ def test_the_sentences_name_the_best_the_zero_shot_level_and_the_lead() -> None:
     ]
     high = [*ROWS, row("zero-crop", 0.0, 0.72)]
     assert verdict_sentences(high)[1] == (
-        "zero-crop needs no training picture and scores 72.0 %, above every fitted system at 5 % of train."
+        "zero-crop needs no training image and scores 72.0 %, above every fitted system at 5 % of train."
     )
-    assert verdict_sentences([row("zero", 0.0, 0.55)]) == [
-        "zero needs no training picture and scores 55.0 %."
-    ]
+    assert verdict_sentences([row("zero", 0.0, 0.55)]) == ["zero needs no training image and scores 55.0 %."]
 
 
 def record(path: str, label: str, split: str, patient: str = "p") -> Record:
@@ -344,17 +342,17 @@ def test_the_warnings_tell_of_twins_patients_and_classes() -> None:
         [near, inside, replace(near, kind="identical", path_a="test3")],
     )  # fmt: skip
     assert [sentence.split(":")[0].split(";")[0] for sentence in said] == [
-        "2 of 15 test pictures occur in train as well, and 4 are left out of the clean test set for what "
+        "2 of 15 test images occur in train as well, and 4 are left out of the clean test set for what "
         "they share with train",
-        "1 pair is nearly the same picture in train and in test, such as neighbouring frames of one patient",
-        "1 patient has pictures in train and in test.",
-        "12 of 27 pictures have no known patient",
-        "1 picture has a twin with another label",
+        "1 pair is nearly the same image in train and in test, such as neighbouring frames of one patient",
+        "1 patient has images in train and in test.",
+        "12 of 27 images have no known patient",
+        "1 image has a twin with another label",
         "Unequal classes in train",
         "Unequal classes in test",
         "Tiny classes in test, whose recall means little",
     ]
-    assert "9 pictures of 'a', 3 of 'b'" in said[5] and said[7].endswith("'b' (3).")
+    assert "9 images of 'a', 3 of 'b'" in said[5] and said[7].endswith("'b' (3).")
 
 
 def test_a_rung_that_goes_with_a_class_is_told() -> None:
@@ -404,9 +402,9 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
-def coloured(picture: np.ndarray, colour: str) -> int:
+def coloured(image: np.ndarray, colour: str) -> int:
     rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return int(((picture[..., :3] == rgb).all(axis=2) & (picture[..., 3] == 255)).sum())
+    return int(((image[..., :3] == rgb).all(axis=2) & (image[..., 3] == 255)).sum())
 
 
 def test_highlighted_systems_are_coloured_by_their_place_in_the_list_and_others_are_not() -> None:
@@ -439,9 +437,9 @@ def test_labels_that_are_apart_stay_where_they_are() -> None:
 
 def test_heat_lies_where_the_attribution_is_and_leaves_the_rest_grey() -> None:
     attribution = np.where(MASK, 2.0, -1.0)
-    drawn = figures.attribution_overlay(PICTURE, attribution).astype(int)
+    drawn = figures.attribution_overlay(IMAGE, attribution).astype(int)
     hot = np.ptp(drawn, axis=2) > 40
     assert np.array_equal(hot, MASK)
     assert (drawn[~MASK] == 120).all()
-    blank = figures.attribution_overlay(PICTURE, np.zeros(MASK.shape))
-    assert np.array_equal(blank, PICTURE)
+    blank = figures.attribution_overlay(IMAGE, np.zeros(MASK.shape))
+    assert np.array_equal(blank, IMAGE)

@@ -1,4 +1,4 @@
-"""Any picture becomes RGB, and pictures and masks go through the same geometry."""
+"""Any image becomes RGB, and images and masks go through the same geometry."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from medfocus import images
+from medfocus.images import decode
 
 RED = (255, 0, 0)
 
 
-def encoded(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, form, **options)
+    image.save(file, form, **options)
     return file.getvalue()
 
 
@@ -40,35 +40,35 @@ def encoded(picture: Image.Image, form: str = "PNG", **options: object) -> bytes
 )
 def test_every_mode_of_every_format_decodes_to_rgb(form: str, modes: tuple[str, ...]) -> None:
     for mode in modes:
-        picture = images.decode(encoded(Image.new(mode, (5, 4)), form), mode)
-        assert picture.shape == (4, 5, 3), mode
-        assert picture.dtype == np.uint8, mode
-        assert picture.flags.writeable, mode
+        image = decode.decode(encoded(Image.new(mode, (5, 4)), form), mode)
+        assert image.shape == (4, 5, 3), mode
+        assert image.dtype == np.uint8, mode
+        assert image.flags.writeable, mode
 
 
 def test_sixteen_bit_grey_is_windowed_by_its_own_range() -> None:
     values = np.array([[1000, 2000, 3000]], dtype=np.uint16)
-    picture = images.decode(encoded(Image.fromarray(values)), "x")
-    np.testing.assert_array_equal(picture[0, :, 0], [0, 128, 255])
+    image = decode.decode(encoded(Image.fromarray(values)), "x")
+    np.testing.assert_array_equal(image[0, :, 0], [0, 128, 255])
 
 
 def test_constant_sixteen_bit_grey_is_black() -> None:
     values = np.full((3, 3), 40_000, dtype=np.uint16)
-    assert not images.decode(encoded(Image.fromarray(values)), "x").any()
+    assert not decode.decode(encoded(Image.fromarray(values)), "x").any()
 
 
 def test_alpha_is_composited_over_black() -> None:
     rgba = np.array([[[200, 100, 50, 255], [200, 100, 50, 0]]], dtype=np.uint8)
-    picture = images.decode(encoded(Image.fromarray(rgba)), "x")
-    np.testing.assert_array_equal(picture[0], [[200, 100, 50], [0, 0, 0]])
+    image = decode.decode(encoded(Image.fromarray(rgba)), "x")
+    np.testing.assert_array_equal(image[0], [[200, 100, 50], [0, 0, 0]])
 
 
 def test_transparent_palette_entry_is_black() -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 255, 255, 255, 0, 0])
     palette.putpixel((1, 0), 1)
-    picture = images.decode(encoded(palette, transparency=0), "x")
-    np.testing.assert_array_equal(picture[0], [[0, 0, 0], RED])
+    image = decode.decode(encoded(palette, transparency=0), "x")
+    np.testing.assert_array_equal(image[0], [[0, 0, 0], RED])
 
 
 def test_exif_orientation_is_applied() -> None:
@@ -76,39 +76,39 @@ def test_exif_orientation_is_applied() -> None:
     upright[0] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
-    picture = images.decode(encoded(Image.fromarray(upright), exif=exif), "x")
-    assert picture.shape == (6, 4, 3)
-    assert (picture[:, -1] == 255).all()
+    image = decode.decode(encoded(Image.fromarray(upright), exif=exif), "x")
+    assert image.shape == (6, 4, 3)
+    assert (image[:, -1] == 255).all()
 
 
 def test_empty_file_is_named_with_its_fix() -> None:
     with pytest.raises(
         ValueError, match=r"^a/b\.png: the file is empty \(0 bytes\)\. Copy it again"
     ) as caught:
-        images.decode(b"", "a/b.png")
-    assert isinstance(caught.value, images.PictureError)
+        decode.decode(b"", "a/b.png")
+    assert isinstance(caught.value, decode.ImageError)
     assert caught.value.name == "a/b.png"
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
-def test_picture_that_is_cut_short_is_named_with_its_fix(form: str) -> None:
+def test_image_that_is_cut_short_is_named_with_its_fix(form: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), form)
     with pytest.raises(ValueError, match=r"^x\.img: .+\. Export it again as PNG, or remove it\.$"):
-        images.decode(data[: len(data) // 2], "x.img")
+        decode.decode(data[: len(data) // 2], "x.img")
 
 
-def test_text_is_no_picture() -> None:
+def test_text_is_no_image() -> None:
     known = "PNG, JPEG, TIFF, BMP, WEBP, DICOM, NIFTI"
-    fault = rf"^x: is no picture in a format that is read \({known}\)\. Export it again"
+    fault = rf"^x: is no image in a format that is read \({known}\)\. Export it again"
     with pytest.raises(ValueError, match=fault):
-        images.decode(b"no picture at all", "x")
+        decode.decode(b"no image at all", "x")
 
 
 @pytest.mark.parametrize("form", ["GIF", "EPS", "PPM", "ICNS", "PCX"])
 def test_decoders_of_other_formats_see_no_byte(form: str) -> None:
-    with pytest.raises(ValueError, match=r"^x: is no picture in a format that is read"):
-        images.decode(encoded(Image.new("RGB", (32, 32)), form), "x")
+    with pytest.raises(ValueError, match=r"^x: is no image in a format that is read"):
+        decode.decode(encoded(Image.new("RGB", (32, 32)), form), "x")
 
 
 def promising(width: int, height: int) -> bytes:
@@ -125,102 +125,102 @@ def promising(width: int, height: int) -> bytes:
     "side", [8001, 10_000, 65_000]
 )  # of these Pillow warns of the second and refuses the third
 @pytest.mark.parametrize("warned", [True, False])
-def test_a_picture_above_64_megapixels_is_refused_by_its_header(side: int, warned: bool) -> None:
+def test_an_image_above_64_megapixels_is_refused_by_its_header(side: int, warned: bool) -> None:
     data = promising(side, side)
     with warnings.catch_warnings():
         warnings.simplefilter("error" if warned else "ignore")
-        with pytest.raises(images.PictureError) as caught:
-            images.decode(data, "x.png")
+        with pytest.raises(decode.ImageError) as caught:
+            decode.decode(data, "x.png")
     text = str(caught.value)
     assert text.startswith("x.png: has ") and "64 megapixels are the most that is decoded" in text
     assert text.endswith("Scale it down or cut it into tiles, or remove it.")
 
 
-def test_a_picture_of_64_megapixels_passes_without_a_word_of_pillow() -> None:
-    assert images.read_header(promising(8000, 8000), "x").size == (8000, 8000)
-    assert Image.MAX_IMAGE_PIXELS is not None and images.MOST_PIXELS <= Image.MAX_IMAGE_PIXELS
+def test_an_image_of_64_megapixels_passes_without_a_word_of_pillow() -> None:
+    assert decode.read_header(promising(8000, 8000), "x").size == (8000, 8000)
+    assert Image.MAX_IMAGE_PIXELS is not None and decode.MOST_PIXELS <= Image.MAX_IMAGE_PIXELS
     with pytest.raises(ValueError, match=r"^x: cannot be decoded \("):  # the header was all there is
-        images.decode(promising(8000, 8000), "x")
+        decode.decode(promising(8000, 8000), "x")
 
 
 _PEAK = """
 import sys
 from pathlib import Path
-from medfocus import images
-assert images.read(Path(sys.argv[1])).shape == (8000, 8000, 3)
+from medfocus.images import decode
+assert decode.read(Path(sys.argv[1])).shape == (8000, 8000, 3)
 # Not ru_maxrss, which begins with the size of the process that started this one.
 print(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("VmHWM")))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_the_largest_picture_takes_less_than_800_mib(tmp_path: Path) -> None:
+def test_the_largest_image_takes_less_than_800_mib(tmp_path: Path) -> None:
     Image.new("RGB", (8000, 8000), RED).save(tmp_path / "x.png", compress_level=1)
     command = [sys.executable, "-c", _PEAK, str(tmp_path / "x.png")]
     told = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 200 < int(told.stdout) / 1024 < 800
 
 
-def test_a_text_that_unpacks_to_more_than_its_picture_is_refused() -> None:
+def test_a_text_that_unpacks_to_more_than_its_image_is_refused() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", "x" * 2_000_000, zip=True)
     data = encoded(Image.new("L", (4, 4)), pnginfo=text)
     assert len(data) < 10_000
     with pytest.raises(ValueError, match=r"^x: cannot be decoded \(.*too large"):
-        images.decode(data, "x")
+        decode.decode(data, "x")
 
 
-def test_of_a_file_no_more_is_read_than_a_picture_may_have(
+def test_of_a_file_no_more_is_read_than_an_image_may_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert images.MOST_BYTES == 256_000_000
-    monkeypatch.setattr(images, "MOST_BYTES", 3_000_000)
+    assert decode.MOST_BYTES == 256_000_000
+    monkeypatch.setattr(decode, "MOST_BYTES", 3_000_000)
     (tmp_path / "x.png").write_bytes(bytes(3_000_001))
     fault = (
         r"x\.png: the file is larger than 3 MB, the most that is read\. Export it smaller, .* remove it\.$"
     )
-    with pytest.raises(images.PictureError, match=fault):
-        images.read(tmp_path / "x.png")
-    with pytest.raises(images.PictureError, match=r"^upload: the file is larger than 3 MB"):
-        images.decode(bytes(3_000_001), "upload")
+    with pytest.raises(decode.ImageError, match=fault):
+        decode.read(tmp_path / "x.png")
+    with pytest.raises(decode.ImageError, match=r"^upload: the file is larger than 3 MB"):
+        decode.decode(bytes(3_000_001), "upload")
     os.mkfifo(tmp_path / "pipe.png")  # to read it would wait for ever
-    with pytest.raises(images.PictureError, match=r"pipe\.png: is no ordinary file\. Put the picture itself"):
-        images.read(tmp_path / "pipe.png")
+    with pytest.raises(decode.ImageError, match=r"pipe\.png: is no ordinary file\. Put the image itself"):
+        decode.read(tmp_path / "pipe.png")
 
 
 def test_infinite_values_are_refused() -> None:
     values = np.array([[0, np.inf]], dtype=np.float32)
     with pytest.raises(ValueError, match=r"^x: holds values that are not finite\. Replace them"):
-        images.decode(encoded(Image.fromarray(values), "TIFF"), "x")
+        decode.decode(encoded(Image.fromarray(values), "TIFF"), "x")
 
 
 def test_read_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(encoded(Image.new("RGB", (2, 3), RED)))
-    assert (images.read(tmp_path / "x.png") == RED).all()
+    assert (decode.read(tmp_path / "x.png") == RED).all()
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"x\.png: the file is empty"):
-        images.read(tmp_path / "x.png")
+        decode.read(tmp_path / "x.png")
 
 
 def test_grey_weighs_colours_as_the_eye_does() -> None:
     colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
-    luma = images.grey(colours)
+    luma = decode.grey(colours)
     assert luma.dtype == np.float32
     assert luma.max() <= 1
     np.testing.assert_allclose(luma[0], [0.299, 0.587, 0.114, 1], atol=1e-6)
 
 
 def test_letterbox_leaves_a_square_of_its_size_unchanged() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(images.letterbox(picture, 16, RED), picture)
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(decode.letterbox(image, 16, RED), image)
 
 
 @settings(max_examples=40, deadline=None)
 @given(height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 48))
-def test_picture_and_mask_are_placed_alike(height: int, width: int, size: int) -> None:
+def test_image_and_mask_are_placed_alike(height: int, width: int, size: int) -> None:
     white = np.full((height, width, 3), 255, dtype=np.uint8)
-    box = images.letterbox(white, size, (7, 8, 9))
-    mask = images.letterbox_mask(np.ones((height, width), dtype=bool), size)
+    box = decode.letterbox(white, size, (7, 8, 9))
+    mask = decode.letterbox_mask(np.ones((height, width), dtype=bool), size)
     assert box.shape == (size, size, 3)
     assert mask.shape == (size, size)
     assert mask.dtype == np.float32
@@ -234,8 +234,8 @@ def test_picture_and_mask_are_placed_alike(height: int, width: int, size: int) -
 
 def test_montage_holds_every_tile_and_its_caption() -> None:
     tiles = [np.full((10, 20, 3), value, dtype=np.uint8) for value in (50, 100, 150)]
-    plain = images.montage(tiles, 2)
-    sheet = images.montage(tiles, 2, ["one", "a caption much too long", "three"])
+    plain = decode.montage(tiles, 2)
+    sheet = decode.montage(tiles, 2, ["one", "a caption much too long", "three"])
     for value in (50, 100, 150):
         assert (plain == value).all(2).sum() == 200
         assert (sheet == value).all(2).sum() >= 200
@@ -246,15 +246,15 @@ def test_montage_holds_every_tile_and_its_caption() -> None:
 def test_montage_refuses_a_wrong_number_of_captions() -> None:
     tile = np.zeros((4, 4, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="2 captions for 1 tiles; give one a tile or None"):
-        images.montage([tile], 1, ["a", "b"])
+        decode.montage([tile], 1, ["a", "b"])
     with pytest.raises(ValueError, match="0 tiles in 3 columns"):
-        images.montage([], 3)
+        decode.montage([], 3)
 
 
-def test_real_pictures_decode(shared_data: Path) -> None:
+def test_real_images_decode(shared_data: Path) -> None:
     for folder in sorted(shared_data.iterdir()):
         files = sorted(path for path in folder.rglob("*") if path.suffix in (".jpg", ".png"))
         for path in files[:: max(1, len(files) // 5)]:
-            picture = images.read(path)
-            assert picture.ndim == 3, path
-            assert picture.std() > 0 or "masks" in path.parts, path
+            image = decode.read(path)
+            assert image.ndim == 3, path
+            assert image.std() > 0 or "masks" in path.parts, path

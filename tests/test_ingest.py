@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medfocus.images import open_picture
-from medfocus.ingest import Ingested, IngestError, ingest, write_left_out
+from medfocus.datasets.ingest import Ingested, IngestError, ingest, write_left_out
+from medfocus.images.decode import open_image
 
 
-def picture(path: Path, seed: int | None = None, mode: str = "L", size: tuple[int, int] = (12, 8)) -> Path:
+def image(path: Path, seed: int | None = None, mode: str = "L", size: tuple[int, int] = (12, 8)) -> Path:
     """Write noise, another one for each path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = int.from_bytes(hashlib.sha256(str(path).encode()).digest()[:4]) if seed is None else seed
@@ -25,11 +25,11 @@ def picture(path: Path, seed: int | None = None, mode: str = "L", size: tuple[in
 
 
 def two_classes(root: Path) -> Path:
-    """A data set without a fault: two splits, two classes, two pictures each."""
+    """A data set without a fault: two splits, two classes, two images each."""
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             for i in range(2):
-                picture(root / split / name / f"{i}.png")
+                image(root / split / name / f"{i}.png")
     return root
 
 
@@ -38,7 +38,7 @@ def paths(ingested: Ingested) -> list[str]:
 
 
 def test_split_and_class_folders_are_read(tmp_path: Path) -> None:
-    picture(tmp_path / "valid" / "cat" / "deep" / "er" / "x.JPG", mode="RGB")
+    image(tmp_path / "valid" / "cat" / "deep" / "er" / "x.JPG", mode="RGB")
     result = ingest(two_classes(tmp_path))
     assert not result.left_out
     assert not result.reported
@@ -53,22 +53,22 @@ def test_split_and_class_folders_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("folder", "split"), [("", ""), ("all/", ""), ("Training/", "train")])
 def test_class_folders_without_an_official_split(tmp_path: Path, folder: str, split: str) -> None:
     for name in ("cat", "dog"):
-        picture(tmp_path / f"{folder}{name}" / "x.png")
+        image(tmp_path / f"{folder}{name}" / "x.png")
     assert [record.split for record in ingest(tmp_path).records] == [split, split]
 
 
 def test_a_class_may_be_called_all(tmp_path: Path) -> None:
     for name in ("ALL", "AML"):
-        picture(tmp_path / name / "x.png")
+        image(tmp_path / name / "x.png")
     assert {record.label for record in ingest(tmp_path).records} == {"ALL", "AML"}
 
 
-def test_masks_are_never_pictures(tmp_path: Path) -> None:
+def test_masks_are_never_images(tmp_path: Path) -> None:
     two_classes(tmp_path)
-    picture(tmp_path / "masks" / "train" / "cat" / "0.png")
+    image(tmp_path / "masks" / "train" / "cat" / "0.png")
     for name in ("0_mask.png", "0_mask_1.png"):
-        picture(tmp_path / "train" / "cat" / name)
-    picture(tmp_path / "train" / "cat" / "alone_mask.png")  # with no picture beside it: a picture itself
+        image(tmp_path / "train" / "cat" / name)
+    image(tmp_path / "train" / "cat" / "alone_mask.png")  # with no image beside it: an image itself
     found = paths(ingest(tmp_path))
     assert "train/cat/alone_mask.png" in found
     assert len(found) == 9
@@ -78,9 +78,9 @@ def test_clutter_is_ignored_and_odd_names_are_read(tmp_path: Path) -> None:
     two_classes(tmp_path)
     for name in (".hidden.png", "Thumbs.db", ".DS_Store", "desktop.ini"):
         (tmp_path / "train" / "cat" / name).write_bytes(b"x")
-    (tmp_path / "README.md").write_text("no picture, in no class")
-    odd = picture(tmp_path / "train" / "cat" / "Röntgen (1) größe 肺.PNG")
-    (tmp_path / "train" / "dog" / "link.png").symlink_to(picture(tmp_path.parent / "elsewhere.png"))
+    (tmp_path / "README.md").write_text("no image, in no class")
+    odd = image(tmp_path / "train" / "cat" / "Röntgen (1) größe 肺.PNG")
+    (tmp_path / "train" / "dog" / "link.png").symlink_to(image(tmp_path.parent / "elsewhere.png"))
     (tmp_path / "train" / "dog" / "circle").symlink_to(tmp_path / "train" / "dog")
     result = ingest(tmp_path)
     assert not result.left_out
@@ -92,15 +92,15 @@ def test_clutter_is_ignored_and_odd_names_are_read(tmp_path: Path) -> None:
 def test_every_unusable_file_is_left_out_in_one_report(tmp_path: Path) -> None:
     two_classes(tmp_path)
     cat = tmp_path / "train" / "cat"
-    whole = picture(cat / "cut.png", size=(64, 64)).read_bytes()
+    whole = image(cat / "cut.png", size=(64, 64)).read_bytes()
     (cat / "cut.png").write_bytes(whole[: len(whole) // 2])
     (cat / "empty.png").touch()
     Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)).save(cat / "nan.tif")
-    (cat / "text.jpg").write_text("no picture")
-    (cat / "notes.txt").write_text("no picture")
+    (cat / "text.jpg").write_text("no image")
+    (cat / "notes.txt").write_text("no image")
     (cat / "lost.png").symlink_to(tmp_path / "nowhere.png")
-    picture(tmp_path / "train" / "loose.png")
-    picture(tmp_path / "extra" / "cat" / "x.png")
+    image(tmp_path / "train" / "loose.png")
+    image(tmp_path / "extra" / "cat" / "x.png")
     result = ingest(tmp_path)
     assert len(result.records) == 8
     faults = {fault.path: f"{fault.fault}. {fault.fix}" for fault in result.left_out}
@@ -111,13 +111,13 @@ def test_every_unusable_file_is_left_out_in_one_report(tmp_path: Path) -> None:
     assert "cannot be decoded" in faults["train/cat/cut.png"]
     assert faults["train/cat/empty.png"] == "the file is empty (0 bytes). Copy it again or remove it."
     assert faults["train/cat/nan.tif"].startswith("holds values that are not finite. Replace them")
-    assert faults["train/cat/text.jpg"].startswith("is no picture in a format that is read (PNG, JPEG, TIFF")
-    assert faults["train/cat/notes.txt"].startswith("is by its name no picture of a known format (png, jpg")
+    assert faults["train/cat/text.jpg"].startswith("is no image in a format that is read (PNG, JPEG, TIFF")
+    assert faults["train/cat/notes.txt"].startswith("is by its name no image of a known format (png, jpg")
     assert (
         faults["train/cat/lost.png"] == "cannot be read (No such file or directory). Copy or link it again."
     )
     assert faults["train/loose.png"] == "lies in no class folder. Move it into the folder of its class."
-    assert faults["extra"].startswith("holds 1 pictures beside the split folders, but is none itself. Move")
+    assert faults["extra"].startswith("holds 1 images beside the split folders, but is none itself. Move")
 
 
 def test_bombs_and_pipes_are_left_out_and_not_opened(tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def test_left_out_files_are_written_as_csv(tmp_path: Path) -> None:
 
 def test_same_bytes_under_two_labels_are_both_left_out(tmp_path: Path) -> None:
     two_classes(tmp_path)
-    picture(tmp_path / "train" / "cat" / "twin.png", seed=1)
-    picture(tmp_path / "test" / "dog" / "twin.png", seed=1)
+    image(tmp_path / "train" / "cat" / "twin.png", seed=1)
+    image(tmp_path / "test" / "dog" / "twin.png", seed=1)
     result = ingest(tmp_path)
     assert len(result.records) == 8
     assert {fault.path: fault.fault for fault in result.left_out} == {
@@ -155,8 +155,8 @@ def test_same_bytes_under_two_labels_are_both_left_out(tmp_path: Path) -> None:
 
 def test_same_bytes_in_train_and_test_are_kept_and_reported(tmp_path: Path) -> None:
     two_classes(tmp_path)
-    picture(tmp_path / "train" / "cat" / "twin.png", seed=1)
-    picture(tmp_path / "test" / "cat" / "twin.png", seed=1)
+    image(tmp_path / "train" / "cat" / "twin.png", seed=1)
+    image(tmp_path / "test" / "cat" / "twin.png", seed=1)
     result = ingest(tmp_path)
     assert len(result.records) == 10
     (fault,) = result.reported
@@ -166,12 +166,12 @@ def test_same_bytes_in_train_and_test_are_kept_and_reported(tmp_path: Path) -> N
 
 def test_all_fatal_faults_come_in_one_error_with_path_fault_and_fix(tmp_path: Path) -> None:
     two_classes(tmp_path)
-    picture(tmp_path / "train" / "Viral Pneumonia" / "x.png")
-    picture(tmp_path / "test" / "viral_pneumonia " / "x.png")
+    image(tmp_path / "train" / "Viral Pneumonia" / "x.png")
+    image(tmp_path / "test" / "viral_pneumonia " / "x.png")
     (tmp_path / "train" / "fox").mkdir()
     (tmp_path / "train" / "owl").mkdir()
     (tmp_path / "train" / "owl" / "broken.png").touch()
-    picture(tmp_path / "test" / "elk" / "x.png")
+    image(tmp_path / "test" / "elk" / "x.png")
     with pytest.raises(IngestError) as caught:
         ingest(tmp_path)
     text = str(caught.value)
@@ -180,9 +180,9 @@ def test_all_fatal_faults_come_in_one_error_with_path_fault_and_fix(tmp_path: Pa
         "'train/Viral Pneumonia/x.png', 'viral_pneumonia ' as in 'test/viral_pneumonia /x.png'. "
         "Choose one spelling and rename the others." in text
     )
-    assert "  fox: the class has no usable picture. Add pictures, or remove the class." in text
-    assert "  owl: the class has no usable picture." in text
-    assert "  elk: the class has test pictures but none to train on." in text
+    assert "  fox: the class has no usable image. Add images, or remove the class." in text
+    assert "  owl: the class has no usable image." in text
+    assert "  elk: the class has test images but none to train on." in text
     assert "left out:\n  train/owl/broken.png: the file is empty (0 bytes)." in text
     assert {fault.path for fault in caught.value.fatal} >= {"Viral Pneumonia", "fox", "owl", "elk"}
 
@@ -192,14 +192,14 @@ def test_one_class_or_none_is_fatal(tmp_path: Path) -> None:
         IngestError, match=r"no class folder was found\. Give a folder of split/class/\*\.png"
     ):
         ingest(tmp_path)
-    picture(tmp_path / "cat" / "x.png")
+    image(tmp_path / "cat" / "x.png")
     with pytest.raises(IngestError, match=r"one class only, 'cat'\. Add another\."):
         ingest(tmp_path)
 
 
 def test_all_beside_train_is_fatal(tmp_path: Path) -> None:
     two_classes(tmp_path)
-    picture(tmp_path / "all" / "cat" / "x.png")
+    image(tmp_path / "all" / "cat" / "x.png")
     with pytest.raises(
         IngestError, match=r"all: stands beside split folders \(all, test, train\)\. Keep either"
     ):
@@ -215,17 +215,17 @@ def test_missing_root_and_manifest_are_named(tmp_path: Path) -> None:
 
 def test_class_that_is_absent_from_test_is_reported(tmp_path: Path) -> None:
     two_classes(tmp_path)
-    picture(tmp_path / "train" / "elk" / "x.png")
+    image(tmp_path / "train" / "elk" / "x.png")
     (fault,) = ingest(tmp_path).reported
-    assert (fault.path, fault.fault) == ("elk", "the class has no test picture")
+    assert (fault.path, fault.fault) == ("elk", "the class has no test image")
 
 
-def test_stack_of_pictures_is_reported(tmp_path: Path) -> None:
+def test_stack_of_images_is_reported(tmp_path: Path) -> None:
     two_classes(tmp_path)
     first, second = (Image.new("L", (4, 4), value) for value in (10, 20))
     first.save(tmp_path / "train" / "cat" / "stack.tif", save_all=True, append_images=[second])
     (fault,) = ingest(tmp_path).reported
-    assert fault.fault == "holds 2 pictures, of which the first is used"
+    assert fault.fault == "holds 2 images, of which the first is used"
 
 
 def manifest(root: Path, *lines: str) -> Path:
@@ -236,7 +236,7 @@ def manifest(root: Path, *lines: str) -> Path:
 
 def test_manifest_paths_are_relative_to_its_own_folder(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
-        picture(tmp_path / "raw" / f"{name}.png")
+        image(tmp_path / "raw" / f"{name}.png")
     manifest(
         tmp_path,
         "Path,label,split,patient,note",
@@ -255,8 +255,8 @@ def test_manifest_paths_are_relative_to_its_own_folder(tmp_path: Path) -> None:
 
 def test_every_bad_row_is_left_out_with_its_line(tmp_path: Path) -> None:
     for name in ("a", "b", "c", "d"):
-        picture(tmp_path / "data" / "lists" / f"{name}.png")
-    picture(tmp_path / "outside.png")
+        image(tmp_path / "data" / "lists" / f"{name}.png")
+    image(tmp_path / "outside.png")
     data = tmp_path / "data"
     (data / "lists" / "all.csv").write_text(
         "path,label,split\na.png,cat,\nb.png,dog,\nnone.png,cat,\n../../outside.png,cat,\n,cat,\n"
@@ -276,15 +276,15 @@ def test_every_bad_row_is_left_out_with_its_line(tmp_path: Path) -> None:
 
 
 def test_a_manifest_reads_nothing_outside_of_its_root(tmp_path: Path) -> None:
-    outside, data = picture(tmp_path / "outside.png"), tmp_path / "data"
+    outside, data = image(tmp_path / "outside.png"), tmp_path / "data"
     for name in ("a", "b"):
-        picture(data / f"{name}.png")
+        image(data / f"{name}.png")
     (data / "link.png").symlink_to(outside)
     (data / "folder").symlink_to(tmp_path)
     (data / "inner.png").symlink_to(data / "a.png")
     (data / "circle.png").symlink_to(data / "circle.png")
     (tmp_path / "database").mkdir()
-    picture(tmp_path / "database" / "x.png")  # its path begins as the root's does
+    image(tmp_path / "database" / "x.png")  # its path begins as the root's does
     leading_out = [
         *("../outside.png", "../nowhere.png", "../data/../outside.png", "../database/x.png"),
         *(str(outside), "/etc/passwd", "link.png", "folder/outside.png", r"..\outside.png"),
@@ -300,14 +300,14 @@ def test_a_manifest_reads_nothing_outside_of_its_root(tmp_path: Path) -> None:
         faults = {fault.path.partition(": ")[2]: fault for fault in result.left_out}
         for path in leading_out:
             assert faults[path].fault == f"leads out of {root}", path
-            assert faults[path].fix.startswith("Copy the picture into that folder and correct the path")
+            assert faults[path].fix.startswith("Copy the image into that folder and correct the path")
         for path in nowhere:
             assert faults[path].fault == f"no such file inside {root}", path
 
 
-def test_picture_listed_under_two_labels_is_left_out(tmp_path: Path) -> None:
+def test_image_listed_under_two_labels_is_left_out(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
-        picture(tmp_path / "lists" / f"{name}.png")
+        image(tmp_path / "lists" / f"{name}.png")
     (tmp_path / "lists" / "all.csv").write_text("path,label\na.png,cat\nb.png,dog\nc.png,cat\nc.png,dog\n")
     result = ingest(tmp_path, manifest="lists/all.csv")
     assert paths(result) == ["lists/a.png", "lists/b.png"]
@@ -327,8 +327,8 @@ def test_missing_columns_are_named(tmp_path: Path) -> None:
 def test_manifest_with_a_split_in_some_rows_only_is_fatal(tmp_path: Path) -> None:
     manifest(tmp_path, "path,label,split", "a.png,cat,train", "b.png,dog,")
     for name in ("a", "b"):
-        picture(tmp_path / "lists" / f"{name}.png")
-    with pytest.raises(IngestError, match=r"gives 1 of 2 pictures no split \(the first is 'lists/b\.png'\)"):
+        image(tmp_path / "lists" / f"{name}.png")
+    with pytest.raises(IngestError, match=r"gives 1 of 2 images no split \(the first is 'lists/b\.png'\)"):
         ingest(tmp_path, manifest="lists/all.csv")
 
 
@@ -341,11 +341,11 @@ def test_manifest_that_is_not_utf8_is_fatal(tmp_path: Path) -> None:
 
 def test_patient_pattern_finds_patients(tmp_path: Path) -> None:
     for name in ("cat/person7_1.png", "cat/person7_2.png", "dog/person12_1.png", "dog/other.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     result = ingest(tmp_path, patient_pattern=r"person(\d+)_")
     assert [record.patient for record in result.records] == ["7", "7", "", "12"]
     (fault,) = result.reported
-    assert "finds no patient in 1 pictures (the first is 'dog/other.png')" in fault.fault
+    assert "finds no patient in 1 images (the first is 'dog/other.png')" in fault.fault
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_patient_pattern_finds_patients(tmp_path: Path) -> None:
         ("person(", "is no regular expression"),
         (r"person\d+", "has 0 groups instead of one"),
         (r"(person)(\d+)", "has 2 groups instead of one"),
-        (r"subject(\d+)", r"matches no picture \(the first is 'test/cat/0.png'\)"),
+        (r"subject(\d+)", r"matches no image \(the first is 'test/cat/0.png'\)"),
     ],
 )
 def test_unfit_patient_pattern_is_fatal(tmp_path: Path, pattern: str, fault: str) -> None:
@@ -370,7 +370,7 @@ def test_covid19_is_read_whole_and_its_six_seen_test_files_are_reported(shared_d
     assert all(fault.path.startswith("test/Covid/") for fault in result.reported)
 
 
-def test_busi_has_one_pair_of_two_labels_and_no_mask_among_its_pictures(shared_data: Path) -> None:
+def test_busi_has_one_pair_of_two_labels_and_no_mask_among_its_images(shared_data: Path) -> None:
     result = ingest(shared_data / "busi")
     assert len(result.records) == 778
     left_out = [fault.path for fault in result.left_out]
@@ -383,12 +383,12 @@ def test_pneumonia_films_name_their_patients(shared_data: Path) -> None:
     assert sum(bool(record.patient) for record in result.records) == 690
 
 
-def test_data_set_without_pictures_is_told_so(shared_data: Path) -> None:
+def test_data_set_without_images_is_told_so(shared_data: Path) -> None:
     with pytest.raises(IngestError, match="no class folder was found"):
         ingest(shared_data / "pneumoniamnist")
 
 
-def test_a_picture_is_decoded_once_and_its_changed_bytes_again(
+def test_an_image_is_decoded_once_and_its_changed_bytes_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second time everything is as it was the first time, the faults and notes included."""
@@ -400,9 +400,9 @@ def test_a_picture_is_decoded_once_and_its_changed_bytes_again(
 
     def counted(data: bytes, name: str) -> Image.Image:
         decoded.append(name)
-        return open_picture(data, name)
+        return open_image(data, name)
 
-    monkeypatch.setattr("medfocus.images.open_picture", counted)
+    monkeypatch.setattr("medfocus.images.decode.open_image", counted)
     first = ingest(root, cache=cache)
     assert sorted(decoded) == sorted([*paths(first), "train/cat/cut.png"])
     decoded.clear()
@@ -410,8 +410,8 @@ def test_a_picture_is_decoded_once_and_its_changed_bytes_again(
     assert decoded.count("train/cat/cut.png") == 2 and decoded.count("train/cat/0.png") == 1
 
     decoded.clear()
-    picture(root / "train" / "cat" / "0.png", seed=1, size=(9, 9))
-    picture(root / "train" / "cat" / "new.png")
+    image(root / "train" / "cat" / "0.png", seed=1, size=(9, 9))
+    image(root / "train" / "cat" / "new.png")
     later = ingest(root, cache=cache)
     assert sorted(decoded) == ["train/cat/0.png", "train/cat/cut.png", "train/cat/new.png"]
     assert {(r.width, r.height) for r in later.records if r.path == "train/cat/0.png"} == {(9, 9)}

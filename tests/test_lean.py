@@ -1,4 +1,4 @@
-"""Claims about the lean segmenter of large pictures: it finds what the plain one finds, by less work."""
+"""Claims about the fast segmenter of large images: it finds what the plain one finds, by less work."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from medfocus import phantoms
-from medfocus.masks import sam2
-from medfocus.masks.choose import Limits
-from medfocus.masks.lean import segmenter as lean_module
-from medfocus.masks.lean.segmenter import LEAST_SIZE, LeanSegmenter, build_segmenter, fits
-from medfocus.masks.sam2 import Sam2Segmenter, grid_prompts
-from medfocus.masks.sam2_model import load_predictor
+from medfocus.masks.candidates import Limits
+from medfocus.masks.sam2 import fast_segmenter as fast_module
+from medfocus.masks.sam2 import segmenter
+from medfocus.masks.sam2.fast_segmenter import LEAST_SIZE, FastSegmenter, build_segmenter, fits
+from medfocus.masks.sam2.model import load_predictor
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, grid_prompts
 
-SIZE = 256  # pixels: lean segmenters are for larger ones, but do the same at every size
+SIZE = 256  # pixels: fast segmenters are for larger ones, but do the same at every size
 
 
 def speak_up(model: Any) -> None:
@@ -29,58 +29,58 @@ def speak_up(model: Any) -> None:
 
 
 @pytest.fixture(scope="module", params=["pocket", "sam2.1_hiera_t", "sam2.1_hiera_b+"])
-def pair(request: pytest.FixtureRequest) -> tuple[Sam2Segmenter, LeanSegmenter]:
-    """A plain segmenter and the lean one that stands on it; the packaged weights or random ones."""
+def pair(request: pytest.FixtureRequest) -> tuple[Sam2Segmenter, FastSegmenter]:
+    """A plain segmenter and the fast one that stands on it; the packaged weights or random ones."""
     weights = "pocket" if request.param == "pocket" else "random:0"
     predictor, key = load_predictor(request.param, weights, SIZE)
     if weights != "pocket":
         speak_up(predictor.model)
     limits = Limits(0.01, 0.7, 0.1, 0.1)
     plain = Sam2Segmenter(predictor, key, strategy="grid", points_per_side=3, keep=1, limits=limits)
-    return plain, LeanSegmenter(plain)
+    return plain, FastSegmenter(plain)
 
 
 def drawn(modality: str, label: str, seed: int = 0) -> np.ndarray:
     """A phantom (192, 192, 3) uint8."""
-    picture = phantoms.draw(modality, label, np.random.default_rng(seed), 192).picture
-    return np.repeat(picture[..., None], 3, 2)
+    image = phantoms.draw(modality, label, np.random.default_rng(seed), 192).image
+    return np.repeat(image[..., None], 3, 2)
 
 
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     """One phantom of every class."""
     return [drawn(modality, label) for modality, labels in phantoms.MODALITIES.items() for label in labels]
 
 
-@pytest.mark.parametrize("prompts", [grid_prompts(3), sam2.box_prompt(0.5)], ids=["points", "box"])
-def test_the_lean_decoder_draws_the_same_masks(
-    pair: tuple[Sam2Segmenter, LeanSegmenter], prompts: sam2.Prompts
+@pytest.mark.parametrize("prompts", [grid_prompts(3), segmenter.box_prompt(0.5)], ids=["points", "box"])
+def test_the_fast_decoder_draws_the_same_masks(
+    pair: tuple[Sam2Segmenter, FastSegmenter], prompts: segmenter.Prompts
 ) -> None:
-    plain, lean = pair
-    features = plain.encode(pictures()[:2])
+    plain, fast = pair
+    features = plain.encode(images()[:2])
     with torch.inference_mode():
         expected, expected_iou = plain.decode(features, 1, prompts)
-        logits, iou = lean.decode(features, 1, prompts)
+        logits, iou = fast.decode(features, 1, prompts)
     assert logits.shape == (3 * len(prompts.coords), SIZE // 4, SIZE // 4)
     assert np.allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
     assert np.allclose(iou, expected_iou, atol=1e-5)
 
 
-def test_the_lean_encoder_sees_the_same(pair: tuple[Sam2Segmenter, LeanSegmenter]) -> None:
-    plain, lean = pair
-    expected, features = (one.encode(pictures()[:2]) for one in pair)
+def test_the_fast_encoder_sees_the_same(pair: tuple[Sam2Segmenter, FastSegmenter]) -> None:
+    plain, fast = pair
+    expected, features = (one.encode(images()[:2]) for one in pair)
     levels = zip((features.embedding, *features.fine), (expected.embedding, *expected.fine), strict=True)
     for level, other in levels:
         assert level.shape == other.shape
         assert torch.allclose(level, other, atol=1e-5 * float(other.abs().max()))
-    described, other = (one.describe(pictures()[:1], 2) for one in (lean, plain))
+    described, other = (one.describe(images()[:1], 2) for one in (fast, plain))
     assert torch.allclose(described, other, atol=1e-4)
 
 
-def test_a_prompt_is_answered_alike_beside_any_others(pair: tuple[Sam2Segmenter, LeanSegmenter]) -> None:
-    _, lean = pair
-    features = lean.encode(pictures()[:1])
-    whole, iou = lean.decode(features, 0, grid_prompts(3))
-    middle, middle_iou = lean.decode(features, 0, grid_prompts(1))
+def test_a_prompt_is_answered_alike_beside_any_others(pair: tuple[Sam2Segmenter, FastSegmenter]) -> None:
+    _, fast = pair
+    features = fast.encode(images()[:1])
+    whole, iou = fast.decode(features, 0, grid_prompts(3))
+    middle, middle_iou = fast.decode(features, 0, grid_prompts(1))
     assert np.allclose(whole[12:15], middle, atol=1e-5 * np.abs(middle).max())
     assert np.allclose(iou[12:15], middle_iou, atol=1e-5)
 
@@ -92,8 +92,8 @@ def test_a_prompt_is_answered_alike_beside_any_others(pair: tuple[Sam2Segmenter,
 def test_not_drawing_what_cannot_win_changes_no_choice(keep: int, limits: Limits) -> None:
     predictor, key = load_predictor("pocket", "pocket", 128)
     plain = Sam2Segmenter(predictor, key, strategy="grid", points_per_side=6, keep=keep, limits=limits)
-    lean = LeanSegmenter(plain)
-    for one, other in zip(lean.segment(pictures()), plain.segment(pictures()), strict=True):
+    fast = FastSegmenter(plain)
+    for one, other in zip(fast.segment(images()), plain.segment(images()), strict=True):
         assert one.status == other.status
         assert one.score == pytest.approx(other.score, abs=1e-5)
         assert (one.region != other.region).mean() < 1e-3
@@ -104,17 +104,19 @@ def test_few_points_are_drawn_once_a_good_region_was_found(monkeypatch: pytest.M
     plain = Sam2Segmenter(
         predictor, key, strategy="grid", points_per_side=8, keep=1, limits=Limits(0.01, 0.7, 0.7, 0.85)
     )
-    lean, count = LeanSegmenter(plain), 0
-    monkeypatch.setattr("medfocus.masks.lean.decoder._CHUNK_BYTES", 1)  # one point at a time, as at 1024 px
-    draw = lean.decoder.logits
+    fast, count = FastSegmenter(plain), 0
+    monkeypatch.setattr(
+        "medfocus.masks.sam2.fast_decoder._CHUNK_BYTES", 1
+    )  # one point at a time, as at 1024 px
+    draw = fast.decoder.logits
 
     def counted(scene: Any, answer: Any) -> Tensor:
         nonlocal count
         count += len(answer.places)
         return draw(scene, answer)
 
-    monkeypatch.setattr(lean.decoder, "logits", counted)
-    (mask,) = lean.segment([drawn("breast_ultrasound", "benign")])
+    monkeypatch.setattr(fast.decoder, "logits", counted)
+    (mask,) = fast.segment([drawn("breast_ultrasound", "benign")])
     assert mask.status == "chosen"
     assert count < 48
 
@@ -122,18 +124,18 @@ def test_few_points_are_drawn_once_a_good_region_was_found(monkeypatch: pytest.M
 def test_answers_that_are_no_numbers_never_win(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor, key = load_predictor("pocket", "pocket", 128)
     limits = Limits(0.01, 0.7, 0.1, 0.1)
-    lean = LeanSegmenter(
+    fast = FastSegmenter(
         Sam2Segmenter(predictor, key, strategy="grid", points_per_side=2, keep=1, limits=limits)
     )
-    draw = lean.decoder.logits
-    monkeypatch.setattr(lean.decoder, "logits", lambda *given: draw(*given) * float("nan"))
-    (mask,) = lean.segment([drawn("breast_ultrasound", "benign")])
+    draw = fast.decoder.logits
+    monkeypatch.setattr(fast.decoder, "logits", lambda *given: draw(*given) * float("nan"))
+    (mask,) = fast.segment([drawn("breast_ultrasound", "benign")])
     assert mask.status == "identity"
 
 
-def test_small_pictures_and_sam2s_own_generator_keep_the_plain_segmenter_and_its_key() -> None:
+def test_small_images_and_sam2s_own_generator_keep_the_plain_segmenter_and_its_key() -> None:
     for size, strategy in ((128, "grid"), (256, "box"), (LEAST_SIZE, "automatic")):
-        plain = sam2.build_segmenter("pocket", "random:0", size, strategy)
+        plain = segmenter.build_segmenter("pocket", "random:0", size, strategy)
         built = build_segmenter("pocket", "random:0", size, strategy)
         assert type(built) is Sam2Segmenter
         assert (built.key, built.features_key) == (plain.key, plain.features_key)
@@ -149,25 +151,25 @@ def test_the_key_differs_where_rounding_may_and_with_every_setting(monkeypatch: 
         {"points_per_side": 5}, {"keep": 2}, {"min_area": 0.02}, {"follow_edges": True},
     ]  # fmt: skip
     segmenters = [built(**change) for change in changes]
-    assert all(isinstance(one, LeanSegmenter) for one in segmenters)
-    plain = sam2.build_segmenter("pocket", "random:0", LEAST_SIZE, "grid")
+    assert all(isinstance(one, FastSegmenter) for one in segmenters)
+    plain = segmenter.build_segmenter("pocket", "random:0", LEAST_SIZE, "grid")
     assert len({plain.key, *(one.key for one in segmenters)}) == len(changes) + 1
     assert segmenters[0].features_key == segmenters[4].features_key != plain.features_key
     assert built(batch_size=1).key == segmenters[0].key
-    monkeypatch.setattr(lean_module, "_code", lambda: "other code")
+    monkeypatch.setattr(fast_module, "_code", lambda: "other code")
     assert built().key != segmenters[0].key
 
 
 def test_a_box_in_the_middle_stays_the_box_that_was_asked_for() -> None:
-    plain = sam2.build_segmenter("pocket", "pocket", 128, "box", box_side=0.4)
-    picture = drawn("brain_mri", "glioma")
-    one, other = (each.segment([picture])[0] for each in (LeanSegmenter(plain), plain))
+    plain = segmenter.build_segmenter("pocket", "pocket", 128, "box", box_side=0.4)
+    image = drawn("brain_mri", "glioma")
+    one, other = (each.segment([image])[0] for each in (FastSegmenter(plain), plain))
     assert (one.status, one.score) == (other.status, pytest.approx(other.score, abs=1e-5))
 
 
 def test_a_model_of_another_kind_is_refused_with_what_to_take_instead() -> None:
-    plain = sam2.build_segmenter("pocket", "random:0", 128, "grid")
+    plain = segmenter.build_segmenter("pocket", "random:0", 128, "grid")
     plain.model.image_encoder.neck.fpn_top_down_levels = [0, 1, 2, 3]  # pyright: ignore
     assert not fits(plain)
-    with pytest.raises(ValueError, match=r"no lean segmenter for .* Take the plain one"):
-        LeanSegmenter(plain)
+    with pytest.raises(ValueError, match=r"no fast segmenter for .* Take the plain one"):
+        FastSegmenter(plain)

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from medfocus.ingest import IngestError, ingest
-from medfocus.listing import unwrapped
-from medfocus.quality import known_region
-from medfocus.records import Record
+from medfocus.datasets.ingest import IngestError, ingest
+from medfocus.datasets.listing import unwrapped
+from medfocus.datasets.records import Record
+from medfocus.masks.quality import known_region
 
 
 def draw(path: Path, value: int | None = None) -> Path:
-    """A small picture: noise that its path seeds, or one grey."""
+    """A small image: noise that its path seeds, or one grey."""
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = int.from_bytes(hashlib.sha256(str(path).encode()).digest()[:4])
     noise = np.random.default_rng(seed).integers(0, 256, (8, 12), dtype=np.uint8)
@@ -29,7 +29,7 @@ def draw(path: Path, value: int | None = None) -> Path:
 
 
 def counts(records: list[Record]) -> dict[tuple[str, str], int]:
-    """Pictures by split and label."""
+    """Images by split and label."""
     found: dict[tuple[str, str], int] = {}
     for record in records:
         found[record.split, record.label] = found.get((record.split, record.label), 0) + 1
@@ -104,14 +104,14 @@ def test_the_doubled_folder_of_the_pneumonia_films_is_read_once_and_told(tmp_pat
     assert counts(found.records) == expected
     (copy,) = found.left_out
     assert copy.path == "chest_xray/chest_xray"
-    assert copy.fault == "repeats 6 pictures of the split folders beside it, by their paths"
+    assert copy.fault == "repeats 6 images of the split folders beside it, by their paths"
     assert all(record.path.startswith("chest_xray/t") or "/val/" in record.path for record in found.records)
 
 
 def test_a_wrapper_in_a_wrapper_is_looked_through_and_what_is_a_data_set_is_not(tmp_path: Path) -> None:
     for label in ("cat", "dog"):
         draw(tmp_path / "a" / "b" / label / "x.png")
-    (tmp_path / "a" / "README.md").write_text("no picture")
+    (tmp_path / "a" / "README.md").write_text("no image")
     assert unwrapped(tmp_path) == tmp_path / "a" / "b"
     assert [record.path for record in ingest(tmp_path).records] == ["a/b/cat/x.png", "a/b/dog/x.png"]
     assert unwrapped(tmp_path / "a" / "b") == tmp_path / "a" / "b"
@@ -121,7 +121,7 @@ def test_a_wrapper_in_a_wrapper_is_looked_through_and_what_is_a_data_set_is_not(
     assert unwrapped(tmp_path / "set") == tmp_path / "set"
 
 
-def test_masks_beside_a_picture_are_united_to_its_known_region(tmp_path: Path) -> None:
+def test_masks_beside_an_image_are_united_to_its_known_region(tmp_path: Path) -> None:
     breast(tmp_path)
     folder = tmp_path / "Dataset_BUSI_with_GT" / "benign"
     left, right = np.zeros((2, 8, 12), np.uint8)
@@ -209,10 +209,10 @@ def test_parquet_with_numbers_categories_and_nulls(four: Path) -> None:
     }
 
 
-def test_a_parquet_file_of_pictures_is_told_to_hold_none_that_are_read(four: Path) -> None:
-    pictures = [{"bytes": b"x", "path": "a.png"}]
-    pq.write_table(pa.table({"path": pa.array(pictures), "label": ["cat"]}), four / "list.parquet")
-    with pytest.raises(IngestError, match=r"a column 'path' of type struct<.*Write pictures as files"):
+def test_a_parquet_file_of_images_is_told_to_hold_none_that_are_read(four: Path) -> None:
+    images = [{"bytes": b"x", "path": "a.png"}]
+    pq.write_table(pa.table({"path": pa.array(images), "label": ["cat"]}), four / "list.parquet")
+    with pytest.raises(IngestError, match=r"a column 'path' of type struct<.*Write images as files"):
         ingest(four, manifest="list.parquet")
     whole = (four / "list.parquet").read_bytes()
     (four / "list.parquet").write_bytes(whole[: len(whole) // 2])
@@ -250,7 +250,7 @@ def test_columns_that_are_not_there_or_there_twice_are_told(
         ingest(four, manifest="list.csv", columns=columns)
 
 
-def test_a_listed_mask_is_no_picture_of_its_class(four: Path) -> None:
+def test_a_listed_mask_is_no_image_of_its_class(four: Path) -> None:
     draw(four / "a_mask.png", 255)
     (four / "list.csv").write_text("path,label\na.png,cat\na_mask.png,cat\nb.png,dog\nc.png,cat\n")
     assert [row[0] for row in rows(four, "list.csv")] == ["a.png", "b.png", "c.png"]
@@ -274,7 +274,7 @@ def test_a_table_that_is_too_large_is_not_read(four: Path, monkeypatch: pytest.M
         four / "l.pq"
     )
     (four / "list.csv").write_text("path,label\na.png,cat\n" * 10_000)
-    monkeypatch.setattr("medfocus.tables.MAX_BYTES", 80_000)
+    monkeypatch.setattr("medfocus.storage.tables.MAX_BYTES", 80_000)
     with pytest.raises(IngestError, match=r"list\.csv: has 0\.0 GB; .* are the most. Divide it"):
         ingest(four, manifest="list.csv")
     assert (four / "l.pq").stat().st_size < 80_000, "what it unpacks to is what is refused"

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus import weights
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.lora import LoraAttention, LoraTowers, LowRank
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.lora import LoraAttention, LoraTowers, LowRank
+from medfocus.clip.prompts import class_embeddings
 from medfocus.methods import Support
 from medfocus.methods.clip_lora import ClipLora
 from medfocus.methods.medfocusclip import MedFocusClip
-from medfocus.prompts import class_embeddings
+from medfocus.storage import weights
 
 CLASSES = ("red", "green", "blue")
 PROMPTS = tuple((f"a photo of {name}", f"This is a scan of {name}") for name in CLASSES)
@@ -41,17 +41,17 @@ def clip() -> ClipEncoder:
 
 
 def coloured(count: int, seed: int = 0, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """Pictures (N, 96, 96, C) uint8 whose brightest colour is their class, and labels (N,)."""
+    """Images (N, 96, 96, C) uint8 whose brightest colour is their class, and labels (N,)."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % len(CLASSES)
-    pictures = torch.randint(0, 120, (count, 96, 96, channels), generator=generator)
-    pictures[torch.arange(count), :, :, labels] += 100
-    return pictures.to(torch.uint8), labels
+    images = torch.randint(0, 120, (count, 96, 96, channels), generator=generator)
+    images[torch.arange(count), :, :, labels] += 100
+    return images.to(torch.uint8), labels
 
 
 def support_of(clip: ClipEncoder, count: int = 24, views: int = 1) -> Support:
-    pictures, labels = coloured(count)
-    inputs = torch.stack([pictures + number for number in range(views)])
+    images, labels = coloured(count)
+    inputs = torch.stack([images + number for number in range(views)])
     text = class_embeddings(clip, PROMPTS)
     return Support(inputs, labels, torch.arange(count), text, CLASSES, PROMPTS)
 
@@ -94,10 +94,10 @@ def custom_text_clip(clip: ClipEncoder) -> ClipEncoder:
 def test_the_start_is_the_frozen_model(custom: bool, clip: ClipEncoder) -> None:
     clip = custom_text_clip(clip) if custom else clip
     towers = LoraTowers(clip, **UPDATES).train()  # dropout is on: what it drops is multiplied by zero
-    pictures, _ = coloured(3)
+    images, _ = coloured(3)
     texts = [prompt for ensemble in PROMPTS for prompt in ensemble]
-    frozen = clip.encode_images(clip.preprocess(pictures))
-    torch.testing.assert_close(towers(pictures), frozen, rtol=0, atol=1e-6)
+    frozen = clip.encode_images(clip.preprocess(images))
+    torch.testing.assert_close(towers(images), frozen, rtol=0, atol=1e-6)
     torch.testing.assert_close(towers.encode_texts(texts), clip.encode_texts(texts), rtol=0, atol=1e-6)
 
 
@@ -141,26 +141,26 @@ def test_both_towers_are_those_of_the_merged_weights(custom: bool, clip: ClipEnc
     clip = custom_text_clip(clip) if custom else clip
     towers = with_random_updates(clip)
     plain = merged(clip, towers)
-    pictures, _ = coloured(3)
+    images, _ = coloured(3)
     texts = [prompt for ensemble in PROMPTS for prompt in ensemble]
     with torch.no_grad():
-        ours, ours_of_texts = towers(pictures), towers.encode_texts(texts)
-    assert not torch.allclose(ours, clip.encode_images(clip.preprocess(pictures)), atol=1e-2)
+        ours, ours_of_texts = towers(images), towers.encode_texts(texts)
+    assert not torch.allclose(ours, clip.encode_images(clip.preprocess(images)), atol=1e-2)
     assert not torch.allclose(ours_of_texts, clip.encode_texts(texts), atol=1e-2)
-    torch.testing.assert_close(ours, plain.encode_images(plain.preprocess(pictures)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, plain.encode_images(plain.preprocess(images)), rtol=0, atol=1e-5)
     torch.testing.assert_close(ours_of_texts, plain.encode_texts(texts), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("region", "channels"), [("alpha", 4), ("attention", 4), ("dual", 6)])
-def test_a_region_beside_the_picture_is_seen_as_by_the_merged_weights(
+def test_a_region_beside_the_image_is_seen_as_by_the_merged_weights(
     region: str, channels: int, clip: ClipEncoder
 ) -> None:
-    towers = with_random_updates(clip.looking(region, 2.0))
-    plain = merged(clip, towers).looking(region, 2.0)
-    pictures, _ = coloured(3, channels=channels)
-    expected = plain.encode_images(plain.preprocess(pictures))
+    towers = with_random_updates(clip.with_region(region, 2.0))
+    plain = merged(clip, towers).with_region(region, 2.0)
+    images, _ = coloured(3, channels=channels)
+    expected = plain.encode_images(plain.preprocess(images))
     with torch.no_grad():
-        torch.testing.assert_close(towers(pictures), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(towers(images), expected, rtol=0, atol=1e-5)
 
 
 def test_dropout_falls_on_the_low_rank_path_alone_and_on_q_k_and_v_apart() -> None:
@@ -179,7 +179,7 @@ def test_dropout_falls_on_the_low_rank_path_alone_and_on_q_k_and_v_apart() -> No
 def test_a_state_holds_the_factors_and_nothing_of_the_towers(clip: ClipEncoder) -> None:
     towers = with_random_updates(clip)
     state = towers.state_dict()
-    blocks = 4 + 3  # of the picture tower and of the text tower
+    blocks = 4 + 3  # of the image encoder and of the text tower
     assert len(state) == 2 * blocks
     assert sum(value.numel() for value in state.values()) == blocks * 2 * 3 * 2 * 128
     assert {id(p) for p in towers.parameters()} == {
@@ -187,9 +187,9 @@ def test_a_state_holds_the_factors_and_nothing_of_the_towers(clip: ClipEncoder) 
     }
     again = LoraTowers(clip, **UPDATES).eval()
     again.load_state_dict(state)
-    pictures, _ = coloured(2)
+    images, _ = coloured(2)
     with torch.no_grad():
-        assert torch.equal(again(pictures), towers(pictures))
+        assert torch.equal(again(images), towers(images))
 
 
 def test_a_tower_without_open_clips_attention_is_refused_by_name(clip: ClipEncoder) -> None:
@@ -197,7 +197,7 @@ def test_a_tower_without_open_clips_attention_is_refused_by_name(clip: ClipEncod
     vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8, "head_width": 8}
     resnet = open_clip.CLIP(16, vision, text)  # pyright: ignore[reportArgumentType]
     with pytest.raises(
-        ValueError, match=r"pocket: its picture tower is ModifiedResNet, without .*Take a CLIP"
+        ValueError, match=r"pocket: its image encoder is ModifiedResNet, without .*Take a CLIP"
     ):
         LoraTowers(dataclasses.replace(clip, model=resnet), **UPDATES)
 
@@ -227,16 +227,16 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def fitted(clip: ClipEncoder) -> dict[str, Any]:
-    """Each method, fitted once on 24 pictures of two views."""
+    """Each method, fitted once on 24 images of two views."""
     support = support_of(clip, views=2)
     return {
         name: build(clip).fit(support, torch.Generator().manual_seed(0)) for name, build in BUILDS.items()
     }
 
 
-def test_it_learns_from_pictures(name: str, fitted: dict[str, Any]) -> None:
-    pictures, labels = coloured(18, seed=9)
-    for logits in fitted[name].logits(pictures).values():
+def test_it_learns_from_images(name: str, fitted: dict[str, Any]) -> None:
+    images, labels = coloured(18, seed=9)
+    for logits in fitted[name].logits(images).values():
         assert logits.shape == (18, 3)
         assert float((logits.argmax(dim=1) == labels).double().mean()) > 0.8
 
@@ -272,18 +272,18 @@ def test_a_small_state_predicts_again(name: str, clip: ClipEncoder, fitted: dict
     towers = sum(weight.numel() for weight in clip.model.parameters())
     assert sum(value.numel() for value in state.values()) < towers / 40
     again = BUILDS[name](clip).load(state)
-    pictures, _ = coloured(70, seed=4)  # more than go through the tower at a time
-    for classifier, logits in fitted[name].logits(pictures).items():
-        torch.testing.assert_close(again.logits(pictures)[classifier], logits, rtol=0, atol=1e-5)
+    images, _ = coloured(70, seed=4)  # more than go through the tower at a time
+    for classifier, logits in fitted[name].logits(images).items():
+        torch.testing.assert_close(again.logits(images)[classifier], logits, rtol=0, atol=1e-5)
 
 
-def test_pictures_are_what_it_asks_for(name: str, clip: ClipEncoder) -> None:
+def test_images_are_what_it_asks_for(name: str, clip: ClipEncoder) -> None:
     method = BUILDS[name](clip)
-    pictures, _ = coloured(2)
-    assert method.embedding == "pictures"
+    images, _ = coloured(2)
+    assert method.embedding == "images"
     assert method.needs_towers
     assert method.takes_views
-    assert torch.equal(method.embed(pictures), pictures)
+    assert torch.equal(method.embed(images), images)
 
 
 def test_without_prompts_there_is_nothing_to_train_the_text_tower_on(name: str, clip: ClipEncoder) -> None:
@@ -304,9 +304,9 @@ def test_clip_lora_reads_the_first_template(clip: ClipEncoder, fitted: dict[str,
     plain = merged(clip, method.towers_)
     expected = plain.encode_texts([ensemble[0] for ensemble in PROMPTS])
     torch.testing.assert_close(method.text_features_, expected, rtol=0, atol=1e-5)
-    pictures, _ = coloured(4, seed=5)
-    logits = clip.logit_scale * plain.encode_images(plain.preprocess(pictures)) @ expected.T
-    torch.testing.assert_close(method.logits(pictures)["text"], logits, rtol=0, atol=1e-3)
+    images, _ = coloured(4, seed=5)
+    logits = clip.logit_scale * plain.encode_images(plain.preprocess(images)) @ expected.T
+    torch.testing.assert_close(method.logits(images)["text"], logits, rtol=0, atol=1e-3)
 
 
 def test_medfocusclips_texts_are_the_updated_towers_over_all_templates(
@@ -320,9 +320,9 @@ def test_medfocusclips_texts_are_the_updated_towers_over_all_templates(
 
 def test_the_contrastive_term_alone_trains_both_towers(clip: ClipEncoder) -> None:
     classifier = MedFocusClip(clip, **MEDFOCUSCLIP)._untrained(class_embeddings(clip, PROMPTS), 3)
-    pictures, labels = coloured(6)
+    images, labels = coloured(6)
     text = MedFocusClip._texts(classifier, support_of(clip))
-    classifier.loss(pictures.float(), text, labels, 1.0).backward()
+    classifier.loss(images.float(), text, labels, 1.0).backward()
     gradients = [update.up.grad for update in classifier.tower.updates]  # pyright: ignore
     assert len(gradients) == 7
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)  # pyright: ignore
@@ -386,7 +386,7 @@ def test_only_low_rank_updates_run_the_towers_in_fit() -> None:
 
 
 def test_untrained_updates_fuse_as_the_adapters_do(clip: ClipEncoder) -> None:
-    """Before training the two tunings are one method: M of the pictures is M of their features."""
+    """Before training the two tunings are one method: M of the images is M of their features."""
     support = support_of(clip, 6)
     text = support.text_features
     lora = MedFocusClip(clip, **MEDFOCUSCLIP)
@@ -400,16 +400,16 @@ def test_untrained_updates_fuse_as_the_adapters_do(clip: ClipEncoder) -> None:
 
 
 def test_the_channel_of_the_region_alpha_trains_with_the_updates(clip: ClipEncoder) -> None:
-    looking = clip.looking("alpha", 0.0)
-    pictures, labels = coloured(24, channels=4)
-    pictures[..., 3] = 0
-    pictures[torch.arange(24), :, :, 3] = (labels * 120).to(torch.uint8)[:, None, None]
-    support = dataclasses.replace(support_of(clip), inputs=pictures[None])
-    fitted = ClipLora(looking, **CLIP_LORA).fit(support, torch.Generator().manual_seed(0))
+    regional = clip.with_region("alpha", 0.0)
+    images, labels = coloured(24, channels=4)
+    images[..., 3] = 0
+    images[torch.arange(24), :, :, 3] = (labels * 120).to(torch.uint8)[:, None, None]
+    support = dataclasses.replace(support_of(clip), inputs=images[None])
+    fitted = ClipLora(regional, **CLIP_LORA).fit(support, torch.Generator().manual_seed(0))
     state = fitted.state()
     moved = [name for name in state if "alpha" in name and state[name].ndim == 4]
     assert len(moved) == 1 and state[moved[0]].abs().max() > 0
-    visual: Any = looking.model.visual
+    visual: Any = regional.model.visual
     assert not visual.conv1.alpha.weight.any()
-    again = ClipLora(looking, **CLIP_LORA).load(state)
-    assert torch.equal(again.logits(pictures)["text"], fitted.logits(pictures)["text"])
+    again = ClipLora(regional, **CLIP_LORA).load(state)
+    assert torch.equal(again.logits(images)["text"], fitted.logits(images)["text"])

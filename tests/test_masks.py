@@ -1,4 +1,4 @@
-"""Claims about masks: how one is chosen, what SAM2 and Otsu make of a picture, and how masks are kept."""
+"""Claims about masks: how one is chosen, what SAM2 and Otsu make of an image, and how masks are kept."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from medfocus import images, weights
-from medfocus.masks import choose, store
-from medfocus.masks.choose import Limits
+from medfocus.datasets.records import Record
+from medfocus.images import decode
+from medfocus.masks import candidates, store
+from medfocus.masks.candidates import Limits
 from medfocus.masks.otsu import OtsuSegmenter, otsu_threshold
-from medfocus.masks.sam2 import Prompts, Sam2Segmenter, box_prompt, build_segmenter, grid_prompts
-from medfocus.masks.sam2_model import _read_config, load_predictor
-from medfocus.masks.segmenter import Mask, Segmenter, code_digest, identity
+from medfocus.masks.sam2.model import _read_config, load_predictor
+from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, box_prompt, build_segmenter, grid_prompts
+from medfocus.masks.segmenter import Mask, Segmenter, identity
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
-from medfocus.records import Record
+from medfocus.storage import weights
 
 LIMITS = Limits(min_area=0.01, max_area=0.70, min_iou=0.7, min_stability=0.85)
 TINY = "configs/sam2.1/sam2.1_hiera_t.yaml"
@@ -41,10 +42,10 @@ def disc(y: float, x: float, radius: float, size: int = 64) -> np.ndarray:
     return np.hypot(rows - y, columns - x) < radius
 
 
-def pick(*regions: np.ndarray, iou: Sequence[float] | None = None, keep: int = 1) -> choose.Choice | None:
+def pick(*regions: np.ndarray, iou: Sequence[float] | None = None, keep: int = 1) -> candidates.Choice | None:
     """Choose among regions of full stability, by default of the same predicted IoU."""
     quality = np.array(iou if iou is not None else [0.9] * len(regions))
-    return choose.choose(
+    return candidates.choose(
         np.stack(regions), quality, np.ones(len(regions)), LIMITS, keep=keep, max_overlap=0.3
     )
 
@@ -57,18 +58,18 @@ def test_stability_is_sam2s_own_score() -> None:
 
     logits = np.random.default_rng(0).normal(size=(5, 20, 30)).astype(np.float32) * 3
     expected = calculate_stability_score(torch.from_numpy(logits), 0.0, 1.0).numpy()
-    assert np.allclose(choose.stability(logits), expected)
+    assert np.allclose(candidates.stability(logits), expected)
 
 
 def test_a_candidate_without_a_pixel_has_no_stability_and_no_centre() -> None:
-    assert choose.stability(np.full((1, 4, 4), -5.0)) == 0
-    assert choose.centrality(np.zeros((1, 4, 4), dtype=bool)) == 0
+    assert candidates.stability(np.full((1, 4, 4), -5.0)) == 0
+    assert candidates.centrality(np.zeros((1, 4, 4), dtype=bool)) == 0
 
 
 def test_centrality_is_one_in_the_centre_and_falls_to_zero_in_a_corner() -> None:
     corner = np.zeros((400, 400), dtype=bool)
     corner[0, 0] = True
-    central, aside, cornered = choose.centrality(
+    central, aside, cornered = candidates.centrality(
         np.stack([disc(0.5, 0.5, 0.1, 400), disc(0.5, 0.7, 0.1, 400), corner])
     )
     assert central == pytest.approx(1)
@@ -79,8 +80,8 @@ def test_centrality_is_one_in_the_centre_and_falls_to_zero_in_a_corner() -> None
 def test_border_share_counts_the_outermost_pixels_once() -> None:
     half = np.zeros((1, 10, 10), dtype=bool)
     half[0, :, :5] = True
-    assert choose.border_share(half) == pytest.approx(0.5)
-    assert choose.border_share(np.ones((1, 1, 7), dtype=bool)) == 1
+    assert candidates.border_share(half) == pytest.approx(0.5)
+    assert candidates.border_share(np.ones((1, 1, 7), dtype=bool)) == 1
 
 
 def test_the_central_candidate_beats_the_same_one_in_the_corner() -> None:
@@ -99,8 +100,8 @@ def test_a_region_inside_beats_a_frame_along_the_border() -> None:
 
 def test_score_is_the_product_of_its_four_parts() -> None:
     region = disc(0.4, 0.6, 0.2)[None]
-    expected = 0.8 * 0.9 * choose.centrality(region) * (1 - choose.border_share(region))
-    assert choose.scores(region, np.array([0.8]), np.array([0.9])) == pytest.approx(expected)
+    expected = 0.8 * 0.9 * candidates.centrality(region) * (1 - candidates.border_share(region))
+    assert candidates.scores(region, np.array([0.8]), np.array([0.9])) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -116,13 +117,13 @@ def test_both_lungs_are_kept_and_not_one_lung_twice() -> None:
     choice = pick(left, almost_left, right, iou=[0.95, 0.85, 0.8], keep=2)
     assert choice is not None
     assert choice.indices == (0, 2)
-    united = choose.unite(np.stack([left, right]))
+    united = candidates.unite(np.stack([left, right]))
     assert np.array_equal(united, left | right)
 
 
 def test_a_part_of_the_best_candidate_is_not_distinct_from_it() -> None:
     whole, part = disc(0.5, 0.5, 0.3), disc(0.5, 0.5, 0.1)
-    assert choose.overlap(whole, part) == 1
+    assert candidates.overlap(whole, part) == 1
     choice = pick(whole, part, keep=2)
     assert choice is not None
     assert len(choice.indices) == 1
@@ -157,15 +158,15 @@ def test_low_quality_needs_relaxed_thresholds_and_never_displaces_high_quality()
 
 def test_nothing_to_choose_from_is_no_choice() -> None:
     nothing = np.zeros((0, 8, 8), dtype=bool)
-    assert choose.choose(nothing, np.zeros(0), np.zeros(0), LIMITS, keep=2, max_overlap=0.3) is None
+    assert candidates.choose(nothing, np.zeros(0), np.zeros(0), LIMITS, keep=2, max_overlap=0.3) is None
 
 
 def test_holes_are_filled_and_far_smaller_islands_dropped() -> None:
     ring = disc(0.5, 0.5, 0.3) & ~disc(0.5, 0.5, 0.15)
-    tidied = choose.tidy(ring | disc(0.06, 0.06, 0.03))
+    tidied = candidates.tidy(ring | disc(0.06, 0.06, 0.03))
     assert np.array_equal(tidied, disc(0.5, 0.5, 0.3))
     second = disc(0.15, 0.15, 0.1)  # an island of a ninth of the disc's area stays
-    assert np.array_equal(choose.tidy(ring | second), disc(0.5, 0.5, 0.3) | second)
+    assert np.array_equal(candidates.tidy(ring | second), disc(0.5, 0.5, 0.3) | second)
 
 
 def test_hole_filling_is_scipys() -> None:
@@ -173,10 +174,10 @@ def test_hole_filling_is_scipys() -> None:
     for _ in range(50):
         region = ndimage.gaussian_filter(rng.normal(size=(30, 40)), rng.uniform(0.5, 3)) > 0
         filled = np.asarray(ndimage.binary_fill_holes(region))
-        labels, _ = choose.connected(filled)
+        labels, _ = candidates.connected(filled)
         sizes = np.bincount(labels.ravel())[1:]
-        kept = 1 + np.flatnonzero(sizes >= choose.ISLAND_SHARE * sizes.max())
-        assert np.array_equal(choose.tidy(region), np.isin(labels, kept))
+        kept = 1 + np.flatnonzero(sizes >= candidates.ISLAND_SHARE * sizes.max())
+        assert np.array_equal(candidates.tidy(region), np.isin(labels, kept))
 
 
 def test_a_hole_that_fills_up_counts_as_area() -> None:
@@ -206,8 +207,8 @@ def test_otsu_threshold_is_the_one_of_least_variance_within_the_classes() -> Non
 def test_otsu_outlines_a_bright_disc_on_noise() -> None:
     rng = np.random.default_rng(0)
     truth = disc(0.45, 0.55, 0.2, 200)
-    picture = (60 + 100 * truth[:, :, None] + rng.normal(0, 8, (200, 200, 1))).repeat(3, 2).astype(np.uint8)
-    (mask,) = OtsuSegmenter().segment([picture])
+    image = (60 + 100 * truth[:, :, None] + rng.normal(0, 8, (200, 200, 1))).repeat(3, 2).astype(np.uint8)
+    (mask,) = OtsuSegmenter().segment([image])
     assert mask.status == "chosen"
     assert (mask.region & truth).sum() / (mask.region | truth).sum() > 0.93
     assert mask.coverage == pytest.approx(truth.mean(), abs=0.01)
@@ -216,14 +217,14 @@ def test_otsu_outlines_a_bright_disc_on_noise() -> None:
 
 def test_otsu_finds_two_dark_lungs_when_two_are_asked_for() -> None:
     truth = disc(0.5, 0.28, 0.17, 160) | disc(0.5, 0.72, 0.17, 160)
-    picture = np.where(truth[:, :, None], np.uint8(50), np.uint8(180)).repeat(3, 2)
-    (mask,) = OtsuSegmenter(keep=2).segment([picture])
+    image = np.where(truth[:, :, None], np.uint8(50), np.uint8(180)).repeat(3, 2)
+    (mask,) = OtsuSegmenter(keep=2).segment([image])
     assert (mask.region & truth).sum() / (mask.region | truth).sum() > 0.93
 
 
-def test_otsu_keeps_within_the_area_limits_on_real_pictures(shared_data: Path) -> None:
+def test_otsu_keeps_within_the_area_limits_on_real_images(shared_data: Path) -> None:
     paths = sorted((shared_data / "covid19" / "test").rglob("*.jpg"))[::8]
-    masks = OtsuSegmenter(keep=2).segment([images.read(path) for path in paths])
+    masks = OtsuSegmenter(keep=2).segment([decode.read(path) for path in paths])
     assert len(masks) >= 8
     for mask in masks:
         assert mask.status == "chosen"
@@ -240,10 +241,10 @@ def shapes_that_break_things() -> list[np.ndarray]:
     return [flat, grey, read_only, *(rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in others)]
 
 
-def assert_sound(masks: Sequence[Mask], pictures: Sequence[np.ndarray]) -> None:
-    assert len(masks) == len(pictures)
-    for mask, picture in zip(masks, pictures, strict=True):
-        assert mask.region.shape == picture.shape[:2]
+def assert_sound(masks: Sequence[Mask], images: Sequence[np.ndarray]) -> None:
+    assert len(masks) == len(images)
+    for mask, image in zip(masks, images, strict=True):
+        assert mask.region.shape == image.shape[:2]
         assert mask.region.dtype == bool
         assert mask.region.any()
         assert 0 <= mask.score <= 1
@@ -251,19 +252,19 @@ def assert_sound(masks: Sequence[Mask], pictures: Sequence[np.ndarray]) -> None:
         assert mask.status != "identity" or mask.region.all()
 
 
-def test_otsu_takes_flat_grey_tiny_and_long_pictures() -> None:
-    pictures = shapes_that_break_things()
-    masks = OtsuSegmenter().segment(pictures)
-    assert_sound(masks, pictures)
+def test_otsu_takes_flat_grey_tiny_and_long_images() -> None:
+    images = shapes_that_break_things()
+    masks = OtsuSegmenter().segment(images)
+    assert_sound(masks, images)
     assert masks[0].status == "identity"
 
 
 @pytest.mark.parametrize(
-    "picture", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)]
+    "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)]
 )
-def test_what_is_no_picture_is_refused_with_its_shape(picture: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"A picture has shape .* segmenters take \(H, W, 3\) uint8 RGB"):
-        OtsuSegmenter().segment([picture])
+def test_what_is_no_image_is_refused_with_its_shape(image: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"An image has shape .* segmenters take \(H, W, 3\) uint8 RGB"):
+        OtsuSegmenter().segment([image])
 
 
 # --- SAM2
@@ -326,19 +327,19 @@ def noise(h: int, w: int, seed: int = 0) -> np.ndarray:
 
 
 def test_full_size_sam2_loads_from_the_published_format_and_segments_every_shape(tiny: Sam2Segmenter) -> None:
-    pictures = shapes_that_break_things()
-    masks = tiny.segment(pictures)
-    assert_sound(masks, pictures)
+    images = shapes_that_break_things()
+    masks = tiny.segment(images)
+    assert_sound(masks, images)
     assert {mask.status for mask in masks} >= {"chosen"}
 
 
 def test_decoding_all_points_at_once_gives_the_predictors_own_logits(tiny: Sam2Segmenter) -> None:
-    picture = noise(120, 200)
+    image = noise(120, 200)
     prompts = grid_prompts(2)
-    logits, iou = tiny.decode(tiny.encode([noise(50, 50, 1), picture]), 1, prompts)
+    logits, iou = tiny.decode(tiny.encode([noise(50, 50, 1), image]), 1, prompts)
     assert logits.shape == (12, 64, 64)
     assert iou.shape == (12,)
-    tiny.predictor.set_image(picture)
+    tiny.predictor.set_image(image)
     for point in range(4):
         expected_masks, expected_iou, expected = tiny.predictor.predict(
             prompts.coords[point] * (200, 120),
@@ -356,9 +357,9 @@ def test_decoding_all_points_at_once_gives_the_predictors_own_logits(tiny: Sam2S
 
 
 def test_box_prompt_is_the_predictors_own_box(tiny: Sam2Segmenter) -> None:
-    picture = noise(100, 60)
-    logits, _ = tiny.decode(tiny.encode([picture]), 0, box_prompt(0.5))
-    tiny.predictor.set_image(picture)
+    image = noise(100, 60)
+    logits, _ = tiny.decode(tiny.encode([image]), 0, box_prompt(0.5))
+    tiny.predictor.set_image(image)
     _, _, expected = tiny.predictor.predict(box=np.array([15, 25, 45, 75]), multimask_output=True)
     assert np.allclose(np.clip(logits, -32, 32), expected, atol=1e-3)
 
@@ -366,22 +367,22 @@ def test_box_prompt_is_the_predictors_own_box(tiny: Sam2Segmenter) -> None:
 def test_decoding_in_chunks_changes_nothing(tiny: Sam2Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     features = tiny.encode([noise(64, 64)])
     whole, iou = tiny.decode(features, 0, tiny.prompts)
-    monkeypatch.setattr("medfocus.masks.sam2._DECODE_BYTES", 1)  # one point at a time
+    monkeypatch.setattr("medfocus.masks.sam2.segmenter._DECODE_BYTES", 1)  # one point at a time
     chunked, chunked_iou = tiny.decode(features, 0, tiny.prompts)
     assert np.allclose(whole, chunked, atol=1e-3)
     assert np.allclose(iou, chunked_iou, atol=1e-5)
 
 
-def test_a_mask_does_not_depend_on_the_pictures_beside_it(tiny: Sam2Segmenter) -> None:
-    pictures = [noise(60, 80, seed) for seed in range(5)]
-    together = tiny.segment(pictures)
-    backwards = tiny.segment(pictures[::-1])[::-1]
+def test_a_mask_does_not_depend_on_the_images_beside_it(tiny: Sam2Segmenter) -> None:
+    images = [noise(60, 80, seed) for seed in range(5)]
+    together = tiny.segment(images)
+    backwards = tiny.segment(images[::-1])[::-1]
     for a, b in zip(together, backwards, strict=True):
         assert (a.region != b.region).mean() < 0.001
         assert a.score == pytest.approx(b.score, abs=1e-4)
 
 
-def test_the_pictures_aspect_does_not_move_the_mask(tiny: Sam2Segmenter) -> None:
+def test_the_images_aspect_does_not_move_the_mask(tiny: Sam2Segmenter) -> None:
     square = noise(256, 256)
     a, b = tiny.segment([square, square.repeat(2, axis=1)])
     widened = a.region.repeat(2, axis=1)
@@ -389,11 +390,11 @@ def test_the_pictures_aspect_does_not_move_the_mask(tiny: Sam2Segmenter) -> None
 
 
 @pytest.mark.parametrize("strategy", ["automatic", "grid", "center", "box"])
-def test_every_strategy_gives_one_sound_mask_a_picture(
+def test_every_strategy_gives_one_sound_mask_per_image(
     pocket: Callable[..., Sam2Segmenter], strategy: str
 ) -> None:
-    pictures = shapes_that_break_things()
-    assert_sound(pocket(strategy).segment(pictures), pictures)
+    images = shapes_that_break_things()
+    assert_sound(pocket(strategy).segment(images), images)
 
 
 @pytest.mark.parametrize("strategy", ["automatic", "grid"])
@@ -408,14 +409,14 @@ def test_weights_without_a_stable_mask_end_on_the_last_rung(strategy: str) -> No
 def test_automatic_chooses_among_sam2s_own_proposals(pocket: Callable[..., Sam2Segmenter]) -> None:
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
-    segmenter, picture = pocket("automatic"), noise(96, 128)
-    (mask,) = segmenter.segment([picture])
+    segmenter, image = pocket("automatic"), noise(96, 128)
+    (mask,) = segmenter.segment([image])
     with pytest.warns(FutureWarning, match="script"):
         generator = SAM2AutomaticMaskGenerator(
             segmenter.model, points_per_side=3, pred_iou_thresh=0.1, stability_score_thresh=0.1
         )
     generator.predictor = segmenter.predictor  # at 128 px; the generator's own is made for 1024
-    proposals = [choose.tidy(one["segmentation"]) for one in generator.generate(picture)]
+    proposals = [candidates.tidy(one["segmentation"]) for one in generator.generate(image)]
     assert mask.status == "chosen"
     assert any(np.array_equal(mask.region, proposal) for proposal in proposals)
 
@@ -480,7 +481,7 @@ def test_logits_that_are_no_numbers_never_win(pocket: Callable[..., Sam2Segmente
 
 
 @pytest.mark.parametrize("strategy", ["automatic", "grid"])
-def test_weights_that_are_no_numbers_give_the_whole_picture(
+def test_weights_that_are_no_numbers_give_the_whole_image(
     pocket: Callable[..., Sam2Segmenter], strategy: str
 ) -> None:
     segmenter = pocket(strategy)
@@ -490,7 +491,7 @@ def test_weights_that_are_no_numbers_give_the_whole_picture(
     assert mask.status == "identity"
 
 
-def test_a_region_smaller_than_a_pixel_of_the_picture_falls_down_the_ladder(
+def test_a_region_smaller_than_a_pixel_of_the_image_falls_down_the_ladder(
     pocket: Callable[..., Sam2Segmenter],
 ) -> None:
     segmenter = pocket()
@@ -508,24 +509,24 @@ def test_video_modules_may_be_absent_and_do_not_count_in_the_key(
 
     state = weights.load(tiny_checkpoint)
     video = ("memory_", "maskmem_", "no_mem_pos", "no_obj", "obj_ptr", "mask_downsample")
-    picture_path = {k: v for k, v in state.items() if not k.startswith(video)}
-    assert len(picture_path) < len(state)
-    save_file(picture_path, tmp_path / "picture.safetensors")
-    lean = build_segmenter(
+    image_modules = {k: v for k, v in state.items() if not k.startswith(video)}
+    assert len(image_modules) < len(state)
+    save_file(image_modules, tmp_path / "image.safetensors")
+    fast = build_segmenter(
         "sam2.1_hiera_tiny",
-        str(tmp_path / "picture.safetensors"),
+        str(tmp_path / "image.safetensors"),
         256,
         "grid",
         points_per_side=2,
         min_iou=0.1,
         min_stability=0.1,
     )
-    assert lean.key == tiny.key
-    pictures = [noise(70, 50)] * 4
-    assert np.array_equal(lean.segment(pictures)[0].region, tiny.segment(pictures)[0].region)
+    assert fast.key == tiny.key
+    images = [noise(70, 50)] * 4
+    assert np.array_equal(fast.segment(images)[0].region, tiny.segment(images)[0].region)
 
 
-def test_a_checkpoint_that_lacks_part_of_the_picture_path_is_refused(
+def test_a_checkpoint_that_lacks_part_of_the_image_path_is_refused(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     state = weights.load(tiny_checkpoint)
@@ -591,18 +592,6 @@ def test_the_key_tells_weights_configs_and_settings_apart() -> None:
     assert OtsuSegmenter().key != OtsuSegmenter(keep=2).key
 
 
-def test_changed_code_changes_the_key(tmp_path: Path) -> None:
-    package = Path(choose.__file__).parents[1]
-    shutil.copytree(package / "masks", tmp_path / "a" / "masks")
-    for name in images.SOURCES:
-        shutil.copy(package / name, tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert code_digest(tmp_path / "a") == code_digest(package)
-    with (tmp_path / "b" / "masks" / "choose.py").open("a") as file:
-        file.write("ISLAND_SHARE = 0.1\n")
-    assert code_digest(tmp_path / "b") != code_digest(package)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -610,7 +599,7 @@ def test_changed_code_changes_the_key(tmp_path: Path) -> None:
         ({"checkpoint": "random:x"}, "checkpoint is 'random:x'; random weights are spelt random:0"),
         ({"strategy": "points"}, "Unknown mask strategy 'points'; known: automatic, grid, center, box."),
         ({"keep": 0}, "keep is 0; use 1 or more."),
-        ({"box_side": 1.5}, r"box_side is 1.5; use a share of the picture in \(0, 1\]."),
+        ({"box_side": 1.5}, r"box_side is 1.5; use a share of the image in \(0, 1\]."),
     ],
 )
 def test_a_setting_out_of_range_is_named_with_what_may_stand_there(
@@ -630,7 +619,7 @@ def test_a_yaml_without_a_model_is_refused_and_one_with_a_model_is_taken(tmp_pat
     (tmp_path / "empty.yaml").write_text("trainer: {}\n")
     with pytest.raises(ValueError, match=r"empty.yaml': it has no section 'model' with a '_target_'"):
         load_predictor(str(tmp_path / "empty.yaml"), "random:0", 128)
-    shipped = Path(choose.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
+    shipped = Path(candidates.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
     shutil.copy(shipped, tmp_path / "mine.yaml")
     _, mine = load_predictor(str(tmp_path / "mine.yaml"), "random:0", 128)
     assert mine == load_predictor("pocket", "random:0", 128)[1]
@@ -652,7 +641,7 @@ def test_a_config_builds_sam2s_own_modules_and_calls_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shipped = Path(choose.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
+    shipped = Path(candidates.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
     (tmp_path / "mine.yaml").write_text(f"{shipped.read_text()}  extra: {asked}\n")
     refused = (
         r"SAM2 config .*asks to build .*which is no module of sam2\.modeling.*it was refused\. Start from"
@@ -673,7 +662,7 @@ def test_every_config_of_the_sam2_package_is_one_of_sam2s_own_modules() -> None:
 
 def test_a_mask_that_promises_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = store.encode_mask(identity(40, 40))
-    monkeypatch.setattr(images, "MOST_PIXELS", 1000)
+    monkeypatch.setattr(decode, "MOST_PIXELS", 1000)
     with pytest.raises(ValueError, match="mask: has 40 x 40 pixels"):
         store.decode_mask(data)
 
@@ -690,20 +679,20 @@ class Counting:
         self.batches: list[int] = []
         self.fail_at = fail_at
 
-    def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
+    def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
         if len(self.batches) == self.fail_at:
             raise RuntimeError("the machine is switched off")
-        self.batches.append(len(pictures))
-        return [Mask(picture[:, :, 0] > 127, 0.5, "chosen") for picture in pictures]
+        self.batches.append(len(images))
+        return [Mask(image[:, :, 0] > 127, 0.5, "chosen") for image in images]
 
 
-SHA = hashlib.sha256(b"a picture").hexdigest()
+SHA = hashlib.sha256(b"an image").hexdigest()
 
 
-def write_pictures(folder: Path, count: int, size: int = 24) -> list[tuple[Record, Path]]:
-    """Different pictures as PNG, labelled "even" and "odd" in turn."""
+def write_images(folder: Path, count: int, size: int = 24) -> list[tuple[Record, Path]]:
+    """Different images as PNG, labelled "even" and "odd" in turn."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    images = []
     for i in range(count):
         path = folder / f"{i:04d}.png"
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (size, size + 5, 3), dtype=np.uint8)).save(
@@ -711,8 +700,8 @@ def write_pictures(folder: Path, count: int, size: int = 24) -> list[tuple[Recor
         )
         sha = hashlib.sha256(path.read_bytes()).hexdigest()
         label = "odd" if i % 2 else "even"
-        pictures.append((Record(path.name, sha, size + 5, size, "RGB", label, "train", ""), path))
-    return pictures
+        images.append((Record(path.name, sha, size + 5, size, "RGB", label, "train", ""), path))
+    return images
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 13), (64, 65)])
@@ -733,91 +722,89 @@ def test_a_mask_comes_back_from_the_store_as_it_went_in(
     assert kept.get(SHA[::-1], "key") is None
 
 
-def test_a_mask_is_a_picture_in_a_zip_named_by_its_pictures_sha256(tmp_path: Path) -> None:
+def test_a_mask_is_an_image_in_a_zip_named_by_its_images_sha256(tmp_path: Path) -> None:
     MaskStore(tmp_path).put({SHA: identity(5, 6)}, "key")
     (path,) = tmp_path.rglob("*.zip")
-    with zipfile.ZipFile(path) as shard, Image.open(shard.open(f"{SHA}.png")) as picture:
-        assert (picture.mode, picture.size, picture.info["status"]) == ("1", (6, 5), "identity")
+    with zipfile.ZipFile(path) as shard, Image.open(shard.open(f"{SHA}.png")) as image:
+        assert (image.mode, image.size, image.info["status"]) == ("1", (6, 5), "identity")
 
 
 def test_a_damaged_mask_is_made_again_and_the_others_are_not(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in", 6)
+    images = write_images(tmp_path / "in", 6)
     kept = MaskStore(tmp_path / "cache")
-    cache_masks(pictures, Counting(), kept, batch_size=2)
+    cache_masks(images, Counting(), kept, batch_size=2)
     (path,) = (tmp_path / "cache").rglob("*.zip")
     data = path.read_bytes()
-    at = data.index(b"IHDR", data.index(f"{pictures[3][0].sha256}.png".encode())) + 9
+    at = data.index(b"IHDR", data.index(f"{images[3][0].sha256}.png".encode())) + 9
     path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     for one in (kept, MaskStore(tmp_path / "cache")):
-        assert cache_masks(pictures, Counting(), one, batch_size=2).computed == (1 if one is kept else 0)
-    publish([record for record, _ in pictures], kept, "counting", tmp_path / "masks")
+        assert cache_masks(images, Counting(), one, batch_size=2).computed == (1 if one is kept else 0)
+    publish([record for record, _ in images], kept, "counting", tmp_path / "masks")
     masks = PublishedMasks(tmp_path / "masks")
-    for record, picture in pictures:
-        assert np.array_equal(masks[record.sha256], images.read(picture)[:, :, 0] > 127)
+    for record, image in images:
+        assert np.array_equal(masks[record.sha256], decode.read(image)[:, :, 0] > 127)
 
 
 def test_masks_are_computed_once_and_only_what_is_missing(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in", 10)
+    images = write_images(tmp_path / "in", 10)
     kept, segmenter, finished = MaskStore(tmp_path / "cache"), Counting(), []
-    assert cache_masks(pictures[:6], segmenter, kept, batch_size=4) == store.Cached(6, 0)
-    assert cache_masks(pictures, segmenter, kept, batch_size=4, progress=finished.append) == store.Cached(
-        4, 6
-    )
-    assert cache_masks(pictures, segmenter, kept, batch_size=4) == store.Cached(0, 10)
+    assert cache_masks(images[:6], segmenter, kept, batch_size=4) == store.Cached(6, 0)
+    assert cache_masks(images, segmenter, kept, batch_size=4, progress=finished.append) == store.Cached(4, 6)
+    assert cache_masks(images, segmenter, kept, batch_size=4) == store.Cached(0, 10)
     assert sum(finished) == 10
-    for record, path in pictures:
+    for record, path in images:
         mask = kept.get(record.sha256, segmenter.key)
         assert mask is not None
-        assert np.array_equal(mask.region, images.read(path)[:, :, 0] > 127)
+        assert np.array_equal(mask.region, decode.read(path)[:, :, 0] > 127)
 
 
 def test_the_segmenter_always_gets_whole_batches(tmp_path: Path) -> None:
     segmenter = Counting()
-    cache_masks(write_pictures(tmp_path / "in", 6), segmenter, MaskStore(tmp_path / "c"), batch_size=4)
+    cache_masks(write_images(tmp_path / "in", 6), segmenter, MaskStore(tmp_path / "c"), batch_size=4)
     assert segmenter.batches == [4, 4]
 
 
 def test_identical_bytes_are_segmented_once(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in", 1)
-    record, path = pictures[0]
+    images = write_images(tmp_path / "in", 1)
+    record, path = images[0]
     copies = [(replace(record, path=f"copy{i}.png"), path) for i in range(9)]
-    done = cache_masks(pictures + copies, Counting(), MaskStore(tmp_path / "c"), batch_size=2)
+    done = cache_masks(images + copies, Counting(), MaskStore(tmp_path / "c"), batch_size=2)
     assert done == store.Cached(computed=1, reused=9)
 
 
-def test_pictures_are_decoded_at_most_two_batches_ahead(
+def test_images_are_decoded_at_most_two_batches_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = 0
-    read = images.decode
+    read = decode.decode
 
     def counted(data: bytes, name: str) -> np.ndarray:
         nonlocal decoded
         decoded += 1
         return read(data, name)
 
-    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(decode, "decode", counted)
 
     class Watching(Counting):
         ahead = 0
 
-        def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
+        def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
             time.sleep(0.01)  # time to decode too much
             self.ahead = max(self.ahead, decoded - sum(self.batches))
-            return super().segment(pictures)
+            return super().segment(images)
 
     segmenter = Watching()
-    cache_masks(write_pictures(tmp_path / "in", 40), segmenter, MaskStore(tmp_path / "c"), batch_size=4)
+    cache_masks(write_images(tmp_path / "in", 40), segmenter, MaskStore(tmp_path / "c"), batch_size=4)
     assert 4 < segmenter.ahead <= 8
 
 
 def test_a_failure_keeps_what_was_finished_and_a_second_run_does_the_rest(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in", 12)
+    images = write_images(tmp_path / "in", 12)
     kept = MaskStore(tmp_path / "cache")
     with pytest.raises(RuntimeError, match="switched off"):
-        cache_masks(pictures, Counting(fail_at=2), kept, batch_size=3)
+        cache_masks(images, Counting(fail_at=2), kept, batch_size=3)
     segmenter = Counting()
-    assert cache_masks(pictures, segmenter, kept, batch_size=3) == store.Cached(computed=6, reused=6)
+    assert cache_masks(images, segmenter, kept, batch_size=3) == store.Cached(computed=6, reused=6)
 
 
 KILLED = """
@@ -826,31 +813,31 @@ from pathlib import Path
 import numpy as np
 from medfocus.masks.segmenter import Mask
 from medfocus.masks.store import MaskStore, cache_masks
-from medfocus.records import read_manifest
+from medfocus.datasets.records import read_manifest
 
 class Slow:
     key = "slow"
-    def segment(self, pictures):
+    def segment(self, images):
         time.sleep(0.3)
         with open(sys.argv[2], "a") as log:
-            log.write("%d\\n" % len(pictures))
-        return [Mask(picture[:, :, 0] > 127, 0.5, "chosen") for picture in pictures]
+            log.write("%d\\n" % len(images))
+        return [Mask(image[:, :, 0] > 127, 0.5, "chosen") for image in images]
 
 folder = Path(sys.argv[1])
-pictures = ((record, folder / record.path) for record in read_manifest(folder / "manifest.csv"))
-done = cache_masks(pictures, Slow(), MaskStore(folder / "cache"), batch_size=2)
+images = ((record, folder / record.path) for record in read_manifest(folder / "manifest.csv"))
+done = cache_masks(images, Slow(), MaskStore(folder / "cache"), batch_size=2)
 print(done.computed, done.reused)
 """
 
 
 def test_a_killed_and_restarted_run_neither_loses_nor_repeats_a_finished_mask(tmp_path: Path) -> None:
-    from medfocus.records import write_manifest
+    from medfocus.datasets.records import write_manifest
 
-    pictures = write_pictures(tmp_path, 60)
-    write_manifest([record for record, _ in pictures], tmp_path / "manifest.csv")
+    images = write_images(tmp_path, 60)
+    write_manifest([record for record, _ in images], tmp_path / "manifest.csv")
     log = tmp_path / "log"
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(log)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(choose.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(candidates.__file__).parents[2])}
     first = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 60
     while not (log.exists() and len(log.read_text().split()) >= 7):
@@ -859,7 +846,7 @@ def test_a_killed_and_restarted_run_neither_loses_nor_repeats_a_finished_mask(tm
     first.send_signal(signal.SIGKILL)
     first.wait()
     kept = MaskStore(tmp_path / "cache")
-    survived = len(dict(kept.encoded((record.sha256 for record, _ in pictures), "slow")))
+    survived = len(dict(kept.encoded((record.sha256 for record, _ in images), "slow")))
     segmented = sum(map(int, log.read_text().split()))
     assert 6 <= survived <= 40
     assert segmented - survived <= 2 * 3  # the batch in work, and those of half a second
@@ -867,8 +854,8 @@ def test_a_killed_and_restarted_run_neither_loses_nor_repeats_a_finished_mask(tm
     assert second.stdout.split() == [str(60 - survived), str(survived)]
 
 
-def test_a_picture_that_changed_after_the_manifest_is_refused(tmp_path: Path) -> None:
-    ((record, path),) = write_pictures(tmp_path, 1)
+def test_an_image_that_changed_after_the_manifest_is_refused(tmp_path: Path) -> None:
+    ((record, path),) = write_images(tmp_path, 1)
     Image.new("RGB", (4, 4)).save(path)
     with pytest.raises(ValueError, match=r"0000.png: its bytes are not the manifest's \(sha256 differs\)"):
         cache_masks([(record, path)], Counting(), MaskStore(tmp_path / "c"), batch_size=1)
@@ -876,30 +863,30 @@ def test_a_picture_that_changed_after_the_manifest_is_refused(tmp_path: Path) ->
 
 def test_a_segmenter_that_changes_the_size_is_refused(tmp_path: Path) -> None:
     class Careless(Counting):
-        def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
-            return [identity(3, 3) for _ in pictures]
+        def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
+            return [identity(3, 3) for _ in images]
 
     with pytest.raises(
-        ValueError, match=r"0000.png: the segmenter gave a mask of \(3, 3\) for a picture of \(24"
+        ValueError, match=r"0000.png: the segmenter gave a mask of \(3, 3\) for an image of \(24"
     ):
-        cache_masks(write_pictures(tmp_path, 1), Careless(), MaskStore(tmp_path / "c"), batch_size=1)
+        cache_masks(write_images(tmp_path, 1), Careless(), MaskStore(tmp_path / "c"), batch_size=1)
 
 
 def test_real_segmenters_fit_the_cache(tmp_path: Path, pocket: Callable[..., Sam2Segmenter]) -> None:
-    pictures = write_pictures(tmp_path / "in", 5)
+    images = write_images(tmp_path / "in", 5)
     segmenters: list[Segmenter] = [OtsuSegmenter(), pocket(batch_size=2)]
     for segmenter in segmenters:
-        done = cache_masks(pictures, segmenter, MaskStore(tmp_path / "cache"), batch_size=2)
+        done = cache_masks(images, segmenter, MaskStore(tmp_path / "cache"), batch_size=2)
         assert done == store.Cached(5, 0)
 
 
 # --- the published view
 
 
-def published(tmp_path: Path, pictures: Sequence[tuple[Record, Path]], name: str = "masks") -> Path:
+def published(tmp_path: Path, images: Sequence[tuple[Record, Path]], name: str = "masks") -> Path:
     kept = MaskStore(tmp_path / "cache")
-    cache_masks(pictures, Counting(), kept, batch_size=4)
-    publish([record for record, _ in pictures], kept, "counting", tmp_path / "data" / name)
+    cache_masks(images, Counting(), kept, batch_size=4)
+    publish([record for record, _ in images], kept, "counting", tmp_path / "data" / name)
     return tmp_path / "data" / name
 
 
@@ -908,54 +895,54 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_published_masks_are_those_of_the_manifest_and_no_others(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in", 8)
-    published(tmp_path, pictures)
-    masks = PublishedMasks(published(tmp_path, pictures[:3]))
-    assert set(masks.status) == {record.path for record, _ in pictures[:3]}
-    for record, path in pictures[:3]:
-        assert np.array_equal(masks[record.sha256], images.read(path)[:, :, 0] > 127)
-    with pytest.raises(KeyError, match="no mask of a picture with sha256"):
-        masks[pictures[5][0].sha256]
+    images = write_images(tmp_path / "in", 8)
+    published(tmp_path, images)
+    masks = PublishedMasks(published(tmp_path, images[:3]))
+    assert set(masks.status) == {record.path for record, _ in images[:3]}
+    for record, path in images[:3]:
+        assert np.array_equal(masks[record.sha256], decode.read(path)[:, :, 0] > 127)
+    with pytest.raises(KeyError, match="no mask of an image with sha256"):
+        masks[images[5][0].sha256]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["masks"]
 
 
 def test_the_same_masks_are_published_as_the_same_bytes(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in", 8)
-    first = contents(published(tmp_path, pictures, "first"))
-    second = contents(published(tmp_path, pictures[::-1], "second"))
+    images = write_images(tmp_path / "in", 8)
+    first = contents(published(tmp_path, images, "first"))
+    second = contents(published(tmp_path, images[::-1], "second"))
     assert first == second
     assert set(first) == {"masks.zip", "mask_status.csv"}
 
 
-def test_shards_stay_small_and_a_new_picture_changes_only_its_own(
+def test_shards_stay_small_and_a_new_image_changes_only_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "SHARD_SIZE", 5)
-    pictures = write_pictures(tmp_path / "in", 33)
-    before = contents(published(tmp_path, pictures[:-1], "before"))
-    folder = published(tmp_path, pictures, "after")
+    images = write_images(tmp_path / "in", 33)
+    before = contents(published(tmp_path, images[:-1], "before"))
+    folder = published(tmp_path, images, "after")
     after = contents(folder)
     shards = [name for name in after if name.endswith(".zip")]
     assert len(shards) > 5
     changed = [name for name in shards if before.get(name) != after[name]]
     assert len(changed) == 1
     masks = PublishedMasks(folder)
-    for record, path in pictures:
-        assert np.array_equal(masks[record.sha256], images.read(path)[:, :, 0] > 127)
+    for record, path in images:
+        assert np.array_equal(masks[record.sha256], decode.read(path)[:, :, 0] > 127)
 
 
-def test_a_shard_is_a_plain_zip_of_pictures(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in", 3)
-    with zipfile.ZipFile(published(tmp_path, pictures) / "masks.zip") as shard:
+def test_a_shard_is_a_plain_zip_of_images(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "in", 3)
+    with zipfile.ZipFile(published(tmp_path, images) / "masks.zip") as shard:
         assert shard.testzip() is None
-        assert shard.namelist() == sorted(f"{record.sha256}.png" for record, _ in pictures)
+        assert shard.namelist() == sorted(f"{record.sha256}.png" for record, _ in images)
 
 
-def test_mask_status_says_every_pictures_rung_score_and_coverage(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in", 2)
-    with (published(tmp_path, pictures) / "mask_status.csv").open(newline="") as file:
+def test_mask_status_says_every_images_rung_score_and_coverage(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "in", 2)
+    with (published(tmp_path, images) / "mask_status.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    coverage = (images.read(pictures[0][1])[:, :, 0] > 127).mean()
+    coverage = (decode.read(images[0][1])[:, :, 0] > 127).mean()
     assert rows[0] == {
         "path": "0000.png",
         "label": "even",
@@ -966,28 +953,28 @@ def test_mask_status_says_every_pictures_rung_score_and_coverage(tmp_path: Path)
 
 
 def test_a_fallback_that_goes_with_a_class_shows_in_the_summary(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in", 8)
+    images = write_images(tmp_path / "in", 8)
     kept = MaskStore(tmp_path / "cache")
-    for record, _ in pictures:
+    for record, _ in images:
         fails = record.label == "odd"
         mask = identity(24, 29) if fails else Mask(np.arange(24 * 29).reshape(24, 29) % 4 == 0, 0.8, "chosen")
         kept.put({record.sha256: mask}, "key")
-    publish([record for record, _ in pictures], kept, "key", tmp_path / "masks")
+    publish([record for record, _ in images], kept, "key", tmp_path / "masks")
     even, odd = PublishedMasks(tmp_path / "masks").summary()
     assert even == {
-        "label": "even", "pictures": 4, "coverage": pytest.approx(0.25), "score": pytest.approx(0.8),
+        "label": "even", "images": 4, "coverage": pytest.approx(0.25), "score": pytest.approx(0.8),
         "chosen": 1.0, "relaxed": 0.0, "box": 0.0, "identity": 0.0,
     }  # fmt: skip
     assert (odd["identity"], odd["chosen"], odd["coverage"], odd["score"]) == (1.0, 0.0, 1.0, 0.0)
 
 
 def test_a_failed_publication_leaves_the_old_one_in_place(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in", 4)
-    before = contents(published(tmp_path, pictures[:2]))
+    images = write_images(tmp_path / "in", 4)
+    before = contents(published(tmp_path, images[:2]))
     kept = MaskStore(tmp_path / "cache")
     message = r"0002.png: the cache .* lacks its mask by this segmenter, and those of 1 more. Run cache_masks"
     with pytest.raises(ValueError, match=message):
-        publish([record for record, _ in pictures], kept, "counting", tmp_path / "data" / "masks")
+        publish([record for record, _ in images], kept, "counting", tmp_path / "data" / "masks")
     assert contents(tmp_path / "data" / "masks") == before
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["masks"]
 
@@ -998,7 +985,7 @@ def test_a_folder_without_published_masks_says_so(tmp_path: Path) -> None:
 
 
 def test_keeping_masks_needs_no_torch() -> None:
-    modules = "medfocus.masks.store, medfocus.masks.otsu, medfocus.focus"
+    modules = "medfocus.masks.store, medfocus.masks.otsu, medfocus.focus.modes"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(choose.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(candidates.__file__).parents[2])}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

@@ -16,14 +16,14 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus import checkpoint
-from medfocus.encoders import ClipEncoder, build_clip
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompts import class_embeddings
+from medfocus.learning.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
+from medfocus.learning.training import train
+from medfocus.learning.validation import Validation, out_of_fold
 from medfocus.methods import METHODS, Support
 from medfocus.methods.medfocusclip import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
-from medfocus.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
-from medfocus.prompts import class_embeddings
-from medfocus.training import train
-from medfocus.validation import Validation, out_of_fold
+from medfocus.serving import checkpoint
 from tests.conftest import TinyClip
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -153,28 +153,28 @@ def encoder_of(name: str, tiny: TinyClip) -> Any:
     return pocket() if name in TOWERS else tiny
 
 
-def pictures_of(name: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """``coloured_pictures`` at the size that the method's encoder sees."""
-    pictures, labels = coloured_pictures(count, seed)
+def images_of(name: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """``coloured_images`` at the size that the method's encoder sees."""
+    images, labels = coloured_images(count, seed)
     if name in TOWERS:
-        pictures = pictures.repeat_interleave(6, dim=1).repeat_interleave(6, dim=2)
-    return pictures, labels
+        images = images.repeat_interleave(6, dim=1).repeat_interleave(6, dim=2)
+    return images, labels
 
 
-def coloured_pictures(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Pictures (N, 16, 16, 3) uint8 whose channel of highest mean is their class, and labels (N,)."""
+def coloured_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images (N, 16, 16, 3) uint8 whose channel of highest mean is their class, and labels (N,)."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
-    pictures = torch.randint(0, 120, (count, 16, 16, 3), generator=generator)
+    images = torch.randint(0, 120, (count, 16, 16, 3), generator=generator)
     rows = torch.arange(16)[:, None] < 8  # the class also moves brightness, so that a grey method can see it
     for i, k in enumerate(labels.tolist()):
-        pictures[i, :, :, k] += 80
-        pictures[i, rows.expand(16, 16)] += 18 * k
-    return pictures.to(torch.uint8), labels
+        images[i, :, :, k] += 80
+        images[i, rows.expand(16, 16)] += 18 * k
+    return images.to(torch.uint8), labels
 
 
-def support_of(method: Any, pictures: Tensor, labels: Tensor, text: Tensor | None = None) -> Support:
-    inputs = method.embed(pictures)[None]
+def support_of(method: Any, images: Tensor, labels: Tensor, text: Tensor | None = None) -> Support:
+    inputs = method.embed(images)[None]
     if text is None and isinstance(method.encoder, ClipEncoder):
         text = class_embeddings(method.encoder, PROMPTS)
     if text is None:
@@ -191,7 +191,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def fitted(name: str, clip: TinyClip, seed: int = 0, permute: bool = False) -> tuple[Any, Support]:
     method = METHODS[name](encoder_of(name, clip), **SETTINGS[name])
-    support = support_of(method, *pictures_of(name, 24))
+    support = support_of(method, *images_of(name, 24))
     if permute:
         order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
         support = replace(support, labels=support.labels[order])
@@ -213,18 +213,18 @@ def test_the_same_seed_fits_the_same_method(name: str, tiny_clip: TinyClip) -> N
 
 
 def test_fitting_leaves_the_frozen_towers_as_they_were(name: str, tiny_clip: TinyClip) -> None:
-    encoder, (pictures, _) = encoder_of(name, tiny_clip), pictures_of(name, 6)
-    before = encoder.encode_images(encoder.preprocess(pictures))
+    encoder, (images, _) = encoder_of(name, tiny_clip), images_of(name, 6)
+    before = encoder.encode_images(encoder.preprocess(images))
     fitted(name, tiny_clip)
-    assert torch.equal(before, encoder.encode_images(encoder.preprocess(pictures)))
+    assert torch.equal(before, encoder.encode_images(encoder.preprocess(images)))
 
 
 def test_a_method_learns_what_its_support_shows(name: str, tiny_clip: TinyClip) -> None:
     method, _ = fitted(name, tiny_clip)
-    pictures, labels = pictures_of(name, 60, seed=9)
+    images, labels = images_of(name, 60, seed=9)
     accuracies = {
         classifier: float((logits.argmax(dim=1) == labels).double().mean())
-        for classifier, logits in method.logits(method.embed(pictures)).items()
+        for classifier, logits in method.logits(method.embed(images)).items()
     }
     if name == "clip-zero-shot":  # random texts: nothing to see, and nothing was learnt
         assert set(accuracies) == {"zero-shot"}
@@ -292,7 +292,7 @@ def test_contrastive_loss_matches_a_plain_computation() -> None:
     assert float(ours) == pytest.approx((i2t + t2i) / 2, abs=1e-12)
 
 
-def test_pictures_of_one_class_are_not_each_others_negatives() -> None:
+def test_images_of_one_class_are_not_each_others_negatives() -> None:
     """With a perfect embedding i2t goes to 0; the diagonal form could not get below ln 2 here."""
     text = torch.eye(3, 8, dtype=torch.float64)
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -314,13 +314,13 @@ def test_permuting_the_labels_leaves_the_fused_features_byte_identical(
 
 
 def test_on_random_labels_the_method_is_at_chance(tiny_clip: TinyClip) -> None:
-    """Held-out pictures of random labels are guessed no better than by chance: no label leaks into M or C."""
+    """Held-out images of random labels are guessed no better than by chance: no label leaks into M or C."""
     correct = count = 0
     for seed in range(6):
         method = METHODS["medfocusclip"](tiny_clip, **SETTINGS["medfocusclip"])
-        pictures, labels = coloured_pictures(60, seed)
+        images, labels = coloured_images(60, seed)
         shuffled = labels[torch.randperm(60, generator=torch.Generator().manual_seed(seed))]
-        support = support_of(method, pictures, shuffled)
+        support = support_of(method, images, shuffled)
         result = out_of_fold(copy.copy(method).fit, support, folds=3, seed=seed)
         correct, count = correct + result.correct, count + result.count
     assert count == 360
@@ -357,7 +357,7 @@ def test_the_contrastive_term_alone_trains_the_adapters_and_not_the_head() -> No
 def test_the_weight_is_chosen_inside_the_support(tiny_clip: TinyClip) -> None:
     settings = {**SETTINGS["medfocusclip"], "head": "linear", "contrastive_weights": (0.0, 1.0)}
     method = METHODS["medfocusclip"](tiny_clip, **settings)  # pyright: ignore[reportArgumentType]
-    method.fit(support_of(method, *coloured_pictures(24)), torch.Generator().manual_seed(0))
+    method.fit(support_of(method, *coloured_images(24)), torch.Generator().manual_seed(0))
     assert method.contrastive_weight_ == 0.0  # at λ = 1 the head never trains, so held-out loss stays at ln 3
 
 
@@ -366,9 +366,9 @@ def test_the_weight_is_chosen_inside_the_support(tiny_clip: TinyClip) -> None:
 def test_every_fusion_and_head_learns(fusion: str, head: str, tiny_clip: TinyClip) -> None:
     settings = {**SETTINGS["medfocusclip"], "fusion": fusion, "head": head}
     method = METHODS["medfocusclip"](tiny_clip, **settings)  # pyright: ignore[reportArgumentType]
-    method.fit(support_of(method, *coloured_pictures(24)), torch.Generator().manual_seed(0))
-    pictures, labels = coloured_pictures(60, seed=9)
-    for logits in method.logits(method.embed(pictures)).values():
+    method.fit(support_of(method, *coloured_images(24)), torch.Generator().manual_seed(0))
+    images, labels = coloured_images(60, seed=9)
+    for logits in method.logits(method.embed(images)).values():
         assert float((logits.argmax(dim=1) == labels).double().mean()) > 0.8
 
 
@@ -443,10 +443,10 @@ def test_training_descends_and_keeps_the_last_iterate() -> None:
 
 
 def test_steps_bound_the_epochs_of_large_supports_and_one_epoch_is_always_made() -> None:
-    def epochs(pictures: int) -> int:
+    def epochs(images: int) -> int:
         weight = torch.nn.Parameter(torch.ones(()))
         history = train(
-            [weight], lambda index, view: weight**2, torch.zeros(pictures), views=1, epochs=30, max_steps=40,
+            [weight], lambda index, view: weight**2, torch.zeros(images), views=1, epochs=30, max_steps=40,
             batch_size=32, lr=0.1, weight_decay=0.0, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         return len(history)
@@ -456,7 +456,7 @@ def test_steps_bound_the_epochs_of_large_supports_and_one_epoch_is_always_made()
     assert epochs(32 * 50) == 1  # an epoch is longer than the bound
 
 
-def test_validation_predicts_every_picture_once_by_a_method_that_has_not_seen_it(tiny_clip: TinyClip) -> None:
+def test_validation_predicts_every_image_once_by_a_method_that_has_not_seen_it(tiny_clip: TinyClip) -> None:
     seen: list[set[int]] = []
 
     class Remembers:
@@ -483,18 +483,18 @@ def test_validation_predicts_every_picture_once_by_a_method_that_has_not_seen_it
     assert seen == [set()] * 4
 
 
-def test_nothing_is_validated_where_a_class_has_one_picture() -> None:
+def test_nothing_is_validated_where_a_class_has_one_image() -> None:
     support = Support(torch.zeros(1, 3, 2), torch.tensor([0, 0, 1]), torch.arange(3), torch.zeros(2, 4))
     assert out_of_fold(lambda *_: pytest.fail("nothing to fit"), support, folds=3, seed=0) == Validation(0, 0)
 
 
 class Brightness:
-    """A segmenter whose picture features are the mean brightness of ``grid`` x ``grid`` cells."""
+    """A segmenter whose image features are the mean brightness of ``grid`` x ``grid`` cells."""
 
     features_key = "mean brightness"
 
-    def describe(self, pictures: Sequence[np.ndarray], grid: int) -> Tensor:
-        grey = torch.from_numpy(np.stack(pictures)).float().mean(3)[:, None]
+    def describe(self, images: Sequence[np.ndarray], grid: int) -> Tensor:
+        grey = torch.from_numpy(np.stack(images)).float().mean(3)[:, None]
         return functional.adaptive_avg_pool2d(grey, grid).flatten(1)
 
 
@@ -510,13 +510,13 @@ class Brightness:
 def test_what_joins_or_trains_in_the_tower_is_kept_in_the_checkpoint(
     changed: dict[str, Any], tmp_path: Path
 ) -> None:
-    encoder = build_clip("pocket", "random:0").beside(Brightness())
+    encoder = build_clip("pocket", "random:0").with_segmenter(Brightness())
     settings = {**SETTINGS["medfocusclip"], **changed}
     method = METHODS["medfocusclip"](encoder, **settings)  # pyright: ignore[reportArgumentType]
-    pictures, labels = coloured_pictures(12)
-    pictures = pictures.repeat_interleave(6, 1).repeat_interleave(6, 2)  # (N, 96, 96, 3)
+    images, labels = coloured_images(12)
+    images = images.repeat_interleave(6, 1).repeat_interleave(6, 2)  # (N, 96, 96, 3)
     text = functional.normalize(torch.randn(CLASSES, encoder.dim), dim=-1)
-    support = support_of(method, pictures, labels, text)
+    support = support_of(method, images, labels, text)
     method.fit(support, torch.Generator().manual_seed(0))
     again = METHODS["medfocusclip"](encoder, **settings).load(method.state())  # pyright: ignore[reportArgumentType]
     for name, logits in method.logits(support.inputs[0]).items():
@@ -544,13 +544,13 @@ def test_patch_features_of_a_tower_that_trains_are_refused() -> None:
 
 def test_segmenter_features_need_a_segmenter_and_change_the_encoders_key() -> None:
     encoder = build_clip("pocket", "random:0")
-    assert encoder.beside(Brightness()).key != encoder.key
+    assert encoder.with_segmenter(Brightness()).key != encoder.key
     method = METHODS["medfocusclip"](encoder, **{**SETTINGS["medfocusclip"], "segmenter_grid": 4})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"no segmenter with picture features.*Set masks\.segmenter to sam2"):
+    with pytest.raises(ValueError, match=r"no segmenter with image features.*Set masks\.segmenter to sam2"):
         method.embed(torch.zeros(1, 96, 96, 3, dtype=torch.uint8))
 
 
-def test_a_probe_on_more_features_than_pictures_is_the_one_without_rotation() -> None:
+def test_a_probe_on_more_features_than_images_is_the_one_without_rotation() -> None:
     rng = np.random.default_rng(0)
     features, labels = rng.standard_normal((20, 60)), np.arange(20) % 3
     features[np.arange(20), labels] += 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from medfocus.metrics import (
+from medfocus.evaluation.metrics import (
     expected_calibration_error,
     mean_interval,
     per_class_recall,
@@ -37,7 +37,7 @@ def test_balanced_accuracy_gives_a_rare_class_its_share() -> None:
     assert scores["auroc"] == pytest.approx(0.5)
 
 
-def test_auroc_is_undefined_where_a_class_has_no_test_picture() -> None:
+def test_auroc_is_undefined_where_a_class_has_no_test_image() -> None:
     assert np.isnan(score(np.full((4, 3), 1 / 3), np.array([0, 1, 0, 1]))["auroc"])
 
 

@@ -11,9 +11,9 @@ import nibabel
 import numpy as np
 import pytest
 
-from medfocus import images
-from medfocus import nifti as reader
-from medfocus.ingest import Ingested, IngestError, ingest
+from medfocus.datasets.ingest import Ingested, IngestError, ingest
+from medfocus.images import decode
+from medfocus.images import nifti as reader
 from tests.dicoms import nifti
 
 # A head: x to the right, y to the front, z up. The patient's right is bright, his front and his top less so.
@@ -40,13 +40,13 @@ STORED = {
 def test_slices_are_upright_however_the_volume_lies_in_its_file(tmp_path: Path, form: str, name: str) -> None:
     turn, affine = STORED[form]
     file = nifti(tmp_path / name, np.ascontiguousarray(turn(HEAD)), affine)
-    axial = images.read(Path(f"{file}#z=4"))[..., 0]
+    axial = decode.read(Path(f"{file}#z=4"))[..., 0]
     assert axial.shape == (16, 12)  # rows from the front to the back
     assert (axial[4:10, 2] == 255).all(), "the patient's right is on the left"
     assert (axial[2:4, 5:9] > axial[8, 6]).all(), "the front is up"
-    coronal = images.read(Path(f"{file}#y=5"))[..., 0]
+    coronal = decode.read(Path(f"{file}#y=5"))[..., 0]
     assert coronal.shape == (9, 12) and (coronal[3, 2], coronal[1, 6] > coronal[4, 6]) == (255, True)
-    sagittal = images.read(Path(f"{file}#x=4"))[..., 0]
+    sagittal = decode.read(Path(f"{file}#x=4"))[..., 0]
     assert sagittal.shape == (9, 16) and (sagittal[4, 2] > sagittal[4, 8]) and sagittal[1, 8] > sagittal[4, 8]
 
 
@@ -55,9 +55,9 @@ def test_the_window_is_of_the_volume_and_one_hot_voxel_does_not_set_it(tmp_path:
     voxels[..., 3] /= 4
     voxels[1, 1, 1], voxels[2, 2, 2] = 1e6, np.nan
     file = nifti(tmp_path / "x.nii", voxels)
-    dim, bright = (images.read(Path(f"{file}#z={z}"))[..., 0] for z in (3, 4))
+    dim, bright = (decode.read(Path(f"{file}#z={z}"))[..., 0] for z in (3, 4))
     assert 25 < dim.mean() < 40 and 120 < bright.mean() < 135
-    hot, hole = images.read(Path(f"{file}#z=1"))[..., 0], images.read(Path(f"{file}#z=2"))[..., 0]
+    hot, hole = decode.read(Path(f"{file}#z=1"))[..., 0], decode.read(Path(f"{file}#z=2"))[..., 0]
     assert hot[30 - 1 - 1, 30 - 1 - 1] == 255 and hole[30 - 2 - 1, 30 - 2 - 1] == 0
     low, high = np.percentile(voxels[np.isfinite(voxels)], (1, 99))
     expected = np.clip((voxels[..., 4].T[::-1, ::-1] - low) / (high - low), 0, 1) * 255
@@ -65,14 +65,14 @@ def test_the_window_is_of_the_volume_and_one_hot_voxel_does_not_set_it(tmp_path:
 
 
 def test_a_slope_changes_nothing_but_its_sign(tmp_path: Path) -> None:
-    plain = images.read(Path(f"{nifti(tmp_path / 'a.nii', HEAD)}#z=4"))
+    plain = decode.read(Path(f"{nifti(tmp_path / 'a.nii', HEAD)}#z=4"))
     for slope, expected in ((3.0, plain), (-3.0, 255 - plain)):
         made = nibabel.Nifti1Image(HEAD, np.eye(4))
         made.header.set_slope_inter(slope, -7.0)
         data = made.to_bytes()
         header = data[:112] + struct.pack("<ff", slope, -7.0) + data[120:352]  # nibabel writes its own
         (tmp_path / "b.nii").write_bytes(header + HEAD.tobytes(order="F"))
-        found = images.read(Path(f"{tmp_path / 'b.nii'}#z=4"))
+        found = decode.read(Path(f"{tmp_path / 'b.nii'}#z=4"))
         assert np.abs(found.astype(int) - expected).max() <= 1  # a half is rounded to even
 
 
@@ -80,14 +80,14 @@ def test_nifti_two_and_a_single_slice(tmp_path: Path) -> None:
     nibabel.Nifti2Image(HEAD, np.eye(4)).to_filename(tmp_path / "two.nii.gz")
     plain = nifti(tmp_path / "one.nii", HEAD)
     assert np.array_equal(
-        images.read(Path(f"{tmp_path / 'two.nii.gz'}#z=4")), images.read(Path(f"{plain}#z=4"))
+        decode.read(Path(f"{tmp_path / 'two.nii.gz'}#z=4")), decode.read(Path(f"{plain}#z=4"))
     )
     single = nifti(tmp_path / "slice.nii", HEAD[:, :, 4:5])
-    assert images.decode(single.read_bytes(), "x").shape == (16, 12, 3), "the only one is meant"
-    with pytest.raises(images.PictureError, match=r"^x: holds several pictures\."):
-        images.decode(plain.read_bytes(), "x")
-    with pytest.raises(images.PictureError, match="has no slice 'z=9'; they go from 0 to x=11, y=15, z=8"):
-        images.read(Path(f"{plain}#z=9"))
+    assert decode.decode(single.read_bytes(), "x").shape == (16, 12, 3), "the only one is meant"
+    with pytest.raises(decode.ImageError, match=r"^x: holds several images\."):
+        decode.decode(plain.read_bytes(), "x")
+    with pytest.raises(decode.ImageError, match="has no slice 'z=9'; they go from 0 to x=11, y=15, z=8"):
+        decode.read(Path(f"{plain}#z=9"))
 
 
 def changed(data: bytes, place: int, form: str, *values: float) -> bytes:
@@ -113,8 +113,8 @@ def test_a_header_that_lies_is_refused_with_the_reason(
     tmp_path: Path, place: int, form: str, values: tuple[Any, ...], fault: str
 ) -> None:
     data = changed(nifti(tmp_path / "x.nii", HEAD).read_bytes(), place, form, *values)
-    with pytest.raises(images.PictureError) as caught:
-        images.open_stack(data, "x")
+    with pytest.raises(decode.ImageError) as caught:
+        decode.open_stack(data, "x")
     assert fault in caught.value.fault
 
 
@@ -125,15 +125,15 @@ def test_a_bomb_is_refused_before_it_is_unpacked_whole(
     bomb = gzip.compress(data + bytes(5_000_000))
     assert len(bomb) < 20_000
     monkeypatch.setattr(reader, "MOST_BYTES", 1_000_000)
-    with pytest.raises(images.PictureError, match=r"^x: unpacks to more than 1 MB"):
-        images.decode(bomb, "x")
-    monkeypatch.setattr(images, "MOST_PIXELS", 100)
-    with pytest.raises(images.PictureError, match="has slices of 12 x 16 x 9 voxels; 0 megapixels are"):
-        images.decode(data, "x")
-    with pytest.raises(images.PictureError, match=r"^x: cannot be unpacked"):
-        images.decode(gzip.compress(data)[:-20], "x")
-    with pytest.raises(images.PictureError, match="is no picture in a format that is read"):
-        images.decode(gzip.compress(b"another archive" * 99), "x.nii.gz")
+    with pytest.raises(decode.ImageError, match=r"^x: unpacks to more than 1 MB"):
+        decode.decode(bomb, "x")
+    monkeypatch.setattr(decode, "MOST_PIXELS", 100)
+    with pytest.raises(decode.ImageError, match="has slices of 12 x 16 x 9 voxels; 0 megapixels are"):
+        decode.decode(data, "x")
+    with pytest.raises(decode.ImageError, match=r"^x: cannot be unpacked"):
+        decode.decode(gzip.compress(data)[:-20], "x")
+    with pytest.raises(decode.ImageError, match="is no image in a format that is read"):
+        decode.decode(gzip.compress(b"another archive" * 99), "x.nii.gz")
 
 
 # --- Ingestion ---------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_the_folder_of_a_volume_labels_its_slices_which_are_one_group(folder: Pa
     told = [f.fault for f in found.reported if f.path != "."]
     assert told == ["has 2 slices of one shade, left out"] * 4 and not found.left_out
     for record in found.records[:3]:
-        assert images.read_named(folder / record.path)[0] == record.sha256
+        assert decode.read_named(folder / record.path)[0] == record.sha256
 
 
 def test_other_axes_and_fewer_slices_are_read_anew(folder: Path) -> None:
@@ -191,14 +191,14 @@ def test_of_four_dimensions_the_first_volume_is_used_and_told(folder: Path) -> N
     nifti(folder / "ill" / "series.nii", np.stack([HEAD, HEAD[::-1], HEAD * 2], axis=3))
     found = ingest(folder)
     first = nifti(folder.parent / "first.nii", HEAD)
-    shown = images.read(folder / "ill" / "series.nii#z=4")
-    assert np.array_equal(shown, images.read(Path(f"{first}#z=4")))
+    shown = decode.read(folder / "ill" / "series.nii#z=4")
+    assert np.array_equal(shown, decode.read(Path(f"{first}#z=4")))
     assert ("ill/series.nii", "holds 3 volumes, of which the first is used") in [
         (f.path, f.fault) for f in found.reported
     ]
 
 
-def test_a_volume_of_one_shade_and_a_mask_beside_a_volume_are_no_pictures(tmp_path: Path) -> None:
+def test_a_volume_of_one_shade_and_a_mask_beside_a_volume_are_no_images(tmp_path: Path) -> None:
     for label in ("ill", "well"):
         nifti(tmp_path / label / "x.nii.gz", HEAD + (label == "ill"))
         nifti(tmp_path / label / "x_mask.nii.gz", HEAD)
@@ -207,5 +207,5 @@ def test_a_volume_of_one_shade_and_a_mask_beside_a_volume_are_no_pictures(tmp_pa
     assert not any("mask" in r.path or "air" in r.path for r in found.records)
     assert ("ill/air.nii", "holds slices of one shade alone") in [(f.path, f.fault) for f in found.left_out]
     (tmp_path / "well" / "x.nii.gz").write_bytes(b"\x1f\x8bbroken")
-    with pytest.raises(IngestError, match="the class has no usable picture"):
+    with pytest.raises(IngestError, match="the class has no usable image"):
         ingest(tmp_path)

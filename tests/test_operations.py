@@ -26,13 +26,14 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.flows import load_flow_from_entrypoint
 from prefect.states import Crashed, exception_to_failed_state
 
-from flows import hooks, postgres, servers, up
 from flows.backfill import backfill
-from flows.jobs import JobRunningError, only_retraining
+from flows.operations import notify, stack
+from flows.operations.jobs import JobRunningError, only_retraining
+from flows.operations.retries import is_passing
 from flows.retrain import retrain
-from flows.retries import is_passing
-from flows.stages import StageBusyError
-from medfocus.discreet import DiscreetError
+from flows.servers import postgres, servers
+from flows.stages.dvc import StageBusyError
+from medfocus.storage.redaction import RedactedError
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENT = "incoming/DOE^JANE^1961.png"
@@ -43,7 +44,7 @@ def failed(error: Exception) -> State[Any]:
 
 
 def report(state: State[Any]) -> None:
-    hooks.report_failure(retrain, FlowRun(id=uuid4(), flow_id=uuid4(), name="params.yaml"), state)
+    notify.report_failure(retrain, FlowRun(id=uuid4(), flow_id=uuid4(), name="params.yaml"), state)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def posted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
 
     server = HTTPServer(("127.0.0.1", 0), Webhook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv(hooks.WEBHOOK, f"http://127.0.0.1:{server.server_port}/alert")
+    monkeypatch.setenv(notify.WEBHOOK, f"http://127.0.0.1:{server.server_port}/alert")
     yield bodies
     server.shutdown()
     server.server_close()
@@ -92,7 +93,7 @@ def test_a_run_that_was_killed_is_told_of_as_one(posted: list[bytes]) -> None:
 def test_without_a_webhook_a_failure_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv(hooks.WEBHOOK, raising=False)
+    monkeypatch.delenv(notify.WEBHOOK, raising=False)
     report(failed(ValueError(PATIENT)))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("retrain, run params.yaml: Failed, ValueError, ") and "DOE" not in line
@@ -101,9 +102,9 @@ def test_without_a_webhook_a_failure_is_one_line(
 def test_a_webhook_that_never_answers_costs_a_bounded_time_and_no_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hooks, "LIMIT", 0.3)
+    monkeypatch.setattr(notify, "LIMIT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
-        monkeypatch.setenv(hooks.WEBHOOK, f"http://127.0.0.1:{silent.getsockname()[1]}/secret")
+        monkeypatch.setenv(notify.WEBHOOK, f"http://127.0.0.1:{silent.getsockname()[1]}/secret")
         start = time.monotonic()
         report(failed(ValueError(PATIENT)))
         assert time.monotonic() - start < 3
@@ -114,12 +115,12 @@ def test_a_webhook_that_never_answers_costs_a_bounded_time_and_no_error(
 def test_an_address_that_is_no_web_address_is_not_opened(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(hooks.WEBHOOK, "file:///etc/hostname")
+    monkeypatch.setenv(notify.WEBHOOK, "file:///etc/hostname")
     report(failed(ValueError(PATIENT)))
     assert capsys.readouterr().err.endswith("did not take it (it is no http:// or https:// address)\n")
 
 
-def test_a_server_that_does_not_answer_is_tried_again_and_a_bad_picture_is_not() -> None:
+def test_a_server_that_does_not_answer_is_tried_again_and_a_bad_image_is_not() -> None:
     import requests
 
     wrapped = RuntimeError("the champion cannot be loaded")
@@ -159,7 +160,7 @@ def test_the_nightly_run_has_a_time_and_a_zone_and_is_over_before_the_next() -> 
 def test_no_retraining_and_no_backfill_starts_where_another_works(project: Path) -> None:
     with FileLock(project / ".cache" / ".retraining.lock"):
         for flow in (retrain, backfill):
-            with pytest.raises(DiscreetError, match=r"^JobRunningError at") as told:
+            with pytest.raises(RedactedError, match=r"^JobRunningError at") as told:
                 flow.fn(Path("params.yaml"))
             assert isinstance(told.value.error, JobRunningError)
             assert "another retraining or back-fill runs here" in str(told.value.error)
@@ -168,10 +169,10 @@ def test_no_retraining_and_no_backfill_starts_where_another_works(project: Path)
 
 
 def test_a_backfill_names_the_data_set_that_is_not_there(project: Path) -> None:
-    with pytest.raises(DiscreetError) as told:
+    with pytest.raises(RedactedError) as told:
         backfill.fn(Path("params.yaml"), ["chest"])
     assert "no data set 'chest' there; it has phantom-breast" in str(told.value.error)
-    with pytest.raises(DiscreetError) as told:
+    with pytest.raises(RedactedError) as told:
         backfill.fn(Path("params.yaml"))
     assert "phantom-breast has no manifest; ingest it first" in str(told.value.error)
 
@@ -179,11 +180,11 @@ def test_a_backfill_names_the_data_set_that_is_not_there(project: Path) -> None:
 def test_beyond_loopback_mlflow_does_not_start_without_a_password_of_ones_own() -> None:
     for host in ("0.0.0.0", "192.0.2.7", "::"):
         with pytest.raises(ValueError, match=r"there is no default one. Set MLFLOW_AUTH_ADMIN_PASSWORD"):
-            up.credentials(host, {})
+            stack.credentials(host, {})
     for host in ("0.0.0.0", "127.0.0.1"):
-        assert up.credentials(host, {up.PASSWORD: "of my own"}) == up.Login("admin", "of my own")
-    assert "of my own" not in repr(up.Login("admin", "of my own"))
-    assert up.credentials("127.0.0.1", {}) is None and up.credentials("localhost", {}) is None
+        assert stack.credentials(host, {stack.PASSWORD: "of my own"}) == stack.Login("admin", "of my own")
+    assert "of my own" not in repr(stack.Login("admin", "of my own"))
+    assert stack.credentials("127.0.0.1", {}) is None and stack.credentials("localhost", {}) is None
 
 
 def test_without_postgresql_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +216,7 @@ def test_the_containers_have_checks_listen_on_loopback_and_know_no_password_by_h
     assert len(secrets) == 8 and all(value.endswith(":?set it}") for value in secrets)
     assert {name for value in secrets for name in PASSWORDS if f"${{{name}:?" in value} == set(PASSWORDS)
     commands = [service.get("command", "") for service in content["services"].values()]
-    for module in ("flows.work", "prefect server start", "mlflow server --app-name basic-auth"):
+    for module in ("flows.operations.worker", "prefect server start", "mlflow server --app-name basic-auth"):
         assert any(f"python -m {module}" in command for command in commands)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
 
-from flows.cells import CONTROLS, plan
-from medfocus.focus import FOCUS
-from medfocus.params import Focus, Params, load_params
-from medfocus.region_attention import REGIONS
+from flows.study.cells import CONTROLS, plan
+from flows.study.params import Params, load_params
+from medfocus.clip.regions import REGIONS
+from medfocus.focus.modes import FOCUS
 
 DEFAULT = Path(__file__).resolve().parents[1] / "params.yaml"
 
@@ -22,8 +22,18 @@ def test_the_default_params_load() -> None:
     assert set(params.study.methods) <= set(params.methods)
 
 
-def test_a_study_may_name_every_focus_and_every_control() -> None:
-    assert set(get_args(Focus)) == {*FOCUS, *REGIONS, *CONTROLS}
+def test_a_plan_takes_every_focus_and_every_control_and_no_other() -> None:
+    params = load_params(DEFAULT)
+    known = (*FOCUS, *REGIONS, *CONTROLS)
+    params = replace(params, report=replace(params.report, baseline="clip-zero-shot"))
+
+    def studied(*modes: str) -> Params:
+        methods = {"clip-zero-shot": ("none",), "medfocusclip": modes}
+        return replace(params, study=replace(params.study, methods=methods))
+
+    assert {cell.focus for cell in plan(studied(*known))} == set(known)
+    with pytest.raises(ValueError, match=r"study\.methods\.medfocusclip has the focus 'crpo'; use one"):
+        plan(studied("none", "crpo"))
     assert {control.mode for control in CONTROLS.values()} <= set(FOCUS)
 
 
@@ -91,7 +101,7 @@ def test_a_file_that_extends_another_has_what_it_leaves_out(tmp_path: Path) -> N
     (tmp_path / "w.safetensors").touch()
     base["clip"]["pretrained"] = "w.safetensors"
     write(tmp_path / "params.yaml", base)
-    dataset = {**base["datasets"]["phantom-chest"], "root": "pictures"}
+    dataset = {**base["datasets"]["phantom-chest"], "root": "images"}
     child = write(
         tmp_path / "studies" / "mine.yaml",
         {
@@ -104,7 +114,7 @@ def test_a_file_that_extends_another_has_what_it_leaves_out(tmp_path: Path) -> N
     )
     params = load_params(child)
     assert params.study.seeds == (7,) and params.study.methods == load_params(DEFAULT).study.methods
-    assert list(params.datasets) == ["mine"] and params.datasets["mine"].root == "pictures"
+    assert list(params.datasets) == ["mine"] and params.datasets["mine"].root == "images"
     assert params.phantoms == {}
     assert params.method("lp++") == ("lp++", {"steps": 5})
     assert params.method("pixels") == ("pixels", base["methods"]["pixels"])

@@ -1,4 +1,4 @@
-"""Claims about the drawn pictures: their bytes, their known regions, and where the class can be seen."""
+"""Claims about the drawn images: their bytes, their known regions, and where the class can be seen."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from medfocus.phantoms import MODALITIES, Phantom, draw, generator, png, write
 
 CLASSES = [(modality, label) for modality, labels in MODALITIES.items() for label in labels]
 WITHOUT_LESION = {"normal", "no tumor"}
-# sha256 of two pictures a class, 96 px, seed 0, with their regions
+# sha256 of two images per class, 96 px, seed 0, with their regions
 DRAWN = "a7d9c98d522ca161ee8e15207257e6719e73fc14bf784e072f61d4ac6e8e7f42"
 
 
-def picture_of(modality: str, label: str, index: int, size: int = 96) -> Phantom:
+def image_of(modality: str, label: str, index: int, size: int = 96) -> Phantom:
     return draw(modality, label, generator(0, modality, "train", label, index), size)
 
 
@@ -33,10 +33,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("modality", "label"), CLASSES)
 def test_a_lesion_is_known_and_covers_one_to_twelve_percent(modality: str, label: str) -> None:
     for index in range(8):
-        phantom = picture_of(modality, label, index, 128)
-        assert phantom.picture.shape == phantom.region.shape == (128, 128)
-        assert phantom.picture.dtype == np.uint8 and phantom.region.dtype == np.bool_
-        assert phantom.picture.std() > 20, "a picture shows something"
+        phantom = image_of(modality, label, index, 128)
+        assert phantom.image.shape == phantom.region.shape == (128, 128)
+        assert phantom.image.dtype == np.uint8 and phantom.region.dtype == np.bool_
+        assert phantom.image.std() > 20, "an image shows something"
         if label in WITHOUT_LESION:
             assert not phantom.region.any()
             assert not {"region", "side", "size"} & phantom.findings.keys()
@@ -48,7 +48,7 @@ def test_a_lesion_is_known_and_covers_one_to_twelve_percent(modality: str, label
 def test_a_chest_lesion_lies_in_the_lung_that_its_findings_name() -> None:
     for label in ("nodule", "cavity", "consolidation"):
         for index in range(10):
-            phantom = picture_of("chest_xray", label, index)
+            phantom = image_of("chest_xray", label, index)
             named = phantom.parts[f"{phantom.findings['side']} lung"]
             assert (phantom.region & named).sum() > 0.95 * phantom.region.sum()
 
@@ -56,7 +56,7 @@ def test_a_chest_lesion_lies_in_the_lung_that_its_findings_name() -> None:
 def test_a_brain_tumor_lies_in_the_brain() -> None:
     for label in ("glioma", "meningioma", "pituitary tumor"):
         for index in range(10):
-            phantom = picture_of("brain_mri", label, index)
+            phantom = image_of("brain_mri", label, index)
             assert (phantom.region & phantom.parts["brain"]).sum() > 0.75 * phantom.region.sum()
 
 
@@ -64,8 +64,8 @@ def test_the_bytes_of_a_drawn_set_are_the_same_on_every_machine() -> None:
     digest = hashlib.sha256()
     for modality, label in CLASSES:
         for index in range(2):
-            phantom = picture_of(modality, label, index)
-            digest.update(png.encode(phantom.picture) + png.encode(phantom.region))
+            phantom = image_of(modality, label, index)
+            digest.update(png.encode(phantom.image) + png.encode(phantom.region))
     assert digest.hexdigest() == DRAWN
 
 
@@ -91,31 +91,29 @@ def test_a_png_is_stored_uncompressed_so_no_zlib_can_change_it() -> None:
 def test_pillow_reads_back_what_was_encoded() -> None:
     rng = np.random.default_rng(0)
     for shape in ((1, 1), (3, 5), (300, 301)):  # the last needs more than one stored block
-        picture = rng.integers(0, 256, shape).astype(np.uint8)
-        with Image.open(BytesIO(png.encode(picture))) as image:
+        pixels = rng.integers(0, 256, shape).astype(np.uint8)
+        with Image.open(BytesIO(png.encode(pixels))) as image:
             assert image.mode == "L"
-            assert np.array_equal(np.asarray(image), picture)
-        with Image.open(BytesIO(png.encode(picture > 99))) as image:
-            assert np.array_equal(np.asarray(image), np.where(picture > 99, 255, 0))
+            assert np.array_equal(np.asarray(image), pixels)
+        with Image.open(BytesIO(png.encode(pixels > 99))) as image:
+            assert np.array_equal(np.asarray(image), np.where(pixels > 99, 255, 0))
 
 
-def test_a_colour_picture_is_refused_by_the_png_writer() -> None:
-    with pytest.raises(
-        ValueError, match=r"png: the picture is uint8 \(4, 4, 3\); pass \(H, W\) uint8 or bool"
-    ):
+def test_a_colour_image_is_refused_by_the_png_writer() -> None:
+    with pytest.raises(ValueError, match=r"png: the image is uint8 \(4, 4, 3\); pass \(H, W\) uint8 or bool"):
         png.encode(np.zeros((4, 4, 3), np.uint8))
 
 
-def test_any_picture_of_a_written_set_can_be_redrawn_alone(tmp_path: Path) -> None:
+def test_any_image_of_a_written_set_can_be_redrawn_alone(tmp_path: Path) -> None:
     write(tmp_path / "set", "brain_mri", seed=5, train_per_class=2, test_per_class=1, size=96)
     again = draw("brain_mri", "glioma", generator(5, "brain_mri", "train", "glioma", 1), 96)
     with Image.open(tmp_path / "set/train/glioma/00001.png") as image:
-        assert np.array_equal(np.asarray(image), again.picture)
+        assert np.array_equal(np.asarray(image), again.image)
     with Image.open(tmp_path / "set/masks/train/glioma/00001.png") as image:
         assert np.array_equal(np.asarray(image) > 0, again.region)
 
 
-def test_growing_a_set_leaves_its_first_pictures_alone(tmp_path: Path) -> None:
+def test_growing_a_set_leaves_its_first_images_alone(tmp_path: Path) -> None:
     write(tmp_path / "set", "breast_ultrasound", seed=1, train_per_class=2, test_per_class=1, size=64)
     before = files_of(tmp_path / "set")
     write(tmp_path / "set", "breast_ultrasound", seed=1, train_per_class=3, test_per_class=2, size=64)
@@ -124,10 +122,10 @@ def test_growing_a_set_leaves_its_first_pictures_alone(tmp_path: Path) -> None:
     assert before.items() <= after.items()
 
 
-def test_train_and_test_share_no_picture(tmp_path: Path) -> None:
+def test_train_and_test_share_no_image(tmp_path: Path) -> None:
     write(tmp_path / "set", "chest_xray", seed=1, train_per_class=3, test_per_class=3, size=64)
-    pictures = [data for name, data in files_of(tmp_path / "set").items() if not name.startswith("masks/")]
-    assert len(set(pictures)) == len(pictures) == 24
+    images = [data for name, data in files_of(tmp_path / "set").items() if not name.startswith("masks/")]
+    assert len(set(images)) == len(images) == 24
 
 
 def test_a_failed_writing_leaves_the_set_that_was_there(
@@ -136,7 +134,7 @@ def test_a_failed_writing_leaves_the_set_that_was_there(
     write(tmp_path / "set", "breast_ultrasound", seed=1, train_per_class=1, test_per_class=0, size=64)
     before = files_of(tmp_path)
 
-    def full_disk(picture: np.ndarray) -> bytes:
+    def full_disk(image: np.ndarray) -> bytes:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(png, "encode", full_disk)
@@ -171,9 +169,9 @@ def test_what_cannot_be_drawn_is_named_with_what_can() -> None:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_the_class_is_seen_in_the_region_and_hardly_elsewhere(modality: str) -> None:
-    """From ten pictures a class, the mean of five draws: the region's pixels tell what no others do."""
+    """From ten images per class, the mean of five draws: the region's pixels tell what no others do."""
     labels = [label for label in MODALITIES[modality] if label not in WITHOUT_LESION]
-    drawn = [[picture_of(modality, label, index) for index in range(50)] for label in labels]
+    drawn = [[image_of(modality, label, index) for index in range(50)] for label in labels]
     y = np.repeat(np.arange(len(labels)), 50)
 
     def accuracy(view: Callable[[Phantom], np.ndarray]) -> float:
@@ -185,25 +183,25 @@ def test_the_class_is_seen_in_the_region_and_hardly_elsewhere(modality: str) -> 
             scores.append(classifier.fit(x[train], y[train]).score(x[~train], y[~train]))
         return float(np.mean(scores))
 
-    whole, background, region = accuracy(lambda p: p.picture), accuracy(without_region), accuracy(crop)
+    whole, background, region = accuracy(lambda p: p.image), accuracy(without_region), accuracy(crop)
     assert whole < 0.45 and background < 0.45, "chance is 0.33"
     assert region > whole + 0.25
 
 
-def pixels(picture: np.ndarray) -> np.ndarray:
-    """24 x 24 grey pixels of a picture of any size, (576,)."""
-    return np.asarray(Image.fromarray(picture).resize((24, 24), Image.Resampling.BOX), float).ravel() / 255
+def pixels(image: np.ndarray) -> np.ndarray:
+    """24 x 24 grey pixels of an image of any size, (576,)."""
+    return np.asarray(Image.fromarray(image).resize((24, 24), Image.Resampling.BOX), float).ravel() / 255
 
 
 def crop(phantom: Phantom) -> np.ndarray:
     """The box around the known region."""
     rows, columns = (np.flatnonzero(phantom.region.any(axis)) for axis in (1, 0))
-    return phantom.picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return phantom.image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def without_region(phantom: Phantom) -> np.ndarray:
-    """The picture, with the box around the region filled with the picture's mean: its outline is gone too."""
+    """The image, with the box around the region filled with the image's mean: its outline is gone too."""
     rows, columns = (np.flatnonzero(phantom.region.any(axis)) for axis in (1, 0))
-    rest = phantom.picture.copy()
-    rest[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = int(phantom.picture.mean())
+    rest = phantom.image.copy()
+    rest[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = int(phantom.image.mean())
     return rest

@@ -19,17 +19,19 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flows import finetune, stages
-from flows.cells import CONTROLS, Cell, Dataset, best_cell, shown_as, shown_under
 from flows.cli import app
 from flows.pipeline import pipeline
-from flows.stages import StageBusyError, reproduce
-from flows.study import open_study
-from medfocus.discreet import DiscreetError, whole
-from medfocus.provenance import lock_digest
-from medfocus.quality import center_box
-from medfocus.splits import read_splits
-from medfocus.views import view_key
+from flows.stages import finetune
+from flows.stages.dvc import StageBusyError, reproduce
+from flows.study import models
+from flows.study.cells import CONTROLS, Cell, best_cell, focus_of, mask_source_of
+from flows.study.dataset import EncodedDataset
+from flows.study.study import open_study
+from medfocus.datasets.splits import read_splits
+from medfocus.focus.view import view_key
+from medfocus.masks.quality import center_box
+from medfocus.storage.redaction import RedactedError, unredacted
+from medfocus.tracking.provenance import lock_digest
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,7 +113,7 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
             )
     assert {run.info.status for run in runs(project)} == {"FINISHED"}
 
-    # One page says it all; a picture of each class is explained for the best cell and its other focus.
+    # One page says it all; an image of each class is explained for the best cell and its other focus.
     page = Path("reports/index.html").read_text(encoding="utf-8")
     assert "medfocusclip (multiply)" in page and 'id="reproduce"' in page and "<script" not in page
     with open("reports/attribution.csv", newline="") as file:
@@ -140,12 +142,12 @@ def test_flow_and_repro_share_their_stages(project: Path, capsys: pytest.Capture
     for name, metric in (("macro-F1", "macro_f1"), ("AUROC", "auroc"), ("calibration error", "ece")):
         assert f"| {name} | {metrics[metric]:.3f} |" in shown
     sheet = CliRunner().invoke(app, ["models", "card", "medfocus-phantom-breast", "--sheet"]).output
-    assert "39 breast_ultrasound pictures in 3 classes" in sheet
+    assert "39 breast_ultrasound images in 3 classes" in sheet
     assert lock_digest(project) in sheet
     kept = {file.path for file in client.list_artifacts(parent)}
     assert {"index.html", "study.csv", "figures"} <= kept
 
-    # Fine-tuning reads no test picture: without them the checkpoints come out the same, byte by byte.
+    # Fine-tuning reads no test image: without them the checkpoints come out the same, byte by byte.
     def checkpoints() -> dict[str, bytes]:
         return {str(p): p.read_bytes() for p in sorted(Path("data/checkpoints").rglob("*.safetensors"))}
 
@@ -196,26 +198,26 @@ def reproduce_data(project: Path) -> None:
         reproduce(project, stage)
 
 
-def test_every_control_shows_another_view_and_a_shuffled_mask_is_another_picture_s(project: Path) -> None:
+def test_every_control_shows_another_view_and_a_shuffled_mask_is_another_image_s(project: Path) -> None:
     reproduce_data(project)
     study = open_study(Path("params.yaml"))
-    dataset = Dataset(study, "phantom-breast", study.encoder())
+    dataset = EncodedDataset(study, "phantom-breast", models.build_encoder(study))
     shas = [record.sha256 for record in dataset.records.values()]
     masked_by = [dataset._partner[sha] for sha in shas]
     assert all(own != other for own, other in zip(shas, masked_by, strict=True))
     assert sorted(masked_by) == sorted(shas), "every mask is used once: none is lost that tells a class"
     for sha, other in zip(shas, masked_by, strict=True):
-        assert np.array_equal(dataset._mask(sha, shown_under("multiply")), dataset.masks[sha])
-        assert np.array_equal(dataset._mask(sha, shown_under("inverse")), dataset.masks[sha])
-        assert np.array_equal(dataset._mask(sha, shown_under("shuffled")), dataset.masks[other])
-        assert np.array_equal(dataset._mask(sha, shown_under("center-box")), center_box(96, 96))
+        assert np.array_equal(dataset._mask(sha, mask_source_of("multiply")), dataset.masks[sha])
+        assert np.array_equal(dataset._mask(sha, mask_source_of("inverse")), dataset.masks[sha])
+        assert np.array_equal(dataset._mask(sha, mask_source_of("shuffled")), dataset.masks[other])
+        assert np.array_equal(dataset._mask(sha, mask_source_of("center-box")), center_box(96, 96))
 
     record, size, feather = next(iter(dataset.records.values())), 96, 0.01
     modes = ("none", "multiply", *CONTROLS)
     views = {dataset._view(record, 0, focus=mode, size=size, feather=feather).tobytes() for mode in modes}
     assert len(views) == len(modes)
     keys = {
-        (dataset._view_name(record, mode, 0), view_key(focus=shown_as(mode), size=size, feather=feather))
+        (dataset._view_name(record, mode, 0), view_key(focus=focus_of(mode), size=size, feather=feather))
         for mode in modes
     }
     assert len(keys) == len(modes), "each has its own place in the cache"
@@ -230,7 +232,7 @@ def fitted_cells(project: Path) -> dict[str, bytes]:
 
 
 def permute_labels(manifest: Path, paths: set[str]) -> None:
-    """Give the pictures at ``paths`` the labels of one another, by a turn of one."""
+    """Give the images at ``paths`` the labels of one another, by a turn of one."""
     with manifest.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     chosen = [line for line in lines if line["path"] in paths]
@@ -275,10 +277,10 @@ def test_permuting_the_labels_of_test_changes_no_choice_and_no_weight(project: P
 
 
 def test_a_control_is_never_the_best_cell(project: Path) -> None:
-    params = open_study(Path("params.yaml")).params
+    study = open_study(Path("params.yaml"))
     controls = [Cell("phantom-breast", "medfocusclip", focus, "100%", 0) for focus in CONTROLS]
     with pytest.raises(ValueError, match="no cell of phantom-breast could be validated"):
-        best_cell(params, "phantom-breast", controls)  # their checkpoints, which are not there, stay unopened
+        best_cell(study, "phantom-breast", controls)  # their checkpoints, which are not there, stay unopened
 
 
 def test_after_a_repro_the_flow_runs_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,18 +321,18 @@ def test_a_killed_flow_repeats_only_unfinished_cells(project: Path) -> None:
 def test_a_failure_names_its_stage_and_leaves_no_run_running(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import evaluate
+    from flows.stages import evaluate
 
     def breaks(*arguments: object) -> bytes:
         raise RuntimeError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate.report, "accuracy_figure", breaks)
+        patch.setattr(evaluate.tables, "accuracy_figure", breaks)
         with pytest.raises(
-            DiscreetError, match=r"^RuntimeError at flows\.evaluate:\d+; its text is on the"
+            RedactedError, match=r"^RuntimeError at flows\.evaluate:\d+; its text is on the"
         ) as told:
             pipeline(Path("params.yaml"))
-    error = whole(told.value)
+    error = unredacted(told.value)
     assert str(error) == "the disk is full"
     assert any("in stage evaluate of" in note for note in error.__notes__)
     states = {run.info.status for run in runs(project) if "mlflow.parentRunId" not in run.data.tags}
@@ -346,7 +348,7 @@ def test_a_stage_that_another_run_holds_is_busy_and_not_failed(
     def held(*arguments: object, **kwargs: object) -> None:
         raise LockError("held by another")
 
-    monkeypatch.setattr(stages.Repo, "reproduce", held)
+    monkeypatch.setattr("flows.stages.dvc.Repo.reproduce", held)
     with pytest.raises(StageBusyError, match="stage finetune: held by another"):
         reproduce(project, "finetune")
 
@@ -356,11 +358,11 @@ def test_a_params_file_from_elsewhere_becomes_a_study_of_its_own(
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     content = yaml.safe_load((project / "params.yaml").read_text())
-    content["datasets"]["phantom-breast"]["root"] = "pictures"
+    content["datasets"]["phantom-breast"]["root"] = "images"
     (elsewhere / "mine.yaml").write_text(yaml.safe_dump(content))
     study = open_study(elsewhere / "mine.yaml")
     assert study.folder == project / "studies/mine"
-    assert (study.folder / study.root("phantom-breast")).resolve() == elsewhere / "pictures"
+    assert (study.folder / study.root("phantom-breast")).resolve() == elsewhere / "images"
     stage_file = (study.folder / "dvc.yaml").read_text()
     assert "- code: ../.." in stage_file
     assert (
@@ -369,7 +371,7 @@ def test_a_params_file_from_elsewhere_becomes_a_study_of_its_own(
 
 
 def test_work_outside_of_a_project_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.study import find_home
+    from flows.study.study import find_home
 
     with pytest.raises(FileNotFoundError, match="is in no project; go into one, or begin one"):
         find_home(tmp_path)

@@ -17,17 +17,18 @@ from safetensors import safe_open
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from medfocus import phantoms, weights
-from medfocus.encoders import build_clip
-from medfocus.masks.sam2 import Prompts, Sam2Segmenter, build_segmenter
-from medfocus.masks.sam2_model import load_predictor
+from medfocus import phantoms
+from medfocus.clip.encoder import build_clip
+from medfocus.masks.quality import iou
+from medfocus.masks.sam2.model import load_predictor
+from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, build_segmenter
 from medfocus.pocket import clip, loop, measure, pool, sam2
-from medfocus.quality import iou
+from medfocus.storage import weights
 
 DATA = Path(measure.__file__).parents[1] / "data"
 SAM2, CLIP = DATA / "sam2_pocket.safetensors", DATA / "clip_pocket.safetensors"
-FEW = 6  # pictures a class
-SLACK = 0.12  # the noise of a few pictures
+FEW = 6  # images per class
+SLACK = 0.12  # the noise of a few images
 RECIPE = pool.RECIPES["sam2"]
 TURN = len(pool.classes(RECIPE))
 
@@ -59,7 +60,7 @@ def test_the_name_pocket_stands_for_the_packaged_weights() -> None:
     assert build_clip("pocket", "random:0").key != build_clip("pocket", "pocket").key
 
 
-def test_the_packaged_weights_are_small_halves_of_drawn_pictures() -> None:
+def test_the_packaged_weights_are_small_halves_of_drawn_images() -> None:
     assert SAM2.stat().st_size + CLIP.stat().st_size < 16e6
     for file in (SAM2, CLIP):
         assert {v.dtype for v in weights.load(file).values()} == {torch.float16}
@@ -84,7 +85,7 @@ def test_open_clip_itself_loads_the_pocket_clip() -> None:
     assert float(bare.logit_scale.exp().detach()) != pytest.approx(1 / 0.07, rel=1e-2), "it is learnt"
 
 
-def test_the_packaged_figures_hold_on_a_few_held_out_pictures() -> None:
+def test_the_packaged_figures_hold_on_a_few_held_out_images() -> None:
     known = json.loads((DATA / "pocket.json").read_text())
     found = measure.measure_masks(SAM2, FEW)
     for modality in phantoms.MODALITIES:
@@ -119,7 +120,7 @@ def test_without_a_lesion_the_choice_is_anatomy_and_says_that_limits_were_relaxe
     packaged: Sam2Segmenter,
 ) -> None:
     healthy = [pool.held_out("brain_mri", "no tumor", n) for n in range(8)]
-    masks = packaged.segment([np.repeat(p.picture[..., None], 3, 2) for p in healthy])
+    masks = packaged.segment([np.repeat(p.image[..., None], 3, 2) for p in healthy])
     relaxed = [(m, p) for m, p in zip(masks, healthy, strict=True) if m.status == "relaxed"]
     assert len(relaxed) >= 6
     best = [max(iou(m.region, part) for part in p.parts.values()) for m, p in relaxed]
@@ -129,13 +130,13 @@ def test_without_a_lesion_the_choice_is_anatomy_and_says_that_limits_were_relaxe
 def test_a_batch_has_a_number_and_no_memory(drawn_pool: pool.Pool, batch: sam2.Batch) -> None:
     again, other = sam2.Batches(drawn_pool, 0, TURN)[0], sam2.Batches(drawn_pool, 1, TURN)[0]
     assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in vars(batch))
-    assert not torch.equal(batch.pictures, other.pictures)
+    assert not torch.equal(batch.images, other.images)
 
 
-def test_the_pool_keeps_pictures_and_regions_as_they_were_drawn(drawn_pool: pool.Pool) -> None:
+def test_the_pool_keeps_images_and_regions_as_they_were_drawn(drawn_pool: pool.Pool) -> None:
     for number in (0, 5, TURN - 1):
         kept, fresh = drawn_pool[number], pool.draw_one(RECIPE, 0, number)
-        assert np.array_equal(kept.picture, fresh.picture) and np.array_equal(kept.regions, fresh.regions)
+        assert np.array_equal(kept.image, fresh.image) and np.array_equal(kept.regions, fresh.regions)
         assert kept.facts == fresh.facts
 
 
@@ -146,11 +147,11 @@ def test_an_epoch_is_the_whole_pool_in_another_order(drawn_pool: pool.Pool) -> N
 
 
 def test_training_draws_from_a_seed_that_no_data_set_uses() -> None:
-    seen = {pool.draw_one(RECIPE, 0, n).picture.tobytes() for n in range(TURN)}
+    seen = {pool.draw_one(RECIPE, 0, n).image.tobytes() for n in range(TURN)}
     for modality, label in set(pool.classes(RECIPE)):
         for seed, split in ((0, "train"), (0, "test"), (pool.HELD_OUT_SEED, "held-out")):
             rng = phantoms.generator(seed, modality, split, label, 0)
-            assert phantoms.draw(modality, label, rng, RECIPE.size).picture.tobytes() not in seen
+            assert phantoms.draw(modality, label, rng, RECIPE.size).image.tobytes() not in seen
 
 
 def test_a_point_lies_in_the_region_that_it_means(batch: sam2.Batch) -> None:
@@ -199,10 +200,10 @@ def test_quality_is_iou_with_the_best_region_and_anatomy_counts_less() -> None:
 
 
 def test_training_encodes_and_decodes_as_the_segmenter_does(packaged: Sam2Segmenter) -> None:
-    picture = pool.held_out("brain_mri", "glioma", 0).picture
-    features = packaged.encode([np.repeat(picture[..., None], 3, 2)])
+    image = pool.held_out("brain_mri", "glioma", 0).image
+    features = packaged.encode([np.repeat(image[..., None], 3, 2)])
     small = F.interpolate(
-        torch.from_numpy(picture)[None, None].float() / 255, (128, 128), mode="bilinear", antialias=True
+        torch.from_numpy(image)[None, None].float() / 255, (128, 128), mode="bilinear", antialias=True
     )
     point = np.array([[[0.3, 0.6]]], np.float32)
     with torch.inference_mode():
@@ -216,9 +217,9 @@ def test_training_encodes_and_decodes_as_the_segmenter_does(packaged: Sam2Segmen
 
 def test_steeper_logits_are_steadier_and_bound_the_same_masks() -> None:
     predictor, _ = load_predictor("pocket", "random:0", 128)
-    pictures, point = torch.rand(1, 128, 128), torch.tensor([[[[40.0, 70.0]]]])
+    images, point = torch.rand(1, 128, 128), torch.tensor([[[[40.0, 70.0]]]])
     with torch.inference_mode():
-        features = sam2.encode(predictor.model, pictures)
+        features = sam2.encode(predictor.model, images)
         before, quality = sam2.decode(predictor.model, features, point, (1,))
         sam2.steepen(predictor.model, 4)
         after, same_quality = sam2.decode(predictor.model, features, point, (1,))
@@ -226,7 +227,7 @@ def test_steeper_logits_are_steadier_and_bound_the_same_masks() -> None:
     assert torch.equal(quality, same_quality)
 
 
-def test_a_caption_is_a_positive_of_every_picture_that_it_is_true_of() -> None:
+def test_a_caption_is_a_positive_of_every_image_that_it_is_true_of() -> None:
     facts = torch.tensor([[1, 7, 30], [1, 7, 40], [2, 7, 30]])
     named = torch.tensor([[1, 7, -1], [1, -1, 40], [-1, 7, 30]])
     expected = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
@@ -241,12 +242,12 @@ def test_with_a_positive_each_the_caption_loss_is_clips_own() -> None:
     )
 
 
-def test_the_caption_loss_does_not_part_pictures_of_which_a_caption_is_true() -> None:
+def test_the_caption_loss_does_not_part_images_of_which_a_caption_is_true() -> None:
     images = F.normalize(torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]), dim=1)
     texts, scale = images[[0, 2]], torch.tensor(50.0)
     true = torch.tensor([[True, False], [True, False], [False, True]])
-    pictures_apart = -torch.log(torch.tensor(0.5)) / 4  # the floor: two pictures share their caption
-    assert clip.caption_loss(images, texts, true, scale) == pytest.approx(float(pictures_apart), abs=1e-4)
+    images_apart = -torch.log(torch.tensor(0.5)) / 4  # the floor: two images share their caption
+    assert clip.caption_loss(images, texts, true, scale) == pytest.approx(float(images_apart), abs=1e-4)
 
 
 def test_captions_say_what_is_true_and_name_every_field_in_the_end(drawn_pool: pool.Pool) -> None:
@@ -262,7 +263,7 @@ def test_captions_say_what_is_true_and_name_every_field_in_the_end(drawn_pool: p
     assert named == set(clip.FIELDS)
 
 
-def test_a_mirrored_picture_has_left_and_right_exchanged_in_its_caption(drawn_pool: pool.Pool) -> None:
+def test_a_mirrored_image_has_left_and_right_exchanged_in_its_caption(drawn_pool: pool.Pool) -> None:
     sides = [
         (clip.truths(drawn_pool[n], False).get("side"), clip.truths(drawn_pool[n], True).get("side"))
         for n in range(TURN)
@@ -332,7 +333,7 @@ def test_training_taken_up_again_ends_with_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = loop.Settings(
-        seed=0, pictures=0, steps=6, batch_size=4, lr=0.1, warmup=2, weight_decay=0.1, clip=1.0
+        seed=0, images=0, steps=6, batch_size=4, lr=0.1, warmup=2, weight_decay=0.1, clip=1.0
     )
 
     def train(out: Path, batches: Line, **changed: Any) -> Tensor:

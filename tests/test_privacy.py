@@ -1,4 +1,4 @@
-"""Patients' names in paths, tables and headers of pictures stay with them and on the terminal.
+"""Patients' names in paths, tables and headers of images stay with them and on the terminal.
 
 One small study is run to its end, and once into a fault; then every byte of what would be shown, shared or
 backed up is looked through: Prefect's database and logs, MLflow's with all artefacts, the reports, dvc.lock.
@@ -26,7 +26,10 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flows import cells, finetune, pipeline, servers
+from flows import pipeline
+from flows.servers import servers
+from flows.stages import finetune
+from flows.study.dataset import EncodedDataset
 from medfocus import phantoms
 from tests.dicoms import dicom
 
@@ -39,7 +42,7 @@ TOLD_TO_THE_OWNER = ("left_out.csv", "reported.csv", "duplicates.csv")  # which 
 
 @pytest.fixture
 def clinic(project: Path) -> Path:
-    """A project on a folder of pictures with a manifest, as it comes out of a hospital; the folder."""
+    """A project on a folder of images with a manifest, as it comes out of a hospital; the folder."""
     content = yaml.safe_load((project / "params.yaml").read_text())
     content["datasets"]["phantom-breast"] |= {"root": "incoming", "manifest": "list.csv"}
     content["phantoms"] = {}
@@ -57,7 +60,7 @@ def clinic(project: Path) -> Path:
                 save(drawn(split, label, number), folder / name)
                 own = "" if number % 3 == 2 else f"{PATIENT}_{split}_{label}_{number}"
                 lines.append(f"{FOLDER}/{name},{label},{split},{own}")
-    twin = folder / f"{FILE}_twin.png"  # a test picture that is in train as well
+    twin = folder / f"{FILE}_twin.png"  # a test image that is in train as well
     twin.write_bytes((folder / f"{FILE}_train_cyst_0.png").read_bytes())
     lines.append(f"{FOLDER}/{twin.name},cyst,test,{PATIENT}_twin")
     (project / "incoming" / "list.csv").write_text("\n".join(lines) + "\n")
@@ -66,30 +69,34 @@ def clinic(project: Path) -> Path:
 
 def drawn(split: str, label: str, number: int) -> np.ndarray:
     rng = phantoms.generator(3, "breast_ultrasound", split, label, number)
-    return phantoms.draw("breast_ultrasound", label, rng, 96).picture
+    return phantoms.draw("breast_ultrasound", label, rng, 96).image
 
 
-def save(picture: np.ndarray, path: Path) -> None:
+def save(image: np.ndarray, path: Path) -> None:
     """With a name in what its format has for texts."""
     if path.suffix == ".dcm":
-        path.write_bytes(dicom(picture, PatientID=f"{HEADER}_{path.stem}"[:64], PatientName=NAME))
+        path.write_bytes(dicom(image, PatientID=f"{HEADER}_{path.stem}"[:64], PatientName=NAME))
         return
     text, exif = PngInfo(), Image.Exif()
     text.add_text("PatientName", TEXT)
     text.add_text("Comment", TEXT * 9, zip=True)
     exif[0x013B] = EXIF  # the artist
     options: dict[str, Any] = {"pnginfo": text} if path.suffix == ".png" else {"exif": exif, "quality": 95}
-    Image.fromarray(picture).save(path, **options)
+    Image.fromarray(image).save(path, **options)
 
 
 def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
     project: Path, clinic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = clinic / f"{FILE}_test_benign_0.png"
-    whole, embed = broken.read_bytes(), cells.Dataset.embed
+    whole, embed = broken.read_bytes(), EncodedDataset.embed
 
     def breaks(
-        dataset: cells.Dataset, methods: Iterable[str], focus: str, paths: list[str], *more: Any
+        dataset: EncodedDataset,
+        methods: Iterable[str],
+        focus: str,
+        paths: list[str],
+        *more: Any,
     ) -> None:
         if paths == dataset.splits.test:  # in the midst of the evaluation, MLflow's run being open
             broken.write_bytes(whole[:300])
@@ -100,7 +107,7 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
     monkeypatch.setattr(servers, "prefect_answers", lambda: False)  # the server is to be this project's own
     with servers.prefect_api():
         with monkeypatch.context() as patch:
-            patch.setattr(cells.Dataset, "embed", breaks)
+            patch.setattr(EncodedDataset, "embed", breaks)
             with pytest.raises(SystemExit) as ended:
                 pipeline.main([])
         broken.write_bytes(whole)
@@ -108,15 +115,17 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
         pipeline.main([])
 
     # The terminal names the file, twice: where it happened and at the end.
-    assert str(ended.value).startswith(f"medfocus: PictureError: {broken}: cannot be decoded")
-    assert f"PictureError: {broken}: cannot be decoded" in told and "in stage evaluate" in told
-    # Both runs left what is looked through: a fault's kind and place, the pictures by their bytes' digest.
+    assert str(ended.value).startswith(f"medfocus: ImageError: {broken}: cannot be decoded")
+    assert f"ImageError: {broken}: cannot be decoded" in told and "in stage evaluate" in told
+    # Both runs left what is looked through: a fault's kind and place, the images by their bytes' digest.
     prefect, home = project / ".prefect", f"sqlite:///{project / 'mlflow.db'}"
-    assert any("PictureError at medfocus.images:" in text for _, text in rows_of(prefect / "prefect.db"))
+    assert any("ImageError at medfocus.images.decode:" in text for _, text in rows_of(prefect / "prefect.db"))
     runs = mlflow.MlflowClient(home).search_runs(["1"], "attributes.status = 'FAILED'")
-    assert [run.data.tags["error"].partition(":")[0] for run in runs] == ["PictureError at medfocus.images"]
+    assert [run.data.tags["error"].partition(":")[0] for run in runs] == [
+        "ImageError at medfocus.images.decode"
+    ]
     with Path("reports/attribution.csv").open(newline="") as file:
-        shown = {line["picture"] for line in csv.DictReader(file)}
+        shown = {line["image"] for line in csv.DictReader(file)}
     with Path("data/manifests/phantom-breast.csv").open(newline="") as file:
         assert shown <= {line["sha256"][:12] for line in csv.DictReader(file)}
     page = Path("reports/index.html").read_text(encoding="utf-8")
@@ -133,7 +142,7 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
     }
     (sheet,) = Path("mlruns/models").rglob("datasheet.md")
     assert "- left out: 1, empty file" in sheet.read_text()
-    assert "- kept, but reported: 1, test picture with the same bytes in train" in sheet.read_text()
+    assert "- kept, but reported: 1, test image with the same bytes in train" in sheet.read_text()
     shared = [path for path in Path("reports").rglob("*") if path.is_file() and path not in owners]
     databases = list(project.glob("mlflow.db*"))
     assert databases and (project / "mlruns").is_dir()

@@ -14,13 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from medfocus import weights
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.methods import Support
-from medfocus.methods.clip import zero_shot_logits
-from medfocus.methods.cocoop import CoCoOp, ConditionalContexts
-from medfocus.methods.coop import CoOp
-from medfocus.prompt_learning import (
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompt_learning import (
     ContextTower,
     TextTower,
     learning_rate,
@@ -28,6 +23,11 @@ from medfocus.prompt_learning import (
     train_sgd,
     write_texts,
 )
+from medfocus.methods import Support
+from medfocus.methods.clip import zero_shot_logits
+from medfocus.methods.cocoop import CoCoOp, ConditionalContexts
+from medfocus.methods.coop import CoOp
+from medfocus.storage import weights
 
 NAMES = ("normal", "benign_mass", "malignant")
 START = "a photo of a"
@@ -284,7 +284,7 @@ def test_the_loop_is_sgd_of_momentum_and_weight_decay() -> None:
 
 
 @pytest.mark.parametrize(("max_steps", "steps"), [(1000, 15), (7, 7)])
-def test_a_bound_on_the_steps_keeps_every_picture_and_the_whole_schedule(max_steps: int, steps: int) -> None:
+def test_a_bound_on_the_steps_keeps_every_image_and_the_whole_schedule(max_steps: int, steps: int) -> None:
     weight, seen, rates = nn.Parameter(torch.zeros(())), [], []
 
     def accumulate(index: Tensor, view: Tensor) -> None:
@@ -316,7 +316,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def fitted(clip: ClipEncoder) -> dict[str, Any]:
-    """Each method, fitted once on 24 pictures of two views."""
+    """Each method, fitted once on 24 images of two views."""
     return {name: build(clip).fit(support_of(clip), seeded()) for name, build in BUILDS.items()}
 
 
@@ -353,7 +353,7 @@ def test_cocoop_that_moves_nothing_is_coop(clip: ClipEncoder) -> None:
     )
 
 
-def test_cocoops_texts_are_those_of_each_pictures_own_contexts(
+def test_cocoops_texts_are_those_of_each_images_own_contexts(
     clip: ClipEncoder, fitted: dict[str, Any]
 ) -> None:
     cocoop, features = fitted["cocoop"], support_of(clip, count=3).inputs[0]
@@ -412,7 +412,7 @@ def test_class_specific_contexts_start_at_noise_of_their_own(clip: ClipEncoder) 
 def test_every_view_is_learned_from(name: str, view: int, clip: ClipEncoder) -> None:
     support = support_of(clip)
     inputs = support.inputs.clone()
-    inputs[view] = inputs[view].flip(0)  # other pictures' features
+    inputs[view] = inputs[view].flip(0)  # other images' features
     once, other = (
         BUILDS[name](clip, max_steps=4).fit(dataclasses.replace(support, inputs=seen), seeded()).state()
         for seen in (support.inputs, inputs)
@@ -458,8 +458,8 @@ def test_it_asks_for_frozen_features_of_several_views(name: str, clip: ClipEncod
     method = BUILDS[name](clip)
     assert method.embedding == "features"
     assert method.takes_views and method.needs_towers
-    pictures = torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8, generator=seeded())
-    assert torch.equal(method.embed(pictures), clip.encode_images(clip.preprocess(pictures)))
+    images = torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8, generator=seeded())
+    assert torch.equal(method.embed(images), clip.encode_images(clip.preprocess(images)))
 
 
 def test_without_class_names_there_is_no_text_to_write(name: str, clip: ClipEncoder) -> None:

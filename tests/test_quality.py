@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.quality import _pictures
-from medfocus import quality
-from medfocus.masks.sam2 import build_segmenter
+from benchmarks.quality import _images
+from medfocus.masks import quality
+from medfocus.masks.sam2.segmenter import build_segmenter
 
 
 def disc(size: int, x: float, y: float, radius: float) -> np.ndarray:
@@ -28,13 +28,13 @@ def test_iou_and_dice_are_their_definitions() -> None:
     assert quality.iou(nothing, nothing) == quality.dice(nothing, nothing) == 1
 
 
-def test_the_centre_box_covers_half_of_the_picture() -> None:
+def test_the_centre_box_covers_half_of_the_image() -> None:
     region = quality.center_box(200, 300)
     assert region.mean() == pytest.approx(0.5, abs=0.01)
     assert np.array_equal(region, region[::-1, ::-1])
 
 
-def test_the_innermost_point_of_a_disc_is_its_middle_and_the_picture_s_rim_is_a_rim() -> None:
+def test_the_innermost_point_of_a_disc_is_its_middle_and_the_image_s_rim_is_a_rim() -> None:
     assert quality.innermost(disc(100, 30, 60, 12)) == pytest.approx((0.305, 0.605), abs=0.01)
     x, y = quality.innermost(np.ones((100, 100), bool))
     assert (x, y) == pytest.approx((0.5, 0.5), abs=0.02)
@@ -51,17 +51,17 @@ def test_two_lungs_are_two_parts_and_a_crumb_is_none() -> None:
 def test_points_find_the_union_of_what_each_finds() -> None:
     segmenter = build_segmenter("pocket", "pocket", 128, "grid")
     discs = disc(96, 28, 48, 14), disc(96, 70, 50, 12)
-    picture = np.full((96, 96, 3), 40, np.uint8)
-    picture[discs[0] | discs[1]] = 190
+    image = np.full((96, 96, 3), 40, np.uint8)
+    image[discs[0] | discs[1]] = 190
     points = [quality.innermost(each) for each in discs]
-    both, three = quality.pointed(segmenter, picture, points)
-    alone = [quality.pointed(segmenter, picture, [point])[0] for point in points]
+    both, three = quality.pointed(segmenter, image, points)
+    alone = [quality.pointed(segmenter, image, [point])[0] for point in points]
     assert np.array_equal(both, alone[0] | alone[1])
     assert three.shape == (3, 96, 96)
     assert quality.iou(both, discs[0] | discs[1]) > 0.5
 
 
-def test_the_regions_of_a_picture_are_united_and_an_empty_one_is_left_out(tmp_path: Path) -> None:
+def test_the_regions_of_an_image_are_united_and_an_empty_one_is_left_out(tmp_path: Path) -> None:
     names = {"lesion (1).png": 1, "lesion (2).png": 2, "clean.png": 0}
     for name, count in names.items():
         place = tmp_path / "all" / "kind" / name
@@ -72,8 +72,8 @@ def test_the_regions_of_a_picture_are_united_and_an_empty_one_is_left_out(tmp_pa
         for number in range(max(1, count)):
             region = disc(30, 8 + 10 * number, 8, 4)[:20] & bool(count)
             Image.fromarray(region).save(truth / f"{place.stem}_mask{f'_{number}' if number else ''}.png")
-    found = _pictures(tmp_path, None)
+    found = _images(tmp_path, None)
     assert [label for label, _, _ in found] == ["kind", "kind"]
     assert [len(quality.parts(region)) for _, _, region in found] == [1, 2]
-    with pytest.raises(SystemExit, match="no picture in it has a region"):
-        _pictures(tmp_path / "masks", None)
+    with pytest.raises(SystemExit, match="no image in it has a region"):
+        _images(tmp_path / "masks", None)

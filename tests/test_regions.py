@@ -1,4 +1,4 @@
-"""The focus inside the encoder: alpha, attention and dual look at a region that stands beside the picture."""
+"""The focus inside the encoder: alpha, attention and dual look at a region that stands beside the image."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.region_attention import REGIONS, class_token_bias, pack, patch_coverage, unpack
-from medfocus.region_views import focused_view, region_view
-from medfocus.views import crop_box, view
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.regions import REGIONS, class_token_bias, pack, patch_coverage, unpack
+from medfocus.focus.region_views import focused_view, region_view
+from medfocus.focus.view import crop_box, view
 
 SIZE = 96
 
@@ -23,19 +23,19 @@ def clip() -> ClipEncoder:
     return build_clip("pocket", "pocket")
 
 
-def pictures_and_masks(count: int) -> tuple[np.ndarray, np.ndarray]:
+def images_and_masks(count: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (count, 80, 120, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (count, 80, 120, 3), dtype=np.uint8)
     masks = np.zeros((count, 80, 120), dtype=bool)
     masks[:, 10:50, 30:70] = True
-    return pictures, masks
+    return images, masks
 
 
 def batch(mode: str, count: int = 3) -> Tensor:
-    pictures, masks = pictures_and_masks(count)
+    images, masks = images_and_masks(count)
     views = [
-        focused_view(picture, mask, focus=mode, size=SIZE, feather=0.01)
-        for picture, mask in zip(pictures, masks, strict=True)
+        focused_view(image, mask, focus=mode, size=SIZE, feather=0.01)
+        for image, mask in zip(images, masks, strict=True)
     ]
     return torch.from_numpy(np.stack(views))
 
@@ -45,11 +45,11 @@ def encode(clip: ClipEncoder, views: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["alpha", "attention"])
-def test_the_fourth_channel_is_the_region_in_the_frame_of_the_picture(mode: str) -> None:
-    pictures, masks = pictures_and_masks(1)
-    shown = region_view(pictures[0], masks[0], mode=mode, size=SIZE, feather=0.01)
+def test_the_fourth_channel_is_the_region_in_the_frame_of_the_image(mode: str) -> None:
+    images, masks = images_and_masks(1)
+    shown = region_view(images[0], masks[0], mode=mode, size=SIZE, feather=0.01)
     assert shown.shape == (SIZE, SIZE, 4)
-    raw = view(pictures[0], None, focus="none", size=SIZE, feather=0.01)
+    raw = view(images[0], None, focus="none", size=SIZE, feather=0.01)
     assert (shown[..., :3] == raw).all()
     painted = np.where(masks[0][..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=2)
     inside = view(painted, None, focus="none", size=SIZE, feather=0.0)[..., 0] > 127
@@ -57,41 +57,41 @@ def test_the_fourth_channel_is_the_region_in_the_frame_of_the_picture(mode: str)
     assert not shown[:15, :, 3].any()
 
 
-def test_picture_and_region_are_cropped_together_and_a_crop_that_loses_the_region_is_not_taken() -> None:
-    pictures, masks = pictures_and_masks(1)
-    pictures[0][masks[0]] = 255
-    pictures[0][~masks[0]] = 0
+def test_image_and_region_are_cropped_together_and_a_crop_that_loses_the_region_is_not_taken() -> None:
+    images, masks = images_and_masks(1)
+    images[0][masks[0]] = 255
+    images[0][~masks[0]] = 0
     for number in range(1, 8):
         crop = crop_box("ab" * 32, number, mirror=True)
-        shown = region_view(pictures[0], masks[0], mode="attention", size=SIZE, feather=0.0, crop=crop)
+        shown = region_view(images[0], masks[0], mode="attention", size=SIZE, feather=0.0, crop=crop)
         shown = shown[17:79]  # without the padding
         region = shown[..., 3] > 127
         assert region.any()
         assert shown[region][:, 0].mean() > 240 and shown[~region][:, 0].mean() < 15
 
 
-def test_dual_shows_the_picture_and_its_multiplied_twin() -> None:
-    pictures, masks = pictures_and_masks(1)
-    shown = region_view(pictures[0], masks[0], mode="dual", size=SIZE, feather=0.01)
-    assert (shown[..., :3] == view(pictures[0], None, focus="none", size=SIZE, feather=0.01)).all()
-    assert (shown[..., 3:] == view(pictures[0], masks[0], focus="multiply", size=SIZE, feather=0.01)).all()
+def test_dual_shows_the_image_and_its_multiplied_twin() -> None:
+    images, masks = images_and_masks(1)
+    shown = region_view(images[0], masks[0], mode="dual", size=SIZE, feather=0.01)
+    assert (shown[..., :3] == view(images[0], None, focus="none", size=SIZE, feather=0.01)).all()
+    assert (shown[..., 3:] == view(images[0], masks[0], focus="multiply", size=SIZE, feather=0.01)).all()
 
 
 def test_attention_without_a_bias_is_no_focus_to_the_last_bit(clip: ClipEncoder) -> None:
     views = batch("attention")
     plain = encode(clip, views[..., :3])
-    looking = clip.looking("attention", 0.0)
-    assert torch.equal(encode(looking, views), plain)
-    pixels, raw = looking.preprocess(views), clip.preprocess(views[..., :3])
-    assert torch.equal(looking.trunk(pixels, 1), clip.trunk(raw, 1))
-    assert torch.equal(looking.encode_layers(pixels, (1,), 4), clip.encode_layers(raw, (1,), 4))
+    regional = clip.with_region("attention", 0.0)
+    assert torch.equal(encode(regional, views), plain)
+    pixels, raw = regional.preprocess(views), clip.preprocess(views[..., :3])
+    assert torch.equal(regional.trunk(pixels, 1), clip.trunk(raw, 1))
+    assert torch.equal(regional.encode_layers(pixels, (1,), 4), clip.encode_layers(raw, (1,), 4))
 
 
 def test_attention_moves_the_class_token_towards_the_region(clip: ClipEncoder) -> None:
     views = batch("attention")
-    strong = clip.looking("attention", 50.0)
+    strong = clip.with_region("attention", 50.0)
     other = views.clone()
-    other[..., :3][views[..., 3] == 0] = 255  # outside of the region another picture
+    other[..., :3][views[..., 3] == 0] = 255  # outside of the region another image
     with_bias = (encode(strong, views) * encode(strong, other)).sum(dim=1)
     without = (encode(clip, views[..., :3]) * encode(clip, other[..., :3])).sum(dim=1)
     assert (with_bias > without).all()
@@ -122,12 +122,12 @@ def test_the_bias_is_what_a_plain_computation_of_attention_adds(clip: ClipEncode
 
 def test_alpha_is_no_focus_until_its_channel_is_trained(clip: ClipEncoder) -> None:
     views = batch("alpha")
-    looking = clip.looking("alpha", 2.0)
-    assert torch.equal(encode(looking, views), encode(clip, views[..., :3]))
-    visual: Any = looking.model.visual
+    regional = clip.with_region("alpha", 2.0)
+    assert torch.equal(encode(regional, views), encode(clip, views[..., :3]))
+    visual: Any = regional.model.visual
     weight = visual.conv1.alpha.weight
     weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    assert not torch.allclose(encode(looking, views), encode(clip, views[..., :3]), atol=1e-3)
+    assert not torch.allclose(encode(regional, views), encode(clip, views[..., :3]), atol=1e-3)
     assert torch.equal(encode(clip, views[..., :3]), encode(replace(clip), views[..., :3]))
 
 
@@ -135,26 +135,28 @@ def test_dual_adds_the_two_embeddings(clip: ClipEncoder) -> None:
     views = batch("dual")
     both = encode(clip, views[..., :3]) + encode(clip, views[..., 3:])
     expected = both / both.norm(dim=1, keepdim=True)
-    assert torch.allclose(encode(clip.looking("dual", 2.0), views), expected, atol=1e-6)
+    assert torch.allclose(encode(clip.with_region("dual", 2.0), views), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", REGIONS)
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_tail_of_trunk_is_the_whole_tower(clip: ClipEncoder, mode: str, blocks: int) -> None:
-    looking = clip.looking(mode, 2.0)
-    pixels = looking.preprocess(batch(mode))
-    found = looking.tail(blocks)(looking.trunk(pixels, blocks))
-    assert torch.allclose(found, looking.encode_images(pixels), atol=1e-5)
-    layers = looking.encode_layers(pixels, (0, 2), 4)
+    regional = clip.with_region(mode, 2.0)
+    pixels = regional.preprocess(batch(mode))
+    found = regional.tail(blocks)(regional.trunk(pixels, blocks))
+    assert torch.allclose(found, regional.encode_images(pixels), atol=1e-5)
+    layers = regional.encode_layers(pixels, (0, 2), 4)
     assert layers.shape == (3, 128 + 2 * 16 * 128)
-    assert torch.allclose(layers[:, :128], looking.encode_images(pixels), atol=1e-5)
+    assert torch.allclose(layers[:, :128], regional.encode_images(pixels), atol=1e-5)
 
 
 def test_each_way_of_looking_has_a_key_of_its_own(clip: ClipEncoder) -> None:
     looks = [("alpha", 2.0), ("attention", 2.0), ("attention", 3.0), ("dual", 2.0)]
-    keys = {clip.key, *(clip.looking(mode, bias).key for mode, bias in looks)}
+    keys = {clip.key, *(clip.with_region(mode, bias).key for mode, bias in looks)}
     assert len(keys) == 5
-    assert clip.looking("dual", 1.0).key == clip.looking("dual", 2.0).key  # the bias is attention's alone
+    assert (
+        clip.with_region("dual", 1.0).key == clip.with_region("dual", 2.0).key
+    )  # the bias is attention's alone
 
 
 def test_the_coverage_of_patches_survives_its_travel_with_the_tokens() -> None:
@@ -169,12 +171,12 @@ def test_the_coverage_of_patches_survives_its_travel_with_the_tokens() -> None:
 
 def test_what_cannot_look_at_a_region_says_so(clip: ClipEncoder) -> None:
     with pytest.raises(ValueError, match="region 'beta' is not known; use one of alpha, attention, dual"):
-        clip.looking("beta", 1.0)
+        clip.with_region("beta", 1.0)
     resnet = build_clip("RN50", "random:0")
-    with pytest.raises(ValueError, match="RN50: its picture tower is ModifiedResNet"):
-        resnet.looking("attention", 1.0)
-    pictures, masks = pictures_and_masks(1)
+    with pytest.raises(ValueError, match="RN50: its image encoder is ModifiedResNet"):
+        resnet.with_region("attention", 1.0)
+    images, masks = images_and_masks(1)
     with pytest.raises(ValueError, match="focus 'alpha' needs a mask"):
-        focused_view(pictures[0], None, focus="alpha", size=SIZE, feather=0.0)
+        focused_view(images[0], None, focus="alpha", size=SIZE, feather=0.0)
     with pytest.raises(ValueError, match="region 'blur' is not known"):
-        region_view(pictures[0], masks[0], mode="blur", size=SIZE, feather=0.0)
+        region_view(images[0], masks[0], mode="blur", size=SIZE, feather=0.0)

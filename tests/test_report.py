@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medfocus import figures, report
-from medfocus.report import StudyRow
+from medfocus.reports import figures, tables
+from medfocus.reports.tables import StudyRow
 
 COLUMNS = (
     "dataset,method,focus,percent_of_train,seed,accuracy,balanced_accuracy,macro_f1,auroc,ece,"
@@ -42,14 +42,14 @@ def study() -> list[StudyRow]:
     ]  # fmt: skip
 
 
-def picture(png: bytes) -> np.ndarray:
+def image(png: bytes) -> np.ndarray:
     """PNG bytes -> (H, W, 3) uint8."""
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def test_csv_has_the_documented_columns(tmp_path: Path) -> None:
     path = tmp_path / "reports" / "study.csv"
-    report.write_study_csv([row(2 / 3, auroc=float("nan"))], path)
+    tables.write_study_csv([row(2 / 3, auroc=float("nan"))], path)
     assert path.read_text().splitlines()[0] == COLUMNS
     assert (
         path.read_text().splitlines()[1].startswith("chest,pixels,none,5,0,0.666667,0.400000,0.300000,nan,")
@@ -58,77 +58,77 @@ def test_csv_has_the_documented_columns(tmp_path: Path) -> None:
 
 def test_the_running_table_has_a_line_a_system_with_its_mean_and_interval_at_every_percent() -> None:
     rows = [row(0.5, seed=0), row(0.7, seed=1), row(0.8, percent_of_train=100.0)]
-    assert report.progress_line(rows).split() == [
+    assert tables.progress_line(rows).split() == [
         *("chest", "pixels", "5%:", "60.0", "±", "127.1", "100%:", "80.0"),  # t(0.975, 1) * 0.1 is 1.271
     ]
 
 
 def test_csv_reads_back_as_the_same_rows(tmp_path: Path) -> None:
-    report.write_study_csv(study(), tmp_path / "study.csv")
-    assert report.read_study_csv(tmp_path / "study.csv") == study()
+    tables.write_study_csv(study(), tmp_path / "study.csv")
+    assert tables.read_study_csv(tmp_path / "study.csv") == study()
 
 
 def test_equal_rows_write_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        report.write_study_csv(study(), tmp_path / name)
+        tables.write_study_csv(study(), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_table_gives_mean_and_half_width_of_the_draws_in_percent() -> None:
     # 50, 60, 70: mean 60, t(0.975, 2) * 10 / sqrt(3) = 24.84
-    assert "60.0 ± 24.8" in report.study_table(study())
-    assert "80.0 ± 24.8" in report.study_table(study())
+    assert "60.0 ± 24.8" in tables.study_table(study())
+    assert "80.0 ± 24.8" in tables.study_table(study())
 
 
 def test_table_names_systems_by_method_and_focus_and_shows_the_support_sizes() -> None:
-    lines = report.study_table(study()).splitlines()
-    assert "chest, official test set (66 pictures)" in lines[0]
+    lines = tables.study_table(study()).splitlines()
+    assert "chest, official test set (66 images)" in lines[0]
     assert "over 3 draws" in lines[0]
     assert lines[2].split() == ["percent", "of", "train", "5%", "100%"]
-    assert lines[3].split() == ["pictures", "9", "180"]
+    assert lines[3].split() == ["images", "9", "180"]
     assert [line.split("  ")[0] for line in lines[5:7]] == ["pixels", "pixels (multiply)"]
 
 
 def test_table_has_a_block_for_every_data_set_and_test_set() -> None:
     rows = [row(), row(test_set="clean", n_test=50), row(dataset="brain")]
-    text = report.study_table(rows)
+    text = tables.study_table(rows)
     assert [text.count(name) for name in ("chest, official", "chest, clean", "brain, official")] == [1, 1, 1]
     assert text.index("chest, official") < text.index("chest, clean") < text.index("brain")
 
 
 def test_a_single_draw_has_no_interval_and_a_missing_cell_no_number() -> None:
     rows = [row(0.5), row(0.6, percent_of_train=10.0), row(0.7, method="clip", percent_of_train=10.0)]
-    lines = report.study_table(rows).splitlines()
+    lines = tables.study_table(rows).splitlines()
     assert lines[0].endswith("one draw")
     assert lines[5].split() == ["pixels", "50.0", "60.0"]
     assert lines[6].split() == ["clip", "–", "70.0"]
 
 
-def test_what_needs_no_training_picture_has_its_own_column_and_says_nothing_about_the_draws() -> None:
+def test_what_needs_no_training_image_has_its_own_column_and_says_nothing_about_the_draws() -> None:
     zero_shot = row(0.4, method="zero-shot", percent_of_train=0.0, n_train=0)
-    lines = report.study_table([*study(), zero_shot]).splitlines()
-    assert lines[0].endswith("over 3 draws; at 100 % every draw has the same pictures")
+    lines = tables.study_table([*study(), zero_shot]).splitlines()
+    assert lines[0].endswith("over 3 draws; at 100 % every draw has the same images")
     assert lines[2].split()[3:] == ["0%", "5%", "100%"]
-    assert lines[3].split() == ["pictures", "0", "9", "180"]
+    assert lines[3].split() == ["images", "0", "9", "180"]
     assert lines[7].split() == ["zero-shot", "40.0", "–", "–"]
 
 
-def test_what_needs_no_training_picture_is_a_level_line_of_the_figure() -> None:
+def test_what_needs_no_training_image_is_a_level_line_of_the_figure() -> None:
     zero_shot = row(0.2, method="zero-shot", percent_of_train=0.0, n_train=0)
-    pixels = picture(report.accuracy_figure([*study(), zero_shot]))
+    pixels = image(tables.accuracy_figure([*study(), zero_shot]))
     coloured = (pixels == [0xD5, 0x5E, 0x00]).all(axis=2)  # the third system's colour
     level = coloured.sum(axis=1).argmax()
     assert np.ptp(np.flatnonzero(coloured[level])) > 0.7 * pixels.shape[1]
-    assert picture(report.accuracy_figure([zero_shot])).std() > 0  # also alone
+    assert image(tables.accuracy_figure([zero_shot])).std() > 0  # also alone
 
 
 def test_tables_show_another_metric_when_asked() -> None:
-    assert "AUROC in %" in report.study_table(study(), "auroc")
-    assert "70.0 ± 0.0" in report.study_table(study(), "auroc")
+    assert "AUROC in %" in tables.study_table(study(), "auroc")
+    assert "70.0 ± 0.0" in tables.study_table(study(), "auroc")
 
 
 def test_markdown_says_the_same_as_the_plain_table() -> None:
-    markdown = report.markdown_table(study())
+    markdown = tables.markdown_table(study())
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert rows[1] == "|---|---:|---:|"
     assert rows[3] == "| pixels | 60.0 ± 24.8 | 60.0 ± 24.8 |"
@@ -137,19 +137,19 @@ def test_markdown_says_the_same_as_the_plain_table() -> None:
 
 def test_a_study_without_rows_is_one_clear_error() -> None:
     with pytest.raises(ValueError, match="the study has no row; evaluate at least one cell"):
-        report.study_table([])
+        tables.study_table([])
 
 
 def test_accuracy_figure_is_the_same_bytes_every_time_and_changes_with_the_data() -> None:
-    png = report.accuracy_figure(study())
-    assert png == report.accuracy_figure(study())
-    assert png != report.accuracy_figure([replace(r, accuracy=r.accuracy / 2) for r in study()])
+    png = tables.accuracy_figure(study())
+    assert png == tables.accuracy_figure(study())
+    assert png != tables.accuracy_figure([replace(r, accuracy=r.accuracy / 2) for r in study()])
 
 
 def test_accuracy_figure_grows_by_a_panel_for_every_data_set() -> None:
-    one = picture(report.accuracy_figure(study()))
-    two = picture(report.accuracy_figure([*study(), *(replace(r, dataset="brain") for r in study())]))
-    four = picture(report.accuracy_figure([replace(r, dataset=d) for d in "abcd" for r in study()]))
+    one = image(tables.accuracy_figure(study()))
+    two = image(tables.accuracy_figure([*study(), *(replace(r, dataset="brain") for r in study())]))
+    four = image(tables.accuracy_figure([replace(r, dataset=d) for d in "abcd" for r in study()]))
     assert one.shape[1] < two.shape[1] < four.shape[1]
     assert four.shape[0] > 1.5 * two.shape[0]
 
@@ -158,25 +158,25 @@ def test_accuracy_figure_takes_single_draws_and_more_systems_than_colours() -> N
     rows = [
         row(0.5 + i / 40, method=f"method-{i}", percent_of_train=p) for i in range(12) for p in (5.0, 50.0)
     ]
-    assert picture(report.accuracy_figure(rows)).std() > 0
+    assert image(tables.accuracy_figure(rows)).std() > 0
 
 
 def test_figures_carry_no_time_and_no_version() -> None:
-    for png in (report.accuracy_figure(study()), figures.confusion_figure(np.eye(2, dtype=int), ["a", "b"])):
+    for png in (tables.accuracy_figure(study()), figures.confusion_figure(np.eye(2, dtype=int), ["a", "b"])):
         with Image.open(io.BytesIO(png)) as image:
             assert "Software" not in image.info
             assert not any("time" in key.lower() or "date" in key.lower() for key in map(str, image.info))
 
 
 def test_figures_leave_no_trace_in_pyplot() -> None:
-    report.accuracy_figure(study())
+    tables.accuracy_figure(study())
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
 
 
 def test_confusion_figure_colours_by_the_share_of_the_true_class() -> None:
     # 1 of 1 right is as dark as 100 of 100 right; the two off-diagonal cells are as light.
-    pixels = picture(figures.confusion_figure(np.array([[1, 0], [0, 100]]), ["a", "b"]))
+    pixels = image(figures.confusion_figure(np.array([[1, 0], [0, 100]]), ["a", "b"]))
     dark = (pixels == [8, 48, 107]).all(axis=2)  # the end of matplotlib's Blues
     light = (pixels == [247, 251, 255]).all(axis=2)  # and its start
     assert abs(dark.sum() - light.sum()) < 0.05 * dark.sum()
@@ -188,12 +188,12 @@ def test_confusion_figure_refuses_counts_of_another_shape() -> None:
         figures.confusion_figure(np.eye(2, dtype=int), ["a", "b", "c"])
 
 
-def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_picture() -> None:
+def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_image() -> None:
     grey = np.full((120, 160, 3), 90, dtype=np.uint8)
     region = np.zeros((120, 160), dtype=bool)
     region[30:90, 40:120] = True
-    bare = picture(figures.mask_sheet([grey], [np.zeros_like(region)], ["covid"]))
-    drawn = picture(figures.mask_sheet([grey], [region], ["covid"]))
+    bare = image(figures.mask_sheet([grey], [np.zeros_like(region)], ["covid"]))
+    drawn = image(figures.mask_sheet([grey], [region], ["covid"]))
     changed = (bare != drawn).any(axis=2)
     orange = (drawn == figures._CONTOUR).all(axis=2)
     assert np.array_equal(changed, orange)
@@ -201,20 +201,18 @@ def test_mask_sheet_draws_the_contour_and_leaves_the_rest_of_the_picture() -> No
     assert orange.sum() == pytest.approx(4 * (80 + 60) * 176 / 160, rel=0.05)
 
 
-def test_mask_sheet_takes_pictures_of_any_sizes() -> None:
-    pictures = [np.zeros((h, w, 3), dtype=np.uint8) for h, w in ((10, 300), (300, 10), (7, 7))]
-    sheet = figures.mask_sheet(
-        pictures, [np.ones(p.shape[:2], dtype=bool) for p in pictures], ["a", "b", "c"]
-    )
+def test_mask_sheet_takes_images_of_any_sizes() -> None:
+    images = [np.zeros((h, w, 3), dtype=np.uint8) for h, w in ((10, 300), (300, 10), (7, 7))]
+    sheet = figures.mask_sheet(images, [np.ones(p.shape[:2], dtype=bool) for p in images], ["a", "b", "c"])
     assert sheet == figures.mask_sheet(
-        pictures, [np.ones(p.shape[:2], dtype=bool) for p in pictures], ["a", "b", "c"]
+        images, [np.ones(p.shape[:2], dtype=bool) for p in images], ["a", "b", "c"]
     )
-    assert picture(sheet).shape[1] > 3 * 176
+    assert image(sheet).shape[1] > 3 * 176
 
 
 def test_report_and_tracking_import_neither_torch_nor_mlflow() -> None:
     code = (
-        "import sys, medfocus.report, medfocus.tracking; "
+        "import sys, medfocus.reports.tables, medfocus.tracking.runs; "
         "print('torch' in sys.modules, 'mlflow' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -223,20 +221,20 @@ def test_report_and_tracking_import_neither_torch_nor_mlflow() -> None:
 
 def test_what_a_focus_adds_is_paired_by_draw() -> None:
     """Draws differ by far more than the focus adds; paired, its interval has no width."""
-    gain = report.gain(study(), "accuracy", "pixels", "multiply", 5.0)
+    gain = tables.gain(study(), "accuracy", "pixels", "multiply", 5.0)
     assert gain is not None and gain.draws == 3
     assert (gain.mean, gain.half_width) == pytest.approx((20, 0), abs=1e-6)
     unpaired = [r for r in study() if not (r.focus == "multiply" and r.seed == 1)]
-    gain = report.gain(unpaired, "accuracy", "pixels", "multiply", 5.0)
+    gain = tables.gain(unpaired, "accuracy", "pixels", "multiply", 5.0)
     assert gain is not None and gain.draws == 2
-    assert report.gain(study(), "accuracy", "pixels", "blur", 5.0) is None
+    assert tables.gain(study(), "accuracy", "pixels", "blur", 5.0) is None
 
 
 def test_the_table_says_what_a_focus_adds_with_its_sign() -> None:
-    lines = report.study_table(study()).splitlines()
+    lines = tables.study_table(study()).splitlines()
     assert lines[-1].split() == ["pixels:", "multiply", "-", "none", "+20.0", "±", "0.0", "+20.0", "±", "0.0"]
     worse = [replace(r, accuracy=r.accuracy - 0.3) if r.focus == "multiply" else r for r in study()]
-    assert "-10.0 ± 0.0" in report.markdown_table(worse)
+    assert "-10.0 ± 0.0" in tables.markdown_table(worse)
 
 
 FOCUS = {0: 80.0, 1: 82.0, 2: 81.0}  # draw -> accuracy in %
@@ -248,52 +246,52 @@ def lower(by: float) -> dict[int, float]:
 
 
 def test_where_every_control_is_below_the_focus_the_region_carries_it() -> None:
-    said = report.verdict(FOCUS, {"shuffled": lower(40), "inverse": lower(20)}, {})
+    said = tables.verdict(FOCUS, {"shuffled": lower(40), "inverse": lower(20)}, {})
     assert said == (
         "every control is below the focus (inverse -20.1 ± 0.2, shuffled -40.1 ± 0.2): the region carries it"
     )
 
 
 def test_where_the_background_alone_is_not_below_the_focus_the_data_set_is_confounded() -> None:
-    said = report.verdict(FOCUS, {"inverse": {0: 81.0, 1: 81.0, 2: 80.0}, "shuffled": lower(40)}, {})
+    said = tables.verdict(FOCUS, {"inverse": {0: 81.0, 1: 81.0, 2: 80.0}, "shuffled": lower(40)}, {})
     assert said == (
         "background alone is not significantly below the focus (-0.3 ± 2.9): take the data set as confounded"
     )
 
 
 def test_every_control_that_is_not_below_the_focus_is_named() -> None:
-    said = report.verdict(FOCUS, {"shuffled": FOCUS, "center-box": FOCUS, "inverse": lower(-5)}, {})
+    said = tables.verdict(FOCUS, {"shuffled": FOCUS, "center-box": FOCUS, "inverse": lower(-5)}, {})
     assert said is not None and said.split("; ") == [
         "background alone is not significantly below the focus (+4.9 ± 0.2): take the data set as confounded",
-        "another picture's mask is not significantly below the focus (+0.0 ± 0.0): "
+        "another image's mask is not significantly below the focus (+0.0 ± 0.0): "
         "the mask's content is not what helps",
         "the centre box is not significantly below the focus (+0.0 ± 0.0): no mask had to be found",
     ]
 
 
 def test_two_draws_that_differ_cannot_put_a_control_below_the_focus_and_the_verdict_shows_why() -> None:
-    said = report.verdict({0: 80.0, 1: 80.0}, {"inverse": {0: 30.0, 1: 50.0}}, {})
+    said = tables.verdict({0: 80.0, 1: 80.0}, {"inverse": {0: 30.0, 1: 50.0}}, {})
     assert said is not None and "(-40.0 ± 127.1): take the data set as confounded" in said
 
 
 def test_the_verdict_is_paired_by_draw() -> None:
     """The draws differ by far more than the control loses."""
     focus = {0: 30.0, 1: 60.0, 2: 90.0}
-    said = report.verdict(focus, {"inverse": {2: 85.0, 0: 25.1, 1: 55.0, 7: 99.0}}, {})
+    said = tables.verdict(focus, {"inverse": {2: 85.0, 0: 25.1, 1: 55.0, 7: 99.0}}, {})
     assert said == "every control is below the focus (inverse -5.0 ± 0.1): the region carries it"
 
 
-def test_a_focus_that_loses_to_the_whole_picture_is_told_so() -> None:
-    said = report.verdict(FOCUS, {"inverse": lower(20)}, lower(-6))
+def test_a_focus_that_loses_to_the_whole_image_is_told_so() -> None:
+    said = tables.verdict(FOCUS, {"inverse": lower(20)}, lower(-6))
     assert said is not None and said.endswith(
-        "the region carries it; the whole picture is above the focus (+5.9 ± 0.2)"
+        "the region carries it; the whole image is above the focus (+5.9 ± 0.2)"
     )
 
 
 def test_without_a_control_in_two_draws_there_is_no_verdict() -> None:
-    assert report.verdict(FOCUS, {}, FOCUS) is None
-    assert report.verdict(FOCUS, {"inverse": {0: 10.0}}, FOCUS) is None
-    assert report.verdict({}, {"inverse": FOCUS}, FOCUS) is None
+    assert tables.verdict(FOCUS, {}, FOCUS) is None
+    assert tables.verdict(FOCUS, {"inverse": {0: 10.0}}, FOCUS) is None
+    assert tables.verdict({}, {"inverse": FOCUS}, FOCUS) is None
 
 
 def controlled(**losses: float) -> list[StudyRow]:
@@ -312,9 +310,9 @@ def test_the_tables_end_with_the_verdict_on_the_controls() -> None:
         "Controls of pixels (multiply), accuracy at 5 % of train, 3 draws: every control is below the focus "
         "(inverse -31.0 ± 2.5, shuffled -41.0 ± 2.5): the region carries it."
     )
-    assert report.study_table(rows).splitlines()[-2:] == ["", said]
-    assert report.markdown_table(rows).splitlines()[-2:] == ["", said]
-    assert "confounded" in report.study_table(controlled(inverse=-0.01, shuffled=0.4))
+    assert tables.study_table(rows).splitlines()[-2:] == ["", said]
+    assert tables.markdown_table(rows).splitlines()[-2:] == ["", said]
+    assert "confounded" in tables.study_table(controlled(inverse=-0.01, shuffled=0.4))
 
 
 def test_the_verdict_takes_each_draw_once_over_the_percents_and_leaves_out_100() -> None:
@@ -322,21 +320,21 @@ def test_the_verdict_takes_each_draw_once_over_the_percents_and_leaves_out_100()
     ten = [replace(r, percent_of_train=10.0, accuracy=r.accuracy - (r.focus != "multiply") * 0.1)
            for r in rows if r.percent_of_train == 5]  # fmt: skip
     full = [replace(r, accuracy=0.9) if r.percent_of_train == 100 else r for r in rows]
-    text = report.study_table(full + ten)
+    text = tables.study_table(full + ten)
     assert (
         "accuracy at 5 to 10 % of train, 3 draws: every control is below the focus (center-box -26.0" in text
     )
 
 
 def test_without_controls_or_with_one_draw_the_tables_have_no_verdict() -> None:
-    assert "Controls" not in report.study_table(study())
+    assert "Controls" not in tables.study_table(study())
     one = [r for r in controlled(inverse=0.3) if r.seed == 0]
-    assert "Controls" not in report.study_table(one)
-    assert "Controls" not in report.study_table([r for r in one if r.focus != "multiply"])
+    assert "Controls" not in tables.study_table(one)
+    assert "Controls" not in tables.study_table([r for r in one if r.focus != "multiply"])
 
 
 def test_the_verdict_knows_every_control() -> None:
-    from flows.cells import CONTROLS
+    from flows.study.cells import CONTROLS
 
-    assert set(report._FINDINGS) == set(CONTROLS)
-    assert report._CONTROLLED in {control.mode for control in CONTROLS.values()}
+    assert set(tables._FINDINGS) == set(CONTROLS)
+    assert tables._CONTROLLED in {control.mode for control in CONTROLS.values()}

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from flows import masks, rollback
+from flows import rollback
 from flows.retrain import retrain
+from flows.stages import masks
 from medfocus import phantoms
 from medfocus.masks.store import Cached, cache_masks
 
@@ -30,7 +31,7 @@ def prefect_server() -> Iterator[None]:
 
 
 def arrive(folder: Path, first: int, count: int, invert: bool = False, labels: Any = None) -> None:
-    """So many more pictures of each class, for training and for the test."""
+    """So many more images of each class, for training and for the test."""
     for split in ("train", "test"):
         for label in labels or phantoms.MODALITIES["breast_ultrasound"]:
             target = folder / split / label
@@ -39,20 +40,20 @@ def arrive(folder: Path, first: int, count: int, invert: bool = False, labels: A
             for number in range(first, first + count):
                 seed = 5 if drawn_as == label else 6
                 rng = phantoms.generator(seed, "breast_ultrasound", split, drawn_as, number)
-                picture = phantoms.draw("breast_ultrasound", drawn_as, rng, 96).picture
-                Image.fromarray(255 - picture if invert else picture).save(target / f"{number}.png")
+                image = phantoms.draw("breast_ultrasound", drawn_as, rng, 96).image
+                Image.fromarray(255 - image if invert else image).save(target / f"{number}.png")
 
 
 @pytest.fixture
 def clinic(project: Path) -> Path:
-    """A project whose pictures arrive in a folder; that folder."""
+    """A project whose images arrive in a folder; that folder."""
     folder = project / "incoming"
     content = yaml.safe_load((project / "params.yaml").read_text())
     content["datasets"]["phantom-breast"]["root"] = "incoming"
     content["phantoms"] = {}
     content["study"] |= {"methods": {"pixels": ["none"]}, "percents": [100], "seeds": [0]}
     content["validation"] |= {"methods": ["pixels"]}
-    content["gate"] |= {"pictures": 5}
+    content["gate"] |= {"images": 5}
     (project / "params.yaml").write_text(yaml.safe_dump(content))
     arrive(folder, 0, 6)
     return folder
@@ -72,7 +73,7 @@ def champion() -> int:
     return int(client().get_model_version_by_alias(NAME, "champion").version)
 
 
-def test_new_pictures_are_taken_in_and_the_champion_changes_only_by_the_gate(
+def test_new_images_are_taken_in_and_the_champion_changes_only_by_the_gate(
     clinic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     segmented: list[int] = []
@@ -110,7 +111,7 @@ def test_new_pictures_are_taken_in_and_the_champion_changes_only_by_the_gate(
     (held,) = retrain()
     assert "it was rolled back on" in held.reason and champion() == 1
 
-    # Other pictures than before: trained, registered, not promoted.
+    # Other images than before: trained, registered, not promoted.
     arrive(clinic, 12, 8, invert=True)
     (drifted,) = retrain()
     assert drifted.version == "3" and drifted.alias is None

@@ -12,19 +12,20 @@ import torch
 import yaml
 from torch import Tensor
 
-from flows.study import Study
-from medfocus.encoders import build_clip
-from medfocus.masks.choose import Limits
-from medfocus.masks.informed.retrieved import (
-    RetrievedSegmenter,
+from flows.study import models
+from flows.study.params import DatasetParams, load_params
+from flows.study.study import Study
+from medfocus.clip.encoder import build_clip
+from medfocus.datasets.records import Record, write_manifest
+from medfocus.masks.candidates import Limits
+from medfocus.masks.sam2.retrieval import (
+    RetrievalSegmenter,
     TextRank,
     crop,
     distinct,
     retrieve,
 )
-from medfocus.masks.sam2 import Prompts, Sam2Segmenter, build_segmenter
-from medfocus.params import DatasetParams, load_params
-from medfocus.records import Record, write_manifest
+from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, build_segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits(min_area=0.01, max_area=0.70, min_iou=0.7, min_stability=0.85)
@@ -40,11 +41,11 @@ LEFT, RIGHT, SMALL = disc(0.5, 0.28, 0.18), disc(0.5, 0.72, 0.18), disc(0.15, 0.
 
 
 def painted() -> np.ndarray:
-    """A picture (64, 64, 3) uint8 whose left, right and small disc are of brightness 60, 120 and 240."""
-    picture = np.full((64, 64, 3), 10, dtype=np.uint8)
+    """An image (64, 64, 3) uint8 whose left, right and small disc are of brightness 60, 120 and 240."""
+    image = np.full((64, 64, 3), 10, dtype=np.uint8)
     for region, tone in ((LEFT, 60), (RIGHT, 120), (SMALL, 240)):
-        picture[region.repeat(2, 0).repeat(2, 1)] = tone
-    return picture
+        image[region.repeat(2, 0).repeat(2, 1)] = tone
+    return image
 
 
 class Tone:
@@ -54,9 +55,9 @@ class Tone:
         self.tone, self.key = tone, f"tone {tone}"
         self.shown: list[np.ndarray] = []
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        self.shown += pictures
-        return np.array([-abs(int(picture.max()) - self.tone) for picture in pictures], dtype=float)
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        self.shown += images
+        return np.array([-abs(int(image.max()) - self.tone) for image in images], dtype=float)
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +84,14 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize(("tone", "region"), [(60, LEFT), (120, RIGHT), (240, SMALL)])
 def test_the_proposal_that_the_rank_likes_is_the_mask(tone: int, region: np.ndarray) -> None:
     rank = Tone(tone)
-    (mask,) = RetrievedSegmenter(proposing(LEFT, RIGHT, SMALL), rank).segment([painted()])
+    (mask,) = RetrievalSegmenter(proposing(LEFT, RIGHT, SMALL), rank).segment([painted()])
     assert mask.status == "chosen"
     assert agreement(mask.region, region.repeat(2, 0).repeat(2, 1)) > 0.9
     assert len(rank.shown) == 3
 
 
 def test_the_best_two_are_united_where_two_are_to_be_kept() -> None:
-    segmenter = RetrievedSegmenter(proposing(LEFT, RIGHT, SMALL, keep=2), Tone(90))
+    segmenter = RetrievalSegmenter(proposing(LEFT, RIGHT, SMALL, keep=2), Tone(90))
     (mask,) = segmenter.segment([painted()])
     assert agreement(mask.region, (LEFT | RIGHT).repeat(2, 0).repeat(2, 1)) > 0.9
 
@@ -103,7 +104,7 @@ def test_the_ladder_is_sam2s() -> None:
         ((nothing, flood), 0.9, "identity"),
     ):
         rank = Tone(10)  # the background: the flood would win if it were shown
-        (mask,) = RetrievedSegmenter(proposing(*regions, iou=iou), rank).segment([painted()])
+        (mask,) = RetrievalSegmenter(proposing(*regions, iou=iou), rank).segment([painted()])
         assert mask.status == status
         assert all(shown.shape[0] < 64 for shown in rank.shown)
         assert (mask.score == 0) == (status == "identity")
@@ -112,7 +113,7 @@ def test_the_ladder_is_sam2s() -> None:
 def test_the_score_of_a_mask_is_sam2s_own() -> None:
     plain = proposing(LEFT)
     (own,) = plain.segment([painted()])
-    (retrieved,) = RetrievedSegmenter(plain, Tone(0)).segment([painted()])
+    (retrieved,) = RetrievalSegmenter(plain, Tone(0)).segment([painted()])
     assert retrieved.score == pytest.approx(own.score)
     assert np.array_equal(retrieved.region, own.region)
 
@@ -125,7 +126,7 @@ def test_one_region_is_shown_once_however_many_points_found_it() -> None:
     assert list(scores) == sorted(scores, reverse=True)
 
 
-def test_what_overlaps_the_best_or_overfills_the_picture_is_not_united() -> None:
+def test_what_overlaps_the_best_or_overfills_the_image_is_not_united() -> None:
     whole, part, far, large = disc(0.5, 0.3, 0.2), disc(0.5, 0.35, 0.1), SMALL, disc(0.6, 0.75, 0.24)
     regions = np.stack([whole, part, far, large])
     liking = np.array([4.0, 3.0, 1.0, 2.0])
@@ -136,35 +137,35 @@ def test_what_overlaps_the_best_or_overfills_the_picture_is_not_united() -> None
 
 
 def test_a_crop_is_the_regions_box_and_black_outside_of_the_region() -> None:
-    picture = np.random.default_rng(0).integers(1, 255, (60, 80, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(1, 255, (60, 80, 3), dtype=np.uint8)
     region = np.zeros((6, 8), dtype=bool)
     region[1:3, 2:5] = True
     region[1, 2] = False
-    shown = crop(picture, region)
-    expected = picture[10:30, 20:50].copy()
+    shown = crop(image, region)
+    expected = image[10:30, 20:50].copy()
     expected[:10, :10] = 0
     assert np.array_equal(shown, expected)
-    assert crop(picture, np.zeros((6, 8), dtype=bool)) is picture
+    assert crop(image, np.zeros((6, 8), dtype=bool)) is image
 
 
 def test_a_rank_that_owes_a_score_is_refused() -> None:
     class Lazy(Tone):
-        def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
             return np.zeros(1)
 
     with pytest.raises(ValueError, match=r"the rank gave scores \(1,\) for 2 crops; it owes one a crop"):
-        RetrievedSegmenter(proposing(LEFT, RIGHT), Lazy(0)).segment([painted()])
+        RetrievalSegmenter(proposing(LEFT, RIGHT), Lazy(0)).segment([painted()])
 
 
 def test_only_a_grid_proposes() -> None:
     boxed = build_segmenter("pocket", "random:0", 128, "box")
     with pytest.raises(ValueError, match="proposals come from the strategy 'box'; build that segmenter with"):
-        RetrievedSegmenter(boxed, Tone(0))
+        RetrievalSegmenter(boxed, Tone(0))
 
 
 def test_the_key_tells_ranks_and_proposals_apart_and_the_features_key_neither(pocket: Sam2Segmenter) -> None:
     other = build_segmenter("pocket", "random:0", 128, "grid", points_per_side=3, min_iou=0.1)
-    made = [RetrievedSegmenter(p, Tone(t)) for p, t in ((pocket, 1), (pocket, 2), (other, 1), (pocket, 1))]
+    made = [RetrievalSegmenter(p, Tone(t)) for p, t in ((pocket, 1), (pocket, 2), (other, 1), (pocket, 1))]
     keys = [segmenter.key for segmenter in made]
     assert len({*keys, pocket.key, other.key}) == 5
     assert keys[0] == keys[3]
@@ -173,7 +174,7 @@ def test_the_key_tells_ranks_and_proposals_apart_and_the_features_key_neither(po
 
 
 class Halves:
-    """Towers of two dimensions: how bright a picture is and how dark; texts "bright" and "dark"."""
+    """Towers of two dimensions: how bright an image is and how dark; texts "bright" and "dark"."""
 
     key = "halves"
     image_size = 8
@@ -192,7 +193,7 @@ class Halves:
 
 def test_a_text_retrieves_what_it_says() -> None:
     for text, region in (("bright", SMALL), ("dark", LEFT)):
-        segmenter = RetrievedSegmenter(proposing(LEFT, RIGHT, SMALL), TextRank.of(Halves(), [text]))
+        segmenter = RetrievalSegmenter(proposing(LEFT, RIGHT, SMALL), TextRank.of(Halves(), [text]))
         (mask,) = segmenter.segment([painted()])
         assert agreement(mask.region, region.repeat(2, 0).repeat(2, 1)) > 0.9
 
@@ -224,7 +225,7 @@ def test_a_text_that_names_a_class_is_refused(tmp_path: Path, text: str) -> None
     with pytest.raises(
         ValueError, match=r"masks\.anatomy\.breast_ultrasound has the text .* names the class"
     ):
-        named.segmenter("scans")
+        models.build_segmenter(named, "scans")
 
 
 def test_a_class_that_only_the_manifest_names_is_refused_too(tmp_path: Path) -> None:
@@ -232,24 +233,24 @@ def test_a_class_that_only_the_manifest_names_is_refused_too(tmp_path: Path) -> 
     (tmp_path / "data" / "manifests").mkdir(parents=True)
     write_manifest([record], tmp_path / "data" / "manifests" / "scans.csv")
     with pytest.raises(ValueError, match="has the text 'a simple cyst', which names the class 'simple_cyst'"):
-        study(tmp_path, {"breast_ultrasound": ["a simple cyst"]}).segmenter("scans")
-    assert study(tmp_path, {"breast_ultrasound": ["a cyst"]}).anatomy("scans") == ("a cyst",)
+        models.build_segmenter(study(tmp_path, {"breast_ultrasound": ["a simple cyst"]}), "scans")
+    assert models.anatomy_texts(study(tmp_path, {"breast_ultrasound": ["a cyst"]}), "scans") == ("a cyst",)
 
 
 def test_a_modality_without_a_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"masks\.anatomy has no text for breast_ultrasound, the modality of"
     ):
-        study(tmp_path, {"chest_xray": ["the lungs"]}).segmenter("scans")
+        models.build_segmenter(study(tmp_path, {"chest_xray": ["the lungs"]}), "scans")
 
 
 def test_a_study_ranks_by_its_own_clip(tmp_path: Path) -> None:
     named = study(tmp_path, {"breast_ultrasound": ["a lesion"]})
-    segmenter = named.segmenter("scans")
-    assert isinstance(segmenter, RetrievedSegmenter)
+    segmenter = models.build_segmenter(named, "scans")
+    assert isinstance(segmenter, RetrievalSegmenter)
     clip = build_clip("pocket", "pocket")
     assert segmenter.rank.key == TextRank.of(clip, ["a lesion"]).key
-    assert segmenter.features_key == named.sam2("scans").features_key
+    assert segmenter.features_key == models.build_sam2(named, "scans").features_key
     (mask,) = segmenter.segment([painted()])
     assert mask.region.shape == (64, 64)
     assert mask.status in ("chosen", "relaxed")

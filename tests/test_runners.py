@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import finetune, masks
-from flows.runners import by_shards
-from flows.stages import reproduce
-from medfocus.params import ScaleParams
-from medfocus.shards import Shards
+from flows.stages import finetune, masks
+from flows.stages.dvc import reproduce
+from flows.study.params import ScaleParams
+from flows.study.runners import by_shards
+from medfocus.storage.shards import Shards
 
 STAGES = ("phantoms@breast_ultrasound", *(f"{s}@phantom-breast" for s in ("ingest", "duplicates", "splits")))
 
@@ -49,13 +49,13 @@ def test_masks_features_and_checkpoints_are_the_same_bytes_by_threads_processes_
     content["views"] |= {"batch_size": 8}
     content["report"] |= {"baseline": "medfocusclip"}
     made: dict[str, dict[str, bytes]] = {}
-    for runner, workers, pictures in (
+    for runner, workers, images in (
         ("here", 1, 500),
         ("threads", 2, 7),
         ("processes", 2, 11),
     ):
         shared = tmp_path / f"shared-{runner}"
-        content["scale"] |= {"runner": runner, "workers": workers, "pictures": pictures, "cache": str(shared)}
+        content["scale"] |= {"runner": runner, "workers": workers, "images": images, "cache": str(shared)}
         (project / "params.yaml").write_text(yaml.safe_dump(content))
         if runner == "here":
             for stage in STAGES:
@@ -92,7 +92,7 @@ def fails(job: tuple[Path, int]) -> int:
     return 10
 
 
-SCALE = ScaleParams(runner="processes", workers=2, pictures=10, address=None, cache=None)
+SCALE = ScaleParams(runner="processes", workers=2, images=10, address=None, cache=None)
 
 
 @pytest.mark.parametrize("runner", ["processes", "dask"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,24 @@ from PIL import Image
 from scipy.special import erf
 from torch import Tensor
 
-import medfocus
-from flows import masks as stage
-from flows.study import ADAPTER, find_home, here
-from medfocus import images
-from medfocus.masks.informed import adapter
-from medfocus.masks.informed.adapter import (
+from flows.stages import masks as stage
+from flows.study import models
+from flows.study.study import find_home, here
+from medfocus.datasets.records import Record, write_manifest
+from medfocus.datasets.splits import Splits, write_splits
+from medfocus.masks.quality import iou, known_region
+from medfocus.masks.sam2 import adapter
+from medfocus.masks.sam2.adapter import (
     Adapters,
     AdapterSegmenter,
     adapted,
     high_frequencies,
     outline_loss,
     train_adapter,
-    whole_picture,
+    whole_image,
 )
-from medfocus.masks.informed.key import informed_key
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
-from medfocus.masks.segmenter import code_digest
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.masks.store import PublishedMasks
-from medfocus.quality import iou, known_region
-from medfocus.records import Record, write_manifest
-from medfocus.splits import Splits, write_splits
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHING: dict[str, Any] = {"batch_size": 4, "lr": 1e-3, "weight_decay": 0.01, "reduction": 4, "seed": 0}
@@ -61,8 +57,8 @@ def two_discs(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     side = rng.permutation([0.27, 0.73])
     bright = np.hypot(rows - rng.uniform(0.3, 0.7), columns - side[0]) < rng.uniform(0.14, 0.2)
     dark = np.hypot(rows - rng.uniform(0.3, 0.7), columns - side[1]) < rng.uniform(0.14, 0.2)
-    picture = 110 + 90 * bright - 70 * dark + rng.normal(0, 8, (size, size))
-    return picture.clip(0, 255).astype(np.uint8)[:, :, None].repeat(3, 2), dark
+    image = 110 + 90 * bright - 70 * dark + rng.normal(0, 8, (size, size))
+    return image.clip(0, 255).astype(np.uint8)[:, :, None].repeat(3, 2), dark
 
 
 def untaught(plain: Sam2Segmenter) -> dict[str, Tensor]:
@@ -73,7 +69,7 @@ def untaught(plain: Sam2Segmenter) -> dict[str, Tensor]:
 
 def mean_iou(segmenter: AdapterSegmenter) -> float:
     pairs = [two_discs(seed) for seed in range(100, 112)]
-    masks = segmenter.segment([picture for picture, _ in pairs])
+    masks = segmenter.segment([image for image, _ in pairs])
     return float(np.mean([iou(mask.region, region) for mask, (_, region) in zip(masks, pairs, strict=True)]))
 
 
@@ -97,7 +93,7 @@ def test_only_adapters_and_decoder_have_gradients(plain: Sam2Segmenter) -> None:
     with torch.no_grad():
         for up in model.image_encoder.trunk.adapters.up:
             up.weight.fill_(0.01)  # at 0 nothing behind it would have one yet
-    logits, predicted = whole_picture(model, torch.randn(2, 3, 128, 128))
+    logits, predicted = whole_image(model, torch.randn(2, 3, 128, 128))
     outline_loss(logits, predicted, torch.rand(2, 128, 128)).backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     allowed = ("image_encoder.trunk.adapters.", "sam_mask_decoder.")
@@ -166,12 +162,12 @@ def test_teaching_leaves_sam2_as_it_was_and_repeats_itself(plain: Sam2Segmenter)
 
 
 def test_what_cannot_be_taught_is_refused(plain: Sam2Segmenter) -> None:
-    picture, region = two_discs(0)
+    image, region = two_discs(0)
     for pairs, settings, message in (
-        ([], {}, "adapter: no picture has a known region; put some under masks/ beside the pictures"),
-        ([(picture, region & False)], {}, r"of a picture of \(96, 96\) is empty; .* blank masks can tell"),
-        ([(picture, region[:5])], {}, r"region of a picture of \(96, 96\) is of \(5, 96\); give a region"),
-        ([(picture, region)], {"lr": 0, "steps": 0}, "adapter: steps is 0, lr is 0; use numbers above 0"),
+        ([], {}, "adapter: no image has a known region; put some under masks/ beside the images"),
+        ([(image, region & False)], {}, r"of an image of \(96, 96\) is empty; .* blank masks can tell"),
+        ([(image, region[:5])], {}, r"region of an image of \(96, 96\) is of \(5, 96\); give a region"),
+        ([(image, region)], {"lr": 0, "steps": 0}, "adapter: steps is 0, lr is 0; use numbers above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             train_adapter(pairs, plain, **{"steps": 1, **TEACHING, **settings})
@@ -180,39 +176,39 @@ def test_what_cannot_be_taught_is_refused(plain: Sam2Segmenter) -> None:
 # --- the segmenter
 
 
-def test_every_picture_gets_one_sound_mask(plain: Sam2Segmenter, state: dict[str, Tensor]) -> None:
+def test_every_image_gets_one_sound_mask(plain: Sam2Segmenter, state: dict[str, Tensor]) -> None:
     rng = np.random.default_rng(0)
     shapes = [(8, 8), (1, 1), (200, 20), (33, 47), (64, 64)]
-    pictures = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in shapes]
-    pictures.append(np.full((50, 40, 3), 90, dtype=np.uint8))
-    masks = AdapterSegmenter(plain, state).segment(pictures)
-    for mask, picture in zip(masks, pictures, strict=True):
-        assert mask.region.shape == picture.shape[:2]
+    images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in shapes]
+    images.append(np.full((50, 40, 3), 90, dtype=np.uint8))
+    masks = AdapterSegmenter(plain, state).segment(images)
+    for mask, image in zip(masks, images, strict=True):
+        assert mask.region.shape == image.shape[:2]
         assert mask.region.any()
         assert (mask.status == "identity") == (mask.score == 0)
 
 
-def test_a_mask_does_not_depend_on_the_pictures_beside_it(
+def test_a_mask_does_not_depend_on_the_images_beside_it(
     plain: Sam2Segmenter, state: dict[str, Tensor]
 ) -> None:
-    pictures = [two_discs(seed)[0] for seed in range(5)]
+    images = [two_discs(seed)[0] for seed in range(5)]
     segmenter = AdapterSegmenter(plain, state)
-    for a, b in zip(segmenter.segment(pictures), segmenter.segment(pictures[::-1])[::-1], strict=True):
+    for a, b in zip(segmenter.segment(images), segmenter.segment(images[::-1])[::-1], strict=True):
         assert (a.region != b.region).mean() < 0.001
 
 
 def test_the_ladder_goes_on_to_the_box_of_sam2_as_it_was(
     plain: Sam2Segmenter, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    segmenter, (picture, dark) = AdapterSegmenter(plain, state), two_discs(0, 128)
+    segmenter, (image, dark) = AdapterSegmenter(plain, state), two_discs(0, 128)
     small = torch.from_numpy(dark[2::4, 2::4].copy())
 
     def answering(logits: Tensor, quality: float) -> str:
         def scripted(model: object, pixels: Tensor) -> tuple[Tensor, Tensor]:
             return logits.expand(len(pixels), -1, -1), torch.full((len(pixels),), quality)
 
-        monkeypatch.setattr(adapter, "whole_picture", scripted)
-        (mask,) = segmenter.segment([picture])
+        monkeypatch.setattr(adapter, "whole_image", scripted)
+        (mask,) = segmenter.segment([image])
         if mask.status in ("chosen", "relaxed"):
             assert iou(mask.region, dark) > 0.9
         return mask.status
@@ -220,7 +216,7 @@ def test_the_ladder_goes_on_to_the_box_of_sam2_as_it_was(
     good = torch.where(small, 8.0, -8.0)
     assert answering(good, 0.9) == "chosen"
     assert answering(good, 0.3) == "relaxed"
-    (boxed,) = build_segmenter("pocket", "pocket", 128, "box").segment([picture])
+    (boxed,) = build_segmenter("pocket", "pocket", 128, "box").segment([image])
     for bad in (torch.full_like(good, -8.0), torch.full_like(good, 8.0), good * float("nan")):
         expected = "identity" if boxed.status == "identity" else "box"
         assert answering(bad, 0.9) == expected
@@ -236,8 +232,8 @@ def test_the_key_changes_with_the_taught_weights_and_the_features_key_never(
     assert AdapterSegmenter(plain, dict(state)).key == made[0].key
     assert {segmenter.features_key for segmenter in made} == {plain.features_key}
     assert all(torch.equal(made[0].state[name], value) for name, value in state.items())
-    picture = two_discs(0)[0]
-    assert torch.equal(made[0].describe([picture], 2), plain.describe([picture], 2))
+    image = two_discs(0)[0]
+    assert torch.equal(made[0].describe([image], 2), plain.describe([image], 2))
 
 
 def test_a_state_of_another_sam2_is_refused(plain: Sam2Segmenter, state: dict[str, Tensor]) -> None:
@@ -249,25 +245,12 @@ def test_a_state_of_another_sam2_is_refused(plain: Sam2Segmenter, state: dict[st
         AdapterSegmenter(plain, narrow)
 
 
-def test_this_code_is_no_part_of_the_other_strategies_keys(tmp_path: Path) -> None:
-    package = Path(medfocus.__file__).parent
-    shutil.copytree(package / "masks", tmp_path / "masks")
-    for name in images.SOURCES:
-        shutil.copy(package / name, tmp_path)
-    with (tmp_path / "masks" / "informed" / "adapter.py").open("a") as file:
-        file.write("LOW_SHARE = 0.5\n")
-    assert code_digest(tmp_path) == code_digest(package)
-    changed, same = tmp_path / "masks" / "informed" / "adapter.py", package / "masks/informed/adapter.py"
-    assert informed_key(str(changed), {}) != informed_key(str(same), {})
-    assert informed_key(str(same), {}) != informed_key(str(same.with_name("retrieved.py")), {})
-
-
 # --- the stage
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A study of six training pictures, two without a region and one with a blank one, and three for test."""
+    """A study of six training images, two without a region and one with a blank one, and three for test."""
     records = []
     for i in range(9):
         split, label = ("test", "a") if i >= 6 else ("train", "b" if i < 3 else "a")
@@ -275,8 +258,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         truth = tmp_path / "scans" / "masks" / label / f"{i}.png"
         for place in (path, truth):
             place.parent.mkdir(parents=True, exist_ok=True)
-        picture, region = two_discs(i, 64)
-        Image.fromarray(picture).save(path)
+        image, region = two_discs(i, 64)
+        Image.fromarray(image).save(path)
         if i not in (0, 1):
             Image.fromarray(region & (i != 2)).save(truth)
         sha = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -299,7 +282,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_stage_teaches_on_training_pictures_with_a_region_and_masks_all(
+def test_the_stage_teaches_on_training_images_with_a_region_and_masks_all(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -309,7 +292,7 @@ def test_the_stage_teaches_on_training_pictures_with_a_region_and_masks_all(
         opened.append(path)
         return known_region(root, path, height, width)
 
-    def teach(pairs: stage.Taught, *arguments: Any, **settings: Any) -> dict[str, Tensor]:
+    def teach(pairs: stage.AdapterExamples, *arguments: Any, **settings: Any) -> dict[str, Tensor]:
         taught.append(len(pairs))
         made = train_adapter(pairs, *arguments, **settings)
         assert set(opened) <= {f"b/{i}.png" for i in range(3)} | {f"a/{i}.png" for i in range(3, 6)}
@@ -325,18 +308,18 @@ def test_the_stage_teaches_on_training_pictures_with_a_region_and_masks_all(
         regions = {row["label"]: row["regions"] for row in csv.DictReader(file)}
     assert regions == {"a": "3", "b": "0"}  # measured on what it was not taught
 
-    again = here().segmenter("scans")
+    again = models.build_segmenter(here(), "scans")
     (mask,) = again.segment([np.asarray(Image.open(folder / "scans/a/7.png"))])
     assert iou(mask.region, masks[hashlib.sha256((folder / "scans/a/7.png").read_bytes()).hexdigest()]) > 0.99
-    published = (folder / "data/masks/scans" / ADAPTER).read_bytes()
+    published = here().paths.adapter("scans").read_bytes()
     stage.main(["--dataset", "scans"])
     assert taught == [3]  # out of the cache
-    assert (folder / "data/masks/scans" / ADAPTER).read_bytes() == published
-    assert here().segmenter("scans").key == again.key
+    assert here().paths.adapter("scans").read_bytes() == published
+    assert models.build_segmenter(here(), "scans").key == again.key
 
 
 def test_a_study_without_a_taught_adapter_says_which_stage_makes_one(folder: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"adapter.safetensors: no adapter there; run the masks stage"
     ):
-        here().segmenter("scans")
+        models.build_segmenter(here(), "scans")

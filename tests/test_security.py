@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import runners, servers
-from medfocus.params import ScaleParams
+from flows.servers import servers
+from flows.study import runners
+from flows.study.params import ScaleParams
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
@@ -142,6 +143,6 @@ def listening() -> set[str]:
 def test_a_cluster_of_this_machine_listens_on_loopback_alone() -> None:
     from distributed import LocalCluster
 
-    scale = ScaleParams(runner="dask", workers=1, pictures=10, address=None, cache=None)
+    scale = ScaleParams(runner="dask", workers=1, images=10, address=None, cache=None)
     with LocalCluster(**runners._runner(scale).cluster_kwargs):  # pyright: ignore
         assert listening() == {"127.0.0.1"}

@@ -28,18 +28,22 @@ import torch
 from mlflow.pyfunc.model import PythonModelContext
 from PIL import Image
 
-from flows import servers
-from medfocus import checkpoint, features, images, pyfunc, registry, serve, tracking
-from medfocus.encoders import ClipEncoder, build_clip
+from flows.servers import servers
+from medfocus.clip import features
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.evaluation.metrics import softmax
+from medfocus.focus.view import view
+from medfocus.images import decode
+from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.masks.store import decode_mask, encode_mask
 from medfocus.methods.medfocusclip import MedFocusClip
-from medfocus.methods.protocol import Support
-from medfocus.metrics import softmax
-from medfocus.pyfunc import FocusClassifier, ServedError
-from medfocus.serve import Predictor
-from medfocus.views import view
+from medfocus.serving import checkpoint, pyfunc
+from medfocus.serving import predictor as serve
+from medfocus.serving.predictor import Predictor
+from medfocus.serving.pyfunc import FocusClassifier, ServedError
+from medfocus.tracking import registry, runs
 
 pytestmark = [
     # On import MLflow silences this in a way that "error" overrules.
@@ -78,10 +82,10 @@ class Fitted:
     method: MedFocusClip
     checkpoint: Path
 
-    def evaluated(self, pictures: list[bytes]) -> np.ndarray:
+    def evaluated(self, images: list[bytes]) -> np.ndarray:
         """Probabilities (N, K) by the evaluation's own steps: stored masks, views, features, softmax."""
-        decoded = [images.decode(data, "a test picture") for data in pictures]
-        stored = [decode_mask(encode_mask(self.segmenter.segment([picture])[0])) for picture in decoded]
+        decoded = [decode.decode(data, "a test image") for data in images]
+        stored = [decode_mask(encode_mask(self.segmenter.segment([image])[0])) for image in decoded]
 
         def make_view(i: int) -> np.ndarray:
             size = self.encoder.image_size
@@ -105,7 +109,7 @@ class Fitted:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
-    """MedFocusCLIP on eight pictures, with pocket-size CLIP and SAM2 of random weights."""
+    """MedFocusCLIP on eight images, with pocket-size CLIP and SAM2 of random weights."""
     encoder = build_clip("pocket", "random:0")
     segmenter = build_segmenter(**SEGMENTER)
     method = MedFocusClip(
@@ -114,11 +118,11 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
         blocks=0, layers=(), grid=2, segmenter_grid=0, hidden=8, epochs=5, max_steps=99, batch_size=8,
         lr=1e-3, weight_decay=0.01, folds=2,
     )  # fmt: skip
-    pictures = [images.decode(encoded(seed), "a training picture") for seed in range(8)]
-    masks = segmenter.segment(pictures)
+    images = [decode.decode(encoded(seed), "a training image") for seed in range(8)]
+    masks = segmenter.segment(images)
     views = [
         view(p, m.region, focus="multiply", size=encoder.image_size, feather=FEATHER)
-        for p, m in zip(pictures, masks, strict=True)
+        for p, m in zip(images, masks, strict=True)
     ]
     inputs = method.embed(torch.from_numpy(np.stack(views)))  # (N, D)
     text = encoder.encode_texts([f"a photo of {name}" for name in CLASSES])
@@ -153,32 +157,32 @@ def predictor(model: Path) -> Predictor:
     return Predictor.load(model)
 
 
-def test_a_picture_gets_the_probabilities_that_the_evaluation_gave_it(
+def test_an_image_gets_the_probabilities_that_the_evaluation_gave_it(
     fitted: Fitted, predictor: Predictor
 ) -> None:
-    pictures = [encoded(seed) for seed in range(20, 26)]
-    served = np.array([list(p.probabilities.values()) for p in predictor.predict(pictures)])
-    np.testing.assert_allclose(served, fitted.evaluated(pictures), atol=1e-6)
-    assert np.ptp(served[:, 0]) > 0.01  # the pictures do differ in it
+    images = [encoded(seed) for seed in range(20, 26)]
+    served = np.array([list(p.probabilities.values()) for p in predictor.predict(images)])
+    np.testing.assert_allclose(served, fitted.evaluated(images), atol=1e-6)
+    assert np.ptp(served[:, 0]) > 0.01  # the images do differ in it
 
 
 def test_a_prediction_is_complete(predictor: Predictor) -> None:
     data = encoded(20)
     [prediction] = predictor.predict([data])
-    picture = images.decode(data, "it")
+    image = decode.decode(data, "it")
     assert tuple(prediction.probabilities) == CLASSES
     assert sum(prediction.probabilities.values()) == pytest.approx(1)
     assert prediction.label == max(CLASSES, key=lambda name: prediction.probabilities[name])
     assert (prediction.mask.shape, prediction.mask.dtype) == ((90, 110), np.dtype(bool))
     assert prediction.mask_status in ("chosen", "relaxed", "box", "identity")
-    overlay = images.decode(prediction.overlay, "the overlay")
-    assert np.array_equal((overlay != picture).any(axis=2), prediction.mask)
+    overlay = decode.decode(prediction.overlay, "the overlay")
+    assert np.array_equal((overlay != image).any(axis=2), prediction.mask)
 
 
-def test_a_pictures_neighbours_in_the_request_do_not_matter(predictor: Predictor) -> None:
-    pictures = [encoded(seed) for seed in range(serve._BATCH + 3)]
-    together = [list(p.probabilities.values()) for p in predictor.predict(pictures)]
-    alone = [list(predictor.predict([data])[0].probabilities.values()) for data in pictures]
+def test_an_images_neighbours_in_the_request_do_not_matter(predictor: Predictor) -> None:
+    images = [encoded(seed) for seed in range(serve._BATCH + 3)]
+    together = [list(p.probabilities.values()) for p in predictor.predict(images)]
+    alone = [list(predictor.predict([data])[0].probabilities.values()) for data in images]
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
@@ -190,14 +194,14 @@ def test_an_empty_request_has_an_empty_answer(predictor: Predictor) -> None:
     ("bad", "fault"),
     [
         (b"", "the file is empty"),
-        (b"no picture", "is no picture in a format that is read"),
+        (b"no image", "is no image in a format that is read"),
         (encoded(0)[:300], "cannot be decoded"),
     ],
 )
-def test_a_bad_picture_is_named_by_its_place_with_the_fault_and_the_fix(
+def test_a_bad_image_is_named_by_its_place_with_the_fault_and_the_fix(
     predictor: Predictor, bad: bytes, fault: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"picture 2 of 3: {fault}.*\. .+"):
+    with pytest.raises(ValueError, match=rf"image 2 of 3: {fault}.*\. .+"):
         predictor.predict([encoded(0), bad, encoded(1)])
 
 
@@ -219,7 +223,7 @@ def test_the_rebuilt_segmenter_is_the_one_of_the_training(fitted: Fitted, predic
 def test_the_rebuilt_clip_has_the_same_weights_and_reads_no_text(
     fitted: Fitted, predictor: Predictor
 ) -> None:
-    from medfocus.weights import digest
+    from medfocus.storage.weights import digest
 
     rebuilt = predictor.method.encoder
     assert digest(rebuilt.model.state_dict()) == digest(fitted.encoder.model.state_dict())
@@ -243,7 +247,7 @@ def test_otsu_masks_are_served_too(fitted: Fitted, tmp_path: Path) -> None:
     otsu = OtsuSegmenter(min_area=0.02)
     folder = fitted.save(tmp_path / "model", segmenter=otsu, segmenter_settings={"min_area": 0.02})
     [prediction] = Predictor.load(folder).predict([encoded(0)])
-    assert np.array_equal(prediction.mask, otsu.segment([images.decode(encoded(0), "it")])[0].region)
+    assert np.array_equal(prediction.mask, otsu.segment([decode.decode(encoded(0), "it")])[0].region)
     assert not (folder / "sam2.safetensors").exists()
 
 
@@ -307,7 +311,7 @@ def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fit
     """A tag may ask for QuickGELU and other means than its architecture; both travel with the model."""
     import open_clip
 
-    from medfocus import encoders
+    from medfocus.clip import encoder as encoders
 
     quick = open_clip.create_model(
         "clip_pocket", force_quick_gelu=True, force_preprocess_cfg={"mean": (0.5, 0.5, 0.5)}
@@ -336,11 +340,11 @@ import mlflow
 import pandas as pd
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model("models:/phantoms@champion")
-pictures = [base64.b64decode(text) for text in json.load(sys.stdin)]
-answers = model.predict(pd.DataFrame({"picture": pictures}))
-texts = model.predict([{"picture": base64.b64encode(data).decode()} for data in pictures])
+images = [base64.b64decode(text) for text in json.load(sys.stdin)]
+answers = model.predict(pd.DataFrame({"image": images}))
+texts = model.predict([{"image": base64.b64encode(data).decode()} for data in images])
 try:
-    model.predict(pd.DataFrame({"picture": [pictures[0], "not base64!"]}))
+    model.predict(pd.DataFrame({"image": [images[0], "not base64!"]}))
 except ValueError as error:
     fault = str(error)
 import medfocus
@@ -364,7 +368,7 @@ def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         registered = registry.register(
-            tracking.start(None, home, "serving"), "phantoms", lambda folder: shutil.copytree(model, folder),
+            runs.start(None, home, "serving"), "phantoms", lambda folder: shutil.copytree(model, folder),
             cell_key="k", judge=lambda champion: registry.Verdict(True, "promoted", {}),
             classes=CLASSES, example=encoded(0), tags={},
         )  # fmt: skip
@@ -375,26 +379,26 @@ def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     fitted: Fitted, home: Path, tmp_path: Path
 ) -> None:
-    pictures = [encoded(seed) for seed in (30, 31, 32)]
+    images = [encoded(seed) for seed in (30, 31, 32)]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | tracking._QUIET
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | runs._QUIET
     result = subprocess.run(
         [sys.executable, "-c", _CLIENT, f"sqlite:///{home / 'mlflow.db'}"],
-        input=json.dumps([base64.b64encode(data).decode() for data in pictures]),
+        input=json.dumps([base64.b64encode(data).decode() for data in images]),
         capture_output=True, text=True, cwd=elsewhere, env=environment, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout.splitlines()[-1])
     columns = ["label", "probability_blob", "probability_stripes", "mask_status", "mask_score", "overlay"]
     assert answer["columns"] == columns
-    assert answer["signature"][0] == [{"type": "string", "name": "picture", "required": False}]
+    assert answer["signature"][0] == [{"type": "string", "name": "image", "required": False}]
     assert answer["signature"][1] == columns
     assert answer["example"] == 1  # and the batch is of three
-    np.testing.assert_allclose(answer["probabilities"], fitted.evaluated(pictures), atol=1e-6)
+    np.testing.assert_allclose(answer["probabilities"], fitted.evaluated(images), atol=1e-6)
     assert answer["same"]
-    assert images.decode(base64.b64decode(answer["overlay"]), "overlay").shape == (90, 110, 3)
-    assert answer["fault"].startswith("picture 2 of 2: a text that is not base64")
+    assert decode.decode(base64.b64decode(answer["overlay"]), "overlay").shape == (90, 110, 3)
+    assert answer["fault"].startswith("image 2 of 2: a text that is not base64")
     assert Path(answer["package"]).is_relative_to(home / "mlruns")  # the code travels with it
 
 
@@ -430,10 +434,10 @@ def base64_of(*seeds: int) -> list[str]:
 
 
 FORMS: dict[str, Any] = {
-    "dataframe_split": lambda texts: {"columns": ["picture"], "data": [[text] for text in texts]},
-    "dataframe_records": lambda texts: [{"picture": text} for text in texts],
-    "inputs": lambda texts: {"picture": texts},
-    "instances": lambda texts: [{"picture": text} for text in texts],
+    "dataframe_split": lambda texts: {"columns": ["image"], "data": [[text] for text in texts]},
+    "dataframe_records": lambda texts: [{"image": text} for text in texts],
+    "inputs": lambda texts: {"image": texts},
+    "instances": lambda texts: [{"image": text} for text in texts],
 }
 
 
@@ -446,11 +450,11 @@ def test_every_json_form_of_mlflows_gets_the_evaluations_answers(
     found = [[row["probability_blob"], row["probability_stripes"]] for row in answer["predictions"]]
     np.testing.assert_allclose(found, fitted.evaluated([encoded(s) for s in (30, 31, 32)]), atol=1e-6)
     overlay = base64.b64decode(answer["predictions"][2]["overlay"])
-    assert images.decode(overlay, "overlay").shape == (90, 110, 3)
+    assert decode.decode(overlay, "overlay").shape == (90, 110, 3)
 
 
 @pytest.mark.parametrize("form", ["inputs", "instances"])
-def test_a_bare_list_is_read_as_pictures(served: Served, form: str) -> None:
+def test_a_bare_list_is_read_as_images(served: Served, form: str) -> None:
     texts = base64_of(30, 31)
     assert served.post({form: texts}) == served.post({"dataframe_records": FORMS["instances"](texts)})
 
@@ -472,7 +476,7 @@ def large() -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-NOT_BASE64 = r"picture 1 of 1: a text that is not base64 \(.+\)\. Encode the file's bytes\."
+NOT_BASE64 = r"image 1 of 1: a text that is not base64 \(.+\)\. Encode the file's bytes\."
 
 
 @pytest.mark.parametrize(
@@ -480,27 +484,27 @@ NOT_BASE64 = r"picture 1 of 1: a text that is not base64 \(.+\)\. Encode the fil
     [
         (["not base64!"], 400, NOT_BASE64),
         (["ü"], 400, NOT_BASE64),
-        ([*base64_of(0), 3], 400, r"picture 2 of 2: int is no picture\. Give a file's bytes, or base64.+"),
-        ([*base64_of(0), None], 400, r"picture 2 of 2: .+ is no picture\. Give a file's bytes.+"),
-        ([["a list"]], 400, r"picture 1 of 1: list is no picture\. Give a file's bytes.+"),
-        ([""], 400, r"picture 1 of 1: the file is empty \(0 bytes\)\. .+"),
-        (["aGVsbG8="], 400, r"picture 1 of 1: is no picture in a format that is read .+\. Export it again.+"),
-        ([base64_of(0)[0][:400]], 400, r"picture 1 of 1: cannot be decoded .+\. Export it again.+"),
-        ([large()], 413, r"picture 1 of 1: has 9000 x 9000 pixels; 64 megapixels .+\. Scale it down.+"),
-        ([], 400, r"the request has no picture\. Give one at least, in the column 'picture'\."),
+        ([*base64_of(0), 3], 400, r"image 2 of 2: int is no image\. Give a file's bytes, or base64.+"),
+        ([*base64_of(0), None], 400, r"image 2 of 2: .+ is no image\. Give a file's bytes.+"),
+        ([["a list"]], 400, r"image 1 of 1: list is no image\. Give a file's bytes.+"),
+        ([""], 400, r"image 1 of 1: the file is empty \(0 bytes\)\. .+"),
+        (["aGVsbG8="], 400, r"image 1 of 1: is no image in a format that is read .+\. Export it again.+"),
+        ([base64_of(0)[0][:400]], 400, r"image 1 of 1: cannot be decoded .+\. Export it again.+"),
+        ([large()], 413, r"image 1 of 1: has 9000 x 9000 pixels; 64 megapixels .+\. Scale it down.+"),
+        ([], 400, r"the request has no image\. Give one at least, in the column 'image'\."),
         (
             ["aGVsbG8="] * 65,
             413,
-            r"the request has 65 pictures, and 64 are the most\. Send them in several.+",
+            r"the request has 65 images, and 64 are the most\. Send them in several.+",
         ),
     ],
 )
-def test_a_bad_picture_in_a_request_is_told_by_place_fault_and_fix_and_no_more(
+def test_a_bad_image_in_a_request_is_told_by_place_fault_and_fix_and_no_more(
     served: Served, values: list[object], status: int, told: str
 ) -> None:
     rows = [[value, f"{PATIENT}.png"] for value in values]
     names = [f"{PATIENT}/{i}" for i in range(len(rows))]
-    request = {"columns": ["picture", "file"], "data": rows, "index": names}
+    request = {"columns": ["image", "file"], "data": rows, "index": names}
     found, answer = served.post({"dataframe_split": request})
     assert (found, set(answer)) == (status, {"error_code", "message"})
     assert re.fullmatch(told, answer["message"])
@@ -511,7 +515,7 @@ def test_a_bad_picture_in_a_request_is_told_by_place_fault_and_fix_and_no_more(
     "body",
     [
         {"dataframe_records": []},
-        {"dataframe_records": [{"image": "aGVsbG8="}]},
+        {"dataframe_records": [{"scan": "aGVsbG8="}]},
         {"dataframe_split": {"data": [["aGVsbG8="]]}},
         {"inputs": {}},
         {"inputs": 3},
@@ -519,7 +523,7 @@ def test_a_bad_picture_in_a_request_is_told_by_place_fault_and_fix_and_no_more(
     ],
 )
 def test_a_request_without_the_column_is_told_its_name(served: Served, body: object) -> None:
-    told = "the request has no column 'picture'. Give the pictures there, each in base64."
+    told = "the request has no column 'image'. Give the images there, each in base64."
     assert served.post(body) == (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": told})
 
 
@@ -530,7 +534,7 @@ def test_a_request_without_the_column_is_told_its_name(served: Served, body: obj
         [1],
         {},
         {"inputs": ["aGVsbG8="], "instances": ["aGVsbG8="]},
-        {"dataframe_records": {"picture": "aGVsbG8="}},
+        {"dataframe_records": {"image": "aGVsbG8="}},
         {"inputs": ["aGVsbG8="], "params": {"overlay": "no"}},
     ],
 )
@@ -564,18 +568,18 @@ class Alone:
     def __init__(self) -> None:
         self.inside = 0
 
-    def predict(self, pictures: list[bytes], overlay: bool) -> list[serve.Prediction]:
+    def predict(self, images: list[bytes], overlay: bool) -> list[serve.Prediction]:
         self.inside += 1
         time.sleep(0.01)
         assert self.inside == 1
         self.inside -= 1
-        return [serve.Prediction("blob", {}, np.zeros((1, 1), bool), "chosen", 0.5, b"") for _ in pictures]
+        return [serve.Prediction("blob", {}, np.zeros((1, 1), bool), "chosen", 0.5, b"") for _ in images]
 
 
 class Broken:
     """A predictor that fails in its inside."""
 
-    def predict(self, pictures: list[bytes], overlay: bool) -> list[serve.Prediction]:
+    def predict(self, images: list[bytes], overlay: bool) -> list[serve.Prediction]:
         raise OSError(f"/data/{PATIENT}/cell.safetensors: no space left on device")
 
 
@@ -583,13 +587,13 @@ def answered(predictor: Any, values: list[Any]) -> pd.DataFrame:
     """What the registered model's code says with another predictor inside."""
     model = FocusClassifier()
     model.predictor, model.one_at_a_time = predictor, threading.Lock()
-    return model.predict(PythonModelContext({}, {}), pd.DataFrame({"picture": values}))
+    return model.predict(PythonModelContext({}, {}), pd.DataFrame({"image": values}))
 
 
 def test_one_thread_at_a_time_predicts() -> None:
     model = FocusClassifier()
     model.predictor, model.one_at_a_time = cast("Predictor", Alone()), threading.Lock()
-    frame = pd.DataFrame({"picture": [b"x"]})
+    frame = pd.DataFrame({"image": [b"x"]})
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: model.predict(PythonModelContext({}, {}), frame), range(16)))
     assert [answer["label"].tolist() for answer in answers] == [["blob"]] * 16
@@ -616,7 +620,7 @@ def test_a_served_request_is_bounded_in_bytes_and_a_call_in_a_process_of_its_own
     assert len(answered(Alone(), [b"x"] * 65)) == 65
     monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
     monkeypatch.setattr(pyfunc, "MOST_BYTES", 2_000_000)
-    told = r"pictures have 3 MB, and 2 are the most\. Send them in several requests\."
+    told = r"images have 3 MB, and 2 are the most\. Send them in several requests\."
     with pytest.raises(ServedError, match=told) as raised:
         answered(Alone(), ["A" * 1_000_000] * 4)
     assert raised.value.get_http_status_code() == 413

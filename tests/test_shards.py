@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from medfocus import shards as module
-from medfocus.shards import Shards
+from medfocus.storage import shards as module
+from medfocus.storage.shards import Shards
 from tests.conftest import and_no_more
 
 ENTRIES = {hashlib.sha256(bytes([i])).hexdigest(): bytes([i]) * (10 * i) for i in range(40)}

@@ -17,11 +17,11 @@ import torch
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
-from medfocus import features
+from medfocus.clip import features
+from medfocus.datasets.records import Record
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.store import Cached, MaskStore, PublishedMasks, cache_masks, publish
-from medfocus.records import Record
-from medfocus.shards import Shards
+from medfocus.storage.shards import Shards
 
 ENTRIES = {hashlib.sha256(bytes([i])).hexdigest(): bytes([i]) * 300 for i in range(30)}
 
@@ -59,7 +59,7 @@ def test_what_was_put_comes_back_and_a_shard_appears_whole(bucket: str) -> None:
 
 WRITER = """
 import hashlib, sys
-from medfocus import shards
+from medfocus.storage import shards
 shards.FLUSH_SECONDS, shards.PIECES = 0.0, 4
 writer = shards.Shards(sys.argv[1])
 for number in range(30):
@@ -78,27 +78,25 @@ def test_two_writers_at_once_lose_nothing(bucket: str) -> None:
 
 
 def test_masks_and_features_on_s3_are_those_in_a_folder(bucket: str, tmp_path: Path) -> None:
-    pictures = []
+    images = []
     for i in range(5):
         path = tmp_path / f"{i}.png"
         shade = np.random.default_rng(i).integers(0, 256, (20, 24), dtype=np.uint8)
         Image.fromarray(shade).convert("RGB").save(path)
         sha = hashlib.sha256(path.read_bytes()).hexdigest()
-        pictures.append((Record(path.name, sha, 24, 20, "RGB", "any", "train", ""), path))
+        images.append((Record(path.name, sha, 24, 20, "RGB", "any", "train", ""), path))
     rows, views = {}, {}
     for name, cache in (("s3", bucket), ("folder", str(tmp_path / "cache"))):
         segmenter = OtsuSegmenter()
         for expected in (Cached(5, 0), Cached(0, 5)):
-            assert cache_masks(pictures, segmenter, MaskStore(f"{cache}/masks"), batch_size=2) == expected
-        publish(
-            [record for record, _ in pictures], MaskStore(f"{cache}/masks"), segmenter.key, tmp_path / name
-        )
+            assert cache_masks(images, segmenter, MaskStore(f"{cache}/masks"), batch_size=2) == expected
+        publish([record for record, _ in images], MaskStore(f"{cache}/masks"), segmenter.key, tmp_path / name)
         masks = PublishedMasks(tmp_path / name)
-        views[name] = json.dumps([masks[record.sha256].tolist() for record, _ in pictures])
+        views[name] = json.dumps([masks[record.sha256].tolist() for record, _ in images])
         for attempt in range(2):
             rows[name, attempt] = features.encode(
                 range(5),
-                [record.sha256 for record, _ in pictures],
+                [record.sha256 for record, _ in images],
                 lambda i: np.full((4, 4, 3), i, np.uint8),
                 lambda views: views.float().mean(dim=(1, 2)),
                 cache=f"{cache}/features",

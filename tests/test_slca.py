@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from medfocus import phantoms
-from medfocus.encoders import build_clip
-from medfocus.masks.sam2 import build_segmenter
-from medfocus.methods.protocol import Support
+from medfocus.clip.encoder import build_clip
+from medfocus.learning.method import Support
+from medfocus.masks.sam2.segmenter import build_segmenter
 from medfocus.methods.slca import Attention, Slca
 
 SETTINGS: dict[str, Any] = {
@@ -56,22 +56,22 @@ def features(count: int, seed: int = 0) -> Tensor:
 def blobs(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Noise (N, 16, 16, 3) uint8 with a patch anywhere, red in class 0 and green in class 1; labels (N,)."""
     rng = np.random.default_rng(seed)
-    pictures, labels = rng.integers(40, 120, (count, 16, 16, 3), np.uint8), np.arange(count) % 2
-    for picture, label, (y, x) in zip(pictures, labels, rng.integers(0, 11, (count, 2)), strict=True):
-        picture[y : y + 5, x : x + 5, label] = 240
-    return torch.from_numpy(pictures), torch.from_numpy(labels)
+    images, labels = rng.integers(40, 120, (count, 16, 16, 3), np.uint8), np.arange(count) % 2
+    for image, label, (y, x) in zip(images, labels, rng.integers(0, 11, (count, 2)), strict=True):
+        image[y : y + 5, x : x + 5, label] = 240
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def support_of(method: Slca, pictures: Sequence[Tensor], labels: Tensor) -> Support:
-    """A support of one set of pictures a view."""
-    inputs = torch.stack([method.embed(view) for view in pictures])
+def support_of(method: Slca, images: Sequence[Tensor], labels: Tensor) -> Support:
+    """A support of one set of images per view."""
+    inputs = torch.stack([method.embed(view) for view in images])
     return Support(inputs, labels, torch.arange(len(labels)), torch.zeros(2, 8))
 
 
 def fitted(seed: int = 0, **settings: Any) -> tuple[Slca, Support]:
     method = make(**settings)
-    pictures, labels = blobs(24)
-    support = support_of(method, [pictures, pictures.flip(2)], labels)
+    images, labels = blobs(24)
+    support = support_of(method, [images, images.flip(2)], labels)
     return method.fit(support, seeded(seed)), support
 
 
@@ -139,8 +139,8 @@ def test_its_frozen_part_is_what_the_segmenter_describes() -> None:
 
 def test_it_learns_where_colour_and_not_place_is_the_class() -> None:
     method, _ = fitted()
-    pictures, labels = blobs(60, seed=9)
-    accuracy = (method.logits(method.embed(pictures))["head"].argmax(1) == labels).double().mean()
+    images, labels = blobs(60, seed=9)
+    accuracy = (method.logits(method.embed(images))["head"].argmax(1) == labels).double().mean()
     assert accuracy > 0.9
 
 
@@ -151,11 +151,11 @@ def test_attention_learns_beside_the_head() -> None:
     assert "classifier.head.weight" in moved
 
 
-def test_statistics_are_those_of_the_unaugmented_pictures_and_a_constant_channel_is_no_fault() -> None:
-    pictures, labels = blobs(12)
-    pictures[..., 2] = 77
+def test_statistics_are_those_of_the_unaugmented_images_and_a_constant_channel_is_no_fault() -> None:
+    images, labels = blobs(12)
+    images[..., 2] = 77
     method = make()
-    support = support_of(method, [pictures, torch.zeros_like(pictures)], labels)
+    support = support_of(method, [images, torch.zeros_like(images)], labels)
     state = method.fit(support, seeded()).state()
     seen = support.inputs[0].double().reshape(12, CHANNELS, -1)
     np.testing.assert_allclose(state["classifier.mean"], seen.mean(dim=(0, 2)), atol=1e-6)
@@ -179,7 +179,7 @@ def test_a_seed_gives_one_fit_and_leaves_the_global_generator() -> None:
     assert not torch.equal(first["classifier.head.weight"], other["classifier.head.weight"])
 
 
-def test_a_pictures_logits_do_not_depend_on_the_pictures_beside_it() -> None:
+def test_an_images_logits_do_not_depend_on_the_images_beside_it() -> None:
     method, support = fitted()
     together = method.logits(support.inputs[0])["head"]
     alone = torch.cat([method.logits(one[None])["head"] for one in support.inputs[0]])
@@ -206,15 +206,15 @@ def test_settings_out_of_range_are_named(settings: dict[str, Any], error: str) -
 
 def test_without_a_segmenter_the_error_says_where_to_set_one() -> None:
     method = make(build_clip("pocket", "random:0"))
-    with pytest.raises(ValueError, match=r"no segmenter with picture features.*Set masks\.segmenter to sam2"):
+    with pytest.raises(ValueError, match=r"no segmenter with image features.*Set masks\.segmenter to sam2"):
         method.embed(torch.zeros(1, 96, 96, 3, dtype=torch.uint8))
 
 
 def test_what_sam2_describes_lies_channel_after_channel_and_row_after_row() -> None:
     segmenter = build_segmenter("pocket", "pocket", 128, "grid", points_per_side=2)
-    method = make(build_clip("pocket", "random:0").beside(segmenter), epochs=2)
+    method = make(build_clip("pocket", "random:0").with_segmenter(segmenter), epochs=2)
     drawn = [
-        phantoms.draw("breast_ultrasound", label, np.random.default_rng(7), 128).picture
+        phantoms.draw("breast_ultrasound", label, np.random.default_rng(7), 128).image
         for label in phantoms.MODALITIES["breast_ultrasound"][:2]
     ]
     plain = torch.from_numpy(np.stack(drawn))[..., None].expand(-1, -1, -1, 3).contiguous()

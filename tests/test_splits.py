@@ -1,4 +1,4 @@
-"""Draws are stratified, nested and grouped, and they stay what they are when other pictures change."""
+"""Draws are stratified, nested and grouped, and they stay what they are when other images change."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medfocus.duplicates import find_duplicates, groups, twins
-from medfocus.ingest import ingest
-from medfocus.records import Record
-from medfocus.splits import Splits, draw_splits, read_splits, write_splits
+from medfocus.datasets.duplicates import find_duplicates, groups, twins
+from medfocus.datasets.ingest import ingest
+from medfocus.datasets.records import Record
+from medfocus.datasets.splits import Splits, draw_splits, read_splits, write_splits
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.5, 1.0)
 SHOTS = (1, 2, 4)
@@ -26,7 +26,7 @@ def record(path: str, label: str, split: str = "", patient: str = "") -> Record:
     return Record(path, path, 1, 1, "L", label, split, patient)
 
 
-def pictures(counts: dict[str, int], split: str = "") -> list[Record]:
+def images(counts: dict[str, int], split: str = "") -> list[Record]:
     return [record(f"{split}/{name}/{i}.png", name, split) for name, n in counts.items() for i in range(n)]
 
 
@@ -38,7 +38,7 @@ def draw(
     seeds: Sequence[int] = (0, 1),
     test_fraction: float = 0.25,
 ) -> Splits:
-    """``same`` and ``near`` list groups of paths; every other picture stands alone."""
+    """``same`` and ``near`` list groups of paths; every other image stands alone."""
     alone = {record.path: record.path for record in records}
     twin_groups = alone | {path: group[0] for group in same for path in group}
     wide = dict(twin_groups)
@@ -57,11 +57,11 @@ def labels_of(records: Sequence[Record], paths: Sequence[str]) -> Counter[str]:
 
 @st.composite
 def data_sets(drawing: st.DrawFn) -> tuple[list[Record], list[list[str]]]:
-    """Three classes of 12 to 40 pictures, patients of a few pictures, and groups of near-duplicates."""
+    """Three classes of 12 to 40 images, patients of a few images, and groups of near-duplicates."""
     rng = np.random.default_rng(drawing(st.integers(0, 2**32 - 1)))
     records = [
         replace(item, patient=str(rng.integers(60)) if rng.random() < 0.5 else "")
-        for item in pictures({name: int(rng.integers(12, 41)) for name in ("a", "b", "c")})
+        for item in images({name: int(rng.integers(12, 41)) for name in ("a", "b", "c")})
     ]
     shuffled = [records[i].path for i in rng.permutation(len(records))]
     near = [shuffled[i : i + 3] for i in range(0, 3 * int(rng.integers(0, 6)), 3)]
@@ -118,13 +118,13 @@ def test_supports_nest_and_are_stratified(data_set: tuple[list[Record], list[lis
 
 
 def test_each_seed_draws_another_support_set() -> None:
-    supports = draw(pictures({"a": 200, "b": 200}), seeds=range(5)).supports
+    supports = draw(images({"a": 200, "b": 200}), seeds=range(5)).supports
     assert list(supports) == [0, 1, 2, 3, 4]
     assert len({tuple(draws["10%"]) for draws in supports.values()}) == 5
 
 
-def test_every_training_picture_is_as_likely_in_a_support() -> None:
-    records = pictures({"a": 20, "b": 20}, "train") + pictures({"a": 2, "b": 2}, "test")
+def test_every_training_image_is_as_likely_in_a_support() -> None:
+    records = images({"a": 20, "b": 20}, "train") + images({"a": 2, "b": 2}, "test")
     supports = draw(records, seeds=range(400)).supports
     drawn = Counter(path for draws in supports.values() for path in draws["20%"])
     assert len(drawn) == 40
@@ -132,8 +132,8 @@ def test_every_training_picture_is_as_likely_in_a_support() -> None:
     assert all(45 < count < 115 for count in drawn.values())
 
 
-def test_adding_a_picture_of_one_class_leaves_the_draws_of_the_others() -> None:
-    records = pictures({"a": 60, "b": 60})
+def test_adding_an_image_of_one_class_leaves_the_draws_of_the_others() -> None:
+    records = images({"a": 60, "b": 60})
     before, after = draw(records), draw([*records, record("/a/new.png", "a")])
     for part in ("train", "test"):
         kept = [[path for path in getattr(s, part) if path.startswith("/b/")] for s in (before, after)]
@@ -143,19 +143,19 @@ def test_adding_a_picture_of_one_class_leaves_the_draws_of_the_others() -> None:
             other = [path for path in after.supports[seed][name] if path.startswith("/b/")]
             assert [path for path in paths if path.startswith("/b/")] == other
             gone = {path for path in paths if path.startswith("/a/")} - set(after.supports[seed][name])
-            assert len(gone) <= 1, "within its own class one picture gives way at most"
+            assert len(gone) <= 1, "within its own class one image gives way at most"
 
 
 def test_the_order_of_records_does_not_matter() -> None:
-    records = pictures({"a": 30, "b": 30})
+    records = images({"a": 30, "b": 30})
     assert draw(records) == draw(records[::-1])
 
 
 def official() -> list[Record]:
     return [
-        *pictures({"a": 6, "b": 6}, "train"),
-        *pictures({"a": 2, "b": 2}, "val"),
-        *pictures({"a": 4, "b": 4}, "test"),
+        *images({"a": 6, "b": 6}, "train"),
+        *images({"a": 2, "b": 2}, "val"),
+        *images({"a": 4, "b": 4}, "test"),
     ]
 
 
@@ -197,14 +197,14 @@ def test_twins_with_two_labels_are_left_out_but_never_of_the_official_test_split
 
 
 def test_twins_with_two_labels_are_left_out_of_a_drawn_split() -> None:
-    records = pictures({"a": 20, "b": 20})
+    records = images({"a": 20, "b": 20})
     splits = draw(records, same=[["/a/0.png", "/b/0.png"]], near=[["/a/1.png", "/b/1.png"]])
     assert splits.conflicting == ["/a/0.png", "/b/0.png"]
     assert len(splits.train) + len(splits.test) == 38, "neighbouring frames of two labels stay"
 
 
 def test_splits_are_read_as_they_were_written_and_bytes_are_the_same(tmp_path: Path) -> None:
-    records = [*pictures({"a": 12, "größe": 12}), record("肺.png", "a", patient="p")]
+    records = [*images({"a": 12, "größe": 12}), record("肺.png", "a", patient="p")]
     for name in ("one.json", "two.json"):
         write_splits(draw(records), tmp_path / name)
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
@@ -212,19 +212,19 @@ def test_splits_are_read_as_they_were_written_and_bytes_are_the_same(tmp_path: P
 
 
 def test_classes_too_small_for_the_shots_are_named_together() -> None:
-    records = [*pictures({"a": 3, "b": 20, "c": 5}, "train"), *pictures({"a": 1, "b": 1, "c": 1}, "test")]
+    records = [*images({"a": 3, "b": 20, "c": 5}, "train"), *images({"a": 1, "b": 1, "c": 1}, "test")]
     fault = (
-        r"too few training pictures: class 'a' has 3, class 'c' has 5, but study\.shots asks for 16\. "
-        r"Lower it in params\.yaml or add pictures\."
+        r"too few training images: class 'a' has 3, class 'c' has 5, but study\.shots asks for 16\. "
+        r"Lower it in params\.yaml or add images\."
     )
     with pytest.raises(ValueError, match=fault):
         draw(records, shots=(1, 16))
 
 
 def test_class_of_one_patient_cannot_be_in_train_and_in_test() -> None:
-    records = [*pictures({"b": 20}), *(replace(item, patient="p") for item in pictures({"a": 9}))]
+    records = [*images({"b": 20}), *(replace(item, patient="p") for item in images({"a": 9}))]
     with pytest.raises(
-        ValueError, match=r"class 'a' cannot be in train and in test: its 9 pictures make 1 group"
+        ValueError, match=r"class 'a' cannot be in train and in test: its 9 images make 1 group"
     ):
         draw(records)
 
@@ -233,16 +233,16 @@ def test_a_few_large_patients_still_give_a_test_split() -> None:
     records = [
         replace(item, patient=f"{item.label}{i // 10}")
         for name in "ab"
-        for i, item in enumerate(pictures({name: 20}))
+        for i, item in enumerate(images({name: 20}))
     ]
     assert labels_of(records, draw(records, test_fraction=0.2).test) == {"a": 10, "b": 10}
 
 
 @pytest.mark.parametrize("label", ["a", "b"])
-def test_a_class_without_training_pictures_is_named(label: str) -> None:
-    records = [*pictures({"a": 9, "b": 9}, "train"), *pictures({"a": 3, "b": 3}, "test")]
+def test_a_class_without_training_images_is_named(label: str) -> None:
+    records = [*images({"a": 9, "b": 9}, "train"), *images({"a": 3, "b": 3}, "test")]
     records = [item for item in records if (item.label, item.split) != (label, "train")]
-    with pytest.raises(ValueError, match=rf"classes \['{label}'\] have no training picture"):
+    with pytest.raises(ValueError, match=rf"classes \['{label}'\] have no training image"):
         draw(records)
 
 
@@ -251,13 +251,13 @@ def test_a_class_without_training_pictures_is_named(label: str) -> None:
     [
         ({"test_fraction": 1.0}, r"splits\.test_fraction is 1\.0; use a share between 0 and 1"),
         ({"fractions": [0.1, 5]}, r"\[5\] are outside of \(0, 1\]"),
-        ({"shots": [0]}, r"study\.shots: \[0\] are below 1 picture"),
+        ({"shots": [0]}, r"study\.shots: \[0\] are below 1 image"),
         ({"seeds": [1, 1]}, r"study\.seeds: \[1, 1\] are none or repeat"),
         ({"seeds": []}, r"study\.seeds: \[\] are none or repeat"),
     ],
 )
 def test_settings_out_of_range_are_named(settings: dict[str, float], fault: str) -> None:
-    records = pictures({"a": 9, "b": 9})
+    records = images({"a": 9, "b": 9})
     alone = {item.path: item.path for item in records}
     usual = {"test_fraction": 0.3, "fractions": [0.1], "shots": [1], "seeds": [0]}
     with pytest.raises(ValueError, match=fault):

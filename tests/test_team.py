@@ -53,7 +53,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def cell(shared: Path) -> str:
-    """The run of a cell that learns from all training pictures, through masks."""
+    """The run of a cell that learns from all training images, through masks."""
     with (shared / "reports" / "study.csv").open(newline="") as file:
         (row,) = (
             row

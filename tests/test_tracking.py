@@ -19,10 +19,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from medfocus import registry, tracking
-from medfocus.provenance import made_from
-from medfocus.registry import Champion, Verdict
-from medfocus.tracking import DataInput, Tracking
+from medfocus.tracking import registry
+from medfocus.tracking import runs as tracking
+from medfocus.tracking.provenance import made_from
+from medfocus.tracking.registry import Champion, Verdict
+from medfocus.tracking.runs import DataInput, Tracking
 
 pytestmark = [
     # On import MLflow silences this in a way that "error" overrules.
@@ -35,8 +36,8 @@ pytestmark = [
 _HOLDER = """
 import sys
 from pathlib import Path
-from medfocus import tracking
-opened = tracking.start(None, Path(sys.argv[1]), "shared")
+from medfocus.tracking import runs
+opened = runs.start(None, Path(sys.argv[1]), "shared")
 with opened.study("held", {}) as study:
     study.log_cell(name="cell", params={}, metrics={"accuracy": 0.5})
     print(study.run_id, flush=True)
@@ -237,8 +238,8 @@ def test_a_page_shows_its_figures_no_wider_than_it_is(opened: Tracking, tmp_path
     (link,) = re.findall(r"path=(\S+)&run_uuid=(\w+)\)", note)
     assert link[1] == cell
     shown = opened.download(cell, unquote(link[0]), tmp_path)
-    with Image.open(shown) as picture:
-        assert picture.size == (800, 200)
+    with Image.open(shown) as image:
+        assert image.size == (800, 200)
 
 
 def test_the_newest_finished_run_of_a_cell_is_found_by_its_key(opened: Tracking) -> None:
@@ -270,7 +271,7 @@ def test_an_error_in_a_study_ends_its_run_and_is_kept(
         raise error
     run = run_of(opened, study.run_id)
     assert run.info.status == status
-    assert run.data.tags["error"].startswith(f"{type(error).__name__} at medfocus.tracking:")
+    assert run.data.tags["error"].startswith(f"{type(error).__name__} at medfocus.tracking.runs:")
     assert "no space left" not in run.data.tags["error"], "the text of an error may name a patient's file"
 
 
@@ -454,6 +455,11 @@ def test_the_logged_model_holds_code_files_and_requirements_and_no_pickle(
     uri = opened.client.get_model_version_download_uri(result.name, "1")
     folder = Path(download_artifacts(uri, dst_path=str(tmp_path / "down"), tracking_uri=opened.uri))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {"MLmodel", "pyfunc.py", "artifacts/model/serve.json", "code/medfocus/serve.py"} <= files
+    assert {
+        "MLmodel",
+        "pyfunc.py",
+        "artifacts/model/serve.json",
+        "code/medfocus/serving/predictor.py",
+    } <= files
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pyc", ".pt"))]
     assert "torch==" in (folder / "requirements.txt").read_text()

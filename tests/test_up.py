@@ -28,10 +28,10 @@ import pytest
 import yaml
 from mlflow.exceptions import MlflowException
 
-from flows.hooks import WEBHOOK
-from flows.postgres import find_programs
-from flows.servers import free_port, living, mlflow_server
-from medfocus import registry, tracking
+from flows.operations.notify import WEBHOOK
+from flows.servers.postgres import find_programs
+from flows.servers.servers import free_port, living, mlflow_server
+from medfocus.tracking import registry, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "medfocus-phantom-breast"
@@ -55,7 +55,7 @@ def operation(project: Path) -> Path:
 def started(home: Path, *options: str, **environment: str) -> Iterator[tuple[str, str]]:
     """The addresses of MLflow and of Prefect's API; after the block everything has ended, and cleanly."""
     ports = free_port(), free_port()
-    command = [sys.executable, "-m", "flows.up", *options]
+    command = [sys.executable, "-m", "flows.operations.stack", *options]
     command += ["--mlflow-port", str(ports[0]), "--prefect-port", str(ports[1])]
     settings = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "2", **environment}
     up = subprocess.Popen(
@@ -178,7 +178,7 @@ def test_the_same_on_postgresql_and_behind_a_password(
 
 
 def test_the_mlflow_page_answers_on_loopback_over_the_projects_database(tmp_path: Path) -> None:
-    tracking.start(None, tmp_path, "medfocus")
+    runs.start(None, tmp_path, "medfocus")
     with mlflow_server(tmp_path, free_port()) as address:
         client = mlflow.MlflowClient(address)
         assert client.get_experiment_by_name("medfocus") is not None

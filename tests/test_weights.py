@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import save_file
 
-from medfocus import weights
+from medfocus.storage import weights
 
 HUB_ID = "facebook/sam2.1-hiera-tiny"
 FILE = "sam2.1_hiera_tiny.pt"

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from medfocus.listing import SPLITS, inside
-from medfocus.tables import COLUMNS, Table, TableError, folded, read_table
+from medfocus.datasets.listing import SPLITS, inside
+from medfocus.storage.tables import COLUMNS, Table, TableError, folded, read_table
 
 _LOOKED_AT = 200  # rows, of which half have to name files
 _CLASSES = (2, 50)  # distinct values that a label may have
@@ -78,7 +78,7 @@ def _path(file: Path, root: Path, columns: Mapping[str, list[str]]) -> str:
     if not best or shares[best] < 0.5:
         raise ValueError(
             f"{file}: no column names files in {root} (its columns: {', '.join(columns)}). Write paths "
-            "relative to this table, with suffixes, or give the folder of table and pictures as --root; "
+            "relative to this table, with suffixes, or give the folder of table and images as --root; "
             "--column path=NAME says which column it is."
         )
     return best

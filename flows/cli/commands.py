@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Begin with: medfocus doctor, then medfocus init PICTURES. "
+    epilog="Begin with: medfocus doctor, then medfocus init IMAGES. "
     "Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted.",
 )
 
@@ -34,7 +34,7 @@ def medfocus(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Few-shot classification of medical pictures with region focus. For research; not for clinical use."""
+    """Few-shot classification of medical images with region focus. For research; not for clinical use."""
 
 
 Params = Annotated[Path, typer.Option("--params", "-p", help="A study's params file.", show_default=True)]
@@ -46,7 +46,7 @@ def init(
     out: Annotated[Path | None, typer.Option(help="The file to write; studies/NAME.yaml without it.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the data set; its folder's without it.")] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Of a table: the folder that holds it and the pictures.")
+        Path | None, typer.Option(help="Of a table: the folder that holds it and the images.")
     ] = None,
     column: Annotated[
         list[str] | None, typer.Option(help="Of a table: what it calls ours, as label=Diagnosis.")
@@ -57,23 +57,23 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
-    """Write a commented params file for a folder or a table of pictures.
+    """Write a commented params file for a folder or a table of images.
 
-    Every picture is looked at; nothing is moved or changed. Folders are class/*.png or split/class/*.png,
+    Every image is looked at; nothing is moved or changed. Folders are class/*.png or split/class/*.png,
     split being train, val or test. A table is CSV, with commas, semicolons or tabs, or Parquet.
 
     \b
     Examples:
-      medfocus init ../pictures/chest
-      medfocus init ../pictures/chest --modality chest_xray --patient-pattern 'person(\\d+)_'
-      medfocus init ../pictures/list.csv --name clinic-a --column label=Diagnosis
+      medfocus init ../images/chest
+      medfocus init ../images/chest --modality chest_xray --patient-pattern 'person(\\d+)_'
+      medfocus init ../images/list.csv --name clinic-a --column label=Diagnosis
     """
     with terminal.at_work():
         from typing import get_args
 
         from flows.cli import columns
         from flows.cli import init as work
-        from medfocus.params import Modality, load_params
+        from flows.study.params import Modality, load_params
 
         if modality is not None and modality not in get_args(Modality):
             known = ", ".join(get_args(Modality))
@@ -118,13 +118,13 @@ def new(folder: Annotated[Path, typer.Argument(help="It is made; or is empty of 
     \b
     Examples:
       medfocus new films
-      cd films && medfocus init ../pictures/chest
+      cd films && medfocus init ../images/chest
     """
     with terminal.at_work():
         from flows.cli import new as work
 
         work.begin(folder)
-        print(f"begun: {folder}\nGo there, then: medfocus run, or medfocus init PICTURES.")
+        print(f"begun: {folder}\nGo there, then: medfocus run, or medfocus init IMAGES.")
 
 
 @app.command()
@@ -176,11 +176,11 @@ def report(params: Params = Path("params.yaml")) -> None:
       medfocus report --params studies/mine.yaml
     """
     with terminal.at_work():
-        from flows.study import open_study
+        from flows.study.study import open_study
 
         opened = open_study(params)
         with terminal.waiting("loading"):
-            from flows.page import write_page
+            from flows.release.page import write_page
         print(write_page(opened))
 
 
@@ -230,7 +230,7 @@ def models_listed(context: typer.Context) -> None:
         home = terminal.project()
         with terminal.waiting("reading"):
             from flows.cli import models as work
-            from medfocus import registry
+            from medfocus.tracking import registry
 
             versions = registry.registered(home)
             weights = work.weights(home)
@@ -340,14 +340,14 @@ def models_card(
     """
     with terminal.at_work():
         from flows.cli import models as work
-        from medfocus import cards
+        from medfocus.reports import cards
 
         chosen = work.choose(terminal.project(), model)
         print(chosen.text(cards.SHEET if sheet else cards.CARD), end="")
 
 
-Files = Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="A folder for the table and the pictures.")]
+Files = Annotated[list[Path], typer.Argument(help="Images, or folders of them.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="A folder for the table and the images.")]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="NAME, NAME@VERSION or a model folder; else the only one.")
 ]
@@ -356,7 +356,7 @@ Force = Annotated[bool, typer.Option("--force", help="Write over a table that is
 
 @app.command()
 def predict(files: Files, out: Out, model: Model = None, force: Force = False) -> None:
-    """Say the class of pictures, with their masks drawn in.
+    """Say the class of images, with their masks drawn in.
 
     A line each in predictions.csv, with every probability. Without a version the model is the champion or,
     where there is none, the newest.
@@ -364,14 +364,14 @@ def predict(files: Files, out: Out, model: Model = None, force: Force = False) -
     \b
     Examples:
       medfocus predict scan1.png scan2.png --out answers
-      medfocus predict ../new-pictures --out answers --model medfocus-phantom-breast
+      medfocus predict ../new-images --out answers --model medfocus-phantom-breast
     """
     _with_a_model("predict", files, out, model, force)
 
 
 @app.command()
 def explain(files: Files, out: Out, model: Model = None, force: Force = False) -> None:
-    """Show where in a picture an answer came from.
+    """Show where in an image an answer came from.
 
     A sheet each, and a line each in explanations.csv.
 
@@ -390,20 +390,21 @@ def masks(
     dataset: Annotated[str | None, typer.Option(help="Whose settings; the first one's without it.")] = None,
     force: Force = False,
 ) -> None:
-    """Find the region of pictures without any label.
+    """Find the region of images without any label.
 
-    Of each its mask and the picture with it drawn in, and a line in masks.csv.
+    Of each its mask and the image with it drawn in, and a line in masks.csv.
 
     \b
     Examples:
       medfocus masks scan1.png --out masks
-      medfocus masks ../new-pictures --out masks --params studies/mine.yaml
+      medfocus masks ../new-images --out masks --params studies/mine.yaml
     """
     with terminal.at_work():
-        from flows.cli import pictures as work
-        from flows.study import Study
+        from flows.cli import images as work
+        from flows.study import models
+        from flows.study.params import load_params
+        from flows.study.study import Study
         from medfocus.masks.store import MaskStore
-        from medfocus.params import load_params
 
         loaded = load_params(params)
         name = dataset or next(iter(loaded.datasets))
@@ -413,8 +414,8 @@ def masks(
         folder = work.Folder(out, work.MASKS, force=force)
         study = Study(params.resolve().parent, terminal.project(), loaded)
         with terminal.waiting("loading the segmenter"):
-            segmenter = study.segmenter(name)
-        given = work.Pictures(files, "masks")
+            segmenter = models.build_segmenter(study, name)
+        given = work.Images(files, "masks")
         store = MaskStore(study.shared_cache("masks"))
         done = work.masks(segmenter, store, given, folder, batch_size=loaded.masks.batch_size)
         print(f"{done} masks: {folder.table}" if done else "no mask was made")
@@ -431,9 +432,9 @@ def workstation(
     ] = "127.0.0.1",
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Open none.")] = False,
 ) -> None:
-    """Show a page where pictures are read and their masks corrected, until Ctrl-C.
+    """Show a page where images are read and their masks corrected, until Ctrl-C.
 
-    It listens on this machine alone. Pictures stay in its memory, and no longer than they are looked at.
+    It listens on this machine alone. Images stay in its memory, and no longer than they are looked at.
 
     \b
     Examples:
@@ -457,19 +458,19 @@ def _home_of(model: str | None) -> Path:
 
 def _with_a_model(what: str, files: list[Path], out: Path, model: str | None, force: bool) -> None:
     with terminal.at_work():
-        from flows.cli import pictures as work
+        from flows.cli import images as work
 
         table = {"predict": work.PREDICTIONS, "explain": work.EXPLANATIONS}[what]
         folder = work.Folder(out, table, force=force)
-        given = work.Pictures(files, what)
+        given = work.Images(files, what)
         with terminal.waiting("loading the model"):
             from flows.cli import models as registry
-            from medfocus.serve import Predictor
+            from medfocus.serving.predictor import Predictor
 
             with registry.opened(_home_of(model), model) as (told, place):
                 predictor = Predictor.load(place)
         terminal.tell(f"model: {told}. For research; not for clinical use.")
         done = {"predict": work.predict, "explain": work.explain}[what](predictor, given, folder)
-        print(f"{done} of {done + given.failed}: {folder.table}" if done else "no picture could be read")
+        print(f"{done} of {done + given.failed}: {folder.table}" if done else "no image could be read")
     if given.failed:
         raise typer.Exit(1)

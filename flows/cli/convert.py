@@ -29,17 +29,17 @@ def medmnist(
     out: Out,
     size: Annotated[int, typer.Option(help="Pixels a side of a set that is fetched.")] = 28,
 ) -> None:
-    """Write the pictures of MedMNIST to OUT/{train,val,test}/CLASS/NNNNN.png.
+    """Write the images of MedMNIST to OUT/{train,val,test}/CLASS/NNNNN.png.
 
     The classes are known by the name of the set, which is the file's up to the first _.
 
     \b
     Examples:
-      medfocus convert medmnist pneumoniamnist_64.npz ../pictures/pneumonia
-      medfocus convert medmnist breastmnist --size 224 ../pictures/breastmnist
+      medfocus convert medmnist pneumoniamnist_64.npz ../images/pneumonia
+      medfocus convert medmnist breastmnist --size 224 ../images/breastmnist
     """
     with terminal.at_work():
-        from medfocus import medmnist as work
+        from medfocus.datasets import medmnist as work
 
         file = Path(source)
         if not file.is_file() and file.suffix != ".npz":
@@ -59,38 +59,38 @@ def medmnist(
 def coco(
     annotations: Annotated[Path, typer.Argument(help="A JSON of COCO instances.")],
     out: Out,
-    pictures: Annotated[
-        Path | None, typer.Option(help="The folder of the pictures; the JSON's own without it.")
+    images: Annotated[
+        Path | None, typer.Option(help="The folder of the images; the JSON's own without it.")
     ] = None,
     label_from: Annotated[
         str, typer.Option(help="What a label is: category, supercategory, or folder (a file name's first).")
     ] = "category",
 ) -> None:
-    """Write the pictures of a COCO file, their known regions as masks, and a table of their labels.
+    """Write the images of a COCO file, their known regions as masks, and a table of their labels.
 
-    A picture whose instances are of several categories, or that has none, gets no label: fill it in, or leave
+    An image whose instances are of several categories, or that has none, gets no label: fill it in, or leave
     it out.
 
     \b
     Examples:
-      medfocus convert coco instances.json ../pictures/lesions --pictures images
-      medfocus convert coco instances.json ../pictures/lesions --label-from supercategory
+      medfocus convert coco instances.json ../images/lesions --images images
+      medfocus convert coco instances.json ../images/lesions --label-from supercategory
     """
     with terminal.at_work():
         from typing import cast, get_args
 
-        from medfocus import coco as work
-        from medfocus.ingest import write_left_out
+        from medfocus.datasets import coco as work
+        from medfocus.datasets.ingest import write_left_out
 
         if label_from not in get_args(work.LabelFrom):
             known = ", ".join(get_args(work.LabelFrom))
             raise typer.BadParameter(f"{label_from!r} is none of {known}.", param_hint="--label-from")
         with _bar() as progress:
             done = work.convert(
-                annotations, out, pictures, label_from=cast("work.LabelFrom", label_from), progress=progress
+                annotations, out, images, label_from=cast("work.LabelFrom", label_from), progress=progress
             )
         rows = [(label or "(none)", str(count)) for label, count in sorted(done.labels.items())]
-        terminal.table(("class", "pictures"), rows)
+        terminal.table(("class", "images"), rows)
         for fault in done.faults[:_TOLD]:
             terminal.tell(f"{fault.path}: {fault.fault}. {fault.fix}")
         if done.faults:
@@ -101,8 +101,8 @@ def coco(
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], object]]:
-    """What is called with the pictures done and all of them, and shows it."""
-    with terminal.bar(0, "pictures") as bar:
+    """What is called with the images done and all of them, and shows it."""
+    with terminal.bar(0, "images") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -19,8 +19,8 @@ from typing import Literal
 import psutil
 
 from flows.cli import terminal
-from flows.servers import MLFLOW_PORT, PREFECT_PORT, answers, answers_at, must_answer, prefect_answers
-from flows.study import params_files
+from flows.servers.servers import MLFLOW_PORT, PREFECT_PORT, answers, answers_at, must_answer, prefect_answers
+from flows.study.study import params_files
 
 PACKAGE = "medfocusclip"
 _SHOWN = ("torch", "prefect", "dvc", "mlflow", "open_clip_torch", "sam2")
@@ -110,7 +110,7 @@ def machine() -> Iterator[Finding]:
 
 def project(home: Path) -> Iterator[Finding]:
     """The clone, and the params files of its studies."""
-    from medfocus.params import load_params
+    from flows.study.params import load_params
 
     if not (home / ".git").exists():
         fault = f"{home} is no git clone, and DVC needs one"
@@ -133,7 +133,7 @@ def project(home: Path) -> Iterator[Finding]:
         for name, data in params.datasets.items():
             folder = path.parent / data.root
             if not folder.is_dir() and not params.phantoms:
-                fault = f"{path.name}: the pictures of {name} are not at {folder}"
+                fault = f"{path.name}: the images of {name} are not at {folder}"
                 yield Finding("study", "warning", fault, f"Put them there, or correct root in {path}.")
     yield Finding("studies", "ok", f"{good} params files can be read")
 
@@ -203,7 +203,7 @@ def disks(home: Path) -> Iterator[Finding]:
         if free < _LITTLE:
             yield Finding("disk", "fault", said, f"Free some; {home / '.cache'} may go, which costs time.")
         elif free < _ENOUGH:
-            yield Finding("disk", "warning", said, "A study of many pictures may need more.")
+            yield Finding("disk", "warning", said, "A study of many images may need more.")
         else:
             yield Finding("disk", "ok", said)
 

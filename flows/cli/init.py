@@ -1,4 +1,4 @@
-"""A folder or a table of pictures -> a commented params file of a study, checked as the pipeline does."""
+"""A folder or a table of images -> a commented params file of a study, checked as the pipeline does."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ import yaml
 
 from flows.cli.columns import propose
 from flows.cli.modality import Guess, guess, look_at, told
-from medfocus import files, images, patients, tables
-from medfocus.data_warnings import data_warnings
-from medfocus.duplicates import find_duplicates, groups, twins
-from medfocus.frames import MARK
-from medfocus.ingest import Ingested, ingest
-from medfocus.listing import unwrapped
-from medfocus.params import Modality, load_params
-from medfocus.prompts import TEMPLATES
-from medfocus.records import spread_over_classes
-from medfocus.splits import Splits, draw_splits
+from flows.study.params import Modality, load_params
+from medfocus.clip.prompts import TEMPLATES
+from medfocus.datasets import pseudonyms
+from medfocus.datasets.duplicates import find_duplicates, groups, twins
+from medfocus.datasets.ingest import Ingested, ingest
+from medfocus.datasets.listing import unwrapped
+from medfocus.datasets.records import spread_over_classes
+from medfocus.datasets.splits import Splits, draw_splits
+from medfocus.images import decode
+from medfocus.images.stack import MARK
+from medfocus.reports.data_warnings import data_warnings
+from medfocus.storage import atomic, tables
 
 _PERCENTS = (5, 10, 20, 50, 100)
 _SEEDS = (0, 1, 2)
-_GLANCED = 16  # pictures that the guess of the modality looks at
+_GLANCED = 16  # images that the guess of the modality looks at
 _KNOWN_WORDS = {
     "notumor": "no tumor",
     "nofinding": "no finding",
@@ -59,7 +61,7 @@ class Described:
 
     @property
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Class -> pictures to train on and to test on."""
+        """Class -> images to train on and to test on."""
         labels = {record.path: record.label for record in self.found.records}
         train, test = (
             Counter(labels[path] for path in part) for part in (self.splits.train, self.splits.test)
@@ -68,7 +70,7 @@ class Described:
 
     @property
     def percents(self) -> list[int]:
-        """Those that leave each class a picture, without one that leaves no more than the one before."""
+        """Those that leave each class an image, without one that leaves no more than the one before."""
         smallest = min(train for train, _ in self.counts.values())
         sizes: dict[int, int] = {}
         for percent in _PERCENTS:
@@ -88,11 +90,11 @@ def describe(
     patient_pattern: str | None = None,
     test_fraction: float,
 ) -> Described:
-    """Look at every picture of ``data``, as the stages of a study will; what they cache they find again.
+    """Look at every image of ``data``, as the stages of a study will; what they cache they find again.
 
     Args:
-        data: A folder of classes or of splits, or that only wraps one; or a table that lists pictures.
-        home: The project, in whose caches pictures and thumbnails are kept.
+        data: A folder of classes or of splits, or that only wraps one; or a table that lists images.
+        home: The project, in whose caches images and thumbnails are kept.
         root: Of a table, the folder that its paths stay in; None for the table's own.
         name: Of the data set; None for that of the folder or the table.
         columns: What the table calls path, label, split and patient, as far as it is known.
@@ -102,7 +104,7 @@ def describe(
 
     Raises:
         FileNotFoundError: There is no such folder or table.
-        ValueError: The data set cannot be used, with every fault; or there are too few pictures.
+        ValueError: The data set cannot be used, with every fault; or there are too few images.
     """
     folder, manifest = _place(data, root)
     named = propose(data, folder, columns or {}) if manifest else {}
@@ -114,8 +116,8 @@ def describe(
         columns=named,
         patient_pattern=patient_pattern,
         progress=shown,
-        cache=caches / "pictures",
-        salt_file=home / patients.FILE,
+        cache=caches / "images",
+        salt_file=home / pseudonyms.FILE,
     )
     records = found.records
     pairs = find_duplicates(records, folder, progress=shown, cache=caches / "thumbnails")
@@ -138,7 +140,7 @@ def describe(
     if modality:
         known = Guess(modality, "as it was given")
     else:
-        known = told(map(images.told_by_header, glanced)) or guess(texts, look_at(glanced))
+        known = told(map(decode.told_by_header, glanced)) or guess(texts, look_at(glanced))
     duplicates = [_duplicates(len(twins(pairs)), len(pairs), len(records))] if pairs else []
     return Described(
         name=name or slug(given.stem if manifest else given.name),
@@ -172,7 +174,7 @@ def write(described: Described, path: Path, base: Path, *, force: bool = False) 
             load_params(beside)
         except ValueError as error:
             raise ValueError(f"{base}: a study of {described.name} cannot extend it. {error}") from error
-        files.write(path, beside.read_bytes())
+        atomic.write(path, beside.read_bytes())
     finally:
         beside.unlink(missing_ok=True)
 
@@ -184,7 +186,7 @@ def text(described: Described, folder: Path, base: Path) -> str:
     known = described.modality
     own = any(described.names[label] != label for label in described.names)
     lines = [
-        f"# {len(described.found.records)} pictures in {len(described.splits.classes)} classes, with {test}:",
+        f"# {len(described.found.records)} images in {len(described.splits.classes)} classes, with {test}:",
         *(
             f"#   {' '.join(label.split())}: {train} to train on, {test} to test on"
             for label, (train, test) in described.counts.items()
@@ -204,8 +206,8 @@ def text(described: Described, folder: Path, base: Path) -> str:
         "    clip-linear-probe: [none]",
         "    clip-few-shot: [none]",
         "    medfocusclip: [none, multiply, crop, inverse, shuffled]  # the last two are controls",
-        f"  percents: {_yaml(described.percents)}  # of each class's training pictures; at least one",
-        "  shots: []                      # and, or instead, pictures a class",
+        f"  percents: {_yaml(described.percents)}  # of each class's training images; at least one",
+        "  shots: []                      # and, or instead, images per class",
         f"  seeds: {_yaml(list(_SEEDS))}               # one support set each; more make narrower intervals",
         "  only: {}",
         "",
@@ -236,7 +238,7 @@ def text(described: Described, folder: Path, base: Path) -> str:
         "  baseline: clip-linear-probe    # what the others are compared with",
         "  published: null",
         "",
-        "# The embedded models are small and have seen drawn pictures alone. `medfocus models` says",
+        "# The embedded models are small and have seen drawn images alone. `medfocus models` says",
         "# which others are here and fetches them; their names then stand here, such as",
         "# clip: {model: ViT-B-16, pretrained: openai}",
         "# masks: {config: sam2.1_hiera_tiny, checkpoint: facebook/sam2.1-hiera-tiny, image_size: 1024}",
@@ -246,7 +248,7 @@ def text(described: Described, folder: Path, base: Path) -> str:
 
 _PATIENTS = {
     False: "With it no patient is in train and in test; without it nobody knows.",
-    True: "Every picture's patient is known already: none is in train and in test.",
+    True: "Every image's patient is known already: none is in train and in test.",
 }
 _SLICES = [
     "    # How volumes are cut: axis 0 gives sagittal slices, 1 coronal, 2 axial; every so many'th is taken.",
@@ -270,7 +272,7 @@ def readable(labels: Iterable[str]) -> dict[str, str]:
 
 def slug(text: str) -> str:
     """A name that a data set may have: letters, digits, hyphens and underscores."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_") or "pictures"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_") or "images"
 
 
 def _readable(label: str) -> str:
@@ -291,16 +293,16 @@ def _place(data: Path, root: Path | None) -> tuple[Path, str | None]:
             raise ValueError(f"{root}: --root is for a table, and {data} is a folder. Leave it out.")
         return unwrapped(Path(os.path.abspath(data))), None
     if not data.is_file():
-        raise FileNotFoundError(f"{data}: no such folder or CSV; give the folder that holds the pictures.")
+        raise FileNotFoundError(f"{data}: no such folder or CSV; give the folder that holds the images.")
     if data.suffix.casefold() not in (*tables.SUFFIXES, *tables.SPREADSHEETS):
         known = ", ".join(suffix[1:] for suffix in tables.SUFFIXES)
         raise ValueError(
-            f"{data}: is neither a folder nor a table ({known}). Give the folder that holds the pictures."
+            f"{data}: is neither a folder nor a table ({known}). Give the folder that holds the images."
         )
     folder, file = Path(os.path.abspath(root or data.parent)), Path(os.path.abspath(data))
     if not file.is_relative_to(folder):
         raise ValueError(
-            f"{data}: lies outside of --root {root}. Give a folder that holds both it and the pictures."
+            f"{data}: lies outside of --root {root}. Give a folder that holds both it and the images."
         )
     return folder, file.relative_to(folder).as_posix()
 
@@ -316,17 +318,15 @@ def _of_ingestion(found: Ingested) -> list[str]:
     return said
 
 
-def _duplicates(same: int, pairs: int, pictures: int) -> str:
+def _duplicates(same: int, pairs: int, images: int) -> str:
     some = "pair" if pairs == 1 else "pairs"
-    return (
-        f"{pairs} {some} among {pictures} pictures are the same one ({same}) or nearly so ({pairs - same})."
-    )
+    return f"{pairs} {some} among {images} images are the same one ({same}) or nearly so ({pairs - same})."
 
 
 def _said(known: Guess) -> str:
     if known.reason == "as it was given":
         return "As it was given."
-    return f"A GUESS, {known.reason}; look at some pictures and correct it."
+    return f"A GUESS, {known.reason}; look at some images and correct it."
 
 
 def _comment(sentence: str, indent: int = 0) -> list[str]:
@@ -348,12 +348,12 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _root(root: Path, folder: Path, home: Path) -> str:
-    """Relative inside of the project, which may move with its pictures; else absolute."""
+    """Relative inside of the project, which may move with its images; else absolute."""
     return _relative(root, folder) if root.is_relative_to(home) else root.as_posix()
 
 
 def summary(described: Described) -> list[Sequence[str]]:
-    """A row a class: its name, its words, pictures to train on and to test on."""
+    """A row a class: its name, its words, images to train on and to test on."""
     return [
         (label, described.names[label], str(train), str(test))
         for label, (train, test) in described.counts.items()

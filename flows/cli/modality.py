@@ -1,4 +1,4 @@
-"""What kind of pictures a data set may hold, by its words and by what the pictures look like: a guess."""
+"""What kind of images a data set may hold, by its words and by what the images look like: a guess."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medfocus import images
+from medfocus.images import decode
 
 OTHER = "other"
 _SIDE = 128  # pixels; what a glance needs
-_DARK = 0.06  # of white; below it there is nothing but air, or the outside of the picture
-_COLOUR = 0.05  # mean difference of the channels; in eight public sets of grey pictures 0.00
-# Medians over 16 pictures of eight public sets: dark share 0.02 to 0.09 in chest films, 0.32 in CT and 0.48
+_DARK = 0.06  # of white; below it there is nothing but air, or the outside of the image
+_COLOUR = 0.05  # mean difference of the channels; in eight public sets of grey images 0.00
+# Medians over 16 images of eight public sets: dark share 0.02 to 0.09 in chest films, 0.32 in CT and 0.48
 # in MRI slices; mean brightness 0.50 to 0.57 in chest films, 0.17 to 0.28 in all others.
 _SLICE = 0.2
 _FILM = 0.4
@@ -24,7 +24,7 @@ _FILM = 0.4
 
 @dataclass(frozen=True)
 class Look:
-    """What some pictures look like on the whole; medians, each in [0, 1]."""
+    """What some images look like on the whole; medians, each in [0, 1]."""
 
     colour: float
     dark: float
@@ -89,7 +89,7 @@ _TOLD = {
 def told(headers: Iterable[tuple[str, str]]) -> Guess | None:
     """The modality by DICOM's tags Modality and BodyPartExamined; None where these do not decide.
 
-    They do where all pictures have the same, and the part is one that is known here.
+    They do where all images have the same, and the part is one that is known here.
     """
     several = set(headers)
     if len(several) != 1:
@@ -105,12 +105,12 @@ def told(headers: Iterable[tuple[str, str]]) -> Guess | None:
 
 
 def look_at(files: Sequence[Path]) -> Look:
-    """What readable pictures look like; at least one is needed."""
+    """What readable images look like; at least one is needed."""
     rows = []
     for file in files:
-        picture = Image.fromarray(images.read(file))
-        picture.thumbnail((_SIDE, _SIDE))
-        values = np.asarray(picture, dtype=np.float32) / 255  # (h, w, 3)
+        image = Image.fromarray(decode.read(file))
+        image.thumbnail((_SIDE, _SIDE))
+        values = np.asarray(image, dtype=np.float32) / 255  # (h, w, 3)
         colour = float((values.max(axis=2) - values.min(axis=2)).mean())
         grey = values.mean(axis=2)
         rows.append((colour, float((grey < _DARK).mean()), float(grey.mean())))
@@ -118,24 +118,24 @@ def look_at(files: Sequence[Path]) -> Look:
 
 
 def guess(texts: Iterable[str], look: Look) -> Guess:
-    """The modality that the words of a data set name, if its pictures do not look otherwise; else "other"."""
+    """The modality that the words of a data set name, if its images do not look otherwise; else "other"."""
     words = frozenset(
         word for text in texts for word in re.findall(r"[a-z]+\d*", _split_humps(text).casefold())
     )
     if look.colour > _COLOUR:
-        return Guess(OTHER, "the pictures are in colour")
+        return Guess(OTHER, "the images are in colour")
     named = {name: kind.hits(words) for name, kind in _KINDS.items() if kind.fits(words, _TECHNIQUES)}
     if not named:
         return Guess(OTHER, "no folder or class has a name that tells")
     able = {name: hits for name, hits in named.items() if _looks_like(name, look)}
     if not able:
         told = " or ".join(named)
-        return Guess(OTHER, f"the names say {told}, but the pictures do not look like it")
+        return Guess(OTHER, f"the names say {told}, but the images do not look like it")
     best = max(map(len, able.values()))
     first, *others = (name for name, hits in able.items() if len(hits) == best)
     if others:
         return Guess(OTHER, f"the names may say {first} or {' or '.join(others)}")
-    return Guess(first, f"by the words {', '.join(able[first])}, and the pictures look like it")
+    return Guess(first, f"by the words {', '.join(able[first])}, and the images look like it")
 
 
 def _split_humps(text: str) -> str:

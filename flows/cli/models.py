@@ -1,9 +1,9 @@
 """Registered models and cached weights: which there are, how they come to a machine without a network.
 
-A model travels as a zip of tensors and text: the parts of a model folder (``medfocus.serve``) and
+A model travels as a zip of tensors and text: the parts of a model folder (``medfocus.serving.predictor``) and
 ``contents.json``, which names each with its sha256. A zip from elsewhere is not trusted: no name in it leads
 anywhere, what it unpacks to is bounded while it is read, and it is loaded once before it is registered.
-Which pictures the model was made with stays behind.
+Which images the model was made with stays behind.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.study import params_files
-from medfocus import files, registry, tracking
-from medfocus.params import read_content
-from medfocus.registry import Registered
+from flows.study.params import read_content
+from flows.study.study import params_files
+from medfocus.storage import atomic
+from medfocus.tracking import registry, runs
+from medfocus.tracking.registry import Registered
 
 PARTS = (
     "serve.json",
@@ -54,8 +55,8 @@ def weights(home: Path) -> list[Weights]:
     """The weights in the package, those that this project's studies name, and published ones."""
     asked = list(asked_for(home))
     lines = [
-        Weights("pocket", "masks.checkpoint", "in the package, trained on drawn pictures alone"),
-        Weights("pocket", "clip.pretrained", "in the package, trained on drawn pictures alone"),
+        Weights("pocket", "masks.checkpoint", "in the package, trained on drawn images alone"),
+        Weights("pocket", "clip.pretrained", "in the package, trained on drawn images alone"),
     ]
     for name in dict.fromkeys([*asked, *_SAM2, *_CLIP]):
         used = " of a study here" if name in asked else ""
@@ -92,10 +93,10 @@ def fetch(name: str) -> str:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from medfocus.encoders import build_clip
+    from medfocus.clip.encoder import build_clip
 
     if _is_sam2(name):
-        from medfocus import weights as door
+        from medfocus.storage import weights as door
 
         path = door.resolve(name, hub_id=name, filename=_sam2_file(name), what="medfocus models fetch")
         door.load(path)  # a damaged or refused file is told here
@@ -165,7 +166,7 @@ def export(home: Path, asked: str | None, path: Path) -> str:
         contents = {
             "format": 1,
             "model": told,
-            "files": {name: files.digest(folder / name) for name in present},
+            "files": {name: atomic.digest(folder / name) for name in present},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -183,15 +184,16 @@ def export(home: Path, asked: str | None, path: Path) -> str:
 def bring(home: Path, path: Path, name: str) -> registry.Registration:
     """Check an exported model, load it once, and register it as ``name``; it does not become champion.
 
-    The gate, which tries a champion on new pictures, needs to know which ones it was made with, and that
+    The gate, which tries a champion on new images, needs to know which ones it was made with, and that
     stays where it was made.
 
     Raises FileNotFoundError, or ValueError where the archive is not whole, holds anything but the parts of a
     model, or cannot be loaded; then nothing was registered.
     """
-    from medfocus import checkpoint, phantoms
+    from medfocus import phantoms
     from medfocus.phantoms import png
-    from medfocus.serve import Predictor
+    from medfocus.serving import checkpoint
+    from medfocus.serving.predictor import Predictor
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give what medfocus models export wrote.")
@@ -207,7 +209,7 @@ def bring(home: Path, path: Path, name: str) -> registry.Registration:
         header = checkpoint.read_header(folder / "cell.safetensors")
         random = phantoms.generator(0, "chest_xray", "test", "normal", 0)
         shown = phantoms.draw("chest_xray", "normal", random)
-        store = tracking.start(None, home, "medfocus")
+        store = runs.start(None, home, "medfocus")
         key = str(header.facts.get("key") or contents["files"]["cell.safetensors"])
         return registry.register(
             store,
@@ -216,7 +218,7 @@ def bring(home: Path, path: Path, name: str) -> registry.Registration:
             cell_key=key,
             judge=lambda champion: registry.Verdict(False, "imported: no gate has tried it here", {}),
             classes=header.classes,
-            example=png.encode(shown.picture),
+            example=png.encode(shown.image),
             tags={"imported": path.name, "imported.model": contents["model"]},
         )
 
@@ -240,7 +242,7 @@ def unpack(path: Path, folder: Path) -> dict[str, Any]:
                     raise _refused(path, f"and its {CONTENTS} do not agree on {name}")
                 if name in names:
                     left -= _unpack_part(path, archive, name, folder / name, left)
-                    if files.digest(folder / name) != contents["files"][name]:
+                    if atomic.digest(folder / name) != contents["files"][name]:
                         raise _refused(path, f"{name} is not what was exported (its sha256 differs)")
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:

@@ -6,8 +6,8 @@ import compileall
 import subprocess
 from pathlib import Path
 
-from flows.study import CODE_HERE
-from medfocus import files
+from flows.study.study import CODE_HERE
+from medfocus.storage import atomic
 
 _CODE = Path(__file__).resolve().parents[2]  # holds the packages flows and medfocus
 FILES = ("params.yaml", "dvc.yaml", ".gitignore", ".dvcignore")
@@ -34,7 +34,7 @@ def begin(folder: Path) -> None:
         text = (source / name).read_text(encoding="utf-8")
         if name == "dvc.yaml":
             text = text.replace(CODE_HERE, f"  - code: {_CODE.as_posix()}\n", 1)
-        files.write(folder / name, text)
+        atomic.write(folder / name, text)
     if packed.is_dir():  # DVC would take files that Python compiles later for changed code
         for package in ("medfocus", "flows"):
             compileall.compile_dir(_CODE / package, quiet=2)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.study import PAGE, params_files
-from medfocus.params import Params, load_params
+from flows.study.layout import Layout
+from flows.study.params import Params, load_params
+from flows.study.study import params_files
 
 
 class Listed(NamedTuple):
@@ -48,19 +49,19 @@ def listed(home: Path) -> Iterator[Listed]:
             yield Listed(path.stem, file, "", "", " ".join(str(error).split()))
             continue
         folder = home if path.parent == home else path.parent / path.stem
-        page = folder / PAGE
+        page = Layout(folder).page
         shown = Path(os.path.relpath(page)).as_posix() if page.is_file() else ""
         yield Listed(params.study.name, file, ", ".join(params.datasets), str(_cells(params)), shown)
 
 
 def _cells(params: Params) -> int:
-    from flows.cells import plan  # takes seconds
+    from flows.study.cells import plan  # takes seconds
 
     return len(plan(params))
 
 
 def _must_be_a_clone() -> None:
-    from flows.study import find_home
+    from flows.study.study import find_home
 
     home = find_home(Path.cwd())
     if not (home / ".git").exists():

@@ -53,17 +53,17 @@ def tell(text: str) -> None:
 
 def sentence(error: Exception) -> str:
     """What went wrong: this project's own errors name place, fault and fix, others are named by kind."""
-    from flows.jobs import JobRunningError, explained
-    from medfocus.discreet import whole
+    from flows.operations.jobs import JobRunningError, explained
+    from medfocus.storage.redaction import unredacted
 
-    told = whole(error)
+    told = unredacted(error)
     own = isinstance(told, ValueError | JobRunningError | OSError)
     if own and getattr(told, "errno", None) is None:
         return str(told)
     return explained(told)
 
 
-def bar(total: int, doing: str, unit: str = "picture") -> tqdm[NoReturn]:
+def bar(total: int, doing: str, unit: str = "image") -> tqdm[NoReturn]:
     """A bar with rate and time left; none in a file or a pipe, nor for what is done in a moment."""
     from tqdm import tqdm
 
@@ -96,7 +96,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
 
 def project() -> Path:
     """The project around the working directory. Raises FileNotFoundError, with what to do."""
-    from flows.study import find_home
+    from flows.study.study import find_home
 
     return find_home(Path.cwd())
 

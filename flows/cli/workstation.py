@@ -15,7 +15,7 @@ from flows.cli import models, terminal
 from medfocus.app.guard import Guard, door, is_loopback
 from medfocus.app.reading import Reader
 from medfocus.app.server import NOTICE, About, Workplace, build
-from medfocus.serve import Predictor
+from medfocus.serving.predictor import Predictor
 
 PASSWORD = "MEDFOCUS_APP_PASSWORD"
 
@@ -79,7 +79,7 @@ def serve(
     try:
         server.run(sockets=[bound])
     except KeyboardInterrupt:
-        terminal.tell("ended. No picture was kept.")
+        terminal.tell("ended. No image was kept.")
 
 
 def configured(app: Guard) -> uvicorn.Server:

@@ -1,1 +1,1 @@
-"""A web page for one workstation: pictures in, what the model says of them, and masks corrected by points."""
+"""A web page for one workstation: images in, what the model says of them, and masks corrected by points."""

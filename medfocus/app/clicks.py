@@ -1,4 +1,4 @@
-"""A mask by a reader's points: SAM2 answers from a picture that was encoded once.
+"""A mask by a reader's points: SAM2 answers from an image that was encoded once.
 
 SAM2's own vocabulary (arXiv 2408.00714): point coords with labels, 1 inside of the region and 0 outside.
 Only the prompt encoder and the mask decoder run. All points are one prompt; of SAM2's three candidates the
@@ -17,7 +17,7 @@ from scipy import ndimage
 from medfocus.masks.segmenter import Mask, Segmenter
 
 if TYPE_CHECKING:
-    from medfocus.masks.sam2 import Features, Sam2Segmenter
+    from medfocus.masks.sam2.segmenter import Features, Sam2Segmenter
 
 EDITED = "edited"  # a mask's status
 
@@ -28,7 +28,7 @@ class NothingThereError(ValueError):
 
 @dataclass(frozen=True)
 class Point:
-    """A place in a picture, in shares of its width and height, that belongs to the region or does not."""
+    """A place in an image, in shares of its width and height, that belongs to the region or does not."""
 
     x: float
     y: float
@@ -40,47 +40,45 @@ def pointed(segmenter: Segmenter) -> Sam2Segmenter | None:
 
     What an adapter or a text chose is edited by SAM2 as it was.
     """
-    from medfocus.masks.sam2 import Sam2Segmenter
+    from medfocus.masks.sam2.segmenter import Sam2Segmenter
 
     plain = getattr(segmenter, "plain", segmenter)
     return plain if isinstance(plain, Sam2Segmenter) else None
 
 
-def first_mask(segmenter: Segmenter, picture: np.ndarray) -> tuple[Mask, Features | None]:
-    """The mask of ``segmenter.segment``, and SAM2's encoding of the picture where that was at hand."""
+def first_mask(segmenter: Segmenter, image: np.ndarray) -> tuple[Mask, Features | None]:
+    """The mask of ``segmenter.segment``, and SAM2's encoding of the image where that was at hand."""
     import torch
 
-    from medfocus.masks.sam2 import Sam2Segmenter
-    from medfocus.masks.segmenter import check_picture
+    from medfocus.masks.sam2.segmenter import Sam2Segmenter
+    from medfocus.masks.segmenter import check_image
 
     if not isinstance(segmenter, Sam2Segmenter) or segmenter.strategy == "automatic":
-        return segmenter.segment([picture])[0], None
-    picture = check_picture(picture)
+        return segmenter.segment([image])[0], None
+    image = check_image(image)
     with torch.inference_mode():
-        features = segmenter.encode([picture])
-        return segmenter._mask(picture, segmenter._found(features, 0)), features
+        features = segmenter.encode([image])
+        return segmenter._mask(image, segmenter._found(features, 0)), features
 
 
-def encode(segmenter: Sam2Segmenter, picture: np.ndarray) -> Features:
-    """A picture (H, W, 3) uint8 through the image encoder."""
+def encode(segmenter: Sam2Segmenter, image: np.ndarray) -> Features:
+    """An image (H, W, 3) uint8 through the image encoder."""
     import torch
 
-    from medfocus.masks.segmenter import check_picture
+    from medfocus.masks.segmenter import check_image
 
     with torch.inference_mode():
-        return segmenter.encode([check_picture(picture)])
+        return segmenter.encode([check_image(image)])
 
 
-def mask_at(
-    segmenter: Sam2Segmenter, picture: np.ndarray, features: Features, points: Sequence[Point]
-) -> Mask:
-    """What SAM2 finds at the points, at the picture's resolution.
+def mask_at(segmenter: Sam2Segmenter, image: np.ndarray, features: Features, points: Sequence[Point]) -> Mask:
+    """What SAM2 finds at the points, at the image's resolution.
 
     Raises NothingThereError, and ValueError where no point lies inside: see ``deepest``.
     """
     import torch
 
-    from medfocus.masks.sam2 import Prompts
+    from medfocus.masks.sam2.segmenter import Prompts
 
     if not any(point.inside for point in points):
         raise ValueError("points: none lies inside, and SAM2 needs one; put `deepest` of a mask before them.")
@@ -90,7 +88,7 @@ def mask_at(
         logits, iou = segmenter.decode(features, 0, Prompts(coords, labels))  # (3, h, w), (3,)
     sound = [i for i in range(len(iou)) if np.isfinite(logits[i]).all() and np.isfinite(iou[i])]
     best = max(sound, key=lambda i: (agreeing(logits[i] > 0, points), iou[i]), default=None)
-    region = None if best is None else segmenter._region(picture, logits[best])
+    region = None if best is None else segmenter._region(image, logits[best])
     if best is None or region is None or not region.any():
         raise NothingThereError("points: SAM2 finds no region there. Take the last one back, or set another.")
     return Mask(region, float(np.clip(iou[best], 0, 1)), EDITED)

@@ -1,4 +1,4 @@
-"""The pictures at hand, in memory alone: the oldest make room, and none stays longer than it is looked at."""
+"""The images at hand, in memory alone: the oldest make room, and none stays longer than it is looked at."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Place(Generic[Kept]):
 
 
 class Desk(Generic[Kept]):
-    """Pictures by ids that nobody can guess. For one thread."""
+    """Images by ids that nobody can guess. For one thread."""
 
     def __init__(
         self, *, most: int, most_bytes: int, seconds: float, clock: Callable[[], float] = time.monotonic

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medfocus.discreet import kind_and_place
+from medfocus.storage.redaction import kind_and_place
 
 _SAFE = ("GET", "HEAD")
 HEADERS = {

@@ -1,4 +1,4 @@
-"""What the model says of one picture, and what a page shows of it: layers of one size, as PNG."""
+"""What the model says of one image, and what a page shows of it: layers of one size, as PNG."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from medfocus import images
 from medfocus.app import clicks
 from medfocus.app.clicks import Point
-from medfocus.attribution import inside_share
-from medfocus.explain import explain, on_picture
-from medfocus.masks.sam2 import Features
+from medfocus.explain.attribution import inside_share
+from medfocus.explain.explain import explain, on_image
+from medfocus.images import decode
+from medfocus.masks.sam2.segmenter import Features
 from medfocus.masks.segmenter import Mask
-from medfocus.serve import Predictor
+from medfocus.serving.predictor import Predictor
 
 MOST_SHOWN = 1024  # pixels of the longest side of what a page gets
-MASK_COLOUR = (0, 174, 219)  # cyan: on no grey picture, and not among the attribution's colours
+MASK_COLOUR = (0, 174, 219)  # cyan: on no grey image, and not among the attribution's colours
 _FILL, _LINE = 96, 255  # opacity of the mask, inside and along its outline
 
 
@@ -29,13 +29,13 @@ class Attribution:
     """Where an answer came from."""
 
     layer: bytes  # PNG with alpha, of the size that is shown
-    way: str  # see medfocus.explain
+    way: str  # see medfocus.explain.explain
     inside: float | None  # share inside of the mask; None where that says nothing
 
 
 @dataclass(eq=False)
 class Reading:
-    """What the model says of a picture with one mask."""
+    """What the model says of an image with one mask."""
 
     mask: Mask
     shown_region: np.ndarray  # the mask's region at the size that is shown
@@ -52,7 +52,7 @@ class Reading:
 
 @dataclass(eq=False)
 class Opened:
-    """A picture at hand: its first reading, and the one with the mask that was edited last."""
+    """An image at hand: its first reading, and the one with the mask that was edited last."""
 
     pixels: np.ndarray  # (H, W, 3) uint8 RGB
     shown: bytes  # PNG
@@ -75,7 +75,7 @@ class Opened:
 
 
 class Reader:
-    """A model at work on one picture at a time. For one thread at a time."""
+    """A model at work on one image at a time. For one thread at a time."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
@@ -87,8 +87,8 @@ class Reader:
         return self._sam2 is not None
 
     def open(self, data: bytes, name: str) -> Opened:
-        """An encoded picture, read for the first time. Raises PictureError naming ``name``."""
-        pixels = images.decode(data, name)
+        """An encoded image, read for the first time. Raises ImageError naming ``name``."""
+        pixels = decode.decode(data, name)
         mask, features = clicks.first_mask(self.predictor.segmenter, pixels)
         shown = _smaller(pixels)
         reading = self._read(pixels, mask, shown.shape[:2])
@@ -98,7 +98,7 @@ class Reader:
         """The reading with the mask that SAM2 finds at all of ``points``; without points there is none.
 
         Where every point is outside, the deepest point of the first mask stands for the region. Where the
-        points find nothing, the picture stays as it was.
+        points find nothing, the image stays as it was.
 
         Raises NothingThereError where SAM2 finds nothing, ValueError where the masks are not SAM2's.
         """
@@ -127,10 +127,10 @@ class Reader:
             method = predictor.method
             maps, way = explain(method, method.encoder, torch.from_numpy(view)[None], target)
             heat = maps[0].numpy()  # (S, S)
-            framed = images.letterbox_mask(reading.mask.region, len(view)) > 0.5
+            framed = decode.letterbox_mask(reading.mask.region, len(view)) > 0.5
             tells = predictor.focus != "crop" and framed.any()
             inside = inside_share(heat, framed) if tells else None
-            placed = on_picture(heat, reading.shown_region, predictor.focus)
+            placed = on_image(heat, reading.shown_region, predictor.focus)
             reading.attribution = Attribution(_png(_heat_layer(placed)), way, inside)
         return reading.attribution
 
@@ -148,12 +148,12 @@ class Reader:
 
 
 def _seen(view: np.ndarray) -> np.ndarray:
-    """Of a view (S, S, C) what can be looked at: of two pictures the focused one."""
+    """Of a view (S, S, C) what can be looked at: of two images the focused one."""
     return view[..., -3:] if view.shape[2] == 6 else view[..., :3]
 
 
 def _smaller(pixels: np.ndarray) -> np.ndarray:
-    """A picture as it is shown: its longest side is ``MOST_SHOWN`` at most."""
+    """An image as it is shown: its longest side is ``MOST_SHOWN`` at most."""
     height, width = pixels.shape[:2]
     scale = MOST_SHOWN / max(height, width)
     if scale >= 1:

@@ -24,9 +24,9 @@ from medfocus.app.guard import Door, Guard, Refused
 from medfocus.app.reading import Opened, Reader, Reading
 from medfocus.app.uploads import Limits, Upload, body, uploads
 from medfocus.app.worker import Busy, Worker
-from medfocus.discreet import kind_and_place
-from medfocus.frames import PictureError, TooLargeError
-from medfocus.images import MOST_BYTES
+from medfocus.images.decode import MOST_BYTES
+from medfocus.images.stack import ImageError, TooLargeError
+from medfocus.storage.redaction import kind_and_place
 
 NOTICE = "For research; not for clinical use."
 MOST_POINTS = 64
@@ -47,7 +47,7 @@ class About:
     dataset: str  # "" where that is not known
     method: str
     segmenter: str
-    measured: Mapping[str, float] = field(default_factory=dict)  # on test pictures: accuracy, ece
+    measured: Mapping[str, float] = field(default_factory=dict)  # on test images: accuracy, ece
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Bounds:
     upload: Limits = field(default_factory=Limits)
     uploads: int = 2  # requests whose bodies are in memory at once
     jobs: int = 32  # that run or wait
-    pictures: int = 32
-    bytes: int = 2_000_000_000  # of the kept pictures together
+    images: int = 32
+    bytes: int = 2_000_000_000  # of the kept images together
     seconds: float = 1800  # after the last use
 
 
@@ -75,7 +75,7 @@ class GivenPoint(_Given):
 
 
 class GivenPoints(_Given):
-    """All points of a picture; none takes the edit back."""
+    """All points of an image; none takes the edit back."""
 
     points: Annotated[list[GivenPoint], Field(max_length=MOST_POINTS)]
 
@@ -109,20 +109,20 @@ def build(desk: Workplace, about: About, door: Door) -> Guard:
             raise _missing()
         return Response((_PAGE / name).read_bytes(), media_type=_STATIC[name])
 
-    @app.post("/pictures")
+    @app.post("/images")
     async def post(request: Request) -> Response:
         return await desk.take(request)
 
-    @app.delete("/pictures/{name}")
+    @app.delete("/images/{name}")
     async def delete(name: str) -> Response:
         desk.desk.remove(name)
         return Response(status_code=204)
 
-    @app.post("/pictures/{name}/points")
+    @app.post("/images/{name}/points")
     async def points(name: str, request: Request) -> Response:
         return await desk.edit(name, request)
 
-    @app.get("/pictures/{name}/{which}/attribution")
+    @app.get("/images/{name}/{which}/attribution")
     async def attribution(name: str, which: Which) -> Response:
         return await desk.attribute(name, which)
 
@@ -130,12 +130,12 @@ def build(desk: Workplace, about: About, door: Door) -> Guard:
 
 
 class Workplace:
-    """The pictures at hand and the one thread that reads them."""
+    """The images at hand and the one thread that reads them."""
 
     def __init__(self, reader: Reader, bounds: Bounds | None = None) -> None:
         self.reader = reader
         self.bounds = bounds = bounds or Bounds()
-        self.desk: Desk[Opened] = Desk(most=bounds.pictures, most_bytes=bounds.bytes, seconds=bounds.seconds)
+        self.desk: Desk[Opened] = Desk(most=bounds.images, most_bytes=bounds.bytes, seconds=bounds.seconds)
         self.worker = Worker(bounds.jobs)
         self._uploading = 0
 
@@ -151,15 +151,15 @@ class Workplace:
         self.desk.clear()
 
     def opened(self, name: str) -> Opened:
-        """A kept picture. Raises Refused where it is not there."""
+        """A kept image. Raises Refused where it is not there."""
         opened = self.desk.get(name)
         if opened is None:
-            kept = f"{self.desk.most} pictures are kept, each {self.desk.seconds / 60:g} minutes"
-            raise Refused(404, "this picture", f"is no longer kept ({kept})", "Give it once more.")
+            kept = f"{self.desk.most} images are kept, each {self.desk.seconds / 60:g} minutes"
+            raise Refused(404, "this image", f"is no longer kept ({kept})", "Give it once more.")
         return opened
 
     async def take(self, request: Request) -> Response:
-        """Read the pictures of a request; each has an answer or an error of its own."""
+        """Read the images of a request; each has an answer or an error of its own."""
         if self._uploading >= self.bounds.uploads:
             raise _busy()
         self._uploading += 1
@@ -170,7 +170,7 @@ class Workplace:
             self._uploading -= 1
         errors = [answer["error"]["status"] for answer in answers if "error" in answer]
         status = errors[0] if len(errors) == len(answers) else 200
-        return JSONResponse({"pictures": answers}, status)
+        return JSONResponse({"images": answers}, status)
 
     async def _take_one(self, upload: Upload) -> dict[str, Any]:
         try:
@@ -183,19 +183,19 @@ class Workplace:
             "id": self.desk.put(opened),
             "width": width,
             "height": height,
-            "shown": {"size": opened.shown_size, "picture": _inline(opened.shown)},
+            "shown": {"size": opened.shown_size, "image": _inline(opened.shown)},
             "first": _told(opened.first),
         }
 
     def _open(self, upload: Upload) -> Opened:
         try:
             return self.reader.open(upload.data, upload.name)
-        except PictureError as error:
+        except ImageError as error:
             status = 413 if isinstance(error, TooLargeError) else 422
             raise Refused(status, error.name, error.fault, error.fix) from error
 
     async def edit(self, name: str, request: Request) -> Response:
-        """Answer all points of a picture anew."""
+        """Answer all points of an image anew."""
         if not self.reader.is_pointed:
             fault = "cannot be edited: this model's masks are not SAM2's"
             raise Refused(409, "the mask", fault, "Take a model whose masks SAM2 makes.")
@@ -224,7 +224,7 @@ class Workplace:
         opened = self.opened(name)
         reading = opened.first if which == "first" else opened.edited
         if reading is None:
-            raise Refused(404, "this picture", "has no edited mask", "Set a point first.")
+            raise Refused(404, "this image", "has no edited mask", "Set a point first.")
         made = await self._do(partial(self.reader.attribute, reading))
         return JSONResponse({"way": made.way, "inside": made.inside, "layer": _inline(made.layer)})
 
@@ -238,9 +238,7 @@ class Workplace:
             raise
         except Exception as error:  # its text may name a file
             fault = f"cannot be read here ({kind_and_place(error)})"
-            raise Refused(
-                500, "this picture", fault, "Try another one; if it fails too, start anew."
-            ) from None
+            raise Refused(500, "this image", fault, "Try another one; if it fails too, start anew.") from None
 
 
 def _told(reading: Reading) -> dict[str, Any]:
@@ -278,7 +276,7 @@ def calibration_note(measured: Mapping[str, float]) -> str:
         return "How well calibrated these probabilities are is not known for this model."
     right = f" Accuracy there: {100 * measured['accuracy']:.1f}\u00a0%." if "accuracy" in measured else ""
     return (
-        "On its test pictures the probability that the model stated for its answer and its accuracy differed "
+        "On its test images the probability that the model stated for its answer and its accuracy differed "
         f"by {100 * measured['ece']:.1f} percentage points on average (expected calibration error).{right}"
     )
 
@@ -291,7 +289,7 @@ def calibration_short(measured: Mapping[str, float]) -> str:
 
 
 def _inline(png: bytes) -> str:
-    """As an address of its own: what a card shows stays there when the server has forgotten the picture."""
+    """As an address of its own: what a card shows stays there when the server has forgotten the image."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 

@@ -1,4 +1,4 @@
-"""A request's pictures, in memory alone and no more of them than there is room for."""
+"""A request's images, in memory alone and no more of them than there is room for."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from medfocus import images
 from medfocus.app.guard import Refused
+from medfocus.images import decode
 
-FIELD = "pictures"
+FIELD = "images"
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Limits:
     """Of one request."""
 
     files: int = 16
-    bytes: int = images.MOST_BYTES + 4_000_000  # of all files together, and what is between them
+    bytes: int = decode.MOST_BYTES + 4_000_000  # of all files together, and what is between them
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture's file as it came."""
+    """An image's file as it came."""
 
     name: str
     data: bytes
@@ -34,7 +34,7 @@ class Upload:
 async def uploads(request: Request, limits: Limits) -> list[Upload]:
     """The files of a multipart form. Raises Refused for another body, or one past a limit."""
     if not request.headers.get("content-type", "").casefold().startswith("multipart/form-data"):
-        fix = f"Send multipart/form-data, with a file {FIELD!r} a picture."
+        fix = f"Send multipart/form-data, with a file {FIELD!r} per image."
         raise Refused(415, "the request", "is no form with files", fix)
     parser = _InMemory(request.headers, body(request, limits.bytes), max_files=limits.files, max_fields=0)
     parser.spool_max_size = limits.bytes + 1
@@ -44,13 +44,13 @@ async def uploads(request: Request, limits: Limits) -> list[Upload]:
         if "Too many files" in error.message:
             fault = f"has more than {limits.files} files"
             raise Refused(413, "the request", fault, "Send the others in another one.") from error
-        fix = f"Send multipart/form-data, with a file {FIELD!r} a picture."
+        fix = f"Send multipart/form-data, with a file {FIELD!r} per image."
         raise Refused(400, "the request", "is no form of files that can be read", fix) from error
     try:
         files = [given for _, given in form.multi_items() if isinstance(given, UploadFile)]
         if not files:
-            raise Refused(400, "the request", "has no file", f"Send a file {FIELD!r} a picture.")
-        return [Upload(file.filename or "a picture without a name", await file.read()) for file in files]
+            raise Refused(400, "the request", "has no file", f"Send a file {FIELD!r} per image.")
+        return [Upload(file.filename or "an image without a name", await file.read()) for file in files]
     finally:
         await form.close()
 

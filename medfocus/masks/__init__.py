@@ -1,1 +1,1 @@
-"""One mask a picture, without labels."""
+"""One mask per image, without labels."""

@@ -13,46 +13,46 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from medfocus.images import grey
-from medfocus.masks import choose
-from medfocus.masks.segmenter import Mask, check_picture, identity, settings_key
+from medfocus.images.decode import grey
+from medfocus.masks import candidates
+from medfocus.masks.segmenter import Mask, check_image, identity, segmenter_key
 
 WORKING_SIZE = 256  # pixels of the longest side; regions are found here and enlarged
 MAX_PARTS = 32  # the largest connected parts of either side of the threshold become candidates
 
 
 class OtsuSegmenter:
-    """One mask a picture by thresholding; statuses "chosen", "relaxed" and "identity" (it has no box)."""
+    """One mask per image by thresholding; statuses "chosen", "relaxed" and "identity" (it has no box)."""
 
     def __init__(
         self, *, keep: int = 1, min_area: float = 0.01, max_area: float = 0.70, max_overlap: float = 0.3
     ) -> None:
-        """``keep`` parts are united; the areas are shares of the picture. Raises ValueError for keep < 1."""
+        """``keep`` parts are united; the areas are shares of the image. Raises ValueError for keep < 1."""
         if keep < 1:
             raise ValueError(f"keep is {keep}; use 1 or more.")
         self.keep = keep
-        self.limits = choose.Limits(min_area, max_area, min_iou=0.0, min_stability=0.0)
+        self.limits = candidates.Limits(min_area, max_area, min_iou=0.0, min_stability=0.0)
         self.max_overlap = max_overlap
-        self.key = settings_key(
-            "otsu", {"keep": keep, "limits": asdict(self.limits), "max_overlap": max_overlap}
+        self.key = segmenter_key(
+            OtsuSegmenter, keep=keep, limits=asdict(self.limits), max_overlap=max_overlap
         )
 
-    def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
-        """Pictures, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
-        return [self._mask(check_picture(picture)) for picture in pictures]
+    def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
+        """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
+        return [self._mask(check_image(image)) for image in images]
 
-    def _mask(self, picture: np.ndarray) -> Mask:
-        height, width = picture.shape[:2]
-        small = _shrunk(grey(picture))  # (h, w)
+    def _mask(self, image: np.ndarray) -> Mask:
+        height, width = image.shape[:2]
+        small = _shrunk(grey(image))  # (h, w)
         threshold, contrast = otsu_threshold(small)
         regions = _parts(small > threshold)  # (M, h, w)
         area = regions.sum((1, 2))  # (M,)
         quality = contrast * np.sqrt(area / area.max(initial=1))  # (M,) prefers the largest
-        choice = choose.choose(
+        choice = candidates.choose(
             regions, quality, np.ones(len(regions)), self.limits, keep=self.keep, max_overlap=self.max_overlap
         )
         if choice is not None:
-            union = Image.fromarray(choose.unite(regions[list(choice.indices)]).astype(np.float32))
+            union = Image.fromarray(candidates.unite(regions[list(choice.indices)]).astype(np.float32))
             region = np.asarray(union.resize((width, height), Image.Resampling.BILINEAR)) > 0.5
             if region.any():
                 return Mask(region, choice.score, choice.status)
@@ -63,7 +63,7 @@ def otsu_threshold(values: np.ndarray) -> tuple[float, float]:
     """The threshold that best parts grey values in [0, 1] into two classes, and how well it does.
 
     Returns the threshold and Otsu's separability, the between-class share of the variance, in [0, 1];
-    (the value, 0) for a constant picture. Otsu 1979, doi 10.1109/TSMC.1979.4310076.
+    (the value, 0) for a constant image. Otsu 1979, doi 10.1109/TSMC.1979.4310076.
     """
     histogram, edges = np.histogram(values, bins=256, range=(0, 1))
     share = histogram / histogram.sum()  # (256,)
@@ -93,7 +93,7 @@ def _parts(bright: np.ndarray) -> np.ndarray:
     """The largest connected parts of a region (h, w) bool and of its complement -> (M, h, w) bool."""
     parts: list[np.ndarray] = []
     for side in (bright, ~bright):
-        labels, count = choose.connected(side)
+        labels, count = candidates.connected(side)
         sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
         parts += [labels == 1 + i for i in np.argsort(-sizes, kind="stable")[: MAX_PARTS // 2]]
     return np.stack(parts)

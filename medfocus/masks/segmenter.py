@@ -1,75 +1,58 @@
-"""What a segmenter is: pictures in, one mask each out, and a key that names how they were made."""
+"""What a segmenter is: images in, one mask each out, and a key that names how they were made."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from medfocus import images
+from medfocus.images import decode
+from medfocus.storage.fingerprint import fingerprint
 
 STATUSES = ("chosen", "relaxed", "box", "identity")  # the rungs of the fallback ladder, best first
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The region of one picture that the focus keeps, and how it was come by."""
+    """The region of one image that the focus keeps, and how it was come by."""
 
-    region: np.ndarray  # (H, W) bool, at the picture's own resolution
+    region: np.ndarray  # (H, W) bool, at the image's own resolution
     score: float  # in [0, 1]; 0 for identity
     status: str  # one of STATUSES
 
     @property
     def coverage(self) -> float:
-        """Share of the picture inside the region, in [0, 1]."""
+        """Share of the image inside the region, in [0, 1]."""
         return float(self.region.mean())
 
 
 class Segmenter(Protocol):
-    """Anything that turns pictures into masks; see ``otsu`` and ``sam2``."""
+    """Anything that turns images into masks; see ``otsu`` and ``sam2``."""
 
     key: str  # sha256 hex of weights, settings and code: equal keys make equal masks
 
-    def segment(self, pictures: Sequence[np.ndarray]) -> list[Mask]:
-        """Pictures, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
+    def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
+        """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
         ...
 
 
 def identity(height: int, width: int) -> Mask:
-    """The last rung of the ladder: the whole picture, m = 1, with score 0."""
+    """The last rung of the ladder: the whole image, m = 1, with score 0."""
     return Mask(np.ones((height, width), dtype=bool), 0.0, "identity")
 
 
-def settings_key(name: str, settings: Mapping[str, object]) -> str:
-    """sha256 hex over a segmenter's name, its settings (JSON types) and the code that makes masks."""
-    content = {"segmenter": name, "code": code_digest(Path(__file__).parents[1]), "settings": settings}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def segmenter_key(segmenter: type, **settings: object) -> str:
+    """Return the sha256 hex of a segmenter's settings (JSON types), its code and the image decoders' code."""
+    return fingerprint(segmenter, decode, segmenter=segmenter.__name__, **settings)
 
 
-@cache
-def code_digest(package: Path) -> str:
-    """sha256 hex over the sources between a picture's bytes and its mask, in a copy of this package.
-
-    Where masks are kept changes none.
-    """
-    digest = hashlib.sha256()
-    sources = (path for path in sorted((package / "masks").glob("*.py")) if path.name != "store.py")
-    for path in [*sources, *(package / name for name in images.SOURCES)]:
-        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def check_picture(picture: np.ndarray) -> np.ndarray:
-    """Return ``picture``, writeable (torch warns otherwise), if it is (H, W, 3) uint8; else ValueError."""
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or picture.size == 0:
+def check_image(image: np.ndarray) -> np.ndarray:
+    """Return ``image``, writeable (torch warns otherwise), if it is (H, W, 3) uint8; else ValueError."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ValueError(
-            f"A picture has shape {picture.shape} and dtype {picture.dtype}; "
-            "segmenters take (H, W, 3) uint8 RGB, as medfocus.images.read gives it."
+            f"An image has shape {image.shape} and dtype {image.dtype}; "
+            "segmenters take (H, W, 3) uint8 RGB, as medfocus.images.decode.read gives it."
         )
-    return np.require(picture, requirements=["C", "W"])
+    return np.require(image, requirements=["C", "W"])

@@ -1,6 +1,6 @@
 """Where masks are kept: a cache by content, and the published view of one manifest.
 
-The cache names a mask by the picture's bytes and the segmenter's key, so masks of other settings and other
+The cache names a mask by the image's bytes and the segmenter's key, so masks of other settings and other
 data sets live side by side and nothing in it is ever out of date. The published view holds exactly one
 manifest's masks, in a few deterministic files, and is what gets versioned.
 """
@@ -26,21 +26,21 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from medfocus import images
+from medfocus.datasets.records import Record, chunks
+from medfocus.images import decode
 from medfocus.masks.segmenter import STATUSES, Mask, Segmenter
-from medfocus.records import Record, chunks
-from medfocus.shards import Shards, entry, start_of
+from medfocus.storage.shards import Shards, entry, start_of
 
 STATUS_FILE = "mask_status.csv"
 SHARD_SIZE = 1000  # masks a published file: version control is slow for one file a mask
 
-_LOOKED_UP = 1000  # pictures whose masks are looked for at once
+_LOOKED_UP = 1000  # images whose masks are looked for at once
 
 
 class MaskStore:
-    """A cache of masks: a folder of shards for each segmenter (see ``medfocus.shards``).
+    """A cache of masks: a folder of shards for each segmenter (see ``medfocus.storage.shards``).
 
-    Many threads and processes may read and write it at once. An entry is a 1-bit PNG, named by its picture's
+    Many threads and processes may read and write it at once. An entry is a 1-bit PNG, named by its image's
     sha256, with score, status and coverage in its text chunks.
     """
 
@@ -50,16 +50,16 @@ class MaskStore:
         self._shards: dict[str, Shards] = {}  # by the segmenter's key
 
     def encoded(self, shas: Iterable[str], segmenter_key: str) -> Iterator[tuple[str, bytes]]:
-        """sha256 and PNG bytes of those pictures that have a mask; a damaged one counts as none."""
+        """sha256 and PNG bytes of those images that have a mask; a damaged one counts as none."""
         return self._of(segmenter_key).read(shas)
 
     def get(self, sha256: str, segmenter_key: str) -> Mask | None:
-        """One picture's mask, or None where there is none."""
+        """One image's mask, or None where there is none."""
         data = dict(self.encoded([sha256], segmenter_key)).get(sha256)
         return None if data is None else decode_mask(data)
 
     def put(self, masks: Mapping[str, Mask], segmenter_key: str) -> None:
-        """Keep the masks of pictures, named by their sha256; on disk in half a second, or at ``close``."""
+        """Keep the masks of images, named by their sha256; on disk in half a second, or at ``close``."""
         self._of(segmenter_key).put((sha, encode_mask(mask)) for sha, mask in masks.items())
 
     def close(self) -> None:
@@ -86,54 +86,54 @@ def encode_mask(mask: Mask) -> bytes:
 
 def decode_mask(data: bytes) -> Mask:
     """The inverse of ``encode_mask``."""
-    with images.read_header(data, "mask", ("PNG",)) as picture:
-        return Mask(np.array(picture), float(picture.info["score"]), picture.info["status"])
+    with decode.read_header(data, "mask", ("PNG",)) as image:
+        return Mask(np.array(image), float(image.info["score"]), image.info["status"])
 
 
 @dataclass(frozen=True)
 class Cached:
     """What ``cache_masks`` did."""
 
-    computed: int  # pictures that the segmenter saw
-    reused: int  # pictures whose mask was there already, among them further copies of the same bytes
+    computed: int  # images that the segmenter saw
+    reused: int  # images whose mask was there already, among them further copies of the same bytes
 
 
 def cache_masks(
-    pictures: Iterable[tuple[Record, Path]],
+    images: Iterable[tuple[Record, Path]],
     segmenter: Segmenter,
     store: MaskStore,
     *,
     batch_size: int,
     workers: int = 2,
-    progress: Callable[[int], object] = lambda pictures: None,
+    progress: Callable[[int], object] = lambda images: None,
 ) -> Cached:
-    """See to it that the store has every picture's mask, computing only what is missing.
+    """See to it that the store has every image's mask, computing only what is missing.
 
-    ``workers`` threads read and decode the next pictures while the segmenter runs, at most two batches ahead,
-    so memory does not grow with the number of pictures. The segmenter
-    always gets ``batch_size`` pictures (its own batch size, or a multiple), so that a mask does not depend
-    on what else was missing. ``progress`` is called with the number of pictures finished since its last
+    ``workers`` threads read and decode the next images while the segmenter runs, at most two batches ahead,
+    so memory does not grow with the number of images. The segmenter
+    always gets ``batch_size`` images (its own batch size, or a multiple), so that a mask does not depend
+    on what else was missing. ``progress`` is called with the number of images finished since its last
     call, as ``tqdm.update`` takes it.
 
     Raises:
-        ValueError: A picture cannot be decoded, or is not the one that its record was made from. Masks
+        ValueError: An image cannot be decoded, or is not the one that its record was made from. Masks
             finished before it stay in the store.
     """
     computed = reused = 0
     waiting: deque[tuple[Record, Future[np.ndarray]]] = deque()
-    in_work: set[str] = set()  # sha256 of the pictures in waiting
+    in_work: set[str] = set()  # sha256 of the images in waiting
 
     def run_batch() -> int:
         batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-        decoded = [picture.result() for _, picture in batch]
+        decoded = [image.result() for _, image in batch]
         # A short batch is filled up: the last bits of a network's output can depend on the batch's size.
         filled = decoded + decoded[-1:] * (batch_size - len(decoded))
         masks = segmenter.segment(filled)[: len(decoded)]
-        for (record, _), picture, mask in zip(batch, decoded, masks, strict=True):
-            if mask.region.shape != picture.shape[:2]:
+        for (record, _), image, mask in zip(batch, decoded, masks, strict=True):
+            if mask.region.shape != image.shape[:2]:
                 raise ValueError(
-                    f"{record.path}: the segmenter gave a mask of {mask.region.shape} for a picture of "
-                    f"{picture.shape[:2]}; segment() has to keep the picture's size."
+                    f"{record.path}: the segmenter gave a mask of {mask.region.shape} for an image of "
+                    f"{image.shape[:2]}; segment() has to keep the image's size."
                 )
         keys = [record.sha256 for record, _ in batch]
         store.put(dict(zip(keys, masks, strict=True)), segmenter.key)
@@ -142,7 +142,7 @@ def cache_masks(
         return len(batch)
 
     with ThreadPoolExecutor(workers) as pool, contextlib.closing(store):
-        for some in chunks(pictures, _LOOKED_UP):
+        for some in chunks(images, _LOOKED_UP):
             known = {sha for sha, _ in store.encoded((record.sha256 for record, _ in some), segmenter.key)}
             for record, path in some:
                 if record.sha256 in in_work or record.sha256 in known:
@@ -161,21 +161,21 @@ def cache_masks(
 
 @dataclass(frozen=True)
 class MaskStatus:
-    """One picture's line in the published ``mask_status.csv``."""
+    """One image's line in the published ``mask_status.csv``."""
 
     path: str
     label: str
     status: str  # the rung of the fallback ladder
     score: float  # in [0, 1]
-    coverage: float  # share of the picture inside the mask
+    coverage: float  # share of the image inside the mask
 
 
 def publish(records: Iterable[Record], store: MaskStore, segmenter_key: str, folder: Path) -> None:
     """Write the masks of exactly these records to ``folder``, in place of what was there.
 
     ``masks.zip`` holds the masks, uncompressed; where there are more than SHARD_SIZE, ``masks-<prefix>.zip``
-    those of the pictures whose sha256 begins with that prefix, so that a new picture changes one file.
-    ``mask_status.csv`` says a picture's rung, score and coverage. The same masks give the same bytes.
+    those of the images whose sha256 begins with that prefix, so that a new image changes one file.
+    ``mask_status.csv`` says an image's rung, score and coverage. The same masks give the same bytes.
     Everything is written beside and then swapped in.
 
     Raises ValueError when the store lacks a mask.
@@ -207,7 +207,7 @@ def publish(records: Iterable[Record], store: MaskStore, segmenter_key: str, fol
 
 
 class PublishedMasks:
-    """What ``publish`` wrote: ``masks[sha256]`` is a picture's region, ``masks.status[path]`` its line."""
+    """What ``publish`` wrote: ``masks[sha256]`` is an image's region, ``masks.status[path]`` its line."""
 
     def __init__(self, folder: Path) -> None:
         """Read the status file; the masks are read when asked for. Raises FileNotFoundError."""
@@ -226,11 +226,11 @@ class PublishedMasks:
         self._prefix_length = len(next(prefixes, ""))  # one length for all
 
     def __getitem__(self, sha256: str) -> np.ndarray:
-        """The region (H, W) bool of the picture with these bytes. Raises KeyError when there is none."""
+        """The region (H, W) bool of the image with these bytes. Raises KeyError when there is none."""
         shard = self.folder / _shard_name(sha256[: self._prefix_length])
         place = _index(shard, shard.stat().st_mtime_ns).get(sha256) if shard.is_file() else None
         if place is None:
-            raise KeyError(f"{self.folder}: no mask of a picture with sha256 {sha256}; run the masks stage.")
+            raise KeyError(f"{self.folder}: no mask of an image with sha256 {sha256}; run the masks stage.")
         with shard.open("rb") as file:
             file.seek(place[0])
             return decode_mask(file.read(place[1])).region
@@ -241,9 +241,9 @@ class PublishedMasks:
 
 
 def summarise(rows: Iterable[MaskStatus]) -> list[dict[str, str | int | float]]:
-    """One line a class, sorted by label: pictures, mean coverage and score, and each rung's share.
+    """One line a class, sorted by label: images, mean coverage and score, and each rung's share.
 
-    A rung of the fallback ladder that goes with a class tells the class without its picture: a shortcut.
+    A rung of the fallback ladder that goes with a class tells the class without its image: a shortcut.
     """
     by_label: dict[str, list[MaskStatus]] = {}
     for row in rows:
@@ -255,7 +255,7 @@ def summarise(rows: Iterable[MaskStatus]) -> list[dict[str, str | int | float]]:
         lines.append(
             {
                 "label": label,
-                "pictures": n,
+                "images": n,
                 "coverage": sum(row.coverage for row in members) / n,
                 "score": sum(row.score for row in members) / n,
                 **{status: rungs[status] / n for status in STATUSES},
@@ -265,17 +265,17 @@ def summarise(rows: Iterable[MaskStatus]) -> list[dict[str, str | int | float]]:
 
 
 def _read_as_recorded(record: Record, path: Path) -> np.ndarray:
-    """The picture (H, W, 3) uint8 of a record, if its file still holds the recorded bytes."""
-    sha256, picture = images.read_named(path)
+    """The image (H, W, 3) uint8 of a record, if its file still holds the recorded bytes."""
+    sha256, image = decode.read_named(path)
     if sha256 != record.sha256:
         raise ValueError(f"{path}: its bytes are not the manifest's (sha256 differs). Run ingest again.")
-    return picture
+    return image
 
 
 def _read_facts(data: bytes) -> tuple[str, float, float]:
     """Status, score and coverage of an encoded mask, without decoding its pixels."""
-    with images.read_header(data, "mask", ("PNG",)) as picture:
-        return picture.info["status"], float(picture.info["score"]), float(picture.info["coverage"])
+    with decode.read_header(data, "mask", ("PNG",)) as image:
+        return image.info["status"], float(image.info["score"]), float(image.info["coverage"])
 
 
 def _shards(shas: list[str]) -> Iterator[tuple[str, list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.methods.backbone import Backbone
 from medfocus.methods.clip import ClipFewShot, ClipLinearProbe, ClipZeroShot
 from medfocus.methods.clip_adapter import ClipAdapter
@@ -12,7 +13,6 @@ from medfocus.methods.lp_plus_plus import LpPlusPlus
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.methods.nearest import NearestClassMean, NearestNeighbours
 from medfocus.methods.pixels import Pixels, PixelsSvm
-from medfocus.methods.protocol import PICTURES, Method, Support
 from medfocus.methods.slca import Slca
 from medfocus.methods.ss_text import SsText
 from medfocus.methods.tip_adapter import TipAdapter, TipAdapterF
@@ -38,4 +38,4 @@ METHODS = {
     "resnet": Backbone,
 }
 
-__all__ = ["METHODS", "PICTURES", "Method", "Support"]
+__all__ = ["IMAGES", "METHODS", "Method", "Support"]

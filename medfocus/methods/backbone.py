@@ -1,4 +1,4 @@
-"""Supervised backbones: one of timm's picture models, trained on the support's pictures without any text.
+"""Supervised backbones: one of timm's image models, trained on the support's images without any text.
 
 ResNet (He et al., arXiv 1512.03385), Res2Net (Gao et al., arXiv 1904.01169), ViT (Dosovitskiy et al.,
 arXiv 2010.11929), Swin (Liu et al., arXiv 2103.14030), and whatever else timm has under a name.
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus import weights
-from medfocus.methods.protocol import PICTURES, Support
-from medfocus.training import train
+from medfocus.learning.method import IMAGES, Support
+from medfocus.learning.training import train
+from medfocus.storage import weights
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 TUNINGS = ("full", "linear")
 CACHE = "cache"  # the ``pretrained`` that means timm's own weights, where a download has left them
 HUB_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")  # as timm looks for them
 HEADS = ("head.fc", "head", "fc")  # where checkpoints of timm's older versions keep the classifier
 OTHERWISE_SET = ("pretrained", "num_classes", "in_chans", "img_size", "features_only", "checkpoint_path")
-Loss = Callable[[Tensor, Tensor], Tensor]  # of picture indices (B,) and views (B,)
-BATCH = 64  # pictures at a time where nothing trains
+Loss = Callable[[Tensor, Tensor], Tensor]  # of image indices (B,) and views (B,)
+BATCH = 64  # images at a time where nothing trains
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Backbone:
     model: str  # a name of timm.list_models(), or it and a tag of its weights: "resnet18.a1_in1k"
     pretrained: str  # "" from scratch, a checkpoint in timm's format, or "cache"
     options: dict[str, Any]  # further arguments of timm.create_model: {"window_size": 3}
-    image_size: int  # pixels a side to which pictures are resized
+    image_size: int  # pixels a side to which images are resized
     tuning: str  # "full", or "linear": the body keeps its weights
     epochs: int
     max_steps: int  # a bound on epochs, in optimisation steps; one epoch is always made
@@ -55,7 +55,7 @@ class Backbone:
     lr: float
     weight_decay: float
     model_: nn.Module = field(init=False, repr=False)  # in eval mode
-    channels_: int = field(init=False)  # C of the pictures it was fitted on
+    channels_: int = field(init=False)  # C of the images it was fitted on
     classes_: int = field(init=False)  # K
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Backbone:
                 raise ValueError(f"backbone: {name} is {value}; use 1 or more.")
         if taken := [name for name in self.options if name in OTHERWISE_SET]:
             raise ValueError(
-                f"backbone: options has {', '.join(taken)}, which the other fields or the pictures set. "
+                f"backbone: options has {', '.join(taken)}, which the other fields or the images set. "
                 "Take it out."
             )
         import timm  # takes seconds, which a study without backbones need not wait
@@ -80,8 +80,8 @@ class Backbone:
 
     @property
     def embedding(self) -> str:
-        """Nothing of CLIP is frozen: the pictures themselves."""
-        return PICTURES
+        """Nothing of CLIP is frozen: the images themselves."""
+        return IMAGES
 
     @property
     def note(self) -> str:
@@ -92,28 +92,28 @@ class Backbone:
             return f"pretrained: {self._published().hf_hub_id or self.model}"
         return f"pretrained: {Path(self.pretrained).name}"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, C) uint8, as they are."""
-        return pictures
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, C) uint8, as they are."""
+        return images
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Train on the pictures (V, N, S, S, C) uint8; C is 3, 4 (region) or 6 (two pictures).
+        """Train on the images (V, N, S, S, C) uint8; C is 3, 4 (region) or 6 (two images).
 
         Raises:
             ValueError: timm cannot build the model so, or the weights are another model's.
             FileNotFoundError: The pretrained weights are not on this machine.
         """
-        pictures, labels = support.inputs, support.labels
-        self.channels_, self.classes_ = pictures.shape[-1], len(support.text_features)
+        images, labels = support.inputs, support.labels
+        self.channels_, self.classes_ = images.shape[-1], len(support.text_features)
         with _seeded(generator.initial_seed()):  # of the weights' start and the dropout
-            model = self._untrained(self.channels_, self.classes_).to(pictures.device)
+            model = self._untrained(self.channels_, self.classes_).to(images.device)
             how = self._linear if self.tuning == "linear" else self._full
             trained, loss = how(model, support)
             train(
                 trained.train().parameters(),
                 loss,
                 labels,
-                views=len(pictures),
+                views=len(images),
                 epochs=self.epochs,
                 max_steps=self.max_steps,
                 batch_size=self.batch_size,
@@ -143,8 +143,8 @@ class Backbone:
                 "Set tuning to full or take another model."
             )
 
-        def embedded(pictures: Tensor) -> Tensor:
-            return model.forward_head(model.forward_features(self._seen(model, pictures)), pre_logits=True)
+        def embedded(images: Tensor) -> Tensor:
+            return model.forward_head(model.forward_features(self._seen(model, images)), pre_logits=True)
 
         with torch.no_grad():
             views = [torch.cat([embedded(part) for part in view.split(BATCH)]) for view in support.inputs]
@@ -157,13 +157,13 @@ class Backbone:
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Pictures (N, S, S, C) uint8 -> logits (N, K)."""
+        """Images (N, S, S, C) uint8 -> logits (N, K)."""
         model = self.model_
         return {"head": torch.cat([model(self._seen(model, part)) for part in inputs.split(BATCH)])}
 
-    def pixels(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, C) uint8 -> what the fitted ``model_`` takes, for a look into it."""
-        return self._seen(self.model_, pictures)
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, C) uint8 -> what the fitted ``model_`` takes, for a look into it."""
+        return self._seen(self.model_, images)
 
     def state(self) -> dict[str, Tensor]:
         """The whole network with its running statistics, so that no other file is needed to predict."""
@@ -180,12 +180,12 @@ class Backbone:
         )
         return self
 
-    def _seen(self, model: nn.Module, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, C) uint8 -> what the model sees (B, C, image_size, image_size)."""
-        side, channels = self.image_size, pictures.shape[-1]
+    def _seen(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Images (B, S, S, C) uint8 -> what the model sees (B, C, image_size, image_size)."""
+        side, channels = self.image_size, images.shape[-1]
         if channels not in (3, 4, 6):
-            raise ValueError(f"backbone: pictures have {channels} channels; give 3, 4 (region) or 6 (two).")
-        x = pictures.permute(0, 3, 1, 2).float() / 255
+            raise ValueError(f"backbone: images have {channels} channels; give 3, 4 (region) or 6 (two).")
+        x = images.permute(0, 3, 1, 2).float() / 255
         if x.shape[-2:] != (side, side):
             x = functional.interpolate(x, (side, side), mode="bilinear", antialias=True)
         published: Any = model.pretrained_cfg
@@ -205,7 +205,7 @@ class Backbone:
     def _built(self, channels: int, classes: int, state: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The network from scratch, or of weights in timm's format that have so many classes.
 
-        timm fits published weights to another picture size and number of channels.
+        timm fits published weights to another image size and number of channels.
         """
         import timm
         from timm.layers.patch_embed import PatchEmbed
@@ -283,7 +283,7 @@ class Backbone:
 
 
 def _two_or_more(index: Tensor, view: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """A batch of one gets the next picture of the support: batch normalisation has no deviation of one."""
+    """A batch of one gets the next image of the support: batch normalisation has no deviation of one."""
     if len(index) > 1:
         return index, view
     return torch.cat([index, (index + 1) % count]), view.expand(2)

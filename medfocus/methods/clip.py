@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
-from medfocus.probe import Probe, fit_probe
-from medfocus.training import train
+from medfocus.learning.method import Support
+from medfocus.learning.probe import Probe, fit_probe
+from medfocus.learning.training import train
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 
 def zero_shot_logits(image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
@@ -37,9 +37,9 @@ class ClipZeroShot:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Keep the class texts; the labels are not looked at."""
@@ -76,9 +76,9 @@ class ClipLinearProbe:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Fit the probe on the unaugmented view."""
@@ -107,9 +107,9 @@ class ClipLinearProbe:
 
 @dataclass
 class ClipFewShot:
-    """Full fine-tuning of the picture tower's last blocks against frozen class texts.
+    """Full fine-tuning of the image encoder's last blocks against frozen class texts.
 
-    The blocks before them are frozen, so their tokens are computed once a picture and view and
+    The blocks before them are frozen, so their tokens are computed once per image and view and
     cached; one step costs only what trains. The loss is cross-entropy on s I Tᵀ.
     """
 
@@ -131,9 +131,9 @@ class ClipFewShot:
         """Tokens at the entrance of what trains."""
         return f"tokens-{self.blocks}"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> tokens (B, L, W)."""
-        return self.encoder.trunk(self.encoder.preprocess(pictures), self.blocks)
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> tokens (B, L, W)."""
+        return self.encoder.trunk(self.encoder.preprocess(images), self.blocks)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Fine-tune a copy of the tail; the encoder itself is left as it was."""

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.methods.choose import choose
-from medfocus.methods.protocol import Support
-from medfocus.training import train
+from medfocus.learning.method import Support
+from medfocus.learning.selection import choose
+from medfocus.learning.training import train
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 RATIO_WITHOUT_VALIDATION = 0.2  # published, where a class is too small to hold one out
 
@@ -74,9 +74,9 @@ class ClipAdapter:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose r, then train the adapter on the whole support."""

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.lora import LoraTowers, check_lora
-from medfocus.methods.protocol import PICTURES, Support
-from medfocus.training import train
+from medfocus.clip.lora import LoraTowers, check_lora
+from medfocus.learning.method import IMAGES, Support
+from medfocus.learning.training import train
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 
 @dataclass
@@ -35,7 +35,7 @@ class ClipLora:
     rank: int  # r
     alpha: float  # α
     dropout: float  # on the input of the low-rank path
-    steps_per_shot: int  # optimisation steps for each picture that a class has on average ...
+    steps_per_shot: int  # optimisation steps for each image that a class has on average ...
     max_steps: int  # ... and never more than these; one epoch is always made
     batch_size: int
     lr: float
@@ -51,20 +51,20 @@ class ClipLora:
 
     @property
     def embedding(self) -> str:
-        """Nothing is frozen: the pictures themselves."""
-        return PICTURES
+        """Nothing is frozen: the images themselves."""
+        return IMAGES
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, C) uint8, as they are."""
-        return pictures
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, C) uint8, as they are."""
+        return images
 
-    def epochs(self, pictures: int, classes: int) -> int:
-        """Whole passes over so many pictures that make the wished steps, rounded down and at least one."""
-        steps = min(self.steps_per_shot * pictures / classes, self.max_steps)
-        return max(1, int(steps / math.ceil(pictures / self.batch_size)))
+    def epochs(self, images: int, classes: int) -> int:
+        """Whole passes over so many images that make the wished steps, rounded down and at least one."""
+        steps = min(self.steps_per_shot * images / classes, self.max_steps)
+        return max(1, int(steps / math.ceil(images / self.batch_size)))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Train the updates on pictures and texts.
+        """Train the updates on images and texts.
 
         Raises ValueError where the support brings no prompts, or as ``LoraTowers`` does.
         """
@@ -73,11 +73,11 @@ class ClipLora:
                 "clip-lora: it trains the text tower, but support.prompts is empty. Give the texts of each "
                 "class."
             )
-        pictures, labels = support.inputs, support.labels  # (V, N, S, S, C), (N,)
+        images, labels = support.inputs, support.labels  # (V, N, S, S, C), (N,)
         texts = [ensemble[0] for ensemble in support.prompts]  # (K,)
 
         def loss(index: Tensor, view: Tensor) -> Tensor:
-            features = towers(pictures[view, index])  # (B, D)
+            features = towers(images[view, index])  # (B, D)
             logits = self.encoder.logit_scale * features @ towers.encode_texts(texts).T  # (B, K)
             return functional.cross_entropy(logits, labels[index])
 
@@ -88,7 +88,7 @@ class ClipLora:
                 towers.parameters(),
                 loss,
                 labels,
-                views=len(pictures),
+                views=len(images),
                 epochs=self.epochs(len(labels), len(texts)),
                 batch_size=self.batch_size,
                 lr=self.lr,
@@ -105,7 +105,7 @@ class ClipLora:
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Pictures (N, S, S, C) uint8 -> logits (N, K)."""
+        """Images (N, S, S, C) uint8 -> logits (N, K)."""
         features = torch.cat([self.towers_(part) for part in inputs.split(64)])
         return {"text": self.encoder.logit_scale * features @ self.text_features_.T}
 

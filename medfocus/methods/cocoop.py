@@ -1,13 +1,13 @@
-"""CoCoOp (Zhou et al., arXiv 2203.05557): CoOp's contexts, moved by the picture that is looked at.
+"""CoCoOp (Zhou et al., arXiv 2203.05557): CoOp's contexts, moved by the image that is looked at.
 
 v_m(x) = v_m + h(f), h = Linear(D, D/16)-ReLU-Linear(D/16, W), and the logits are s f t_k(x), of frozen image
-features f. So every picture has K texts of its own, and a batch of B is B K passes through the text tower.
-They go in chunks of pictures whose gradients add up, so that memory grows with the chunk and not with the
+features f. So every image has K texts of its own, and a batch of B is B K passes through the text tower.
+They go in chunks of images whose gradients add up, so that memory grows with the chunk and not with the
 batch. Published are M = 4 from "a photo of a", SGD of 2e-3 with a cosine after one epoch at 1e-5, and 10
-epochs of single pictures.
+epochs of single images.
 
 A departure from the paper: ``max_steps`` bounds the training, and the schedule then runs through the same
-epochs in fewer steps. And the pictures' views are drawn from a cached few.
+epochs in fewer steps. And the images' views are drawn from a cached few.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
-from medfocus.prompt_learning import (
+from medfocus.clip.prompt_learning import (
     ContextTexts,
     ContextTower,
     check_prompt_learning,
@@ -28,9 +27,10 @@ from medfocus.prompt_learning import (
     train_sgd,
     write_texts,
 )
+from medfocus.learning.method import Support
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 _TEXTS = 64  # that go through the text tower at once where no gradient is kept
 
@@ -63,7 +63,7 @@ class CoCoOp:
     contexts: int  # M
     start: str  # words of M tokens at which the contexts start; empty: N(0, 0.02)
     reduction: int  # of h: D to D / reduction
-    chunk: int  # pictures whose texts go through the text tower at once while training
+    chunk: int  # images whose texts go through the text tower at once while training
     epochs: int
     max_steps: int  # of the optimisation, whatever the epochs
     batch_size: int
@@ -90,9 +90,9 @@ class CoCoOp:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Train contexts and network on frozen image features.
@@ -136,8 +136,8 @@ class CoCoOp:
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Inputs (N, D) -> logits (N, K)."""
-        pictures = max(1, _TEXTS // len(self.tower_.texts.tokens))
-        return {"text": torch.cat([self._classify(part) for part in inputs.float().split(pictures)])}
+        images = max(1, _TEXTS // len(self.tower_.texts.tokens))
+        return {"text": torch.cat([self._classify(part) for part in inputs.float().split(images)])}
 
     def state(self) -> dict[str, Tensor]:
         """The contexts, h, and the tokenised class texts with the contexts' places in them."""

@@ -5,9 +5,9 @@ cross-entropy through the frozen text tower g. Published are M = 16 from N(0, 0.
 a"; SGD of 2e-3 with a cosine after one epoch at 1e-5, batches of 32, and 50, 100 or 200 epochs for 1, 2 to 4
 or 8 to 16 shots.
 
-A departure from the paper: ``max_steps`` bounds the training, since 200 epochs of 5,700 pictures would be
+A departure from the paper: ``max_steps`` bounds the training, since 200 epochs of 5,700 images would be
 36,000 steps of the text tower. The schedule then runs through the same epochs in fewer steps. And
-the pictures' views are drawn from a cached few instead of being made anew at every step.
+the images' views are drawn from a cached few instead of being made anew at every step.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
-from medfocus.prompt_learning import (
+from medfocus.clip.prompt_learning import (
     CLASS_TOKENS,
     ContextTower,
     check_prompt_learning,
@@ -28,9 +27,10 @@ from medfocus.prompt_learning import (
     train_sgd,
     write_texts,
 )
+from medfocus.learning.method import Support
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 
 @dataclass
@@ -73,9 +73,9 @@ class CoOp:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Train the contexts on frozen image features.

@@ -17,8 +17,8 @@ def contrastive_loss(
     """L_c: InfoNCE over the unique classes of the batch.
 
     i2t = -mean_i log softmax_k(s I_i·T_k)[y_i] over the classes present; t2i = the mean over
-    those classes of the mean over their pictures i of -log softmax_j(s I_j·T_k)[i]. The diagonal
-    form of CLIP's own training would count two pictures of one class as each other's negatives.
+    those classes of the mean over their images i of -log softmax_j(s I_j·T_k)[i]. The diagonal
+    form of CLIP's own training would count two images of one class as each other's negatives.
 
     Args:
         image_features: (B, D) L2-normalised.
@@ -33,7 +33,7 @@ def contrastive_loss(
     logits = logit_scale * image_features @ text_features[present].T  # (B, D) @ (D, P) -> (B, P)
     i2t = functional.cross_entropy(logits, position)
     positives = functional.one_hot(position, len(present)).to(logits.dtype)  # (B, P)
-    log_share = logits.log_softmax(dim=0)  # over the batch's pictures
+    log_share = logits.log_softmax(dim=0)  # over the batch's images
     t2i = -((positives * log_share).sum(dim=0) / positives.sum(dim=0)).mean()
     return (i2t + t2i) / 2
 
@@ -149,7 +149,7 @@ HEADS: dict[str, type[CosineHead] | type[LinearHead]] = {"cosine": CosineHead, "
 
 
 class FusedClassifier(nn.Module):
-    """The end of the picture tower, residual adapters on I and T, the fusion F, and the head C.
+    """The end of the image encoder, residual adapters on I and T, the fusion F, and the head C.
 
     An input is what the frozen part of the tower gave, and behind it, where ``patches`` is not 0, so many
     patch features, of CLIP's blocks or of SAM2. ``scale_patches`` standardises those; they stand behind M.

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
+from medfocus.learning.method import Support
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
-ALPHA_SCALE = 250.0  # published: α starts at this times the mean cosine of picture and own class text
+ALPHA_SCALE = 250.0  # published: α starts at this times the mean cosine of image and own class text
 MOMENTUM = 0.9  # published, of w
 STEPS_OF_W = 10  # published: α takes a step after so many of w
 
@@ -91,9 +91,9 @@ class LpPlusPlus:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Learn w and α; nothing is drawn."""

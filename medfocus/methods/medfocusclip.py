@@ -1,6 +1,6 @@
 """MedFocusCLIP (arXiv 2501.03839): fusion, composite loss, head and probe over CLIP's towers.
 
-The focus x ⊙ m has happened before: the inputs are focused pictures, or features of them. The
+The focus x ⊙ m has happened before: the inputs are focused images, or features of them. The
 equations are in ``medfocus.methods.fusion``. The authors published no code; where the paper leaves a
 choice open the docstring says what is done here.
 """
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.lora import LoraTowers, check_lora
+from medfocus.clip.lora import LoraTowers, check_lora
+from medfocus.clip.prompts import class_embeddings
+from medfocus.learning.method import IMAGES, Support
+from medfocus.learning.probe import Probe, fit_probe, stratified_folds
+from medfocus.learning.training import train
 from medfocus.methods.fusion import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
-from medfocus.methods.protocol import PICTURES, Support
-from medfocus.probe import Probe, fit_probe, stratified_folds
-from medfocus.prompts import class_embeddings
-from medfocus.training import train
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 __all__ = ["FUSIONS", "HEADS", "TUNINGS", "Adapter", "FusedClassifier", "MedFocusClip", "contrastive_loss"]
 
@@ -36,13 +36,13 @@ class MedFocusClip:
     "adapter" leaves the towers frozen and trains on cached views of their features. With nothing
     trainable before I and T the contrastive term would have no gradient; that is what the adapters are
     for. With ``layers`` the frozen tower's patch features join M, with ``segmenter_grid`` those of SAM2's
-    own image encoder: where in the picture something is, which the pooled I has lost.
+    own image encoder: where in the image something is, which the pooled I has lost.
 
-    "lora" trains low-rank updates in every attention of both towers, on the pictures themselves. T is
+    "lora" trains low-rank updates in every attention of both towers, on the images themselves. T is
     encoded anew at every step, from all templates, so the whole loss has its gradient in both towers; the
     adapters stay in place behind them.
 
-    "full" trains the last ``blocks`` blocks of the picture tower, on the cached tokens before them.
+    "full" trains the last ``blocks`` blocks of the image encoder, on the cached tokens before them.
 
     Where ``contrastive_weights`` holds several λ, one is chosen by stratified cross-validation inside the
     support.
@@ -55,13 +55,13 @@ class MedFocusClip:
     fusion: str  # one of FUSIONS
     head: str  # one of HEADS
     contrastive_weights: tuple[float, ...]  # candidates for λ in [0, 1]
-    blocks: int  # of the picture tower that train, from its end, in "full"; else 0
+    blocks: int  # of the image encoder that train, from its end, in "full"; else 0
     lora_rank: int  # r of the updates W + (α/√r) B A, in "lora"
     lora_alpha: float  # their α
     lora_dropout: float  # on the input of the low-rank path
     layers: tuple[int, ...]  # blocks, counted from 1, whose patch features join M; 0: the embedding
     grid: int  # cells a side to which the patch features of each layer are averaged
-    segmenter_grid: int  # cells a side to which SAM2's picture features are averaged; 0: they stay out of M
+    segmenter_grid: int  # cells a side to which SAM2's image features are averaged; 0: they stay out of M
     hidden: int  # width of the adapters' bottleneck
     epochs: int
     max_steps: int  # a bound on epochs, in optimisation steps; one epoch is always made
@@ -112,17 +112,17 @@ class MedFocusClip:
     def embedding(self) -> str:
         """The frozen part: image features, with patch features; in "full" tokens, in "lora" nothing."""
         if self.tuning == "lora":
-            return PICTURES
+            return IMAGES
         if self.tuning == "full":
             return f"tokens-{self.blocks}"
         name = f"layers-{'-'.join(map(str, self.layers))}-{self.grid}" if self.layers else "features"
         return f"{name}-segmenter-{self.segmenter_grid}" if self.segmenter_grid else name
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, C) uint8 -> I (B, D), with patches (B, D + P), tokens (B, L, W) or as is."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, C) uint8 -> I (B, D), with patches (B, D + P), tokens (B, L, W) or as is."""
         if self.tuning == "lora":
-            return pictures
-        pixels = self.encoder.preprocess(pictures)
+            return images
+        pixels = self.encoder.preprocess(images)
         if self.tuning == "full":
             return self.encoder.trunk(pixels, self.blocks)
         if self.layers:
@@ -131,7 +131,7 @@ class MedFocusClip:
             features = self.encoder.encode_images(pixels)
         if not self.segmenter_grid:
             return features
-        return torch.cat([features, self.encoder.describe(pictures, self.segmenter_grid)], dim=1)
+        return torch.cat([features, self.encoder.describe(images, self.segmenter_grid)], dim=1)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose λ, train what trains, then probe the frozen fused features.

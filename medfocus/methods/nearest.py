@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.methods.choose import choose
-from medfocus.methods.protocol import Support
+from medfocus.learning.method import Support
+from medfocus.learning.selection import choose
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 NEARER = 1e-3  # what being nearer adds to a vote: less than a vote, so it only decides ties
 
@@ -63,9 +63,9 @@ class NearestClassMean:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Keep the class means; nothing is drawn."""
@@ -90,7 +90,7 @@ class NearestClassMean:
 
 @dataclass
 class NearestNeighbours:
-    """The majority of the k nearest pictures of the support; logits are the logarithm of ``vote_shares``.
+    """The majority of the k nearest images of the support; logits are the logarithm of ``vote_shares``.
 
     Several ``neighbours``: k is chosen by cross-validation inside the support; it is 1 where no fold can be
     made.
@@ -116,9 +116,9 @@ class NearestNeighbours:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose k and keep the support."""

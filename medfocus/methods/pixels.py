@@ -1,4 +1,4 @@
-"""The honesty rows: logistic regression and an RBF-SVM on a tiny grey picture, without any network."""
+"""The honesty rows: logistic regression and an RBF-SVM on a tiny grey image, without any network."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.methods.choose import choose
-from medfocus.methods.protocol import Support
-from medfocus.probe import Probe, fit_probe
+from medfocus.learning.method import Support
+from medfocus.learning.probe import Probe, fit_probe
+from medfocus.learning.selection import choose
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 COST_WITHOUT_VALIDATION, GAMMA_WITHOUT_VALIDATION = 10.0, 1.0  # where a class is too small to hold one out
 
 
-def thumbnails(pictures: Tensor, side: int) -> Tensor:
-    """Pictures (B, S, S, C) uint8, RGB first -> grey thumbnails (B, side * side) in [0, 1]."""
-    grey = pictures[..., :3].float().mean(dim=3)[:, None] / 255  # (B, 1, S, S)
+def thumbnails(images: Tensor, side: int) -> Tensor:
+    """Images (B, S, S, C) uint8, RGB first -> grey thumbnails (B, side * side) in [0, 1]."""
+    grey = images[..., :3].float().mean(dim=3)[:, None] / 255  # (B, 1, S, S)
     return functional.interpolate(grey, (side, side), mode="bilinear", antialias=True).flatten(1)
 
 
@@ -74,9 +74,9 @@ class Pixels:
         """Independent of the encoder but for the views that it asks for."""
         return f"pixels-{self.side}"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> grey thumbnails (B, side * side) in [0, 1]."""
-        return thumbnails(pictures, self.side)
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> grey thumbnails (B, side * side) in [0, 1]."""
+        return thumbnails(images, self.side)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Standardise by the support's own mean and deviation, then fit the probe."""
@@ -120,7 +120,7 @@ class RbfMachine:
     def fit(
         cls, pixels: np.ndarray, labels: np.ndarray, cost: float, gamma: float
     ) -> tuple[Self, np.ndarray]:
-        """The machine for (N, P), (N,) labels covering 0..K-1, and which pictures its vectors are (M,)."""
+        """The machine for (N, P), (N,) labels covering 0..K-1, and which images its vectors are (M,)."""
         model = SVC(C=cost, gamma=gamma, kernel="rbf")  # pyright: ignore[reportArgumentType]
         model.fit(pixels, labels)
         machine = cls(
@@ -187,9 +187,9 @@ class PixelsSvm:
         """Independent of the encoder but for the views that it asks for."""
         return f"pixels-{self.side}"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> grey thumbnails (B, side * side) in [0, 1]."""
-        return thumbnails(pictures, self.side)
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> grey thumbnails (B, side * side) in [0, 1]."""
+        return thumbnails(images, self.side)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose C and γ, then fit on the whole support."""

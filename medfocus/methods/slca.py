@@ -1,9 +1,9 @@
-"""SAM with Spatially Localized Channel Attention (arXiv 2505.06217): SAM2's frozen picture features, gated.
+"""SAM with Spatially Localized Channel Attention (arXiv 2505.06217): SAM2's frozen image features, gated.
 
 The equations are a reconstruction and no transcription; the authors' may differ in what they leave out. For
-the features S of a picture,
+the features S of an image,
 
-    z = AvgPool_{k x k}(S), with stride k          one description a window, not one for the whole picture
+    z = AvgPool_{k x k}(S), with stride k          one description a window, not one for the whole image
     a = σ(W2 ReLU(W1 z)), 1 x 1 convolutions       squeeze and excitation (arXiv 1709.01507), reduction r
     X' = S ⊙ up(a), nearest neighbour              each window's channels are gated by itself alone
 
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
-from medfocus.training import train
+from medfocus.learning.method import Support
+from medfocus.learning.training import train
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 
 class Attention(nn.Module):
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 class Classifier(nn.Module):
     """Standardised channels, attention, global average and linear head."""
 
-    mean: Tensor  # (C,) of the support, over its pictures and their cells
+    mean: Tensor  # (C,) of the support, over its images and their cells
     std: Tensor  # (C,)
 
     def __init__(self, channels: int, classes: int, grid: int, pool: int, reduction: int) -> None:
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
 
 @dataclass
 class Slca:
-    """The attention and the head learn by cross-entropy; SAM2's picture encoder stays frozen.
+    """The attention and the head learn by cross-entropy; SAM2's image encoder stays frozen.
 
     S has the channels of both levels that the segmenter describes, which it averages to the same cells:
     level behind level they are d + d/4 channels of one grid. The deep level knows what is there, the finer
@@ -93,7 +93,7 @@ class Slca:
     takes_views: ClassVar[bool] = True
     needs_towers: ClassVar[bool] = False
     encoder: ClipEncoder
-    segmenter_grid: int  # G, cells a side to which SAM2's picture features are averaged
+    segmenter_grid: int  # G, cells a side to which SAM2's image features are averaged
     pool: int  # k, cells a side of a window with gates of its own; divides G
     reduction: int  # r of the gates' bottleneck: C to C / r
     epochs: int
@@ -117,18 +117,18 @@ class Slca:
 
     @property
     def embedding(self) -> str:
-        """The segmenter's picture features on its grid."""
+        """The segmenter's image features on its grid."""
         return f"segmenter-{self.segmenter_grid}"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, C) uint8, of which RGB is seen -> S, flattened, (B, C' G G) float32.
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, C) uint8, of which RGB is seen -> S, flattened, (B, C' G G) float32.
 
         Raises ValueError where no segmenter stands beside the encoder.
         """
-        return self.encoder.describe(pictures, self.segmenter_grid).float()
+        return self.encoder.describe(images, self.segmenter_grid).float()
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Standardise by the support's unaugmented pictures, then train attention and head."""
+        """Standardise by the support's unaugmented images, then train attention and head."""
         inputs, labels = support.inputs, support.labels  # (V, N, C G G), (N,)
         channels = inputs.shape[-1] // self.segmenter_grid**2
         with torch.random.fork_rng(devices=[]):
@@ -154,7 +154,7 @@ class Slca:
 
     @torch.no_grad()
     def encode(self, inputs: Tensor) -> Tensor:
-        """Gated features, averaged over the picture: (N, C G G) -> (N, C)."""
+        """Gated features, averaged over the image: (N, C G G) -> (N, C)."""
         return torch.cat([self.classifier_.encode(part) for part in inputs.split(256)])
 
     @torch.no_grad()

@@ -1,10 +1,10 @@
 """SS-Text (Silva-Rodríguez et al., "Full Conformal Adaptation of Medical Vision-Language Models", IPMI 2025).
 
-The linear probe in closed form: w_k is pulled to the pictures of class k and held near its text. The
+The linear probe in closed form: w_k is pulled to the images of class k and held near its text. The
 minimum of -(s / N) Σ_i f_i·w_{y_i} + ½ Σ_k λ_k |w_k - t_k|² is w_k = t_k + (s / (N λ_k)) Σ_{i∈k} f_i.
 λ_k is 1/N as published; the successor SS-Text+ takes one over the class's own count. As in the public code
 w_k is L2-normalised before it classifies, so the larger of two classes gains nothing. That code's floor of
-1e-3 under λ_k, which matters above 1,000 pictures only, is left out.
+1e-3 under λ_k, which matters above 1,000 images only, is left out.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.methods.protocol import Support
+from medfocus.learning.method import Support
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 
 def closed_form(
@@ -57,9 +57,9 @@ class SsText:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Compute w; nothing is drawn."""

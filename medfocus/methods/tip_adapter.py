@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.methods.choose import choose
-from medfocus.methods.protocol import Support
-from medfocus.training import train
+from medfocus.learning.method import Support
+from medfocus.learning.selection import choose
+from medfocus.learning.training import train
 
 if TYPE_CHECKING:
-    from medfocus.encoders import ClipEncoder
+    from medfocus.clip.encoder import ClipEncoder
 
 ALPHA, BETA = 1.0, 1.0  # published, where a class is too small to hold one out
 
@@ -44,7 +44,7 @@ class Cache:
 
     @classmethod
     def of(cls, support: Support, logit_scale: float) -> Self:
-        """A key is the normalised mean over the picture's views, as published for augmented supports."""
+        """A key is the normalised mean over the image's views, as published for augmented supports."""
         keys = functional.normalize(support.inputs.float().mean(dim=0), dim=-1)  # (V, N, D) -> (N, D)
         values = functional.one_hot(support.labels, len(support.text_features)).to(keys.dtype)
         return cls(keys, values, support.text_features, logit_scale)
@@ -124,9 +124,9 @@ class TipAdapter:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose α and β, then keep the support as the cache."""
@@ -187,9 +187,9 @@ class TipAdapterF:
         """CLIP's image features."""
         return "features"
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(pictures))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose α and β as Tip-Adapter does, then train the keys at them."""

@@ -1,8 +1,8 @@
-"""Medical pictures drawn from a seed: chest films, brain slices and breast ultrasound, each lesion known.
+"""Medical images drawn from a seed: chest films, brain slices and breast ultrasound, each lesion known.
 
 What tells the classes apart (margin, shape, texture) lies inside the region of the lesion. Outside lie
 anatomy, exposure, devices, text and look-alikes, all drawn without regard to the class, so a classifier has
-to look at the region. Not for clinical use: nothing here is, or comes from, a picture of a patient.
+to look at the region. Not for clinical use: nothing here is, or comes from, an image of a patient.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SMALLEST = 64  # pixels a side; below it the finest strokes vanish
 
 
 def draw(modality: str, label: str, rng: np.random.Generator, size: int = 192) -> Phantom:
-    """Draw one picture of ``size`` x ``size`` pixels.
+    """Draw one image of ``size`` x ``size`` pixels.
 
     Raises ValueError for a modality or a label that ``MODALITIES`` lacks, or a size under 64.
     """
@@ -46,7 +46,7 @@ def draw(modality: str, label: str, rng: np.random.Generator, size: int = 192) -
 
 
 def generator(seed: int, modality: str, split: str, label: str, index: int) -> np.random.Generator:
-    """The random numbers of one picture of a set, which depend on nothing but these five."""
+    """The random numbers of one image of a set, which depend on nothing but these five."""
     name = f"{seed}/{modality}/{split}/{label}/{index}"
     return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest(), "big"))
 
@@ -54,12 +54,12 @@ def generator(seed: int, modality: str, split: str, label: str, index: int) -> n
 def write(
     folder: Path, modality: str, *, seed: int, train_per_class: int, test_per_class: int, size: int = 192
 ) -> None:
-    """Write a set of pictures and their known regions, the same bytes on every machine.
+    """Write a set of images and their known regions, the same bytes on every machine.
 
-    Pictures go to ``folder/<split>/<label>/<number>.png``, regions (0 and 255; all 0 where the class has no
+    Images go to ``folder/<split>/<label>/<number>.png``, regions (0 and 255; all 0 where the class has no
     lesion) to ``folder/masks/<split>/<label>/<number>.png``. The set is built beside ``folder`` and swapped
-    in when it is whole, so a reader never sees half of one; an earlier set there is replaced. Each picture
-    has its own random numbers (``generator``), so a larger set begins with the same pictures.
+    in when it is whole, so a reader never sees half of one; an earlier set there is replaced. Each image
+    has its own random numbers (``generator``), so a larger set begins with the same images.
 
     Raises ValueError as ``draw`` does, and where ``folder`` holds anything but such a set.
     """
@@ -74,12 +74,12 @@ def write(
         whole = Path(beside) / "whole"
         for split, count in zip(SPLITS, (train_per_class, test_per_class), strict=True):
             for label in MODALITIES.get(modality, ("",)):
-                pictures, regions = whole / split / label, whole / "masks" / split / label
-                pictures.mkdir(parents=True)
+                images, regions = whole / split / label, whole / "masks" / split / label
+                images.mkdir(parents=True)
                 regions.mkdir(parents=True)
                 for index in range(count):
                     phantom = draw(modality, label, generator(seed, modality, split, label, index), size)
-                    (pictures / f"{index:05d}.png").write_bytes(png.encode(phantom.picture))
+                    (images / f"{index:05d}.png").write_bytes(png.encode(phantom.image))
                     (regions / f"{index:05d}.png").write_bytes(png.encode(phantom.region))
         if folder.exists():
             folder.rename(Path(beside) / "replaced")

@@ -75,10 +75,10 @@ def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
     head = wrap(rng, sequence, slice_, inside, outside, skull, x, y)
     if level == "sella" and site.centre[1] - 1.3 * site.radius > -0.42 and rng.random() < 0.7:
         brain = brain & ~add_orbits(head, rng, sequence, outside, x, y)
-    picture = acquire(rng, head)
+    image = acquire(rng, head)
     findings["sequence"] = sequence.name
     parts = {"brain": brain, "cisterns" if level == "sella" else "ventricles": fluid & ~region}
-    return Phantom(picture, region, "brain_mri", label, findings, {k: v for k, v in parts.items() if v.any()})
+    return Phantom(image, region, "brain_mri", label, findings, {k: v for k, v in parts.items() if v.any()})
 
 
 def choose_site(
@@ -380,8 +380,8 @@ def acquire(rng: np.random.Generator, head: np.ndarray) -> np.ndarray:
     noise = rng.uniform(0.006, 0.035)
     head = np.hypot(head + noise * rng.standard_normal(head.shape), noise * rng.standard_normal(head.shape))
     tone = np.clip(head / rng.uniform(0.72, 1.1), 0, 1) ** rng.uniform(0.75, 1.3)
-    picture = np.round(tone * rng.uniform(200, 255)).clip(0, 255).astype(np.uint8)
+    image = np.round(tone * rng.uniform(200, 255)).clip(0, 255).astype(np.uint8)
     for _ in range(rng.integers(0, 3)):
         place = (rng.choice((0.02, 0.7, 0.95)), rng.choice((0.01, 0.06, 0.94)))
-        stamp(picture, str(rng.choice(TEXTS)), place, max(size // 192, 1), rng.uniform(140, 255))
-    return picture
+        stamp(image, str(rng.choice(TEXTS)), place, max(size // 192, 1), rng.uniform(140, 255))
+    return image

@@ -45,9 +45,9 @@ def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
     shown = scan(rng, echo, x, depth)
     shown[outside] = 0.0
     annotate(rng, shown, view, mass)
-    picture = np.round(shown * 255).astype(np.uint8)
+    image = np.round(shown * 255).astype(np.uint8)
     findings = describe(label, region, mass, top, bottom)
-    return Phantom(picture, region, "breast_ultrasound", label, findings, {})
+    return Phantom(image, region, "breast_ultrasound", label, findings, {})
 
 
 def choose_mass(
@@ -66,7 +66,7 @@ def choose_mass(
 def describe(
     label: str, region: np.ndarray, mass: tuple[float, float, float, float], top: float, bottom: float
 ) -> dict[str, str]:
-    """The mass in words; sides are the picture's."""
+    """The mass in words; sides are the image's."""
     share = (mass[1] - top) / (bottom - top)
     return {
         "finding": label if label == "cyst" else f"{label} mass",
@@ -231,7 +231,7 @@ def frame(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, top: float, bo
 
 
 def annotate(
-    rng: np.random.Generator, picture: np.ndarray, view: View, mass: tuple[float, float, float, float]
+    rng: np.random.Generator, image: np.ndarray, view: View, mass: tuple[float, float, float, float]
 ) -> None:
     """Callipers at the mass or elsewhere, text, depth scale, grey bar, body mark; in place."""
     size = view.size
@@ -252,21 +252,19 @@ def annotate(
             column, row = view.place(np.array(cx + share * reach[0]), np.array(cy + share * reach[1]))
             row, column = int(np.clip(row, 0, size - 1)), int(np.clip(column, 0, size - 1))
             arm = 3 * unit if abs(share) == 1 else 0
-            picture[max(row - arm, 0) : row + arm + 1, column : column + unit] = shine
-            picture[row : row + unit, max(column - arm, 0) : column + arm + 1] = shine
+            image[max(row - arm, 0) : row + arm + 1, column : column + unit] = shine
+            image[row : row + unit, max(column - arm, 0) : column + arm + 1] = shine
     for _ in range(rng.choice((0, 1, 2), p=(0.45, 0.4, 0.15))):
         place = (rng.uniform(0.02, 0.9), rng.choice((0.01, 0.86, 0.94)))
-        stamp(picture, str(rng.choice(TEXTS)), place, unit * int(rng.choice((1, 1, 2))), shine)
+        stamp(image, str(rng.choice(TEXTS)), place, unit * int(rng.choice((1, 1, 2))), shine)
     if rng.random() < 0.25:  # depth scale
         gap = int(size * rng.uniform(0.06, 0.12))
-        picture[gap::gap, -4 * unit : -unit] = shine
+        image[gap::gap, -4 * unit : -unit] = shine
     if rng.random() < 0.2:  # grey bar
-        picture[size // 5 : size // 2, 2 * unit : 6 * unit] = np.linspace(1, 0, size // 2 - size // 5)[
-            :, None
-        ]
+        image[size // 5 : size // 2, 2 * unit : 6 * unit] = np.linspace(1, 0, size // 2 - size // 5)[:, None]
     if rng.random() < 0.15:  # body mark
         x, y = view.grid()
         at = (rng.choice((-0.85, 0.85)), 0.85)
         ring = np.abs(ellipse(x, y, at, (0.1, 0.1))) < 1.2 / size
         hand = rod(x, y, at, (at[0] + rng.uniform(-0.08, 0.08), at[1] - 0.06), 0.02) > 0
-        picture[ring | hand] = shine
+        image[ring | hand] = shine

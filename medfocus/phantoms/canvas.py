@@ -1,7 +1,7 @@
 """What the three modalities draw with: a view, soft shapes, smooth noise, strokes, outlines and text.
 
-Arrays are float64. A picture spans -1 to 1 in x (to the right) and y (downwards); a scene has its own
-coordinates, which a ``View`` turns, zooms and shifts into the picture's.
+Arrays are float64. An image spans -1 to 1 in x (to the right) and y (downwards); a scene has its own
+coordinates, which a ``View`` turns, zooms and shifts into the image's.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ GLYPHS = {letter: ROWS[5 * k : 5 * k + 5] for k, letter in enumerate(LETTERS)}
 
 @dataclass(frozen=True)
 class View:
-    """Where a scene lies in a square picture."""
+    """Where a scene lies in a square image."""
 
     size: int  # pixels a side
     turn: float  # radians
-    zoom: tuple[float, float]  # picture units per scene unit, (x, y)
-    shift: tuple[float, float]  # of the scene's origin, picture units
+    zoom: tuple[float, float]  # image units per scene unit, (x, y)
+    shift: tuple[float, float]  # of the scene's origin, image units
 
     def grid(self) -> tuple[np.ndarray, np.ndarray]:
         """Scene coordinates (x, y) of every pixel, each (size, size)."""
@@ -136,16 +136,16 @@ def _spline(size: int, cells: int) -> np.ndarray:
 
 
 def cloud(rng: np.random.Generator, size: int, down: int, across: int | None = None) -> np.ndarray:
-    """Smooth noise (size, size) of about unit variance, of ``down`` x ``across`` cells over the picture."""
+    """Smooth noise (size, size) of about unit variance, of ``down`` x ``across`` cells over the image."""
     across = down if across is None else across
     knots = rng.standard_normal((down + 3, across + 3)) * 2.09  # a spline keeps 0.48 of the deviation
     return _spline(size, down) @ knots @ _spline(size, across).T
 
 
-def blur(picture: np.ndarray, down: float, across: float | None = None) -> np.ndarray:
+def blur(image: np.ndarray, down: float, across: float | None = None) -> np.ndarray:
     """Gaussian blur; deviations in pixels."""
     across = down if across is None else across
-    return ndimage.gaussian_filter(picture, (down, across), mode="nearest", truncate=2.5)
+    return ndimage.gaussian_filter(image, (down, across), mode="nearest", truncate=2.5)
 
 
 def dots(view: View, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -184,21 +184,21 @@ def path(points: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lettering(word: str, scale: int) -> np.ndarray:
-    """``word`` (of GLYPHS) as a (5 * scale, 4 * scale * letters) bool picture."""
+    """``word`` (of GLYPHS) as a (5 * scale, 4 * scale * letters) bool image."""
     rows = [[f"{int(GLYPHS[letter][row]):03b}0" for letter in word] for row in range(5)]
     bits = np.array([[bit == "1" for bit in "".join(row)] for row in rows])
     large = bits.repeat(scale, 0).repeat(scale, 1)
     return large if scale < 3 else blur(large.astype(float), scale / 2.5) > 0.5  # rounds the corners
 
 
-def stamp(picture: np.ndarray, word: str, corner: tuple[float, float], scale: int, value: float) -> None:
-    """Write ``word`` into ``picture`` (H, W) in place.
+def stamp(image: np.ndarray, word: str, corner: tuple[float, float], scale: int, value: float) -> None:
+    """Write ``word`` into ``image`` (H, W) in place.
 
-    Its top left lies at ``corner`` (x, y), shares of the picture, or further in where it would stick out.
+    Its top left lies at ``corner`` (x, y), shares of the image, or further in where it would stick out.
     """
     letters = lettering(word, scale)
     height, width = letters.shape
-    left = max(0, min(int(corner[0] * picture.shape[1]), picture.shape[1] - width))
-    top = max(0, min(int(corner[1] * picture.shape[0]), picture.shape[0] - height))
-    part = picture[top : top + height, left : left + width]
+    left = max(0, min(int(corner[0] * image.shape[1]), image.shape[1] - width))
+    top = max(0, min(int(corner[1] * image.shape[0]), image.shape[0] - height))
+    part = image[top : top + height, left : left + width]
     part[letters[: part.shape[0], : part.shape[1]]] = value

@@ -31,9 +31,9 @@ def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
     if label != "normal":
         region, findings = add_lesion(film, label, rng, view, chest, x, y)
     add_devices(film, rng, view, x, y)
-    picture = develop(rng, film)
-    burn_in(rng, picture)
-    return Phantom(picture, region, "chest_xray", label, findings, parts(chest, x, y))
+    image = develop(rng, film)
+    burn_in(rng, image)
+    return Phantom(image, region, "chest_xray", label, findings, parts(chest, x, y))
 
 
 @dataclass(frozen=True)
@@ -344,16 +344,16 @@ def develop(rng: np.random.Generator, film: np.ndarray) -> np.ndarray:
     return np.round(tone * rng.uniform(205, 255) + rng.uniform(0, 12)).clip(0, 255).astype(np.uint8)
 
 
-def burn_in(rng: np.random.Generator, picture: np.ndarray) -> None:
+def burn_in(rng: np.random.Generator, image: np.ndarray) -> None:
     """Collimation, side marker and text, in place."""
-    size = len(picture)
-    for band in (picture, picture.T, picture[::-1], picture[:, ::-1].T):
+    size = len(image)
+    for band in (image, image.T, image[::-1], image[:, ::-1].T):
         if rng.random() < 0.12:
             band[: int(rng.uniform(0.01, 0.07) * size)] = rng.integers(0, 12)
     if rng.random() < 0.65:
         corner = (rng.choice((0.03, 0.08, 0.84, 0.9)), rng.uniform(0.02, 0.2))
         scale = max(int(rng.uniform(1, 4) * size / 192), 1)
-        stamp(picture, "R" if corner[0] < 0.5 else "L", corner, scale, rng.uniform(230, 250))
+        stamp(image, "R" if corner[0] < 0.5 else "L", corner, scale, rng.uniform(230, 250))
     if rng.random() < 0.3:
         place = (rng.uniform(0.5, 0.9), rng.choice((0.01, 0.95)))
-        stamp(picture, str(rng.choice(TEXTS)), place, max(size // 192, 1), 240)
+        stamp(image, str(rng.choice(TEXTS)), place, max(size // 192, 1), 240)

@@ -9,9 +9,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Phantom:
-    """A drawn picture and everything that is known of it because it was drawn."""
+    """A drawn image and everything that is known of it because it was drawn."""
 
-    picture: np.ndarray  # (H, W) uint8 grey
+    image: np.ndarray  # (H, W) uint8 grey
     region: np.ndarray  # (H, W) bool, the lesion; all False where the class has none
     modality: str  # a key of MODALITIES
     label: str  # one of MODALITIES[modality]

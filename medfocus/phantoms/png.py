@@ -15,14 +15,14 @@ import numpy as np
 STORED_BLOCK = 0xFFFF  # bytes; the most that a stored deflate block can hold
 
 
-def encode(picture: np.ndarray) -> bytes:
-    """An (H, W) uint8 grey picture, or an (H, W) bool mask as 0 and 255, as the bytes of an 8-bit grey PNG.
+def encode(image: np.ndarray) -> bytes:
+    """An (H, W) uint8 grey image, or an (H, W) bool mask as 0 and 255, as the bytes of an 8-bit grey PNG.
 
     Raises ValueError for any other shape or type.
     """
-    if picture.ndim != 2 or picture.dtype not in (np.uint8, np.bool_):
-        raise ValueError(f"png: the picture is {picture.dtype} {picture.shape}; pass (H, W) uint8 or bool.")
-    grey = picture.astype(np.uint8) * 255 if picture.dtype == np.bool_ else picture
+    if image.ndim != 2 or image.dtype not in (np.uint8, np.bool_):
+        raise ValueError(f"png: the image is {image.dtype} {image.shape}; pass (H, W) uint8 or bool.")
+    grey = image.astype(np.uint8) * 255 if image.dtype == np.bool_ else image
     height, width = grey.shape
     rows = np.zeros((height, width + 1), np.uint8)  # each row is led by its filter, 0 for none
     rows[:, 1:] = grey

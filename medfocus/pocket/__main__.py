@@ -20,7 +20,7 @@ from medfocus.pocket import clip, measure, sam2
 from medfocus.pocket.pool import RECIPES, Pool, draw_pool, replace
 
 STEPS = {"sam2": 6300, "clip": 2050}
-PER_CLASS = 40  # held-out pictures of the measurements
+PER_CLASS = 40  # held-out images of the measurements
 PACKAGED = Path(__file__).parents[1] / "data"
 
 
@@ -30,14 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m medfocus.pocket", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of weights, cards and figures")
-    parser.add_argument("--cache", type=Path, help="folder of the drawn pictures, 3.3 GB; else OUT/pool")
+    parser.add_argument("--cache", type=Path, help="folder of the drawn images, 3.3 GB; else OUT/pool")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--pictures", type=int, help="drawn for each to learn from, if not as many as shipped"
-    )
+    parser.add_argument("--images", type=int, help="drawn for each to learn from, if not as many as shipped")
     parser.add_argument("--sam2-steps", type=int, default=STEPS["sam2"])
     parser.add_argument("--clip-steps", type=int, default=STEPS["clip"])
-    parser.add_argument("--per-class", type=int, default=PER_CLASS, help="held-out pictures measured")
+    parser.add_argument("--per-class", type=int, default=PER_CLASS, help="held-out images measured")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="also a contact sheet of unprompted masks")
     options = parser.parse_args(arguments)
     cores = os.cpu_count() or 1
@@ -50,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 options.cache or options.out / "pool",
                 name,
                 options.seed,
-                options.pictures or RECIPES[name].count,
+                options.images or RECIPES[name].count,
                 cores,
             )
             for name in missing

@@ -1,7 +1,7 @@
-"""The pocket CLIP: drawn pictures and what is true of them -> one space for pictures and texts.
+"""The pocket CLIP: drawn images and what is true of them -> one space for images and texts.
 
 The network is open_clip's, in the configuration ``configs/clip_pocket.json``. The loss is CLIP's (arXiv
-2103.00020), but a caption is a positive of every picture of the batch that it is true of, not of its own
+2103.00020), but a caption is a positive of every image of the batch that it is true of, not of its own
 alone.
 """
 
@@ -20,18 +20,18 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.focus import crop as region_crop
-from medfocus.images import letterbox_mask
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompts import TEMPLATES
+from medfocus.focus.modes import crop as region_crop
+from medfocus.focus.view import Crop, cut, view
+from medfocus.images.decode import letterbox_mask
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import Drawn, Pool
-from medfocus.prompts import TEMPLATES
-from medfocus.views import Crop, cut, view
 
 FIELDS = ("modality", "finding", "region", "side", "size", "sequence")  # what a caption may name
 SHARES = {"region": 0.4, "side": 0.3, "size": 0.4, "sequence": 0.3}  # how often one does
 FEATHER = 0.01
-# The visual prompts of most pictures; "multiply" is the method's own.
+# The visual prompts of most images; "multiply" is the method's own.
 FOCUSED = {"multiply": 0.25, "crop": 0.25, "overlay": 0.04, "contour": 0.04, "blur": 0.04}
 ANATOMY = {
     "lesion": 0,
@@ -48,11 +48,11 @@ _SWAPPED = {"left": "right", "right": "left"}
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B pictures with a caption each, and what is true of both."""
+    """B images with a caption each, and what is true of both."""
 
     views: Tensor  # (B, S, S, 3) uint8
     tokens: Tensor  # (B, context) int64
-    facts: Tensor  # (B, F) int64: a hash of what is true of the picture, by FIELDS; -1 for nothing
+    facts: Tensor  # (B, F) int64: a hash of what is true of the image, by FIELDS; -1 for nothing
     named: Tensor  # (B, F) int64: the same for what its caption names; -1 where it names nothing
     outlines: Tensor  # (B, 5, G, G) float32: share of each patch that lesion and anatomy cover
 
@@ -70,7 +70,7 @@ class Batches(Dataset[Batch]):
         self.grid: int = encoder.model.visual.grid_size[0]  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportAssignmentType]
 
     def __getitem__(self, index: int) -> Batch:
-        """View and caption ``batch_size`` pictures."""
+        """View and caption ``batch_size`` images."""
         views, captions, facts, named, outlines = [], [], [], [], []
         for number in range(index * self.batch_size, (index + 1) * self.batch_size):
             rng = np.random.default_rng([self.seed, 1, number])
@@ -94,7 +94,7 @@ class Batches(Dataset[Batch]):
 
 
 def truths(drawn: Drawn, mirrored: bool) -> dict[str, str]:
-    """What a caption may say of a picture, by FIELDS; a mirrored one has left and right exchanged."""
+    """What a caption may say of an image, by FIELDS; a mirrored one has left and right exchanged."""
     findings = drawn.facts.findings
     known = {"modality": drawn.facts.modality, "finding": drawn.facts.label}
     known |= {name: findings[name] for name in FIELDS[2:] if name in findings}
@@ -123,12 +123,12 @@ def caption(true: Mapping[str, str], rng: np.random.Generator) -> tuple[dict[str
 def show(
     drawn: Drawn, frame: Crop, rng: np.random.Generator, size: int, grid: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A view of a picture, often under a visual prompt: (S, S, 3) uint8; its outlines (5, G, G) float32."""
-    picture = np.repeat(toned(drawn.picture, rng)[..., None], 3, 2)
+    """A view of an image, often under a visual prompt: (S, S, 3) uint8; its outlines (5, G, G) float32."""
+    image = np.repeat(toned(drawn.image, rng)[..., None], 3, 2)
     mode = str(rng.choice(["none", *FOCUSED], p=[1 - sum(FOCUSED.values()), *FOCUSED.values()]))
     mask = None if mode == "none" else attended(drawn, rng)
     # Cut here and not by ``view``, which would leave out a frame that halves the mask.
-    picture, regions = cut(picture, frame), [cut(region, frame) for region in drawn.regions]
+    image, regions = cut(image, frame), [cut(region, frame) for region in drawn.regions]
     mask = None if mask is None else cut(mask, frame)
     if mask is None or not mask.any():
         mode = "none"
@@ -143,14 +143,14 @@ def show(
         outlines[ANATOMY[name]] += (
             np.asarray(part.resize((grid, grid), Image.Resampling.BOX), np.float32) / 255
         )
-    return view(picture, mask, focus=mode, size=size, feather=FEATHER), outlines.clip(0, 1)
+    return view(image, mask, focus=mode, size=size, feather=FEATHER), outlines.clip(0, 1)
 
 
-def toned(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another exposure, contrast, sharpness and grain of a picture (S, S) uint8."""
+def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Another exposure, contrast, sharpness and grain of an image (S, S) uint8."""
     if rng.random() < 0.3:
-        picture = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6))))
-    tone = (picture.astype(np.float32) / 255) ** np.float32(np.exp(rng.normal(0, 0.35)))
+        image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6))))
+    tone = (image.astype(np.float32) / 255) ** np.float32(np.exp(rng.normal(0, 0.35)))
     tone = (tone - 0.5) * np.float32(np.exp(rng.normal(0, 0.25))) + np.float32(0.5 + rng.normal(0, 0.08))
     tone = tone + np.float32(rng.uniform(0, 0.03)) * rng.standard_normal(tone.shape, np.float32)
     return (tone.clip(0, 1) * 255).astype(np.uint8)
@@ -159,9 +159,9 @@ def toned(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def attended(drawn: Drawn, rng: np.random.Generator) -> np.ndarray:
     """A mask such as an unprompted segmenter gives: the lesion or some anatomy, seldom exact -> (S, S) bool.
 
-    Of a lesion three in four times; else, and for a healthy picture, anatomy or an ellipse anywhere.
+    Of a lesion three in four times; else, and for a healthy image, anatomy or an ellipse anywhere.
     """
-    size = len(drawn.picture)
+    size = len(drawn.image)
     anatomy = [region for region in drawn.regions[1:] if region.any()]
     if drawn.regions[0].any() and rng.random() < 0.75:
         region = drawn.regions[0]
@@ -179,7 +179,7 @@ def attended(drawn: Drawn, rng: np.random.Generator) -> np.ndarray:
 
 
 def framed(rng: np.random.Generator, *, mirror: bool) -> Crop:
-    """A part of a picture; its width and height may be cut differently, as films of all shapes come."""
+    """A part of an image; its width and height may be cut differently, as films of all shapes come."""
     width = height = 1.0 if rng.random() < 0.4 else rng.uniform(0.75, 1.0)
     if rng.random() < 0.4:
         height = rng.uniform(0.75, 1.0)
@@ -193,7 +193,7 @@ def _number(value: str | None) -> int:
 
 
 def positives(facts: Tensor, named: Tensor) -> Tensor:
-    """Whether caption j is true of picture i: facts (B, F), named (C, F) -> (B, C) bool."""
+    """Whether caption j is true of image i: facts (B, F), named (C, F) -> (B, C) bool."""
     return ((named[None] == facts[:, None]) | (named[None] < 0)).all(2)
 
 

@@ -26,7 +26,7 @@ class Settings:
     """What a training's result depends on, beside the code."""
 
     seed: int
-    pictures: int  # of the pool
+    images: int  # of the pool
     steps: int
     batch_size: int
     lr: float
@@ -56,7 +56,7 @@ def train_and_write(
         out: A safetensors file with the settings as metadata. Until it is there, the state of the training
             goes every minute to a file beside it, from which a new call with the same settings goes on.
         settings: See there.
-        data: What names the pictures, for the metadata.
+        data: What names the images, for the metadata.
         model: Whose state is kept.
         trained: Its parameters that train; vectors among them do not decay.
         batches: Batch n, the same in every process.

@@ -1,4 +1,4 @@
-"""What the pocket models are worth on drawn pictures that nothing has learnt from, and their cards."""
+"""What the pocket models are worth on drawn images that nothing has learnt from, and their cards."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors import safe_open
 
 from medfocus import phantoms
-from medfocus.encoders import ClipEncoder, build_clip
-from medfocus.figures import mask_sheet
-from medfocus.masks.sam2 import Sam2Segmenter, build_segmenter
+from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.prompts import class_embeddings, text_prompts
+from medfocus.focus.view import view
+from medfocus.masks.quality import innermost, iou, pointed
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
 from medfocus.pocket.clip import FEATHER
 from medfocus.pocket.pool import held_out
 from medfocus.pocket.sam2 import IMAGE_SIZE
-from medfocus.prompts import class_embeddings, text_prompts
-from medfocus.quality import innermost, iou, pointed
-from medfocus.views import view
+from medfocus.reports.figures import mask_sheet
 
 POINTS_PER_SIDE = 8  # of the choice without a prompt from outside: the default of params.yaml
 TOLERANCE = 0.1  # of every figure between two trainings from the same seed on different machines
@@ -54,20 +54,20 @@ def measure_masks(weights_file: Path, per_class: int) -> dict[str, dict[str, flo
         for label in labels:
             rng = np.random.default_rng(0)
             drawn = [held_out(modality, label, n) for n in range(per_class)]
-            pictures = [np.repeat(p.picture[..., None], 3, 2) for p in drawn]
+            images = [np.repeat(p.image[..., None], 3, 2) for p in drawn]
             values: dict[str, list[float]] = defaultdict(list)
-            for phantom, picture, mask in zip(drawn, pictures, one.segment(pictures), strict=True):
+            for phantom, image, mask in zip(drawn, images, one.segment(images), strict=True):
                 for status in ("chosen", "relaxed", "box", "identity"):
                     values[status].append(float(mask.status == status))
                 for part in phantom.parts.values():
                     own = part & ~phantom.region
                     if own.mean() > 0.01:
-                        values["anatomy"].append(iou(pointed(one, picture, [innermost(own)])[0], part))
+                        values["anatomy"].append(iou(pointed(one, image, [innermost(own)])[0], part))
                 if not phantom.region.any():
                     continue
-                picked, three = pointed(one, picture, [innermost(phantom.region)])
+                picked, three = pointed(one, image, [innermost(phantom.region)])
                 y, x = rng.choice(np.argwhere(phantom.region))
-                anywhere, _ = pointed(one, picture, [((x + 0.5) / 192, (y + 0.5) / 192)])
+                anywhere, _ = pointed(one, image, [((x + 0.5) / 192, (y + 0.5) / 192)])
                 values["point"].append(iou(picked, phantom.region))
                 values["best"].append(max(iou(each, phantom.region) for each in three))
                 values["anywhere"].append(iou(anywhere, phantom.region))
@@ -83,14 +83,14 @@ def measure_zero_shot(weights_file: Path, sam2_file: Path, per_class: int) -> di
     for modality, labels in phantoms.MODALITIES.items():
         drawn = [held_out(modality, label, n) for label in labels for n in range(per_class)]
         truth = np.repeat(np.arange(len(labels)), per_class)
-        pictures = [np.repeat(p.picture[..., None], 3, 2) for p in drawn]
-        masks = [mask.region for mask in one.segment(pictures)]
+        images = [np.repeat(p.image[..., None], 3, 2) for p in drawn]
+        masks = [mask.region for mask in one.segment(images)]
         texts = class_embeddings(clip, text_prompts(labels, modality))
         found[modality] = {"chance": round(1 / len(labels), 3)}
         for focus in FOCUSES:
             views = [
-                view(picture, mask, focus=focus, size=clip.image_size, feather=FEATHER)
-                for picture, mask in zip(pictures, masks, strict=True)
+                view(image, mask, focus=focus, size=clip.image_size, feather=FEATHER)
+                for image, mask in zip(images, masks, strict=True)
             ]
             best = (_encoded(clip, np.stack(views)) @ texts.T).argmax(1).numpy()
             found[modality][focus] = _mean(best == truth)
@@ -127,10 +127,10 @@ def sheet(weights_file: Path, per_modality: int, columns: int) -> bytes:
         for modality, labels in phantoms.MODALITIES.items()
         for n in range(per_modality)
     ]
-    pictures = [np.repeat(p.picture[..., None], 3, 2) for p in drawn]
-    masks = segmenter(weights_file).segment(pictures)
+    images = [np.repeat(p.image[..., None], 3, 2) for p in drawn]
+    masks = segmenter(weights_file).segment(images)
     captions = [f"{p.label}: {mask.status}" for p, mask in zip(drawn, masks, strict=True)]
-    png = mask_sheet(pictures, [mask.region for mask in masks], captions, columns)
+    png = mask_sheet(images, [mask.region for mask in masks], captions, columns)
     few = Image.open(io.BytesIO(png)).quantize(
         _SHEET_COLOURS, dither=Image.Dither.NONE
     )  # a third of the size

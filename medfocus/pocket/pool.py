@@ -1,8 +1,8 @@
-"""The drawn pictures that the pocket models learn from: drawn once, kept on disk, read at random.
+"""The drawn images that the pocket models learn from: drawn once, kept on disk, read at random.
 
-A shard holds ``SHARD`` pictures: ``NNN.npy``, (SHARD, 2, S, S) uint8, where plane 0 is the picture and bit r
-of plane 1 its region r; and ``NNN.json``, their facts. Each picture depends on the seed and its number alone,
-so a pool that was cut off goes on where it stopped, and a larger one begins with the same pictures.
+A shard holds ``SHARD`` images: ``NNN.npy``, (SHARD, 2, S, S) uint8, where plane 0 is the image and bit r
+of plane 1 its region r; and ``NNN.json``, their facts. Each image depends on the seed and its number alone,
+so a pool that was cut off goes on where it stopped, and a larger one begins with the same images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from medfocus import phantoms
 
-SHARD = 500  # pictures
+SHARD = 500  # images
 TRAIN_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000  # of phantoms.generator; data sets use small ones
 MOST_REGIONS = 4  # the lesion first, then the anatomy
 
@@ -30,13 +30,13 @@ MOST_REGIONS = 4  # the lesion first, then the anatomy
 class Recipe:
     """What the pool of a model holds."""
 
-    count: int  # pictures
+    count: int  # images
     size: int  # pixels a side as drawn, from which the model's views are cut
     weights: Mapping[str, tuple[int, ...]]  # modality -> how often each of its classes is drawn in a turn
 
 
 # Lesions are what is hard, and of them the faint ones of chest and brain. CLIP is to know crops, which show
-# less than half of a picture's side: its pictures are larger.
+# less than half of an image's side: its images are larger.
 RECIPES = {
     "sam2": Recipe(
         34_000, 144, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (1, 1, 1)}
@@ -49,7 +49,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a picture beside its pixels."""
+    """What is known of an image beside its pixels."""
 
     modality: str
     label: str
@@ -59,23 +59,23 @@ class Facts:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A picture of the pool."""
+    """An image of the pool."""
 
-    picture: np.ndarray  # (S, S) uint8
+    image: np.ndarray  # (S, S) uint8
     regions: np.ndarray  # (R, S, S) bool, in the order of ``facts.regions``
     facts: Facts
 
 
 class Pool:
-    """A pool on disk, read picture by picture."""
+    """A pool on disk, read image by image."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        """Open the first ``count`` pictures of a pool that ``draw_pool`` made."""
+        """Open the first ``count`` images of a pool that ``draw_pool`` made."""
         self.folder, self.count = folder, count
 
     @property
     def name(self) -> str:
-        """What names its pictures, for a model card."""
+        """What names its images, for a model card."""
         return (
             f"phantoms, generator seed {TRAIN_SEED + int(self.folder.name.partition('-')[0])}, name 'pocket'"
         )
@@ -84,15 +84,15 @@ class Pool:
         return self.count
 
     def __getitem__(self, number: int) -> Drawn:
-        """Picture ``number``."""
+        """Image ``number``."""
         planes, facts = _shard(self.folder, number // SHARD)
-        picture, bits = planes[number % SHARD]
+        image, bits = planes[number % SHARD]
         one = facts[number % SHARD]
         planes_of = np.uint8(1) << np.arange(len(one.regions), dtype=np.uint8)
-        return Drawn(picture, (bits & planes_of[:, None, None]).astype(bool), one)
+        return Drawn(image, (bits & planes_of[:, None, None]).astype(bool), one)
 
     def order(self, seed: int, number: int) -> int:
-        """Which picture the ``number``-th of a training is: each epoch is the pool in another order."""
+        """Which image the ``number``-th of a training is: each epoch is the pool in another order."""
         return int(_permutation(seed, number // self.count, self.count)[number % self.count])
 
 
@@ -110,7 +110,7 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def classes(recipe: Recipe) -> list[tuple[str, str]]:
-    """Modality and label of the pictures of one turn, as often as the recipe says."""
+    """Modality and label of the images of one turn, as often as the recipe says."""
     turn = []
     for modality, labels in phantoms.MODALITIES.items():
         for label, weight in zip(labels, recipe.weights[modality], strict=True):
@@ -122,11 +122,11 @@ def drawn(phantom: phantoms.Phantom) -> Drawn:
     """A phantom as the pool keeps it: the lesion and the anatomy, at most ``MOST_REGIONS``."""
     names = ("lesion", *phantom.parts)[:MOST_REGIONS]
     regions = np.stack([phantom.region, *phantom.parts.values()][:MOST_REGIONS])
-    return Drawn(phantom.picture, regions, Facts(phantom.modality, phantom.label, phantom.findings, names))
+    return Drawn(phantom.image, regions, Facts(phantom.modality, phantom.label, phantom.findings, names))
 
 
 def draw_one(recipe: Recipe, seed: int, number: int) -> Drawn:
-    """Picture ``number`` of the pool that ``seed`` names."""
+    """Image ``number`` of the pool that ``seed`` names."""
     turn = classes(recipe)
     modality, label = turn[number % len(turn)]
     rng = phantoms.generator(TRAIN_SEED + seed, modality, "pocket", label, number)
@@ -134,14 +134,14 @@ def draw_one(recipe: Recipe, seed: int, number: int) -> Drawn:
 
 
 def held_out(modality: str, label: str, index: int, size: int = 192) -> phantoms.Phantom:
-    """Picture ``index`` of a class that no training and no data set sees."""
+    """Image ``index`` of a class that no training and no data set sees."""
     return phantoms.draw(
         modality, label, phantoms.generator(HELD_OUT_SEED, modality, "held-out", label, index), size
     )
 
 
 def draw_pool(folder: Path, model: str, seed: int, count: int, processes: int) -> Pool:
-    """Draw what is missing of the first ``count`` pictures for a key of RECIPES below ``folder``."""
+    """Draw what is missing of the first ``count`` images for a key of RECIPES below ``folder``."""
     folder = folder / f"{seed}-{model}"
     folder.mkdir(parents=True, exist_ok=True)
     shards = -(-count // SHARD)
@@ -164,7 +164,7 @@ def _draw_shard(task: tuple[Path, Recipe, int, int]) -> None:
     rows = [draw_one(recipe, seed, number) for number in range(index * SHARD, (index + 1) * SHARD)]
     planes = np.empty((SHARD, 2, recipe.size, recipe.size), np.uint8)
     for plane, row in zip(planes, rows, strict=True):
-        plane[0] = row.picture
+        plane[0] = row.image
         plane[1] = np.bitwise_or.reduce(
             [region.astype(np.uint8) << r for r, region in enumerate(row.regions)]
         )

@@ -1,7 +1,7 @@
 """The pocket SAM2: points and boxes in lesions and anatomy -> their outlines.
 
-The network is the sam2 package's own (arXiv 2408.00714), as ``medfocus.masks.sam2`` builds it from the
-configuration "pocket", without the modules for video.
+The network is the sam2 package's own (arXiv 2408.00714), as ``medfocus.masks.sam2.segmenter`` builds it from
+the configuration "pocket", without the modules for video.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from medfocus.masks.sam2_model import PICTURE_PATH, load_predictor
+from medfocus.masks.sam2.model import IMAGE_MODULES, load_predictor
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import MOST_REGIONS, Drawn, Pool
 
 IMAGE_SIZE = 128  # pixels a side that the model sees
-POINTS, BOXES = 4, 1  # prompts a picture: they share its encoding
+POINTS, BOXES = 4, 1  # prompts per image: they share its encoding
 LESION_SHARE = 0.65  # of the prompts that mean a region; anatomy is easier to learn
 # The quality head learns IoU x this. Anatomy stays under the least quality of a chosen mask (0.7), so an
 # unprompted choice takes a lesion wherever it finds one, and anatomy, as "relaxed", only where it does not.
@@ -35,10 +35,10 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as SAM2's transfor
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B pictures of side S with their regions and prompts; R regions, P points and Q boxes a picture."""
+    """B images of side S with their regions and prompts; R regions, P points and Q boxes per image."""
 
-    pictures: torch.Tensor  # (B, S, S) float32 in [0, 1]
-    regions: torch.Tensor  # (B, R, S, S) bool; all False where a picture has fewer than R
+    images: torch.Tensor  # (B, S, S) float32 in [0, 1]
+    regions: torch.Tensor  # (B, R, S, S) bool; all False where an image has fewer than R
     worth: torch.Tensor  # (B, R) float32: LESION_WORTH, ANATOMY_WORTH, or 0 for no region
     points: torch.Tensor  # (B, P, 1, 2) float32, (x, y) in pixels of S
     point_targets: torch.Tensor  # (B, P) int64: index of the region meant, -1 for none
@@ -57,7 +57,7 @@ class Batches(Dataset[Batch]):
         self.pool, self.seed, self.batch_size = pool, seed, batch_size
 
     def __getitem__(self, index: int) -> Batch:
-        """Crop, flip and prompt ``batch_size`` pictures."""
+        """Crop, flip and prompt ``batch_size`` images."""
         rows = []
         for number in range(index * self.batch_size, (index + 1) * self.batch_size):
             rng = np.random.default_rng([self.seed, number])
@@ -67,7 +67,7 @@ class Batches(Dataset[Batch]):
 
 def sample(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     """One row of a ``Batch``."""
-    size, whole = IMAGE_SIZE, len(drawn.picture)
+    size, whole = IMAGE_SIZE, len(drawn.image)
     side = whole if rng.random() < 0.5 else int(rng.uniform(0.7, 1.0) * whole)
     left, top = (int(v) for v in rng.integers(0, whole - side + 1, 2))
     turn = slice(None, None, -1 if rng.random() < 0.5 else 1)
@@ -77,7 +77,7 @@ def sample(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         resized = image.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(resized, np.float32)[:, turn] / 255
 
-    tone = view(drawn.picture) ** np.exp(rng.normal(0, 0.25))
+    tone = view(drawn.image) ** np.exp(rng.normal(0, 0.25))
     tone = (tone - 0.5) * np.exp(rng.normal(0, 0.15)) + 0.5 + rng.normal(0, 0.05)
     tone = tone + rng.uniform(0, 0.03) * rng.standard_normal(tone.shape)
     regions = np.zeros((MOST_REGIONS, size, size), bool)
@@ -120,17 +120,17 @@ def _meant(worth: np.ndarray, rng: np.random.Generator) -> int:
     return int(rng.choice(anatomy)) if len(anatomy) else -1
 
 
-def encode(model: Any, pictures: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Pictures (B, S, S) in [0, 1] -> embedding (B, d, S/16, S/16), finer levels at S/4 and S/8.
+def encode(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Images (B, S, S) in [0, 1] -> embedding (B, d, S/16, S/16), finer levels at S/4 and S/8.
 
     As ``SAM2ImagePredictor.set_image_batch`` does, but with gradients.
     """
-    mean, std = (torch.tensor(v, device=pictures.device)[:, None, None] for v in (_MEAN, _STD))
-    pixels = ((pictures[:, None] - mean) / std).contiguous(memory_format=torch.channels_last)  # (B, 3, S, S)
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (_MEAN, _STD))
+    pixels = ((images[:, None] - mean) / std).contiguous(memory_format=torch.channels_last)  # (B, 3, S, S)
     _, levels, _, sizes = model._prepare_backbone_features(model.forward_image(pixels))
     levels[-1] = levels[-1] + model.no_mem_embed
     maps = [
-        level.permute(1, 2, 0).reshape(len(pictures), -1, *size)
+        level.permute(1, 2, 0).reshape(len(images), -1, *size)
         for level, size in zip(levels, sizes, strict=True)
     ]
     return maps[-1], maps[:-1]
@@ -139,7 +139,7 @@ def encode(model: Any, pictures: torch.Tensor) -> tuple[torch.Tensor, list[torch
 def decode(
     model: Any, features: tuple[torch.Tensor, list[torch.Tensor]], coords: torch.Tensor, labels: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K prompts of each of B pictures, ``coords`` (B, K, N, 2) and ``labels`` of their N points.
+    """K prompts of each of B images, ``coords`` (B, K, N, 2) and ``labels`` of their N points.
 
     Returns logits (BK, 4, S/4, S/4) and predicted quality (BK, 4): the mask for unambiguous prompts, then
     the three for ambiguous ones.
@@ -186,9 +186,9 @@ def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     The outline of the best of the three masks is trained (and, for boxes, the single mask too); the quality
     of all four. A prompt is credited with every region that it lies in, one in none has a quality of 0.
     """
-    features = encode(model, batch.pictures)
+    features = encode(model, batch.images)
     halves = F.avg_pool2d(batch.regions.float(), 2) >= 0.5  # (B, R, S/2, S/2)
-    total, watched = torch.zeros((), device=batch.pictures.device), {}
+    total, watched = torch.zeros((), device=batch.images.device), {}
     prompts = ((batch.points, batch.point_targets, (1,)), (batch.boxes, batch.box_targets, (2, 3)))
     for coords, targets, labels in prompts:
         logits, predicted = decode(model, features, coords, labels)  # (n, 4, S/4, S/4), (n, 4)
@@ -246,18 +246,18 @@ def train(
     device: str = "cpu",
     line: int = 0,
 ) -> None:
-    """Train from random weights and write the picture path to ``out`` as safetensors, float16.
+    """Train from random weights and write the image modules to ``out`` as safetensors, float16.
 
     Raises ValueError where the state beside ``out`` is of other settings; see ``loop.train_and_write``.
     """
     model = load_predictor("pocket", f"random:{seed}", IMAGE_SIZE, device=device)[0].model.train()
-    trained = {k: v for k, v in model.named_parameters() if k.startswith(PICTURE_PATH)}
+    trained = {k: v for k, v in model.named_parameters() if k.startswith(IMAGE_MODULES)}
     for parameter in trained.values():
         parameter.requires_grad_(True)
 
     def finished() -> dict[str, torch.Tensor]:
         steepen(model, STEEPNESS)
-        return {k: v for k, v in model.state_dict().items() if k.startswith(PICTURE_PATH)}
+        return {k: v for k, v in model.state_dict().items() if k.startswith(IMAGE_MODULES)}
 
     train_and_write(
         "pocket SAM2",

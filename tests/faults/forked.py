@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.servers import free_port, prefect_server
+from flows.servers.servers import free_port, prefect_server
 
 PARTS = ("data", "masks", "features", "training", "evaluate", "page", "registry")
 _PART_OF = {name: "data" for name in ("phantoms", "ingest", "duplicates", "splits")} | {
@@ -50,15 +50,15 @@ def ready(folder: Path, port: int | None = None) -> Iterator[None]:
     with prefect_server(port or free_port()) as api:
         os.environ["PREFECT_API_URL"] = api
         stages = (
-            "phantoms",
-            "ingest",
-            "duplicates",
-            "splits",
-            "masks",
-            "finetune",
-            "evaluate",
-            "page",
-            "register",
+            "stages.phantoms",
+            "stages.ingest",
+            "stages.duplicates",
+            "stages.splits",
+            "stages.masks",
+            "stages.finetune",
+            "stages.evaluate",
+            "release.page",
+            "release.register",
         )
         libraries = ("matplotlib.pyplot", "mlflow.pyfunc", "mlflow.store.db.utils", "open_clip")
         for name in ("flows.pipeline", *(f"flows.{stage}" for stage in stages), *libraries):
@@ -162,9 +162,11 @@ def start(project: Path, log: Path, made: Path, hours: float = 0) -> Job:
 
 def _job(tell: int, made: int) -> int:
     """The main job in this process; its exit code."""
-    from flows import evaluate, finetune, page, pipeline, register
-    from flows.cells import Dataset
-    from medfocus.shards import Shards
+    from flows import pipeline
+    from flows.release import page, register
+    from flows.stages import evaluate, finetune
+    from flows.study.dataset import EncodedDataset
+    from medfocus.storage.shards import Shards
 
     def says(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def told(*arguments: Any, **settings: Any) -> Any:
@@ -191,7 +193,7 @@ def _job(tell: int, made: int) -> int:
     for module, name, stand_in in (
         (pipeline, "_reproduce", stage),
         (Shards, "put", noted_put),
-        (Dataset, "embed", says("features", Dataset.embed)),
+        (EncodedDataset, "embed", says("features", EncodedDataset.embed)),
         (finetune, "fit", says("training", finetune.fit)),
         (finetune, "parallel_config", lambda *_, **__: contextlib.nullcontext()),
         (finetune, "_workers_that_end", contextlib.nullcontext),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.servers import HOST, free_port, mlflow_server, prefect_server
+from flows.servers.servers import HOST, free_port, mlflow_server, prefect_server
 from tests.faults import forked, whole
 
 END = float("inf")

@@ -9,9 +9,11 @@ from typing import IO, Any
 
 import pytest
 
-from flows import costs, duplicates, finetune, ingest, masks, phantoms, splits, stages
-from medfocus import features, files
-from medfocus.shards import Shards
+from flows.stages import duplicates, dvc, finetune, ingest, masks, phantoms, splits
+from flows.study import costs
+from medfocus.clip import features
+from medfocus.storage import atomic
+from medfocus.storage.shards import Shards
 from tests.faults import whole
 
 
@@ -31,21 +33,21 @@ def test_a_sealed_file_is_believed_only_as_long_as_it_has_its_hash(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "cell.safetensors"
-    assert not files.is_sound(path)
+    assert not atomic.is_sound(path)
     path.write_bytes(b"from before there were seals")
-    assert files.is_sound(path)
+    assert atomic.is_sound(path)
     for number in range(40):
         (tmp_path / "beside").write_bytes(b"forty bytes of a finished checkpoint....")
-        files.seal(tmp_path / "beside", path)
-        assert files.is_sound(path) and not (tmp_path / "beside").exists()
+        atomic.seal(tmp_path / "beside", path)
+        assert atomic.is_sound(path) and not (tmp_path / "beside").exists()
         flip(path, number)
-        assert not files.is_sound(path)
+        assert not atomic.is_sound(path)
     assert caplog.text.count(f"{path} is damaged") == 40
 
 
 def test_a_killed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.html"
-    files.write(path, "first")
+    atomic.write(path, "first")
 
     def full(self: Path, content: bytes) -> int:
         raise OSError(28, "No space left on device", str(self))
@@ -53,7 +55,7 @@ def test_a_killed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="No space left"):
-            files.write(path, "second")
+            atomic.write(path, "second")
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
@@ -153,11 +155,11 @@ def test_a_kill_while_dvc_tries_to_clone_a_file_leaves_no_empty_object_in_its_ca
     with monkeypatch.context() as patch:
         patch.setattr("fcntl.ioctl", killed)
         with pytest.raises(Killed):
-            stages.reproduce(project, stage)
+            dvc.reproduce(project, stage)
     tried = [path for path in (project / ".dvc/cache").rglob("*.tmp") if path.stat().st_size == 0]
     assert len(tried) == 1  # it was killed there
     assert whole.damaged(project) == []
-    assert stages.reproduce(project, stage)
+    assert dvc.reproduce(project, stage)
     assert whole.damaged(project) == []
 
 
@@ -172,9 +174,9 @@ def test_a_kill_while_dvc_writes_its_list_of_locks_leaves_the_one_before(
     with monkeypatch.context() as patch:
         patch.setattr("dvc.rwlock.json.dump", half)
         with pytest.raises(Killed):
-            stages.reproduce(project, "phantoms@breast_ultrasound")
+            dvc.reproduce(project, "phantoms@breast_ultrasound")
     assert whole.damaged(project) == [] and not list((project / ".dvc/tmp").glob(".rwlock*"))
-    assert stages.reproduce(project, "phantoms@breast_ultrasound")
+    assert dvc.reproduce(project, "phantoms@breast_ultrasound")
 
 
 @pytest.mark.parametrize("left", ["", "schema: '2.0'\nstages:\n  a:\n    cmd: 'pyt", "<<<<<<< ours\n"])
@@ -182,13 +184,13 @@ def test_half_a_dvc_lock_is_set_aside_and_made_again(
     project: Path, capsys: pytest.CaptureFixture[str], left: str
 ) -> None:
     stage = "phantoms@breast_ultrasound"
-    assert stages.reproduce(project, stage)
+    assert dvc.reproduce(project, stage)
     lock = project / "dvc.lock"
     whole = lock.read_bytes()
     lock.write_text(left)
     (project / ".dvc/tmp/rwlock").write_text("")
-    stages.reproduce(project, stage)
+    dvc.reproduce(project, stage)
     assert lock.read_bytes() == whole
     assert "dvc.lock was damaged, and is made again" in capsys.readouterr().err
     assert (project / "dvc.lock.damaged").read_text() == left
-    assert not stages.reproduce(project, stage)
+    assert not dvc.reproduce(project, stage)

@@ -132,6 +132,8 @@ WRAPPED = """
 @pytest.mark.parametrize("work", [DROPPED, WRAPPED])
 def test_ctrl_c_is_not_lost_in_what_tidies_up(work: str) -> None:
     """What is raised while Python frees memory is only reported; an error of tidying up takes its place."""
-    code = f"import time\nfrom flows.jobs import faults_in_one_line\nwith faults_in_one_line():{work}"
+    code = (
+        f"import time\nfrom flows.operations.jobs import faults_in_one_line\nwith faults_in_one_line():{work}"
+    )
     job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert (job.returncode, job.stderr) == (130, "\nmedfocus: interrupted. What was finished is kept.\n")

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import pipeline, servers
-from flows.study import open_study
-from medfocus import tracking
-from medfocus.discreet import DiscreetError
+from flows import pipeline
+from flows.servers import servers
+from flows.study.study import open_study
+from medfocus.storage.redaction import RedactedError
+from medfocus.tracking import runs
 
 LOOPBACK = servers.HOST
 
@@ -75,16 +76,16 @@ def test_mlflow_s_server_is_asked_before_anything_is_computed(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     must_answer: Callable[..., None] = servers.must_answer
     monkeypatch.setattr(pipeline, "must_answer", lambda *given: must_answer(*given, seconds=0.5))
-    with pytest.raises(DiscreetError) as told:
+    with pytest.raises(RedactedError) as told:
         pipeline.check_plan.fn(open_study(project / "params.yaml"))
     assert isinstance(told.value.error, ConnectionError)
     assert f"MLFLOW_TRACKING_URI: no server answers at {address} " in str(told.value.error)
 
 
 def test_a_run_on_a_server_that_is_gone_ends_with_its_own_error_at_once(tmp_path: Path) -> None:
-    opened = tracking.start(None, tmp_path, "medfocus")
+    opened = runs.start(None, tmp_path, "medfocus")
     run_id = opened.client.create_run(opened.experiment_id).info.run_id
-    gone = tracking.Tracking(
+    gone = runs.Tracking(
         f"http://{LOOPBACK}:{servers.free_port()}", tmp_path, opened.experiment_id, opened.client
     )
     with pytest.raises(RuntimeError, match="the fit failed"), gone._closing(run_id):
@@ -108,7 +109,7 @@ def test_a_new_database_whose_making_was_cut_short_is_made_anew(tmp_path: Path) 
 
 HUB = """
 import time
-from medfocus import weights
+from medfocus.storage import weights
 began = time.monotonic()
 try:
     weights.resolve("tag", hub_id="someone/model", filename="model.safetensors", what="clip.pretrained")

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from medfocus import files
+from medfocus.storage import atomic
 
 # What no two runs have in common: times and ids. They are held otherwise, or are notes of a moment.
 _OWN = ("reports/costs.csv", "reports/index.html", "reports/study.csv", "data/.job.json", "data/.job.lock")
@@ -102,7 +102,7 @@ def _damaged(project: Path) -> Iterator[Path]:
         if not whole:
             yield path
     for path in (project / ".cache/cells").glob("*/[!.]*.safetensors"):
-        if not (files.is_sound(path) and _opens(path)):
+        if not (atomic.is_sound(path) and _opens(path)):
             yield path
     for path in (project / ".cache/cells").glob("*/[!.]*.json"):
         if not _is_json(path):

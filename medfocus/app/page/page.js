@@ -7,18 +7,18 @@ const SVG = "http://www.w3.org/2000/svg";
 const STATUSES = {
   chosen: "chosen",
   relaxed: "within wider limits",
-  box: "from the box around the picture",
-  identity: "none found: the whole picture",
+  box: "from the box around the image",
+  identity: "none found: the whole image",
   edited: "edited",
 };
-const STEP = 0.01; // of the keyboard's cross, in sides of the picture; five times with Shift
+const STEP = 0.01; // of the keyboard's cross, in sides of the image; five times with Shift
 
-const all = document.getElementById("pictures");
+const all = document.getElementById("images");
 const said = document.getElementById("said");
 const input = document.getElementById("files");
 const drop = document.getElementById("drop");
 const forget = document.getElementById("forget");
-let line = Promise.resolve(); // pictures are sent one after the other
+let line = Promise.resolve(); // images are sent one after the other
 let count = 0;
 
 const percent = (share) => (100 * share).toFixed(1) + "\u00a0%";
@@ -35,7 +35,7 @@ async function ask(path, options) {
   }
   if (answer.status === 204) return null;
   const content = await answer.json().catch(() => null);
-  if (!answer.ok && !(content && content.pictures)) {
+  if (!answer.ok && !(content && content.images)) {
     throw (content && content.error) || { fault: `The server answered ${answer.status}.`, fix: "Try again." };
   }
   return content;
@@ -49,7 +49,7 @@ function fault(error, name) {
   return sentence(`${error.place === name ? "this file" : error.place} ${error.fault}`);
 }
 
-/** One picture: its card, what the model says of it, and the points set in it. */
+/** One image: its card, what the model says of it, and the points set in it. */
 class Card {
   constructor(file) {
     this.file = file;
@@ -94,9 +94,9 @@ class Card {
     }
     this.find(".doing").textContent = "Reading";
     const form = new FormData();
-    form.append("pictures", this.file, this.file.name);
+    form.append("images", this.file, this.file.name);
     try {
-      const [answer] = (await ask("/pictures", { method: "POST", body: form })).pictures;
+      const [answer] = (await ask("/images", { method: "POST", body: form })).images;
       if (answer.error) throw answer.error;
       this.open(answer);
     } catch (error) {
@@ -107,15 +107,15 @@ class Card {
   }
 
   open(answer) {
-    if (this.gone) { ask(`/pictures/${answer.id}`, { method: "DELETE" }).catch(() => {}); return; }
+    if (this.gone) { ask(`/images/${answer.id}`, { method: "DELETE" }).catch(() => {}); return; }
     this.id = answer.id;
     this.first = answer.first;
     this.edited = null;
     this.find(".size").textContent = `${answer.width} × ${answer.height}`;
-    const picture = this.find(".picture");
+    const image = this.find(".image");
     const [width, height] = answer.shown.size;
-    picture.src = answer.shown.picture;
-    picture.alt = `${this.file.name}, as it was given`;
+    image.src = answer.shown.image;
+    image.alt = `${this.file.name}, as it was given`;
     this.frame = this.find(".frame");
     this.frame.style.aspectRatio = `${width} / ${height}`;
     this.frame.style.maxWidth = `${Math.round(72 * width / height)}vh`;
@@ -158,7 +158,7 @@ class Card {
   show() {
     this.mask.src = this.now.layers.mask;
     this.root.classList.toggle("edited", Boolean(this.edited));
-    this.mask.alt = `Mask, ${percent(this.now.mask.coverage)} of the picture`;
+    this.mask.alt = `Mask, ${percent(this.now.mask.coverage)} of the image`;
     this.showAnswer();
     this.showChances();
     this.showMask();
@@ -250,7 +250,7 @@ class Card {
     const label = this.now.label;
     this.find(".way").textContent = "Computing where the answer came from …";
     try {
-      const { way, inside, layer } = await ask(`/pictures/${this.id}/${this.which}/attribution`);
+      const { way, inside, layer } = await ask(`/images/${this.id}/${this.which}/attribution`);
       if (this.attributed !== key) return;
       this.heat.src = layer;
       this.heat.alt = `Attribution of ${label} by ${way}`;
@@ -265,7 +265,7 @@ class Card {
   startEditing() {
     const frame = this.frame;
     frame.classList.add("editable");
-    frame.setAttribute("aria-label", "The picture with its mask. Arrow keys move a cross, Enter sets a point inside, " +
+    frame.setAttribute("aria-label", "The image with its mask. Arrow keys move a cross, Enter sets a point inside, " +
       "Shift and Enter one outside, Backspace takes the last one back.");
     const place = (event) => {
       const box = frame.getBoundingClientRect();
@@ -329,7 +329,7 @@ class Card {
     const points = [...this.points];
     this.find(".error").hidden = true;
     try {
-      const answer = await ask(`/pictures/${this.id}/points`, {
+      const answer = await ask(`/images/${this.id}/points`, {
         method: "POST",
         headers: { "Content-Type": "application/json" },
         body: JSON.stringify({ points }),
@@ -364,7 +364,7 @@ class Card {
 
   remove() {
     this.gone = true;
-    if (this.id) ask(`/pictures/${this.id}`, { method: "DELETE" }).catch(() => {});
+    if (this.id) ask(`/images/${this.id}`, { method: "DELETE" }).catch(() => {});
     const next = this.root.nextElementSibling || this.root.previousElementSibling;
     this.root.remove();
     (next ? next.querySelector(".remove") : input).focus();

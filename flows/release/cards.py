@@ -1,0 +1,115 @@
+"""What the stages know of a data set and a fitted cell -> model card and data sheet of its version."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flows.stages.evaluate import test_sets
+from flows.study.cells import Cell
+from flows.study.dataset import EncodedDataset
+from medfocus.datasets.duplicates import read_pairs
+from medfocus.evaluation.gate import Check
+from medfocus.reports import cards
+from medfocus.serving import checkpoint
+from medfocus.storage import atomic
+from medfocus.tracking.provenance import made_from
+
+_DRIFT = "drift of "  # how the gate's checks of drift begin
+
+
+def of_version(
+    dataset: EncodedDataset,
+    cell: Cell,
+    header: checkpoint.Header,
+    probabilities: np.ndarray,
+    served: Path,
+    *,
+    reason: str,
+    checks: Sequence[Check],
+    new: int | None,
+) -> dict[str, str]:
+    """File name -> text, of a version that is being registered.
+
+    Args:
+        dataset: The data set, in the study's folder.
+        cell: The cell of the version.
+        header: Of its checkpoint.
+        probabilities: (N, K) of its main classifier on the whole test set.
+        served: The model folder that was written for it.
+        reason: The gate's decision, in a line.
+        checks: The gate's.
+        new: Images that the present champion was made without; None where there is no champion.
+    """
+    serves: dict[str, Any] = json.loads((served / "serve.json").read_text(encoding="utf-8"))
+    data = _data(dataset, serves, checks, new)
+    params = dataset.study.params
+    clip = f"{params.clip.model}, {params.clip.pretrained or 'no tag'}"
+    own_classes = [dataset.records[path].label for path in dataset.support_paths(cell)]
+    model = cards.Model(
+        name=f"medfocus-{dataset.name}",
+        method=cell.method,
+        focus=cell.focus,
+        support=cell.support,
+        seed=cell.seed,
+        learnt={name: own_classes.count(name) for name in dataset.classes},
+        settings=header.settings,
+        parts={
+            "CLIP": f"{clip}; sha256 {serves['clip_key']}",
+            "segmenter": f"{data.segmenter}; sha256 {serves['segmenter_key']}",
+            "checkpoint": f"sha256 {atomic.digest(served / 'cell.safetensors')}",
+            "versions": ", ".join(f"{name} {number}" for name, number in serves["versions"].items()),
+        },
+        pocket="pocket" in (params.clip.pretrained, params.masks.checkpoint),
+        validation=f"{header.validation_correct} of {header.validation_count}",
+        probabilities=probabilities,
+        labels=dataset.labels(dataset.splits.test),
+        classes=dataset.classes,
+        test_sets=test_sets(dataset),
+        checks=checks,
+        reason=reason,
+    )
+    return {cards.CARD: cards.model_card(model, data), cards.SHEET: cards.data_sheet(data)}
+
+
+def headline(dataset: EncodedDataset, probabilities: np.ndarray) -> str:
+    """A cell's card in one paragraph; (N, K) on the whole test set."""
+    labels = dataset.labels(dataset.splits.test)
+    return cards.headline(next(iter(test_sets(dataset))), probabilities, labels, dataset.classes)
+
+
+def _data(
+    dataset: EncodedDataset, serves: dict[str, Any], checks: Sequence[Check], new: int | None
+) -> cards.Data:
+    study, name = dataset.study, dataset.name
+    masks = study.params.masks
+    made_by = f"SAM2 ({masks.config}, {masks.checkpoint}), {masks.strategy} at {masks.image_size} px"
+    made = made_from(study.folder, study.params.study.seeds)
+    return cards.Data(
+        name=dataset.name,
+        modality=dataset.params.modality,
+        licence=dataset.params.licence,
+        records=list(dataset.records.values()),
+        splits=dataset.splits,
+        pairs=read_pairs(study.paths.report(name, "duplicates.csv")),
+        left_out=[line["fault"] for line in _lines(study.paths.report(name, "left_out.csv"))],
+        reported=[line["fault"] for line in _lines(study.paths.report(name, "reported.csv"))],
+        statuses={path: line.status for path, line in dataset.masks.status.items()},
+        coverage={path: line.coverage for path, line in dataset.masks.status.items()},
+        mask_lines=_lines(study.paths.report(name, "masks.csv")),
+        segmenter=made_by if serves["segmenter"] == "sam2" else "Otsu's threshold",
+        drift=[check for check in checks if check.name.startswith(_DRIFT)],
+        new=new,
+        made={name: made[name] for name in ("git.commit", "git.dirty", "dvc.lock.sha256", "seeds")}
+        | {"params.yaml": f"sha256 {atomic.digest(study.paths.params)}"},
+    )
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,1 @@
+"""MLflow's, Prefect's and PostgreSQL's servers. It may import medfocus."""

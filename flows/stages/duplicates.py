@@ -1,0 +1,33 @@
+"""Stage: manifest -> pairs of images that are one, by bytes, hash and thumbnails over flips and turns."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flows.study.study import here
+from medfocus.datasets.duplicates import find_duplicates, write_pairs
+from medfocus.datasets.records import read_manifest
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare every two images of ``--dataset``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", required=True)
+    dataset = parser.parse_args(arguments).dataset
+    study = here()
+    records = read_manifest(study.paths.manifest(dataset))
+    pairs = find_duplicates(
+        records,
+        study.root(dataset),
+        progress=sys.stderr.isatty(),
+        cache=study.shared_cache("thumbnails"),
+    )
+    report = study.paths.report(dataset, "duplicates.csv")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_pairs(pairs, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Stage: every cell of the study -> a checkpoint. Only training images are read here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky import get_reusable_executor
+from torch import nn
+from tqdm import tqdm
+
+from flows.study import costs, models
+from flows.study.cells import CONTROLS, Cell, methods_of, plan
+from flows.study.dataset import EncodedDataset
+from flows.study.methods import build_method, choice_of_rate, support_views
+from flows.study.study import here
+from medfocus.learning.selection import LearningRates
+from medfocus.learning.validation import Validation, out_of_fold
+from medfocus.methods import METHODS, Method, Support
+from medfocus.serving import checkpoint
+from medfocus.storage import atomic
+
+if TYPE_CHECKING:
+    from medfocus.clip.encoder import ClipEncoder
+
+
+@dataclass(frozen=True)
+class TrainableEnd:
+    """Stands in a worker for the encoder: what fitting needs of it, without the weights that it does not."""
+
+    key: str
+    logit_scale: float
+    end: nn.Module | None  # of the image encoder, for a method that fine-tunes it
+
+    def tail(self, blocks: int) -> nn.Module:
+        """See ``ClipEncoder.tail``; ``end`` was cut at the right block already."""
+        return copy.deepcopy(cast("nn.Module", self.end))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A cell made ready for a worker."""
+
+    method: Method
+    support: Support
+    header: checkpoint.Header  # its validation still to be filled in
+    rates: LearningRates | None  # one is chosen; None where there is nothing to choose
+    folds: int  # of the validation; 0 for none
+    path: Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit what the cache lacks and publish exactly this study's checkpoints to data/checkpoints."""
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    study = here()
+    cells = plan(study.params)  # before anything slow: a typo in a method's settings fails here
+    encoder = models.build_encoder(study)
+    published = study.paths.checkpoints
+    for unfinished in published.parent.glob(
+        ".checkpoints.*"
+    ):  # left by a killed run: DVC lets in one at a time
+        shutil.rmtree(unfinished)
+    beside = published.with_name(f".checkpoints.{os.getpid()}")
+    # One thread a fit, a process a core: the fits are many and small.
+    with (
+        warnings.catch_warnings(),
+        _workers_that_end(),
+        parallel_config("loky", n_jobs=os.cpu_count(), inner_max_num_threads=1),
+        tqdm(total=len(cells), desc="fine-tune", unit="cell", disable=None) as bar,
+    ):
+        # loky restarts a worker whose memory has grown, which tokens of many images do; nothing is lost.
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs", category=UserWarning)
+        for name, own in groupby(cells, key=lambda cell: cell.dataset):
+            dataset = EncodedDataset(study, name, encoder)
+            paths = {cell: cached_path(dataset, cell) for cell in own}
+            missing = [cell for cell, path in paths.items() if not atomic.is_sound(path)]
+            bar.update(len(paths) - len(missing))
+            todo = (delayed(fit)(job) for job in _prepared(dataset, {c: paths[c] for c in missing}))
+            for _ in Parallel(return_as="generator_unordered")(todo):
+                bar.update()
+            for cell, path in paths.items():
+                (beside / cell.path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, beside / cell.path)
+    shutil.rmtree(published, ignore_errors=True)
+    beside.rename(published)
+
+
+def fit(job: Fit) -> None:
+    """Validate and fit one cell, and keep its checkpoint; runs in a worker process."""
+    torch.set_num_threads(1)
+    _end_with_parent()
+    seed = job.header.facts["seed"]
+
+    def fitted(support: Support, generator: torch.Generator) -> Method:
+        if job.rates:
+            return job.rates.fit(job.method, support, generator)
+        return copy.copy(job.method).fit(support, generator)
+
+    validation = Validation(0, 0)
+    if job.folds:
+        validation = out_of_fold(fitted, job.support, folds=job.folds, seed=seed)
+    method, seconds, peak_mib = costs.measured(
+        lambda: fitted(job.support, torch.Generator().manual_seed(seed))
+    )
+    header = dataclasses.replace(
+        job.header,
+        validation_correct=validation.correct,
+        validation_count=validation.count,
+        settings={**job.header.settings, **({"lr": cast("Any", method).lr} if job.rates else {})},
+    )
+    learnt = sum(value.numel() for value in method.state().values())
+    costs.write(costs.Fit(seconds, peak_mib, learnt, getattr(method, "note", "")), job.path)
+    beside = job.path.with_name(f".{job.path.name}.{os.getpid()}.finished")
+    checkpoint.save(method, header, beside)
+    atomic.seal(beside, job.path)
+
+
+@contextlib.contextmanager
+def _workers_that_end() -> Iterator[None]:
+    """Let the worker processes go after the block: idle ones would keep memory, and a caller from exiting."""
+    try:
+        yield
+    finally:
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+
+
+@cache
+def _end_with_parent() -> None:
+    """Have this worker end when the stage that started it is killed; loky's own would wait for minutes.
+
+    Ctrl-C reaches it as well as the stage, which ends it: it has nothing to say of its own.
+    """
+    if multiprocessing.current_process().name.startswith("Loky"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def cached_path(dataset: EncodedDataset, cell: Cell) -> Path:
+    """Where the cache keeps a cell's checkpoint: named by everything that it depends on."""
+    params = dataset.study.params
+    settings, views = params.method(cell.method)[1], support_views(params, cell.method)
+    key = dataset.key(cell, settings, views, _folds(dataset, cell))
+    return dataset.study.cell_cache(key)
+
+
+def _prepared(dataset: EncodedDataset, cells: Mapping[Cell, Path]) -> Iterator[Fit]:
+    """Cells made ready one by one, their images encoded before the first of a focus mode."""
+    params = dataset.study.params
+    alike: dict[tuple[str, int], list[Cell]] = {}  # by what they see
+    for cell in cells:
+        if METHODS[params.method(cell.method)[0]].learns:
+            alike.setdefault((cell.focus, support_views(params, cell.method)), []).append(cell)
+    images = _all_support_paths(dataset)
+    for cell, path in cells.items():
+        views = support_views(params, cell.method)
+        if seen_alike := alike.get((cell.focus, views)):
+            dataset.embed(methods_of(seen_alike), cell.focus, images, views, "encode")
+        yield prepare(dataset, cell, path)
+
+
+def prepare(dataset: EncodedDataset, cell: Cell, path: Path) -> Fit:
+    """A cell whose support is embedded, made ready for ``fit``, which writes ``path``."""
+    params = dataset.study.params
+    encoder = dataset.encoder_for(cell.focus)
+    kind, settings = params.method(cell.method)
+    method = build_method(params, cell.method, encoder)
+    views = support_views(params, cell.method)
+    header = checkpoint.Header(
+        method=kind,
+        settings=settings,
+        classes=dataset.classes,
+        focus=cell.focus,
+        encoder_key=encoder.key,
+        validation_correct=0,
+        validation_count=0,
+        facts={
+            "support": cell.support,
+            "seed": cell.seed,
+            "n_train": len(dataset.support_paths(cell)),
+            "key": path.stem,
+        },
+    )
+    support = dataset.support(method, cell, views)
+    if method.needs_towers:
+        method.encoder = dataclasses.replace(encoder, segmenter=None)  # a worker segments nothing
+    else:
+        blocks = getattr(method, "blocks", 0)  # of the tower that train
+        end = encoder.tail(blocks) if blocks else None
+        method.encoder = cast("ClipEncoder", TrainableEnd(encoder.key, encoder.logit_scale, end))
+    choice = choice_of_rate(params, cell.method)
+    return Fit(method, support, header, choice, _folds(dataset, cell), path)
+
+
+def _folds(dataset: EncodedDataset, cell: Cell) -> int:
+    """Folds of the cell's validation: only of what may be registered, at the largest support.
+
+    There the best cell is looked for, and there alone validation is worth its cost.
+    """
+    params = dataset.study.params
+    learns = METHODS[params.method(cell.method)[0]].learns
+    if cell.method not in params.validation.methods or cell.focus in CONTROLS or not learns:
+        return 0
+    return params.validation.folds if _is_largest(dataset, cell) else 0
+
+
+def _is_largest(dataset: EncodedDataset, cell: Cell) -> bool:
+    supports = dataset.splits.supports[cell.seed]
+    return len(dataset.support_paths(cell)) == max(map(len, supports.values()))
+
+
+def _all_support_paths(dataset: EncodedDataset) -> list[str]:
+    """Every image that any cell learns from, sorted."""
+    supports = dataset.splits.supports.values()
+    return sorted({path for by_name in supports for paths in by_name.values() for path in paths})
+
+
+if __name__ == "__main__":
+    # The workers look the job's classes up by their module's name, and that is not __main__ there.
+    from flows.stages.finetune import main as run
+
+    run()

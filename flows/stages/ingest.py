@@ -1,0 +1,52 @@
+"""Stage: a data set's folder or CSV -> one manifest, and what was left out or is worth knowing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flows.study.study import here
+from medfocus.datasets import pseudonyms
+from medfocus.datasets.ingest import ingest, write_left_out
+from medfocus.datasets.listing import unwrapped
+from medfocus.datasets.records import write_manifest
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check every image of ``--dataset`` and write data/manifests and reports/data."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", required=True)
+    dataset = parser.parse_args(arguments).dataset
+    study = here()
+    params, root = study.params.datasets[dataset], study.root(dataset)
+    if params.manifest is None and root.is_dir() and (top := unwrapped(root)) != root:
+        print(f"{dataset}: {params.root} only wraps {top.relative_to(root)}: read there", file=sys.stderr)
+    found = ingest(
+        root,
+        manifest=params.manifest,
+        columns=params.columns,
+        patient_pattern=params.patient_pattern,
+        progress=sys.stderr.isatty(),
+        cache=study.shared_cache("images"),
+        slices=(params.slices.axis, params.slices.every),
+        salt_file=study.home / pseudonyms.FILE,
+    )
+    left_out, reported = (study.paths.report(dataset, f"{name}.csv") for name in ("left_out", "reported"))
+    left_out.parent.mkdir(parents=True, exist_ok=True)
+    write_left_out(found.left_out, left_out)
+    write_left_out(found.reported, reported)
+    manifest = study.paths.manifest(dataset)
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    write_manifest(found.records, manifest)
+    for report, faults, words in (
+        (left_out, found.left_out, "left out"),
+        (reported, found.reported, "kept, with a fault"),
+    ):
+        if faults:
+            place = report.relative_to(study.folder)
+            print(f"{dataset}: {len(faults)} {words}: {place}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Stage: draw one procedural data set into data/phantoms/."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+
+from flows.study.study import here
+from medfocus import phantoms
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the images of ``--modality`` and their known regions."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--modality", required=True)
+    modality = parser.parse_args(arguments).modality
+    study = here()
+    params, folder = study.params.phantoms[modality], study.paths.phantoms(modality)
+    for unfinished in folder.parent.glob(f".{modality}-????????"):  # left by a killed run
+        shutil.rmtree(unfinished)
+    phantoms.write(
+        folder,
+        modality,
+        seed=params.seed,
+        train_per_class=params.train_per_class,
+        test_per_class=params.test_per_class,
+        size=params.size,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Fit one cell of the working directory's study again, out of no cache, and print what it scores as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from flows.stages import evaluate, finetune
+from flows.study import models
+from flows.study.cells import Cell
+from flows.study.dataset import EncodedDataset
+from flows.study.methods import support_views
+from flows.study.study import Study, here
+from medfocus.images import decode
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the metrics and the key of the cell that the options name."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in Cell._fields:
+        parser.add_argument(f"--{name}", required=True, type=int if name == "seed" else str)
+    cell = Cell(**vars(parser.parse_args(arguments)))
+    metrics, key = rebuild(here(), cell)
+    print(json.dumps({"metrics": metrics, "cell_key": key}))
+
+
+def rebuild(study: Study, cell: Cell) -> tuple[dict[str, float], str]:
+    """A cell's metrics, as ``evaluate`` logs them, and its key; from the splits and masks that lie there.
+
+    Raises ValueError for an image that is not the one of the manifest any more.
+    """
+    dataset = EncodedDataset(study, cell.dataset, models.build_encoder(study))
+    support, test = dataset.support_paths(cell), dataset.splits.test
+    for path in (*support, *test):
+        if decode.read_named(dataset.root / path)[0] != dataset.records[path].sha256:
+            raise ValueError(f"{dataset.root / path}: changed since the run; bring back the image of then.")
+    if support:
+        views = support_views(study.params, cell.method)
+        dataset.embed([cell.method], cell.focus, support, views, "encode")
+    fitted = finetune.cached_path(dataset, cell)
+    finetune.fit(finetune.prepare(dataset, cell, fitted))
+    dataset.embed([cell.method], cell.focus, test, 1, "encode test")
+    probabilities, header, _ = evaluate.predict(dataset, cell, fitted)
+    return evaluate.numbers(header, evaluate.score(dataset, cell, header, probabilities)), header.facts["key"]
+
+
+if __name__ == "__main__":
+    from flows.stages.rebuild import main as run
+
+    run()

@@ -1,0 +1,38 @@
+"""Stage: manifest and twins -> test sets and nested support sets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from flows.study.study import here
+from medfocus.datasets.duplicates import groups, read_pairs, twins
+from medfocus.datasets.records import read_manifest
+from medfocus.datasets.splits import draw_splits, write_splits
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the splits of ``--dataset``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", required=True)
+    dataset = parser.parse_args(arguments).dataset
+    study = here()
+    params = study.params
+    records = read_manifest(study.paths.manifest(dataset))
+    pairs = read_pairs(study.paths.report(dataset, "duplicates.csv"))
+    splits = draw_splits(
+        records,
+        groups(records, pairs),
+        groups(records, twins(pairs)),
+        test_fraction=params.splits.test_fraction,
+        fractions=[percent / 100 for percent in params.study.percents],
+        shots=params.study.shots,
+        seeds=params.study.seeds,
+    )
+    path = study.paths.splits(dataset)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_splits(splits, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The models of a study, built as its params.yaml describes them: segmenters, image and text encoders."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from flows.study.study import Study
+from medfocus.clip.regions import REGIONS
+from medfocus.datasets.records import read_manifest
+
+if TYPE_CHECKING:
+    from medfocus.clip.encoder import ClipEncoder
+    from medfocus.masks.sam2.segmenter import Sam2Segmenter
+    from medfocus.masks.segmenter import Segmenter
+
+
+def segmenter_settings(study: Study, dataset: str) -> dict[str, Any]:
+    """Return the arguments that build a data set's segmenter, without ``batch_size``, which changes no mask.
+
+    For the strategies "retrieved" and "adapter" they build the SAM2 segmenter underneath.
+    """
+    masks = study.params.masks
+    common = {
+        "keep": masks.keep.get(study.params.datasets[dataset].modality, 1),
+        "min_area": masks.min_area,
+        "max_area": masks.max_area,
+    }
+    if masks.segmenter == "otsu":
+        return common
+    return common | {
+        "config": masks.config,
+        "checkpoint": masks.checkpoint,
+        "image_size": masks.image_size,
+        "strategy": {"retrieved": "grid", "adapter": "box"}.get(masks.strategy, masks.strategy),
+        "points_per_side": masks.points_per_side,
+        "follow_edges": masks.follow_edges,
+    }
+
+
+def build_segmenter(study: Study, dataset: str) -> Segmenter:
+    """Build the segmenter that the masks section describes for a data set.
+
+    Raises FileNotFoundError if the strategy is "adapter" and the masks stage has not trained one yet, and
+    ValueError as ``anatomy_texts`` does.
+    """
+    if study.params.masks.segmenter == "otsu":
+        from medfocus.masks.otsu import OtsuSegmenter
+
+        return OtsuSegmenter(**segmenter_settings(study, dataset))
+    if study.params.masks.strategy == "retrieved":
+        texts = anatomy_texts(study, dataset)  # a fault in them is reported before seconds of loading
+        from medfocus.clip.encoder import build_clip
+        from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
+
+        clip = build_clip(study.params.clip.model, study.params.clip.pretrained, device(study))
+        return RetrievalSegmenter(build_sam2(study, dataset), TextRank.of(clip, texts))
+    if study.params.masks.strategy == "adapter":
+        from medfocus.masks.sam2.adapter import AdapterSegmenter
+        from medfocus.storage import weights
+
+        path = study.paths.adapter(dataset)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no adapter. Run the masks stage, which trains it.")
+        return AdapterSegmenter(build_sam2(study, dataset), weights.load(path))
+    return build_sam2(study, dataset)
+
+
+def build_sam2(study: Study, dataset: str) -> Sam2Segmenter:
+    """Build a data set's SAM2 segmenter, without retrieval or adapter."""
+    from medfocus.masks.sam2.fast_segmenter import build_segmenter  # takes seconds
+
+    settings = segmenter_settings(study, dataset)
+    return build_segmenter(**settings, batch_size=study.params.masks.batch_size, device=device(study))
+
+
+def anatomy_texts(study: Study, dataset: str) -> tuple[str, ...]:
+    """Return the texts by which the strategy "retrieved" chooses a data set's masks.
+
+    Raises ValueError if there is none, or if one names a class: the mask would then give the label away.
+    """
+    settings = study.params.datasets[dataset]
+    texts = study.params.masks.anatomy.get(settings.modality, ())
+    if not texts:
+        raise ValueError(
+            f"params.yaml: masks.strategy is 'retrieved', but masks.anatomy has no text for "
+            f"{settings.modality}, the modality of {dataset}. Add one that says where to look, such as "
+            "'the lungs' or 'a lesion'."
+        )
+    manifest = study.paths.manifest(dataset)
+    labels = {record.label for record in read_manifest(manifest)} if manifest.is_file() else set()
+    for name in sorted({*labels, *settings.names, *settings.names.values()}):
+        for text in texts:
+            if f" {_words(name)} " in f" {_words(text)} ":
+                raise ValueError(
+                    f"params.yaml: masks.anatomy.{settings.modality} has the text {text!r}, which names "
+                    f"the class {name!r} of {dataset}. Name anatomy, such as 'the lungs' or 'a lesion'."
+                )
+    return texts
+
+
+def build_encoder(study: Study, focus: str = "none") -> ClipEncoder:
+    """Build the frozen encoders of the clip section, with an input for the region if ``focus`` needs one.
+
+    SAM2 stands ready in them if a method asks for its features. Raises ValueError if a method does, but the
+    masks are not from SAM2.
+    """
+    from medfocus.clip.encoder import build_clip  # takes seconds
+
+    params = study.params
+    encoder = build_clip(params.clip.model, params.clip.pretrained, device(study))
+    users = [name for name in params.study.methods if params.method(name)[1].get("segmenter_grid")]
+    if users and params.masks.segmenter != "sam2":
+        raise ValueError(
+            f"params.yaml: methods.{users[0]}.segmenter_grid asks for SAM2's features, but "
+            f"masks.segmenter is {params.masks.segmenter!r}. Set it to sam2, or segmenter_grid to 0."
+        )
+    if users:
+        encoder = encoder.with_segmenter(build_sam2(study, next(iter(params.datasets))))
+    if focus in REGIONS:
+        encoder = encoder.with_region(focus, params.views.attention_bias)
+    return encoder
+
+
+def device(study: Study) -> str:
+    """Return the device of a study's models, "cpu" or "cuda"."""
+    if study.params.device != "auto":
+        return study.params.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _words(text: str) -> str:
+    """Return a text in lower case, without underscores and punctuation, one space between words."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))

@@ -1,0 +1,4 @@
+"""CLIP's towers, prompts and features, and what changes them.
+
+It may import datasets, images and storage.
+"""

@@ -1,0 +1,239 @@
+"""Images become features: views are made in threads while the model runs, and no view is encoded twice.
+
+The cache has one folder of shards for each kind of feature (see ``medfocus.storage.shards``), an entry a row,
+as NumPy's own files have it. Two processes at once can at worst write the same rows twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medfocus.storage.shards import Shards
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of features: what makes them of views, and what names them in the cache."""
+
+    encode_batch: Callable[[Tensor], Tensor]  # views (B, S, S, C) uint8 -> (B, D), tokens, or any B rows
+    settings: str  # what all items share: the encoder, the part of it, the view's settings
+    dtype: torch.dtype = torch.float32  # of the result and of the cache
+
+
+def encode(
+    items: Sequence[Item],
+    keys: Sequence[str],
+    make_view: Callable[[Item], np.ndarray],
+    encode_batch: Callable[[Tensor], Tensor],
+    *,
+    cache: str | Path | None,
+    settings: str,
+    batch_size: int,
+    workers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], object] | None = None,
+) -> Tensor:
+    """Items (N) -> features (N, ...) of one kind; see ``encode_together`` and ``Kind``."""
+    (features,) = encode_together(
+        items,
+        keys,
+        make_view,
+        [Kind(encode_batch, settings, dtype)],
+        cache=cache,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
+    )
+    return features
+
+
+def encode_together(
+    items: Sequence[Item],
+    keys: Sequence[str],
+    make_view: Callable[[Item], np.ndarray],
+    kinds: Sequence[Kind],
+    *,
+    cache: str | Path | None,
+    batch_size: int,
+    workers: int = 2,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[Tensor]:
+    """Items (N) -> features (N, ...) of every kind on the CPU, in the items' order, whether cached or not.
+
+    A view is made once for all kinds that lack it, and they get it in the same batch, one after the other.
+
+    Args:
+        items: Whatever ``make_view`` turns into a view; called in ``workers`` threads.
+        keys: One for each item, naming its view's content (image, mask, crop). Equal keys are encoded once.
+        make_view: Item -> view (S, S, C) uint8; reads and decodes, focuses, letterboxes.
+        kinds: One or more.
+        cache: Folder, or URL for fsspec, that keeps rows between runs; None keeps nothing.
+        batch_size: Views a forward pass. The last one is filled up to it: the last bits of a row can depend
+            on how many are beside it, and shall not depend on what was cached.
+        workers: Threads that make views, one batch ahead of the model.
+        progress: Called with the number of items done and N after every batch.
+
+    Raises:
+        ValueError: No items, another number of keys, or features that are not finite in their ``dtype``.
+        Anything that ``make_view`` raises; what was encoded before stays in the cache.
+    """
+    if not items or len(items) != len(keys):
+        raise ValueError(
+            f"features: {len(items)} items and {len(keys)} keys; give at least one, and one key each."
+        )
+    places: dict[str, list[int]] = {}  # key -> where its row goes
+    for i, key in enumerate(keys):
+        places.setdefault(key, []).append(i)
+    tables = [_Table(kind, places, len(items), cache) for kind in kinds]
+    missing = [key for key in places if any(key in table.missing for table in tables)]
+    done = len(items) - sum(len(places[key]) for key in missing)
+    if progress:
+        progress(done, len(items))
+    try:
+        # Closed also when the model fails: its threads would make views that nobody takes.
+        firsts = [items[places[key][0]] for key in missing]
+        with closing(_batches(firsts, make_view, batch_size, workers)) as batches:
+            for first, views in batches:
+                batch = missing[first : first + batch_size]
+                for table in tables:
+                    table.encode(batch, views)
+                done += sum(len(places[key]) for key in batch)
+                if progress:
+                    progress(done, len(items))
+    finally:
+        for table in tables:
+            table.close()
+    return [table.result for table in tables]
+
+
+def lacking(keys: Sequence[str], kinds: Sequence[Kind], cache: str | Path) -> list[bool]:
+    """For each of the keys (N) whether the cache lacks its row of one of the kinds."""
+    missing = set().union(*(_Table(kind, {key: [] for key in keys}, 0, cache).missing for kind in kinds))
+    return [key in missing for key in keys]
+
+
+class _Table:
+    """The features of one kind as they come together: the cached ones at once, the others batch by batch."""
+
+    def __init__(
+        self, kind: Kind, places: Mapping[str, list[int]], count: int, cache: str | Path | None
+    ) -> None:
+        self.kind = kind
+        self.missing = set(places)  # keys without a row
+        self._places = places
+        self._count = count
+        self._rows: Tensor | None = None  # (N, ...), made with the first row
+        self._shards: Shards | None = None
+        if cache:
+            name = _hash(f"{kind.settings}\n{kind.dtype}")[:32]
+            self._shards = _opened(f"{cache}/{name}", os.getpid())
+            hashes = {_hash(key): key for key in places}
+            for hash_, content in self._shards.read(hashes):
+                self._place(hashes[hash_], _unpacked(content))
+
+    @property
+    def result(self) -> Tensor:
+        """(N, ...)"""
+        assert self._rows is not None and not self.missing  # there is at least one item
+        return self._rows
+
+    def encode(self, batch: Sequence[str], views: Tensor) -> None:
+        """Fill in what is missing of a batch of keys (B), of their views (B, S, S, C) uint8."""
+        lacking = [i for i, key in enumerate(batch) if key in self.missing]
+        if not lacking:
+            return
+        # The whole batch goes through: see ``batch_size``.
+        rows = self.kind.encode_batch(views).detach().to("cpu", self.kind.dtype)[: len(batch)]  # (B, ...)
+        if not torch.isfinite(rows).all():
+            raise ValueError(
+                f"features: the encoder gave values that are not finite in {self.kind.dtype}, for {batch[0]} "
+                f"or the {len(batch) - 1} after it. Check its weights, or use torch.float32."
+            )
+        for i in lacking:
+            self._place(batch[i], rows[i])
+        if self._shards:
+            self._shards.put((_hash(batch[i]), _packed(rows[i])) for i in lacking)
+
+    def close(self) -> None:
+        """Have the cache keep what it was given."""
+        if self._shards:
+            self._shards.close()
+
+    def _place(self, key: str, row: Tensor) -> None:
+        if self._rows is None:
+            self._rows = torch.empty((self._count, *row.shape), dtype=self.kind.dtype)
+        self._rows[self._places[key]] = row
+        self.missing.discard(key)
+
+
+def _batches(
+    items: Sequence[Item], make_view: Callable[[Item], np.ndarray], batch_size: int, workers: int
+) -> Generator[tuple[int, Tensor], None, None]:
+    """Where a batch starts and its views (B, S, S, C) uint8; those of the next batch are made meanwhile.
+
+    The last batch is filled up with its last view.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
+    ahead: deque[Future[np.ndarray]] = deque()
+    begun = 0
+    try:
+        for start in range(0, len(items), batch_size):
+            stop = min(start + batch_size, len(items))
+            views: list[np.ndarray] = []
+            while start + len(views) < stop:
+                while begun < min(start + len(views) + 1 + batch_size, len(items)):
+                    ahead.append(pool.submit(make_view, items[begun]))
+                    begun += 1
+                views.append(ahead.popleft().result())
+            yield start, torch.from_numpy(np.stack(views + views[-1:] * (batch_size - len(views))))
+    finally:
+        pool.shutdown(
+            cancel_futures=True
+        )  # after an error or an interrupt the views not yet begun are not made
+
+
+@lru_cache(maxsize=32)
+def _opened(url: str, process: int) -> Shards:
+    """A folder of the cache, kept open by a process: the next call then reads only what was added since."""
+    return Shards(url, suffix=".npy")
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _packed(row: Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, row.numpy(), allow_pickle=False)
+    return file.getvalue()
+
+
+def _unpacked(content: bytes) -> Tensor:
+    """The inverse of ``_packed``; the rows of a kind have one header, which is read once."""
+    start = 10 + int.from_bytes(content[8:10], "little")  # magic, version, length; then so many bytes
+    shape, dtype = _header(content[:start])
+    return torch.from_numpy(np.frombuffer(content, dtype, offset=start).reshape(shape).copy())
+
+
+@lru_cache(maxsize=64)
+def _header(content: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    file = io.BytesIO(content)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype

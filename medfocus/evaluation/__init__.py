@@ -1,0 +1,1 @@
+"""Measures, comparisons and the rules of promotion, on numbers alone. It may import storage."""

@@ -1,0 +1,1 @@
+"""Where a prediction looked. It may import methods, focus, clip and all below."""

@@ -1,0 +1,287 @@
+"""The figures of a study's page, as PNG bytes: numbers in, pixels out; each on a light or a dark page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from medfocus.images.decode import letterbox, letterbox_mask, montage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from medfocus.evaluation.metrics import Reliability
+
+# Okabe and Ito's palette: told apart with every common form of colour blindness. Black comes first.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+MOST_HIGHLIGHTED = 7  # colours beside the grey of all others
+
+_CONTOUR = (255, 140, 0)  # orange shows on grey images, light and dark
+_TILE = 176  # pixels a side of a contact sheet's tile
+_LABEL_GAP = 0.062  # of the panel's height, between two labels of lines
+
+
+@dataclass(frozen=True)
+class Ink:
+    """The colours of a figure; its paper is transparent."""
+
+    text: str
+    grid: str
+    others: str  # lines that only stand behind the highlighted ones
+    lines: tuple[str, ...]
+
+
+LIGHT = Ink("#1f2328", "#dfe3e8", "#c4cad1", COLOURS[:MOST_HIGHLIGHTED])
+DARK = Ink(
+    "#e6e9ed",
+    "#343b44",
+    "#525b66",
+    ("#f4f6f8", "#58b0f0", "#ff8a4a", "#2fc79b", "#e6a0cb", "#f2bb3d", "#9fd8fa"),  # the same hues, lighter
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A system's accuracy in % over the percent of train. A single point at 0 % is a level line."""
+
+    system: str
+    percents: tuple[float, ...]
+    means: tuple[float, ...]
+    half_widths: tuple[float, ...]  # NaN where there is one draw
+
+
+def blank(width: float, height: float) -> Figure:
+    """An empty figure, in inches, drawn by Agg and known to no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: Figure, *, transparent: bool = False) -> bytes:
+    """A figure as PNG bytes without version or time: equal figures, equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None}, transparent=transparent)
+    return buffer.getvalue()
+
+
+def accuracy_panel(curves: Sequence[Curve], highlighted: Sequence[str], ink: Ink) -> bytes:
+    """Accuracy over the percent of train on one test set: highlighted systems in colour, with their names at
+    the end of their lines and 95 % intervals over draws; all others in grey behind them.
+
+    A highlighted system has the same colour in every panel that is drawn with the same list; one that is not
+    among the curves is passed over.
+
+    Raises ValueError for no curve, or for more highlighted systems than there are colours.
+    """
+    if not curves:
+        raise ValueError("accuracy_panel: no curve to draw; give the results of at least one system.")
+    if len(highlighted) > MOST_HIGHLIGHTED:
+        raise ValueError(
+            f"accuracy_panel: {len(highlighted)} highlighted systems; {MOST_HIGHLIGHTED} can be told apart."
+        )
+    figure = blank(4.9, 3.4)
+    panel = figure.subplots()
+    percents = sorted({percent for curve in curves for percent in curve.percents} - {0}) or [100.0]
+    panel.set_xscale("log")
+    panel.minorticks_off()
+    panel.set_xticks(percents, [f"{percent:.4g}" for percent in percents])
+    panel.set_xlim(percents[0] / 1.25, percents[-1] * 1.25)
+    ends: list[tuple[float, str, str]] = []  # where a highlighted line ends, its name and colour
+    for curve in sorted(curves, key=lambda curve: curve.system in highlighted):
+        if curve.system not in highlighted:
+            _line(panel, curve, ink.others)
+            continue
+        place = highlighted.index(curve.system)
+        apart = 1 + 0.02 * (place - (len(highlighted) - 1) / 2)
+        _line(panel, curve, ink.lines[place], MARKERS[place], apart)
+        ends.append((curve.means[-1], curve.system, ink.lines[place]))
+    _style(panel, ink)
+    panel.set_xlabel("training images (%)", fontsize=9, color=ink.text)
+    panel.set_ylabel("accuracy (%)", fontsize=9, color=ink.text)
+    bottom, top = panel.get_ylim()
+    bottom, top = panel.set_ylim(max(bottom, -1.0), min(top, 101.0))  # an interval of two draws goes far
+    heights = spread([(end - bottom) / (top - bottom) for end, _, _ in ends], _LABEL_GAP)
+    for (end, name, colour), height in zip(ends, heights, strict=True):
+        panel.annotate(
+            name,
+            (1, (end - bottom) / (top - bottom)),
+            (1.05, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=8,
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
+        )
+    return png(figure, transparent=True)
+
+
+def reliability_panel(curve: Reliability, ink: Ink, *, transparent: bool = True) -> bytes:
+    """Accuracy over confidence, bin by bin, with the gap between them; below it the predictions."""
+    figure = blank(2.9, 3.3)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    bins = len(curve.count)
+    middles = (np.arange(bins) + 0.5) / bins
+    filled = curve.count > 0
+    at, accuracy, confidence = middles[filled], curve.accuracy[filled], curve.confidence[filled]
+    blue, orange = ink.lines[1], ink.lines[2]
+    above.bar(at, accuracy, 0.92 / bins, color=blue, label="accuracy")
+    above.bar(
+        at,
+        confidence - accuracy,
+        0.92 / bins,
+        bottom=accuracy,
+        color=orange,
+        alpha=0.35,
+        label="gap to confidence",
+    )
+    above.plot([0, 1], [0, 1], color=ink.text, linewidth=0.8, linestyle="--")
+    above.set_ylim(0, 1)
+    above.set_xlim(0, 1)
+    above.set_ylabel("accuracy", fontsize=9, color=ink.text)
+    above.legend(loc="upper left", fontsize=7.5, frameon=False, labelcolor=ink.text, handlelength=1)
+    below.bar(middles, curve.count / max(1, curve.count.sum()), 0.92 / bins, color=ink.others)
+    below.set_ylabel("share", fontsize=9, color=ink.text)
+    below.set_xlabel("confidence", fontsize=9, color=ink.text)
+    for panel in (above, below):
+        _style(panel, ink)
+    return png(figure, transparent=transparent)
+
+
+def confusion_figure(counts: np.ndarray, classes: Sequence[str], title: str = "") -> bytes:
+    """Confusion matrix (K, K), rows the true class, columns the predicted -> PNG bytes.
+
+    Colours and percentages are shares of the true class; counts stand below them.
+    Raises ValueError where the shape does not fit the classes.
+    """
+    size = len(classes)
+    if counts.shape != (size, size):
+        raise ValueError(
+            f"confusion_figure: counts are {counts.shape} for {size} classes; give ({size}, {size})."
+        )
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (K, K)
+    side = 1.6 + 0.75 * max(size, 3)
+    figure = blank(side, side)
+    panel = figure.subplots()
+    panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i in range(size):
+        for j in range(size):
+            colour = "white" if shares[i, j] > 0.6 else "black"
+            text = f"{100 * shares[i, j]:.0f} %\n{counts[i, j]:d}"
+            panel.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
+    panel.set_xticks(range(size), classes, fontsize=9, rotation=30, ha="right", rotation_mode="anchor")
+    panel.set_yticks(range(size), classes, fontsize=9)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    panel.set_xlabel("predicted class", fontsize=9)
+    panel.set_ylabel("true class", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=10, wrap=True)
+    return png(figure)
+
+
+def mask_sheet(
+    images: Sequence[np.ndarray],
+    regions: Sequence[np.ndarray],
+    captions: Sequence[str],
+    columns: int = 6,
+) -> bytes:
+    """Contact sheet, PNG bytes: images (H, W, 3) uint8 with the contours of regions (H, W) bool."""
+    tiles = []
+    for image, region in zip(images, regions, strict=True):
+        tile = letterbox(image, _TILE, (0, 0, 0))
+        inside = Image.fromarray(letterbox_mask(region, _TILE) > 0.5).convert("L")
+        rim = np.asarray(inside.filter(ImageFilter.MaxFilter(3))) > np.asarray(
+            inside.filter(ImageFilter.MinFilter(3))
+        )
+        tiles.append(np.where(rim[..., None], np.array(_CONTOUR, dtype=np.uint8), tile))
+    buffer = io.BytesIO()
+    Image.fromarray(montage(tiles, columns, captions)).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def attribution_overlay(image: np.ndarray, attribution: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) uint8 in grey under the heat of an attribution (H, W), negative values as none.
+
+    The heat is scaled by its own maximum, so its colours compare places of one image and not images.
+    Raises ValueError where the two have different sizes.
+    """
+    if attribution.shape != image.shape[:2]:
+        raise ValueError(
+            f"attribution_overlay: {attribution.shape} values on an image of {image.shape[:2]} pixels; "
+            "bring the attribution to the image's size."
+        )
+    from matplotlib import colormaps
+
+    heat = np.clip(np.nan_to_num(attribution.astype(float)), 0, None)
+    heat /= max(float(heat.max()), 1e-12)
+    colours = colormaps["inferno"](heat)[..., :3]  # (H, W, 3)
+    strength = np.sqrt(heat)[..., None] * 0.75  # faint heat has to be seen as well
+    grey = image.mean(axis=2, keepdims=True) / 255
+    return np.round(255 * ((1 - strength) * grey + strength * colours)).astype(np.uint8)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights in [0, 1] moved as little as need be so that any two are ``gap`` apart, order kept."""
+    order = np.argsort(heights, kind="stable")
+    moved = [heights[i] for i in order]
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    # What was pushed out at the top goes down again, and pushes those below it.
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], 1.0 - (len(moved) - 1 - i) * gap)
+    placed = [0.0] * len(moved)
+    for i, height in zip(order, moved, strict=True):
+        placed[i] = height
+    return placed
+
+
+def _line(panel: Axes, curve: Curve, colour: str, marker: str = "", apart: float = 1) -> None:
+    """A system's line; in colour, and with intervals, where it has a marker."""
+    width = 1.6 if marker else 0.8
+    if 0 in curve.percents:
+        level = curve.means[curve.percents.index(0)]
+        panel.axhline(level, color=colour, linewidth=width, linestyle=(0, (5, 2)), zorder=2 + bool(marker))
+    points = [
+        point for point in zip(curve.percents, curve.means, curve.half_widths, strict=True) if point[0] > 0
+    ]
+    if not points:
+        return
+    x, y, half = map(np.array, zip(*points, strict=True))
+    panel.errorbar(
+        x * apart,
+        y,
+        yerr=np.nan_to_num(half) if marker else None,
+        color=colour,
+        marker=marker or None,
+        markersize=4,
+        linewidth=width,
+        elinewidth=0.8,
+        alpha=1 if marker else 0.9,
+        zorder=2 + bool(marker),
+    )
+
+
+def _style(panel: Axes, ink: Ink) -> None:
+    panel.tick_params(labelsize=8, length=3, color=ink.text, labelcolor=ink.text)
+    panel.grid(axis="y", color=ink.grid, linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(ink.text)

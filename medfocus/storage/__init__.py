@@ -1,0 +1,1 @@
+"""Files, caches and weights on disk, and errors without their text. It imports no other room."""
