@@ -130,10 +130,11 @@ def _segmenter(name: str) -> Segmenter:
         return OtsuSegmenter()
     import torch
 
-    from medfocus.masks.sam2.segmenter import build_segmenter
+    from medfocus.masks.sam2.segmenter import load_sam2
+    from medfocus.masks.settings import Sam2Settings
 
     torch.set_num_threads(1)
-    return build_segmenter("pocket", "pocket", 128, "grid", points_per_side=8, batch_size=16)
+    return load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=8), batch_size=16)
 
 
 def _masks(folder: Path, segmenter: Segmenter, again: bool) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def _features(folder: Path, again: bool) -> dict[str, Any]:
     import torch
 
     from medfocus.clip import features
-    from medfocus.clip.encoder import build_clip
+    from medfocus.clip.build import build_clip
     from medfocus.datasets.records import read_manifest
     from medfocus.focus.view import view
     from medfocus.images import decode

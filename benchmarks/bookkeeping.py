@@ -61,7 +61,7 @@ _MEASURED = """
 import json, time
 from flows import pipeline
 from flows.release import page
-from flows.stages import dvc
+from flows.stages import dvc_patches
 from medfocus.tracking import runs
 
 spent = {"stages_s": 0.0, "page_s": 0.0, "mlflow_s": 0.0}
@@ -75,7 +75,7 @@ def timed(run, name):
             spent[name] += time.perf_counter() - began
     return measured
 
-dvc._run_here = timed(dvc._run_here, "stages_s")
+dvc_patches.run_here = timed(dvc_patches.run_here, "stages_s")
 page.write_page = timed(page.write_page, "page_s")
 runs.start = timed(runs.start, "mlflow_s")
 for method in ("log_cell", "log_figure", "log_table"):

@@ -31,9 +31,10 @@ from flows.cli import workstation
 from medfocus import phantoms
 from medfocus.app import clicks
 from medfocus.app.reading import Reader
+from medfocus.masks.factory import build_sam2
 from medfocus.masks.quality import iou
-from medfocus.masks.sam2.fast_segmenter import build_segmenter
 from medfocus.masks.sam2.segmenter import Sam2Segmenter
+from medfocus.masks.settings import Sam2Settings
 from medfocus.phantoms.phantom import Phantom
 
 HELD_OUT = 3_000_000  # seed of phantoms.generator: no image of the pocket models' training
@@ -64,7 +65,7 @@ def main() -> None:
     told(timed(steps(reader, segmenter, drawn[0]), options.repeats))
     if options.full:
         print(f"{FULL} at 1024 px, random weights")
-        full = build_segmenter(FULL, "random:0", 1024, "grid", points_per_side=4)
+        full = build_sam2(Sam2Settings(FULL, "random:0", 1024, "grid", points_per_side=4))
         told(timed(parts(full, rgb(drawn[0]), clicks.deepest(drawn[0].region)), options.repeats))
     first, after = quality(segmenter, drawn)
     print(f"IoU with the lesion, {len(drawn)} phantoms: first mask {first:.3f}, one point in it {after:.3f}")

@@ -62,7 +62,7 @@ def _peak(step: str, model: str) -> float:
     # Imported here, for a child inherits the peak of the process that starts it.
     import torch
 
-    from medfocus.clip.encoder import build_clip
+    from medfocus.clip.build import build_clip
     from medfocus.methods import Support
     from medfocus.methods.cocoop import CoCoOp
     from medfocus.methods.coop import CoOp

@@ -25,7 +25,8 @@ from PIL import Image
 
 from medfocus import phantoms
 from medfocus.clip import features
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.focus.view import view
 from medfocus.images import decode
 

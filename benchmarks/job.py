@@ -20,11 +20,12 @@ import numpy as np
 import torch
 
 from medfocus.clip import features
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.ingest import ingest
 from medfocus.focus.view import view
 from medfocus.images import decode
-from medfocus.masks.sam2.fast_segmenter import build_segmenter
+from medfocus.masks.factory import build_sam2
+from medfocus.masks.settings import Sam2Settings
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
 
 CHUNK = 32  # images between changing over
@@ -47,12 +48,14 @@ def main() -> None:
     records = ingest(arguments.root, manifest=None, patient_pattern=None).records
     step = max(1, len(records) // arguments.images)
     records = records[::step][: arguments.images]
-    segmenter = build_segmenter(
-        "sam2.1_hiera_t",
-        "random:0",
-        arguments.image_size,
-        arguments.strategy,
-        points_per_side=arguments.points_per_side,
+    segmenter = build_sam2(
+        Sam2Settings(
+            "sam2.1_hiera_t",
+            "random:0",
+            arguments.image_size,
+            arguments.strategy,
+            points_per_side=arguments.points_per_side,
+        ),
         batch_size=arguments.batch_size,
     )
     clip = build_clip("ViT-B-32", "random:0")

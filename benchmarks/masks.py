@@ -39,10 +39,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medfocus import phantoms
 from medfocus.datasets.records import Record
+from medfocus.masks.factory import build_sam2
 from medfocus.masks.quality import iou
 from medfocus.masks.sam2 import segmenter
-from medfocus.masks.sam2.fast_segmenter import FastSegmenter, build_segmenter
+from medfocus.masks.sam2.fast_segmenter import FastSegmenter
 from medfocus.masks.sam2.segmenter import Sam2Segmenter
+from medfocus.masks.settings import Sam2Settings
 from medfocus.masks.store import MaskStore, cache_masks
 
 FULL, POINTS = "sam2.1_hiera_t", 4  # POINTS a side: as the studies of large images take them
@@ -88,20 +90,23 @@ def main() -> None:
 def clock(images: int, repeats: int, generator_repeats: int, now: Callable[[], float]) -> dict[str, Any]:
     """Seconds of every row by ``now``, and the ratios."""
     shown = [drawn("chest_xray", "normal", number, DRAWN) for number in range(images)]
-    shared = {"config": FULL, "checkpoint": "random:0", "batch_size": 1}
-    plain = segmenter.build_segmenter(**shared, image_size=1024, strategy="grid", points_per_side=POINTS)
+    shared: dict[str, Any] = {"config": FULL, "checkpoint": "random:0"}
+    plain = segmenter.load_sam2(
+        Sam2Settings(**shared, image_size=1024, strategy="grid", points_per_side=POINTS)
+    )
     rows: dict[str, Callable[[np.ndarray], object]] = {}
     for size in (1024, 512):
-        model = plain.model if size == 1024 else segmenter.build_segmenter(
-            **shared, image_size=size, strategy="grid"
-        ).model  # fmt: skip
+        smaller = Sam2Settings(**shared, image_size=size, strategy="grid")
+        model = plain.model if size == 1024 else segmenter.load_sam2(smaller).model
         ready = torch.rand(1, 3, size, size)
         rows[f"encoder, {size} px"] = lambda _, model=model, ready=ready: model.forward_image(ready)
         for name, strategy, points in (
             ("grid 4 x 4", "grid", POINTS), ("grid 8 x 8", "grid", 8), ("center", "center", 1),
             ("box", "box", 1),
         ):  # fmt: skip
-            one = build_segmenter(**shared, image_size=size, strategy=strategy, points_per_side=points)
+            one = build_sam2(
+                Sam2Settings(**shared, image_size=size, strategy=strategy, points_per_side=points)
+            )
             rows[f"{name}, {size} px"] = lambda image, one=one: one.segment([image])
     rows["plain grid 4 x 4, 1024 px"] = lambda image: plain.segment([image])
     square = torch.rand(GEMM, GEMM)
@@ -154,7 +159,7 @@ def clock(images: int, repeats: int, generator_repeats: int, now: Callable[[], f
 
 def forward_share(count: int) -> float:
     """Share of the wall time of ``cache_masks`` that the network runs, over image files at 512 px."""
-    segmenter = build_segmenter(FULL, "random:0", 512, "grid", points_per_side=POINTS, batch_size=2)
+    segmenter = build_sam2(Sam2Settings(FULL, "random:0", 512, "grid", points_per_side=POINTS), batch_size=2)
     assert isinstance(segmenter, FastSegmenter)
     forward = 0.0
 
@@ -191,18 +196,18 @@ def agreement(per_class: int) -> dict[str, Any]:
     shared = {"config": "pocket", "checkpoint": "pocket", "image_size": 128}
 
     def grid(points: int, **settings: Any) -> Sam2Segmenter:
-        return build_segmenter(**shared, strategy="grid", points_per_side=points, **settings)
+        return build_sam2(Sam2Settings(**shared, strategy="grid", points_per_side=points, **settings))
 
     segmenters = {
-        "generator": build_segmenter(**shared, strategy="automatic", points_per_side=16),
+        "generator": build_sam2(Sam2Settings(**shared, strategy="automatic", points_per_side=16)),
         "grid": grid(POCKET_POINTS),
         "grid, fast": FastSegmenter(grid(POCKET_POINTS)),
         "grid, 4 x 4": grid(4),
         "grid, 16 x 16, fast": FastSegmenter(grid(16)),
         "grid, edges": grid(POCKET_POINTS, follow_edges=True),
         "grid, edges, fast": FastSegmenter(grid(POCKET_POINTS, follow_edges=True)),
-        "center": build_segmenter(**shared, strategy="center"),
-        "box": build_segmenter(**shared, strategy="box"),
+        "center": build_sam2(Sam2Settings(**shared, strategy="center")),
+        "box": build_sam2(Sam2Settings(**shared, strategy="box")),
     }
     with_generator: dict[str, list[float]] = defaultdict(list)
     with_plain: dict[str, list[float]] = defaultdict(list)

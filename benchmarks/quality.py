@@ -22,9 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from medfocus.images import decode
+from medfocus.masks.factory import build_sam2
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.quality import center_box, dice, innermost, iou, known_region, parts, pointed
-from medfocus.masks.sam2.fast_segmenter import build_segmenter
+from medfocus.masks.settings import OtsuSettings, Sam2Settings
 
 
 def main() -> None:
@@ -40,11 +41,12 @@ def main() -> None:
     parser.add_argument("--follow-edges", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--per-class", type=int, help="at most so many images of a class")
     options = parser.parse_args()
-    sam2 = build_segmenter(
+    settings = Sam2Settings(
         options.config, options.checkpoint, options.image_size, "grid",
         points_per_side=options.points_per_side, keep=options.keep, follow_edges=options.follow_edges,
     )  # fmt: skip
-    otsu = OtsuSegmenter(keep=options.keep)
+    sam2 = build_sam2(settings)
+    otsu = OtsuSegmenter(OtsuSettings(options.keep))
     scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for label, image, region in tqdm(_images(options.root, options.per_class), unit="image", disable=None):
         masks = {

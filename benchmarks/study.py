@@ -143,10 +143,10 @@ def _measure() -> dict[str, Any]:
 @contextlib.contextmanager
 def _counted() -> Iterator[list[int]]:
     """How many views pass an image encoder in the block."""
-    from medfocus.clip import encoder
+    from medfocus.clip import build as builder
 
     passed = [0]
-    build: Callable[..., Any] = encoder.build_clip
+    build: Callable[..., Any] = builder.build_clip
 
     def counting(*arguments: Any, **options: Any) -> Any:
         encoder = build(*arguments, **options)
@@ -157,7 +157,7 @@ def _counted() -> Iterator[list[int]]:
         encoder.model.visual.conv1.register_forward_pre_hook(count)
         return encoder
 
-    with patch.object(encoder, "build_clip", counting):
+    with patch.object(builder, "build_clip", counting):
         yield passed
 
 

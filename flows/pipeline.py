@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for registration in registrations:
         alias = f"@{registration.alias}" if registration.alias else "without alias"
         print(f"model {registration.name} version {registration.version} {alias}: {registration.reason}")
-    print(f"\nThe whole of it on one page: {study.paths.page}\nCompare the runs in MLflow: make ui")
+    print(f"\nFull report: {study.paths.page}\nCompare the runs in MLflow: make ui")
 
 
 if __name__ == "__main__":

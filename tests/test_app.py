@@ -35,14 +35,15 @@ from medfocus.app.guard import Refused, door
 from medfocus.app.reading import Reader
 from medfocus.app.server import About, Bounds, Workplace, build, calibration_note
 from medfocus.app.uploads import Limits, body
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.explain.explain import explain
 from medfocus.focus.view import view
 from medfocus.images import decode
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
-from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
 from medfocus.masks.segmenter import Mask, Segmenter, identity
+from medfocus.masks.settings import Sam2Settings
 from medfocus.methods import METHODS, Support
 from medfocus.serving import checkpoint, predictor
 from medfocus.serving.predictor import Predictor, probabilities_of
@@ -51,10 +52,7 @@ HOME = "http://127.0.0.1:8600"
 ABOUT = About("medfocus-brain", "3 (champion)", "brain", "clip-linear-probe", "SAM2", {"ece": 0.0625})
 CLASSES = ("glioma", "no tumor")
 MISSED, LESION = 24, (0.36, 0.46)  # a glioma whose first mask is not on it, and where it is: x and y
-SEGMENTER: dict[str, Any] = {
-    "config": "pocket", "checkpoint": "pocket", "image_size": 128, "strategy": "grid", "points_per_side": 4,
-    "keep": 1, "min_area": 0.01, "max_area": 0.7, "follow_edges": True,
-}  # fmt: skip
+SEGMENTER = Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=4, follow_edges=True)
 
 
 def drawn(number: int) -> np.ndarray:
@@ -70,7 +68,7 @@ def encoded(number: int, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def save(folder: Path, segmenter: Segmenter, settings: dict[str, Any]) -> Path:
+def save(folder: Path, segmenter: Segmenter) -> Path:
     """A model folder: a linear probe on eight phantoms, by the packaged networks."""
     encoder = build_clip("pocket", "pocket")
     method = METHODS["clip-linear-probe"](encoder, folds=3)
@@ -89,7 +87,7 @@ def save(folder: Path, segmenter: Segmenter, settings: dict[str, Any]) -> Path:
     checkpoint.save(method, header, folder / "cell.safetensors")
     predictor.save_model(
         folder / "model", checkpoint=folder / "cell.safetensors", encoder=encoder, segmenter=segmenter,
-        segmenter_settings=settings, feather=0.01,
+        feather=0.01,
     )  # fmt: skip
     return folder / "model"
 
@@ -97,7 +95,7 @@ def save(folder: Path, segmenter: Segmenter, settings: dict[str, Any]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder whose masks are SAM2's."""
-    return save(tmp_path_factory.mktemp("sam2"), build_segmenter(**SEGMENTER), SEGMENTER)
+    return save(tmp_path_factory.mktemp("sam2"), load_sam2(SEGMENTER))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +106,7 @@ def reader(folder: Path) -> Reader:
 @pytest.fixture(scope="module")
 def otsu(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """A model without SAM2."""
-    return Reader(Predictor.load(save(tmp_path_factory.mktemp("otsu"), OtsuSegmenter(), {})))
+    return Reader(Predictor.load(save(tmp_path_factory.mktemp("otsu"), OtsuSegmenter())))
 
 
 Opener = Callable[..., TestClient]
@@ -283,11 +281,12 @@ def test_a_point_outside_alone_keeps_the_middle_of_the_first_mask(opened: Opener
 
 
 @dataclass(frozen=True)
-class Informed:
+class Guided:
     """As an adapter or a text stands on SAM2: other masks, from the same network."""
 
-    plain: Sam2Segmenter
-    key = "informed"
+    sam2: Sam2Segmenter
+    key = "guided"
+    settings = SEGMENTER
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
         return [identity(*image.shape[:2]) for image in images]
@@ -295,8 +294,8 @@ class Informed:
 
 def test_masks_that_stand_on_sam2_are_edited_by_sam2_as_it_was(opened: Opener, reader: Reader) -> None:
     plain: Any = reader.predictor.segmenter
-    informed = Reader(replace(reader.predictor, segmenter=Informed(plain)))
-    [answer] = post(client := opened(model=informed), MISSED)
+    guided = Reader(replace(reader.predictor, segmenter=Guided(plain)))
+    [answer] = post(client := opened(model=guided), MISSED)
     assert answer["first"]["mask"]["status"] == "identity"
     told = set_points(client, answer["id"], (*LESION, True)).json()
     [own] = post(other := opened(), MISSED)
@@ -378,7 +377,7 @@ def test_a_broken_image_has_an_error_of_its_own_and_the_others_are_read(opened: 
     assert second["error"] == {
         "status": 422,
         "place": "b.png",
-        "fault": f"is no image in a format that is read ({', '.join((*decode.FORMATS, 'DICOM', 'NIFTI'))})",
+        "fault": f"is not in a supported image format ({', '.join((*decode.FORMATS, 'DICOM', 'NIFTI'))})",
         "fix": "Export it again as PNG, or remove it.",
     }
     assert third["error"]["place"] == "c.png" and "cannot be decoded" in third["error"]["fault"]
@@ -394,14 +393,14 @@ def test_an_image_of_too_many_pixels_is_413_by_its_header(opened: Opener) -> Non
     Image.new("1", (8001, 8000)).save(header, "PNG")
     answer = opened().post("/images", files=given(("big.png", header.getvalue())))
     assert answer.status_code == 413
-    assert "megapixels are the most" in answer.json()["images"][0]["error"]["fault"]
+    assert "the limit is 64 megapixels" in answer.json()["images"][0]["error"]["fault"]
 
 
 def test_a_file_of_too_many_bytes_is_413(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medfocus.images.decode.MOST_BYTES", 1000)
     answer = opened().post("/images", files=given(("big.png", encoded(20))))
     assert answer.status_code == 413
-    assert "the most that is read" in answer.json()["images"][0]["error"]["fault"]
+    assert "the limit" in answer.json()["images"][0]["error"]["fault"]
 
 
 def test_a_request_past_a_limit_is_413_with_the_limit(opened: Opener) -> None:

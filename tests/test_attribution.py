@@ -1,4 +1,4 @@
-"""Attribution maps against plain NumPy and closed forms, and the two numbers that are read off them."""
+"""Maps of attribution against NumPy and closed forms, and their two measures."""
 
 from __future__ import annotations
 
@@ -12,19 +12,13 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.lora import LoraTowers
-from medfocus.explain.attribution import (
-    attended,
-    attention_rollout,
-    grad_cam,
-    gradient_attention,
-    inside_share,
-    occlusion,
-    pointing_hit,
-    rollout,
-    to_maps,
-)
+from medfocus.explain.grad_cam import grad_cam
+from medfocus.explain.maps import inside_share, pointing_hit, to_maps
+from medfocus.explain.occlusion import occlusion
+from medfocus.explain.transformer import attended, gradient_attention
 
 ENCODERS = ("pocket", "ViT-B-32")
 
@@ -45,7 +39,7 @@ def gaussian(count: int, size: int) -> Tensor:
 
 
 def tower(layers: int = 2, **settings: Any) -> VisionTransformer:
-    """A ViT of 2 x 2 patches, width 8, two heads, 6 features; its weights large enough to matter."""
+    """A ViT of 2 x 2 patches, width 8, two heads, 6 features; with weights large enough to matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         visual = VisionTransformer(8, 4, 8, layers, 2, 4.0, output_dim=6, **settings).double().eval()
@@ -71,7 +65,7 @@ def assert_maps(maps: Tensor, count: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_the_forward_that_keeps_attention_is_the_encoders(
+def test_features_with_kept_attention_equal_those_of_the_encoder(
     encoders: dict[str, ClipEncoder], name: str
 ) -> None:
     encoder = encoders[name]
@@ -83,18 +77,19 @@ def test_the_forward_that_keeps_attention_is_the_encoders(
     assert all(torch.allclose(attention.sum(dim=-1), torch.ones(())) for attention in attentions)
 
 
-def test_the_bias_is_that_of_an_encoder_looking_at_a_region(encoders: dict[str, ClipEncoder]) -> None:
+def test_the_attention_mask_of_a_region_gives_the_features_of_its_encoder(
+    encoders: dict[str, ClipEncoder],
+) -> None:
     encoder = encoders["pocket"]
     regional = encoder.with_region("attention", 3.0)
     pixels = regional.preprocess(torch.cat([noise(2, 96), 255 * (noise(2, 96, 1, seed=1) > 99)], dim=-1))
-    coverage = nn.functional.avg_pool2d(pixels[:, 3:], 12).flatten(1)
-    bias = torch.cat([torch.zeros(2, 1), 3.0 * coverage], dim=1)  # (B, L)
-    features, _ = attended(encoder.model.visual, pixels[:, :3], bias)  # pyright: ignore[reportArgumentType]
+    visual: Any = encoder.model.visual
+    features, _ = attended(visual, pixels[:, :3], regional.region.attention_mask(visual, pixels))
     assert torch.allclose(features, regional.encode_images(pixels), atol=1e-5)
     assert not torch.allclose(features, encoder.encode_images(pixels[:, :3]), atol=1e-3)
 
 
-def test_low_rank_updates_take_part_in_the_forward(encoders: dict[str, ClipEncoder]) -> None:
+def test_low_rank_updates_count(encoders: dict[str, ClipEncoder]) -> None:
     encoder = encoders["pocket"]
     towers = LoraTowers(encoder, rank=2, alpha=1.0, dropout=0.0).eval()
     for parameter in towers.parameters():
@@ -104,23 +99,6 @@ def test_low_rank_updates_take_part_in_the_forward(encoders: dict[str, ClipEncod
         features, _ = attended(towers.encoder.model.visual, encoder.preprocess(images))  # pyright: ignore[reportArgumentType]
         assert torch.allclose(features, towers(images), atol=1e-5)
     assert not torch.allclose(features, encoder.encode_images(encoder.preprocess(images)), atol=1e-3)
-
-
-# --- rollout ------------------------------------------------------------------------------------
-
-
-def test_rollout_of_identity_attention_is_the_identity() -> None:
-    identity = torch.eye(5).expand(2, 3, -1, -1)
-    assert torch.equal(rollout([identity] * 4), torch.eye(5).expand(2, -1, -1))
-
-
-def test_rollout_of_two_tokens_by_hand() -> None:
-    first = [[[0.5, 0.5], [0.25, 0.75]], [[0.9, 0.1], [0.15, 0.85]]]  # two heads, mean .7 .3 / .2 .8
-    second = [[[0.4, 0.6], [1.0, 0.0]], [[0.4, 0.6], [0.0, 1.0]]]  # mean .4 .6 / .5 .5
-    # Half of each mean with half of the identity: .85 .15 / .1 .9, then .7 .3 / .25 .75.
-    by_hand = [[0.7 * 0.85 + 0.3 * 0.1, 0.7 * 0.15 + 0.3 * 0.9], [0.25 * 0.85 + 0.75 * 0.1, 0.7125]]
-    found = rollout([torch.tensor([first]), torch.tensor([second])])
-    np.testing.assert_allclose(found[0], by_hand, rtol=1e-6)
 
 
 # --- gradient x attention -----------------------------------------------------------------------
@@ -163,7 +141,7 @@ class PlainTower:
         return pooled / np.linalg.norm(pooled), np.stack(kept)
 
 
-def test_gradient_attention_matches_differences_in_plain_numpy() -> None:
+def test_gradient_attention_matches_central_differences_in_numpy() -> None:
     visual, direction = tower(), np.array([1.0, -2.0, 0.5, 3.0, 0.0, 1.0])
     pixels = gaussian(1, 8).double()
     plain, tokens = PlainTower(visual), visual._embeds(pixels)[0].numpy()
@@ -177,13 +155,13 @@ def test_gradient_attention_matches_differences_in_plain_numpy() -> None:
         joint = joint + np.maximum(slope[block] * attention[block], 0).mean(0) @ joint
     expected = to_maps(torch.tensor(joint[0, 1:].reshape(1, 2, 2)), 8)
 
-    found = gradient_attention(visual, pixels, lambda features: features @ torch.tensor(direction))
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert found.std() > 0.1 / 64
+    maps = gradient_attention(visual, pixels, lambda features: features @ torch.tensor(direction))
+    np.testing.assert_allclose(maps, expected, rtol=1e-4)
+    assert maps.std() > 0.1 / 64
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_maps_of_a_frozen_clip_are_distributions_and_leave_it_as_it_was(
+def test_maps_of_a_frozen_clip_are_distributions_and_do_not_change_it(
     encoders: dict[str, ClipEncoder], name: str
 ) -> None:
     encoder = encoders[name]
@@ -192,7 +170,6 @@ def test_maps_of_a_frozen_clip_are_distributions_and_leave_it_as_it_was(
     pixels = encoder.preprocess(noise(3, encoder.image_size))
     texts = encoder.encode_texts(["a nodule", "a clear lung"])
 
-    assert_maps(attention_rollout(visual, pixels), 3, encoder.image_size)
     with torch.no_grad():
         maps = gradient_attention(visual, pixels, lambda features: features @ texts[0])
     assert_maps(maps, 3, encoder.image_size)
@@ -208,7 +185,7 @@ def test_maps_of_a_frozen_clip_are_distributions_and_leave_it_as_it_was(
 
 
 class SmallNet(nn.Module):
-    """A convolution, ReLU, the mean over places and a linear head: where Grad-CAM is CAM."""
+    """A convolution, ReLU, the mean over places and a linear head, for which Grad-CAM equals CAM."""
 
     def __init__(self, window: np.ndarray | None = None) -> None:
         super().__init__()
@@ -225,16 +202,13 @@ class SmallNet(nn.Module):
     def forward_head(self, features: Tensor) -> Tensor:
         return self.head(features.mean(dim=(2, 3)))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(pixels))
-
 
 def column(target: int) -> Any:
     return lambda logits: logits[:, target]
 
 
 @pytest.mark.parametrize("target", [0, 1])
-def test_grad_cam_of_mean_and_linear_head_is_the_class_activation_map(target: int) -> None:
+def test_grad_cam_of_a_linear_head_is_the_class_activation_map(target: int) -> None:
     net = SmallNet()
     pixels = gaussian(2, 6)
     features = net.forward_features(pixels).numpy()
@@ -242,18 +216,6 @@ def test_grad_cam_of_mean_and_linear_head_is_the_class_activation_map(target: in
     cam /= cam.sum(axis=(1, 2), keepdims=True)
     assert cam.std() > 0
     np.testing.assert_allclose(grad_cam(net, pixels, column(target)), cam, atol=1e-6)
-    np.testing.assert_allclose(grad_cam(net, pixels, column(target), layer=net.act), cam, atol=1e-6)
-
-
-def test_grad_cam_at_a_layer_is_not_spoilt_by_an_activation_in_place() -> None:
-    net = SmallNet()
-    pixels = gaussian(2, 6)
-    before = net.conv(pixels).numpy()  # ReLU has not yet been at it
-    slope = net.head.weight[1].numpy()[:, None, None] * (before > 0)
-    cam = np.maximum((slope.mean(axis=(2, 3), keepdims=True) * before).sum(axis=1), 0)
-    cam /= cam.sum(axis=(1, 2), keepdims=True)
-    np.testing.assert_allclose(grad_cam(net, pixels, column(1), layer=net.conv), cam, atol=1e-6)
-    assert not net.conv._forward_hooks
 
 
 SMALL_SWIN = {"embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 4}
@@ -265,40 +227,39 @@ def test_grad_cam_of_timms_backbones_is_their_class_activation_map(name: str) ->
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net: Any = timm.create_model(name, num_classes=3, **BACKBONES[name]).eval()
-        nn.init.uniform_(net.get_classifier().weight)  # a ResNet's map then is above zero somewhere
+        nn.init.uniform_(net.get_classifier().weight)  # so that a ResNet's map is not zero
     pixels = gaussian(2, 64)
     features = net.forward_features(pixels).detach()
     if name.startswith("swin"):  # (B, G, G, C)
         features = features.permute(0, 3, 1, 2)
     weight = net.get_classifier().weight[2].detach()
     cam = torch.einsum("k,bkij->bij", weight, features).clamp(min=0)
-    found = grad_cam(net, pixels, column(2))
-    assert_maps(found, 2, 64)
-    np.testing.assert_allclose(found, to_maps(cam, 64), rtol=1e-3, atol=1e-6)
-    assert found.std() > 0 and all(weight.grad is None for weight in net.parameters())
+    maps = grad_cam(net, pixels, column(2))
+    assert_maps(maps, 2, 64)
+    np.testing.assert_allclose(maps, to_maps(cam, 64), rtol=1e-3, atol=1e-6)
+    assert maps.std() > 0 and all(weight.grad is None for weight in net.parameters())
 
 
 # --- a classifier that looks at one quadrant ----------------------------------------------------
 
 
-def test_a_class_token_that_sees_one_quadrant_is_explained_by_it() -> None:
+def test_a_class_token_that_attends_to_one_quadrant_is_explained_by_it() -> None:
     visual = tower(layers=1)
     pixels = gaussian(2, 8).double()
-    unseen = torch.tensor([0.0, -1e4, 0.0, -1e4, -1e4], dtype=torch.float64).expand(2, -1)
+    unseen = torch.zeros(2 * 2, 5, 5, dtype=torch.float64)  # (B * heads, L, L)
+    unseen[:, 0] = torch.tensor([0.0, -1e4, 0.0, -1e4, -1e4])
     only = to_maps(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), 8)[0]  # the upper right patch, upsampled
-    # What the patch lowers in one feature it raises in the opposite score.
+    # The patch lowers a feature or its negative, so one of the two scores rises.
     by_score = [
         gradient_attention(visual, pixels, lambda f, sign=sign: sign * f[:, 0], unseen) for sign in (1, -1)
     ]
     for i in range(2):
         sharper = max((maps[i] for maps in by_score), key=lambda heat: float(heat.std()))
-        for heat in (attention_rollout(visual, pixels, unseen)[i], sharper):
-            np.testing.assert_allclose(heat, only, atol=1e-6)
-            assert inside_share(heat, quadrant(8)) > 0.75 and pointing_hit(heat, quadrant(8), 0.0)
-    assert inside_share(attention_rollout(visual, pixels)[0], quadrant(8)) < 0.75
+        np.testing.assert_allclose(sharper, only, atol=1e-6)
+        assert inside_share(sharper, quadrant(8)) > 0.75 and pointing_hit(sharper, quadrant(8), 0.0)
 
 
-def test_grad_cam_of_a_net_that_looks_at_one_quadrant_lies_in_it() -> None:
+def test_grad_cam_of_a_net_that_uses_one_quadrant_lies_in_it() -> None:
     net, mask = SmallNet(quadrant(12)), quadrant(12)
     pixels = gaussian(3, 12)
     for heat in grad_cam(net, pixels, column(0)):
@@ -311,17 +272,17 @@ def brightness_of_quadrant(images: Tensor) -> Tensor:
     return torch.stack([1 - mean, mean], dim=1)
 
 
-def test_occlusion_of_a_classifier_that_looks_at_one_quadrant_lies_in_it() -> None:
+def test_occlusion_of_a_classifier_that_uses_one_quadrant_lies_in_it() -> None:
     image = torch.full((32, 32, 3), 200, dtype=torch.uint8)
     mask = quadrant(32)
     exact = occlusion(brightness_of_quadrant, image, 1, patch=8, stride=8, fill=0)
     assert_maps(exact, 1, 32)
     np.testing.assert_allclose(exact[0], mask / mask.sum(), atol=1e-7)
     assert pointing_hit(exact[0], mask, 0.0)
-    # A square that hangs over the quadrant's edge blames what lies just outside.
+    # A square across the quadrant's edge puts heat just outside the quadrant.
     overlapping = occlusion(brightness_of_quadrant, image, 1, patch=8, stride=4, fill=0)
     assert 0.8 < inside_share(overlapping[0], mask) < 1
-    # What rises when it is hidden is no evidence for the class.
+    # A part that raises the prediction when hidden gets no heat.
     other = occlusion(brightness_of_quadrant, image, 0, patch=8, stride=8, fill=0)
     assert torch.equal(other, torch.full((1, 32, 32), 1 / 32**2))
 
@@ -343,14 +304,14 @@ def test_occlusion_hides_every_pixel_and_matches_a_plain_loop() -> None:
             heat[top : top + 6, left : left + 6] += max(0.0, whole - float(predict(hidden[None])[0, 0]))
             count[top : top + 6, left : left + 6] += 1
     heat /= count
-    found = occlusion(predict, image, 0, patch=6, stride=4, fill=fill)
-    np.testing.assert_allclose(found[0], heat / heat.sum(), rtol=1e-3, atol=1e-6)
+    maps = occlusion(predict, image, 0, patch=6, stride=4, fill=fill)
+    np.testing.assert_allclose(maps[0], heat / heat.sum(), rtol=1e-3, atol=1e-6)
 
 
 # --- maps and numbers ---------------------------------------------------------------------------
 
 
-def test_an_image_without_heat_gets_the_same_everywhere() -> None:
+def test_a_map_without_heat_is_uniform() -> None:
     heat = torch.tensor([[[0.0, 0.0], [-1.0, 0.0]], [[0.0, 3.0], [0.0, 1e-30]]])
     maps = to_maps(heat, 4)
     assert_maps(maps, 2, 4)
@@ -359,7 +320,7 @@ def test_an_image_without_heat_gets_the_same_everywhere() -> None:
     assert maps[1].argmax() == 3
 
 
-def test_the_share_inside_is_counted_by_hand() -> None:
+def test_the_share_inside_matches_values_by_hand() -> None:
     heat = np.array([[1.0, 2.0], [3.0, 4.0]])
     assert inside_share(heat, np.array([[False, True], [False, True]])) == pytest.approx(0.6)
     corner = torch.tensor([[True, False], [False, False]])
@@ -380,7 +341,7 @@ def test_the_pointing_game_allows_a_share_of_the_side() -> None:
     assert not pointing_hit(heat, region)
 
 
-def test_a_plateau_points_from_its_middle_and_a_flat_map_nowhere() -> None:
+def test_a_plateau_points_from_its_centre_and_a_uniform_map_misses() -> None:
     heat, region = np.zeros((20, 20)), np.zeros((20, 20), bool)
     heat[2:9, 2:9] = 1.0
     region[5, 5] = True
@@ -391,70 +352,63 @@ def test_a_plateau_points_from_its_middle_and_a_flat_map_nowhere() -> None:
 # --- errors -------------------------------------------------------------------------------------
 
 
-def test_other_towers_are_refused_by_what_they_are(encoders: dict[str, ClipEncoder]) -> None:
+def test_other_image_encoders_are_refused(encoders: dict[str, ClipEncoder]) -> None:
     pixels = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"this image encoder is SmallNet. Use grad_cam"):
-        attention_rollout(SmallNet(), pixels)  # pyright: ignore[reportArgumentType]
+        attended(SmallNet(), pixels)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"has MultiheadAttention and 'avg'. Use occlusion"):
-        attention_rollout(tower(pool_type="avg"), pixels)
+        attended(tower(pool_type="avg"), pixels)
     with pytest.raises(ValueError, match=r"has Attention and 'tok'. Use occlusion"):
-        attention_rollout(tower(qk_norm=True), pixels)
-    with pytest.raises(ValueError, match=r"bias: its shape is \(1, 4\), not \(1, 5\).*class token first"):
-        attention_rollout(tower(), pixels, torch.zeros(1, 4))
+        attended(tower(qk_norm=True), pixels)
 
 
 def test_scores_without_a_gradient_are_refused() -> None:
     visual, pixels = tower(), torch.zeros(2, 3, 8, 8, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"score: has no gradient .* or use occlusion"):
+    with pytest.raises(ValueError, match=r"score: its result has no gradient .* or use occlusion"):
         gradient_attention(visual, pixels, lambda features: features.detach()[:, 0])
     free = torch.zeros(2, requires_grad=True)
-    with pytest.raises(ValueError, match="score: has no gradient"):
+    with pytest.raises(ValueError, match="score: its result has no gradient"):
         gradient_attention(visual, pixels, lambda features: free * 2)
-    with pytest.raises(ValueError, match=r"score: gives \(2, 6\) for 2 images; .* \(2,\)\."):
+    with pytest.raises(ValueError, match=r"score: its result has shape \(2, 6\) for 2 images\. .* \(2,\)\."):
         gradient_attention(visual, pixels, lambda features: features)
     with pytest.raises(ValueError, match="NaN or infinite"):
         gradient_attention(visual, pixels, lambda features: features[:, 0] * torch.nan)
 
 
-def test_grad_cam_refuses_what_has_no_map() -> None:
+def test_grad_cam_refuses_a_model_without_feature_maps() -> None:
     net, pixels = SmallNet(), torch.zeros(1, 3, 6, 6)
     with pytest.raises(ValueError, match=r"training mode.*Call eval\(\) first"):
         grad_cam(SmallNet().train(), pixels, column(0))
-    with pytest.raises(ValueError, match=r"the features are \(1, 2\), no map of places"):
-        grad_cam(net, pixels, column(0), layer=net.head)
-    recurrent = nn.RNN(3, 2).eval()
-    with pytest.raises(ValueError, match="the layer gives tuple, no tensor"):
-        grad_cam(recurrent, torch.zeros(1, 3), column(0), layer=recurrent)
-    assert not recurrent._forward_hooks
-    with pytest.raises(ValueError, match="the layer is run 0 times"):
-        grad_cam(net, pixels, column(0), layer=nn.Conv2d(3, 3, 1))
-    with pytest.raises(ValueError, match=r"Sequential has no forward_features.*Name the layer"):
+    net.forward_features = lambda pixels: torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=r"the features are \(1, 2\), not maps of channels\. Use occlusion"):
+        grad_cam(net, pixels, column(0))
+    with pytest.raises(ValueError, match=r"Sequential has no forward_features.*Use occlusion"):
         grad_cam(nn.Sequential(net).eval(), pixels, column(0))
 
 
-def test_occlusion_names_what_does_not_fit() -> None:
+def test_occlusion_refuses_other_images_squares_and_targets() -> None:
     image = torch.zeros(8, 8, 3, dtype=torch.uint8)
     for bad in (image[None], image.float(), image[..., :1]):
-        with pytest.raises(ValueError, match=r"occlusion: the image is .*; give one, \(S, S, 3\) uint8"):
+        with pytest.raises(ValueError, match=r"occlusion: the image is .*\. Pass \(S, S, 3\) uint8"):
             occlusion(brightness_of_quadrant, bad, 0, patch=2, stride=2, fill=0)
     for patch, stride in ((9, 1), (0, 1), (4, 5), (4, 0)):
         with pytest.raises(ValueError, match=f"squares of {patch} px, {stride} px apart, on 8 x 8 px"):
             occlusion(brightness_of_quadrant, image, 0, patch=patch, stride=stride, fill=0)
     with pytest.raises(ValueError, match=r"on 4 x 8 px\. Use a square view"):
         occlusion(brightness_of_quadrant, image[:4], 0, patch=2, stride=2, fill=0)
-    with pytest.raises(ValueError, match=r"target 2 is no column of the prediction \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"target 2 is not a column of the prediction \(1, 2\)"):
         occlusion(brightness_of_quadrant, image, 2, patch=2, stride=2, fill=0)
 
 
 @pytest.mark.parametrize("number", [inside_share, pointing_hit])
-def test_both_numbers_refuse_what_they_cannot_count(number: Any) -> None:
+def test_both_measures_refuse_invalid_maps_and_masks(number: Any) -> None:
     heat, mask = np.ones((4, 4)), np.ones((4, 4), bool)
     name = number.__name__
     with pytest.raises(ValueError, match=rf"{name}: the attribution is \(4, 4\) and the mask \(4, 5\)"):
         number(heat, np.ones((4, 5), bool))
     with pytest.raises(ValueError, match=r"the attribution is \(1, 4, 4\)"):
         number(heat[None], mask[None])
-    with pytest.raises(ValueError, match=r"the mask is uint8; give True inside .*mask > 0"):
+    with pytest.raises(ValueError, match=r"the mask is uint8\. Pass True inside .*mask > 0"):
         number(heat, 255 * mask.astype(np.uint8))
     with pytest.raises(ValueError, match="the mask is empty"):
         number(heat, ~mask)
@@ -463,7 +417,7 @@ def test_both_numbers_refuse_what_they_cannot_count(number: Any) -> None:
             number(bad, mask)
 
 
-def test_a_tolerance_that_makes_no_sense_is_refused() -> None:
+def test_a_tolerance_out_of_range_is_refused() -> None:
     heat, mask = np.ones((4, 4)), np.ones((4, 4), bool)
-    with pytest.raises(ValueError, match=r"the tolerance is 15; use a share of the side in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"the tolerance is 15\. Use a share of the side in \[0, 1\)"):
         pointing_hit(heat, mask, 15)

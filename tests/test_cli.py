@@ -32,7 +32,7 @@ from flows.stages import ingest as stage
 from flows.study import models as study_models
 from flows.study.params import SlicesParams, load_params
 from flows.study.study import open_study
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.records import read_manifest
 from medfocus.focus.view import view
 from medfocus.images import decode
@@ -244,7 +244,7 @@ def test_the_params_file_names_no_file_for_that_may_name_a_patient(home: Path, m
     shutil.copyfile(home / "scans" / "b" / "0.png", home / "scans" / "b" / "Mueller_Eva.png")
     result = medfocus("init", "scans")
     assert result.exit_code == 0
-    assert "a/Mueller_Eva.png: is no image in a format that is read" in result.output
+    assert "a/Mueller_Eva.png: is not in a supported image format" in result.output
     written = (home / "studies" / "scans.yaml").read_text()
     assert "Mueller" not in written and "1 file is left out" in written and "1 pair among 13" in written
 
@@ -261,7 +261,7 @@ def test_a_class_keeps_its_name_whatever_yaml_makes_of_it(home: Path, medfocus: 
     ("arguments", "code", "told"),
     [
         (["init", "nowhere"], 1, "nowhere: no such folder or CSV; give the folder"),
-        (["init", "one"], 1, "one class only, 'a'"),
+        (["init", "one"], 1, "only one class, 'a'"),
         (["init", "two", "--modality", "knee"], 2, "'knee' is none of chest_xray, brain_mri"),
         (["init", "two", "--name", "a b"], 2, "'a-b' would do"),
         (["init", "two", "--root", "one"], 1, "--root is for a table"),
@@ -375,7 +375,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint=folder / "cell.safetensors",
         encoder=encoder,
         segmenter=segmenter,
-        segmenter_settings={},
         feather=0.01,
     )
     return folder / "model"
@@ -396,7 +395,7 @@ def test_a_file_that_cannot_be_read_is_one_line_and_the_others_go_on(
     assert result.exit_code == 1
     told = [line for line in result.output.splitlines() if ".png" in line]
     assert [line.partition(": ")[2] for line in told] == [
-        "in/broken.png: is no image in a format that is read (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
+        "in/broken.png: is not in a supported image format (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
         "NIFTI). "
         "Export it again as PNG, or remove it.",
         "gone.png: cannot be read (No such file or directory). Correct the path, or copy the file again.",

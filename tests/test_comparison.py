@@ -18,7 +18,7 @@ def results(*accuracies: float, images: int = 60, seed: int = 0) -> np.ndarray:
     return np.stack([hard + 0.2 * rng.random(images) < 1.2 * accuracy for accuracy in accuracies])
 
 
-def test_one_draw_by_sign_flips_is_mcnemars_exact_test() -> None:
+def test_the_sign_flip_test_of_one_draw_is_mcnemars_exact_test() -> None:
     for seed in range(5):
         ours, theirs = results(0.8, seed=seed), results(0.6, seed=seed + 100)
         sums, _, _ = paired_sums(ours, theirs)
@@ -34,7 +34,7 @@ def test_mcnemar_is_the_binomial_test_of_the_discordant_images() -> None:
     assert mcnemar(ours, ours) == (0, 0, 1.0)
 
 
-def test_sign_flips_count_every_choice_of_signs() -> None:
+def test_sign_flips_count_every_assignment_of_signs() -> None:
     for sums in ([3, 1, -2, 5, 0, 1], [2, 4, 4, -2], [1], [5, -5], [0, 0]):
         seen = abs(sum(sums))
         all_sums = [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=len(sums))]
@@ -49,7 +49,7 @@ def test_sign_flips_agree_with_scipys_permutation_test() -> None:
     assert sign_flip(sums) == pytest.approx(float(paired.pvalue), rel=1e-9)
 
 
-def test_the_same_draw_five_times_is_no_more_evidence_than_once() -> None:
+def test_repeating_a_draw_adds_no_evidence() -> None:
     """Adding up discordant counts over draws would make p smaller with every repetition."""
     ours, theirs = results(0.8), results(0.65, seed=7)
     once = sign_flip(paired_sums(ours, theirs)[0])
@@ -58,7 +58,7 @@ def test_the_same_draw_five_times_is_no_more_evidence_than_once() -> None:
     assert stats.binomtest(int(discordant[0]), int(discordant.sum())).pvalue < once / 10
 
 
-def test_equal_systems_are_found_different_no_more_often_than_promised() -> None:
+def test_equal_systems_differ_no_more_often_than_the_level() -> None:
     """Draws that are wrong together: 400 pairs of equal systems, of five draws each, at the level 0.05."""
     rng = np.random.default_rng(0)
     found = 0
@@ -78,7 +78,7 @@ def test_unequal_numbers_of_draws_are_compared_by_their_means() -> None:
     np.testing.assert_allclose(sums / scale, ours.mean(axis=0) - theirs.mean(axis=0))
 
 
-def test_images_of_a_patient_are_one_unit() -> None:
+def test_the_images_of_a_patient_are_one_unit() -> None:
     ours, theirs = results(0.8, images=12), results(0.4, images=12, seed=5)
     patients = np.array(list("aabbbcddefgh"))
     sums, sizes, _ = paired_sums(ours, theirs, patients)
@@ -87,7 +87,7 @@ def test_images_of_a_patient_are_one_unit() -> None:
     assert sizes.tolist() == [2, 3, 1, 2, 1, 1, 1, 1]
 
 
-def test_the_bootstrap_is_that_of_resampled_images() -> None:
+def test_the_bootstrap_agrees_with_resampling_of_images() -> None:
     """Against plain resampling of indices, and the normal interval with the standard error of a mean."""
     ours, theirs = results(0.8, 0.75, images=200), results(0.7, 0.66, images=200, seed=4)
     sums, sizes, scale = paired_sums(ours, theirs)
@@ -129,7 +129,7 @@ def test_holm_matches_a_computation_by_hand() -> None:
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     np.testing.assert_allclose(holm([0.6, 0.7]), [1, 1])
     assert holm([]).shape == (0,)
-    with pytest.raises(ValueError, match=r"p-values from -1\.0 to 0\.5; they lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"p-values from -1\.0 to 0\.5; give values in \[0, 1\]"):
         holm([0.5, -1])
 
 
@@ -166,12 +166,14 @@ def test_a_baseline_without_training_images_is_compared_at_every_percent() -> No
     assert list(found) == [("ours", 5.0), ("ours", 100.0)]
 
 
-def test_an_unknown_baseline_and_other_images_are_told() -> None:
+def test_an_unknown_baseline_and_mismatched_images_are_refused() -> None:
     one = results(0.5)
     test = Scored({("pixels", 5.0): one, ("ours", 5.0): one})
-    with pytest.raises(ValueError, match=r"no result of the baseline 'clip'; there are ours, pixels\."):
+    with pytest.raises(ValueError, match=r"no result of the baseline 'clip'; the systems are ours, pixels\."):
         compare([test], "clip", np.random.default_rng(0))
-    with pytest.raises(ValueError, match="60 images beside 50; give the same images in the same order"):
+    with pytest.raises(
+        ValueError, match="60 images, but 50 in the other arrays; give the same images in the same order"
+    ):
         paired_sums(results(0.5), results(0.5, images=50))
-    with pytest.raises(ValueError, match=r"results of shape \(0, 60\) and \(1, 60\); give a draw"):
+    with pytest.raises(ValueError, match=r"results of shape \(0, 60\) and \(1, 60\); give at least one draw"):
         paired_sums(results(0.5)[:0], results(0.5))

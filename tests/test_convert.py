@@ -50,7 +50,7 @@ def save(file: Path, arrays: dict[str, np.ndarray], compressed: bool = True) -> 
 
 
 @pytest.mark.parametrize(("size", "colour"), [(28, False), (64, True)])
-def test_every_pixel_and_label_of_medmnist_arrives(tmp_path: Path, size: int, colour: bool) -> None:
+def test_medmnist_is_converted_without_loss(tmp_path: Path, size: int, colour: bool) -> None:
     held = arrays(size, colour)
     file = save(tmp_path / ("pneumoniamnist.npz" if size == 28 else f"pneumoniamnist_{size}.npz"), held)
     counts = medmnist.convert(file, tmp_path / "out")
@@ -64,7 +64,7 @@ def test_every_pixel_and_label_of_medmnist_arrives(tmp_path: Path, size: int, co
         assert record.label == ("normal", "pneumonia")[place % 2]
 
 
-def test_a_file_of_no_known_name_has_numbered_classes(tmp_path: Path, medfocus: Medfocus) -> None:
+def test_a_file_with_an_unknown_name_has_numbered_classes(tmp_path: Path, medfocus: Medfocus) -> None:
     told = medfocus("convert", "medmnist", save(tmp_path / "mine.npz", arrays()), tmp_path / "out")
     assert told.exit_code == 0, told.output
     assert {path.name for path in (tmp_path / "out" / "val").iterdir()} == {"class_0", "class_1"}
@@ -72,7 +72,7 @@ def test_a_file_of_no_known_name_has_numbered_classes(tmp_path: Path, medfocus: 
     assert f"Next: medfocus init {tmp_path / 'out'}" in told.output
 
 
-def test_a_class_that_a_split_lacks_gets_no_folder_there(tmp_path: Path) -> None:
+def test_a_split_has_no_folder_for_a_class_without_images(tmp_path: Path) -> None:
     held = arrays(other={"val_labels": np.zeros((2, 1), np.uint8)})
     medmnist.convert(save(tmp_path / "pneumoniamnist.npz", held), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out" / "val").iterdir()] == ["normal"]
@@ -81,18 +81,18 @@ def test_a_class_that_a_split_lacks_gets_no_folder_there(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "other", "told"),
     [
-        ("chestmnist", {}, "an image in it has several labels at once"),
-        ("organmnist3d", {}, "holds volumes, and only images are read"),
+        ("chestmnist", {}, "its images have several labels"),
+        ("organmnist3d", {}, "holds volumes, but only images are supported"),
         ("x", {"train_images": np.zeros((6, 8, 8, 8), np.uint8)}, "train_images is 6 x 8 x 8 x 8: volumes"),
-        ("x", {"test_labels": np.zeros((4, 14), int)}, "test_labels has 14 labels per image"),
+        ("x", {"test_labels": np.zeros((4, 14), int)}, "test_labels has 14 labels per image instead of one"),
         ("x", {"train_images": np.zeros((6, 8, 8))}, "train_images holds float64, not uint8. Scale"),
-        ("x", {"val_labels": np.zeros((3, 1), int)}, "has 2 val_images and 3 val_labels"),
+        ("x", {"val_labels": np.zeros((3, 1), int)}, "has 2 val_images but 3 val_labels"),
         ("x", {"val_labels": np.zeros((2, 1))}, "val_labels holds float64, not integers"),
         ("x", {"test_labels": np.full((4, 1), None)}, "test_labels.npy holds Python objects, which are not"),
         ("pneumoniamnist", {"test_labels": np.full((4, 1), 2)}, "has a label 2, but pneumoniamnist has the"),
     ],
 )
-def test_what_is_no_set_of_images_with_a_class_each_is_refused(
+def test_arrays_other_than_images_with_one_class_each_are_refused(
     tmp_path: Path, name: str, other: dict[str, np.ndarray], told: str
 ) -> None:
     file = save(tmp_path / f"{name}.npz", arrays(other=other))
@@ -102,38 +102,40 @@ def test_what_is_no_set_of_images_with_a_class_each_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
-def test_a_damaged_or_cut_file_leaves_nothing(tmp_path: Path) -> None:
+def test_a_damaged_or_truncated_file_leaves_nothing(tmp_path: Path) -> None:
     file = save(tmp_path / "x.npz", arrays(), compressed=False)
     whole = file.read_bytes()
     place = whole.index(arrays()["train_images"].tobytes()) + 1000
     file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(ValueError, match=r"train_images is damaged .*Get it again"):
+    with pytest.raises(ValueError, match=r"train_images is damaged .*Download it again"):
         medmnist.convert(file, tmp_path / "out")
     file.write_bytes(whole[:500])
-    with pytest.raises(ValueError, match=r"x\.npz: is no sound \.npz"):
+    with pytest.raises(ValueError, match=r"x\.npz: is not a valid \.npz file"):
         medmnist.convert(file, tmp_path / "out")
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("train_images.npy", b"import os")
-    with pytest.raises(ValueError, match="is no array of numpy"):
+    with pytest.raises(ValueError, match="is not a NumPy array"):
         medmnist.convert(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
-def test_a_folder_is_whole_or_not_there_and_what_a_kill_left_goes(tmp_path: Path) -> None:
+def test_a_new_folder_is_complete_or_missing_and_remains_of_killed_processes_are_removed(
+    tmp_path: Path,
+) -> None:
     dead = tmp_path / ".out.999999999.part"
     dead.mkdir()
-    with pytest.raises(ZeroDivisionError), atomic.whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(ZeroDivisionError), atomic.new_folder(tmp_path / "out") as folder:
         (folder / str(1 // len(list(folder.iterdir())))).touch()
     assert list(tmp_path.iterdir()) == []
-    with atomic.whole_folder(tmp_path / "out") as folder:
+    with atomic.new_folder(tmp_path / "out") as folder:
         (folder / "x").touch()
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "out" / "x").exists()
-    with pytest.raises(FileExistsError, match="out is there already, and nothing is written over"):
-        atomic.whole_folder(tmp_path / "out").__enter__()
+    with pytest.raises(FileExistsError, match="out already exists and is not overwritten"):
+        atomic.new_folder(tmp_path / "out").__enter__()
 
 
-def test_a_set_is_fetched_by_its_name_or_the_way_is_told(
+def test_a_data_set_is_downloaded_by_name_or_the_error_names_the_fix(
     tmp_path: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The package is a stand-in that finds the file in its cache, or no network."""
@@ -153,16 +155,16 @@ def test_a_set_is_fetched_by_its_name_or_the_way_is_told(
     monkeypatch.setitem(sys.modules, "medmnist", None)
     assert "Install medfocusclip[medmnist], or download pneumoniamnist_64.npz" in medfocus(*words, 64).output
     monkeypatch.setitem(sys.modules, "medmnist", package)
-    assert "cannot be fetched (RuntimeError). Try again with a network" in medfocus(*words, 28).output
-    assert "--size is 32; MedMNIST+ has 28, 64, 128, 224" in medfocus(*words, 32).output
-    assert "no file and no set of MedMNIST; they are pathmnist" in medfocus(
+    assert "cannot be downloaded (RuntimeError). Check the network" in medfocus(*words, 28).output
+    assert "--size is 32; use one of 28, 64, 128, 224" in medfocus(*words, 32).output
+    assert "is neither a file nor a data set of MedMNIST; use one of pathmnist" in medfocus(
         "convert", "medmnist", "mnist", tmp_path / "out"
     ).output  # fmt: skip
     assert medfocus(*words, 64).exit_code == 0
     assert len(ingest(tmp_path / "out").records) == 12
 
 
-def test_the_real_pneumoniamnist_is_converted_whole(shared_data: Path, tmp_path: Path) -> None:
+def test_the_real_pneumoniamnist_is_converted_completely(shared_data: Path, tmp_path: Path) -> None:
     file = shared_data / "pneumoniamnist" / "pneumoniamnist.npz"
     counts = medmnist.convert(file, tmp_path / "out")
     assert {split: dict(of) for split, of in counts.items()} == {
@@ -219,7 +221,7 @@ def test_instances_become_known_regions_and_labels(tmp_path: Path, lesions: dict
     assert done.regions == 2 and done.labels == {"benign": 1, "malignant": 1, "": 1}
     assert labels(out) == {"images/a.png": "benign", "images/b/a.png": "malignant", "images/c.jpg": ""}
     (told,) = done.faults
-    assert (told.path, told.fault) == ("c.jpg", "is of no class, so it has no label")
+    assert (told.path, told.fault) == ("c.jpg", "has no class, so it has no label")
     found = ingest(out, manifest="list.csv")
     assert [record.path for record in found.records] == ["images/a.png", "images/b/a.png"]
     assert [fault.fault for fault in found.left_out] == ["the label is empty"]
@@ -241,34 +243,34 @@ def test_instances_become_known_regions_and_labels(tmp_path: Path, lesions: dict
         ("folder", ["", "b", ""]),
     ],
 )
-def test_a_label_is_what_all_instances_have_in_common(
+def test_an_image_has_the_label_that_all_its_instances_share(
     tmp_path: Path, lesions: dict[str, Any], label_from: str, expected: list[str]
 ) -> None:
     lesions["annotations"].append(entry(3, 0, [SQUARE], category=2))
     done, out = converted(tmp_path, lesions, label_from=label_from)
     assert list(labels(out).values()) == expected
     if label_from == "category":
-        assert done.faults[0].fault == "is of several classes (benign, malignant), so it has no label"
+        assert done.faults[0].fault == "has several classes (benign, malignant), so it has no label"
 
 
 @pytest.mark.parametrize(
     ("segmentation", "told"),
     [
-        ([[1, 1, 5, 5]], "has a polygon of 4 values; three points, x and y each, are the least"),
+        ([[1, 1, 5, 5]], "has a polygon of 4 values; it needs x and y of three points or more"),
         ([[1, 1, 5, 5, 1, 5, 2]], "has a polygon of 7 values"),
-        ([[1, 1, 5, 5, 1, "x"]], "has a polygon with values that are no numbers"),
-        ([[1, 1, 5, 5, 1, float("nan")]], "has a polygon with values that are no numbers"),
+        ([[1, 1, 5, 5, 1, "x"]], "has a polygon with values that are not numbers"),
+        ([[1, 1, 5, 5, 1, float("nan")]], "has a polygon with values that are not numbers"),
         ([[1, 1, 5, 5, 1e12, 5]], "has a polygon that lies far outside of 12 x 8"),
         ([[1, 1, 1, 1, 1, 1]], "covers no pixel"),
-        ([], "has a box and no outline"),
+        ([], "has a box but no outline"),
         ({"size": [12, 8], "counts": [96]}, "size [12, 8], but the image is [8, 12]"),
         ({"size": [8, 12], "counts": [90, 5]}, "has a run-length code of 95 pixels; the image has 96"),
         ({"size": [8, 12], "counts": "zzzz99"}, "has a broken run-length code"),
         ({"size": [8, 12]}, "has a run-length code without counts"),
-        ("x", "is no outline"),
+        ("x", "is not an outline"),
     ],
 )
-def test_a_broken_outline_is_told_by_its_id_and_the_others_are_used(
+def test_a_broken_outline_is_reported_by_its_id_and_the_others_are_used(
     tmp_path: Path, lesions: dict[str, Any], segmentation: object, told: str
 ) -> None:
     lesions["annotations"] += [entry(77, 0, segmentation)]
@@ -279,7 +281,7 @@ def test_a_broken_outline_is_told_by_its_id_and_the_others_are_used(
     assert region is not None and region.sum() == 16
 
 
-def test_a_coco_file_reads_nothing_outside_and_what_does_not_fit_is_told(
+def test_a_coco_file_reads_no_file_outside_its_folder_and_mismatches_are_reported(
     tmp_path: Path, lesions: dict[str, Any]
 ) -> None:
     Image.fromarray(np.zeros((8, 12), np.uint8)).save(tmp_path / "outside.png")
@@ -299,24 +301,24 @@ def test_a_coco_file_reads_nothing_outside_and_what_does_not_fit_is_told(
     faults = {fault.path: fault.fault for fault in done.faults}
     assert faults["image 3: ../outside.png"] == f"leads out of {tmp_path / 'raw'}"
     assert faults["image 4: nowhere.png"] == f"no such file inside {tmp_path / 'raw'}"
-    assert faults["image 5: a.png"].startswith("has the name of a.png, but for the suffix")
-    assert faults["broken.png"].startswith("is no image in a format that is read")
+    assert faults["image 5: a.png"].startswith("has the name of a.png except for the suffix")
+    assert faults["broken.png"].startswith("is not in a supported image format")
     assert faults["c.jpg"] == "has 12 x 8 pixels, but 8 x 12 in the file"
     assert faults["image 7: None"] == "has no file name, width and height"
-    assert faults["image 99"] == "is the image of some annotations, but not among images"
+    assert faults["image 99"] == "has annotations, but is not in the list of images"
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[]", "has no list 'images' of entries"),
         ('{"images": [], "annotations": [1], "categories": []}', "has no list 'annotations' of entries"),
         ('{"images": [], "annotations": [], "categories": []}', "no image can be used (it lists none)"),
     ],
 )
-def test_what_is_no_coco_file_leaves_nothing(
+def test_an_invalid_coco_file_leaves_nothing(
     tmp_path: Path, medfocus: Medfocus, text: str, told: str
 ) -> None:
     (tmp_path / "x.json").write_text(text)
@@ -325,7 +327,7 @@ def test_what_is_no_coco_file_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_the_command_lists_the_faults_beside_the_table(
+def test_the_command_writes_the_faults_next_to_the_table(
     tmp_path: Path, lesions: dict[str, Any], medfocus: Medfocus
 ) -> None:
     (tmp_path / "x.json").write_text(json.dumps(lesions))
@@ -334,4 +336,4 @@ def test_the_command_lists_the_faults_beside_the_table(
     result = medfocus(*words)
     assert result.exit_code == 0, result.output
     assert "1 faults" in result.output and "2 known regions" in result.output
-    assert "is of no class" in (tmp_path / "out" / "faults.csv").read_text()
+    assert "has no class" in (tmp_path / "out" / "faults.csv").read_text()

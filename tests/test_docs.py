@@ -242,10 +242,10 @@ NOT_RUN_HERE = {
         "medfocus app --model medfocus-phantom-brain@1": "runs until Ctrl-C",
         "medfocus app --port 0 --no-browser": "runs until Ctrl-C",
     },
-    "test_convert.py::test_every_pixel_and_label_of_medmnist_arrives": {
+    "test_convert.py::test_medmnist_is_converted_without_loss": {
         "medfocus convert medmnist pneumoniamnist.npz ../images/pneumonia": "no such file",
     },
-    "test_convert.py::test_a_set_is_fetched_by_its_name_or_the_way_is_told": {
+    "test_convert.py::test_a_data_set_is_downloaded_by_name_or_the_error_names_the_fix": {
         "medfocus convert medmnist breastmnist --size 224 ../images/breast": "the network",
     },
     "test_convert.py::test_instances_become_known_regions_and_labels": {
@@ -307,7 +307,7 @@ NOT_RUN_HERE = {
     "test_pipeline.py::test_a_killed_flow_repeats_only_unfinished_cells": {
         "python tests/faults/kill.py --instants 100": "half an hour",
     },
-    "test_shards.py::test_a_full_disk_leaves_no_half_shard": {
+    "test_shards.py::test_a_full_disk_leaves_no_partial_shard": {
         "python tests/faults/disk.py": "minutes, and root",
     },
     "faults/test_servers.py::test_mlflow_s_server_is_asked_before_anything_is_computed": {

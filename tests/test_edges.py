@@ -9,7 +9,8 @@ from scipy import ndimage
 
 from medfocus.masks.quality import innermost, iou
 from medfocus.masks.sam2 import edges
-from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
+from medfocus.masks.settings import Sam2Settings
 from medfocus.pocket.pool import held_out
 
 NOISE = np.random.default_rng(0)
@@ -54,7 +55,9 @@ def test_without_an_edge_an_outline_stays_where_it_is() -> None:
 @pytest.fixture(scope="module")
 def segmenters() -> dict[bool, Sam2Segmenter]:
     return {
-        on: build_segmenter("pocket", "pocket", 128, "grid", points_per_side=6, follow_edges=on, batch_size=3)
+        on: load_sam2(
+            Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=6, follow_edges=on), batch_size=3
+        )
         for on in (False, True)
     }
 
@@ -118,6 +121,7 @@ def test_an_image_is_described_by_two_levels_of_the_encoder_whatever_stands_besi
 
 def test_sam2s_own_generator_stays_as_it_is() -> None:
     with pytest.raises(
-        ValueError, match=r"follow_edges is on for the strategy 'automatic'.* Set follow_edges to false"
+        ValueError,
+        match=r"follow_edges does not work with the strategy 'automatic'.* Set follow_edges to false",
     ):
-        build_segmenter("pocket", "random:0", 128, "automatic", follow_edges=True)
+        load_sam2(Sam2Settings("pocket", "random:0", 128, "automatic", follow_edges=True))

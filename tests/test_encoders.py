@@ -1,4 +1,4 @@
-"""Claims about CLIP: what is built from which name, what is refused, and where its tower may be cut."""
+"""Building CLIP, its features, its trunk and tail, and its prompts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from torch.nn.functional import normalize
 from torchvision.transforms.functional import normalize as normalize_pixels
 from torchvision.transforms.functional import to_tensor
 
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import TEMPLATES, class_embeddings, text_prompts
-from medfocus.clip.tokenizer import CONFIGS, pocket_tokenizer, write_merges
+from medfocus.clip.tokenizer import CONFIGS, pocket_tokenizer
+from medfocus.pocket.merges import write_merges
 
 LAION_HUB_ID = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 OPENAI_HUB_ID = "timm/vit_base_patch32_clip_224.openai"
@@ -48,7 +50,7 @@ def pocket() -> ClipEncoder:
 
 @pytest.fixture(scope="session")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Random weights in the published formats: b32.pt as open_clip's training writes it, and safetensors."""
+    """Write random weights in the published formats: b32.pt of open_clip's training, and safetensors."""
     folder = tmp_path_factory.mktemp("full_size")
     for model, name in (("ViT-B-32", "b32"), ("ViT-B-16", "b16")):
         clip = seeded(open_clip.create_model, model, pretrained=None)
@@ -57,20 +59,20 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             torch.save({"epoch": 32, "name": model, "state_dict": state}, folder / "b32.pt")
         save_file(state, folder / f"{name}.safetensors")
     yield folder
-    for file in folder.iterdir():  # pytest keeps the folders of three runs, and this one takes a gigabyte
+    for file in folder.iterdir():  # pytest keeps the folders of three runs, and this folder has a gigabyte
         file.unlink()
 
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, and no network."""
+    """Set an empty hub cache without network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
 
 
 def snapshot(cache: Path, hub_id: str) -> Path:
-    """The folder of a repository's files in the hub cache."""
+    """Make the folder of a repository's files in the hub cache."""
     repository = cache / f"models--{hub_id.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("abc123")
@@ -79,14 +81,14 @@ def snapshot(cache: Path, hub_id: str) -> Path:
 
 
 def write_model_folder(folder: Path, vision: dict[str, Any], mean: float = 0.5) -> None:
-    """A model as the hub publishes it: configuration and, of random weights, the checkpoint."""
+    """Write a model in the format of the hub: a configuration and a checkpoint of random weights."""
     folder.mkdir(exist_ok=True)
     model = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": TEXT_CFG}
     config = {"model_cfg": model, "preprocess_cfg": {"mean": [mean] * 3, "std": [0.25] * 3}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     clip = seeded(open_clip.create_model, f"local-dir:{folder}", load_weights=False)
     with torch.no_grad():
-        for parameter in clip.parameters():  # zeros and ones at initialisation would hide what is left out
+        for parameter in clip.parameters():  # the initial zeros and ones would hide missing terms
             parameter.add_(0.02 * seeded(torch.randn, parameter.shape))
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
 
@@ -98,7 +100,7 @@ def test_features_have_length_one_and_the_shared_dimension(pocket: ClipEncoder) 
     assert pocket.logit_scale == pytest.approx(1 / 0.07)
 
 
-def test_a_seed_names_the_weights_and_leaves_the_caller_s_random_numbers_alone(pocket: ClipEncoder) -> None:
+def test_a_seed_determines_the_weights_and_does_not_change_the_global_generator(pocket: ClipEncoder) -> None:
     before = torch.random.get_rng_state()
     same, other = build_clip("pocket", "random:0"), build_clip("pocket", "random:1")
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -114,7 +116,7 @@ def test_the_towers_are_frozen(pocket: ClipEncoder) -> None:
     assert not pocket.encode_images(pixels(pocket)).requires_grad
 
 
-def test_preprocessing_is_torchvision_s(pocket: ClipEncoder) -> None:
+def test_preprocessing_equals_torchvision(pocket: ClipEncoder) -> None:
     views = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
     expected = torch.stack(
         [normalize_pixels(to_tensor(view), list(pocket.mean), list(pocket.std)) for view in views]
@@ -124,7 +126,7 @@ def test_preprocessing_is_torchvision_s(pocket: ClipEncoder) -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_trunk_and_tail_of_the_pocket_model_are_the_tower(pocket: ClipEncoder, blocks: int) -> None:
+def test_trunk_and_tail_of_the_pocket_model_equal_the_image_encoder(pocket: ClipEncoder, blocks: int) -> None:
     x = pixels(pocket)
     tokens = pocket.trunk(x, blocks)
     assert tokens.shape == (3, 1 + 64, 128)
@@ -135,13 +137,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mean over patches, no first norm": {"pool_type": "avg", "no_ln_pre": True, "final_ln_after_pool": True},
     "attentional pooling": {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4},
     "patch dropout": {"patch_dropout": 0.5},
-    "own attention": {"qk_norm": True, "scale_heads": True, "scale_attn": True, "scale_fc": True},
+    "open_clip's attention": {"qk_norm": True, "scale_heads": True, "scale_attn": True, "scale_fc": True},
     "layer scale, fixed positions": {"ls_init_value": 0.1, "pos_embed_type": "sin_cos_2d"},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_trunk_and_tail_hold_for_every_kind_of_vision_transformer(tmp_path: Path, variant: str) -> None:
+def test_trunk_and_tail_support_every_variant_of_vision_transformer(tmp_path: Path, variant: str) -> None:
     write_model_folder(tmp_path / "model", {**VISION_CFG, **VARIANTS[variant]})
     encoder = build_clip(f"local-dir:{tmp_path / 'model'}", "")
     x = pixels(encoder)
@@ -152,10 +154,10 @@ def test_trunk_and_tail_hold_for_every_kind_of_vision_transformer(tmp_path: Path
 
 
 @pytest.mark.parametrize("region", [None, "alpha", "attention", "dual"])
-def test_a_batch_passes_the_tower_once_whatever_is_asked_of_it(
+def test_an_activation_cache_passes_a_batch_once_and_keeps_every_bit(
     pocket: ClipEncoder, region: str | None
 ) -> None:
-    """Features, tokens and patches of one batch are the same bits as one by one, and cost one pass."""
+    """Features, tokens and patches of a batch equal those without a cache, and cost one pass."""
     encoder = pocket if region is None else pocket.with_region(region, 2.0)
     channels = {None: 3, "alpha": 4, "attention": 4, "dual": 6}[region]
     shape = (2, encoder.image_size, encoder.image_size, channels)
@@ -164,7 +166,7 @@ def test_a_batch_passes_the_tower_once_whatever_is_asked_of_it(
     visual: Any = encoder.model.visual
     hook = visual.transformer.resblocks[0].register_forward_hook(lambda *_: passes.append(1))
 
-    def asked(of: ClipEncoder, batch: Tensor) -> list[Tensor]:
+    def outputs(of: ClipEncoder, batch: Tensor) -> list[Tensor]:
         return [
             of.encode_images(of.preprocess(batch)),
             of.trunk(of.preprocess(batch), 1),
@@ -172,19 +174,19 @@ def test_a_batch_passes_the_tower_once_whatever_is_asked_of_it(
         ]
 
     try:
-        expected = [asked(encoder, batch) for batch in batches]
+        expected = [outputs(encoder, batch) for batch in batches]
         passes.clear()
         caching = encoder.with_activation_cache()
-        found = [asked(caching, batch) for batch in batches]
+        cached = [outputs(caching, batch) for batch in batches]
     finally:
         hook.remove()
-    for one, other in zip(expected, found, strict=True):
+    for one, other in zip(expected, cached, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    if region != "dual":  # which remembers nothing
-        assert len(passes) == 3 + 2  # the first batch learns which places are asked for
+    images = 2 if region == "dual" else 1
+    assert len(passes) == (3 + 2) * images  # the first batch collects the depths
 
 
-def test_a_tail_trains_and_the_encoder_stays_as_it_was(pocket: ClipEncoder) -> None:
+def test_training_a_tail_does_not_change_the_encoder(pocket: ClipEncoder) -> None:
     x = pixels(pocket)
     tail, before = pocket.tail(2), pocket.encode_images(x)
     names = [name for name, _ in tail.named_parameters()]
@@ -197,7 +199,7 @@ def test_a_tail_trains_and_the_encoder_stays_as_it_was(pocket: ClipEncoder) -> N
     assert torch.equal(pocket.encode_images(x), before)
 
 
-def test_a_tail_s_state_restores_it(pocket: ClipEncoder) -> None:
+def test_a_tail_is_restored_from_its_state(pocket: ClipEncoder) -> None:
     tail, tokens = pocket.tail(1), pocket.trunk(pixels(pocket), 1)
     with torch.no_grad():
         for parameter in tail.parameters():
@@ -214,7 +216,9 @@ def test_a_tail_s_state_restores_it(pocket: ClipEncoder) -> None:
         ({"image_size": 32, "timm_model_name": "test_vit", "timm_pool": ""}, "TimmModel"),
     ],
 )
-def test_a_tower_of_another_kind_encodes_but_is_not_cut(tmp_path: Path, vision: Any, tower: str) -> None:
+def test_an_image_encoder_of_another_kind_encodes_but_has_no_trunk_and_tail(
+    tmp_path: Path, vision: Any, tower: str
+) -> None:
     write_model_folder(tmp_path / "model", vision)
     encoder = build_clip(f"local-dir:{tmp_path / 'model'}", "")
     assert encoder.encode_images(pixels(encoder)).shape == (3, 8)
@@ -226,7 +230,7 @@ def test_a_tower_of_another_kind_encodes_but_is_not_cut(tmp_path: Path, vision: 
 
 
 @pytest.mark.parametrize("blocks", [0, 5])
-def test_the_cut_has_to_lie_inside_the_tower(pocket: ClipEncoder, blocks: int) -> None:
+def test_a_number_of_blocks_outside_the_image_encoder_is_refused(pocket: ClipEncoder, blocks: int) -> None:
     with pytest.raises(
         ValueError, match=rf"pocket: {blocks} blocks to fine-tune; its image encoder has 1 to 4"
     ):
@@ -234,7 +238,7 @@ def test_the_cut_has_to_lie_inside_the_tower(pocket: ClipEncoder, blocks: int) -
 
 
 @pytest.mark.parametrize(("model", "file"), [("ViT-B-32", "b32.pt"), ("ViT-B-16", "b16.safetensors")])
-def test_full_size_checkpoints_load_as_open_clip_loads_them(full_size: Path, model: str, file: str) -> None:
+def test_full_size_checkpoints_load_as_in_open_clip(full_size: Path, model: str, file: str) -> None:
     encoder = build_clip(model, str(full_size / file))
     reference = open_clip.create_model(model, pretrained=str(full_size / file)).eval()
     x = pixels(encoder, 2)
@@ -247,7 +251,7 @@ def test_full_size_checkpoints_load_as_open_clip_loads_them(full_size: Path, mod
     assert torch.allclose(encoder.tail(2)(encoder.trunk(x, 2)), expected, atol=1e-6)
 
 
-def test_a_tag_is_served_from_the_hub_cache_with_the_activation_it_was_trained_with(
+def test_a_tag_loads_from_the_hub_cache_with_the_activation_of_its_training(
     full_size: Path, hub_cache: Path
 ) -> None:
     os.symlink(
@@ -256,7 +260,7 @@ def test_a_tag_is_served_from_the_hub_cache_with_the_activation_it_was_trained_w
     tagged = build_clip("ViT-B/32", "openai")  # OpenAI's own spelling
     assert isinstance(tagged.model.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)  # pyright: ignore
     by_path = build_clip("ViT-B-32", str(full_size / "b32.safetensors"))
-    assert tagged.key != by_path.key  # the same weights, another function
+    assert tagged.key != by_path.key  # equal weights, another activation
 
 
 def test_the_file_format_does_not_change_the_key(pocket: ClipEncoder, tmp_path: Path) -> None:
@@ -288,7 +292,7 @@ def test_a_hub_model_is_built_from_its_own_files_without_a_network(hub_cache: Pa
         ("local-dir:gone", "", ["gone/open_clip_model.safetensors' does not exist", "clip.model"]),
     ],
 )
-def test_offline_and_missing_is_one_error_before_anything_is_built(
+def test_missing_weights_fail_offline_before_the_model_is_built(
     hub_cache: Path, monkeypatch: pytest.MonkeyPatch, model: str, pretrained: str, parts: list[str]
 ) -> None:
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("built"))
@@ -301,36 +305,39 @@ def test_offline_and_missing_is_one_error_before_anything_is_built(
 @pytest.mark.parametrize(
     ("model", "pretrained", "message"),
     [
-        ("ViT-B32", "openai", r"clip\.model: open_clip has no model 'ViT-B32' \(near it: .*ViT-B-32"),
+        ("ViT-B32", "openai", r"clip\.model: open_clip has no model 'ViT-B32' \(similar: .*ViT-B-32"),
         (
             "ViT-B-32",
             "laion",
-            r"\(clip\.pretrained\): 'laion' is no tag of this model \(it has: openai, .*\)\. Give",
+            r"\(clip\.pretrained\): 'laion' is not a tag of this model \(its tags: openai, .*\)\. Use",
         ),
-        ("pocket", "openai", r"'openai' is no tag of this model \(it has: none\)"),
-        ("pocket", "random:x", r"'random:x' is no tag of this model .* or random:SEED"),
+        ("pocket", "openai", r"'openai' is not a tag of this model \(its tags: none\)"),
+        ("pocket", "random:x", r"'random:x' is not a tag of this model .* or random:SEED"),
         (
             "hf-hub:a/b",
             "openai",
-            r"CLIP hf-hub:a/b brings its own weights\. Leave clip\.pretrained \('openai'\) empty",
+            r"CLIP hf-hub:a/b contains its weights, but clip\.pretrained is 'openai'\. Leave it empty",
         ),
     ],
 )
-def test_an_unknown_name_is_told_the_known_ones(model: str, pretrained: str, message: str) -> None:
+def test_an_unknown_name_fails_with_the_known_names(model: str, pretrained: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_clip(model, pretrained)
 
 
-def test_weights_of_another_architecture_are_told_so(pocket: ClipEncoder, tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(pocket: ClipEncoder, tmp_path: Path) -> None:
     state = pocket.model.state_dict()
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(
-        ValueError, match=r"CLIP RN50: the weights in .*a\.safetensors do not fit it \(.*Set clip"
+        ValueError,
+        match=r"CLIP RN50: the weights in .*a\.safetensors are of another architecture \(.*Set clip",
     ):
         build_clip("RN50", str(tmp_path / "a.safetensors"))
     del state["visual.proj"]
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r'CLIP pocket: the weights .* do not fit it \(.*"visual\.proj"'):
+    with pytest.raises(
+        ValueError, match=r'CLIP pocket: the weights .* are of another architecture \(.*"visual\.proj"'
+    ):
         build_clip("pocket", str(tmp_path / "a.safetensors"))
 
 
@@ -345,7 +352,7 @@ def test_a_malicious_checkpoint_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_text_tower_that_needs_an_absent_package_says_so(
+def test_a_text_tower_without_its_package_names_the_package(
     pocket: ClipEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -356,7 +363,7 @@ def test_a_text_tower_that_needs_an_absent_package_says_so(
             build_clip(model, "random:0")
 
 
-def test_the_shipped_merges_are_those_of_the_shipped_words(tmp_path: Path) -> None:
+def test_the_merges_in_the_package_come_from_its_words(tmp_path: Path) -> None:
     words = (CONFIGS / "words_pocket.txt").read_text().split()
     size = write_merges(words, tmp_path / "bpe.txt.gz")
     shipped = (CONFIGS / "bpe_pocket.txt.gz").read_bytes()
@@ -367,7 +374,7 @@ def test_the_shipped_merges_are_those_of_the_shipped_words(tmp_path: Path) -> No
     assert {word: len(tokenizer.encode(word)) for word in words} == dict.fromkeys(words, 1)
 
 
-def test_the_pocket_tokenizer_reads_words_it_has_never_seen() -> None:
+def test_the_pocket_tokenizer_encodes_unknown_words() -> None:
     tokenizer = pocket_tokenizer()
     for text in ("a naevus 40 µm wide", "пневмония", "covid-19", "x☃y"):
         assert tokenizer.decode(tokenizer.encode(text)).replace(" ", "") == text.replace(" ", "")
@@ -379,7 +386,7 @@ def test_the_templates_of_every_modality_fit_the_pocket_model(pocket: ClipEncode
             assert torch.isfinite(pocket.encode_texts(prompts)).all()
 
 
-def test_a_prompt_is_never_cut_off_in_silence(pocket: ClipEncoder) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(pocket: ClipEncoder) -> None:
     text = "a chest X-ray showing " + "very " * 30 + "normal lungs"
     with pytest.raises(
         ValueError, match=r"the prompt 'a chest X-ray .*' has \d+ tokens, and pocket reads at most 30"
@@ -387,7 +394,7 @@ def test_a_prompt_is_never_cut_off_in_silence(pocket: ClipEncoder) -> None:
         pocket.encode_texts(["a lung", text])
 
 
-def test_many_texts_encode_as_one_by_one(pocket: ClipEncoder) -> None:
+def test_many_texts_get_the_features_of_each_text_alone(pocket: ClipEncoder) -> None:
     texts = [f"nodule {i}" for i in range(300)]
     together = pocket.encode_texts(texts)
     assert together.shape == (300, pocket.dim)
@@ -398,7 +405,7 @@ def test_many_texts_encode_as_one_by_one(pocket: ClipEncoder) -> None:
     )
 
 
-def test_every_class_has_the_modality_s_prompts_and_the_paper_s() -> None:
+def test_every_class_gets_the_prompts_of_its_modality_and_of_the_paper() -> None:
     prompts = text_prompts(["Covid", "large_cell_carcinoma"], "chest_xray")
     assert prompts[0][0] == "a chest X-ray showing Covid"
     assert prompts[1][0] == "a chest X-ray showing large cell carcinoma"
@@ -406,7 +413,7 @@ def test_every_class_has_the_modality_s_prompts_and_the_paper_s() -> None:
     assert set(TEMPLATES) == {"chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "other"}
 
 
-def test_a_data_set_s_own_templates_replace_the_modality_s() -> None:
+def test_templates_of_a_dataset_replace_those_of_the_modality() -> None:
     assert text_prompts(["a", "b"], "brain_mri", ["slice with {c} {x}"]) == [
         ["slice with a {x}"],
         ["slice with b {x}"],
@@ -417,7 +424,12 @@ def test_a_data_set_s_own_templates_replace_the_modality_s() -> None:
 @pytest.mark.parametrize(
     ("names", "modality", "templates", "message"),
     [
-        (["a"], "retina", None, r"modality 'retina' has no text prompts; use one of chest_xray, brain_mri, "),
+        (
+            ["a"],
+            "retina",
+            None,
+            r"modality 'retina' has no text prompts\. Use one of chest_xray, ",
+        ),
         (
             ["a"],
             "other",
@@ -427,7 +439,7 @@ def test_a_data_set_s_own_templates_replace_the_modality_s() -> None:
         (["a", "_ "], "other", None, r"class 1 has an empty name"),
     ],
 )
-def test_prompts_that_tell_nothing_are_refused(
+def test_prompts_without_a_class_are_refused(
     names: list[str], modality: str, templates: list[str] | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -442,7 +454,7 @@ def test_a_class_embedding_is_the_normalised_mean_of_its_prompts(pocket: ClipEnc
     assert torch.allclose(embeddings, torch.stack(expected), atol=1e-6)
 
 
-def test_the_segmenter_describes_rgb_alone_and_once_a_batch_and_grid(pocket: ClipEncoder) -> None:
+def test_the_segmenter_describes_rgb_once_per_batch_and_grid(pocket: ClipEncoder) -> None:
     described: list[int] = []
 
     class Means:
@@ -462,7 +474,7 @@ def test_the_segmenter_describes_rgb_alone_and_once_a_batch_and_grid(pocket: Cli
     assert described == [4, 8, 8]
 
 
-def test_patch_features_stand_behind_the_image_features(pocket: ClipEncoder) -> None:
+def test_patch_features_follow_the_image_features(pocket: ClipEncoder) -> None:
     x = pixels(pocket)
     both = pocket.encode_layers(x, (0, 2, 4), 4)
     assert both.shape == (3, pocket.dim + 3 * 4 * 4 * 128)
@@ -474,7 +486,7 @@ def test_patch_features_stand_behind_the_image_features(pocket: ClipEncoder) -> 
 
 
 @pytest.mark.parametrize(("layers", "grid"), [((5,), 4), ((1,), 9), ((1,), 0)])
-def test_patch_features_that_are_not_there_are_refused(
+def test_layers_and_grids_outside_the_image_encoder_are_refused(
     pocket: ClipEncoder, layers: tuple[int, ...], grid: int
 ) -> None:
     with pytest.raises(ValueError, match="its image encoder has layers 0 to 4 and 8 x 8 patches"):

@@ -1,4 +1,4 @@
-"""What a fitted method looked at: every kind of method has a way, and it finds what the answer hangs on."""
+"""Every kind of fitted method has an explanation, and its map shows the cause of the prediction."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfocus.clip.encoder import ClipEncoder, build_clip
-from medfocus.explain.attribution import pointing_hit
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.explain.explain import explain
+from medfocus.explain.maps import pointing_hit
 from medfocus.methods import METHODS, Support
 
 SIZE = 96
@@ -22,7 +23,7 @@ def clip() -> ClipEncoder:
 
 
 def cornered(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Grey noise (N, 96, 96, 3) with a disc at the upper left or the lower right: that is the class (N,)."""
+    """Draw grey noise (N, 96, 96, 3) with a disc at the upper left or the lower right, its class (N,)."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 2
     noise = torch.randint(60, 90, (count, SIZE, SIZE, 1), generator=generator)
@@ -42,7 +43,7 @@ def fitted(name: str, encoder: ClipEncoder, **settings: Any) -> Any:
     return method.fit(support, torch.Generator().manual_seed(0))
 
 
-def test_a_head_on_features_is_explained_by_gradient_and_attention(clip: ClipEncoder) -> None:
+def test_a_head_on_features_is_explained_by_gradient_attention(clip: ClipEncoder) -> None:
     method = fitted("clip-linear-probe", clip, folds=3)
     images, labels = cornered(4, seed=1)
     maps, way = explain(method, clip, images, labels)
@@ -51,7 +52,7 @@ def test_a_head_on_features_is_explained_by_gradient_and_attention(clip: ClipEnc
 
 
 class UpperLeft:
-    """Says 1 the brighter the upper left quarter is; it has no gradient that the image could get."""
+    """A classifier of the brightness of the upper left quarter, without a gradient."""
 
     embedding = "quarter"
 
@@ -62,9 +63,9 @@ class UpperLeft:
         return {"head": torch.stack([torch.zeros_like(inputs), inputs - 90], dim=1)}
 
 
-def test_what_has_no_gradient_is_explained_by_hiding_parts_of_the_image(clip: ClipEncoder) -> None:
+def test_a_method_without_gradient_is_explained_by_occlusion(clip: ClipEncoder) -> None:
     images, labels = cornered(2, seed=1)
-    bright = images[labels == 0]  # the disc is where the method looks
+    bright = images[labels == 0]  # the disc lies in the quarter that the method uses
     method: Any = UpperLeft()
     maps, way = explain(method, clip, bright, torch.ones(len(bright), dtype=torch.int64))
     assert way == "occlusion"
@@ -74,7 +75,7 @@ def test_what_has_no_gradient_is_explained_by_hiding_parts_of_the_image(clip: Cl
     assert all(float(heat[: SIZE // 2, : SIZE // 2].sum()) > 0.8 for heat in maps)
 
 
-def test_a_region_beside_the_image_stays_where_it_is_while_parts_are_hidden(clip: ClipEncoder) -> None:
+def test_a_method_on_the_region_dual_is_explained_by_occlusion(clip: ClipEncoder) -> None:
     regional = clip.with_region("dual", 0.0)
     method = fitted("clip-linear-probe", clip, folds=3)
     method.encoder = regional
@@ -83,7 +84,19 @@ def test_a_region_beside_the_image_stays_where_it_is_while_parts_are_hidden(clip
     assert way == "occlusion" and maps.shape == (2, SIZE, SIZE)
 
 
-def test_the_bias_of_the_region_attention_moves_the_attribution(clip: ClipEncoder) -> None:
+def test_occlusion_hides_a_square_in_the_focused_image_too(clip: ClipEncoder) -> None:
+    class FocusedUpperLeft(UpperLeft):
+        def embed(self, images: Tensor) -> Tensor:
+            return super().embed(images[..., 3:])
+
+    images, labels = cornered(2, seed=1)
+    views = torch.cat([images, images], dim=3)[labels == 0]
+    method: Any = FocusedUpperLeft()
+    maps, _ = explain(method, clip.with_region("dual", 0.0), views, torch.ones(1, dtype=torch.int64))
+    assert float(maps[0, : SIZE // 2, : SIZE // 2].sum()) > 0.8
+
+
+def test_the_attention_bias_moves_the_map_towards_the_region(clip: ClipEncoder) -> None:
     method = fitted("clip-linear-probe", clip, folds=3)
     images, labels = cornered(4, seed=1)
     region = torch.zeros(4, SIZE, SIZE, 1, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Claims about views and features: what a view shows, and that no cache can change or lose a feature."""
+"""Views, and features with and without a cache."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from medfocus.clip import features
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.clip.features import encode
+from medfocus.focus.crop import Crop, crop_box
 from medfocus.focus.modes import FILL, FOCUS
-from medfocus.focus.view import Crop, crop_box, view, view_key
-from medfocus.images.decode import letterbox, read
+from medfocus.focus.view import view, view_key
+from medfocus.images.decode import read
+from medfocus.images.geometry import letterbox
 from medfocus.storage import shards as shards_module
 from tests.conftest import and_no_more
 
@@ -49,7 +51,7 @@ def test_view_zero_is_the_whole_image_and_needs_no_mask_without_focus() -> None:
     assert np.array_equal(whole, view(image(), region(), focus="none", size=32, feather=0.02))
 
 
-def test_the_padding_is_clip_s_mean_colour() -> None:
+def test_the_padding_has_clips_mean_colour() -> None:
     seen = view(image(), region(), focus="multiply", size=30, feather=0)
     assert seen.shape == (30, 30, 3) and seen.dtype == np.uint8
     assert (seen[:, :5] == FILL).all() and (seen[:, -5:] == FILL).all()
@@ -61,7 +63,7 @@ def test_a_focus_without_a_mask_is_refused(focus: str) -> None:
         view(image(), None, focus=focus, size=32, feather=0.02)
 
 
-def test_a_crop_is_repeatable_and_keeps_half_of_the_image_or_more_in_its_own_shape() -> None:
+def test_a_crop_is_reproducible_and_keeps_the_aspect_ratio_and_half_of_the_image() -> None:
     crops = [crop_box(SHA, number) for number in range(1, 200)]
     assert crops == [crop_box(SHA, number) for number in range(1, 200)]
     assert len(set(crops)) == len(crops)
@@ -74,7 +76,7 @@ def test_a_crop_is_repeatable_and_keeps_half_of_the_image_or_more_in_its_own_sha
     assert 0.5 <= min(areas) < 0.55 and 0.95 < max(areas) <= 1
 
 
-def test_views_are_mirrored_only_where_that_was_asked_for() -> None:
+def test_views_are_mirrored_only_on_request() -> None:
     assert not any(crop_box(SHA, number).mirrored for number in range(100))
     mirrored = [crop_box(SHA, number, mirror=True).mirrored for number in range(100)]
     assert not mirrored[0] and 30 < sum(mirrored) < 70
@@ -90,12 +92,12 @@ def test_image_and_mask_are_cropped_together_and_before_the_focus(focus: str) ->
     assert np.array_equal(view(image(), region(), focus=focus, size=48, feather=0.02, crop=crop), expected)
 
 
-def test_a_crop_that_loses_the_region_is_not_taken() -> None:
+def test_a_crop_without_the_region_shows_the_whole_image() -> None:
     seen = view(image(), region(), focus="crop", size=48, feather=0, crop=Crop(0, 0.6, 0.7, 1, False))
     assert np.array_equal(seen, view(image(), region(), focus="crop", size=48, feather=0))
 
 
-def test_a_view_s_key_tells_its_settings() -> None:
+def test_each_view_setting_changes_the_key() -> None:
     settings = {"focus": "multiply", "size": 96, "feather": 0.02}
     keys = {
         view_key(**settings),
@@ -152,7 +154,7 @@ def shards(cache: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_result_is_the_same_cached_or_not_and_in_the_items_order(
+def test_features_are_the_same_with_or_without_cache_and_in_the_order_of_the_items(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
     uncached, cold = run(None, dtype=dtype), run(tmp_path, dtype=dtype)
@@ -172,7 +174,7 @@ def test_tokens_are_cached_like_features(tmp_path: Path) -> None:
     assert torch.equal(run(tmp_path, make_view=never, dtype=torch.float16), cold)
 
 
-def test_only_what_is_missing_is_computed_and_equal_keys_once(tmp_path: Path) -> None:
+def test_only_missing_features_are_computed_and_equal_keys_once(tmp_path: Path) -> None:
     made: list[int] = []
 
     def counted(item: int) -> np.ndarray:
@@ -192,14 +194,14 @@ def test_other_settings_or_another_type_share_nothing(tmp_path: Path) -> None:
             run(tmp_path, settings=settings, dtype=dtype, make_view=never)
 
 
-def test_progress_counts_every_item_cached_or_not(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    run(tmp_path, items=[0, 1, 2, 3], progress=lambda done, total: told.append((done, total)))
-    run(tmp_path, items=[0, 9, 1, 9, 8], progress=lambda done, total: told.append((done, total)))
-    assert told == [(0, 4), (4, 4), (2, 5), (5, 5)]
+def test_progress_counts_every_item_with_or_without_cache(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    run(tmp_path, items=[0, 1, 2, 3], progress=lambda done, total: calls.append((done, total)))
+    run(tmp_path, items=[0, 9, 1, 9, 8], progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(0, 4), (4, 4), (2, 5), (5, 5)]
 
 
-def test_the_model_always_gets_whole_batches_so_a_row_does_not_depend_on_what_was_cached() -> None:
+def test_every_batch_has_the_full_size_so_that_rows_do_not_depend_on_the_cache() -> None:
     sizes: list[int] = []
 
     def counted(views: Tensor) -> Tensor:
@@ -230,7 +232,7 @@ def test_the_batch_size_changes_no_feature_by_more_than_rounding(batch_size: int
     assert torch.allclose(results[0], results[1], atol=1e-5, rtol=0)
 
 
-def test_a_failing_image_ends_the_run_and_keeps_what_was_encoded(tmp_path: Path) -> None:
+def test_a_failing_image_ends_the_run_and_keeps_earlier_features(tmp_path: Path) -> None:
     def broken(item: int) -> np.ndarray:
         if item == 17:
             raise ValueError("scan17.png: cut short")
@@ -238,7 +240,7 @@ def test_a_failing_image_ends_the_run_and_keeps_what_was_encoded(tmp_path: Path)
 
     with pytest.raises(ValueError, match=r"scan17\.png: cut short"):
         run(tmp_path, make_view=broken)
-    kept = run(tmp_path, items=ITEMS[:15], make_view=never)  # three whole batches came before it
+    kept = run(tmp_path, items=ITEMS[:15], make_view=never)  # three full batches before the failure
     assert kept[:, 0].tolist() == ITEMS[:15]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("views")]
 
@@ -254,20 +256,20 @@ def test_a_failing_model_leaves_no_thread_behind() -> None:
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"not finite in torch\.float16, for image 0 or the 4 after it\. Check"
+        ValueError, match=r"not finite in torch\.float16, for image 0 or the next 4 items\. Check"
     ):
         run(tmp_path, encode_batch=lambda views: mean_and_square(views) + 1e6, dtype=torch.float16)
     assert shards(tmp_path) == []
 
 
-def test_no_items_or_no_key_for_each_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"features: 0 items and 0 keys; give at least one"):
+def test_calls_without_items_or_with_too_few_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"features: 0 items and 0 keys\. Pass one key for each item"):
         run(None, items=[])
     with pytest.raises(ValueError, match=r"features: 23 items and 1 keys"):
         run(None, keys=["a"])
 
 
-def test_views_are_made_ahead_of_the_model_but_not_without_bound() -> None:
+def test_threads_make_views_ahead_of_the_model_up_to_a_bound() -> None:
     made, gaps = [], []
 
     def counted(item: int) -> np.ndarray:
@@ -303,8 +305,8 @@ def encode_all(cache: Path) -> None:
 
 @pytest.mark.filterwarnings(
     "ignore:.*fork:DeprecationWarning"
-)  # Python 3.12 frowns on it; spawning takes 10 s
-def test_a_killed_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+)  # Python 3.12 warns about fork; spawn takes 10 s
+def test_a_killed_run_continues_from_its_cache(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=killed_midway, args=(tmp_path,))
     process.start()
     process.join(30)
@@ -317,8 +319,8 @@ def test_a_killed_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings(
     "ignore:.*fork:DeprecationWarning"
-)  # Python 3.12 frowns on it; spawning takes 10 s
-def test_two_processes_at_once_do_no_harm(tmp_path: Path) -> None:
+)  # Python 3.12 warns about fork; spawn takes 10 s
+def test_two_concurrent_processes_compute_the_same_features(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=and_no_more, args=(encode_all, tmp_path)) for _ in range(3)]
     for process in processes:
@@ -330,7 +332,7 @@ def test_two_processes_at_once_do_no_harm(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".zip"]
 
 
-def test_real_images_give_the_features_of_a_bare_loop(shared_data: Path) -> None:
+def test_real_images_get_the_features_of_a_plain_loop(shared_data: Path) -> None:
     paths = sorted((shared_data / "covid19").rglob("*.jp*g"))[::40]
     encoder = build_clip("pocket", "random:0")
 
@@ -355,7 +357,7 @@ def test_real_images_give_the_features_of_a_bare_loop(shared_data: Path) -> None
 # Several kinds of features of the same views
 
 
-def test_kinds_encoded_together_are_those_encoded_alone_and_a_view_is_made_once(tmp_path: Path) -> None:
+def test_kinds_encoded_together_equal_kinds_encoded_alone_and_share_the_views(tmp_path: Path) -> None:
     made: list[int] = []
 
     def make_view(item: int) -> np.ndarray:
@@ -375,7 +377,7 @@ def test_kinds_encoded_together_are_those_encoded_alone_and_a_view_is_made_once(
     means, flats = features.encode_together(ITEMS, KEYS, make_view, kinds, **shared)
     assert torch.equal(means, alone)
     assert torch.equal(flats, torch.tensor(ITEMS, dtype=torch.uint8)[:, None].expand(-1, 12))
-    assert sorted(made) == ITEMS  # for the second kind; the first was cached
+    assert sorted(made) == ITEMS  # for the second kind; the cache has the first
     made.clear()
     features.encode_together(ITEMS, KEYS, make_view, kinds, **shared)
     assert made == []

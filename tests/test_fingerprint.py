@@ -16,15 +16,17 @@ from PIL import Image
 from flows.study.dataset import cell_code, feature_key
 from flows.study.methods import build_method
 from flows.study.params import load_params
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.duplicates import find_duplicates
 from medfocus.datasets.ingest import ingest
-from medfocus.focus.region_views import focused_view_key
+from medfocus.focus.view import view_key
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2 import segmenter as sam2
 from medfocus.masks.sam2.adapter import adapter_key
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
+from medfocus.masks.sam2.model import load_predictor
 from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
+from medfocus.masks.sam2.segmenter import Sam2Segmenter
+from medfocus.masks.settings import Sam2Settings
 from medfocus.storage import fingerprint
 from medfocus.storage.fingerprint import closure, code_key
 
@@ -88,15 +90,13 @@ def test_the_version_of_a_package_counts_where_it_is_imported(
 
 
 def test_a_closure_holds_every_module_that_an_import_loads() -> None:
-    program = (
-        "import sys, medfocus.clip.encoder; print(*(m for m in sys.modules if m.startswith('medfocus.')))"
-    )
+    program = "import sys, medfocus.clip.build; print(*(m for m in sys.modules if m.startswith('medfocus.')))"
     loaded = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     modules = {name for name in loaded.stdout.split() if not (ROOT / name.replace(".", "/")).is_dir()}
     assert len(modules) > 3
-    assert modules <= names(closure(("medfocus.clip.encoder",)), ROOT)
+    assert modules <= names(closure(("medfocus.clip.build",)), ROOT)
 
 
 # --- the caches
@@ -128,11 +128,14 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], s
     encoder = build_clip("pocket", "pocket")
     method = build_method(load_params(ROOT / "params.yaml"), "coop", encoder)
 
-    def plain() -> sam2.Sam2Segmenter:
-        return sam2.build_segmenter("pocket", "pocket", 128, "grid", points_per_side=2)
+    settings = Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=2)
+    predictor, model_key = load_predictor(settings.config, settings.checkpoint, settings.image_size)
+
+    def plain() -> Sam2Segmenter:
+        return Sam2Segmenter(predictor, model_key, settings)
 
     def view(focus: str) -> str:
-        return focused_view_key(focus=focus, size=96, feather=0.01)
+        return view_key(focus=focus, size=96, feather=0.01)
 
     return {
         "facts": lambda: facts_key(folder),
@@ -159,12 +162,18 @@ COUNTS = {
     "sam2 features": ("masks.sam2.segmenter masks.sam2.model images.decode", "masks.sam2.adapter masks.otsu"),
     "fast masks": ("masks.sam2.fast_decoder masks.sam2.segmenter masks.candidates", "masks.sam2.adapter"),
     "adapters": ("masks.sam2.adapter masks.sam2.segmenter", "masks.sam2.retrieval masks.otsu"),
-    "retrieved masks": ("masks.sam2.retrieval masks.sam2.segmenter clip.encoder", "masks.sam2.adapter"),
-    "views": ("focus.view focus.modes masks.candidates images.decode", "focus.region_views clip.encoder"),
-    "region views": ("focus.region_views focus.view focus.modes", "masks.otsu clip.encoder"),
-    "features": ("clip.encoder clip.vit clip.regions masks.candidates", "learning.probe methods.slca"),
+    "retrieved masks": (
+        "masks.sam2.retrieval masks.sam2.segmenter clip.build",
+        "masks.sam2.adapter",
+    ),
+    "views": ("focus.view focus.modes focus.marks focus.crop images.geometry images.decode", "clip.encoder"),
+    "region views": ("focus.view focus.modes clip.regions", "masks.otsu clip.encoder focus.controls"),
+    "features": (
+        "clip.encoder clip.build clip.vit clip.regions masks.candidates",
+        "learning.probe methods.slca",
+    ),
     "cells": (
-        "methods.coop clip.prompt_learning learning.validation clip.encoder",
+        "methods.coop clip.prompt_learning learning.validation clip.encoder clip.build",
         "methods.slca masks.otsu",
     ),
 }
@@ -210,4 +219,4 @@ def test_another_open_clip_changes_the_keys_of_features_and_not_those_of_masks(
     fingerprint.code_key.cache_clear()
     changed = {name for name, key in caches.items() if key() != before[name]}
     assert changed >= {"features", "cells", "retrieved masks"}
-    assert not changed & {"facts", "thumbnails", "otsu masks", "sam2 masks", "views"}
+    assert not changed & {"facts", "thumbnails", "otsu masks", "sam2 masks"}

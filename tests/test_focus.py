@@ -1,4 +1,4 @@
-"""Claims about focus: what a mask does to an image, and what it must not do."""
+"""Visual prompts: the effect of a mask on an image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from medfocus.focus.modes import FILL, FOCUS, MARK_COLOUR, SEGMENT_COLOURS, focus, soft_edge
+from medfocus.focus.marks import MARK_COLOUR
+from medfocus.focus.modes import FILL, FOCUS, SEGMENT_COLOURS, focus, soft_edge
 
 MODES = list(FOCUS)
 MARKS = ["contour", "circle", "box", "arrow"]
@@ -33,7 +34,7 @@ def box_of(top: int, left: int, h: int, w: int) -> np.ndarray:
 
 
 def mark_of(mask: np.ndarray, mode: str) -> np.ndarray:
-    """The pixels that a mark takes, (H, W) bool."""
+    """Return the pixels of a mark, (H, W) bool."""
     drawn = focus(np.zeros((*mask.shape, 3), dtype=np.uint8), mask, mode, feather=0)
     return (drawn == MARK_COLOUR).all(axis=2)
 
@@ -49,7 +50,7 @@ def test_full_mask_leaves_the_image_unchanged(image: np.ndarray, mode: str) -> N
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_empty_mask_is_read_as_the_whole_image(image: np.ndarray, mode: str) -> None:
+def test_empty_mask_stands_for_the_whole_image(image: np.ndarray, mode: str) -> None:
     empty, full = np.zeros(image.shape[:2], dtype=bool), np.ones(image.shape[:2], dtype=bool)
     assert np.array_equal(
         focus(image, empty, mode, feather=FEATHER), focus(image, full, mode, feather=FEATHER)
@@ -58,7 +59,7 @@ def test_empty_mask_is_read_as_the_whole_image(image: np.ndarray, mode: str) -> 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("feather", [0.0, 0.02, 0.5])
-def test_every_mode_keeps_dtype_and_shape_and_writes_nothing_into_its_input(
+def test_every_mode_keeps_dtype_and_shape_and_does_not_modify_its_input(
     image: np.ndarray, mask: np.ndarray, mode: str, feather: float
 ) -> None:
     before, region = image.copy(), mask.copy()
@@ -85,7 +86,7 @@ def test_transposing_image_and_mask_transposes_the_focus(
 
 
 @pytest.mark.parametrize("mode", ["multiply", "blur", *MARKS])
-def test_what_is_inside_the_mask_stays_untouched(image: np.ndarray, mask: np.ndarray, mode: str) -> None:
+def test_the_region_does_not_change(image: np.ndarray, mask: np.ndarray, mode: str) -> None:
     assert np.array_equal(focus(image, mask, mode, feather=FEATHER)[mask], image[mask])
 
 
@@ -117,13 +118,13 @@ def test_inverse_hides_the_region_and_leaves_the_background_away_from_the_feathe
     assert np.array_equal(background[outside], image[outside])
 
 
-def test_multiply_and_inverse_share_the_image_out_between_them(image: np.ndarray, mask: np.ndarray) -> None:
+def test_multiply_and_inverse_together_show_the_whole_image(image: np.ndarray, mask: np.ndarray) -> None:
     region = focus(image, mask, "multiply", feather=FEATHER).astype(int)
     background = focus(image, mask, "inverse", feather=FEATHER).astype(int)
     assert np.abs(region + background - FILL - image).max() <= 1  # each is rounded
 
 
-def test_feather_falls_from_the_mask_outwards_and_ends_at_its_width() -> None:
+def test_the_soft_edge_falls_to_zero_over_the_feather() -> None:
     mask = np.zeros((101, 201), dtype=bool)
     mask[:, :100] = True
     across = soft_edge(mask, 10 / 201)[50].astype(int)  # a straight edge, 10 pixels wide
@@ -140,7 +141,7 @@ def test_mask_at_the_images_border_gets_no_soft_edge_there() -> None:
     assert (rows == rows[30]).all()
 
 
-def test_blur_takes_detail_outside_and_keeps_its_brightness(image: np.ndarray, mask: np.ndarray) -> None:
+def test_blur_removes_detail_outside_and_keeps_the_brightness(image: np.ndarray, mask: np.ndarray) -> None:
     outside = far_outside(mask, FEATHER)
     blurred = focus(image, mask, "blur", feather=FEATHER)[outside].astype(float)
     original = image[outside].astype(float)
@@ -148,20 +149,20 @@ def test_blur_takes_detail_outside_and_keeps_its_brightness(image: np.ndarray, m
     assert abs(blurred.mean() - original.mean()) < 3
 
 
-def test_overlay_tints_only_inside_and_each_segment_in_its_colour(
-    image: np.ndarray, mask: np.ndarray
-) -> None:
+def test_overlay_tints_each_segment_in_its_own_colour(image: np.ndarray, mask: np.ndarray) -> None:
     tinted = focus(image, mask, "overlay", feather=FEATHER)
     assert np.array_equal(tinted[~mask], image[~mask])
     grey = np.full_like(image, 128)
     tinted = focus(grey, mask, "overlay", feather=FEATHER).astype(int)
-    for (y, x), colour in zip([(60, 50), (60, 120)], SEGMENT_COLOURS, strict=False):  # the larger one first
+    for (y, x), colour in zip(
+        [(60, 50), (60, 120)], SEGMENT_COLOURS, strict=False
+    ):  # the larger segment first
         shift = tinted[y, x] - 128
         assert np.array_equal(np.sign(shift), np.sign(np.array(colour) - 128))
     assert len({tuple(pixel) for pixel in tinted[mask]}) == 2
 
 
-def test_more_segments_than_colours_start_again_at_the_first() -> None:
+def test_more_segments_than_colours_repeat_the_colours() -> None:
     mask = np.zeros((8, 64), dtype=bool)
     mask[2:6, 1::4] = True
     assert mask[3].sum() > len(SEGMENT_COLOURS)
@@ -176,7 +177,7 @@ def test_overlay_keeps_the_texture_under_the_tint(image: np.ndarray, mask: np.nd
         assert np.corrcoef(tinted[:, channel], image[one_segment][:, channel])[0, 1] > 0.99
 
 
-def test_binary_shows_the_silhouette_and_nothing_of_the_image(image: np.ndarray, mask: np.ndarray) -> None:
+def test_binary_shows_the_mask_without_the_image(image: np.ndarray, mask: np.ndarray) -> None:
     silhouette = focus(image, mask, "binary", feather=FEATHER)
     assert np.array_equal(silhouette, focus(255 - image, mask, "binary", feather=FEATHER))
     assert (silhouette[mask] == 255).all()
@@ -204,7 +205,7 @@ def test_crop_holds_the_masks_whole_box_and_at_least_two_fifths_of_the_image_aro
 
 
 @pytest.mark.parametrize("mode", MARKS)
-def test_a_mark_changes_nothing_but_its_own_red_pixels_outside_of_the_mask(
+def test_a_mark_changes_only_red_pixels_outside_the_mask(
     image: np.ndarray, mask: np.ndarray, mode: str
 ) -> None:
     drawn = focus(image, mask, mode, feather=FEATHER)
@@ -223,21 +224,21 @@ def test_contour_is_a_thin_line_around_the_mask(mask: np.ndarray) -> None:
 
 @pytest.mark.parametrize("mode", ["contour", "circle", "box"])
 @pytest.mark.parametrize("turn", [np.fliplr, np.flipud, np.rot90])
-def test_a_mirrored_or_turned_image_has_its_mark_mirrored_or_turned(
+def test_a_mirrored_or_rotated_image_has_a_mirrored_or_rotated_mark(
     image: np.ndarray, mask: np.ndarray, mode: str, turn: Callable[[np.ndarray], np.ndarray]
 ) -> None:
     turned = focus(turn(image), turn(mask), mode, feather=FEATHER)
     assert np.array_equal(turned, turn(focus(image, mask, mode, feather=FEATHER)))
 
 
-def test_a_mirrored_image_has_its_arrow_mirrored_where_one_side_has_most_room() -> None:
+def test_a_mirrored_image_has_a_mirrored_arrow_if_one_side_has_most_space() -> None:
     region = box_of(30, 20, 21, 31)
     mark = mark_of(region, "arrow")
     assert np.array_equal(mark_of(np.fliplr(region), "arrow"), np.fliplr(mark))
     assert np.array_equal(mark_of(np.flipud(region), "arrow"), np.flipud(mark))
 
 
-def test_box_is_the_bounding_rectangle_with_a_line_of_even_width() -> None:
+def test_box_is_a_line_of_constant_width_around_the_bounding_box() -> None:
     mark = mark_of(box_of(40, 60, 20, 30) & ~box_of(40, 60, 10, 15), "box")
     assert np.flatnonzero(mark[50]).tolist() == [58, 59, 90, 91]
     assert np.flatnonzero(mark[:, 75]).tolist() == [38, 39, 60, 61]
@@ -258,7 +259,7 @@ def test_circle_hugs_an_ellipse_and_goes_through_the_corners_of_a_rectangle() ->
     ("place", "from_side"),
     [((50, 10, 20, 20), "right"), ((50, 130, 20, 20), "left"), ((5, 75, 10, 10), "below")],
 )
-def test_arrow_comes_from_the_side_with_most_room_and_touches_the_region(
+def test_arrow_lies_on_the_side_with_most_space_and_touches_the_region(
     place: tuple[int, int, int, int], from_side: str
 ) -> None:
     top, left, h, w = place
@@ -280,12 +281,14 @@ def test_arrow_to_a_single_pixel_is_whole_wherever_it_lies(top: int, left: int) 
     mark = mark_of(region, "arrow")
     width = 3 / 224 * 160
     head, shaft = 4 * width * 4 * width / 2, 8 * width * width
-    assert 0.9 < mark.sum() / (head + shaft) < 1.3  # pixels round it up or down, half an arrow is not there
+    assert (
+        0.9 < mark.sum() / (head + shaft) < 1.3
+    )  # rounding to pixels changes the area, but half an arrow would fail
     ys, xs = np.nonzero(mark)
-    assert max(abs(ys - top).min(), abs(xs - left).min()) <= 1  # its tip is beside the pixel
+    assert max(abs(ys - top).min(), abs(xs - left).min()) <= 1  # the tip touches the pixel
 
 
-def test_arrow_is_smaller_where_there_is_less_room() -> None:
+def test_arrow_is_smaller_if_there_is_less_space() -> None:
     counts = [mark_of(box_of(r, r, 120 - 2 * r, 160 - 2 * r), "arrow").sum() for r in (0, 3, 8, 15, 40)]
     assert counts[0] == 0
     assert counts == sorted(counts)
@@ -301,11 +304,11 @@ def test_a_mark_at_the_image_s_border_is_cut_off_there(mode: str, place: tuple[i
     within = np.pad(region, 40)
     whole = np.zeros((*within.shape, 3), dtype=np.uint8)
     whole = (focus(whole, within, mode, feather=0) == MARK_COLOUR).all(axis=2)[40:-40, 40:-40]
-    assert not (mark & ~whole).any()  # the same place, though the line of a larger image is broader
+    assert not (mark & ~whole).any()  # the same place; a larger image has a broader line
 
 
 @pytest.mark.parametrize("size", [8, 28, 224, 1000])
-def test_contour_is_drawn_in_tiny_and_large_images_alike(size: int) -> None:
+def test_contour_is_drawn_in_tiny_and_large_images(size: int) -> None:
     mask = np.zeros((size, size), dtype=bool)
     mask[size // 4 : size // 2, size // 4 : size // 2] = True
     drawn = focus(np.zeros((size, size, 3), dtype=np.uint8), mask, "contour", feather=0)
@@ -323,23 +326,21 @@ def test_a_single_row_of_pixels_can_be_focused() -> None:
         assert focused.size > 0
 
 
-def test_unknown_mode_lists_the_known_ones(image: np.ndarray, mask: np.ndarray) -> None:
+def test_an_unknown_mode_fails_with_the_known_modes(image: np.ndarray, mask: np.ndarray) -> None:
     message = (
-        "Unknown focus 'multipy'; known: none, multiply, inverse, overlay, binary, crop, blur, contour, "
-        "circle, box, arrow."
+        "focus 'multipy' is not known. Use one of none, multiply, inverse, overlay, binary, crop, blur, "
+        "contour, circle, box, arrow."
     )
     with pytest.raises(ValueError, match=message):
         focus(image, mask, "multipy", feather=0)
 
 
 def test_a_mask_of_another_image_or_kind_is_refused(image: np.ndarray, mask: np.ndarray) -> None:
-    with pytest.raises(
-        ValueError, match=r"mask is bool of \(160, 120\); this image's is bool of \(120, 160\)"
-    ):
+    with pytest.raises(ValueError, match=r"mask is bool \(160, 120\)\. Pass bool \(120, 160\)"):
         focus(image, mask.T, "multiply", feather=0)
-    with pytest.raises(ValueError, match=r"mask is uint8 of \(120, 160\)"):
+    with pytest.raises(ValueError, match=r"mask is uint8 \(120, 160\)"):
         focus(image, mask.astype(np.uint8), "multiply", feather=0)
-    with pytest.raises(ValueError, match=r"image is float64 of \(120, 160, 3\); focus takes"):
+    with pytest.raises(ValueError, match=r"image is float64 \(120, 160, 3\)\. Pass"):
         focus(image / 255, mask, "multiply", feather=0)
-    with pytest.raises(ValueError, match=r"feather is 3; use a share of the longest side in \[0, 0.5\]"):
+    with pytest.raises(ValueError, match=r"feather is 3\. Use a share of the longest side in \[0, 0.5\]"):
         focus(image, mask, "multiply", feather=3)

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from medfocus.images import decode
+from medfocus.images import contact_sheet, decode, geometry
+from medfocus.images.errors import ImageError
 
 RED = (255, 0, 0)
 
@@ -86,28 +87,28 @@ def test_empty_file_is_named_with_its_fix() -> None:
         ValueError, match=r"^a/b\.png: the file is empty \(0 bytes\)\. Copy it again"
     ) as caught:
         decode.decode(b"", "a/b.png")
-    assert isinstance(caught.value, decode.ImageError)
+    assert isinstance(caught.value, ImageError)
     assert caught.value.name == "a/b.png"
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
-def test_image_that_is_cut_short_is_named_with_its_fix(form: str) -> None:
+def test_truncated_image_is_named_with_its_fix(form: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), form)
     with pytest.raises(ValueError, match=r"^x\.img: .+\. Export it again as PNG, or remove it\.$"):
         decode.decode(data[: len(data) // 2], "x.img")
 
 
-def test_text_is_no_image() -> None:
+def test_text_is_not_an_image() -> None:
     known = "PNG, JPEG, TIFF, BMP, WEBP, DICOM, NIFTI"
-    fault = rf"^x: is no image in a format that is read \({known}\)\. Export it again"
+    fault = rf"^x: is not in a supported image format \({known}\)\. Export it again"
     with pytest.raises(ValueError, match=fault):
         decode.decode(b"no image at all", "x")
 
 
 @pytest.mark.parametrize("form", ["GIF", "EPS", "PPM", "ICNS", "PCX"])
-def test_decoders_of_other_formats_see_no_byte(form: str) -> None:
-    with pytest.raises(ValueError, match=r"^x: is no image in a format that is read"):
+def test_other_decoders_of_pillow_are_not_used(form: str) -> None:
+    with pytest.raises(ValueError, match=r"^x: is not in a supported image format"):
         decode.decode(encoded(Image.new("RGB", (32, 32)), form), "x")
 
 
@@ -129,14 +130,14 @@ def test_an_image_above_64_megapixels_is_refused_by_its_header(side: int, warned
     data = promising(side, side)
     with warnings.catch_warnings():
         warnings.simplefilter("error" if warned else "ignore")
-        with pytest.raises(decode.ImageError) as caught:
+        with pytest.raises(ImageError) as caught:
             decode.decode(data, "x.png")
     text = str(caught.value)
-    assert text.startswith("x.png: has ") and "64 megapixels are the most that is decoded" in text
+    assert text.startswith("x.png: has ") and "the limit is 64 megapixels" in text
     assert text.endswith("Scale it down or cut it into tiles, or remove it.")
 
 
-def test_an_image_of_64_megapixels_passes_without_a_word_of_pillow() -> None:
+def test_an_image_of_64_megapixels_passes_without_a_warning() -> None:
     assert decode.read_header(promising(8000, 8000), "x").size == (8000, 8000)
     assert Image.MAX_IMAGE_PIXELS is not None and decode.MOST_PIXELS <= Image.MAX_IMAGE_PIXELS
     with pytest.raises(ValueError, match=r"^x: cannot be decoded \("):  # the header was all there is
@@ -154,7 +155,7 @@ print(next(line.split()[1] for line in Path("/proc/self/status").open() if line.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_the_largest_image_takes_less_than_800_mib(tmp_path: Path) -> None:
+def test_decoding_the_largest_image_takes_less_than_800_mib(tmp_path: Path) -> None:
     Image.new("RGB", (8000, 8000), RED).save(tmp_path / "x.png", compress_level=1)
     command = [sys.executable, "-c", _PEAK, str(tmp_path / "x.png")]
     told = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -170,21 +171,17 @@ def test_a_text_that_unpacks_to_more_than_its_image_is_refused() -> None:
         decode.decode(data, "x")
 
 
-def test_of_a_file_no_more_is_read_than_an_image_may_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_read_up_to_the_limit_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode.MOST_BYTES == 256_000_000
     monkeypatch.setattr(decode, "MOST_BYTES", 3_000_000)
     (tmp_path / "x.png").write_bytes(bytes(3_000_001))
-    fault = (
-        r"x\.png: the file is larger than 3 MB, the most that is read\. Export it smaller, .* remove it\.$"
-    )
-    with pytest.raises(decode.ImageError, match=fault):
+    fault = r"x\.png: the file is larger than 3 MB, the limit\. Export it smaller, .* remove it\.$"
+    with pytest.raises(ImageError, match=fault):
         decode.read(tmp_path / "x.png")
-    with pytest.raises(decode.ImageError, match=r"^upload: the file is larger than 3 MB"):
+    with pytest.raises(ImageError, match=r"^upload: the file is larger than 3 MB"):
         decode.decode(bytes(3_000_001), "upload")
     os.mkfifo(tmp_path / "pipe.png")  # to read it would wait for ever
-    with pytest.raises(decode.ImageError, match=r"pipe\.png: is no ordinary file\. Put the image itself"):
+    with pytest.raises(ImageError, match=r"pipe\.png: is not a regular file\. Replace it"):
         decode.read(tmp_path / "pipe.png")
 
 
@@ -202,9 +199,9 @@ def test_read_names_the_file(tmp_path: Path) -> None:
         decode.read(tmp_path / "x.png")
 
 
-def test_grey_weighs_colours_as_the_eye_does() -> None:
+def test_grey_uses_the_luma_weights() -> None:
     colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
-    luma = decode.grey(colours)
+    luma = geometry.grey(colours)
     assert luma.dtype == np.float32
     assert luma.max() <= 1
     np.testing.assert_allclose(luma[0], [0.299, 0.587, 0.114, 1], atol=1e-6)
@@ -212,15 +209,15 @@ def test_grey_weighs_colours_as_the_eye_does() -> None:
 
 def test_letterbox_leaves_a_square_of_its_size_unchanged() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(decode.letterbox(image, 16, RED), image)
+    np.testing.assert_array_equal(geometry.letterbox(image, 16, RED), image)
 
 
 @settings(max_examples=40, deadline=None)
 @given(height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 48))
-def test_image_and_mask_are_placed_alike(height: int, width: int, size: int) -> None:
+def test_image_and_mask_have_the_same_placement(height: int, width: int, size: int) -> None:
     white = np.full((height, width, 3), 255, dtype=np.uint8)
-    box = decode.letterbox(white, size, (7, 8, 9))
-    mask = decode.letterbox_mask(np.ones((height, width), dtype=bool), size)
+    box = geometry.letterbox(white, size, (7, 8, 9))
+    mask = geometry.letterbox_mask(np.ones((height, width), dtype=bool), size)
     assert box.shape == (size, size, 3)
     assert mask.shape == (size, size)
     assert mask.dtype == np.float32
@@ -234,8 +231,8 @@ def test_image_and_mask_are_placed_alike(height: int, width: int, size: int) -> 
 
 def test_montage_holds_every_tile_and_its_caption() -> None:
     tiles = [np.full((10, 20, 3), value, dtype=np.uint8) for value in (50, 100, 150)]
-    plain = decode.montage(tiles, 2)
-    sheet = decode.montage(tiles, 2, ["one", "a caption much too long", "three"])
+    plain = contact_sheet.montage(tiles, 2)
+    sheet = contact_sheet.montage(tiles, 2, ["one", "a caption much too long", "three"])
     for value in (50, 100, 150):
         assert (plain == value).all(2).sum() == 200
         assert (sheet == value).all(2).sum() >= 200
@@ -245,10 +242,10 @@ def test_montage_holds_every_tile_and_its_caption() -> None:
 
 def test_montage_refuses_a_wrong_number_of_captions() -> None:
     tile = np.zeros((4, 4, 3), dtype=np.uint8)
-    with pytest.raises(ValueError, match="2 captions for 1 tiles; give one a tile or None"):
-        decode.montage([tile], 1, ["a", "b"])
+    with pytest.raises(ValueError, match="2 captions for 1 tiles; give one per tile or None"):
+        contact_sheet.montage([tile], 1, ["a", "b"])
     with pytest.raises(ValueError, match="0 tiles in 3 columns"):
-        decode.montage([], 3)
+        contact_sheet.montage([], 3)
 
 
 def test_real_images_decode(shared_data: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medfocus.datasets.ingest import Ingested, IngestError, ingest, write_left_out
+from medfocus.datasets.faults import write_faults
+from medfocus.datasets.ingest import Ingested, IngestError, ingest
 from medfocus.images.decode import open_image
 
 
@@ -111,13 +112,17 @@ def test_every_unusable_file_is_left_out_in_one_report(tmp_path: Path) -> None:
     assert "cannot be decoded" in faults["train/cat/cut.png"]
     assert faults["train/cat/empty.png"] == "the file is empty (0 bytes). Copy it again or remove it."
     assert faults["train/cat/nan.tif"].startswith("holds values that are not finite. Replace them")
-    assert faults["train/cat/text.jpg"].startswith("is no image in a format that is read (PNG, JPEG, TIFF")
-    assert faults["train/cat/notes.txt"].startswith("is by its name no image of a known format (png, jpg")
+    assert faults["train/cat/text.jpg"].startswith("is not in a supported image format (PNG, JPEG, TIFF")
+    assert faults["train/cat/notes.txt"].startswith(
+        "does not have the suffix of a supported image format (png, jpg"
+    )
     assert (
         faults["train/cat/lost.png"] == "cannot be read (No such file or directory). Copy or link it again."
     )
-    assert faults["train/loose.png"] == "lies in no class folder. Move it into the folder of its class."
-    assert faults["extra"].startswith("holds 1 images beside the split folders, but is none itself. Move")
+    assert (
+        faults["train/loose.png"] == "lies outside the class folders. Move it into the folder of its class."
+    )
+    assert faults["extra"].startswith("holds 1 images, but is not a split folder like the others. To use")
 
 
 def test_bombs_and_pipes_are_left_out_and_not_opened(tmp_path: Path) -> None:
@@ -127,18 +132,18 @@ def test_bombs_and_pipes_are_left_out_and_not_opened(tmp_path: Path) -> None:
     result = ingest(tmp_path)
     assert len(result.records) == 8
     faults = {fault.path: fault.fault for fault in result.left_out}
-    assert faults["train/cat/pipe.png"] == "is no ordinary file"
-    assert faults["train/cat/bomb.png"].startswith("has 9000 x 9000 pixels; 64 megapixels are the most")
+    assert faults["train/cat/pipe.png"] == "is not a regular file"
+    assert faults["train/cat/bomb.png"].startswith("has 9000 x 9000 pixels; the limit is 64 megapixels")
 
 
 def test_left_out_files_are_written_as_csv(tmp_path: Path) -> None:
     data = two_classes(tmp_path / "data")
     (data / "train" / "cat" / "empty.png").touch()
-    write_left_out(ingest(data).left_out, tmp_path / "left_out.csv")
+    write_faults(ingest(data).left_out, tmp_path / "left_out.csv")
     with (tmp_path / "left_out.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     fault, fix = "the file is empty (0 bytes)", "Copy it again or remove it."
-    assert rows == [{"path": "train/cat/empty.png", "fault": fault, "fix": fix}]
+    assert rows == [{"path": "train/cat/empty.png", "kind": "empty file", "fault": fault, "fix": fix}]
 
 
 def test_same_bytes_under_two_labels_are_both_left_out(tmp_path: Path) -> None:
@@ -148,8 +153,8 @@ def test_same_bytes_under_two_labels_are_both_left_out(tmp_path: Path) -> None:
     result = ingest(tmp_path)
     assert len(result.records) == 8
     assert {fault.path: fault.fault for fault in result.left_out} == {
-        "train/cat/twin.png": "holds the same bytes as test/dog/twin.png, which has another label, 'dog'",
-        "test/dog/twin.png": "holds the same bytes as train/cat/twin.png, which has another label, 'cat'",
+        "train/cat/twin.png": "holds the same bytes as test/dog/twin.png, but that has the label 'dog'",
+        "test/dog/twin.png": "holds the same bytes as train/cat/twin.png, but that has the label 'cat'",
     }
 
 
@@ -182,7 +187,7 @@ def test_all_fatal_faults_come_in_one_error_with_path_fault_and_fix(tmp_path: Pa
     )
     assert "  fox: the class has no usable image. Add images, or remove the class." in text
     assert "  owl: the class has no usable image." in text
-    assert "  elk: the class has test images but none to train on." in text
+    assert "  elk: the class has test images but no training images." in text
     assert "left out:\n  train/owl/broken.png: the file is empty (0 bytes)." in text
     assert {fault.path for fault in caught.value.fatal} >= {"Viral Pneumonia", "fox", "owl", "elk"}
 
@@ -193,15 +198,15 @@ def test_one_class_or_none_is_fatal(tmp_path: Path) -> None:
     ):
         ingest(tmp_path)
     image(tmp_path / "cat" / "x.png")
-    with pytest.raises(IngestError, match=r"one class only, 'cat'\. Add another\."):
+    with pytest.raises(IngestError, match=r"only one class, 'cat'\. Add another\."):
         ingest(tmp_path)
 
 
-def test_all_beside_train_is_fatal(tmp_path: Path) -> None:
+def test_all_next_to_train_is_fatal(tmp_path: Path) -> None:
     two_classes(tmp_path)
     image(tmp_path / "all" / "cat" / "x.png")
     with pytest.raises(
-        IngestError, match=r"all: stands beside split folders \(all, test, train\)\. Keep either"
+        IngestError, match=r"all: lies next to split folders \(all, test, train\)\. Keep either"
     ):
         ingest(tmp_path)
 
@@ -209,7 +214,7 @@ def test_all_beside_train_is_fatal(tmp_path: Path) -> None:
 def test_missing_root_and_manifest_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         ingest(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"list\.csv: no such manifest; give a CSV"):
+    with pytest.raises(FileNotFoundError, match=r"list\.csv: no such manifest; give the path of a CSV"):
         ingest(tmp_path, manifest="list.csv")
 
 
@@ -220,12 +225,12 @@ def test_class_that_is_absent_from_test_is_reported(tmp_path: Path) -> None:
     assert (fault.path, fault.fault) == ("elk", "the class has no test image")
 
 
-def test_stack_of_images_is_reported(tmp_path: Path) -> None:
+def test_tiff_with_several_frames_is_reported(tmp_path: Path) -> None:
     two_classes(tmp_path)
     first, second = (Image.new("L", (4, 4), value) for value in (10, 20))
     first.save(tmp_path / "train" / "cat" / "stack.tif", save_all=True, append_images=[second])
     (fault,) = ingest(tmp_path).reported
-    assert fault.fault == "holds 2 images, of which the first is used"
+    assert fault.fault == "holds 2 images; only the first is used"
 
 
 def manifest(root: Path, *lines: str) -> Path:
@@ -271,7 +276,7 @@ def test_every_bad_row_is_left_out_with_its_line(tmp_path: Path) -> None:
         "line 5: ../../outside.png": f"leads out of {data}",
         "line 6: ": inside,
         "line 7: c.png": "the label is empty",
-        "line 8: d.png": "the split 'holdout' is none of train, val, test",
+        "line 8: d.png": "the split 'holdout' is not train, val or test",
     }
 
 
@@ -328,7 +333,7 @@ def test_manifest_with_a_split_in_some_rows_only_is_fatal(tmp_path: Path) -> Non
     manifest(tmp_path, "path,label,split", "a.png,cat,train", "b.png,dog,")
     for name in ("a", "b"):
         image(tmp_path / "lists" / f"{name}.png")
-    with pytest.raises(IngestError, match=r"gives 1 of 2 images no split \(the first is 'lists/b\.png'\)"):
+    with pytest.raises(IngestError, match=r"has no split for 1 of 2 images \(the first is 'lists/b\.png'\)"):
         ingest(tmp_path, manifest="lists/all.csv")
 
 
@@ -351,18 +356,18 @@ def test_patient_pattern_finds_patients(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "fault"),
     [
-        ("person(", "is no regular expression"),
+        ("person(", "is not a regular expression"),
         (r"person\d+", "has 0 groups instead of one"),
         (r"(person)(\d+)", "has 2 groups instead of one"),
         (r"subject(\d+)", r"matches no image \(the first is 'test/cat/0.png'\)"),
     ],
 )
-def test_unfit_patient_pattern_is_fatal(tmp_path: Path, pattern: str, fault: str) -> None:
+def test_invalid_patient_pattern_is_fatal(tmp_path: Path, pattern: str, fault: str) -> None:
     with pytest.raises(IngestError, match=rf"patient_pattern: .*{fault}"):
         ingest(two_classes(tmp_path), patient_pattern=pattern)
 
 
-def test_covid19_is_read_whole_and_its_six_seen_test_files_are_reported(shared_data: Path) -> None:
+def test_covid19_is_read_completely_and_its_six_leaked_test_files_are_reported(shared_data: Path) -> None:
     result = ingest(shared_data / "covid19")
     assert len(result.records) == 317
     assert not result.left_out
@@ -370,25 +375,25 @@ def test_covid19_is_read_whole_and_its_six_seen_test_files_are_reported(shared_d
     assert all(fault.path.startswith("test/Covid/") for fault in result.reported)
 
 
-def test_busi_has_one_pair_of_two_labels_and_no_mask_among_its_images(shared_data: Path) -> None:
+def test_busi_has_one_pair_with_two_labels_and_no_mask_among_its_images(shared_data: Path) -> None:
     result = ingest(shared_data / "busi")
     assert len(result.records) == 778
     left_out = [fault.path for fault in result.left_out]
     assert left_out == ["all/benign/benign (433).jpg", "all/malignant/malignant (145).jpg"]
 
 
-def test_pneumonia_films_name_their_patients(shared_data: Path) -> None:
+def test_pneumonia_file_names_contain_patients(shared_data: Path) -> None:
     result = ingest(shared_data / "pneumonia_cxr", patient_pattern=r"(person\d+_(?:bacteria|virus))")
     assert len(result.records) == 1074
     assert sum(bool(record.patient) for record in result.records) == 690
 
 
-def test_data_set_without_images_is_told_so(shared_data: Path) -> None:
+def test_data_set_without_images_is_refused(shared_data: Path) -> None:
     with pytest.raises(IngestError, match="no class folder was found"):
         ingest(shared_data / "pneumoniamnist")
 
 
-def test_an_image_is_decoded_once_and_its_changed_bytes_again(
+def test_an_image_is_decoded_once_until_its_bytes_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second time everything is as it was the first time, the faults and notes included."""

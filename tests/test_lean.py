@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from medfocus import phantoms
-from medfocus.masks.candidates import Limits
-from medfocus.masks.sam2 import fast_segmenter as fast_module
-from medfocus.masks.sam2 import segmenter
-from medfocus.masks.sam2.fast_segmenter import LEAST_SIZE, FastSegmenter, build_segmenter, fits
+from medfocus.masks.factory import build_sam2
+from medfocus.masks.sam2.fast_segmenter import LEAST_SIZE, FastSegmenter, fits
 from medfocus.masks.sam2.model import load_predictor
-from medfocus.masks.sam2.segmenter import Sam2Segmenter, grid_prompts
+from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, box_prompt, grid_prompts, load_sam2
+from medfocus.masks.settings import Sam2Settings
 
 SIZE = 256  # pixels: fast segmenters are for larger ones, but do the same at every size
 
@@ -35,8 +34,10 @@ def pair(request: pytest.FixtureRequest) -> tuple[Sam2Segmenter, FastSegmenter]:
     predictor, key = load_predictor(request.param, weights, SIZE)
     if weights != "pocket":
         speak_up(predictor.model)
-    limits = Limits(0.01, 0.7, 0.1, 0.1)
-    plain = Sam2Segmenter(predictor, key, strategy="grid", points_per_side=3, keep=1, limits=limits)
+    settings = Sam2Settings(
+        request.param, weights, SIZE, "grid", points_per_side=3, min_iou=0.1, min_stability=0.1
+    )
+    plain = Sam2Segmenter(predictor, key, settings)
     return plain, FastSegmenter(plain)
 
 
@@ -51,9 +52,9 @@ def images() -> list[np.ndarray]:
     return [drawn(modality, label) for modality, labels in phantoms.MODALITIES.items() for label in labels]
 
 
-@pytest.mark.parametrize("prompts", [grid_prompts(3), segmenter.box_prompt(0.5)], ids=["points", "box"])
+@pytest.mark.parametrize("prompts", [grid_prompts(3), box_prompt(0.5)], ids=["points", "box"])
 def test_the_fast_decoder_draws_the_same_masks(
-    pair: tuple[Sam2Segmenter, FastSegmenter], prompts: segmenter.Prompts
+    pair: tuple[Sam2Segmenter, FastSegmenter], prompts: Prompts
 ) -> None:
     plain, fast = pair
     features = plain.encode(images()[:2])
@@ -86,12 +87,16 @@ def test_a_prompt_is_answered_alike_beside_any_others(pair: tuple[Sam2Segmenter,
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-@pytest.mark.parametrize(
-    "limits", [Limits(0.01, 0.7, 0.1, 0.1), Limits(0.01, 0.7, 0.7, 0.85), Limits(0.01, 0.7, 2.0, 0.1)]
-)
-def test_not_drawing_what_cannot_win_changes_no_choice(keep: int, limits: Limits) -> None:
-    predictor, key = load_predictor("pocket", "pocket", 128)
-    plain = Sam2Segmenter(predictor, key, strategy="grid", points_per_side=6, keep=keep, limits=limits)
+@pytest.mark.parametrize(("min_iou", "min_stability"), [(0.1, 0.1), (0.7, 0.85), (2.0, 0.1)])
+def test_not_drawing_what_cannot_win_changes_no_choice(
+    keep: int, min_iou: float, min_stability: float
+) -> None:
+    plain = load_sam2(
+        Sam2Settings(
+            "pocket", "pocket", 128, "grid",
+            points_per_side=6, keep=keep, min_iou=min_iou, min_stability=min_stability,
+        )
+    )  # fmt: skip
     fast = FastSegmenter(plain)
     for one, other in zip(fast.segment(images()), plain.segment(images()), strict=True):
         assert one.status == other.status
@@ -100,10 +105,7 @@ def test_not_drawing_what_cannot_win_changes_no_choice(keep: int, limits: Limits
 
 
 def test_few_points_are_drawn_once_a_good_region_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor, key = load_predictor("pocket", "pocket", 128)
-    plain = Sam2Segmenter(
-        predictor, key, strategy="grid", points_per_side=8, keep=1, limits=Limits(0.01, 0.7, 0.7, 0.85)
-    )
+    plain = load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=8))
     fast, count = FastSegmenter(plain), 0
     monkeypatch.setattr(
         "medfocus.masks.sam2.fast_decoder._CHUNK_BYTES", 1
@@ -122,11 +124,10 @@ def test_few_points_are_drawn_once_a_good_region_was_found(monkeypatch: pytest.M
 
 
 def test_answers_that_are_no_numbers_never_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor, key = load_predictor("pocket", "pocket", 128)
-    limits = Limits(0.01, 0.7, 0.1, 0.1)
-    fast = FastSegmenter(
-        Sam2Segmenter(predictor, key, strategy="grid", points_per_side=2, keep=1, limits=limits)
+    settings = Sam2Settings(
+        "pocket", "pocket", 128, "grid", points_per_side=2, min_iou=0.1, min_stability=0.1
     )
+    fast = FastSegmenter(load_sam2(settings))
     draw = fast.decoder.logits
     monkeypatch.setattr(fast.decoder, "logits", lambda *given: draw(*given) * float("nan"))
     (mask,) = fast.segment([drawn("breast_ultrasound", "benign")])
@@ -135,16 +136,16 @@ def test_answers_that_are_no_numbers_never_win(monkeypatch: pytest.MonkeyPatch) 
 
 def test_small_images_and_sam2s_own_generator_keep_the_plain_segmenter_and_its_key() -> None:
     for size, strategy in ((128, "grid"), (256, "box"), (LEAST_SIZE, "automatic")):
-        plain = segmenter.build_segmenter("pocket", "random:0", size, strategy)
-        built = build_segmenter("pocket", "random:0", size, strategy)
+        plain = load_sam2(Sam2Settings("pocket", "random:0", size, strategy))
+        built = build_sam2(Sam2Settings("pocket", "random:0", size, strategy))
         assert type(built) is Sam2Segmenter
         assert (built.key, built.features_key) == (plain.key, plain.features_key)
 
 
-def test_the_key_differs_where_rounding_may_and_with_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    def built(**changed: Any) -> Sam2Segmenter:
+def test_the_key_differs_where_rounding_may_and_with_every_setting() -> None:
+    def built(batch_size: int = 4, **changed: Any) -> Sam2Segmenter:
         settings = {"image_size": LEAST_SIZE, "strategy": "grid", **changed}
-        return build_segmenter("pocket", "random:0", **settings)
+        return build_sam2(Sam2Settings("pocket", "random:0", **settings), batch_size=batch_size)
 
     changes: list[dict[str, Any]] = [
         {}, {"image_size": 1024}, {"strategy": "box"}, {"strategy": "box", "box_side": 0.5},
@@ -152,23 +153,21 @@ def test_the_key_differs_where_rounding_may_and_with_every_setting(monkeypatch: 
     ]  # fmt: skip
     segmenters = [built(**change) for change in changes]
     assert all(isinstance(one, FastSegmenter) for one in segmenters)
-    plain = segmenter.build_segmenter("pocket", "random:0", LEAST_SIZE, "grid")
+    plain = load_sam2(Sam2Settings("pocket", "random:0", LEAST_SIZE, "grid"))
     assert len({plain.key, *(one.key for one in segmenters)}) == len(changes) + 1
     assert segmenters[0].features_key == segmenters[4].features_key != plain.features_key
     assert built(batch_size=1).key == segmenters[0].key
-    monkeypatch.setattr(fast_module, "_code", lambda: "other code")
-    assert built().key != segmenters[0].key
 
 
 def test_a_box_in_the_middle_stays_the_box_that_was_asked_for() -> None:
-    plain = segmenter.build_segmenter("pocket", "pocket", 128, "box", box_side=0.4)
+    plain = load_sam2(Sam2Settings("pocket", "pocket", 128, "box", box_side=0.4))
     image = drawn("brain_mri", "glioma")
     one, other = (each.segment([image])[0] for each in (FastSegmenter(plain), plain))
     assert (one.status, one.score) == (other.status, pytest.approx(other.score, abs=1e-5))
 
 
 def test_a_model_of_another_kind_is_refused_with_what_to_take_instead() -> None:
-    plain = segmenter.build_segmenter("pocket", "random:0", 128, "grid")
+    plain = load_sam2(Sam2Settings("pocket", "random:0", 128, "grid"))
     plain.model.image_encoder.neck.fpn_top_down_levels = [0, 1, 2, 3]  # pyright: ignore
     assert not fits(plain)
     with pytest.raises(ValueError, match=r"no fast segmenter for .* Take the plain one"):

@@ -91,24 +91,24 @@ def pneumonia(root: Path) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.parametrize("archive", [covid19, brain_tumor, lungs, breast])
-def test_an_archive_is_read_whole_as_it_unpacks(tmp_path: Path, archive: Archive) -> None:
+def test_an_unpacked_archive_is_read_completely(tmp_path: Path, archive: Archive) -> None:
     expected = archive(tmp_path)
     found = ingest(tmp_path)
     assert counts(found.records) == expected
     assert found.left_out == found.reported == []
 
 
-def test_the_doubled_folder_of_the_pneumonia_films_is_read_once_and_told(tmp_path: Path) -> None:
+def test_the_doubled_folder_of_the_pneumonia_archive_is_read_once_and_reported(tmp_path: Path) -> None:
     expected = pneumonia(tmp_path)
     found = ingest(tmp_path)
     assert counts(found.records) == expected
     (copy,) = found.left_out
     assert copy.path == "chest_xray/chest_xray"
-    assert copy.fault == "repeats 6 images of the split folders beside it, by their paths"
+    assert copy.fault == "holds 6 images with the same paths as in the split folders"
     assert all(record.path.startswith("chest_xray/t") or "/val/" in record.path for record in found.records)
 
 
-def test_a_wrapper_in_a_wrapper_is_looked_through_and_what_is_a_data_set_is_not(tmp_path: Path) -> None:
+def test_nested_wrappers_are_skipped_and_data_sets_are_not(tmp_path: Path) -> None:
     for label in ("cat", "dog"):
         draw(tmp_path / "a" / "b" / label / "x.png")
     (tmp_path / "a" / "README.md").write_text("no image")
@@ -121,7 +121,7 @@ def test_a_wrapper_in_a_wrapper_is_looked_through_and_what_is_a_data_set_is_not(
     assert unwrapped(tmp_path / "set") == tmp_path / "set"
 
 
-def test_masks_beside_an_image_are_united_to_its_known_region(tmp_path: Path) -> None:
+def test_masks_next_to_an_image_are_united_to_its_known_region(tmp_path: Path) -> None:
     breast(tmp_path)
     folder = tmp_path / "Dataset_BUSI_with_GT" / "benign"
     left, right = np.zeros((2, 8, 12), np.uint8)
@@ -133,7 +133,7 @@ def test_masks_beside_an_image_are_united_to_its_known_region(tmp_path: Path) ->
     assert known_region(tmp_path, "Dataset_BUSI_with_GT/benign/benign (1).png", 8, 12) is None, "it is blank"
 
 
-def test_the_masks_folder_is_found_in_a_wrapper_too(tmp_path: Path) -> None:
+def test_the_masks_folder_is_found_inside_a_wrapper(tmp_path: Path) -> None:
     for label in ("cat", "dog"):
         draw(tmp_path / "set" / label / "x.png")
     draw(tmp_path / "set" / "masks" / "cat" / "x.png", 255)
@@ -162,7 +162,7 @@ def left_out(root: Path, manifest: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("before", ["", "sep=;\r\n"])
-def test_semicolons_as_a_german_spreadsheet_saves_them(four: Path, before: str) -> None:
+def test_tables_with_semicolons_are_read(four: Path, before: str) -> None:
     lines = ["Label; Path ;Note", 'cat;a.png;"1,5"', "dog;b.png;2,5", ";;", "hen;;3"]
     (four / "list.csv").write_bytes((before + "\r\n".join(lines)).encode("utf-8-sig"))
     assert rows(four, "list.csv") == [("a.png", "cat", "", ""), ("b.png", "dog", "", "")]
@@ -171,13 +171,13 @@ def test_semicolons_as_a_german_spreadsheet_saves_them(four: Path, before: str) 
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_tabs_as_unicode_text(four: Path, encoding: str) -> None:
+def test_tables_with_tabs_are_read(four: Path, encoding: str) -> None:
     text = "path\tlabel\tpatient\na.png\tRöntgen, alt\tp1\nb.png\tneu\tp2\n"
     (four / "list.txt").write_bytes(text.encode(encoding))
     assert rows(four, "list.txt") == [("a.png", "Röntgen, alt", "", "p1"), ("b.png", "neu", "", "p2")]
 
 
-def test_commas_in_a_heading_of_semicolons_do_not_mislead(four: Path) -> None:
+def test_commas_inside_a_heading_with_semicolons_are_no_separators(four: Path) -> None:
     (four / "list.csv").write_text("Name, Vorname;path;label\nA, B;a.png;cat\nC, D;b.png;dog\n")
     assert rows(four, "list.csv") == [("a.png", "cat", "", ""), ("b.png", "dog", "", "")]
 
@@ -187,10 +187,10 @@ def test_a_row_with_more_cells_than_the_heading_is_left_out(four: Path) -> None:
     assert [row[0] for row in rows(four, "list.csv")] == ["b.png", "c.png"]
     (told,) = left_out(four, "list.csv").items()
     assert told[0] == "list.csv, line 2: a.png"
-    assert told[1] == "has 3 cells, and the heading 2. Put cells that hold the separator into quotes."
+    assert told[1] == "has 3 cells, but the heading has 2. Quote cells that contain the separator."
 
 
-def test_parquet_with_numbers_categories_and_nulls(four: Path) -> None:
+def test_parquet_tables_with_numbers_categories_and_nulls_are_read(four: Path) -> None:
     frame = pd.DataFrame(
         {
             "Path": ["a.png", "b.png", "c.png", None],
@@ -209,25 +209,25 @@ def test_parquet_with_numbers_categories_and_nulls(four: Path) -> None:
     }
 
 
-def test_a_parquet_file_of_images_is_told_to_hold_none_that_are_read(four: Path) -> None:
+def test_a_parquet_file_with_embedded_images_is_refused(four: Path) -> None:
     images = [{"bytes": b"x", "path": "a.png"}]
     pq.write_table(pa.table({"path": pa.array(images), "label": ["cat"]}), four / "list.parquet")
-    with pytest.raises(IngestError, match=r"a column 'path' of type struct<.*Write images as files"):
+    with pytest.raises(IngestError, match=r"a column 'path' of type struct<.*Write the images to files"):
         ingest(four, manifest="list.parquet")
     whole = (four / "list.parquet").read_bytes()
     (four / "list.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(IngestError, match=r"list\.parquet: is no sound Parquet file .*Write it again"):
+    with pytest.raises(IngestError, match=r"list\.parquet: is not a valid Parquet file .*Write it again"):
         ingest(four, manifest="list.parquet")
 
 
 @pytest.mark.parametrize("start", [b"PK\x03\x04", b"\xd0\xcf\x11\xe0"])
-def test_a_spreadsheet_is_refused_with_the_way_out(four: Path, start: bytes) -> None:
+def test_a_spreadsheet_is_refused_with_its_fix(four: Path, start: bytes) -> None:
     (four / "list.xlsx").write_bytes(start + bytes(100))
     with pytest.raises(IngestError, match=r"list\.xlsx: is a spreadsheet .* save it as CSV UTF-8"):
         ingest(four, manifest="list.xlsx")
 
 
-def test_columns_of_other_names_are_read_where_they_are_given(four: Path) -> None:
+def test_columns_with_other_names_are_read_through_a_mapping(four: Path) -> None:
     text = "PID;File;Diagnosis;label\n7;a.png;cat;x\n8;b.png;dog;x\n"
     (four / "list.csv").write_text(text)
     found = rows(four, "list.csv", path="file", label="Diagnosis", patient=" pid")
@@ -237,12 +237,16 @@ def test_columns_of_other_names_are_read_where_they_are_given(four: Path) -> Non
 @pytest.mark.parametrize(
     ("heading", "columns", "told"),
     [
-        ("File;label", {}, r"has no column path \(its columns: File, label\)\. Rename them to path, label"),
-        ("File;label", {"path": "Datei"}, r"no column 'Datei', which columns\.path names \(its columns: F"),
+        (
+            "File;label",
+            {},
+            r"has no column path \(its columns: File, label\)\. Rename the columns to path, label",
+        ),
+        ("File;label", {"path": "Datei"}, r"no column 'Datei', set as columns\.path \(its columns: F"),
         ("path;Label;label", {}, r"has 2 columns for label \(its columns: path, Label, label\)\. Rename all"),
     ],
 )
-def test_columns_that_are_not_there_or_there_twice_are_told(
+def test_missing_and_repeated_columns_are_named(
     four: Path, heading: str, columns: dict[str, str], told: str
 ) -> None:
     (four / "list.csv").write_text(f"{heading}\na.png;cat;cat\n")
@@ -250,33 +254,33 @@ def test_columns_that_are_not_there_or_there_twice_are_told(
         ingest(four, manifest="list.csv", columns=columns)
 
 
-def test_a_listed_mask_is_no_image_of_its_class(four: Path) -> None:
+def test_a_listed_mask_is_left_out(four: Path) -> None:
     draw(four / "a_mask.png", 255)
     (four / "list.csv").write_text("path,label\na.png,cat\na_mask.png,cat\nb.png,dog\nc.png,cat\n")
     assert [row[0] for row in rows(four, "list.csv")] == ["a.png", "b.png", "c.png"]
     assert left_out(four, "list.csv")["a_mask.png"].startswith(
-        "is listed in list.csv, but is by its name the known region of a.png. Remove the row, or rename"
+        "is listed in list.csv, but its name marks it as the known region of a.png. Remove the row, or rename"
     )
 
 
-def test_what_is_no_table_is_told_and_raises_nothing_else(four: Path) -> None:
+def test_a_file_that_is_not_a_table_is_refused(four: Path) -> None:
     (four / "list.csv").write_text('path,label\na.png,"' + "x" * 200_000)
-    with pytest.raises(IngestError, match=r"holds no separated values \(field larger than field limit"):
+    with pytest.raises(IngestError, match=r"does not hold separated values \(field larger than field limit"):
         ingest(four, manifest="list.csv")
     (four / "list.csv").write_text("")
     with pytest.raises(IngestError, match="has no column label and no column path"):
         ingest(four, manifest="list.csv")
 
 
-def test_a_table_that_is_too_large_is_not_read(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_above_the_limit_is_refused(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = 10_000
     pd.DataFrame({"path": ["a.png"] * rows, "label": ["cat"] * rows, "n": range(rows)}).to_parquet(
         four / "l.pq"
     )
     (four / "list.csv").write_text("path,label\na.png,cat\n" * 10_000)
-    monkeypatch.setattr("medfocus.storage.tables.MAX_BYTES", 80_000)
-    with pytest.raises(IngestError, match=r"list\.csv: has 0\.0 GB; .* are the most. Divide it"):
+    monkeypatch.setattr("medfocus.storage.tables.MOST_BYTES", 80_000)
+    with pytest.raises(IngestError, match=r"list\.csv: has 0\.0 GB; the limit is .* Divide it"):
         ingest(four, manifest="list.csv")
     assert (four / "l.pq").stat().st_size < 80_000, "what it unpacks to is what is refused"
-    with pytest.raises(IngestError, match=r"l\.pq: says that it unpacks to .* GB in 10000 rows"):
+    with pytest.raises(IngestError, match=r"l\.pq: unpacks to .* GB in 10000 rows"):
         ingest(four, manifest="l.pq")

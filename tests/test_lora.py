@@ -1,4 +1,4 @@
-"""Low-rank updates of both towers, and the methods that train them: CLIP-LoRA and MedFocusCLIP's "lora"."""
+"""Low-rank updates of both towers, and their methods CLIP-LoRA and MedFocusCLIP with tuning "lora"."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.lora import LoraAttention, LoraTowers, LowRank
 from medfocus.clip.prompts import class_embeddings
 from medfocus.methods import Support
@@ -41,7 +42,7 @@ def clip() -> ClipEncoder:
 
 
 def coloured(count: int, seed: int = 0, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """Images (N, 96, 96, C) uint8 whose brightest colour is their class, and labels (N,)."""
+    """Draw images (N, 96, 96, C) uint8 with the colour of their class, and labels (N,)."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % len(CLASSES)
     images = torch.randint(0, 120, (count, 96, 96, channels), generator=generator)
@@ -57,7 +58,7 @@ def support_of(clip: ClipEncoder, count: int = 24, views: int = 1) -> Support:
 
 
 def with_random_updates(clip: ClipEncoder, **changes: Any) -> LoraTowers:
-    """Updates as training might leave them: B no longer at zero."""
+    """Return towers with random updates: B is not zero."""
     torch.manual_seed(3)
     towers = LoraTowers(clip, **{**UPDATES, **changes})
     for update in towers.updates:
@@ -66,7 +67,7 @@ def with_random_updates(clip: ClipEncoder, **changes: Any) -> LoraTowers:
 
 
 def merged(clip: ClipEncoder, towers: LoraTowers) -> ClipEncoder:
-    """The plain CLIP whose weights are W + (α/√r) B A, by open_clip's own attention."""
+    """Return a CLIP with the weights W + (α/√r) B A in open_clip's own attention."""
     model = copy.deepcopy(clip.model)
     text = getattr(model, "text", model)
     blocks = [*model.visual.transformer.resblocks, *text.transformer.resblocks]  # pyright: ignore
@@ -78,7 +79,7 @@ def merged(clip: ClipEncoder, towers: LoraTowers) -> ClipEncoder:
 
 
 def custom_text_clip(clip: ClipEncoder) -> ClipEncoder:
-    """A CLIP with a text tower of its own, as CustomTextCLIP keeps it."""
+    """Build a CLIP with a separate text tower, a CustomTextCLIP."""
     vision = {"image_size": 96, "patch_size": 24, "width": 64, "head_width": 32, "layers": 2}
     text = {"context_length": 32, "vocab_size": 2089, "width": 64, "heads": 2, "layers": 2}
     with torch.random.fork_rng(devices=[]):
@@ -91,9 +92,9 @@ def custom_text_clip(clip: ClipEncoder) -> ClipEncoder:
 
 
 @pytest.mark.parametrize("custom", [False, True])
-def test_the_start_is_the_frozen_model(custom: bool, clip: ClipEncoder) -> None:
+def test_training_starts_from_the_frozen_model(custom: bool, clip: ClipEncoder) -> None:
     clip = custom_text_clip(clip) if custom else clip
-    towers = LoraTowers(clip, **UPDATES).train()  # dropout is on: what it drops is multiplied by zero
+    towers = LoraTowers(clip, **UPDATES).train()  # dropout is on, but B is zero
     images, _ = coloured(3)
     texts = [prompt for ensemble in PROMPTS for prompt in ensemble]
     frozen = clip.encode_images(clip.preprocess(images))
@@ -137,7 +138,7 @@ def test_attention_with_updates_is_the_formula(causal: bool) -> None:
 
 
 @pytest.mark.parametrize("custom", [False, True])
-def test_both_towers_are_those_of_the_merged_weights(custom: bool, clip: ClipEncoder) -> None:
+def test_both_towers_equal_a_clip_with_merged_weights(custom: bool, clip: ClipEncoder) -> None:
     clip = custom_text_clip(clip) if custom else clip
     towers = with_random_updates(clip)
     plain = merged(clip, towers)
@@ -152,7 +153,7 @@ def test_both_towers_are_those_of_the_merged_weights(custom: bool, clip: ClipEnc
 
 
 @pytest.mark.parametrize(("region", "channels"), [("alpha", 4), ("attention", 4), ("dual", 6)])
-def test_a_region_beside_the_image_is_seen_as_by_the_merged_weights(
+def test_regions_give_the_features_of_a_clip_with_merged_weights(
     region: str, channels: int, clip: ClipEncoder
 ) -> None:
     towers = with_random_updates(clip.with_region(region, 2.0))
@@ -163,23 +164,23 @@ def test_a_region_beside_the_image_is_seen_as_by_the_merged_weights(
         torch.testing.assert_close(towers(images), expected, rtol=0, atol=1e-5)
 
 
-def test_dropout_falls_on_the_low_rank_path_alone_and_on_q_k_and_v_apart() -> None:
+def test_dropout_affects_the_low_rank_path_only_and_differs_for_q_k_and_v() -> None:
     torch.manual_seed(0)
     update = LowRank(6, rank=2, alpha=2.0, dropout=0.5)
     with torch.no_grad():
         update.down.copy_(torch.ones(3, 2, 6))
         update.up.copy_(torch.ones(3, 6, 2))
     added = update.train()(torch.ones(1, 1, 6)).detach().reshape(3, 6) / (2.0 / 2**0.5 * 2)
-    kept = added[:, 0] / 2  # of six ones, each kept counts twice
+    kept = added[:, 0] / 2  # six ones; dropout doubles those that it keeps
     assert torch.equal(kept, kept.round())
     assert len(kept.unique()) > 1
     torch.testing.assert_close(update.eval()(torch.ones(1, 1, 6)).flatten(), torch.full((18,), 2**0.5 * 12))
 
 
-def test_a_state_holds_the_factors_and_nothing_of_the_towers(clip: ClipEncoder) -> None:
+def test_a_state_holds_the_factors_without_the_towers(clip: ClipEncoder) -> None:
     towers = with_random_updates(clip)
     state = towers.state_dict()
-    blocks = 4 + 3  # of the image encoder and of the text tower
+    blocks = 4 + 3  # image encoder and text tower
     assert len(state) == 2 * blocks
     assert sum(value.numel() for value in state.values()) == blocks * 2 * 3 * 2 * 128
     assert {id(p) for p in towers.parameters()} == {
@@ -192,7 +193,7 @@ def test_a_state_holds_the_factors_and_nothing_of_the_towers(clip: ClipEncoder) 
         assert torch.equal(again(images), towers(images))
 
 
-def test_a_tower_without_open_clips_attention_is_refused_by_name(clip: ClipEncoder) -> None:
+def test_a_tower_without_open_clips_attention_is_refused(clip: ClipEncoder) -> None:
     text = {"context_length": 32, "vocab_size": 2089, "width": 32, "heads": 2, "layers": 1}
     vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8, "head_width": 8}
     resnet = open_clip.CLIP(16, vision, text)  # pyright: ignore[reportArgumentType]
@@ -202,7 +203,7 @@ def test_a_tower_without_open_clips_attention_is_refused_by_name(clip: ClipEncod
         LoraTowers(dataclasses.replace(clip, model=resnet), **UPDATES)
 
     class HFTextEncoder(nn.Module):
-        """Keeps another library's transformer where open_clip keeps its own."""
+        """A text tower with another library's transformer in place of open_clip's."""
 
         transformer = nn.Identity()
 
@@ -256,7 +257,7 @@ def test_both_towers_train_and_the_encoder_does_not(name: str) -> None:
     assert min(moved) > 0
 
 
-def test_the_same_seed_fits_the_same_updates_and_leaves_the_global_generator(
+def test_the_same_seed_fits_the_same_updates_without_the_global_generator(
     name: str, clip: ClipEncoder, fitted: dict[str, Any]
 ) -> None:
     torch.manual_seed(11)
@@ -267,17 +268,17 @@ def test_the_same_seed_fits_the_same_updates_and_leaves_the_global_generator(
     assert all(torch.equal(state[key], value) for key, value in again.state().items())
 
 
-def test_a_small_state_predicts_again(name: str, clip: ClipEncoder, fitted: dict[str, Any]) -> None:
+def test_a_small_state_predicts_the_same(name: str, clip: ClipEncoder, fitted: dict[str, Any]) -> None:
     state = fitted[name].state()
     towers = sum(weight.numel() for weight in clip.model.parameters())
     assert sum(value.numel() for value in state.values()) < towers / 40
     again = BUILDS[name](clip).load(state)
-    images, _ = coloured(70, seed=4)  # more than go through the tower at a time
+    images, _ = coloured(70, seed=4)  # more than one pass of the tower
     for classifier, logits in fitted[name].logits(images).items():
         torch.testing.assert_close(again.logits(images)[classifier], logits, rtol=0, atol=1e-5)
 
 
-def test_images_are_what_it_asks_for(name: str, clip: ClipEncoder) -> None:
+def test_inputs_are_images(name: str, clip: ClipEncoder) -> None:
     method = BUILDS[name](clip)
     images, _ = coloured(2)
     assert method.embedding == "images"
@@ -286,20 +287,20 @@ def test_images_are_what_it_asks_for(name: str, clip: ClipEncoder) -> None:
     assert torch.equal(method.embed(images), images)
 
 
-def test_without_prompts_there_is_nothing_to_train_the_text_tower_on(name: str, clip: ClipEncoder) -> None:
+def test_a_support_without_prompts_is_refused(name: str, clip: ClipEncoder) -> None:
     support = dataclasses.replace(support_of(clip), prompts=())
     with pytest.raises(ValueError, match=rf"{name}: .*trains the text tower, but support\.prompts is empty"):
         BUILDS[name](clip).fit(support, torch.Generator().manual_seed(0))
 
 
-def test_clip_loras_steps_grow_with_the_shots_and_are_bounded(clip: ClipEncoder) -> None:
+def test_steps_of_clip_lora_grow_with_the_shots_up_to_a_bound(clip: ClipEncoder) -> None:
     method = ClipLora(clip, **{**CLIP_LORA, "steps_per_shot": 500, "max_steps": 5000, "batch_size": 32})
-    assert method.epochs(12, 3) == 4 * 500  # 4 shots; an epoch is a step
-    assert method.epochs(48, 3) == 5000 // 2  # 16 shots would be 8000 steps; an epoch is two
+    assert method.epochs(12, 3) == 4 * 500  # 4 shots; an epoch has one step
+    assert method.epochs(48, 3) == 5000 // 2  # 16 shots would take 8000 steps; an epoch has two
     assert method.epochs(320_000, 3) == 1  # an epoch is longer than the bound
 
 
-def test_clip_lora_reads_the_first_template(clip: ClipEncoder, fitted: dict[str, Any]) -> None:
+def test_clip_lora_uses_the_first_template(clip: ClipEncoder, fitted: dict[str, Any]) -> None:
     method = fitted["clip-lora"]
     plain = merged(clip, method.towers_)
     expected = plain.encode_texts([ensemble[0] for ensemble in PROMPTS])
@@ -309,7 +310,7 @@ def test_clip_lora_reads_the_first_template(clip: ClipEncoder, fitted: dict[str,
     torch.testing.assert_close(method.logits(images)["text"], logits, rtol=0, atol=1e-3)
 
 
-def test_medfocusclips_texts_are_the_updated_towers_over_all_templates(
+def test_medfocusclip_averages_the_updated_text_features_of_all_templates(
     clip: ClipEncoder, fitted: dict[str, Any]
 ) -> None:
     method = fitted["medfocusclip"]
@@ -328,7 +329,7 @@ def test_the_contrastive_term_alone_trains_both_towers(clip: ClipEncoder) -> Non
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)  # pyright: ignore
 
 
-def test_lora_too_chooses_its_weight_inside_the_support(clip: ClipEncoder) -> None:
+def test_medfocusclip_with_lora_chooses_its_weight_within_the_support(clip: ClipEncoder) -> None:
     changes = {"contrastive_weights": (0.0, 1.0), "head": "linear", "epochs": 1, "folds": 2}
     method = MedFocusClip(clip, **{**MEDFOCUSCLIP, **changes})
     method.fit(support_of(clip, 12), torch.Generator().manual_seed(0))
@@ -338,21 +339,19 @@ def test_lora_too_chooses_its_weight_inside_the_support(clip: ClipEncoder) -> No
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"rank": 0}, "the LoRA rank is 0; use 1 or more"),
-        ({"alpha": 0.0}, r"the LoRA alpha is 0\.0; use a value above 0"),
-        ({"dropout": 1.0}, r"the LoRA dropout is 1\.0; use a share in \[0, 1\)"),
+        ({"rank": 0}, "the LoRA rank is 0. Use 1 or more"),
+        ({"alpha": 0.0}, r"the LoRA alpha is 0\.0. Use a value above 0"),
+        ({"dropout": 1.0}, r"the LoRA dropout is 1\.0. Use a share in \[0, 1\)"),
     ],
 )
-def test_settings_that_make_no_update_name_the_field(
-    name: str, changed: dict[str, Any], message: str
-) -> None:
+def test_settings_out_of_range_are_refused(name: str, changed: dict[str, Any], message: str) -> None:
     if name == "medfocusclip":
         changed = {f"lora_{field}": value for field, value in changed.items()}
     with pytest.raises(ValueError, match=f"{name}: {message}"):
         BUILDS[name](None, **changed)
 
 
-def test_a_fit_of_no_steps_is_refused() -> None:
+def test_a_fit_without_steps_is_refused() -> None:
     for field in ("steps_per_shot", "max_steps"):
         with pytest.raises(ValueError, match=f"clip-lora: {field} is 0; use 1 or more"):
             ClipLora(None, **{**CLIP_LORA, field: 0})  # pyright: ignore[reportArgumentType]
@@ -372,7 +371,9 @@ def test_a_fit_of_no_steps_is_refused() -> None:
         ),
     ],
 )
-def test_a_tuning_and_what_belongs_to_another_are_refused(changed: dict[str, Any], message: str) -> None:
+def test_unknown_tunings_and_settings_of_other_tunings_are_refused(
+    changed: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=f"medfocusclip: {message}"):
         BUILDS["medfocusclip"](None, **changed)
 
@@ -385,8 +386,8 @@ def test_only_low_rank_updates_run_the_towers_in_fit() -> None:
     assert (adapter.embedding, full.embedding) == ("features", "tokens-2")
 
 
-def test_untrained_updates_fuse_as_the_adapters_do(clip: ClipEncoder) -> None:
-    """Before training the two tunings are one method: M of the images is M of their features."""
+def test_untrained_updates_predict_like_untrained_adapters(clip: ClipEncoder) -> None:
+    """Before training, both tunings compute M: one from the images and one from their features."""
     support = support_of(clip, 6)
     text = support.text_features
     lora = MedFocusClip(clip, **MEDFOCUSCLIP)

@@ -27,8 +27,9 @@ from medfocus.masks import candidates, store
 from medfocus.masks.candidates import Limits
 from medfocus.masks.otsu import OtsuSegmenter, otsu_threshold
 from medfocus.masks.sam2.model import _read_config, load_predictor
-from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, box_prompt, build_segmenter, grid_prompts
+from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, box_prompt, grid_prompts, load_sam2
 from medfocus.masks.segmenter import Mask, Segmenter, identity
+from medfocus.masks.settings import OtsuSettings, Sam2Settings
 from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
 from medfocus.storage import weights
 
@@ -218,13 +219,13 @@ def test_otsu_outlines_a_bright_disc_on_noise() -> None:
 def test_otsu_finds_two_dark_lungs_when_two_are_asked_for() -> None:
     truth = disc(0.5, 0.28, 0.17, 160) | disc(0.5, 0.72, 0.17, 160)
     image = np.where(truth[:, :, None], np.uint8(50), np.uint8(180)).repeat(3, 2)
-    (mask,) = OtsuSegmenter(keep=2).segment([image])
+    (mask,) = OtsuSegmenter(OtsuSettings(keep=2)).segment([image])
     assert (mask.region & truth).sum() / (mask.region | truth).sum() > 0.93
 
 
 def test_otsu_keeps_within_the_area_limits_on_real_images(shared_data: Path) -> None:
     paths = sorted((shared_data / "covid19" / "test").rglob("*.jpg"))[::8]
-    masks = OtsuSegmenter(keep=2).segment([decode.read(path) for path in paths])
+    masks = OtsuSegmenter(OtsuSettings(keep=2)).segment([decode.read(path) for path in paths])
     assert len(masks) >= 8
     for mask in masks:
         assert mask.status == "chosen"
@@ -298,8 +299,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_checkpoint: Path) -> Sam2Segmenter:
     """Full-size SAM2.1-tiny through the real loading path, at 256 px to be quick."""
-    return build_segmenter(
-        TINY, str(tiny_checkpoint), 256, "grid", points_per_side=2, min_iou=0.1, min_stability=0.1
+    return load_sam2(
+        Sam2Settings(
+            TINY, str(tiny_checkpoint), 256, "grid", points_per_side=2, min_iou=0.1, min_stability=0.1
+        )
     )
 
 
@@ -307,15 +310,13 @@ def tiny(tiny_checkpoint: Path) -> Sam2Segmenter:
 def pocket() -> Callable[..., Sam2Segmenter]:
     """Makes pocket segmenters of random weights whose masks have edges."""
 
-    def build(strategy: str = "grid", **settings: int) -> Sam2Segmenter:
+    def build(strategy: str = "grid", batch_size: int = 4) -> Sam2Segmenter:
         predictor, key = load_predictor("pocket", "random:0", 128)
         speak_up(predictor.model)
-        return Sam2Segmenter(
-            predictor,
-            key,
-            strategy=strategy,
-            **{"points_per_side": 3, "keep": 1, "limits": Limits(0.01, 0.7, 0.1, 0.1), **settings},
+        settings = Sam2Settings(
+            "pocket", "random:0", 128, strategy, points_per_side=3, min_iou=0.1, min_stability=0.1
         )
+        return Sam2Segmenter(predictor, key, settings, batch_size)
 
     return build
 
@@ -399,7 +400,7 @@ def test_every_strategy_gives_one_sound_mask_per_image(
 
 @pytest.mark.parametrize("strategy", ["automatic", "grid"])
 def test_weights_without_a_stable_mask_end_on_the_last_rung(strategy: str) -> None:
-    segmenter = build_segmenter("pocket", "random:0", 128, strategy, points_per_side=2)
+    segmenter = load_sam2(Sam2Settings("pocket", "random:0", 128, strategy, points_per_side=2))
     (mask,) = segmenter.segment([noise(40, 40)])
     assert mask.status == "identity"
     assert mask.score == 0
@@ -512,14 +513,16 @@ def test_video_modules_may_be_absent_and_do_not_count_in_the_key(
     image_modules = {k: v for k, v in state.items() if not k.startswith(video)}
     assert len(image_modules) < len(state)
     save_file(image_modules, tmp_path / "image.safetensors")
-    fast = build_segmenter(
-        "sam2.1_hiera_tiny",
-        str(tmp_path / "image.safetensors"),
-        256,
-        "grid",
-        points_per_side=2,
-        min_iou=0.1,
-        min_stability=0.1,
+    fast = load_sam2(
+        Sam2Settings(
+            "sam2.1_hiera_tiny",
+            str(tmp_path / "image.safetensors"),
+            256,
+            "grid",
+            points_per_side=2,
+            min_iou=0.1,
+            min_stability=0.1,
+        )
     )
     assert fast.key == tiny.key
     images = [noise(70, 50)] * 4
@@ -567,9 +570,10 @@ def test_random_weights_come_from_their_seed_and_leave_the_callers_generator_alo
 
 
 def test_the_key_tells_weights_configs_and_settings_apart() -> None:
-    def key(**changed: object) -> str:
+    def key(batch_size: int = 4, **changed: object) -> str:
         settings = {"config": "pocket", "checkpoint": "random:0", "image_size": 128, "strategy": "grid"}
-        return build_segmenter(**{**settings, **changed}).key  # pyright: ignore[reportArgumentType]
+        made = Sam2Settings(**{**settings, **changed})  # pyright: ignore[reportArgumentType]
+        return load_sam2(made, batch_size=batch_size).key
 
     changes: list[dict[str, object]] = [
         {},
@@ -589,7 +593,7 @@ def test_the_key_tells_weights_configs_and_settings_apart() -> None:
     assert len(set(keys)) == len(keys)
     assert keys[0] == key(batch_size=1)
     assert OtsuSegmenter().key not in keys
-    assert OtsuSegmenter().key != OtsuSegmenter(keep=2).key
+    assert OtsuSegmenter().key != OtsuSegmenter(OtsuSettings(keep=2)).key
 
 
 @pytest.mark.parametrize(
@@ -607,7 +611,7 @@ def test_a_setting_out_of_range_is_named_with_what_may_stand_there(
 ) -> None:
     usual = {"config": "pocket", "checkpoint": "random:0", "image_size": 128, "strategy": "grid"}
     with pytest.raises(ValueError, match=message):
-        build_segmenter(**{**usual, **settings})  # pyright: ignore[reportArgumentType]
+        load_sam2(Sam2Settings(**{**usual, **settings}))  # pyright: ignore[reportArgumentType]
 
 
 def test_an_unknown_config_lists_the_known_ones() -> None:
@@ -673,7 +677,7 @@ def test_a_mask_that_promises_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch)
 class Counting:
     """A segmenter that keeps the brighter half and remembers what it saw."""
 
-    key = "counting"
+    key, settings, sam2 = "counting", OtsuSettings(), None
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.batches: list[int] = []

@@ -16,7 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings
 from medfocus.learning.probe import C_WITHOUT_VALIDATION, fit_probe, stratified_folds
 from medfocus.learning.training import train

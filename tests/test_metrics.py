@@ -7,7 +7,6 @@ import pytest
 from sklearn.calibration import calibration_curve
 
 from medfocus.evaluation.metrics import (
-    expected_calibration_error,
     mean_interval,
     per_class_recall,
     reliability,
@@ -22,13 +21,13 @@ def test_softmax_rows_sum_to_one_and_survive_large_logits() -> None:
     np.testing.assert_allclose(rows, [[1, 0], [0, 1]])
 
 
-def test_perfect_and_confident_predictions_score_one_and_no_calibration_error() -> None:
+def test_perfect_and_confident_predictions_score_one_without_calibration_error() -> None:
     labels = np.array([0, 1, 2, 1])
     scores = score(np.eye(3)[labels], labels)
     assert scores == {"accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "auroc": 1, "ece": 0}
 
 
-def test_balanced_accuracy_gives_a_rare_class_its_share() -> None:
+def test_balanced_accuracy_weighs_a_rare_class_equally() -> None:
     labels = np.array([0] * 9 + [1])
     always_zero = np.tile([0.9, 0.1], (10, 1))
     scores = score(always_zero, labels)
@@ -37,14 +36,14 @@ def test_balanced_accuracy_gives_a_rare_class_its_share() -> None:
     assert scores["auroc"] == pytest.approx(0.5)
 
 
-def test_auroc_is_undefined_where_a_class_has_no_test_image() -> None:
+def test_auroc_is_undefined_if_a_class_has_no_test_image() -> None:
     assert np.isnan(score(np.full((4, 3), 1 / 3), np.array([0, 1, 0, 1]))["auroc"])
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     labels = np.array([0] * 7 + [1] * 3)
-    assert expected_calibration_error(np.tile([0.95, 0.05], (10, 1)), labels) == pytest.approx(0.25)
-    assert expected_calibration_error(np.tile([0.7, 0.3], (10, 1)), labels) == pytest.approx(0.0, abs=1e-12)
+    assert reliability(np.tile([0.95, 0.05], (10, 1)), labels).ece == pytest.approx(0.25)
+    assert reliability(np.tile([0.7, 0.3], (10, 1)), labels).ece == pytest.approx(0.0, abs=1e-12)
 
 
 def test_reliability_is_confidence_and_accuracy_bin_by_bin() -> None:
@@ -56,7 +55,7 @@ def test_reliability_is_confidence_and_accuracy_bin_by_bin() -> None:
     assert curve.confidence[[5, 9]] == pytest.approx([1.6 / 3, 2.9 / 3])
     assert curve.accuracy[[5, 9]] == pytest.approx([1 / 3, 2 / 3])
     assert curve.ece == pytest.approx((0.6 + 0.9) / 6)
-    with pytest.raises(ValueError, match="0 bins; 10 to 15 are usual"):
+    with pytest.raises(ValueError, match="0 bins; use 10 to 15"):
         reliability(np.eye(2), np.array([0, 1]), bins=0)
 
 
@@ -84,10 +83,10 @@ def test_interval_matches_the_t_table() -> None:
     assert interval.mean == pytest.approx(0.74)
     assert interval.half_width == pytest.approx(2.776 * 0.0316228 / np.sqrt(5), rel=1e-3)
     assert np.isnan(mean_interval([0.5]).half_width)
-    with pytest.raises(ValueError, match="no draws to average"):
+    with pytest.raises(ValueError, match="no values; give at least one"):
         mean_interval([])
 
 
-def test_five_of_five_is_worth_less_than_230_of_251() -> None:
+def test_wilson_ranks_five_of_five_below_230_of_251() -> None:
     assert wilson_lower(5, 5) < wilson_lower(230, 251)
     assert wilson_lower(0, 0) == 0

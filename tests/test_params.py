@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.study.cells import CONTROLS, plan
+from flows.study.cells import plan
 from flows.study.params import Params, load_params
 from medfocus.clip.regions import REGIONS
+from medfocus.focus.controls import CONTROLS
 from medfocus.focus.modes import FOCUS
 
 DEFAULT = Path(__file__).resolve().parents[1] / "params.yaml"

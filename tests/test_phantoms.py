@@ -60,7 +60,7 @@ def test_a_brain_tumor_lies_in_the_brain() -> None:
             assert (phantom.region & phantom.parts["brain"]).sum() > 0.75 * phantom.region.sum()
 
 
-def test_the_bytes_of_a_drawn_set_are_the_same_on_every_machine() -> None:
+def test_a_drawn_set_has_the_same_bytes_on_every_machine() -> None:
     digest = hashlib.sha256()
     for modality, label in CLASSES:
         for index in range(2):
@@ -69,7 +69,7 @@ def test_the_bytes_of_a_drawn_set_are_the_same_on_every_machine() -> None:
     assert digest.hexdigest() == DRAWN
 
 
-def test_a_png_is_stored_uncompressed_so_no_zlib_can_change_it() -> None:
+def test_a_png_is_stored_uncompressed_and_independent_of_zlib() -> None:
     written = png.encode(np.array([[7]], np.uint8))
     assert (
         written.hex()
@@ -104,7 +104,7 @@ def test_a_colour_image_is_refused_by_the_png_writer() -> None:
         png.encode(np.zeros((4, 4, 3), np.uint8))
 
 
-def test_any_image_of_a_written_set_can_be_redrawn_alone(tmp_path: Path) -> None:
+def test_each_image_of_a_written_set_can_be_drawn_alone(tmp_path: Path) -> None:
     write(tmp_path / "set", "brain_mri", seed=5, train_per_class=2, test_per_class=1, size=96)
     again = draw("brain_mri", "glioma", generator(5, "brain_mri", "train", "glioma", 1), 96)
     with Image.open(tmp_path / "set/train/glioma/00001.png") as image:
@@ -113,7 +113,7 @@ def test_any_image_of_a_written_set_can_be_redrawn_alone(tmp_path: Path) -> None
         assert np.array_equal(np.asarray(image) > 0, again.region)
 
 
-def test_growing_a_set_leaves_its_first_images_alone(tmp_path: Path) -> None:
+def test_a_larger_set_begins_with_the_same_images(tmp_path: Path) -> None:
     write(tmp_path / "set", "breast_ultrasound", seed=1, train_per_class=2, test_per_class=1, size=64)
     before = files_of(tmp_path / "set")
     write(tmp_path / "set", "breast_ultrasound", seed=1, train_per_class=3, test_per_class=2, size=64)
@@ -128,9 +128,7 @@ def test_train_and_test_share_no_image(tmp_path: Path) -> None:
     assert len(set(images)) == len(images) == 24
 
 
-def test_a_failed_writing_leaves_the_set_that_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_earlier_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "set", "breast_ultrasound", seed=1, train_per_class=1, test_per_class=0, size=64)
     before = files_of(tmp_path)
 
@@ -147,13 +145,13 @@ def test_a_failed_writing_leaves_the_set_that_was_there(
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(
-        ValueError, match=r"holds 'thesis.tex'.* would be lost\. Name an empty or a new folder\."
+        ValueError, match=r"holds 'thesis.tex'.* would be deleted\. Give an empty or a new folder\."
     ):
         write(tmp_path, "brain_mri", seed=0, train_per_class=1, test_per_class=1)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_what_cannot_be_drawn_is_named_with_what_can() -> None:
+def test_an_unknown_class_is_refused_with_the_known_ones() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(
         ValueError, match="no modality 'x_ray'; use one of chest_xray, brain_mri, breast_ultrasound"
@@ -168,7 +166,7 @@ def test_what_cannot_be_drawn_is_named_with_what_can() -> None:
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_the_class_is_seen_in_the_region_and_hardly_elsewhere(modality: str) -> None:
+def test_the_class_is_visible_in_the_region_and_hardly_elsewhere(modality: str) -> None:
     """From ten images per class, the mean of five draws: the region's pixels tell what no others do."""
     labels = [label for label in MODALITIES[modality] if label not in WITHOUT_LESION]
     drawn = [[image_of(modality, label, index) for index in range(50)] for label in labels]

@@ -24,10 +24,11 @@ from flows.pipeline import pipeline
 from flows.stages import finetune
 from flows.stages.dvc import StageBusyError, reproduce
 from flows.study import models
-from flows.study.cells import CONTROLS, Cell, best_cell, focus_of, mask_source_of
+from flows.study.cells import Cell, best_cell
 from flows.study.dataset import EncodedDataset
 from flows.study.study import open_study
 from medfocus.datasets.splits import read_splits
+from medfocus.focus.controls import CONTROLS, focus_of, mask_source_of
 from medfocus.focus.view import view_key
 from medfocus.masks.quality import center_box
 from medfocus.storage.redaction import RedactedError, unredacted

@@ -18,10 +18,11 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from medfocus import phantoms
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.masks.quality import iou
 from medfocus.masks.sam2.model import load_predictor
-from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, load_sam2
+from medfocus.masks.settings import Sam2Settings
 from medfocus.pocket import clip, loop, measure, pool, sam2
 from medfocus.storage import weights
 
@@ -35,7 +36,7 @@ TURN = len(pool.classes(RECIPE))
 
 @pytest.fixture(scope="module")
 def packaged() -> Sam2Segmenter:
-    return build_segmenter("pocket", "pocket", 128, "grid", points_per_side=8, batch_size=16)
+    return load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=8), batch_size=16)
 
 
 @pytest.fixture(scope="module")

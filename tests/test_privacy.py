@@ -85,7 +85,7 @@ def save(image: np.ndarray, path: Path) -> None:
     Image.fromarray(image).save(path, **options)
 
 
-def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
+def test_no_patient_name_reaches_prefect_mlflow_or_shared_files(
     project: Path, clinic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = clinic / f"{FILE}_test_benign_0.png"
@@ -150,7 +150,7 @@ def test_no_patients_name_gets_into_prefect_mlflow_or_what_is_shared(
 
 
 @pytest.mark.parametrize("form", ["text", "base64", "npz", "gzip", "PNG in HTML", "file name", "database"])
-def test_the_search_sees_into_what_is_packed(tmp_path: Path, form: str) -> None:
+def test_the_search_looks_into_packed_data(tmp_path: Path, form: str) -> None:
     file = tmp_path / (f"{FILE.lower()}.txt" if form == "file name" else "file")
     content = f"x {FILE} y".encode()
     if form == "npz":

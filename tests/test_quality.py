@@ -10,7 +10,8 @@ from PIL import Image
 
 from benchmarks.quality import _images
 from medfocus.masks import quality
-from medfocus.masks.sam2.segmenter import build_segmenter
+from medfocus.masks.sam2.segmenter import load_sam2
+from medfocus.masks.settings import Sam2Settings
 
 
 def disc(size: int, x: float, y: float, radius: float) -> np.ndarray:
@@ -49,7 +50,7 @@ def test_two_lungs_are_two_parts_and_a_crumb_is_none() -> None:
 
 
 def test_points_find_the_union_of_what_each_finds() -> None:
-    segmenter = build_segmenter("pocket", "pocket", 128, "grid")
+    segmenter = load_sam2(Sam2Settings("pocket", "pocket", 128, "grid"))
     discs = disc(96, 28, 48, 14), disc(96, 70, 50, 12)
     image = np.full((96, 96, 3), 40, np.uint8)
     image[discs[0] | discs[1]] = 190

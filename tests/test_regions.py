@@ -1,4 +1,4 @@
-"""The focus inside the encoder: alpha, attention and dual look at a region that stands beside the image."""
+"""Regions inside the encoder: alpha, attention and dual use a region in addition to the image."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.regions import REGIONS, class_token_bias, pack, patch_coverage, unpack
-from medfocus.focus.region_views import focused_view, region_view
-from medfocus.focus.view import crop_box, view
+from medfocus.focus.crop import crop_box
+from medfocus.focus.view import view
 
 SIZE = 96
 
@@ -34,7 +35,7 @@ def images_and_masks(count: int) -> tuple[np.ndarray, np.ndarray]:
 def batch(mode: str, count: int = 3) -> Tensor:
     images, masks = images_and_masks(count)
     views = [
-        focused_view(image, mask, focus=mode, size=SIZE, feather=0.01)
+        view(image, mask, focus=mode, size=SIZE, feather=0.01)
         for image, mask in zip(images, masks, strict=True)
     ]
     return torch.from_numpy(np.stack(views))
@@ -45,9 +46,9 @@ def encode(clip: ClipEncoder, views: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["alpha", "attention"])
-def test_the_fourth_channel_is_the_region_in_the_frame_of_the_image(mode: str) -> None:
+def test_the_fourth_channel_is_the_mask_in_the_frame_of_the_image(mode: str) -> None:
     images, masks = images_and_masks(1)
-    shown = region_view(images[0], masks[0], mode=mode, size=SIZE, feather=0.01)
+    shown = view(images[0], masks[0], focus=mode, size=SIZE, feather=0.01)
     assert shown.shape == (SIZE, SIZE, 4)
     raw = view(images[0], None, focus="none", size=SIZE, feather=0.01)
     assert (shown[..., :3] == raw).all()
@@ -57,27 +58,27 @@ def test_the_fourth_channel_is_the_region_in_the_frame_of_the_image(mode: str) -
     assert not shown[:15, :, 3].any()
 
 
-def test_image_and_region_are_cropped_together_and_a_crop_that_loses_the_region_is_not_taken() -> None:
+def test_image_and_region_are_cropped_together_and_every_crop_shows_the_region() -> None:
     images, masks = images_and_masks(1)
     images[0][masks[0]] = 255
     images[0][~masks[0]] = 0
     for number in range(1, 8):
         crop = crop_box("ab" * 32, number, mirror=True)
-        shown = region_view(images[0], masks[0], mode="attention", size=SIZE, feather=0.0, crop=crop)
+        shown = view(images[0], masks[0], focus="attention", size=SIZE, feather=0.0, crop=crop)
         shown = shown[17:79]  # without the padding
         region = shown[..., 3] > 127
         assert region.any()
         assert shown[region][:, 0].mean() > 240 and shown[~region][:, 0].mean() < 15
 
 
-def test_dual_shows_the_image_and_its_multiplied_twin() -> None:
+def test_dual_shows_the_image_and_the_focused_image() -> None:
     images, masks = images_and_masks(1)
-    shown = region_view(images[0], masks[0], mode="dual", size=SIZE, feather=0.01)
+    shown = view(images[0], masks[0], focus="dual", size=SIZE, feather=0.01)
     assert (shown[..., :3] == view(images[0], None, focus="none", size=SIZE, feather=0.01)).all()
     assert (shown[..., 3:] == view(images[0], masks[0], focus="multiply", size=SIZE, feather=0.01)).all()
 
 
-def test_attention_without_a_bias_is_no_focus_to_the_last_bit(clip: ClipEncoder) -> None:
+def test_attention_without_a_bias_changes_no_bit(clip: ClipEncoder) -> None:
     views = batch("attention")
     plain = encode(clip, views[..., :3])
     regional = clip.with_region("attention", 0.0)
@@ -91,14 +92,14 @@ def test_attention_moves_the_class_token_towards_the_region(clip: ClipEncoder) -
     views = batch("attention")
     strong = clip.with_region("attention", 50.0)
     other = views.clone()
-    other[..., :3][views[..., 3] == 0] = 255  # outside of the region another image
+    other[..., :3][views[..., 3] == 0] = 255  # another image outside the region
     with_bias = (encode(strong, views) * encode(strong, other)).sum(dim=1)
     without = (encode(clip, views[..., :3]) * encode(clip, other[..., :3])).sum(dim=1)
     assert (with_bias > without).all()
 
 
-def test_the_bias_is_what_a_plain_computation_of_attention_adds(clip: ClipEncoder) -> None:
-    """One block against softmax(q kᵀ / √d + β m) v, written out."""
+def test_the_attention_bias_matches_a_computation_in_numpy(clip: ClipEncoder) -> None:
+    """One block against softmax(q kᵀ / √d + β m) v in NumPy."""
     visual: Any = clip.model.visual
     block = visual.transformer.resblocks[0]
     attention, heads = block.attn, block.attn.num_heads
@@ -120,7 +121,7 @@ def test_the_bias_is_what_a_plain_computation_of_attention_adds(clip: ClipEncode
     assert torch.allclose(got, expected, atol=1e-4)
 
 
-def test_alpha_is_no_focus_until_its_channel_is_trained(clip: ClipEncoder) -> None:
+def test_alpha_changes_no_feature_until_its_channel_is_trained(clip: ClipEncoder) -> None:
     views = batch("alpha")
     regional = clip.with_region("alpha", 2.0)
     assert torch.equal(encode(regional, views), encode(clip, views[..., :3]))
@@ -131,7 +132,7 @@ def test_alpha_is_no_focus_until_its_channel_is_trained(clip: ClipEncoder) -> No
     assert torch.equal(encode(clip, views[..., :3]), encode(replace(clip), views[..., :3]))
 
 
-def test_dual_adds_the_two_embeddings(clip: ClipEncoder) -> None:
+def test_dual_adds_the_features_of_both_images(clip: ClipEncoder) -> None:
     views = batch("dual")
     both = encode(clip, views[..., :3]) + encode(clip, views[..., 3:])
     expected = both / both.norm(dim=1, keepdim=True)
@@ -140,26 +141,26 @@ def test_dual_adds_the_two_embeddings(clip: ClipEncoder) -> None:
 
 @pytest.mark.parametrize("mode", REGIONS)
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_tail_of_trunk_is_the_whole_tower(clip: ClipEncoder, mode: str, blocks: int) -> None:
+def test_trunk_and_tail_equal_the_image_encoder(clip: ClipEncoder, mode: str, blocks: int) -> None:
     regional = clip.with_region(mode, 2.0)
     pixels = regional.preprocess(batch(mode))
-    found = regional.tail(blocks)(regional.trunk(pixels, blocks))
-    assert torch.allclose(found, regional.encode_images(pixels), atol=1e-5)
+    features = regional.tail(blocks)(regional.trunk(pixels, blocks))
+    assert torch.allclose(features, regional.encode_images(pixels), atol=1e-5)
     layers = regional.encode_layers(pixels, (0, 2), 4)
     assert layers.shape == (3, 128 + 2 * 16 * 128)
     assert torch.allclose(layers[:, :128], regional.encode_images(pixels), atol=1e-5)
 
 
-def test_each_way_of_looking_has_a_key_of_its_own(clip: ClipEncoder) -> None:
-    looks = [("alpha", 2.0), ("attention", 2.0), ("attention", 3.0), ("dual", 2.0)]
-    keys = {clip.key, *(clip.with_region(mode, bias).key for mode, bias in looks)}
+def test_each_region_has_its_own_key(clip: ClipEncoder) -> None:
+    regions = [("alpha", 2.0), ("attention", 2.0), ("attention", 3.0), ("dual", 2.0)]
+    keys = {clip.key, *(clip.with_region(mode, bias).key for mode, bias in regions)}
     assert len(keys) == 5
     assert (
         clip.with_region("dual", 1.0).key == clip.with_region("dual", 2.0).key
-    )  # the bias is attention's alone
+    )  # only attention uses the bias
 
 
-def test_the_coverage_of_patches_survives_its_travel_with_the_tokens() -> None:
+def test_unpacking_returns_the_tokens_and_the_coverage() -> None:
     region = torch.zeros(2, 1, 24, 24)
     region[0, 0, :12, :6] = 1.0
     coverage = patch_coverage(region, 12)
@@ -169,14 +170,12 @@ def test_the_coverage_of_patches_survives_its_travel_with_the_tokens() -> None:
     assert torch.equal(back, tokens) and torch.equal(share, coverage)
 
 
-def test_what_cannot_look_at_a_region_says_so(clip: ClipEncoder) -> None:
-    with pytest.raises(ValueError, match="region 'beta' is not known; use one of alpha, attention, dual"):
+def test_unknown_regions_other_encoders_and_absent_masks_are_refused(clip: ClipEncoder) -> None:
+    with pytest.raises(ValueError, match=r"region 'beta' is not known\. Use one of alpha, attention, dual"):
         clip.with_region("beta", 1.0)
     resnet = build_clip("RN50", "random:0")
     with pytest.raises(ValueError, match="RN50: its image encoder is ModifiedResNet"):
         resnet.with_region("attention", 1.0)
-    images, masks = images_and_masks(1)
+    images, _ = images_and_masks(1)
     with pytest.raises(ValueError, match="focus 'alpha' needs a mask"):
-        focused_view(images[0], None, focus="alpha", size=SIZE, feather=0.0)
-    with pytest.raises(ValueError, match="region 'blur' is not known"):
-        region_view(images[0], masks[0], mode="blur", size=SIZE, feather=0.0)
+        view(images[0], None, focus="alpha", size=SIZE, feather=0.0)

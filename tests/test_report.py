@@ -334,7 +334,7 @@ def test_without_controls_or_with_one_draw_the_tables_have_no_verdict() -> None:
 
 
 def test_the_verdict_knows_every_control() -> None:
-    from flows.study.cells import CONTROLS
+    from medfocus.focus.controls import CONTROLS
 
     assert set(tables._FINDINGS) == set(CONTROLS)
     assert tables._CONTROLLED in {control.mode for control in CONTROLS.values()}

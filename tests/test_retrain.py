@@ -115,7 +115,7 @@ def test_new_images_are_taken_in_and_the_champion_changes_only_by_the_gate(
     arrive(clinic, 12, 8, invert=True)
     (drifted,) = retrain()
     assert drifted.version == "3" and drifted.alias is None
-    assert "drift of " in drifted.reason and "asked" in drifted.reason and champion() == 1
+    assert "drift of " in drifted.reason and "required" in drifted.reason and champion() == 1
 
     # A class that the champion does not know stops promotion as well, not training.
     shutil.rmtree(clinic)

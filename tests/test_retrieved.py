@@ -15,7 +15,7 @@ from torch import Tensor
 from flows.study import models
 from flows.study.params import DatasetParams, load_params
 from flows.study.study import Study
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.datasets.records import Record, write_manifest
 from medfocus.masks.candidates import Limits
 from medfocus.masks.sam2.retrieval import (
@@ -25,7 +25,8 @@ from medfocus.masks.sam2.retrieval import (
     distinct,
     retrieve,
 )
-from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, load_sam2
+from medfocus.masks.settings import Sam2Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits(min_area=0.01, max_area=0.70, min_iou=0.7, min_stability=0.85)
@@ -62,13 +63,13 @@ class Tone:
 
 @pytest.fixture(scope="module")
 def pocket() -> Sam2Segmenter:
-    return build_segmenter("pocket", "random:0", 128, "grid", points_per_side=2, min_iou=0.1)
+    return load_sam2(Sam2Settings("pocket", "random:0", 128, "grid", points_per_side=2, min_iou=0.1))
 
 
 def proposing(*regions: np.ndarray, iou: float = 0.9, keep: int = 1) -> Sam2Segmenter:
     """A segmenter whose decoder is scripted: it finds these regions wherever it is asked."""
     logits = np.where(np.stack(regions), 8.0, -8.0).astype(np.float32)
-    scripted = build_segmenter("pocket", "random:0", 128, "grid", points_per_side=2, keep=keep)
+    scripted = load_sam2(Sam2Settings("pocket", "random:0", 128, "grid", points_per_side=2, keep=keep))
 
     def decode(features: object, index: int, prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
         return logits, np.full(len(logits), iou)
@@ -158,19 +159,18 @@ def test_a_rank_that_owes_a_score_is_refused() -> None:
 
 
 def test_only_a_grid_proposes() -> None:
-    boxed = build_segmenter("pocket", "random:0", 128, "box")
+    boxed = load_sam2(Sam2Settings("pocket", "random:0", 128, "box"))
     with pytest.raises(ValueError, match="proposals come from the strategy 'box'; build that segmenter with"):
         RetrievalSegmenter(boxed, Tone(0))
 
 
 def test_the_key_tells_ranks_and_proposals_apart_and_the_features_key_neither(pocket: Sam2Segmenter) -> None:
-    other = build_segmenter("pocket", "random:0", 128, "grid", points_per_side=3, min_iou=0.1)
+    other = load_sam2(Sam2Settings("pocket", "random:0", 128, "grid", points_per_side=3, min_iou=0.1))
     made = [RetrievalSegmenter(p, Tone(t)) for p, t in ((pocket, 1), (pocket, 2), (other, 1), (pocket, 1))]
     keys = [segmenter.key for segmenter in made]
     assert len({*keys, pocket.key, other.key}) == 5
     assert keys[0] == keys[3]
-    assert {segmenter.features_key for segmenter in made} == {pocket.features_key}
-    assert torch.equal(made[0].describe([painted()], 2), pocket.describe([painted()], 2))
+    assert {segmenter.sam2.features_key for segmenter in made} == {pocket.features_key}
 
 
 class Halves:
@@ -250,7 +250,7 @@ def test_a_study_ranks_by_its_own_clip(tmp_path: Path) -> None:
     assert isinstance(segmenter, RetrievalSegmenter)
     clip = build_clip("pocket", "pocket")
     assert segmenter.rank.key == TextRank.of(clip, ["a lesion"]).key
-    assert segmenter.features_key == models.build_sam2(named, "scans").features_key
+    assert segmenter.sam2.features_key == models.build_sam2(named, "scans").features_key
     (mask,) = segmenter.segment([painted()])
     assert mask.region.shape == (64, 64)
     assert mask.status in ("chosen", "relaxed")

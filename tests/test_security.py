@@ -105,7 +105,7 @@ def test_a_forbidden_call_is_found_under_any_name(source: str) -> None:
     assert len(list(faults(source))) == 1
 
 
-def test_the_safe_ways_are_no_faults() -> None:
+def test_safe_calls_are_not_reported() -> None:
     source = (
         "import numpy as np, torch, yaml\nmodel.eval()\nnp.load(path, allow_pickle=False)\n"
         "torch.load(path, weights_only=True)\nyaml.safe_load(text)"
@@ -114,7 +114,7 @@ def test_the_safe_ways_are_no_faults() -> None:
 
 
 @pytest.mark.parametrize("name", ["prefect", "mlflow"])
-def test_a_server_is_told_to_listen_on_loopback_alone(
+def test_a_server_is_configured_to_listen_on_loopback_only(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
@@ -140,7 +140,7 @@ def listening() -> set[str]:
     return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
 
 
-def test_a_cluster_of_this_machine_listens_on_loopback_alone() -> None:
+def test_a_local_cluster_listens_on_loopback_only() -> None:
     from distributed import LocalCluster
 
     scale = ScaleParams(runner="dask", workers=1, images=10, address=None, cache=None)

@@ -30,13 +30,15 @@ from PIL import Image
 
 from flows.servers import servers
 from medfocus.clip import features
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.evaluation.metrics import softmax
 from medfocus.focus.view import view
 from medfocus.images import decode
 from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
+from medfocus.masks.settings import OtsuSettings, Sam2Settings
 from medfocus.masks.store import decode_mask, encode_mask
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.serving import checkpoint, pyfunc
@@ -54,10 +56,7 @@ pytestmark = [
 
 CLASSES = ("blob", "stripes")
 PATIENT = "DOE_JANE_1970"
-SEGMENTER: dict[str, Any] = {
-    "config": "pocket", "checkpoint": "random:0", "image_size": 128, "strategy": "grid", "points_per_side": 3,
-    "keep": 1, "min_area": 0.01, "max_area": 0.7,
-}  # fmt: skip
+SEGMENTER = Sam2Settings("pocket", "random:0", 128, "grid", points_per_side=3)
 FEATHER = 0.01
 
 
@@ -101,7 +100,7 @@ class Fitted:
         """The model folder, something about it changed."""
         usual: dict[str, Any] = {
             "checkpoint": self.checkpoint, "encoder": self.encoder, "segmenter": self.segmenter,
-            "segmenter_settings": SEGMENTER, "feather": FEATHER,
+            "feather": FEATHER,
         }  # fmt: skip
         serve.save_model(folder, **{**usual, **changes})
         return folder
@@ -111,7 +110,7 @@ class Fitted:
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     """MedFocusCLIP on eight images, with pocket-size CLIP and SAM2 of random weights."""
     encoder = build_clip("pocket", "random:0")
-    segmenter = build_segmenter(**SEGMENTER)
+    segmenter = load_sam2(SEGMENTER)
     method = MedFocusClip(
         encoder, tuning="adapter", lora_rank=2, lora_alpha=1.0, lora_dropout=0.25,
         fusion="softmax-text", head="cosine", contrastive_weights=(0.5,),
@@ -194,7 +193,7 @@ def test_an_empty_request_has_an_empty_answer(predictor: Predictor) -> None:
     ("bad", "fault"),
     [
         (b"", "the file is empty"),
-        (b"no image", "is no image in a format that is read"),
+        (b"no image", "is not in a supported image format"),
         (encoded(0)[:300], "cannot be decoded"),
     ],
 )
@@ -244,17 +243,16 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside(fitted: Fitt
 
 
 def test_otsu_masks_are_served_too(fitted: Fitted, tmp_path: Path) -> None:
-    otsu = OtsuSegmenter(min_area=0.02)
-    folder = fitted.save(tmp_path / "model", segmenter=otsu, segmenter_settings={"min_area": 0.02})
+    otsu = OtsuSegmenter(OtsuSettings(min_area=0.02))
+    folder = fitted.save(tmp_path / "model", segmenter=otsu)
     [prediction] = Predictor.load(folder).predict([encoded(0)])
     assert np.array_equal(prediction.mask, otsu.segment([decode.decode(encoded(0), "it")])[0].region)
     assert not (folder / "sam2.safetensors").exists()
 
 
-def test_settings_of_another_segmenter_are_refused(fitted: Fitted, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the segmenter_settings make the segmenter .* the very arguments"):
-        fitted.save(tmp_path / "model", segmenter_settings={**SEGMENTER, "points_per_side": 2})
-    assert list(tmp_path.iterdir()) == []
+def test_the_loaded_segmenter_is_the_one_that_was_saved(fitted: Fitted, tmp_path: Path) -> None:
+    loaded = Predictor.load(fitted.save(tmp_path / "model")).segmenter
+    assert loaded.key == fitted.segmenter.key
 
 
 def test_another_clip_is_refused(fitted: Fitted, tmp_path: Path) -> None:
@@ -311,13 +309,13 @@ def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fit
     """A tag may ask for QuickGELU and other means than its architecture; both travel with the model."""
     import open_clip
 
-    from medfocus.clip import encoder as encoders
+    from medfocus.clip.build import built_config
 
     quick = open_clip.create_model(
         "clip_pocket", force_quick_gelu=True, force_preprocess_cfg={"mean": (0.5, 0.5, 0.5)}
     ).eval()
     visual: Any = quick.visual
-    as_built = encoders._as_built(fitted.encoder.config["model_cfg"], quick)
+    as_built = built_config(fitted.encoder.config["model_cfg"], quick)
     assert as_built["quick_gelu"]
     encoder = replace(
         fitted.encoder,
@@ -488,9 +486,13 @@ NOT_BASE64 = r"image 1 of 1: a text that is not base64 \(.+\)\. Encode the file'
         ([*base64_of(0), None], 400, r"image 2 of 2: .+ is no image\. Give a file's bytes.+"),
         ([["a list"]], 400, r"image 1 of 1: list is no image\. Give a file's bytes.+"),
         ([""], 400, r"image 1 of 1: the file is empty \(0 bytes\)\. .+"),
-        (["aGVsbG8="], 400, r"image 1 of 1: is no image in a format that is read .+\. Export it again.+"),
+        (["aGVsbG8="], 400, r"image 1 of 1: is not in a supported image format .+\. Export it again.+"),
         ([base64_of(0)[0][:400]], 400, r"image 1 of 1: cannot be decoded .+\. Export it again.+"),
-        ([large()], 413, r"image 1 of 1: has 9000 x 9000 pixels; 64 megapixels .+\. Scale it down.+"),
+        (
+            [large()],
+            413,
+            r"image 1 of 1: has 9000 x 9000 pixels; the limit .+\. Scale it down.+",
+        ),
         ([], 400, r"the request has no image\. Give one at least, in the column 'image'\."),
         (
             ["aGVsbG8="] * 65,

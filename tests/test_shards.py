@@ -42,14 +42,14 @@ def filled(url: str | Path, keys: list[str] = KEYS) -> Shards:
 
 
 @pytest.mark.parametrize("kind", ["folder", "memory"])
-def test_what_was_put_comes_back_whoever_reads(tmp_path: Path, kind: str) -> None:
+def test_every_reader_gets_the_entries_that_were_put(tmp_path: Path, kind: str) -> None:
     url = tmp_path if kind == "folder" else f"memory://{uuid.uuid4().hex}"
     assert dict(Shards(url).read(KEYS)) == {}
     writer = filled(url, KEYS[:30])
     assert dict(writer.read(KEYS)) == dict(Shards(url).read(KEYS)) == {key: ENTRIES[key] for key in KEYS[:30]}
 
 
-def test_what_waits_is_read_before_it_is_written(tmp_path: Path) -> None:
+def test_waiting_entries_can_be_read(tmp_path: Path) -> None:
     shards = Shards(tmp_path)
     shards.put([(KEYS[0], b"first, at once")])
     shards.put([(KEYS[1], b"within half a second")])
@@ -69,9 +69,7 @@ def test_a_shard_is_a_plain_zip_of_named_entries(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_small_shards_are_united_and_stay_readable_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_shards_are_merged_and_stay_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECES", 8)
     writer, early = Shards(tmp_path), Shards(tmp_path)
     for i, key in enumerate(KEYS):
@@ -84,7 +82,7 @@ def test_small_shards_are_united_and_stay_readable_meanwhile(
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_full_shard_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_shard_is_not_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECES", 4)
     monkeypatch.setattr(module, "SHARD_ENTRIES", 10)
     writer = Shards(tmp_path)
@@ -104,9 +102,7 @@ def test_a_full_shard_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_lookup_opens_one_file_however_many_entries_there_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lookup_opens_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for start in range(0, 40, 10):
         filled(tmp_path, KEYS[start : start + 10])
     reader = Shards(tmp_path)
@@ -124,7 +120,7 @@ def flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
 
 
-def test_a_flipped_bit_anywhere_costs_no_more_than_what_it_hit(
+def test_a_flipped_bit_costs_only_the_entries_it_damages(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     filled(tmp_path / "whole", KEYS[:8])
@@ -149,7 +145,7 @@ def test_a_flipped_bit_anywhere_costs_no_more_than_what_it_hit(
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip at all", b"\0" * 300, "cut"])
-def test_a_shard_that_is_none_is_reported_and_removed(
+def test_a_file_that_is_not_a_shard_is_logged_and_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes | str
 ) -> None:
     filled(tmp_path)
@@ -161,7 +157,7 @@ def test_a_shard_that_is_none_is_reported_and_removed(
     assert files(tmp_path) == []
 
 
-def test_a_shard_damaged_while_it_is_open_is_not_believed(tmp_path: Path) -> None:
+def test_an_entry_damaged_after_opening_is_not_returned(tmp_path: Path) -> None:
     shards = filled(tmp_path)
     assert dict(shards.read(KEYS)) == ENTRIES
     (path,) = files(tmp_path)
@@ -171,7 +167,7 @@ def test_a_shard_damaged_while_it_is_open_is_not_believed(tmp_path: Path) -> Non
     path.unlink(missing_ok=True)
 
 
-def test_a_cleared_cache_is_an_empty_one(tmp_path: Path) -> None:
+def test_a_cleared_cache_is_empty(tmp_path: Path) -> None:
     shards = filled(tmp_path)
     for path in files(tmp_path):
         path.unlink()
@@ -181,7 +177,7 @@ def test_a_cleared_cache_is_an_empty_one(tmp_path: Path) -> None:
     assert dict(Shards(tmp_path).read(KEYS)) == ENTRIES
 
 
-def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_partial_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = filled(tmp_path, KEYS[:3])
 
     def fails(path: str, data: bytes) -> None:
@@ -218,7 +214,7 @@ forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 @forks
-def test_a_killed_process_loses_nothing_that_it_had_written(tmp_path: Path) -> None:
+def test_a_killed_process_loses_no_written_entry(tmp_path: Path) -> None:
     assert in_process(put_until_killed, tmp_path) == -9
     assert (tmp_path / "said").read_text() == "17"
     assert dict(Shards(tmp_path).read(KEYS)) == {key: ENTRIES[key] for key in KEYS[:17]}
@@ -236,7 +232,7 @@ def put_and_read(folder: Path, number: int) -> None:
 
 
 @forks
-def test_writers_at_once_do_no_harm(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_no_entry(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=and_no_more, args=(put_and_read, tmp_path, 11 * i)) for i in range(4)]
     threads = [threading.Thread(target=put_and_read, args=(tmp_path, 7 * i)) for i in range(2)]

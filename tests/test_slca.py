@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from medfocus import phantoms
-from medfocus.clip.encoder import build_clip
+from medfocus.clip.build import build_clip
 from medfocus.learning.method import Support
-from medfocus.masks.sam2.segmenter import build_segmenter
+from medfocus.masks.sam2.segmenter import load_sam2
+from medfocus.masks.settings import Sam2Settings
 from medfocus.methods.slca import Attention, Slca
 
 SETTINGS: dict[str, Any] = {
@@ -211,7 +212,7 @@ def test_without_a_segmenter_the_error_says_where_to_set_one() -> None:
 
 
 def test_what_sam2_describes_lies_channel_after_channel_and_row_after_row() -> None:
-    segmenter = build_segmenter("pocket", "pocket", 128, "grid", points_per_side=2)
+    segmenter = load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=2))
     method = make(build_clip("pocket", "random:0").with_segmenter(segmenter), epochs=2)
     drawn = [
         phantoms.draw("breast_ultrasound", label, np.random.default_rng(7), 128).image

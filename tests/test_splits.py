@@ -70,7 +70,7 @@ def data_sets(drawing: st.DrawFn) -> tuple[list[Record], list[list[str]]]:
 
 @settings(max_examples=60, deadline=None)
 @given(data_set=data_sets())
-def test_groups_of_patients_and_duplicates_never_straddle_a_drawn_split(
+def test_a_drawn_split_never_divides_patients_or_duplicates(
     data_set: tuple[list[Record], list[list[str]]],
 ) -> None:
     records, near = data_set
@@ -123,7 +123,7 @@ def test_each_seed_draws_another_support_set() -> None:
     assert len({tuple(draws["10%"]) for draws in supports.values()}) == 5
 
 
-def test_every_training_image_is_as_likely_in_a_support() -> None:
+def test_every_training_image_is_equally_likely_in_a_support() -> None:
     records = images({"a": 20, "b": 20}, "train") + images({"a": 2, "b": 2}, "test")
     supports = draw(records, seeds=range(400)).supports
     drawn = Counter(path for draws in supports.values() for path in draws["20%"])
@@ -132,7 +132,7 @@ def test_every_training_image_is_as_likely_in_a_support() -> None:
     assert all(45 < count < 115 for count in drawn.values())
 
 
-def test_adding_an_image_of_one_class_leaves_the_draws_of_the_others() -> None:
+def test_a_new_image_of_one_class_does_not_change_the_draws_of_others() -> None:
     records = images({"a": 60, "b": 60})
     before, after = draw(records), draw([*records, record("/a/new.png", "a")])
     for part in ("train", "test"):
@@ -168,7 +168,7 @@ def test_an_official_test_split_is_kept_and_val_joins_train() -> None:
     assert not splits.straddling_patients
 
 
-def test_clean_test_is_without_twins_and_patients_of_train() -> None:
+def test_the_clean_test_set_has_no_twin_or_patient_of_train() -> None:
     patients = {"train/a/0.png": "p", "test/a/0.png": "p", "test/b/3.png": "q"}
     records = [replace(item, patient=patients.get(item.path, "")) for item in official()]
     same = [
@@ -184,7 +184,7 @@ def test_clean_test_is_without_twins_and_patients_of_train() -> None:
     assert splits.straddling_patients == ["p"]
 
 
-def test_twins_with_two_labels_are_left_out_but_never_of_the_official_test_split() -> None:
+def test_twins_with_two_labels_are_left_out_except_in_the_official_test_set() -> None:
     same = [
         ["train/a/0.png", "train/b/0.png"],
         ["test/a/0.png", "test/b/0.png"],
@@ -203,7 +203,7 @@ def test_twins_with_two_labels_are_left_out_of_a_drawn_split() -> None:
     assert len(splits.train) + len(splits.test) == 38, "neighbouring frames of two labels stay"
 
 
-def test_splits_are_read_as_they_were_written_and_bytes_are_the_same(tmp_path: Path) -> None:
+def test_written_splits_are_read_back_and_equal_splits_have_equal_bytes(tmp_path: Path) -> None:
     records = [*images({"a": 12, "größe": 12}), record("肺.png", "a", patient="p")]
     for name in ("one.json", "two.json"):
         write_splits(draw(records), tmp_path / name)
@@ -214,22 +214,22 @@ def test_splits_are_read_as_they_were_written_and_bytes_are_the_same(tmp_path: P
 def test_classes_too_small_for_the_shots_are_named_together() -> None:
     records = [*images({"a": 3, "b": 20, "c": 5}, "train"), *images({"a": 1, "b": 1, "c": 1}, "test")]
     fault = (
-        r"too few training images: class 'a' has 3, class 'c' has 5, but study\.shots asks for 16\. "
-        r"Lower it in params\.yaml or add images\."
+        r"too few training images: class 'a' has 3, class 'c' has 5, but study\.shots needs 16\. "
+        r"Lower it in params\.yaml, or add images\."
     )
     with pytest.raises(ValueError, match=fault):
         draw(records, shots=(1, 16))
 
 
-def test_class_of_one_patient_cannot_be_in_train_and_in_test() -> None:
+def test_a_class_of_one_patient_cannot_be_in_both_train_and_test() -> None:
     records = [*images({"b": 20}), *(replace(item, patient="p") for item in images({"a": 9}))]
     with pytest.raises(
-        ValueError, match=r"class 'a' cannot be in train and in test: its 9 images make 1 group"
+        ValueError, match=r"class 'a' cannot be in both train and test: its 9 images form 1 group"
     ):
         draw(records)
 
 
-def test_a_few_large_patients_still_give_a_test_split() -> None:
+def test_a_few_patients_with_many_images_still_give_a_test_set() -> None:
     records = [
         replace(item, patient=f"{item.label}{i // 10}")
         for name in "ab"
@@ -252,8 +252,8 @@ def test_a_class_without_training_images_is_named(label: str) -> None:
         ({"test_fraction": 1.0}, r"splits\.test_fraction is 1\.0; use a share between 0 and 1"),
         ({"fractions": [0.1, 5]}, r"\[5\] are outside of \(0, 1\]"),
         ({"shots": [0]}, r"study\.shots: \[0\] are below 1 image"),
-        ({"seeds": [1, 1]}, r"study\.seeds: \[1, 1\] are none or repeat"),
-        ({"seeds": []}, r"study\.seeds: \[\] are none or repeat"),
+        ({"seeds": [1, 1]}, r"study\.seeds: \[1, 1\] is empty or has repetitions"),
+        ({"seeds": []}, r"study\.seeds: \[\] is empty or has repetitions"),
     ],
 )
 def test_settings_out_of_range_are_named(settings: dict[str, float], fault: str) -> None:
@@ -274,7 +274,7 @@ def real_splits(root: Path) -> tuple[list[Record], Splits, dict[str, int]]:
     return records, splits, wide
 
 
-def test_covid19_keeps_its_test_split_and_its_clean_one_lacks_nine(shared_data: Path) -> None:
+def test_covid19_keeps_its_test_set_and_its_clean_one_has_nine_fewer_images(shared_data: Path) -> None:
     records, splits, _ = real_splits(shared_data / "covid19")
     assert labels_of(records, splits.test) == {"Covid": 26, "Normal": 20, "Viral Pneumonia": 20}
     assert labels_of(records, splits.clean_test) == {"Covid": 17, "Normal": 20, "Viral Pneumonia": 20}
@@ -282,7 +282,7 @@ def test_covid19_keeps_its_test_split_and_its_clean_one_lacks_nine(shared_data: 
     assert sizes == [14, 25, 50, 126, 251]
 
 
-def test_busi_frames_of_one_sweep_stay_on_one_side(shared_data: Path) -> None:
+def test_busi_frames_of_one_sweep_stay_in_one_split(shared_data: Path) -> None:
     records, splits, wide = real_splits(shared_data / "busi")
     assert not {wide[path] for path in splits.train} & {wide[path] for path in splits.test}
     whole, test = Counter(item.label for item in records), labels_of(records, splits.test)

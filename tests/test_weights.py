@@ -59,7 +59,7 @@ def resolve(name: str, filename: str | list[str] = FILE) -> Path:
     return weights.resolve(name, hub_id=HUB_ID, filename=filename, what="SAM2 (masks.checkpoint)")
 
 
-def test_a_local_path_comes_before_the_hub_cache(hub_cache: Path, tmp_path: Path) -> None:
+def test_a_local_path_has_precedence_over_the_hub_cache(hub_cache: Path, tmp_path: Path) -> None:
     put_in_hub_cache(hub_cache, HUB_ID, FILE)
     local = tmp_path / "mine.pt"
     local.write_bytes(b"mine")
@@ -72,14 +72,14 @@ def test_the_hub_cache_serves_without_a_network(hub_cache: Path) -> None:
     assert resolve(FILE) == cached  # the hub's own file name is a name, not a path
 
 
-def test_of_several_hub_files_the_preferred_one_is_taken(hub_cache: Path) -> None:
+def test_the_preferred_of_several_hub_files_is_used(hub_cache: Path) -> None:
     second = put_in_hub_cache(hub_cache, HUB_ID, "model.bin")
     assert resolve("tiny", ["model.safetensors", "model.bin"]) == second
     first = put_in_hub_cache(hub_cache, HUB_ID, "model.safetensors")
     assert resolve("tiny", ["model.safetensors", "model.bin"]) == first
 
 
-def test_the_hub_is_asked_last_and_for_every_file_name_in_turn(
+def test_the_hub_is_queried_last_for_each_file_name(
     hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -95,7 +95,7 @@ def test_the_hub_is_asked_last_and_for_every_file_name_in_turn(
     assert asked == ["model.safetensors", "model.bin"]
 
 
-def test_offline_and_missing_is_one_error_that_names_file_hub_and_place(hub_cache: Path) -> None:
+def test_a_missing_file_without_network_gives_one_error_with_file_hub_and_cache(hub_cache: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         resolve("tiny")
     message = str(caught.value)
@@ -118,9 +118,7 @@ def test_a_mistyped_path_never_becomes_a_download(hub_cache: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("wrapper", ["", "state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_every_way_of_saving_the_same_tensors_loads_the_same(
-    tmp_path: Path, wrapper: str, prefix: str
-) -> None:
+def test_every_file_format_loads_the_same_tensors(tmp_path: Path, wrapper: str, prefix: str) -> None:
     state: dict[str, Any] = {prefix + name: tensor for name, tensor in STATE.items()}
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "a.pt")
     save_file(STATE, tmp_path / "a.safetensors")
@@ -132,7 +130,7 @@ def test_every_way_of_saving_the_same_tensors_loads_the_same(
     )
 
 
-def test_a_digest_tells_name_shape_type_and_value_but_not_order() -> None:
+def test_a_digest_depends_on_name_shape_type_and_value_but_not_on_order() -> None:
     base = weights.digest(STATE)
     assert len(base) == 64
     assert weights.digest(dict(reversed(STATE.items()))) == base
@@ -161,23 +159,19 @@ def test_a_malicious_pickle_is_refused_and_its_code_never_runs(
         torch.save({"state_dict": {"w": Touch(trap)}}, file, pickle_protocol=protocol)
     else:
         file.write_bytes(pickle.dumps({"w": Touch(trap)}, protocol))
-    with pytest.raises(ValueError, match=r"evil\.pt: (asks for|not a whole checkpoint)"):
+    with pytest.raises(ValueError, match=r"evil\.pt: (needs|is not a complete checkpoint)"):
         weights.load(file)
     assert not trap.exists()
     torch.load(file, weights_only=False) if zipped else pickle.loads(file.read_bytes())
     assert trap.exists()  # the trap works: it was not sprung
 
 
-def test_a_refused_checkpoint_is_told_what_it_asked_for_and_what_to_do(tmp_path: Path) -> None:
+def test_the_error_of_a_refused_checkpoint_names_the_import_and_the_fix(tmp_path: Path) -> None:
     torch.save({"w": Touch(tmp_path / "ran")}, tmp_path / "evil.pt")
-    with pytest.raises(
-        ValueError, match=r"asks for posix\.system, which is more than tensors\..*as safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"needs posix\.system in addition to tensors.*as safetensors"):
         weights.load(tmp_path / "evil.pt")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
-    with pytest.raises(
-        ValueError, match=r"module\.pt: asks for torch\.nn\.modules\.linear\.Linear, which is more"
-    ):
+    with pytest.raises(ValueError, match=r"module\.pt: needs torch\.nn\.modules\.linear\.Linear in addition"):
         weights.load(tmp_path / "module.pt")
 
 
@@ -189,11 +183,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, kept: int) -> 
     content = (tmp_path / name).read_bytes()
     assert len(content) > kept or name == "a.safetensors"
     (tmp_path / name).write_bytes(content[: min(kept, len(content) - 1)])
-    with pytest.raises(ValueError, match=rf"{name}: not a whole .* \(.*\)\. Copy or download it again\."):
+    with pytest.raises(
+        ValueError, match=rf"{name}: is not a complete .* \(.*\)\. Copy or download it again\."
+    ):
         weights.load(tmp_path / name)
 
 
-def test_what_is_no_state_dict_is_told_so(tmp_path: Path) -> None:
+def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     with pytest.raises(
         ValueError, match=r"list\.pt: holds list, not named tensors\. Save a model's state_dict"
@@ -201,6 +197,6 @@ def test_what_is_no_state_dict_is_told_so(tmp_path: Path) -> None:
         weights.load(tmp_path / "list.pt")
     torch.save({"w": torch.zeros(2), "epoch": 3}, tmp_path / "loose.pt")
     with pytest.raises(
-        ValueError, match=r"loose\.pt: the entry 'epoch' is int, not a tensor\. Save the weights"
+        ValueError, match=r"loose\.pt: the entry 'epoch' is int, not a tensor\. Save only the weights"
     ):
         weights.load(tmp_path / "loose.pt")

@@ -340,10 +340,11 @@ def models_card(
     """
     with terminal.at_work():
         from flows.cli import models as work
-        from medfocus.reports import cards
+        from medfocus.reports.data_sheet import SHEET
+        from medfocus.reports.model_card import CARD
 
         chosen = work.choose(terminal.project(), model)
-        print(chosen.text(cards.SHEET if sheet else cards.CARD), end="")
+        print(chosen.text(SHEET if sheet else CARD), end="")
 
 
 Files = Annotated[list[Path], typer.Argument(help="Images, or folders of them.")]

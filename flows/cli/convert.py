@@ -80,7 +80,7 @@ def coco(
         from typing import cast, get_args
 
         from medfocus.datasets import coco as work
-        from medfocus.datasets.ingest import write_left_out
+        from medfocus.datasets.faults import write_faults
 
         if label_from not in get_args(work.LabelFrom):
             known = ", ".join(get_args(work.LabelFrom))
@@ -94,7 +94,7 @@ def coco(
         for fault in done.faults[:_TOLD]:
             terminal.tell(f"{fault.path}: {fault.fault}. {fault.fix}")
         if done.faults:
-            write_left_out(done.faults, out / "faults.csv")
+            write_faults(done.faults, out / "faults.csv")
             print(f"{len(done.faults)} faults: {out / 'faults.csv'}")
         print(f"{done.regions} known regions: {out / 'masks'}\nNext: medfocus init {out / 'list.csv'}")
 

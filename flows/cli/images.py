@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from flows.cli import terminal
 from medfocus.datasets.listing import SUFFIXES, is_image
 from medfocus.datasets.records import Record, chunks
 from medfocus.images import decode, stack
-from medfocus.images.decode import ImageError
+from medfocus.images.contact_sheet import montage
+from medfocus.images.errors import ImageError
+from medfocus.images.geometry import letterbox, letterbox_mask
+from medfocus.images.png import encode_png
 
 if TYPE_CHECKING:
     from medfocus.masks.segmenter import Segmenter
@@ -53,7 +55,11 @@ class Images:
         for path in self.given:
             if path.is_dir() and not any(True for _ in _below(path)):
                 known = ", ".join(suffix[1:] for suffix in SUFFIXES)
-                self._tell(ImageError(str(path), f"holds no image ({known})", "Give another folder."))
+                self._tell(
+                    ImageError(
+                        str(path), "no image in the file", f"holds no image ({known})", "Give another folder."
+                    )
+                )
         with terminal.bar(len(files), self.doing) as bar:
             for some in chunks(files, _BATCH):
                 if read := [one for path in some if (one := self._read(path)) is not None]:
@@ -67,7 +73,9 @@ class Images:
             self._tell(error)
         except OSError as error:
             fault = f"cannot be read ({error.strerror})"
-            self._tell(ImageError(str(path), fault, "Correct the path, or copy the file again."))
+            self._tell(
+                ImageError(str(path), "cannot be read", fault, "Correct the path, or copy the file again.")
+            )
         return None
 
     def _tell(self, error: ImageError) -> None:
@@ -93,7 +101,7 @@ class Folder:
         while self._is_taken(name := f"{stem}{'' if number == 1 else f'_{number}'}.png"):
             number += 1
         self._taken.add(name)
-        Image.fromarray(pixels).save(self._folder / name)
+        (self._folder / name).write_bytes(encode_png(pixels))
         return name
 
     def _is_taken(self, name: str) -> bool:
@@ -113,11 +121,13 @@ class Folder:
 
 def predict(predictor: Predictor, images: Images, out: Folder) -> int:
     """A line per image with the class, every probability and the mask's fate, and its overlay; how many."""
+    from medfocus.focus.modes import focus
+
     done = 0
     for batch in images.batches():
         predictions = predictor.predict_decoded([one.pixels for one in batch])
         for one, prediction in zip(batch, predictions, strict=True):
-            overlay = decode.decode(prediction.overlay, str(one.path))
+            overlay = focus(one.pixels, prediction.mask, "overlay", feather=0.0)
             out.rows(
                 [
                     {
@@ -142,35 +152,29 @@ def explain(predictor: Predictor, images: Images, out: Folder) -> int:
     """
     import torch
 
-    from medfocus.explain.attribution import inside_share
     from medfocus.explain.explain import explain as attribute
-    from medfocus.focus.region_views import focused_view
+    from medfocus.explain.maps import inside_share
+    from medfocus.focus.modes import focus
     from medfocus.reports.figures import attribution_overlay
 
     done = 0
     for batch in images.batches():
         for one, said in zip(batch, predictor.predict_decoded([g.pixels for g in batch]), strict=True):
-            view = focused_view(
-                one.pixels,
-                said.mask,
-                focus=predictor.focus,
-                size=predictor.view_size,
-                feather=predictor.feather,
-            )  # (S, S, C)
+            view = predictor.view(one.pixels, said.mask)  # (S, S, C)
             target = torch.tensor([predictor.classes.index(said.label)])
             encoder = predictor.method.encoder
             maps, way = attribute(predictor.method, encoder, torch.from_numpy(view)[None], target)
             heat = maps[0].numpy()
             inside = ""
-            framed = decode.letterbox_mask(said.mask, len(view)) > 0.5
+            framed = letterbox_mask(said.mask, len(view)) > 0.5
             if predictor.focus != "crop" and framed.any():
                 inside = f"{inside_share(heat, framed):.6f}"
             seen = view[..., -3:] if view.shape[2] == 6 else view[..., :3]
-            overlay = decode.decode(said.overlay, str(one.path))
+            overlay = focus(one.pixels, said.mask, "overlay", feather=0.0)
             tiles = [
-                decode.letterbox(overlay, len(view), (0, 0, 0)), seen, attribution_overlay(seen, heat)
+                letterbox(overlay, len(view), (0, 0, 0)), seen, attribution_overlay(seen, heat)
             ]  # fmt: skip
-            sheet = decode.montage(tiles, 3, ["mask", "what CLIP sees", f"why {said.label}"])
+            sheet = montage(tiles, 3, ["mask", "what CLIP sees", f"why {said.label}"])
             out.rows(
                 [
                     {

@@ -140,7 +140,7 @@ def describe(
     if modality:
         known = Guess(modality, "as it was given")
     else:
-        known = told(map(decode.told_by_header, glanced)) or guess(texts, look_at(glanced))
+        known = told(map(decode.modality_and_body_part, glanced)) or guess(texts, look_at(glanced))
     duplicates = [_duplicates(len(twins(pairs)), len(pairs), len(records))] if pairs else []
     return Described(
         name=name or slug(given.stem if manifest else given.name),

@@ -93,7 +93,7 @@ def fetch(name: str) -> str:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from medfocus.clip.encoder import build_clip
+    from medfocus.clip.build import build_clip
 
     if _is_sam2(name):
         from medfocus.storage import weights as door

@@ -15,7 +15,7 @@ from flows.study.cells import Cell
 from flows.study.dataset import EncodedDataset
 from medfocus.datasets.duplicates import read_pairs
 from medfocus.evaluation.gate import Check
-from medfocus.reports import cards
+from medfocus.reports import data_sheet, model_card
 from medfocus.serving import checkpoint
 from medfocus.storage import atomic
 from medfocus.tracking.provenance import made_from
@@ -51,7 +51,7 @@ def of_version(
     params = dataset.study.params
     clip = f"{params.clip.model}, {params.clip.pretrained or 'no tag'}"
     own_classes = [dataset.records[path].label for path in dataset.support_paths(cell)]
-    model = cards.Model(
+    model = model_card.ModelFacts(
         name=f"medfocus-{dataset.name}",
         method=cell.method,
         focus=cell.focus,
@@ -74,31 +74,34 @@ def of_version(
         checks=checks,
         reason=reason,
     )
-    return {cards.CARD: cards.model_card(model, data), cards.SHEET: cards.data_sheet(data)}
+    return {
+        model_card.CARD: model_card.model_card(model, data),
+        data_sheet.SHEET: data_sheet.data_sheet(data),
+    }
 
 
 def headline(dataset: EncodedDataset, probabilities: np.ndarray) -> str:
     """A cell's card in one paragraph; (N, K) on the whole test set."""
     labels = dataset.labels(dataset.splits.test)
-    return cards.headline(next(iter(test_sets(dataset))), probabilities, labels, dataset.classes)
+    return model_card.headline(next(iter(test_sets(dataset))), probabilities, labels, dataset.classes)
 
 
 def _data(
     dataset: EncodedDataset, serves: dict[str, Any], checks: Sequence[Check], new: int | None
-) -> cards.Data:
+) -> data_sheet.DatasetFacts:
     study, name = dataset.study, dataset.name
     masks = study.params.masks
     made_by = f"SAM2 ({masks.config}, {masks.checkpoint}), {masks.strategy} at {masks.image_size} px"
     made = made_from(study.folder, study.params.study.seeds)
-    return cards.Data(
+    return data_sheet.DatasetFacts(
         name=dataset.name,
         modality=dataset.params.modality,
         licence=dataset.params.licence,
         records=list(dataset.records.values()),
         splits=dataset.splits,
         pairs=read_pairs(study.paths.report(name, "duplicates.csv")),
-        left_out=[line["fault"] for line in _lines(study.paths.report(name, "left_out.csv"))],
-        reported=[line["fault"] for line in _lines(study.paths.report(name, "reported.csv"))],
+        left_out=[line["kind"] for line in _lines(study.paths.report(name, "left_out.csv"))],
+        reported=[line["kind"] for line in _lines(study.paths.report(name, "reported.csv"))],
         statuses={path: line.status for path, line in dataset.masks.status.items()},
         coverage={path: line.coverage for path, line in dataset.masks.status.items()},
         mask_lines=_lines(study.paths.report(name, "masks.csv")),

@@ -18,16 +18,17 @@ from tqdm import tqdm
 
 from flows.stages.evaluate import test_sets
 from flows.study import costs, models
-from flows.study.cells import CONTROLS, Cell, best_cell, plan
+from flows.study.cells import Cell, best_cell, plan
 from flows.study.dataset import EncodedDataset
 from flows.study.study import Study, open_study
 from medfocus.datasets.duplicates import read_pairs
 from medfocus.datasets.records import spread_over_classes
 from medfocus.evaluation import metrics
 from medfocus.evaluation.comparison import Scored, compare
-from medfocus.explain.attribution import inside_share, pointing_hit
 from medfocus.explain.explain import explain
-from medfocus.images.decode import letterbox_mask
+from medfocus.explain.maps import inside_share, pointing_hit
+from medfocus.focus.controls import CONTROLS
+from medfocus.images.geometry import letterbox_mask
 from medfocus.masks.quality import known_region
 from medfocus.reports.data_warnings import data_warnings
 from medfocus.reports.page import (

@@ -21,9 +21,11 @@ from medfocus.datasets.duplicates import groups, read_pairs
 from medfocus.datasets.records import Record
 from medfocus.datasets.splits import components
 from medfocus.evaluation import drift, gate
-from medfocus.images import decode
+from medfocus.images.geometry import grey
 from medfocus.phantoms import png
-from medfocus.reports import cards as texts
+from medfocus.reports.data_sheet import SHEET
+from medfocus.reports.markdown import checks_table
+from medfocus.reports.model_card import CARD
 from medfocus.serving import checkpoint
 from medfocus.serving.predictor import Predictor, save_model
 from medfocus.storage import atomic
@@ -76,7 +78,7 @@ def register_best(study: Study, dataset: str) -> Outcome:
         outcome = Outcome(registration, challenger.checks, challenger.new)
         if outcome.checks:
             said = f"{told(outcome)}\n\n{challenger.headline}"
-            registry.describe(store, registration.name, registration.version, said, (texts.CARD, texts.SHEET))
+            registry.describe(store, registration.name, registration.version, said, (CARD, SHEET))
     return outcome
 
 
@@ -115,7 +117,6 @@ class _Challenger:
             checkpoint=self.checkpoint,
             encoder=models.build_encoder(study, self.header.focus),
             segmenter=models.build_segmenter(study, name),
-            segmenter_settings=models.segmenter_settings(study, name),
             feather=study.params.views.feather,
         )
         records = self.dataset.records
@@ -200,7 +201,7 @@ class _Challenger:
         paths = [record.path for record in chosen]
         ((embeddings,),) = (self.dataset.encode((DRIFT_BY,), "none", paths, 1, "encode for drift"),)
         masks = [self.dataset.masks.status[path].coverage for path in paths]
-        numbers = [drift.statistics(decode.grey(self.dataset.image(record))) for record in chosen]
+        numbers = [drift.statistics(grey(self.dataset.image(record))) for record in chosen]
         return drift.Images(
             labels=np.array([record.label for record in chosen]),
             embeddings=embeddings[:, 0].numpy(),
@@ -224,7 +225,7 @@ def told(outcome: Outcome) -> str:
     if outcome.new is not None:
         lines += ["", f"{outcome.new} images came since the champion was made."]
     if outcome.checks:
-        lines += ["", *texts.checks_table(outcome.checks)]
+        lines += ["", *checks_table(outcome.checks)]
     return "\n".join(lines)
 
 

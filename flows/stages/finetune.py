@@ -27,10 +27,11 @@ from torch import nn
 from tqdm import tqdm
 
 from flows.study import costs, models
-from flows.study.cells import CONTROLS, Cell, methods_of, plan
+from flows.study.cells import Cell, methods_of, plan
 from flows.study.dataset import EncodedDataset
 from flows.study.methods import build_method, choice_of_rate, support_views
 from flows.study.study import here
+from medfocus.focus.controls import CONTROLS
 from medfocus.learning.selection import LearningRates
 from medfocus.learning.validation import Validation, out_of_fold
 from medfocus.methods import METHODS, Method, Support

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from flows.study.study import here
 from medfocus.datasets import pseudonyms
-from medfocus.datasets.ingest import ingest, write_left_out
+from medfocus.datasets.faults import write_faults
+from medfocus.datasets.ingest import ingest
 from medfocus.datasets.listing import unwrapped
 from medfocus.datasets.records import write_manifest
 
@@ -34,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     left_out, reported = (study.paths.report(dataset, f"{name}.csv") for name in ("left_out", "reported"))
     left_out.parent.mkdir(parents=True, exist_ok=True)
-    write_left_out(found.left_out, left_out)
-    write_left_out(found.reported, reported)
+    write_faults(found.left_out, left_out)
+    write_faults(found.reported, reported)
     manifest = study.paths.manifest(dataset)
     manifest.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(found.records, manifest)

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if params.segmenter == "sam2" and params.strategy == "adapter":
         taught = AdapterExamples.of(records, set(read_splits(study.paths.splits(dataset)).train), root)
         adapter = _adapter(study, dataset, taught)
-    segmenter = _segmenter(study, dataset, adapter)
+    segmenter = models.build_segmenter(study, dataset, adapter)
     store = MaskStore(study.shared_cache("masks"))
     with tqdm(total=len(records), desc=f"masks {dataset}", unit="image", disable=None) as bar:
         if scale.runner != "here":
@@ -139,16 +139,6 @@ def _adapter(study: Study, dataset: str, taught: AdapterExamples) -> Path:
     return path
 
 
-def _segmenter(study: Study, dataset: str, adapter: Path | None) -> Segmenter:
-    """The data set's segmenter; with an adapter that is not yet beside its masks."""
-    if adapter is None:
-        return models.build_segmenter(study, dataset)
-    from medfocus.masks.sam2.adapter import AdapterSegmenter
-    from medfocus.storage import weights
-
-    return AdapterSegmenter(models.build_sam2(study, dataset), weights.load(adapter))
-
-
 @dataclass(frozen=True)
 class Shard:
     """Some images of a data set whose masks a worker is to put into the cache."""
@@ -181,7 +171,7 @@ def _opened(
 ) -> tuple[Study, Segmenter]:
     """A segmenter for the shards of one thread: it is for one at a time."""
     study = study_in(folder)
-    return study, _segmenter(study, dataset, adapter)
+    return study, models.build_segmenter(study, dataset, adapter)
 
 
 def _lacking(records: Iterable[Record], store: MaskStore, segmenter_key: str) -> Iterator[Record]:

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flows.study.methods import build_method
 from flows.study.params import OnlyParams, Params, StudyParams
 from flows.study.study import Study
 from medfocus.clip.regions import REGIONS
 from medfocus.evaluation.metrics import wilson_lower
+from medfocus.focus.controls import CONTROLS
 from medfocus.focus.modes import FOCUS
 from medfocus.methods import METHODS
 from medfocus.serving import checkpoint
-
-MaskSource = Literal["own", "another image's", "center box"]  # of the masks
-
-
-class Control(NamedTuple):
-    """How a control shows an image, so that what it then scores is not the region's merit."""
-
-    mode: str  # a key of medfocus.focus.modes.FOCUS
-    mask: MaskSource
-
-
-CONTROLS = {
-    "inverse": Control("inverse", "own"),
-    "shuffled": Control("multiply", "another image's"),
-    "center-box": Control("multiply", "center box"),
-}
 
 NOTHING = "0%"  # the support of a method that learns nothing
 
@@ -53,16 +38,6 @@ class Cell(NamedTuple):
         """Of the checkpoint, below data/checkpoints."""
         support = self.support.replace("%", "pc")
         return Path(self.dataset, f"{self.method}_{self.focus}_{support}_{self.seed}.safetensors")
-
-
-def focus_of(focus: str) -> str:
-    """The key of ``medfocus.focus.modes.FOCUS`` behind a focus mode of a study."""
-    return CONTROLS[focus].mode if focus in CONTROLS else focus
-
-
-def mask_source_of(focus: str) -> MaskSource:
-    """The mask that a focus mode of a study shows an image under."""
-    return CONTROLS[focus].mask if focus in CONTROLS else "own"
 
 
 def plan(params: Params) -> list[Cell]:

@@ -18,16 +18,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flows.study import models
-from flows.study.cells import NOTHING, Cell, MaskSource, focus_of, mask_source_of
+from flows.study.cells import NOTHING, Cell
 from flows.study.methods import build_method, choice_of_rate
 from flows.study.study import Study, study_in
 from medfocus.clip import features
+from medfocus.clip.build import build_clip
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.datasets.records import Record, chunks, read_manifest
 from medfocus.datasets.splits import Splits, read_splits
-from medfocus.focus.region_views import focused_view, focused_view_key
-from medfocus.focus.view import crop_box
+from medfocus.focus.controls import MaskSource, focus_of, mask_source_of
+from medfocus.focus.crop import crop_box
+from medfocus.focus.view import view, view_key
 from medfocus.images import decode
 from medfocus.learning.validation import out_of_fold
 from medfocus.masks.quality import center_box
@@ -244,11 +246,11 @@ class EncodedDataset:
             height, width = image.shape[:2]
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
         crop = crop_box(record.sha256, number, mirror=self.params.flip)
-        return focused_view(image, mask, focus=focus_of(focus), size=size, feather=feather, crop=crop)
+        return view(image, mask, focus=focus_of(focus), size=size, feather=feather, crop=crop)
 
     def _view_key(self, focus: str) -> str:
         size, feather = self.encoder.image_size, self.study.params.views.feather
-        return focused_view_key(focus=focus_of(focus), size=size, feather=feather)
+        return view_key(focus=focus_of(focus), size=size, feather=feather)
 
     def _view_name(self, record: Record, focus: str, number: int) -> str:
         mask = "" if focus == "none" else self._mask_digest(record.sha256, mask_source_of(focus))
@@ -304,13 +306,18 @@ def _opened(folder: Path, version: str, dataset: str, thread: int) -> EncodedDat
 def feature_key(method: Method, encoder: ClipEncoder, view: str) -> str:
     """Return the cache's key of a method's frozen features, from the key of their views."""
     return fingerprint(
-        type(method).embed, type(encoder), encoder=encoder.key, embedding=method.embedding, view=view
+        type(method).embed,
+        type(encoder),
+        build_clip,
+        encoder=encoder.key,
+        embedding=method.embedding,
+        view=view,
     )
 
 
 def cell_code(method: type[Method], encoder: ClipEncoder) -> str:
     """Return the sha256 hex of the code behind a cell's checkpoint."""
-    return fingerprint(method, out_of_fold, class_embeddings, features, type(encoder))
+    return fingerprint(method, out_of_fold, class_embeddings, features, type(encoder), build_clip)
 
 
 def _dtype(embedding: str) -> torch.dtype:

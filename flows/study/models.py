@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.study.study import Study
 from medfocus.clip.regions import REGIONS
 from medfocus.datasets.records import read_manifest
+from medfocus.masks import factory
+from medfocus.masks.settings import OtsuSettings, Sam2Settings, SegmenterSettings
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
@@ -15,63 +18,61 @@ if TYPE_CHECKING:
     from medfocus.masks.segmenter import Segmenter
 
 
-def segmenter_settings(study: Study, dataset: str) -> dict[str, Any]:
-    """Return the arguments that build a data set's segmenter, without ``batch_size``, which changes no mask.
-
-    For the strategies "retrieved" and "adapter" they build the SAM2 segmenter underneath.
-    """
+def segmenter_settings(study: Study, dataset: str) -> SegmenterSettings:
+    """Return the settings of a data set's segmenter, or of the SAM2 that an adapter or texts guide."""
     masks = study.params.masks
-    common = {
-        "keep": masks.keep.get(study.params.datasets[dataset].modality, 1),
-        "min_area": masks.min_area,
-        "max_area": masks.max_area,
-    }
+    keep = masks.keep.get(study.params.datasets[dataset].modality, 1)
     if masks.segmenter == "otsu":
-        return common
-    return common | {
-        "config": masks.config,
-        "checkpoint": masks.checkpoint,
-        "image_size": masks.image_size,
-        "strategy": {"retrieved": "grid", "adapter": "box"}.get(masks.strategy, masks.strategy),
-        "points_per_side": masks.points_per_side,
-        "follow_edges": masks.follow_edges,
-    }
+        return OtsuSettings(keep, masks.min_area, masks.max_area)
+    return Sam2Settings(
+        masks.config,
+        masks.checkpoint,
+        masks.image_size,
+        {"retrieved": "grid", "adapter": "box"}.get(masks.strategy, masks.strategy),
+        points_per_side=masks.points_per_side,
+        keep=keep,
+        min_area=masks.min_area,
+        max_area=masks.max_area,
+        follow_edges=masks.follow_edges,
+    )
 
 
-def build_segmenter(study: Study, dataset: str) -> Segmenter:
+def build_segmenter(study: Study, dataset: str, adapter: Path | None = None) -> Segmenter:
     """Build the segmenter that the masks section describes for a data set.
 
-    Raises FileNotFoundError if the strategy is "adapter" and the masks stage has not trained one yet, and
-    ValueError as ``anatomy_texts`` does.
-    """
-    if study.params.masks.segmenter == "otsu":
-        from medfocus.masks.otsu import OtsuSegmenter
+    ``adapter`` is the file of the strategy "adapter", by default the published one.
 
-        return OtsuSegmenter(**segmenter_settings(study, dataset))
-    if study.params.masks.strategy == "retrieved":
+    Raises FileNotFoundError if that file is missing, and ValueError as ``anatomy_texts`` does.
+    """
+    masks, state, rank = study.params.masks, None, None
+    if masks.segmenter == "sam2" and masks.strategy == "retrieved":
         texts = anatomy_texts(study, dataset)  # a fault in them is reported before seconds of loading
-        from medfocus.clip.encoder import build_clip
-        from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
+        from medfocus.clip.build import build_clip
+        from medfocus.masks.sam2.retrieval import TextRank
 
         clip = build_clip(study.params.clip.model, study.params.clip.pretrained, device(study))
-        return RetrievalSegmenter(build_sam2(study, dataset), TextRank.of(clip, texts))
-    if study.params.masks.strategy == "adapter":
-        from medfocus.masks.sam2.adapter import AdapterSegmenter
-        from medfocus.storage import weights
-
-        path = study.paths.adapter(dataset)
+        rank = TextRank.of(clip, texts)
+    elif masks.segmenter == "sam2" and masks.strategy == "adapter":
+        path = adapter or study.paths.adapter(dataset)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no adapter. Run the masks stage, which trains it.")
-        return AdapterSegmenter(build_sam2(study, dataset), weights.load(path))
-    return build_sam2(study, dataset)
+        from medfocus.storage import weights
+
+        state = weights.load(path)
+    return factory.build_segmenter(
+        segmenter_settings(study, dataset),
+        adapter=state,
+        rank=rank,
+        batch_size=masks.batch_size,
+        device=device(study),
+    )
 
 
 def build_sam2(study: Study, dataset: str) -> Sam2Segmenter:
     """Build a data set's SAM2 segmenter, without retrieval or adapter."""
-    from medfocus.masks.sam2.fast_segmenter import build_segmenter  # takes seconds
-
     settings = segmenter_settings(study, dataset)
-    return build_segmenter(**settings, batch_size=study.params.masks.batch_size, device=device(study))
+    assert isinstance(settings, Sam2Settings)
+    return factory.build_sam2(settings, batch_size=study.params.masks.batch_size, device=device(study))
 
 
 def anatomy_texts(study: Study, dataset: str) -> tuple[str, ...]:
@@ -105,7 +106,7 @@ def build_encoder(study: Study, focus: str = "none") -> ClipEncoder:
     SAM2 stands ready in them if a method asks for its features. Raises ValueError if a method does, but the
     masks are not from SAM2.
     """
-    from medfocus.clip.encoder import build_clip  # takes seconds
+    from medfocus.clip.build import build_clip  # takes seconds
 
     params = study.params
     encoder = build_clip(params.clip.model, params.clip.pretrained, device(study))

@@ -40,10 +40,7 @@ def pointed(segmenter: Segmenter) -> Sam2Segmenter | None:
 
     What an adapter or a text chose is edited by SAM2 as it was.
     """
-    from medfocus.masks.sam2.segmenter import Sam2Segmenter
-
-    plain = getattr(segmenter, "plain", segmenter)
-    return plain if isinstance(plain, Sam2Segmenter) else None
+    return segmenter.sam2
 
 
 def first_mask(segmenter: Segmenter, image: np.ndarray) -> tuple[Mask, Features | None]:
@@ -53,7 +50,7 @@ def first_mask(segmenter: Segmenter, image: np.ndarray) -> tuple[Mask, Features 
     from medfocus.masks.sam2.segmenter import Sam2Segmenter
     from medfocus.masks.segmenter import check_image
 
-    if not isinstance(segmenter, Sam2Segmenter) or segmenter.strategy == "automatic":
+    if not isinstance(segmenter, Sam2Segmenter) or segmenter.settings.strategy == "automatic":
         return segmenter.segment([image])[0], None
     image = check_image(image)
     with torch.inference_mode():

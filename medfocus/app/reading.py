@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,15 +11,18 @@ from scipy import ndimage
 
 from medfocus.app import clicks
 from medfocus.app.clicks import Point
-from medfocus.explain.attribution import inside_share
 from medfocus.explain.explain import explain, on_image
+from medfocus.explain.maps import inside_share
 from medfocus.images import decode
+from medfocus.images.geometry import letterbox_mask
+from medfocus.images.png import encode_png
 from medfocus.masks.sam2.segmenter import Features
 from medfocus.masks.segmenter import Mask
 from medfocus.serving.predictor import Predictor
 
 MOST_SHOWN = 1024  # pixels of the longest side of what a page gets
 MASK_COLOUR = (0, 174, 219)  # cyan: on no grey image, and not among the attribution's colours
+_PNG_LEVEL = 1  # fast: the page and the model run on the same machine
 _FILL, _LINE = 96, 255  # opacity of the mask, inside and along its outline
 
 
@@ -92,7 +94,9 @@ class Reader:
         mask, features = clicks.first_mask(self.predictor.segmenter, pixels)
         shown = _smaller(pixels)
         reading = self._read(pixels, mask, shown.shape[:2])
-        return Opened(pixels, _png(shown), (shown.shape[1], shown.shape[0]), reading, features)
+        return Opened(
+            pixels, encode_png(shown, _PNG_LEVEL), (shown.shape[1], shown.shape[0]), reading, features
+        )
 
     def edit(self, opened: Opened, points: Sequence[Point]) -> Reading | None:
         """The reading with the mask that SAM2 finds at all of ``points``; without points there is none.
@@ -127,11 +131,11 @@ class Reader:
             method = predictor.method
             maps, way = explain(method, method.encoder, torch.from_numpy(view)[None], target)
             heat = maps[0].numpy()  # (S, S)
-            framed = decode.letterbox_mask(reading.mask.region, len(view)) > 0.5
+            framed = letterbox_mask(reading.mask.region, len(view)) > 0.5
             tells = predictor.focus != "crop" and framed.any()
             inside = inside_share(heat, framed) if tells else None
             placed = on_image(heat, reading.shown_region, predictor.focus)
-            reading.attribution = Attribution(_png(_heat_layer(placed)), way, inside)
+            reading.attribution = Attribution(encode_png(_heat_layer(placed), _PNG_LEVEL), way, inside)
         return reading.attribution
 
     def _read(self, pixels: np.ndarray, mask: Mask, shown: tuple[int, int]) -> Reading:
@@ -143,7 +147,10 @@ class Reader:
             shown_region=region,
             view=view,
             probabilities=dict(zip(self.predictor.classes, chances, strict=True)),
-            layers={"mask": _png(_mask_layer(region)), "view": _png(_seen(view))},
+            layers={
+                "mask": encode_png(_mask_layer(region), _PNG_LEVEL),
+                "view": encode_png(_seen(view), _PNG_LEVEL),
+            },
         )
 
 
@@ -189,9 +196,3 @@ def _heat_layer(heat: np.ndarray) -> np.ndarray:
     layer[..., :3] = np.rint(255 * colormaps["inferno"](scaled)[..., :3])
     layer[..., 3] = np.rint(255 * np.sqrt(scaled))
     return layer
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

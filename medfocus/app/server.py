@@ -25,7 +25,7 @@ from medfocus.app.reading import Opened, Reader, Reading
 from medfocus.app.uploads import Limits, Upload, body, uploads
 from medfocus.app.worker import Busy, Worker
 from medfocus.images.decode import MOST_BYTES
-from medfocus.images.stack import ImageError, TooLargeError
+from medfocus.images.errors import ImageError, TooLargeError
 from medfocus.storage.redaction import kind_and_place
 
 NOTICE = "For research; not for clinical use."

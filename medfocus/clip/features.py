@@ -1,7 +1,7 @@
-"""Images become features: views are made in threads while the model runs, and no view is encoded twice.
+"""Encode images to features: threads make the views while the model runs, and a cache keeps the features.
 
-The cache has one folder of shards for each kind of feature (see ``medfocus.storage.shards``), an entry a row,
-as NumPy's own files have it. Two processes at once can at worst write the same rows twice.
+The cache has one folder of shards for each kind of feature (see ``medfocus.storage.shards``), with one entry
+in NumPy's file format for each row. Two concurrent processes can at worst write the same rows twice.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of features: what makes them of views, and what names them in the cache."""
+    """One kind of features: its function and its name in the cache."""
 
     encode_batch: Callable[[Tensor], Tensor]  # views (B, S, S, C) uint8 -> (B, D), tokens, or any B rows
-    settings: str  # what all items share: the encoder, the part of it, the view's settings
+    settings: str  # the key of the encoder and of the views, equal for all items
     dtype: torch.dtype = torch.float32  # of the result and of the cache
 
 
@@ -49,7 +49,7 @@ def encode(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
-    """Items (N) -> features (N, ...) of one kind; see ``encode_together`` and ``Kind``."""
+    """Encode items (N) to features (N, ...) of one kind; see ``encode_together`` and ``Kind``."""
     (features,) = encode_together(
         items,
         keys,
@@ -74,30 +74,31 @@ def encode_together(
     workers: int = 2,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Tensor]:
-    """Items (N) -> features (N, ...) of every kind on the CPU, in the items' order, whether cached or not.
+    """Encode items (N) to features (N, ...) of every kind, on the CPU and in the order of the items.
 
-    A view is made once for all kinds that lack it, and they get it in the same batch, one after the other.
+    Each view is made once for all kinds, which encode it in the same batch.
 
     Args:
-        items: Whatever ``make_view`` turns into a view; called in ``workers`` threads.
-        keys: One for each item, naming its view's content (image, mask, crop). Equal keys are encoded once.
-        make_view: Item -> view (S, S, C) uint8; reads and decodes, focuses, letterboxes.
+        items: Arguments of ``make_view``.
+        keys: One key for each item, for the content of its view (image, mask, crop). Items with equal keys
+            are encoded once.
+        make_view: Item -> view (S, S, C) uint8. It runs in ``workers`` threads.
         kinds: One or more.
         cache: Folder, or URL for fsspec, that keeps rows between runs; None keeps nothing.
-        batch_size: Views a forward pass. The last one is filled up to it: the last bits of a row can depend
-            on how many are beside it, and shall not depend on what was cached.
+        batch_size: Views per forward pass. The last batch is padded to this size, because the last bits of a
+            row can depend on the size of its batch, and must not depend on the content of the cache.
         workers: Threads that make views, one batch ahead of the model.
-        progress: Called with the number of items done and N after every batch.
+        progress: Called after every batch with the number of encoded items and N.
 
     Raises:
         ValueError: No items, another number of keys, or features that are not finite in their ``dtype``.
-        Anything that ``make_view`` raises; what was encoded before stays in the cache.
+        Anything that ``make_view`` raises; the cache keeps the features of earlier batches.
     """
     if not items or len(items) != len(keys):
         raise ValueError(
-            f"features: {len(items)} items and {len(keys)} keys; give at least one, and one key each."
+            f"features: {len(items)} items and {len(keys)} keys. Pass one key for each item, at least one."
         )
-    places: dict[str, list[int]] = {}  # key -> where its row goes
+    places: dict[str, list[int]] = {}  # key -> indices of its rows
     for i, key in enumerate(keys):
         places.setdefault(key, []).append(i)
     tables = [_Table(kind, places, len(items), cache) for kind in kinds]
@@ -106,7 +107,7 @@ def encode_together(
     if progress:
         progress(done, len(items))
     try:
-        # Closed also when the model fails: its threads would make views that nobody takes.
+        # ``closing`` stops the threads if the model fails.
         firsts = [items[places[key][0]] for key in missing]
         with closing(_batches(firsts, make_view, batch_size, workers)) as batches:
             for first, views in batches:
@@ -123,13 +124,13 @@ def encode_together(
 
 
 def lacking(keys: Sequence[str], kinds: Sequence[Kind], cache: str | Path) -> list[bool]:
-    """For each of the keys (N) whether the cache lacks its row of one of the kinds."""
+    """Return for each of the keys (N) whether the cache lacks its row of at least one kind."""
     missing = set().union(*(_Table(kind, {key: [] for key in keys}, 0, cache).missing for kind in kinds))
     return [key in missing for key in keys]
 
 
 class _Table:
-    """The features of one kind as they come together: the cached ones at once, the others batch by batch."""
+    """The features of one kind: first the rows in the cache, then the others batch by batch."""
 
     def __init__(
         self, kind: Kind, places: Mapping[str, list[int]], count: int, cache: str | Path | None
@@ -149,21 +150,21 @@ class _Table:
 
     @property
     def result(self) -> Tensor:
-        """(N, ...)"""
+        """All features, (N, ...)."""
         assert self._rows is not None and not self.missing  # there is at least one item
         return self._rows
 
     def encode(self, batch: Sequence[str], views: Tensor) -> None:
-        """Fill in what is missing of a batch of keys (B), of their views (B, S, S, C) uint8."""
+        """Encode views (B, S, S, C) uint8 and keep the missing rows of their keys (B)."""
         lacking = [i for i, key in enumerate(batch) if key in self.missing]
         if not lacking:
             return
-        # The whole batch goes through: see ``batch_size``.
+        # Encode the whole batch; see ``batch_size``.
         rows = self.kind.encode_batch(views).detach().to("cpu", self.kind.dtype)[: len(batch)]  # (B, ...)
         if not torch.isfinite(rows).all():
             raise ValueError(
-                f"features: the encoder gave values that are not finite in {self.kind.dtype}, for {batch[0]} "
-                f"or the {len(batch) - 1} after it. Check its weights, or use torch.float32."
+                f"features: the encoder returned values that are not finite in {self.kind.dtype}, for "
+                f"{batch[0]} or the next {len(batch) - 1} items. Check its weights, or use torch.float32."
             )
         for i in lacking:
             self._place(batch[i], rows[i])
@@ -171,7 +172,7 @@ class _Table:
             self._shards.put((_hash(batch[i]), _packed(rows[i])) for i in lacking)
 
     def close(self) -> None:
-        """Have the cache keep what it was given."""
+        """Close the cache's shards."""
         if self._shards:
             self._shards.close()
 
@@ -185,9 +186,9 @@ class _Table:
 def _batches(
     items: Sequence[Item], make_view: Callable[[Item], np.ndarray], batch_size: int, workers: int
 ) -> Generator[tuple[int, Tensor], None, None]:
-    """Where a batch starts and its views (B, S, S, C) uint8; those of the next batch are made meanwhile.
+    """Yield the first index and the views (B, S, S, C) uint8 of each batch; threads make the next views.
 
-    The last batch is filled up with its last view.
+    Copies of the last view pad the last batch.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
     ahead: deque[Future[np.ndarray]] = deque()
@@ -203,14 +204,12 @@ def _batches(
                 views.append(ahead.popleft().result())
             yield start, torch.from_numpy(np.stack(views + views[-1:] * (batch_size - len(views))))
     finally:
-        pool.shutdown(
-            cancel_futures=True
-        )  # after an error or an interrupt the views not yet begun are not made
+        pool.shutdown(cancel_futures=True)  # after an error, make no further views
 
 
 @lru_cache(maxsize=32)
 def _opened(url: str, process: int) -> Shards:
-    """A folder of the cache, kept open by a process: the next call then reads only what was added since."""
+    """Return the open shards of a folder; a process keeps them, so that later calls read new entries only."""
     return Shards(url, suffix=".npy")
 
 
@@ -225,8 +224,8 @@ def _packed(row: Tensor) -> bytes:
 
 
 def _unpacked(content: bytes) -> Tensor:
-    """The inverse of ``_packed``; the rows of a kind have one header, which is read once."""
-    start = 10 + int.from_bytes(content[8:10], "little")  # magic, version, length; then so many bytes
+    """Invert ``_packed``; the rows of a kind have equal headers, and each is parsed once."""
+    start = 10 + int.from_bytes(content[8:10], "little")  # magic, version and length of the header
     shape, dtype = _header(content[:start])
     return torch.from_numpy(np.frombuffer(content, dtype, offset=start).reshape(shape).copy())
 

@@ -1,8 +1,9 @@
 """Low-rank updates of CLIP's attention: CLIP-LoRA (Zanella and Ben Ayed, arXiv 2405.18541).
 
 In every block of both towers the projections to q, k and v become W + (α/√r) B A, with r rows in A. W stays
-frozen; A and B train. As in the public code the low-rank path has a dropout on its input, of its own for each
-of q, k and v, A starts as PyTorch's linear layers do and B at zero, so that the start is the frozen model.
+frozen; A and B train. As in the paper's public code, each of q, k and v has its own dropout on the input of
+the low-rank path, A starts like PyTorch's linear layers, and B starts at zero, so that training starts from
+the frozen model.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def check_lora(method: str, *, rank: int, alpha: float, dropout: float) -> None:
-    """Raise ValueError, in the name of ``method``, for settings that make no update."""
+    """Raise ValueError for settings outside their range; the messages begin with ``method``."""
     if rank < 1:
-        raise ValueError(f"{method}: the LoRA rank is {rank}; use 1 or more.")
+        raise ValueError(f"{method}: the LoRA rank is {rank}. Use 1 or more.")
     if alpha <= 0:
-        raise ValueError(f"{method}: the LoRA alpha is {alpha}; use a value above 0.")
+        raise ValueError(f"{method}: the LoRA alpha is {alpha}. Use a value above 0.")
     if not 0 <= dropout < 1:
-        raise ValueError(f"{method}: the LoRA dropout is {dropout}; use a share in [0, 1).")
+        raise ValueError(f"{method}: the LoRA dropout is {dropout}. Use a share in [0, 1).")
 
 
 class LowRank(nn.Module):
-    """(α/√r) B A dropout(x) for q, k and v of one attention: all that trains, and all that a state holds."""
+    """The low-rank update of one attention, (α/√r) B A dropout(x) for each of q, k and v."""
 
     def __init__(self, width: int, *, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
@@ -41,13 +42,13 @@ class LowRank(nn.Module):
         self.scale = alpha / rank**0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, W) -> what is added to their q, k and v, side by side (B, L, 3 W)."""
+        """Tokens (B, L, W) -> the updates of their q, k and v, concatenated (B, L, 3 W)."""
         parts = [self.dropout(x) @ a.T @ b.T for a, b in zip(self.down, self.up, strict=True)]
         return self.scale * torch.cat(parts, dim=-1)
 
 
 class LoraAttention(nn.Module):
-    """Stands in a block for its ``nn.MultiheadAttention``, as open_clip's blocks call that."""
+    """A frozen ``nn.MultiheadAttention`` with low-rank updates, for the same place in open_clip's blocks."""
 
     def __init__(self, frozen: nn.MultiheadAttention, low_rank: LowRank) -> None:
         super().__init__()
@@ -63,12 +64,12 @@ class LoraAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Self-attention of tokens (B, L, W) -> (B, L, W), and no weights.
+        """Self-attention of tokens (B, L, W) -> (B, L, W), and None instead of attention weights.
 
         Args:
             query: The tokens.
-            key: The tokens again; open_clip's towers attend to themselves alone.
-            value: The tokens again.
+            key: The same tokens.
+            value: The same tokens.
             need_weights: Always False in open_clip's blocks.
             attn_mask: (L, L) or (B * heads, L, L), added to the attention logits.
         """
@@ -83,24 +84,21 @@ class LoraAttention(nn.Module):
 
 
 class LoraTowers(nn.Module):
-    """Both towers of a frozen CLIP with low-rank updates; its parameters and its state are these alone.
+    """Both towers of a frozen CLIP with low-rank updates, which are its only parameters and state.
 
-    Where the encoder looks at a region by "alpha", that channel of the patch embedding trains with them.
-
-    The encoder given is left as it was: its modules are copied, its frozen weights shared.
+    With the region "alpha" the fourth channel of the patch embedding trains too. The towers are copies, which
+    share their frozen weights with the encoder.
     """
 
     def __init__(self, encoder: ClipEncoder, *, rank: int, alpha: float, dropout: float) -> None:
-        """Add updates to every attention of ``encoder``'s towers.
+        """Add an update to every attention in a copy of ``encoder``'s towers.
 
-        Raises ValueError where a tower is none of open_clip's own transformers.
+        Raises ValueError if a tower is not one of open_clip's own transformers.
         """
         super().__init__()
-        alpha_channel = [
-            p for n, p in encoder.model.named_parameters() if n.startswith("visual.conv1.alpha.")
-        ]
-        own = set(map(id, alpha_channel))  # the one new weight that is no update, of the region "alpha"
-        shared = {id(weight): weight for weight in encoder.model.parameters() if id(weight) not in own}
+        added = encoder.region.added_layer(encoder.model)
+        trained = set() if added is None else set(map(id, added.parameters()))
+        shared = {id(weight): weight for weight in encoder.model.parameters() if id(weight) not in trained}
         model = copy.deepcopy(encoder.model, shared)
         self.updates = nn.ModuleList()
         for block in _blocks(encoder.name, model):
@@ -108,33 +106,36 @@ class LoraTowers(nn.Module):
             update = LowRank(frozen.embed_dim, rank=rank, alpha=alpha, dropout=dropout)
             self.updates.append(update.to(frozen.out_proj.weight))
             block.attn = LoraAttention(frozen, update)
-        if own:
-            self.alpha = model.visual.conv1.alpha.requires_grad_(True)  # pyright: ignore[reportAttributeAccessIssue]
-        self.encoder = replace(encoder, model=model)  # no nn.Module, so the towers stay out of the state
+        if (layer := encoder.region.added_layer(model)) is not None:
+            self.alpha = layer.requires_grad_(True)
+        self.encoder = replace(encoder, model=model)  # not an nn.Module, so the state excludes the towers
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, S, S, C) uint8 -> image features (B, D) on the CPU, each of length one."""
         return self.encoder.image_features(self.encoder.preprocess(images)).cpu()
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Texts (N) -> text features (N, D) on the CPU, each of length one, with their gradient."""
+        """Texts (N) -> text features (N, D) on the CPU, each of length one, with a gradient."""
         tokens = self.encoder.tokenizer(texts).to(self.encoder.device)  # (N, context)
         return self.encoder.model.encode_text(tokens, normalize=True).cpu()  # pyright: ignore[reportCallIssue]
 
 
 def _blocks(name: str, model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of the image encoder and of the text tower, in this order."""
-    found: list[nn.Module] = []
-    # CLIP keeps its text tower's parts among its own, CustomTextCLIP keeps a tower.
-    for what, tower in (("image", model.visual), ("text", getattr(model, "text", model))):
+    """Return the transformer blocks of the image encoder and then of the text tower."""
+    all_blocks: list[nn.Module] = []
+    # CLIP holds the parts of its text tower itself; CustomTextCLIP holds a tower.
+    for name_of_tower, tower in (
+        ("image encoder", model.visual),
+        ("text tower", getattr(model, "text", model)),
+    ):
         blocks = list(getattr(getattr(tower, "transformer", None), "resblocks", []))
         if not blocks or not all(
             isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in blocks
         ):
             raise ValueError(
-                f"{name}: its {what} tower is {type(tower).__name__}, without the attention blocks that "
-                "low-rank updates go into. Take a CLIP whose towers are both open_clip's transformers, such "
-                "as ViT-B-32, or another method."
+                f"{name}: its {name_of_tower} is {type(tower).__name__}, without the attention blocks that "
+                "low-rank updates need. Take a CLIP with open_clip's transformers in both towers, such as "
+                "ViT-B-32, or another method."
             )
-        found += blocks
-    return found
+        all_blocks += blocks
+    return all_blocks

@@ -1,8 +1,8 @@
-"""Prompt learning: open_clip's text tower on texts some of whose tokens are learned vectors.
+"""Prompt learning: open_clip's text tower encodes texts in which learned vectors replace some tokens.
 
-What CoOp (Zhou et al., arXiv 2109.01134) and CoCoOp (arXiv 2203.05557) share. As in their public code a text
-is the start token, M contexts, the class's name, a full stop and the end token, and M placeholders "X" hold
-the contexts' places while it is tokenised.
+CoOp (Zhou et al., arXiv 2109.01134) and CoCoOp (arXiv 2203.05557) share this module. As in their public code,
+a text is the start token, M contexts, the class name, a full stop and the end token. The tokenizer sees M
+placeholders "X" in place of the contexts.
 """
 
 from __future__ import annotations
@@ -21,44 +21,43 @@ from medfocus.clip.prompts import text_prompts
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
 
-CLASS_TOKENS = ("end", "middle", "front")  # where a class's name stands among its contexts
-WARMUP_LR = 1e-5  # published, whatever the learning rate is
-START_STD = 0.02  # of contexts that start at no words
-_PLACEHOLDER = "X"  # a letter is one token of every tokenizer
+CLASS_TOKENS = ("end", "middle", "front")  # positions of the class name among the contexts
+WARMUP_LR = 1e-5  # published, independent of the learning rate
+START_STD = 0.02  # of contexts that start from noise
+_PLACEHOLDER = "X"  # a letter is one token in every tokenizer
 
 
 def check_prompt_learning(method: str, *, epochs: int, warmup: int, **counts: int) -> None:
-    """Raise ValueError, in the name of ``method``, for settings under which nothing would be learned.
+    """Raise ValueError for ``epochs`` or ``counts`` below 1, or a ``warmup`` as long as all epochs.
 
-    These are a number of ``epochs`` or one of ``counts`` below one, and a ``warmup`` that no epoch follows.
+    The messages begin with ``method``.
     """
     for name, count in {"epochs": epochs, **counts}.items():
         if count < 1:
-            raise ValueError(f"{method}: {name} is {count}; use 1 or more.")
+            raise ValueError(f"{method}: {name} is {count}. Use 1 or more.")
     if not 0 <= warmup < epochs:
         raise ValueError(
-            f"{method}: warmup is {warmup} epochs of {epochs}; use 0 or more, and fewer than epochs."
+            f"{method}: warmup is {warmup} epochs of {epochs}. Use 0 or more, and fewer than epochs."
         )
 
 
 class TextTower:
-    """A frozen CLIP's text tower behind its token embedding: embedded texts -> text features.
+    """A frozen CLIP's text tower after its token embedding: embedded texts -> text features.
 
-    It is open_clip's own forward pass, so that mask, pooling and projection are open_clip's in every variant;
-    a copy of its modules, which share the frozen weights, finds the given embeddings where it would look
-    tokens up. The encoder is left as it was.
+    It runs open_clip's forward pass, so mask, pooling and projection are open_clip's in every variant. In a
+    copy of its modules, which shares the frozen weights, the given embeddings replace the token embedding.
     """
 
     def __init__(self, encoder: ClipEncoder, length: int | None = None) -> None:
-        """Cut the tower off at ``length`` tokens; None is its context length.
+        """Copy the tower for texts of ``length`` tokens; None is its context length.
 
-        Raises ValueError where the text tower is not open_clip's own.
+        Raises ValueError if the text tower is not open_clip's own.
         """
         tower = _text_tower(encoder)
         self._embedding: nn.Embedding = tower.token_embedding
         self._device = encoder.device
-        self._given = _Given()
-        memo: dict[int, Any] = {id(tower.token_embedding): self._given}
+        self._embedding_input = _EmbeddingInput()
+        memo: dict[int, Any] = {id(tower.token_embedding): self._embedding_input}
         if length is not None and length < tower.context_length:
             memo[id(tower.positional_embedding)] = nn.Parameter(
                 tower.positional_embedding[:length].detach(), requires_grad=False
@@ -74,21 +73,21 @@ class TextTower:
         return self._embedding(tokens.to(self._device)).cpu()
 
     def __call__(self, embedded: Tensor, tokens: Tensor) -> Tensor:
-        """Embedded texts -> text features (N, D) on the CPU, each of length one, with their gradient.
+        """Embedded texts -> text features (N, D) on the CPU, each of length one, with a gradient.
 
         Args:
-            embedded: (N, L, W) what stands at the place of each token, without its position.
-            tokens: (N, L) int64, by which open_clip finds the end of a text and its padding.
+            embedded: (N, L, W), the embedding of each token without its position.
+            tokens: (N, L) int64; open_clip finds the end and the padding of a text in them.
         """
-        self._given.embedded = embedded.to(self._device)
+        self._embedding_input.embedded = embedded.to(self._device)
         try:
             return self._model.encode_text(tokens.to(self._device), normalize=True).cpu()
         finally:
-            self._given.embedded = None  # else it would keep the step's graph alive
+            self._embedding_input.embedded = None  # frees the graph of the training step
 
 
-class _Given(nn.Module):
-    """Stands for the token embedding and answers with what it was given."""
+class _EmbeddingInput(nn.Module):
+    """Replaces the token embedding and returns ``embedded``."""
 
     embedded: Tensor | None = None
 
@@ -98,40 +97,39 @@ class _Given(nn.Module):
 
 
 def _text_tower(encoder: ClipEncoder) -> Any:
-    """CLIP keeps its text tower's parts among its own, CustomTextCLIP keeps a tower."""
+    """Return the text tower: CLIP holds its parts itself, CustomTextCLIP holds a module."""
     tower = getattr(encoder.model, "text", encoder.model)
     if not isinstance(getattr(tower, "token_embedding", None), nn.Embedding):
         raise ValueError(
-            f"{encoder.name}: its text tower is {type(tower).__name__}, whose token embeddings cannot be "
-            "replaced by learned contexts. Take a CLIP with open_clip's own text tower, such as ViT-B-32, or "
-            "another method."
+            f"{encoder.name}: its text tower is {type(tower).__name__}, which cannot take learned contexts. "
+            "Take a CLIP with open_clip's own text tower, such as ViT-B-32, or another method."
         )
     return tower
 
 
 @dataclass(frozen=True, eq=False)
 class ContextTexts:
-    """One tokenised text a class, with free places for M contexts."""
+    """The tokenised text of each class, with slots for M contexts."""
 
-    tokens: Tensor  # (K, L) int64; what stands in a free place does not matter
-    slots: Tensor  # (K, M) int64, the free places in their order
+    tokens: Tensor  # (K, L) int64; the tokens in the slots have no effect
+    slots: Tensor  # (K, M) int64, the positions of the contexts
 
 
 def write_texts(
     method: str, encoder: ClipEncoder, class_names: Sequence[str], contexts: int, class_token: str = "end"
 ) -> ContextTexts:
-    """Class names (K) -> their texts around ``contexts`` free places, no longer than the longest needs.
+    """Write the texts of class names (K) with slots for ``contexts`` contexts, as short as possible.
 
-    The class's name stands at the "end" of the contexts, in their "middle" (of an odd number the smaller half
+    The class name stands at the "end" of the contexts, in their "middle" (the smaller half of an odd number
     comes first) or in "front" of them.
 
-    Raises ValueError, in the name of ``method``, without class names, for a text that is longer than the
-    tower's context, and as ``TextTower`` does.
+    Raises ValueError without class names, for a text longer than the tower's context, and as ``TextTower``
+    does. The messages begin with ``method``.
     """
     if not class_names:
         raise ValueError(
-            f"{method}: it writes the classes' texts itself, but support.class_names is empty. Give the name "
-            "of each class."
+            f"{method}: support.class_names is empty, so the method cannot write its texts. Give the class "
+            "names."
         )
     tower = _text_tower(encoder)
     places = " ".join([_PLACEHOLDER] * contexts)
@@ -144,27 +142,27 @@ def write_texts(
         raise ValueError(
             f"{method}: the text of class '{class_names[longest]}' with {contexts} contexts has "
             f"{int(used[longest])} tokens, but the text tower of {encoder.name} reads "
-            f"{tower.context_length}. Lower contexts or shorten the class's name."
+            f"{tower.context_length}. Lower contexts or shorten the class name."
         )
     before = {"end": contexts, "middle": contexts // 2, "front": 0}[class_token]
     _, named = _tokenise(encoder, [text.removesuffix(".") for text in texts])
     _, unnamed = _tokenise(encoder, [places])
-    order = torch.arange(tokens.shape[1]).repeat(len(tokens), 1)  # (K, L) which token goes to a place
+    order = torch.arange(tokens.shape[1]).repeat(len(tokens), 1)  # (K, L) index of the token at a position
     slots = []
     for row, name in zip(order, (named - unnamed).tolist(), strict=True):
         first, last = start + before, start + contexts + name
         row[first:last] = torch.cat([row[start + contexts : last], row[first : start + contexts]])
         slots.append([*range(start, first), *range(first + name, last)])
-    length = int(used.max()) if _reads_no_further(tower) else tower.context_length
+    length = int(used.max()) if _ignores_padding(tower) else tower.context_length
     return ContextTexts(tokens.gather(1, order)[:, :length].contiguous(), torch.tensor(slots))
 
 
 def start_contexts(
     method: str, encoder: ClipEncoder, contexts: int, start: str, generator: torch.Generator
 ) -> Tensor:
-    """The M vectors (M, W) that training starts from: the words of ``start``, or noise where it is empty.
+    """Return the initial contexts (M, W): the embedding of the words of ``start``, or noise if it is empty.
 
-    Raises ValueError, in the name of ``method``, where ``start`` has not M tokens.
+    Raises ValueError if ``start`` does not have M tokens; the message begins with ``method``.
     """
     tower = _text_tower(encoder)
     if not start:
@@ -174,7 +172,7 @@ def start_contexts(
     if (count := int(used[0] - used[1])) != contexts:
         raise ValueError(
             f"{method}: start is '{start}', which has {count} tokens, but contexts is {contexts}. Set "
-            f"contexts to {count}, or start to a text of {contexts} tokens or to nothing."
+            f"contexts to {count}, or start to a text of {contexts} tokens or to an empty text."
         )
     first, _ = _probe(method, encoder)
     with torch.no_grad():
@@ -182,9 +180,9 @@ def start_contexts(
 
 
 def _tokenise(encoder: ClipEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Texts (N) -> tokens (N, L) of which none is cut off, and how many each takes up (N,)."""
-    room = max(len(text.encode()) for text in texts) + 3  # a text has at most as many tokens as bytes
-    length = max(room, _text_tower(encoder).context_length)
+    """Texts (N) -> all their tokens (N, L), and the number of tokens of each (N,)."""
+    most = max(len(text.encode()) for text in texts) + 3  # a text has at most as many tokens as bytes
+    length = max(most, _text_tower(encoder).context_length)
     tokens = encoder.tokenizer(texts, context_length=length)  # (N, L)
     padding = tokens[:, -1:]
     used = length - (tokens != padding).flip(1).int().argmax(dim=1)  # (N,)
@@ -192,27 +190,27 @@ def _tokenise(encoder: ClipEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def _probe(method: str, encoder: ClipEncoder) -> tuple[int, int]:
-    """Where a text's words begin, and the token of the placeholder."""
+    """Return the position of the first word of a text, and the token of the placeholder."""
     tokens, used = _tokenise(encoder, [f"{_PLACEHOLDER} {_PLACEHOLDER}", ""])
     before, first, second = tokens[0, :3].tolist()
     if before == first or first != second or int(used[0] - used[1]) != 2:
         raise ValueError(
             f"{method}: the tokenizer of {encoder.name} ({type(encoder.tokenizer).__name__}) does not write "
-            "one start token and then one token a letter, so the contexts have no known place. Take a CLIP "
-            "with open_clip's own tokenizer, such as ViT-B-32."
+            "one start token and then one token for a letter, so the positions of the contexts are unknown. "
+            "Take a CLIP with open_clip's own tokenizer, such as ViT-B-32."
         )
     return 1, first
 
 
-def _reads_no_further(tower: Any) -> bool:
-    """True where nothing behind the end of a text has a part in its features, so that it can be left out."""
+def _ignores_padding(tower: Any) -> bool:
+    """Return whether the padding has no effect on the features of a text, so that it can be left out."""
     pooling = getattr(tower, "pool_type", None) or tower.text_pool_type
     causal = tower.attn_mask is not None and getattr(tower, "cls_emb", None) is None
     return causal and pooling in ("argmax", "eos")
 
 
 class ContextTower:
-    """Contexts -> the text features of every class."""
+    """The text tower with the texts of all classes: contexts -> text features."""
 
     def __init__(self, encoder: ClipEncoder, texts: ContextTexts) -> None:
         self.texts = texts
@@ -220,7 +218,7 @@ class ContextTower:
         self._embedded = self._tower.embed(texts.tokens)  # (K, L, W)
 
     def embedded(self, contexts: Tensor) -> Tensor:
-        """Contexts (B, K, M, W), or (B, 1, M, W) for all classes -> the texts' embeddings (B, K, L, W)."""
+        """Contexts (B, K, M, W), or (B, 1, M, W) for all classes -> embedded texts (B, K, L, W)."""
         images, width = len(contexts), contexts.shape[-1]
         at = self.texts.slots[..., None].expand(images, -1, -1, width)  # (B, K, M, W)
         return self._embedded.expand(images, -1, -1, -1).scatter(2, at, contexts.expand_as(at))
@@ -247,22 +245,21 @@ def train_sgd(
     weight_decay: float,
     generator: torch.Generator,
 ) -> None:
-    """Minimise by SGD of momentum 0.9 as CoOp and CoCoOp do, and keep the last iterate.
+    """Train by SGD with momentum 0.9, as CoOp and CoCoOp do, and keep the last iterate.
 
     Args:
-        parameters: What trains.
-        accumulate: Adds a batch's gradient to them, from image indices (B,) and the view drawn for each
-            (B,).
+        parameters: The parameters to train.
+        accumulate: Adds the gradient of a batch to them, from image indices (B,) and view indices (B,).
         count: N, images in the support.
-        views: How many cached views each image has; one is drawn per image and step.
+        views: Number of cached views of each image; each step draws one of them.
         epochs: Passes over the support.
-        max_steps: A bound on the steps. Where it binds, ``learning_rate`` runs through all its epochs in so
-            many steps.
-        batch_size: Images a step; the last batch of an epoch may be smaller.
+        max_steps: Upper bound of the steps. If it applies, ``learning_rate`` runs through all epochs in this
+            number of steps.
+        batch_size: Images per step; the last batch of an epoch may be smaller.
         lr: See ``learning_rate``.
         warmup: See ``learning_rate``.
-        weight_decay: SGD's, a part of the gradient.
-        generator: The source of batch order and view draws.
+        weight_decay: Weight decay of SGD, a part of the gradient.
+        generator: Draws the batches and the views.
     """
     optimizer = torch.optim.SGD(list(parameters), lr=lr, momentum=0.9, weight_decay=weight_decay)
     steps = min(epochs * math.ceil(count / batch_size), max_steps)
@@ -279,10 +276,10 @@ def train_sgd(
 
 
 def learning_rate(epoch: int, *, epochs: int, lr: float, warmup: int) -> float:
-    """The published schedule: 1e-5 for ``warmup`` epochs, then a cosine from ``lr`` on.
+    """Return the published learning rate: 1e-5 for ``warmup`` epochs, then a cosine that starts at ``lr``.
 
-    As in the public code the cosine is one over all ``epochs`` but counts from the end of the warm-up, so the
-    last of them are not reached.
+    As in the public code, the cosine has a length of ``epochs`` and starts after the warm-up, so it does not
+    reach its end.
     """
     if epoch < warmup:
         return WARMUP_LR

@@ -1,4 +1,4 @@
-"""Class names and a modality become text prompts, and text prompts become one embedding a class."""
+"""Text prompts from class names and a modality, and class embeddings from text prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-# The last of each is the paper's own sentence (arXiv 2501.03839).
+# The last template of each modality is the paper's (arXiv 2501.03839).
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "chest_xray": (
         "a chest X-ray showing {c}",
@@ -43,7 +43,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 class TextEncoder(Protocol):
-    """What ``class_embeddings`` needs of CLIP."""
+    """The part of CLIP that ``class_embeddings`` needs."""
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
         """Texts (N) -> features (N, D), each of length one."""
@@ -53,32 +53,32 @@ class TextEncoder(Protocol):
 def text_prompts(
     class_names: Sequence[str], modality: str, templates: Sequence[str] | None = None
 ) -> list[list[str]]:
-    """Class names (K) -> text prompts (K, T): every template with the class in place of "{c}".
+    """Class names (K) -> text prompts (K, T): every template with the class name in place of "{c}".
 
-    The data set's own ``templates`` replace those of ``modality``; None or none at all keeps them.
-    Underscores of a class name become spaces.
+    ``templates`` replace the templates of ``modality`` unless they are None or empty. Underscores in a class
+    name become spaces.
 
     Raises ValueError for an unknown modality, a template without "{c}" or an empty class name.
     """
     if modality not in TEMPLATES:
-        raise ValueError(f"modality '{modality}' has no text prompts; use one of {', '.join(TEMPLATES)}.")
+        raise ValueError(f"modality '{modality}' has no text prompts. Use one of {', '.join(TEMPLATES)}.")
     templates = templates or TEMPLATES[modality]
     for template in templates:
         if "{c}" not in template:
             raise ValueError(
                 f"the template '{template}' has no {{c}}, so its prompt would be the same for every class. "
-                "Write {c} where the class name belongs."
+                "Write {c} in place of the class name."
             )
     names = [" ".join(name.replace("_", " ").split()) for name in class_names]
     if not all(names):
-        raise ValueError(f"class {names.index('')} has an empty name, so no prompt can tell it. Name it.")
+        raise ValueError(f"class {names.index('')} has an empty name. Give it a name.")
     return [[template.replace("{c}", name) for template in templates] for name in names]
 
 
 def class_embeddings(encoder: TextEncoder, prompts: Sequence[Sequence[str]]) -> torch.Tensor:
     """Text prompts (K, T) -> class embeddings (K, D): normalise, mean over templates, normalise.
 
-    The number of templates may differ from class to class. Source: Radford et al., "Learning Transferable
+    The number of templates T may differ between classes. Source: Radford et al., "Learning Transferable
     Visual Models From Natural Language Supervision", section 3.1.4.
     """
     import torch

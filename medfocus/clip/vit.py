@@ -1,4 +1,4 @@
-"""The parts of open_clip's VisionTransformer: its end, which may train, and what a batch left on its way."""
+"""The parts of open_clip's VisionTransformer: its trainable tail, and a cache of its activations."""
 
 from __future__ import annotations
 
@@ -6,32 +6,31 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-
-from medfocus.clip.regions import class_token_bias, unpack
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
 
+    from medfocus.clip.regions import Region
+
 
 @dataclass(eq=False)
 class ActivationCache:
-    """The last batch that went through the image encoder, for whoever asks for more of the same batch.
+    """The activations of the last batch, for further calls with the same batch.
 
-    It keeps the tokens of those places alone that were asked for once, so that of a deep tower not every
-    layer stays in memory; a place that is new costs one more pass, at its first batch.
+    It keeps the tokens at requested depths only, so that not every layer of a deep encoder stays in memory.
+    A new depth costs one more pass of its first batch.
     """
 
-    places: set[int] = field(default_factory=set)  # 0: before the first block; n: behind block n
+    depths: set[int] = field(default_factory=set)  # 0: before the first block; n: after block n
     views: np.ndarray | Tensor | None = None  # (B, S, S, C) uint8
-    pixels: Tensor | None = None  # what they were made into
-    tokens: dict[int, Tensor] = field(default_factory=dict)  # place -> (B, L, W)
+    pixels: Tensor | None = None  # the preprocessed views
+    tokens: dict[int, list[Tensor]] = field(default_factory=dict)  # depth -> (B, L, W) of each image
     described: dict[int, Tensor] = field(default_factory=dict)  # grid -> the segmenter's features (B, P)
 
     def turn_to(self, views: np.ndarray | Tensor) -> None:
-        """Forget the last batch, if it is another."""
+        """Forget the last batch unless ``views`` is the same object."""
         if self.views is not views:
             self.views, self.pixels, self.tokens, self.described = views, None, {}, {}
 
@@ -39,48 +38,29 @@ class ActivationCache:
 class Tail(nn.Module):
     """The end of open_clip's VisionTransformer: its last blocks, pooling and projection."""
 
-    def __init__(
-        self, tower: VisionTransformer, images: int = 1, attention_bias: float | None = None
-    ) -> None:
-        """Wrap ``tower``, whose patch embedding and earlier blocks have been taken out.
-
-        Args:
-            tower: See there.
-            images: Whose tokens come one behind the other, and whose embeddings are added.
-            attention_bias: β, where a last token carries the region's coverage.
-        """
+    def __init__(self, tower: VisionTransformer, region: Region) -> None:
+        """Wrap a ``tower`` without patch embedding and earlier blocks, for the tokens of ``region``."""
         super().__init__()
         self.tower = tower
-        self.images = images
-        self.attention_bias = attention_bias
+        self.region = region
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """What ``ClipEncoder.trunk`` gave (B, ...) -> image features (B, D), each of length one."""
-        bias = None
-        if self.attention_bias is not None:
-            tokens, coverage = unpack(tokens)
-            bias = class_token_bias(coverage, self.attention_bias, heads(self.tower))
-        parts = [
-            pooled(self.tower, self.tower.transformer(part, attn_mask=bias))
-            for part in tokens.chunk(self.images, dim=1)
-        ]
-        return parts[0] if len(parts) == 1 else normalize(torch.stack(parts).sum(dim=0), dim=-1)
+        """Tokens of ``ClipEncoder.trunk`` (B, ...) -> image features (B, D), each of length one."""
+        images, mask = self.region.unpack(tokens, self.tower)
+        return self.region.merge(
+            [pooled(self.tower, self.tower.transformer(image, attn_mask=mask)) for image in images]
+        )
 
 
 def pooled(visual: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Tokens (B, L, W) behind the last block -> image features (B, D), each of length one."""
+    """Tokens (B, L, W) after the last block -> image features (B, D), each of length one."""
     summary, _ = visual._pool(tokens)
     assert visual.proj is not None  # only open_clip's pruned towers have none
     return normalize(summary @ visual.proj, dim=-1)
 
 
 def as_vit(tower: object) -> VisionTransformer | None:
-    """An image encoder, if it is open_clip's VisionTransformer; the others have no blocks to stop at."""
+    """Return an image encoder if it is open_clip's VisionTransformer, else None."""
     from open_clip.transformer import VisionTransformer
 
     return tower if isinstance(tower, VisionTransformer) else None
-
-
-def heads(visual: VisionTransformer) -> int:
-    """How many attention heads each block has."""
-    return visual.transformer.resblocks[0].attn.num_heads  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]

@@ -1,4 +1,6 @@
-"""Data sets as they lie on disk: their lists, manifests, twins and splits.
+"""Data sets on disk: from folders and tables to records, duplicates and splits.
 
-It may import images and storage.
+This room may import images and storage. ``ingest`` reads a data set into ``records`` and reports its
+``faults``; ``listing`` and ``scan`` are its two steps. ``duplicates`` finds copies, ``splits`` draws test and
+support sets, ``pseudonyms`` replaces patient ids, and ``medmnist`` and ``coco`` convert other formats.
 """

@@ -1,12 +1,11 @@
-"""A COCO file of instances -> images, their known regions as ``masks/``, and a table of their labels.
+"""Convert a COCO file of instances to images, their known regions in ``masks/``, and a table of labels.
 
-The format: cocodataset.org, "Data format". A region is the union of an image's instances: polygons in
-pixels, or a run-length code, counted or compressed.
+Format: cocodataset.org, "Data format". The known region of an image is the union of its instances, which are
+polygons in pixels or run-length codes, compressed or not.
 """
 
 from __future__ import annotations
 
-import csv
 import importlib
 import json
 import math
@@ -20,21 +19,25 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from medfocus.datasets.listing import MASKS, Fault, inside
+from medfocus.datasets.faults import Fault
+from medfocus.datasets.listing import MASKS, inside
 from medfocus.images import decode
+from medfocus.images.errors import ImageError
 from medfocus.storage import atomic
+from medfocus.storage.tables import write_csv
 
 LabelFrom = Literal["category", "supercategory", "folder"]
-MOST_BYTES = 1_000_000_000  # of a file of annotations
+MOST_BYTES = 1_000_000_000  # of an annotation file
 _IMAGES, _TABLE = "images", "list.csv"
+_GIVE_FOLDER = "Give the folder of the images as --images."
 
 
 @dataclass
 class Converted:
-    """What was written, and what was not."""
+    """The result of a conversion."""
 
-    regions: int = 0  # images with one
-    labels: dict[str, int] = field(default_factory=dict)  # label -> images; "" for none
+    regions: int = 0  # images with a known region
+    labels: dict[str, int] = field(default_factory=dict)  # label -> number of images; "" without a label
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -43,7 +46,7 @@ class _Image:
     """An entry of ``images``."""
 
     id: str
-    path: str  # as it is there
+    path: str  # relative to the folder of the images
     width: int
     height: int
 
@@ -56,25 +59,27 @@ def convert(
     label_from: LabelFrom = "category",
     progress: Callable[[int, int], object] | None = None,
 ) -> Converted:
-    """Write ``out``/images, ``out``/masks/images and ``out``/list.csv, by which this project reads them.
+    """Write ``out``/images, ``out``/masks/images and the manifest ``out``/list.csv, for ingestion.
 
-    An image's label is what its instances have in common, "" where that is nothing: ingestion leaves it out
-    by its line. An instance that is broken gives no part of a region, and is told by its id.
+    The label of an image is the label that all its instances share; otherwise it is "", and ingestion leaves
+    the image out. A broken instance is reported by its id and is no part of a region.
 
     Args:
-        annotations: The JSON.
-        out: A folder that is not there; it appears when it is whole.
-        images: The folder that file names are relative to, and may not lead out of; None: the JSON's own.
-        label_from: ``category`` and ``supercategory`` of the instances, or ``folder``, a file name's first.
-        progress: Called with the images that are done and with how many there are.
+        annotations: The JSON file.
+        out: A new folder; it appears when it is complete.
+        images: The folder of the images, relative to which file names are resolved and which they must not
+            leave; None means the folder of the JSON file.
+        label_from: ``category`` or ``supercategory`` of the instances, or ``folder``: the first folder in the
+            file name.
+        progress: Called with the number of finished images and the number of all images.
 
     Raises:
-        ValueError: It is no such file, or no image of it can be used; nothing is written.
-        FileNotFoundError, FileExistsError: ``annotations`` or ``images`` is not there, ``out`` is.
+        ValueError: The file is not a COCO file, or none of its images can be used; nothing is written.
+        FileNotFoundError, FileExistsError: ``annotations`` or ``images`` is missing, or ``out`` exists.
     """
     root = images or annotations.parent
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; give that of the images as --images.")
+        raise FileNotFoundError(f"{root}: no such folder; give the folder of the images as --images.")
     content = _read(annotations)
     categories = {_id(entry, "id"): entry for entry in content["categories"]}
     instances: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -82,22 +87,21 @@ def convert(
         instances[_id(entry, "image_id")].append(entry)
     done = Converted()
     rows: list[tuple[str, str]] = []
-    with atomic.whole_folder(out) as folder:
+    with atomic.new_folder(out) as folder:
         for place, image in enumerate(listed := _images(content, root, instances, done), start=1):
-            own = instances[image.id]
             target = f"{_IMAGES}/{PurePosixPath(image.path).as_posix()}"
             if _copied(root, image, folder / target, done):
-                region = _region(image, own, done)
+                region = _region(image, instances[image.id], done)
                 if region.any():
                     _write_mask(region, (folder / MASKS / target).with_suffix(".png"))
                     done.regions += 1
-                rows.append((target, _label(image, own, categories, label_from, done)))
+                rows.append((target, _label(image, instances[image.id], categories, label_from, done)))
             if progress is not None:
                 progress(place, len(listed))
         if not rows:
             text = "; ".join(f"{each.path}: {each.fault}" for each in done.faults[:5]) or "it lists none"
             raise ValueError(f"{annotations}: no image can be used ({text}). Correct --images or the file.")
-        _write_table(rows, folder / _TABLE)
+        write_csv(folder / _TABLE, ("path", "label"), sorted(rows))
     for _, label in rows:
         done.labels[label] = done.labels.get(label, 0) + 1
     return done
@@ -107,11 +111,13 @@ def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; give a JSON of COCO instances.")
     if file.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{file}: has more than {MOST_BYTES / 1e9:.0f} GB. Divide it by images.")
+        raise ValueError(
+            f"{file}: has more than {MOST_BYTES / 1e9:.0f} GB. Split it into files of fewer images."
+        )
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: is no JSON ({error}). Export it again.") from error
+        raise ValueError(f"{file}: is not JSON ({error}). Export it again.") from error
     for name in ("images", "annotations", "categories"):
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -120,7 +126,7 @@ def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _id(entry: Mapping[str, Any], name: str) -> str:
-    """JSON knows 1 and "1", of which only one is used in a file."""
+    """Return an id as text, because JSON distinguishes 1 and "1"."""
     return str(entry.get(name))
 
 
@@ -130,71 +136,78 @@ def _images(
     instances: Mapping[str, object],
     done: Converted,
 ) -> list[_Image]:
-    """The entries that can be used: inside of ``root``, each file once, no two that would share a mask."""
-    found: dict[str, _Image] = {}
+    """Return the usable entries: files inside ``root``, each once, and no two that would share a mask."""
+    usable: dict[str, _Image] = {}
     ids: set[str] = set()
     for entry in content["images"]:
         path: Any = entry.get("file_name")
         size: tuple[Any, Any] = entry.get("width"), entry.get("height")
         name = f"image {entry.get('id')}: {path}"
         if not isinstance(path, str) or not all(isinstance(n, int) and 0 < n < 1 << 16 for n in size):
-            done.faults.append(Fault(name, "has no file name, width and height", "Export it again."))
+            done.faults.append(
+                Fault(name, "invalid annotation", "has no file name, width and height", "Export it again.")
+            )
         elif (where := inside(root, root, path)) is None:
-            done.faults.append(Fault(name, f"leads out of {root}", "Give the folder as --images."))
+            done.faults.append(Fault(name, "path outside the data set", f"leads out of {root}", _GIVE_FOLDER))
         elif not where:
-            done.faults.append(Fault(name, f"no such file inside {root}", "Give the folder as --images."))
-        elif (stem := PurePosixPath(where).with_suffix("").as_posix()) in found:
-            fault = f"has the name of {found[stem].path}, but for the suffix, and would share its mask"
-            done.faults.append(Fault(name, fault, "Rename one of them."))
+            done.faults.append(Fault(name, "missing file", f"no such file inside {root}", _GIVE_FOLDER))
+        elif (stem := PurePosixPath(where).with_suffix("").as_posix()) in usable:
+            fault = f"has the name of {usable[stem].path} except for the suffix, and would share its mask"
+            done.faults.append(Fault(name, "invalid annotation", fault, "Rename one of them."))
         elif _id(entry, "id") in ids:
-            done.faults.append(Fault(name, "has the id of another image", "Export it again."))
+            done.faults.append(
+                Fault(name, "invalid annotation", "has the id of another image", "Export it again.")
+            )
         else:
             ids.add(_id(entry, "id"))
-            found[stem] = _Image(_id(entry, "id"), where, *size)
-    for strange in sorted(instances.keys() - {_id(entry, "id") for entry in content["images"]}):
-        fault = "is the image of some annotations, but not among images"
-        done.faults.append(Fault(f"image {strange}", fault, "Export it again."))
-    return list(found.values())
+            usable[stem] = _Image(_id(entry, "id"), where, *size)
+    for unknown in sorted(instances.keys() - {_id(entry, "id") for entry in content["images"]}):
+        fault = "has annotations, but is not in the list of images"
+        done.faults.append(Fault(f"image {unknown}", "invalid annotation", fault, "Export it again."))
+    return list(usable.values())
 
 
 def _copied(root: Path, image: _Image, target: Path, done: Converted) -> bool:
-    """Whether the image can be decoded, and is now at ``target``."""
+    """Copy an image to ``target``; return False and report a fault if it cannot be used."""
     try:
         height, width = decode.read(root / image.path).shape[:2]
-    except decode.ImageError as error:
-        done.faults.append(Fault(image.path, error.fault, error.fix))
+    except ImageError as error:
+        done.faults.append(Fault(image.path, error.kind, error.fault, error.fix))
         return False
     if (width, height) != (image.width, image.height):
         fault = f"has {width} x {height} pixels, but {image.width} x {image.height} in the file"
-        done.faults.append(Fault(image.path, fault, "Take the images that were annotated."))
+        done.faults.append(
+            Fault(image.path, "invalid annotation", fault, "Use the images that were annotated.")
+        )
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(root / image.path, target)
     return True
 
 
-def _region(image: _Image, own: Iterable[Mapping[str, Any]], done: Converted) -> np.ndarray:
-    """The union of an image's instances, (H, W) bool."""
+def _region(image: _Image, instances: Iterable[Mapping[str, Any]], done: Converted) -> np.ndarray:
+    """Return the union of the instances of an image, (H, W) bool."""
     region = np.zeros((image.height, image.width), bool)
-    for entry in own:
+    for entry in instances:
         try:
             region |= instance(entry.get("segmentation"), image.height, image.width)
         except ValueError as error:
             name = f"annotation {entry.get('id')} of {image.path}"
-            done.faults.append(Fault(name, str(error), "Draw it again; it gives no part of the region."))
+            fix = "Draw it again; it is not part of the region."
+            done.faults.append(Fault(name, "invalid annotation", str(error), fix))
     return region
 
 
 def instance(segmentation: object, height: int, width: int) -> np.ndarray:
-    """One instance's region, (H, W) bool. Raises ValueError with the fault of one that is broken."""
-    mask: Any = importlib.import_module("pycocotools.mask")  # its stubs know fewer forms than it
+    """Return the region of an instance, (H, W) bool. Raises ValueError with the fault of a broken one."""
+    mask: Any = importlib.import_module("pycocotools.mask")  # its stubs are incomplete
     if isinstance(segmentation, list) and segmentation:
         polygons = [_polygon(each, height, width) for each in segmentation]
         codes = mask.frPyObjects(polygons, height, width)
     elif isinstance(segmentation, dict):
         codes = [_runs(segmentation, height, width)]
     else:
-        raise ValueError("has a box and no outline" if not segmentation else "is no outline")
+        raise ValueError("has a box but no outline" if not segmentation else "is not an outline")
     try:
         region = np.asarray(mask.decode(codes)).max(axis=2) > 0
     except (ValueError, TypeError) as error:
@@ -205,13 +218,13 @@ def instance(segmentation: object, height: int, width: int) -> np.ndarray:
 
 
 def _polygon(points: object, height: int, width: int) -> list[float]:
-    """x, y, x, y, ... within the image. What lies far outside is refused: pycocotools would fill memory."""
+    """Return x, y, x, y, ... clipped to the image; refuse far points, which fill pycocotools' memory."""
     if not isinstance(points, list) or not all(
         isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in points
     ):
-        raise ValueError("has a polygon with values that are no numbers")
+        raise ValueError("has a polygon with values that are not numbers")
     if len(points) < 6 or len(points) % 2:
-        raise ValueError(f"has a polygon of {len(points)} values; three points, x and y each, are the least")
+        raise ValueError(f"has a polygon of {len(points)} values; it needs x and y of three points or more")
     bounds = (width, height) * (len(points) // 2)
     if any(not -most <= n <= 2 * most for n, most in zip(points, bounds, strict=True)):
         raise ValueError(f"has a polygon that lies far outside of {width} x {height}")
@@ -219,7 +232,7 @@ def _polygon(points: object, height: int, width: int) -> list[float]:
 
 
 def _runs(code: Mapping[str, Any], height: int, width: int) -> Any:
-    """A run-length code as pycocotools has it compressed."""
+    """Return a run-length code in pycocotools' compressed form."""
     mask: Any = importlib.import_module("pycocotools.mask")
     counts, size = code.get("counts"), code.get("size")
     if size != [height, width]:
@@ -235,34 +248,27 @@ def _runs(code: Mapping[str, Any], height: int, width: int) -> Any:
 
 def _label(
     image: _Image,
-    own: Iterable[Mapping[str, Any]],
+    instances: Iterable[Mapping[str, Any]],
     categories: Mapping[str, Mapping[str, Any]],
     label_from: LabelFrom,
     done: Converted,
 ) -> str:
-    """What the image's instances have in common; "" where that is nothing, which is told."""
+    """Return the label that all instances of an image share; otherwise report a fault and return ""."""
     if label_from == "folder":
         first, *others = PurePosixPath(image.path).parts
-        found = {first} if others else set[str]()
+        labels = {first} if others else set[str]()
     else:
-        field_ = "name" if label_from == "category" else "supercategory"
-        found = {str(categories.get(_id(each, "category_id"), {}).get(field_) or "").strip() for each in own}
-        found.discard("")
-    if len(found) == 1:
-        return found.pop()
-    told = f"is of several classes ({', '.join(sorted(found))})" if found else "is of no class"
-    fix = f"Fill its label in {_TABLE}, or leave it out."
-    done.faults.append(Fault(image.path, f"{told}, so it has no label", fix))
+        key = "name" if label_from == "category" else "supercategory"
+        named = (categories.get(_id(each, "category_id"), {}).get(key) for each in instances)
+        labels = {str(name or "").strip() for name in named} - {""}
+    if len(labels) == 1:
+        return labels.pop()
+    fault = f"has several classes ({', '.join(sorted(labels))})" if labels else "has no class"
+    fix = f"Fill in its label in {_TABLE}, or remove its line."
+    done.faults.append(Fault(image.path, "missing label", f"{fault}, so it has no label", fix))
     return ""
 
 
 def _write_mask(region: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(region.astype(np.uint8) * 255).save(path)
-
-
-def _write_table(rows: Iterable[tuple[str, str]], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("path", "label"))
-        writer.writerows(sorted(rows))

@@ -1,14 +1,14 @@
-"""Images that occur twice: the same bytes, re-encoded, mirrored, turned, or a neighbouring frame.
+"""Find duplicate images: the same bytes, re-encoded, mirrored, rotated, or a neighbouring frame.
 
-An image is its 64 px grey thumbnail with everything coarse taken away: chest films of two people agree in
-the coarse (a correlation of 0.95 is common), the same film agrees in the fine as well. Two thumbnails are
-compared in each of the eight flips and turns.
+Images are compared by grey thumbnails of 64 px without their coarse structure. Chest radiographs of two
+people share the coarse structure (a correlation of 0.95 is common); copies of one radiograph share the fine
+structure too. Two thumbnails are compared in all eight flips and rotations.
 
-The thresholds are measured. Chest films of different people: the fine correlation stays below 0.61 (five
-data sets, 1.06 million pairs, eight ways each). The same image as JPEG of quality 10, at 100 px, sharpened,
-with another gamma (0.5 to 2) or with arrows and callipers: above 0.9 in 95 of 100. Between 0.7 and 0.8 lie
-neighbouring ultrasound frames and neighbouring MRI or CT slices of one patient. A crop or shift beyond 1 %
-of the side, or a turn by a few degrees, is not found.
+The thresholds are measured. For radiographs of different people the fine correlation stays below 0.61 (five
+data sets, 1.06 million pairs, eight orientations each). For a copy as JPEG of quality 10, at 100 px,
+sharpened, with another gamma (0.5 to 2), or with arrows and callipers, it is above 0.9 in 95 of 100 cases.
+Neighbouring ultrasound frames and neighbouring MRI or CT slices of a patient lie between 0.7 and 0.8. A crop
+or shift of more than 1 % of the side, or a rotation by a few degrees, is not detected.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from medfocus.datasets.records import Record
 from medfocus.images import decode
 from medfocus.storage.fingerprint import fingerprint
 from medfocus.storage.shards import Shards
+from medfocus.storage.tables import write_csv
 
-SAME = 0.8  # fine correlation from which two images are the same one
-NEAR = 0.7  # correlation from which they are at least neighbouring frames of one patient
-HASH_BITS = 6  # of 63; the coarse correlation alone counts only where no more hash bits differ
+SAME = 0.8  # fine correlation from which two images are copies
+NEAR = 0.7  # correlation from which two images are at least neighbouring frames of one patient
+HASH_BITS = 6  # of 63 bits that may differ where only the coarse correlation is high
 NEAR_KIND = "near"
 
-_FINE, _COARSE = 64, 32  # pixels a side
-_CANDIDATE = 0.5  # coarse correlation; pairs with a fine one of 0.7 lie above 0.7 in every real data set
-_BLANK = 0.5  # grey levels; a thumbnail whose texture spreads less is noise and has no twin but its bytes
-_BLOCK = 1024  # images, or pairs, at once
+_FINE, _COARSE = 64, 32  # pixels per side
+_CANDIDATE = 0.5  # coarse correlation; on real data it exceeds 0.7 wherever the fine one exceeds 0.7
+_BLANK = 0.5  # grey levels; texture with a smaller deviation is noise, so only equal bytes count
+_BLOCK = 1024  # images or pairs per block
 
-# From image b to image a: what to do to b. Arrays (N, h, w).
+# Kind of pair -> operation that turns image b into image a. Arrays (N, h, w).
 _TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "re-encoded": lambda a: a,
     "mirrored": lambda a: a[:, :, ::-1],
@@ -60,12 +61,12 @@ _TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images that are one, or nearly one."""
+    """Two images that are copies or neighbouring frames."""
 
     path_a: str
     path_b: str
     kind: str  # "identical" bytes; "re-encoded", "mirrored", "flipped", "turned-90", ...; "near"
-    similarity: float  # correlation of the thumbnails, at most 1
+    similarity: float  # correlation of the thumbnails, up to 1
     split_a: str
     split_b: str
     label_a: str
@@ -80,11 +81,11 @@ def find_duplicates(
     progress: bool = False,
     cache: str | Path | None = None,
 ) -> list[Pair]:
-    """All pairs of images that are the same one or a neighbouring frame, sorted by path.
+    """Return all pairs of copies and of neighbouring frames, sorted by path.
 
-    ``kind`` says how ``path_b`` becomes ``path_a``; angles are anticlockwise. "re-encoded" covers every
-    change that leaves the geometry as it is. ``cache``, a folder or what fsspec knows, keeps the thumbnails:
-    an image that it has is not opened. Raises FileNotFoundError or ValueError for an unreadable file.
+    ``kind`` names the operation that turns ``path_b`` into ``path_a``; angles are anticlockwise. "re-encoded"
+    covers every change that keeps the geometry. ``cache``, a folder or fsspec URL, keeps the thumbnails, so
+    that known images are not opened. Raises FileNotFoundError or ValueError for an unreadable file.
     """
     records = sorted(records, key=lambda record: record.path)
     found = {pair: ("identical", 1.0) for pair in _same_bytes(records)}
@@ -96,7 +97,7 @@ def find_duplicates(
 
 
 def match(thumbnails: np.ndarray) -> list[tuple[int, int, str, float]]:
-    """Thumbnails (N, 64, 64) uint8 grey -> (i, j, kind, similarity), i < j, the best of the eight ways."""
+    """Match thumbnails (N, 64, 64) uint8 grey: (i, j, kind, similarity), i < j, for the best orientation."""
     fine = _textures(thumbnails.astype(np.float32), sigma=1.5)  # (N, 64, 64)
     halved = thumbnails.reshape(-1, _COARSE, 2, _COARSE, 2).mean((2, 4), dtype=np.float32)  # (N, 32, 32)
     coarse = _textures(halved, sigma=1.0)  # (N, 32, 32)
@@ -107,7 +108,7 @@ def match(thumbnails: np.ndarray) -> list[tuple[int, int, str, float]]:
         for i, j, rough in _candidates(coarse, turn(coarse)):
             exact = np.einsum("nhw,nhw->n", fine[i], turn(fine[j]))
             few_bits = (bits[i] != turned_bits[j]).sum(1) <= HASH_BITS
-            # Blur, noise and tiny sizes wipe the fine out; then the coarse and the hash have to agree.
+            # Blur, noise and tiny sizes remove the fine structure; then coarse structure and hash must agree.
             kept = np.flatnonzero((exact >= NEAR) | ((rough >= NEAR) & few_bits))
             for k in kept:
                 similarity = float(exact[k] if exact[k] >= NEAR else rough[k])
@@ -118,15 +119,15 @@ def match(thumbnails: np.ndarray) -> list[tuple[int, int, str, float]]:
 
 
 def twins(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs that are the same image, without the neighbouring frames."""
+    """Return the pairs of copies, without neighbouring frames."""
     return [pair for pair in pairs if pair.kind != NEAR_KIND]
 
 
 def groups(records: Iterable[Record], pairs: Iterable[Pair]) -> dict[str, int]:
-    """Connected components of ``pairs``: path -> group, numbered by each group's first path."""
+    """Return the connected components of pairs: path -> group, numbered by the first path of each group."""
     paths = sorted(record.path for record in records)
-    place = {path: i for i, path in enumerate(paths)}
-    edges = np.array([(place[p.path_a], place[p.path_b]) for p in pairs], dtype=np.int64).reshape(-1, 2)
+    index = {path: i for i, path in enumerate(paths)}
+    edges = np.array([(index[p.path_a], index[p.path_b]) for p in pairs], dtype=np.int64).reshape(-1, 2)
     graph = coo_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(len(paths), len(paths)))
     _, labels = connected_components(graph, directed=False)
     number: dict[int, int] = {}
@@ -135,23 +136,14 @@ def groups(records: Iterable[Record], pairs: Iterable[Pair]) -> dict[str, int]:
     }
 
 
-def twins_across(records: Sequence[Record], pairs: Iterable[Pair]) -> list[str]:
-    """The test images that occur in train or val as well, be it by way of another test image."""
-    group = groups(records, twins(pairs))
-    seen = {group[record.path] for record in records if record.split in ("train", "val")}
-    return sorted(record.path for record in records if record.split == "test" and group[record.path] in seen)
-
-
 def write_pairs(pairs: Iterable[Pair], path: Path) -> None:
-    """Write ``pairs`` as CSV, one line a pair, similarity to three decimals."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Pair)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**asdict(pair), "similarity": f"{pair.similarity:.3f}"} for pair in pairs)
+    """Write pairs as CSV, one line per pair, with three decimals of the similarity."""
+    rows = ({**asdict(pair), "similarity": f"{pair.similarity:.3f}"}.values() for pair in pairs)
+    write_csv(path, [field.name for field in fields(Pair)], rows)
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Read what ``write_pairs`` wrote."""
+    """Read pairs that ``write_pairs`` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [Pair(**{**row, "similarity": float(row["similarity"])}) for row in csv.DictReader(file)]
 
@@ -171,7 +163,7 @@ def _same_bytes(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
 def _thumbnails(
     records: Sequence[Record], root: Path, workers: int | None, progress: bool, known: Shards | None
 ) -> np.ndarray:
-    """Images -> (N, 64, 64) uint8 grey, squashed to squares."""
+    """Return grey thumbnails (N, 64, 64) uint8, scaled to squares."""
 
     def thumbnail(record: Record) -> np.ndarray:
         grey = Image.fromarray(decode.read(root / record.path)).convert("L")
@@ -185,9 +177,9 @@ def _thumbnails(
         thumbnails[places.pop(sha256)] = np.frombuffer(content, dtype=np.uint8).reshape(_FINE, _FINE)
     new = [places_of[0] for places_of in places.values()]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        made = pool.map(thumbnail, [records[place] for place in new])
-        done = tqdm(made, "thumbnails", len(new), disable=not progress)
-        for (sha256, places_of), image in zip(places.items(), done, strict=True):
+        images = pool.map(thumbnail, [records[place] for place in new])
+        images = tqdm(images, "thumbnails", len(new), disable=not progress)
+        for (sha256, places_of), image in zip(places.items(), images, strict=True):
             thumbnails[places_of] = image
             if known is not None:
                 known.put([(sha256, image.tobytes())])
@@ -197,13 +189,13 @@ def _thumbnails(
 
 
 def _textures(thumbnails: np.ndarray, sigma: float) -> np.ndarray:
-    """(N, n, n) float32 -> what is finer than ``sigma`` pixels, with unit norm; 0 where blank."""
+    """Return the structure finer than ``sigma`` pixels, (N, n, n) float32, with unit norm; 0 where blank."""
     textures = np.empty_like(thumbnails)
     for start in range(0, len(thumbnails), _BLOCK):
         block = thumbnails[start : start + _BLOCK]
         fine = block - gaussian_filter(block, (0, sigma, sigma))
         spread = fine.std((1, 2), keepdims=True)
-        # A label box or a bright border would outweigh the anatomy.
+        # Otherwise a label box or a bright border would outweigh the anatomy.
         fine = np.clip(fine, -1.5 * spread, 1.5 * spread)
         fine -= fine.mean((1, 2), keepdims=True)
         norm = np.linalg.norm(fine, axis=(1, 2), keepdims=True)
@@ -212,17 +204,17 @@ def _textures(thumbnails: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """pHash: (N, 32, 32) float32 -> (N, 63) bool, which low frequencies exceed their median."""
+    """Return the pHash: (N, 32, 32) float32 -> (N, 63) bool, whether a low frequency exceeds the median."""
     lowest = np.asarray(dctn(thumbnails, axes=(1, 2)))[:, :8, :8].reshape(-1, 64)[:, 1:]
     return lowest > np.median(lowest, axis=1, keepdims=True)
 
 
 def _candidates(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Pairs i < j with a correlation above ``_CANDIDATE``, some at a time: (i, j, correlation), each (P,)."""
+    """Yield blocks of pairs i < j with a correlation above ``_CANDIDATE``: (i, j, correlation), each (P,)."""
     a, b = a.reshape(-1, _COARSE**2), b.reshape(-1, _COARSE**2)  # (N, 1024)
     for start in range(0, len(a), _BLOCK):
         correlation = a[start : start + _BLOCK] @ b[start:].T  # (B, 1024) @ (1024, N - start)
         i, j = np.nonzero(np.triu(correlation > _CANDIDATE, 1))
         for first in range(0, len(i), _BLOCK):
-            some = slice(first, first + _BLOCK)
-            yield i[some] + start, j[some] + start, correlation[i[some], j[some]]
+            block = slice(first, first + _BLOCK)
+            yield i[block] + start, j[block] + start, correlation[i[block], j[block]]

@@ -1,50 +1,41 @@
-"""A data set's folders or manifest -> checked records, and one report of every fault in it.
+"""Read a data set from folders or a manifest: checked records, and one report of all faults.
 
-What is read from ``root``:
+Layouts of ``root``:
 
     {split}/{class}/**/x.png   split is train, val (valid, validation), test, or all: no official split
     {class}/**/x.png           no official split
-    a manifest                 columns path, label, and optionally split and patient, or others that
-                               ``columns`` names; CSV, semicolons, tabs or Parquet
+    a manifest                 columns path, label, and optionally split and patient, or other names
+                               mapped by ``columns``; CSV with commas, semicolons or tabs, or Parquet
 
-An image is PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI. A file of several frames or slices becomes a record
-each, ``x.dcm#07`` or ``x.nii.gz#z=057`` (see ``medfocus.images.stack``), and a manifest may name one of them.
-The patient is the manifest's, else the pattern's, else that of the DICOM header as a pseudonym (see
-``medfocus.datasets.pseudonyms``); frames or slices of a file whose patient nobody knows are together one
-patient's.
+Images are PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI. Each frame or slice of a file becomes a record,
+``x.dcm#07`` or ``x.nii.gz#z=057`` (see ``medfocus.images.stack``); a manifest may name one of them. The
+patient comes from the manifest, else from the pattern, else from the DICOM header as a pseudonym (see
+``medfocus.datasets.pseudonyms``). The frames or slices of a file without a patient count as one patient.
 
-Where ``root`` only wraps one of the first two (one folder inside, that in turn), it is read from there. A
-manifest comes with the images and is not trusted: what it names has to lie in ``root``, whether by ``..``,
-by an absolute path or by a link. Links in folders of classes are their owner's, and are followed.
+If ``root`` only wraps a data set of folders (it holds one folder, possibly nested), ingestion reads the inner
+folder. A manifest comes with the images and is not trusted: its paths must not leave ``root`` through ``..``,
+an absolute path or a link. Links inside class folders belong to the owner of the data and are followed.
 
-Ground truth for measuring masks is never an image: the folder ``masks`` at the top, and ``x_mask.png``
-(or ``x_mask_1.png``) beside ``x.png``. Hidden files and those of file managers are ignored.
+Known regions for measuring masks are not images: the top folder ``masks``, and ``x_mask.png`` (or
+``x_mask_1.png``) next to ``x.png``. Hidden files and those of file managers are ignored.
 
-Faults are of three weights. *Left out*: the image cannot be used, the data set can (broken bytes, no
-image, no label, one image under two labels, ...). *Reported*: kept as it is, but a reader of the results
-has to know (the same bytes in train and test: the official split stays). *Fatal*: nothing could be trusted
-(a label in two spellings, a class without images, one class only, ...); then one ``IngestError``
-names every fault of every weight.
+Faults have three severities. *Left out*: the image cannot be used, the data set can (broken bytes, not an
+image, no label, one image under two labels, ...). *Reported*: the image stays, but a reader of the results
+needs to know (the same bytes in train and test of an official split). *Fatal*: no result could be trusted (a
+label in two spellings, a class without images, a single class, ...). One ``IngestError`` lists all faults of
+all severities.
 """
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from medfocus.datasets import scan
-from medfocus.datasets.listing import (
-    Fault,
-    check_spellings,
-    label_of,
-    list_folders,
-    list_manifest,
-    with_patients,
-)
-from medfocus.datasets.listing import Report as _Report
+from medfocus.datasets.faults import Fault, IngestReport
+from medfocus.datasets.listing import check_spellings, label_of, list_folders, list_manifest, with_patients
 from medfocus.datasets.pseudonyms import Salt
 from medfocus.datasets.records import Record
 from medfocus.storage.fingerprint import fingerprint
@@ -53,19 +44,19 @@ from medfocus.storage.shards import Shards
 
 @dataclass(frozen=True)
 class Ingested:
-    """A data set that can be used."""
+    """A usable data set."""
 
     records: list[Record]  # sorted by path
-    left_out: list[Fault]  # what is not among the records
-    reported: list[Fault]  # what is, although a reader of the results has to know of it
+    left_out: list[Fault]  # of files that are not among the records
+    reported: list[Fault]  # of records that stay; a reader of the results needs to know them
 
 
 class IngestError(ValueError):
-    """The data set cannot be used. The text lists every fault; so do the three lists."""
+    """A data set that cannot be used. The text and the three lists hold all faults."""
 
     def __init__(self, root: Path, fatal: list[Fault], left_out: list[Fault], reported: list[Fault]) -> None:
         self.fatal, self.left_out, self.reported = fatal, left_out, reported
-        text = [f"{root}: {len(fatal)} fault(s) keep this data set from being used; mend all, ingest again."]
+        text = [f"{root}: {len(fatal)} fault(s) prevent the use of this data set; fix all and ingest again."]
         for heading, faults in (("", fatal), ("left out:", left_out), ("kept, but:", reported)):
             text += [heading] if heading and faults else []
             text += [f"  {fault.path}: {fault.fault}. {fault.fix}" for fault in faults]
@@ -84,30 +75,30 @@ def ingest(
     slices: tuple[int, int] = (2, 1),
     salt_file: Path | None = None,
 ) -> Ingested:
-    """Read, open and check every image of the data set at ``root``.
+    """Open and check all images of the data set at ``root``.
 
     Args:
-        root: The data set's folder; record paths are relative to it.
+        root: The folder of the data set; record paths are relative to it.
         manifest: A table inside ``root`` that lists the images; its paths are relative to its own folder.
-        columns: What the manifest calls path, label, split and patient, where it is not that.
-        patient_pattern: A regular expression whose one group, searched for in each relative path, is the
-            patient. A patient that the manifest gives has precedence.
-        workers: Threads that open images; None takes one a core.
-        progress: Whether a bar is shown.
-        cache: A folder, or what fsspec knows, that keeps by their bytes what decoding said of good images:
-            those in it are read and not decoded again.
-        slices: The axis of the patient's along which volumes are cut (0 sagittal, 1 coronal, 2 axial), and
-            every how many'th slice is taken.
-        salt_file: What patients' ids in DICOM headers are made pseudonyms with; see
+        columns: The manifest's names for path, label, split and patient, where they differ.
+        patient_pattern: A regular expression with one group, the patient, searched in each relative path. A
+            patient in the manifest has precedence.
+        workers: Threads that open images; None means one per core.
+        progress: Whether to show a progress bar.
+        cache: A folder or fsspec URL that keeps the properties of decoded images by their bytes, so that
+            unchanged images are not decoded again.
+        slices: The axis along which volumes are cut (0 sagittal, 1 coronal, 2 axial), and the step between
+            slices.
+        salt_file: The secret for pseudonyms of patient ids in DICOM headers; see
             ``medfocus.datasets.pseudonyms``.
 
     Raises:
         FileNotFoundError: ``root`` or the manifest does not exist.
-        IngestError: All faults at once, where at least one is fatal.
+        IngestError: At least one fault is fatal.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the data set's images.")
-    report = _Report()
+    report = IngestReport()
     if manifest is None:
         listed = list_folders(root, report)
     else:
@@ -125,34 +116,28 @@ def ingest(
     return Ingested(sorted(records, key=lambda r: r.path), report.left_out, report.reported)
 
 
-def write_left_out(left_out: Iterable[Fault], path: Path) -> None:
-    """Write faults as CSV: path, fault, fix."""
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Fault)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(fault) for fault in left_out)
-
-
-def _check_bytes(records: list[Record], report: _Report) -> list[Record]:
-    """Leave out what has two labels, and report what is in two splits."""
+def _check_bytes(records: list[Record], report: IngestReport) -> list[Record]:
+    """Leave out images with two labels, and report test images with the same bytes in another split."""
     same: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         same[record.sha256].append(record)
-    torn: set[str] = set()
+    conflicting: set[str] = set()
     for record in records:
         twins = same[record.sha256]
         if other := next((twin for twin in twins if twin.label != record.label), None):
-            torn.add(record.path)
-            fault = f"holds the same bytes as {other.path}, which has another label, {other.label!r}"
-            report.leave_out(record.path, fault, "Decide which label is right and remove the other file.")
+            conflicting.add(record.path)
+            fault = f"holds the same bytes as {other.path}, but that has the label {other.label!r}"
+            fix = "Keep the file with the correct label and remove the other."
+            report.leave_out(record.path, "same bytes under two labels", fault, fix)
         elif record.split == "test" and (other := next((t for t in twins if t.split != "test"), None)):
-            fault = f"holds the same bytes as {other.path}, so this test image is seen in training"
-            report.mention(record.path, fault, "Kept in the official test set; the clean one is without it.")
-    return [record for record in records if record.path not in torn]
+            fault = f"holds the same bytes as {other.path}, so training sees this test image"
+            fix = "Nothing to do: it stays in the official test set and is excluded from the clean one."
+            report.mention(record.path, "test image with the same bytes in train", fault, fix)
+    return [record for record in records if record.path not in conflicting]
 
 
-def _check_classes(labels: set[str], records: Sequence[Record], report: _Report) -> None:
-    """What makes a data set: two classes or more, each with images to train on."""
+def _check_classes(labels: set[str], records: Sequence[Record], report: IngestReport) -> None:
+    """Check that there are at least two classes, each with training images."""
     splits: dict[str, set[str]] = {label: set() for label in sorted(labels)}
     for record in records:
         splits[record.label].add(record.split)
@@ -161,12 +146,12 @@ def _check_classes(labels: set[str], records: Sequence[Record], report: _Report)
         if not present:
             report.stop(label, "the class has no usable image", "Add images, or remove the class.")
         elif official and present == {"test"}:
-            report.stop(label, "the class has test images but none to train on", "Add some, or remove it.")
+            report.stop(label, "the class has test images but no training images", "Add some, or remove it.")
         elif official and "test" not in present:
-            fix = "Add some; until then its recall cannot be measured."
-            report.mention(label, "the class has no test image", fix)
+            fix = "Add some; without them its recall cannot be measured."
+            report.mention(label, "class without test images", "the class has no test image", fix)
     if not labels and not report.fatal:
         fix = "Give a folder of split/class/*.png, of class/*.png, or a CSV manifest."
         report.stop(".", "no class folder was found", fix)
     elif len(labels) == 1:
-        report.stop(".", f"there is one class only, {min(labels)!r}", "Add another.")
+        report.stop(".", f"there is only one class, {min(labels)!r}", "Add another.")

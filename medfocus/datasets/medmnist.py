@@ -1,8 +1,8 @@
-"""A MedMNIST file (Yang et al., Scientific Data 10:41, 2023) -> class folders of PNGs.
+"""Convert a MedMNIST file (Yang et al., Scientific Data 10:41, 2023) to class folders of PNG images.
 
-Of a file, ``{train,val,test}_images`` are (N, S, S) or (N, S, S, 3) uint8 and ``_labels`` (N, 1) integers;
-S is 28, in MedMNIST+ 64, 128 or 224 too. The arrays are read from the archive an image at a time: the
-largest unpacks to 13 GB.
+In a file, ``{train,val,test}_images`` are (N, S, S) or (N, S, S, 3) uint8 and ``_labels`` are (N, 1)
+integers; S is 28, or 64, 128 or 224 in MedMNIST+. The images are read from the archive one at a time, because
+the largest file unpacks to 13 GB.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
 _ORGANS = ("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver")
 _ORGANS += ("lung-left", "lung-right", "pancreas", "spleen")
-# The classes as the medmnist package 3.0.2 has them, so that their names do not hang on its being installed.
+# The class names of the medmnist package 3.0.2, which need not be installed.
 CLASSES: dict[str, tuple[str, ...]] = {
     "pathmnist": (
         "adipose",
@@ -82,7 +82,7 @@ _MULTI_LABEL = ("chestmnist",)
 
 @dataclass(frozen=True)
 class _Array:
-    """One array of a file, its header read."""
+    """An array of a file with a known header."""
 
     file: Path
     name: str
@@ -90,7 +90,7 @@ class _Array:
     dtype: np.dtype
 
     def rows(self) -> Iterator[np.ndarray]:
-        """One after the other, of ``shape[1:]``."""
+        """Yield the rows, each of ``shape[1:]``."""
         size = math.prod(self.shape[1:]) * self.dtype.itemsize
         with zipfile.ZipFile(self.file) as archive, archive.open(f"{self.name}.npy") as stream:
             _header(stream)
@@ -98,25 +98,29 @@ class _Array:
                 try:
                     data = stream.read(size)
                 except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                    raise _fault(self.file, f"{self.name} is damaged ({error})", "Get it again.") from error
+                    raise _fault(
+                        self.file, f"{self.name} is damaged ({error})", "Download it again."
+                    ) from error
                 if len(data) < size:
-                    raise _fault(self.file, f"{self.name} ends after {place} images", "Get it again.")
+                    raise _fault(self.file, f"{self.name} ends after {place} images", "Download it again.")
                 yield np.frombuffer(data, self.dtype).reshape(self.shape[1:])
 
 
 def guess_name(file: Path) -> str | None:
-    """The set that a file is of, by its name; None for a name that is not known."""
+    """Return the data set of a file by its name; None for an unknown name."""
     name = file.stem.casefold().partition("_")[0]
     return name if name in CLASSES or name in _MULTI_LABEL or name.endswith("mnist3d") else None
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError for a set that is not one of images with a class each."""
+    """Raise ValueError if a data set does not consist of images with one class each."""
     if name.endswith("3d"):
-        raise ValueError(f"{name}: holds volumes, and only images are read. Use one of {', '.join(CLASSES)}.")
+        raise ValueError(
+            f"{name}: holds volumes, but only images are supported. Use one of {', '.join(CLASSES)}."
+        )
     if name in _MULTI_LABEL:
         raise ValueError(
-            f"{name}: an image in it has several labels at once, and here has one class. "
+            f"{name}: its images have several labels, but only one class per image is supported. "
             f"Use one of {', '.join(CLASSES)}."
         )
 
@@ -124,22 +128,22 @@ def check_name(name: str) -> None:
 def convert(
     file: Path, out: Path, progress: Callable[[int, int], object] | None = None
 ) -> dict[str, Counter[str]]:
-    """Write ``out``/{train,val,test}/CLASS/NNNNN.png, the number being the place in the file.
+    """Write ``out``/{train,val,test}/CLASS/NNNNN.png, numbered by the index in the file.
 
     Args:
-        file: An .npz of MedMNIST; by its name the classes are known.
-        out: A folder that is not there; it appears when it is whole.
-        progress: Called with the images that are written and with how many there are.
+        file: An .npz file of MedMNIST; its name determines the class names.
+        out: A new folder; it appears when it is complete.
+        progress: Called with the number of written images and the number of all images.
 
-    Returns images by split and class.
+    Returns the number of images by split and class.
 
     Raises:
-        ValueError: It is no such file, or its arrays do not fit each other; nothing is written.
-        FileExistsError: ``out`` is there.
-        FileNotFoundError: ``file`` is not.
+        ValueError: The file is not a MedMNIST file, or its arrays do not match; nothing is written.
+        FileExistsError: ``out`` exists.
+        FileNotFoundError: ``file`` does not exist.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; give a MedMNIST .npz, or the name of a set.")
+        raise FileNotFoundError(f"{file}: no such file; give a MedMNIST .npz, or the name of a data set.")
     name = guess_name(file)
     if name is not None:
         check_name(name)
@@ -148,7 +152,7 @@ def convert(
     names = _class_names(file, name, labels)
     total, done = sum(map(len, labels.values())), 0
     counts: dict[str, Counter[str]] = {}
-    with atomic.whole_folder(out) as folder:
+    with atomic.new_folder(out) as folder:
         for split, (images, _) in splits.items():
             counts[split] = Counter(names[label] for label in labels[split])
             for label in names.values():
@@ -159,65 +163,65 @@ def convert(
                 if progress is not None:
                     progress(done, total)
         for empty in [path for path in folder.glob("*/*") if not any(path.iterdir())]:
-            empty.rmdir()  # a class that a split does not have
+            empty.rmdir()  # a class without images in this split
     return counts
 
 
 def fetch(name: str, size: int) -> Path:
-    """The file of a set, downloaded by the medmnist package into that one's own cache, its MD5 checked there.
+    """Download the file of a data set with the medmnist package, which checks its MD5 and caches it.
 
-    Raises ValueError where the package is not installed, the set is not known or cannot be fetched.
+    Raises ValueError if the package is not installed, or if the data set is unknown or cannot be downloaded.
     """
     check_name(name)
     if name not in CLASSES:
-        raise ValueError(f"{name}: no file and no set of MedMNIST; they are {', '.join(CLASSES)}.")
+        raise ValueError(
+            f"{name}: is neither a file nor a data set of MedMNIST; use one of {', '.join(CLASSES)}."
+        )
     if size not in SIZES:
-        raise ValueError(f"{name}: --size is {size}; MedMNIST+ has {', '.join(map(str, SIZES))}.")
+        raise ValueError(f"{name}: --size is {size}; use one of {', '.join(map(str, SIZES))}.")
     file = f"{name}.npz" if size == 28 else f"{name}_{size}.npz"
-    way = f"or download {file} from medmnist.com and give the file instead of the name"
+    otherwise = f"or download {file} from medmnist.com and give the file instead of the name"
     try:
-        package: Any = importlib.import_module("medmnist")  # optional; it makes its cache's folder
+        package: Any = importlib.import_module("medmnist")  # optional; the import creates its cache folder
     except ImportError as error:
         raise ValueError(
-            f"{name}: to fetch it the package medmnist is needed. Install medfocusclip[medmnist], {way}."
+            f"{name}: downloading it needs the package medmnist. Install medfocusclip[medmnist], {otherwise}."
         ) from error
     try:
         chosen = getattr(package, package.INFO[name]["python_class"])
         return Path(chosen(split="test", download=True, size=size).root) / file
-    except (OSError, RuntimeError) as error:  # of the network, and what the package makes of it
+    except (OSError, RuntimeError) as error:  # of the network; the package raises RuntimeError
         raise ValueError(
-            f"{name}: cannot be fetched ({type(error).__name__}). Try again with a network, {way}."
+            f"{name}: cannot be downloaded ({type(error).__name__}). Check the network, {otherwise}."
         ) from error
 
 
 def _checked(file: Path) -> dict[str, tuple[_Array, _Array]]:
-    """Split -> its images and labels, of fitting shapes and types."""
+    """Return the images and labels of each split after checking their shapes and types."""
     arrays = _arrays(file)
-    found: dict[str, tuple[_Array, _Array]] = {}
+    checked: dict[str, tuple[_Array, _Array]] = {}
     for split in SPLITS:
         images, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
         if images is None and labels is None:
             continue
         if images is None or labels is None:
             missing = f"{split}_images" if images is None else f"{split}_labels"
-            raise _fault(file, f"has no {missing}", "Get it again.")
+            raise _fault(file, f"has no {missing}", "Download it again.")
         _check_images(images)
         if labels.shape[1:] not in ((), (1,)):
-            fault = (
-                f"{labels.name} has {math.prod(labels.shape[1:])} labels per image, and here it has one class"
-            )
-            raise _fault(file, fault, "Use a set that is not multi-label.")
+            fault = f"{labels.name} has {math.prod(labels.shape[1:])} labels per image instead of one"
+            raise _fault(file, fault, "Use a data set that is not multi-label.")
         if labels.dtype.kind not in "iu":
-            raise _fault(file, f"{labels.name} holds {labels.dtype}, not integers", "Get it again.")
+            raise _fault(file, f"{labels.name} holds {labels.dtype}, not integers", "Download it again.")
         if labels.shape[0] != images.shape[0]:
-            fault = f"has {images.shape[0]} {images.name} and {labels.shape[0]} {labels.name}"
-            raise _fault(file, fault, "Get it again.")
-        found[split] = images, labels
-    if "train" not in found:
+            fault = f"has {images.shape[0]} {images.name} but {labels.shape[0]} {labels.name}"
+            raise _fault(file, fault, "Download it again.")
+        checked[split] = images, labels
+    if "train" not in checked:
         raise _fault(
-            file, f"has no train_images (but {', '.join(arrays) or 'nothing'})", "Give one of MedMNIST."
+            file, f"has no train_images (but {', '.join(arrays) or 'nothing'})", "Give a file of MedMNIST."
         )
-    return found
+    return checked
 
 
 def _check_images(array: _Array) -> None:
@@ -226,11 +230,11 @@ def _check_images(array: _Array) -> None:
     if not flat and len(size) in (3, 4):
         shape = " x ".join(map(str, array.shape))
         raise _fault(
-            array.file, f"{array.name} is {shape}: volumes, and only images are read", "Use a 2D set."
+            array.file, f"{array.name} is {shape}: volumes, but only images are supported", "Use a 2D set."
         )
     if not flat or 0 in size or math.prod(size[:2]) > MOST_PIXELS:
         fault = f"{array.name} has shape {array.shape}, not (N, S, S) or (N, S, S, 3)"
-        raise _fault(array.file, fault, "Get it again.")
+        raise _fault(array.file, fault, "Download it again.")
     if array.dtype != np.uint8:
         fault = f"{array.name} holds {array.dtype}, not uint8"
         raise _fault(array.file, fault, "Scale its values to 0 to 255 and save them as uint8.")
@@ -241,36 +245,38 @@ def _labels(array: _Array) -> list[int]:
 
 
 def _class_names(file: Path, name: str | None, labels: dict[str, list[int]]) -> dict[int, str]:
-    present = sorted({label for some in labels.values() for label in some})
+    present = sorted({label for values in labels.values() for label in values})
     if name is None:
         return {label: f"class_{label}" for label in present}
     names = dict(enumerate(CLASSES[name]))
-    if strange := [label for label in present if label not in names]:
-        fault = f"has a label {strange[0]}, but {name} has the classes 0 to {len(names) - 1}"
-        raise _fault(file, fault, "Rename the file, if it is another set.")
+    if unknown := [label for label in present if label not in names]:
+        fault = f"has a label {unknown[0]}, but {name} has the classes 0 to {len(names) - 1}"
+        raise _fault(file, fault, "Rename the file if it is another data set.")
     return names
 
 
 def _arrays(file: Path) -> dict[str, _Array]:
-    """The arrays of an .npz by their names, from their headers alone."""
-    found: dict[str, _Array] = {}
+    """Return the arrays of an .npz file by name, from their headers."""
+    arrays: dict[str, _Array] = {}
     try:
         with zipfile.ZipFile(file) as archive:
             for member in archive.namelist():
                 with archive.open(member) as stream:
                     shape, fortran, dtype = _header(stream)
                 if dtype.hasobject:
-                    raise _fault(file, f"{member} holds Python objects, which are not read", "Get it again.")
+                    raise _fault(
+                        file, f"{member} holds Python objects, which are not read", "Download it again."
+                    )
                 if fortran and len(shape) > 1:
-                    raise _fault(file, f"{member} is stored column by column", "Save it again in C order.")
-                found[member.removesuffix(".npy")] = _Array(file, member.removesuffix(".npy"), shape, dtype)
+                    raise _fault(file, f"{member} is stored in Fortran order", "Save it again in C order.")
+                arrays[member.removesuffix(".npy")] = _Array(file, member.removesuffix(".npy"), shape, dtype)
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise _fault(file, f"is no sound .npz ({error})", "Get it again.") from error
-    return found
+        raise _fault(file, f"is not a valid .npz file ({error})", "Download it again.") from error
+    return arrays
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and type; the stream is then at the values."""
+    """Read shape, whether in Fortran order, and type; leave the stream at the values."""
     try:
         version = np.lib.format.read_magic(stream)
         read = (
@@ -279,7 +285,7 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
         return read(stream)
     except ValueError as error:
         raise ValueError(
-            f"{getattr(stream, 'name', 'a member')}: is no array of numpy ({error}). Get it again."
+            f"{getattr(stream, 'name', 'a member')}: is not a NumPy array ({error}). Download it again."
         ) from error
 
 

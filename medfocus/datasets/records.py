@@ -1,50 +1,50 @@
-"""The types that every room shares: an image of a data set, and its manifest."""
+"""The image records of a data set, and their manifest."""
 
 from __future__ import annotations
 
 import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from medfocus.storage.tables import write_csv
+
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image of a data set, as its manifest lists it."""
+    """One image of a data set: a line of the manifest."""
 
-    path: str  # relative to the data set's root, POSIX; unique, so it is the image's id
-    sha256: str  # of the file's bytes
+    path: str  # relative to the root of the data set, POSIX; unique, so it is the id of the image
+    sha256: str  # of the bytes of the file
     width: int  # pixels, after the EXIF orientation is applied
     height: int  # pixels
-    mode: str  # Pillow's: "L", "I;16", "RGB", "RGBA", "P", ...
+    mode: str  # Pillow's mode: "L", "I;16", "RGB", "RGBA", "P", ...
     label: str
-    split: str  # "train", "val", "test", or "" where the data set has no official split
-    patient: str  # "" where unknown
+    split: str  # "train", "val", "test", or "" if the data set has no official split
+    patient: str  # "" if unknown
 
 
 def write_manifest(records: Iterable[Record], path: Path) -> None:
-    """Write ``records`` as CSV, sorted by path, one line per image."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Record)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(record) for record in sorted(records, key=lambda r: r.path))
+    """Write records as CSV, sorted by path, one line per image."""
+    rows = sorted(records, key=lambda record: record.path)
+    write_csv(path, [field.name for field in fields(Record)], map(astuple, rows))
 
 
 def read_manifest(path: Path) -> list[Record]:
-    """Read what ``write_manifest`` wrote."""
+    """Read a manifest that ``write_manifest`` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [
             Record(
                 **{
                     **row,
-                    **{name: sys.intern(row[name]) for name in ("mode", "label", "split")},  # once in memory
+                    **{name: sys.intern(row[name]) for name in ("mode", "label", "split")},  # saves memory
                     "width": int(row["width"]),
                     "height": int(row["height"]),
                 }
@@ -54,18 +54,18 @@ def read_manifest(path: Path) -> list[Record]:
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of ``size`` items, the last one shorter."""
+    """Yield lists of ``size`` items; the last list may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
 
 
 def spread_over_classes(labels: Sequence[str], count: int) -> list[int]:
-    """Places of about ``count`` images: as many of each class, at least one, spread over its images."""
+    """Choose about ``count`` indices, equally many per class and at least one, spread over its images."""
     classes = sorted(set(labels))
     chosen: list[int] = []
     for label in classes:
-        places = [place for place, own in enumerate(labels) if own == label]
+        places = [place for place, other in enumerate(labels) if other == label]
         number = min(len(places), max(1, count // len(classes)))
         chosen += [places[i] for i in np.linspace(0, len(places) - 1, number).astype(int)]
     return chosen

@@ -1,4 +1,4 @@
-"""Listed files -> records: every image of them is decoded once, or was by these bytes before."""
+"""Turn listed files into records: decode each image once, unless the cache knows its bytes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from medfocus.datasets.listing import Listed, Report, label_of
+from medfocus.datasets.faults import IngestReport
+from medfocus.datasets.listing import Listed, label_of
 from medfocus.datasets.pseudonyms import Salt
 from medfocus.datasets.records import Record, chunks
 from medfocus.images import decode, stack
-from medfocus.images.stack import ImageError
+from medfocus.images.errors import ImageError
 from medfocus.storage.shards import Shards
 
-_AT_ONCE = 1000  # images of which the cache is asked together
-_volumes = threading.Semaphore(2)  # a volume may take a gigabyte
+_BATCH = 1000  # images per read of the cache
+_volumes = threading.Semaphore(2)  # volumes in memory; one may take a gigabyte
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files of several images, and the patients in their headers, are read."""
+    """Settings for files of several images and the patients in their headers."""
 
-    axis: int  # of the patient's, along which a volume is cut: 0 sagittal, 1 coronal, 2 axial
-    every: int  # so many'th slice is taken
+    axis: int  # of the patient, along which a volume is cut: 0 sagittal, 1 coronal, 2 axial
+    every: int  # take every ``every``-th slice
     salt: Salt
 
     def key(self, data: bytes, frame: str) -> str:
-        """sha256 hex that names what is known of a file; of most it is their own."""
+        """Return the sha256 hex under which the cache keeps the facts of a file."""
         sha256 = hashlib.sha256(data).hexdigest()
         if not stack.kind(data):
             return sha256
@@ -45,18 +46,18 @@ class Reading:
 
 
 class _Facts(NamedTuple):
-    """What decoding a file says of it."""
+    """The properties of a file that decoding it reveals."""
 
     sha256: str
     width: int
     height: int
     mode: str
-    frames: int  # of a TIFF or, of a NIfTI file, its volumes; of both the first is used
-    names: Sequence[str] = ("",)  # of its images
+    frames: int  # frames of a TIFF, volumes of a NIfTI file; only the first is used
+    names: Sequence[str] = ("",)  # of the images in the file
     patient: str = ""  # a pseudonym
-    is_group: bool = False  # whether it is a group of images of one patient's, whoever that is
-    constant: int = 0  # slices of one shade, which are left out
-    without_window: int = 0  # images that are shown from their minimum to their maximum
+    is_group: bool = False  # whether it holds several images of one patient
+    constant: int = 0  # constant slices, which are left out
+    without_window: int = 0  # images displayed from their minimum to their maximum
     is_burnt_in: bool = False
 
 
@@ -67,36 +68,36 @@ def open_all(
     workers: int | None,
     progress: bool,
     known: Shards | None,
-    report: Report,
+    report: IngestReport,
 ) -> list[Record]:
-    """Every image that can be used as a record; the others are left out of it in ``report``."""
+    """Return a record for each usable image, and report the others as left out."""
     records: list[Record] = []
     without_window = without_patient = 0
     with (
-        ThreadPoolExecutor(workers or os.cpu_count()) as pool,  # Pillow decodes outside of the GIL
+        ThreadPoolExecutor(workers or os.cpu_count()) as pool,  # Pillow decodes without the GIL
         tqdm(desc="images", total=len(files), disable=not progress) as bar,
     ):
-        for some in chunks(files, _AT_ONCE):
-            there: dict[str, _Facts] = {}
+        for batch in chunks(files, _BATCH):
+            cached: dict[str, _Facts] = {}
             if known is not None:
-                keys = {key for key in pool.map(lambda item: _key(root, item, reading), some) if key}
-                there = {key: _Facts(*json.loads(facts)) for key, facts in known.read(keys)}
-            opened = pool.map(lambda item, there=there: _open(root, item, reading, there), some)
-            for item, result in zip(some, opened, strict=True):
+                keys = {key for key in pool.map(lambda item: _key(root, item, reading), batch) if key}
+                cached = {key: _Facts(*json.loads(facts)) for key, facts in known.read(keys)}
+            opened = pool.map(lambda item, cached=cached: _open(root, item, reading, cached), batch)
+            for item, result in zip(batch, opened, strict=True):
                 bar.update()
                 if isinstance(result, ImageError):
-                    report.leave_out(item.path, result.fault, result.fix)
+                    report.leave_out(item.path, result.kind, result.fault, result.fix)
                     continue
                 key, facts = result
                 records += _records(root, item, facts)
-                _tell(item.path, facts, report)
+                _mention(item.path, facts, report)
                 without_window += facts.without_window
                 without_patient += facts.is_group and not (item.patient or facts.patient)
-                if known is not None and key not in there:
+                if known is not None and key not in cached:
                     known.put([(key, json.dumps(facts).encode())])
     if known is not None:
         known.close()
-    _tell_of_all(without_window, without_patient, report)
+    _mention_totals(without_window, without_patient, report)
     return _once_each(records, report)
 
 
@@ -119,42 +120,44 @@ def _records(root: Path, item: Listed, facts: _Facts) -> list[Record]:
     ]
 
 
-def _tell(path: str, facts: _Facts, report: Report) -> None:
+def _mention(path: str, facts: _Facts, report: IngestReport) -> None:
     if facts.frames > 1:
-        what = "volumes" if facts.is_group else "images"
-        fault = f"holds {facts.frames} {what}, of which the first is used"
-        report.mention(path, fault, "Export each as a file of its own.")
+        unit = "volumes" if facts.is_group else "images"
+        fault = f"holds {facts.frames} {unit}; only the first is used"
+        report.mention(path, "several images in one file", fault, "Export each as a separate file.")
     if facts.constant:
-        some = "1 slice" if facts.constant == 1 else f"{facts.constant} slices"
-        report.mention(path, f"has {some} of one shade, left out", "Nothing to do: the others are used.")
+        fault = f"holds {facts.constant} constant slice(s), which are left out"
+        report.mention(path, "constant slices", fault, "Nothing to do: the other slices are used.")
     if facts.is_burnt_in:
-        fault = "has text burnt into its pixels, as its header says, which may name the patient"
-        report.mention(path, fault, "Look at it before its images are shown to others.")
+        fault = "has text in its pixels, according to its header; the text may name the patient"
+        report.mention(path, "text in the pixels", fault, "Check the images before you show them to others.")
 
 
-def _tell_of_all(without_window: int, without_patient: int, report: Report) -> None:
+def _mention_totals(without_window: int, without_patient: int, report: IngestReport) -> None:
     if without_window:
-        fault = f"{without_window} DICOM images have no window, so each goes from its minimum to its maximum"
-        report.mention(".", fault, "Export them with a window if they look wrong.")
+        fault = f"{without_window} DICOM images have no window and are displayed from minimum to maximum"
+        fix = "Export them with a window if they look wrong."
+        report.mention(".", "images without a known display range", fault, fix)
     if without_patient:
-        fault = f"files of several images without a known patient: {without_patient}; each counts as one"
-        report.mention(".", fault, "Give patients by a manifest or a pattern if they have several files.")
+        fault = f"{without_patient} files of several images have no patient; each counts as one patient"
+        fix = "Give patients in a manifest or by a pattern if a patient has several files."
+        report.mention(".", "images without a patient", fault, fix)
 
 
-def _once_each(records: list[Record], report: Report) -> list[Record]:
-    """A slice may be listed by itself and with its file: twice the same is once, else it is left out."""
-    found: dict[str, set[Record]] = defaultdict(set)
+def _once_each(records: list[Record], report: IngestReport) -> list[Record]:
+    """Merge equal records of a slice that is listed by itself and with its file; leave out unequal ones."""
+    by_path: dict[str, set[Record]] = defaultdict(set)
     for record in records:
-        found[record.path].add(record)
-    for path, same in found.items():
+        by_path[record.path].add(record)
+    for path, same in by_path.items():
         if len(same) > 1:
             fault = "is listed by itself and with its file, with different labels, splits or patients"
-            report.leave_out(path, fault, "Decide which row is right and remove the other.")
-    return [record for (record, *others) in found.values() if not others]
+            report.leave_out(path, "conflicting rows", fault, "Keep the correct row and remove the other.")
+    return [record for (record, *others) in by_path.values() if not others]
 
 
 def _key(root: Path, item: Listed, reading: Reading) -> str | None:
-    """The name of a file's facts; None where it cannot be read, of which ``_open`` tells."""
+    """Return the key of a file's facts; None if it cannot be read, which ``_open`` will report."""
     try:
         file, frame = stack.split(root / item.path)
         return reading.key(decode.read_bytes(file, item.path), frame)
@@ -165,7 +168,7 @@ def _key(root: Path, item: Listed, reading: Reading) -> str | None:
 def _open(
     root: Path, item: Listed, reading: Reading, known: Mapping[str, _Facts]
 ) -> tuple[str, _Facts] | ImageError:
-    """The name of a file's facts and these, or why it is no image; decoded where it is not ``known``."""
+    """Return a file's facts and their key, decoding it if its facts are not ``known``; or its error."""
     try:
         file, frame = stack.split(root / item.path)
         data = decode.read_bytes(file, item.path)
@@ -176,33 +179,35 @@ def _open(
             with _volumes:
                 return key, _of_stack(data, item.path, frame, reading)
         if frame:
-            fix = "Leave out the # and what follows."
-            return ImageError(item.path, "is one image of a file that has no others", fix)
+            fix = "Remove the # and the text after it."
+            return ImageError(item.path, "no such frame", "names a frame, but the file holds one image", fix)
         image = decode.open_image(data, item.path)
         decode.to_rgb(image, item.path)
         count = _frames(data, item.path) if image.format == "TIFF" else 1
     except OSError as error:
-        return ImageError(item.path, f"cannot be read ({error.strerror})", "Copy or link it again.")
+        return ImageError(
+            item.path, "cannot be read", f"cannot be read ({error.strerror})", "Copy or link it again."
+        )
     except ImageError as error:
         return error
     return key, _Facts(key, image.width, image.height, image.mode, count)
 
 
 def _of_stack(data: bytes, name: str, frame: str, reading: Reading) -> _Facts:
-    """The facts of a DICOM or NIfTI file, or of the one image ``frame`` in it."""
+    """Return the facts of a DICOM or NIfTI file, or of the image ``frame`` in it."""
     stack = decode.open_stack(data, name)
-    assert stack is not None  # by its first bytes it is one
+    assert stack is not None  # the caller has checked its kind
     names, constant, without_window, width, height = [], 0, 0, 0, 0
-    for found in [stack.find(frame)] if frame else stack.names(reading.axis, reading.every):
-        pixels = stack.pixels(found)
+    for image in [stack.find(frame)] if frame else stack.names(reading.axis, reading.every):
+        pixels = stack.pixels(image)
         if stack.is_volume and not frame and pixels.min() == pixels.max():
             constant += 1
             continue
-        names.append(found)
+        names.append(image)
         height, width = pixels.shape[:2]
-        without_window += not stack.has_window(found)
+        without_window += not stack.has_window(image)
     if not names:
-        raise ImageError(name, "holds slices of one shade alone", "Take another, or remove it.")
+        raise ImageError(name, "constant slices", "holds only constant slices", "Remove it.")
     return _Facts(
         stack.sha256,
         width,
@@ -222,6 +227,8 @@ def _frames(data: bytes, name: str) -> int:
     try:
         with decode.read_header(data, name) as stack:
             return getattr(stack, "n_frames", 1)
-    except Exception as error:  # as in ``decode.open_image``
-        fault = f"holds several images, of which a later one is broken ({error})"
-        raise ImageError(name, fault, "Export the first as PNG, or remove it.") from error
+    except Exception as error:  # see ``decode.open_image``
+        fault = f"holds several images, and a later one is broken ({error})"
+        raise ImageError(
+            name, "several images in one file", fault, "Export the first as PNG, or remove it."
+        ) from error

@@ -1,8 +1,7 @@
-"""Which images train, which test, and the nested support sets drawn from train.
+"""Split a data set into train and test, and draw nested support sets from train.
 
-Every random order is by a digest of seed and path, so an image's place in it depends on nothing but itself:
-an image that is added, or left out as broken, does not reshuffle the others, and leaves the supports of the
-other classes as they are.
+A digest of seed and path determines every random order, so that the place of an image depends on nothing
+else. A new or broken image does not reshuffle the others, and does not change the supports of other classes.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from medfocus.datasets.records import Record
 
 @dataclass(frozen=True)
 class Splits:
-    """The draws of one data set. All lists of paths are sorted."""
+    """The draws of a data set. All lists of paths are sorted."""
 
     classes: list[str]  # sorted
-    train: list[str]  # an official val is part of it: everything chosen is chosen inside train
-    test: list[str]  # the official one, untouched, where there is one
-    clean_test: list[str]  # of those, the ones without a twin or a patient in train; drawn: the same as test
-    conflicting: list[str]  # left out of train, of a drawn test and of clean_test: a twin has another label
-    straddling_twins: list[str]  # official test images whose twin is in train, be it by way of another one
+    train: list[str]  # includes an official val set, because validation happens inside train
+    test: list[str]  # the official test set, unchanged, if there is one
+    clean_test: list[str]  # test images without a twin or a patient in train; equals a drawn test set
+    conflicting: list[str]  # a twin has another label: left out of train, clean_test and a drawn test set
+    straddling_twins: list[str]  # official test images with a twin in train
     straddling_patients: list[str]  # patients in both official splits
-    groups: dict[str, int]  # train image -> patient or duplicates; folds inside train keep them together
+    groups: dict[str, int]  # train image -> group of its patient and duplicates, which folds keep together
     supports: dict[int, dict[str, list[str]]]  # seed -> "5%", "10%", ..., "1-shot", ... -> train images
 
 
@@ -46,32 +45,32 @@ def draw_splits(
     shots: Sequence[int],
     seeds: Sequence[int],
 ) -> Splits:
-    """Keep the official test set or draw one, then draw support sets, one for each seed.
+    """Keep the official test set or draw one, then draw support sets for each seed.
 
-    A test set is drawn where no record has the split "test": ``test_fraction`` of each class, as near as
-    whole components over patients and ``groups`` allow. Supports are the first images of one order a
-    seed and class, so they all nest: n = max(1, round(fraction * N)) or the shots, for each class.
+    Without a record of split "test", a test set is drawn: ``test_fraction`` of each class, as closely as
+    whole components over patients and ``groups`` allow. Supports are the first images of one order per seed
+    and class, so that they nest: n = max(1, round(fraction * N)) images per class, or the shots.
 
     Args:
         records: The data set.
-        groups: path -> group of all duplicates and neighbouring frames; never straddles a drawn split.
-        twins: path -> group of the images that are the same one, each within one of ``groups``. Where
-            its labels differ nobody knows the right one, and the whole group is left out.
-        test_fraction: Of each class; used only where a test set is drawn.
-        fractions: Of each class's training images, in (0, 1].
+        groups: path -> group of duplicates and neighbouring frames; a drawn split never divides a group.
+        twins: path -> group of copies, each inside one of ``groups``. If the labels in a group differ, the
+            correct label is unknown, and the whole group is left out.
+        test_fraction: Share of each class in a drawn test set.
+        fractions: Shares of the training images of each class, in (0, 1].
         shots: Training images per class.
-        seeds: Each draws another support set.
+        seeds: Each seed draws another support set.
 
     Raises:
-        ValueError: A setting out of range; a class that cannot be in train and in test; classes with
-            fewer training images than the shots ask for, all in one text.
+        ValueError: A setting is out of range, a class cannot be in both train and test, or classes have fewer
+            training images than the shots require; one message lists all such classes.
     """
     _check_settings(test_fraction, fractions, shots, seeds)
     label = {record.path: record.label for record in records}
     conflicting = _conflicting(records, twins)
     official = {record.path for record in records if record.split == "test"}
     if official:
-        # Same image or same patient, directly or by way of a third.
+        # The same image or patient, directly or through other images.
         component = components(records, twins)
         train = label.keys() - official - conflicting
         test = official
@@ -101,12 +100,12 @@ def draw_splits(
 
 
 def write_splits(splits: Splits, path: Path) -> None:
-    """Write ``splits`` as JSON; equal splits give equal bytes."""
+    """Write splits as JSON; equal splits give equal bytes."""
     path.write_text(json.dumps(asdict(splits), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def read_splits(path: Path) -> Splits:
-    """Read what ``write_splits`` wrote."""
+    """Read splits that ``write_splits`` wrote."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return Splits(
         **{**content, "supports": {int(seed): draws for seed, draws in content["supports"].items()}}
@@ -122,12 +121,14 @@ def _check_settings(
         )
     if bad := [fraction for fraction in fractions if not 0 < fraction <= 1]:
         raise ValueError(
-            f"fractions of train: {bad} are outside of (0, 1]; study.percents go from above 0 to 100."
+            f"fractions of train: {bad} are outside of (0, 1]; give study.percents above 0 and up to 100."
         )
     if bad := [count for count in shots if count < 1]:
-        raise ValueError(f"study.shots: {bad} are below 1 image per class.")
+        raise ValueError(f"study.shots: {bad} are below 1 image per class; give at least 1.")
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"study.seeds: {list(seeds)} are none or repeat; give one for each support set.")
+        raise ValueError(
+            f"study.seeds: {list(seeds)} is empty or has repetitions; give one seed per support set."
+        )
 
 
 def _check_train(classes: Sequence[str], by_class: Mapping[str, Sequence[str]], shots: Sequence[int]) -> None:
@@ -137,8 +138,8 @@ def _check_train(classes: Sequence[str], by_class: Mapping[str, Sequence[str]], 
     short = [f"{name!r} has {len(by_class[name])}" for name in classes if len(by_class[name]) < most]
     if short:
         raise ValueError(
-            f"too few training images: class {', class '.join(short)}, but study.shots asks for {most}. "
-            "Lower it in params.yaml or add images."
+            f"too few training images: class {', class '.join(short)}, but study.shots needs {most}. "
+            "Lower it in params.yaml, or add images."
         )
 
 
@@ -146,12 +147,12 @@ def _conflicting(records: Iterable[Record], twins: Mapping[str, Hashable]) -> se
     members: dict[Hashable, list[Record]] = defaultdict(list)
     for record in records:
         members[twins[record.path]].append(record)
-    torn = (group for group in members.values() if len({record.label for record in group}) > 1)
-    return {record.path for group in torn for record in group}
+    differing = (group for group in members.values() if len({record.label for record in group}) > 1)
+    return {record.path for group in differing for record in group}
 
 
 def components(records: Iterable[Record], groups: Mapping[str, Hashable]) -> dict[str, int]:
-    """Path -> connected component over groups and patients, numbered by first path."""
+    """Return path -> connected component over groups and patients, numbered by first path."""
     ordered = sorted(records, key=lambda record: record.path)
     node: dict[tuple[str, Hashable], int] = {}
     edges: list[tuple[int, int]] = []
@@ -183,10 +184,10 @@ def _straddling_patients(records: Iterable[Record]) -> list[str]:
 
 
 def _draw_test(records: Sequence[Record], component: Mapping[str, int], fraction: float) -> set[str]:
-    """Whole components, in a random order, until each class has its share.
+    """Draw whole components in a random order until each class has its share.
 
-    First what fits into every class's share; then what brings the counts nearer to it; then, for a class
-    that is still without, the smallest of its components.
+    First take components that fit into the shares of all their classes, then components that bring the counts
+    closer to the shares, then the smallest component of each class that has none.
     """
     members: dict[int, list[Record]] = defaultdict(list)
     for record in records:
@@ -217,7 +218,7 @@ def _draw_test(records: Sequence[Record], component: Mapping[str, int], fraction
     for name, places in having.items():
         if places <= chosen:
             raise ValueError(
-                f"class {name!r} cannot be in train and in test: its {whole[name]} images make "
+                f"class {name!r} cannot be in both train and test: its {whole[name]} images form "
                 f"{len(places)} group(s) of patients and duplicates. Add images, or remove the class."
             )
     return {record.path for i in chosen for record in parts[i]}
@@ -238,5 +239,5 @@ def _draw_supports(
 
 
 def _rank(draw: int | str, path: str) -> bytes:
-    """A random number of this draw and path alone."""
+    """Return a random key that depends only on the draw and the path."""
     return hashlib.sha256(f"{draw}/{path}".encode()).digest()

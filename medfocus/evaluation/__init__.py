@@ -1,1 +1,5 @@
-"""Measures, comparisons and the rules of promotion, on numbers alone. It may import storage."""
+"""Scores, comparisons, drift and the promotion gate, computed from arrays. This room imports no other room.
+
+``metrics`` scores predictions, ``comparison`` tests systems against a baseline on the same images, ``drift``
+measures how new images differ from known ones, and ``gate`` decides whether a challenger is promoted.
+"""

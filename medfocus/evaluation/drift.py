@@ -1,7 +1,7 @@
-"""Are new images of the kind that a model was made with? Four comparisons of two sets, each with a p.
+"""Measure whether new images differ from the images of a model, by four comparisons with a p each.
 
-Arrays in, numbers out. A shift counts where its size is past a bound *and* chance does not explain it: with
-many images every difference is significant, with few a large one may be none.
+A shift counts if its size exceeds a bound *and* it is significant: with many images every difference is
+significant, and with few images a large difference may be chance.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import numpy as np
 from scipy import ndimage, stats
 
 STATISTICS = ("brightness", "contrast", "sharpness", "aspect", "pixels")
-LEAST = 5  # images of each set, below which nothing is said of their distributions
-MOST_BYTES = 1_000_000_000  # that the archive beside a model may unpack to; millions of images do
+LEAST = 5  # images per set; smaller sets are not compared
+MOST_BYTES = 1_000_000_000  # of the unpacked archive of a model; enough for millions of images
 _FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Images:
-    """A set of N images as they are compared."""
+    """The properties of N images that drift compares."""
 
     labels: np.ndarray  # (N,) str
-    embeddings: np.ndarray  # (N, D) of the image encoder ``encoder``
-    coverage: np.ndarray  # (N,) share of the image inside its mask
+    embeddings: np.ndarray  # (N, D) of ``encoder``
+    coverage: np.ndarray  # (N,) mask area / image area
     statistics: np.ndarray  # (N, 5), see ``statistics``
-    encoder: str  # the tower's key: embeddings of two towers do not compare
+    encoder: str  # key of the image encoder; only embeddings of the same encoder are comparable
 
 
 @dataclass(frozen=True)
 class Known:
-    """The images that a model was made with, as they are kept beside it."""
+    """The images known when a model was made, stored with the model."""
 
     names: frozenset[str]  # sha256 hex of each
-    learnt: frozenset[str]  # of those that it was fitted on
-    sample: Images  # of them all, or of a part
+    learnt: frozenset[str]  # the names of the training images
+    sample: Images  # all of the images, or some
 
     def save(self, path: Path) -> None:
-        """Write an ``.npz`` without pickles."""
+        """Write an ``.npz`` file without pickles."""
         names = sorted(self.names)
         np.savez_compressed(
             path,
@@ -57,10 +57,10 @@ class Known:
 
     @classmethod
     def load(cls, path: Path) -> Known:
-        """Read what ``save`` wrote.
+        """Read a file that ``save`` wrote.
 
-        Raises FileNotFoundError where there is none, and ValueError for an archive that unpacks to more than
-        ``MOST_BYTES`` or holds a pickle.
+        Raises FileNotFoundError, and ValueError for an archive that unpacks to more than ``MOST_BYTES`` or
+        holds a pickle.
         """
         file = _read_arrays(path)
         names = [row.tobytes().hex() for row in file["names"]]
@@ -80,30 +80,32 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(path) as archive:
             size = sum(item.file_size for item in archive.infolist())
         if size > MOST_BYTES:
-            raise ValueError(f"unpacks to {size / 1e6:.0f} MB, and {MOST_BYTES / 1e6:.0f} are the most")
+            raise ValueError(f"unpacks to {size / 1e6:.0f} MB; the limit is {MOST_BYTES / 1e6:.0f} MB")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
-            f"{path}: not the arrays that a model is kept with ({error}). It was refused; restore the "
-            "model's artefacts or register it anew."
+            f"{path}: does not hold the arrays of a model's images ({error}). Restore the artefacts of the "
+            "model, or register it again."
         ) from error
 
 
 @dataclass(frozen=True)
 class Shift:
-    """One way in which new images differ from old ones."""
+    """One difference between new and old images."""
 
     name: str
-    value: float  # NaN where nothing can be said
+    value: float  # NaN if the sets are too small
     bound: float
-    p: float  # that chance alone does as much
-    past: bool  # beyond the bound, and not by chance
+    p: float  # probability of such a difference by chance
+    past: bool  # above the bound and significant
 
 
 def statistics(grey: np.ndarray) -> np.ndarray:
-    """(H, W) float in [0, 1] -> (5,): mean, standard deviation, log variance of the Laplacian, log2 of W / H
-    and of H W."""
+    """Compute STATISTICS of a grey image (H, W) float in [0, 1].
+
+    Returns (5,): mean, standard deviation, log variance of the Laplacian, log2 of W / H and log2 of H W.
+    """
     height, width = grey.shape
     sharpness = np.log10(ndimage.laplace(grey.astype(np.float64)).var() + 1e-8)
     return np.array(
@@ -112,20 +114,20 @@ def statistics(grey: np.ndarray) -> np.ndarray:
 
 
 def measure(old: Images, new: Images, bounds: Mapping[str, float], p: float) -> list[Shift]:
-    """How new images differ from old ones.
+    """Measure how new images differ from old ones.
 
-    ``embedding`` is the AUROC in [0.5, 1] with which a linear classifier tells the two sets apart out of fold
-    (Lopez-Paz and Oquab, arXiv 1610.06545), ``coverage`` and ``statistics`` the largest distance of two
-    cumulative distributions in [0, 1] (Kolmogorov and Smirnov; of the statistics the worst, its p times their
-    number), ``classes`` the total variation of the class shares in [0, 1] (p by chi-square).
+    ``embedding`` is the out-of-fold AUROC in [0.5, 1] of a linear classifier of old against new images
+    (Lopez-Paz and Oquab, arXiv 1610.06545). ``coverage`` and ``statistics`` are the Kolmogorov-Smirnov
+    distances in [0, 1]; of the statistics the largest counts, and its p is multiplied by their number.
+    ``classes`` is the total variation of the class shares in [0, 1], with the p of a chi-square test.
 
     Args:
-        old: N images, what a model was made with.
-        new: M others.
-        bounds: A value for each of the four names, beyond which a shift counts ...
-        p: ... if chance does as much with a smaller probability than this.
+        old: The N images of a model.
+        new: M other images.
+        bounds: For each of the four names, the value above which a shift counts.
+        p: A shift counts only if its p is below this.
     """
-    found = {
+    results = {
         "embedding": _embedding(old, new),
         "coverage": _distributions(old.coverage[:, None], new.coverage[:, None]),
         "classes": _classes(old.labels, new.labels),
@@ -133,7 +135,7 @@ def measure(old: Images, new: Images, bounds: Mapping[str, float], p: float) -> 
     }
     return [
         Shift(name, value, bounds[name], chance, bool(value > bounds[name] and chance < p))
-        for name, (value, chance) in found.items()
+        for name, (value, chance) in results.items()
     ]
 
 
@@ -159,7 +161,7 @@ def _embedding(old: Images, new: Images) -> tuple[float, float]:
 
 
 def _distributions(old: np.ndarray, new: np.ndarray) -> tuple[float, float]:
-    """(N, S), (M, S) -> the largest Kolmogorov-Smirnov distance of the S columns, and its corrected p."""
+    """Return the largest Kolmogorov-Smirnov distance of columns (N, S), (M, S), and its corrected p."""
     if min(len(old), len(new)) < LEAST:
         return float("nan"), 1.0
     tests = [stats.ks_2samp(a, b) for a, b in zip(old.T, new.T, strict=True)]

@@ -1,4 +1,4 @@
-"""May a challenger take the champion's place? Every condition is checked and told, met or not."""
+"""Decide whether a challenger replaces the champion; check and report every condition."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy as np
 
 from medfocus.evaluation.comparison import mcnemar
 from medfocus.evaluation.drift import Shift
-from medfocus.evaluation.metrics import expected_calibration_error, per_class_recall
+from medfocus.evaluation.metrics import per_class_recall, reliability
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a challenger has to fulfil."""
+    """The conditions for a challenger."""
 
-    margin: float  # of accuracy, by which it has to be above the champion; below 0: may be so much worse
-    p: float  # at most, McNemar's exact two-sided; 1 asks for no test
-    images: int  # at least, on which both are compared: test images that the champion has not learnt from
-    recall: Mapping[str, float]  # floor of a class; "all" for those that are not named
-    calibration: float  # expected calibration error at most
+    margin: float  # minimal gain in accuracy over the champion; a negative margin allows a loss
+    p: float  # maximal two-sided p of McNemar's exact test; 1 disables the test
+    images: int  # minimal number of test images that the champion was not trained on
+    recall: Mapping[str, float]  # minimal recall of a class; "all" for classes without their own
+    calibration: float  # maximal expected calibration error
 
 
 @dataclass(frozen=True)
 class Check:
-    """One condition."""
+    """The result of one condition."""
 
     name: str
     passed: bool
-    found: str
-    asked: str
+    value: str
+    required: str
 
 
 @dataclass(frozen=True)
@@ -40,30 +40,28 @@ class Champion:
 
     version: str
     classes: tuple[str, ...]
-    predicted: np.ndarray  # (N,) str, a class for each test image
-    fair: np.ndarray  # (N,) bool: images that it has not learnt from, nor from a twin or the same patient
+    predicted: np.ndarray  # (N,) str, the predicted class of each test image
+    fair: np.ndarray  # (N,) bool: neither the image, a twin nor its patient was in the training set
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether the challenger is promoted, and all that was looked at."""
+    """Whether the challenger is promoted, with all checks."""
 
     checks: tuple[Check, ...]
 
     @property
     def promoted(self) -> bool:
-        """Every check is passed."""
+        """Whether all checks passed."""
         return all(check.passed for check in self.checks)
 
     @property
     def reason(self) -> str:
-        """One line for a tag."""
-        failed = [
-            f"{check.name}: {check.found}, asked {check.asked}" for check in self.checks if not check.passed
-        ]
+        """The decision in one line."""
+        failed = [check for check in self.checks if not check.passed]
         if failed:
-            return "refused: " + "; ".join(failed)
-        return "promoted: " + "; ".join(f"{check.name}: {check.found}" for check in self.checks)
+            return "refused: " + "; ".join(f"{c.name}: {c.value}, required {c.required}" for c in failed)
+        return "promoted: " + "; ".join(f"{check.name}: {check.value}" for check in self.checks)
 
 
 def judge(
@@ -74,15 +72,15 @@ def judge(
     champion: Champion | None,
     shifts: Sequence[Shift] = (),
 ) -> Decision:
-    """Hold a challenger against the rules and the present champion, if there is one.
+    """Check a challenger against the rules and the present champion, if there is one.
 
     Args:
-        probabilities: (N, K) of the challenger on its test images, which it has not learnt from.
+        probabilities: (N, K) of the challenger on its test images, which are not in its training set.
         labels: (N,) integers in [0, K).
         classes: (K,) in the order of the columns.
         rules: The conditions.
-        champion: None where there is none yet: then the challenger need not be better than anything.
-        shifts: How the images that came since the champion differ from those before.
+        champion: None if there is none; then no comparison is made.
+        shifts: Differences between new images and the images of the champion.
     """
     checks: list[Check] = []
     if champion is not None:
@@ -91,14 +89,14 @@ def judge(
     for name, recall in zip(classes, recalls, strict=True):
         floor = rules.recall.get(name, rules.recall.get("all", 0.0))
         if floor > 0:
-            found = "no test image" if math.isnan(recall) else f"{recall:.3f}"
-            checks.append(Check(f"recall of {name}", bool(recall >= floor), found, f"{floor:g} at least"))
-    ece = expected_calibration_error(probabilities, labels)
-    asked = f"{rules.calibration:g} at most"
-    checks.append(Check("calibration error", ece <= rules.calibration, f"{ece:.3f}", asked))
+            value = "no test image" if math.isnan(recall) else f"{recall:.3f}"
+            checks.append(Check(f"recall of {name}", bool(recall >= floor), value, f"at least {floor:g}"))
+    ece = reliability(probabilities, labels).ece
+    required = f"at most {rules.calibration:g}"
+    checks.append(Check("calibration error", ece <= rules.calibration, f"{ece:.3f}", required))
     for shift in shifts:
-        found = "too few images to tell" if math.isnan(shift.value) else f"{shift.value:.3f}, p {shift.p:.2g}"
-        checks.append(Check(f"drift of {shift.name}", not shift.past, found, f"{shift.bound:g} at most"))
+        value = "too few images" if math.isnan(shift.value) else f"{shift.value:.3f}, p {shift.p:.2g}"
+        checks.append(Check(f"drift of {shift.name}", not shift.past, value, f"at most {shift.bound:g}"))
     return Decision(tuple(checks))
 
 
@@ -107,11 +105,11 @@ def _against(
 ) -> list[Check]:
     known = sorted(champion.classes)
     same = known == sorted(classes)
-    found = "the same" if same else f"{', '.join(sorted(classes))}"
-    checks = [Check("classes", same, found, f"those of version {champion.version}: {', '.join(known)}")]
+    value = "the same" if same else ", ".join(sorted(classes))
+    checks = [Check("classes", same, value, f"as in version {champion.version}: {', '.join(known)}")]
     fair = int(champion.fair.sum())
     checks.append(
-        Check("test images new to both", fair >= rules.images, str(fair), f"{rules.images} at least")
+        Check("test images new to both", fair >= rules.images, str(fair), f"at least {rules.images}")
     )
     if not fair:
         return checks
@@ -124,11 +122,11 @@ def _against(
         Check(
             "accuracy",
             bool(above > rules.margin),
-            f"{right.mean():.4f} to {theirs.mean():.4f} of version {champion.version}",
-            f"above it by more than {rules.margin:g}",
+            f"{right.mean():.4f}; version {champion.version} has {theirs.mean():.4f}",
+            f"a difference above {rules.margin:g}",
         )
     )
     if rules.p < 1:
-        found = f"p {p:.3g} ({ours_only} images for it, {theirs_only} against)"
-        checks.append(Check("paired test", p <= rules.p, found, f"p {rules.p:g} at most"))
+        value = f"p {p:.3g} ({ours_only} images better, {theirs_only} worse)"
+        checks.append(Check("paired test", p <= rules.p, value, f"p at most {rules.p:g}"))
     return checks

@@ -1,4 +1,4 @@
-"""What a fitted method looked at: the attribution that its kind allows, for any of METHODS."""
+"""Explain the predictions of any fitted method, by the attribution that suits it."""
 
 from __future__ import annotations
 
@@ -9,64 +9,60 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from medfocus.clip.regions import patch_coverage
-from medfocus.explain.attribution import grad_cam, gradient_attention, occlusion, to_maps
+from medfocus.clip.vit import as_vit
+from medfocus.explain.grad_cam import grad_cam
+from medfocus.explain.maps import to_maps
+from medfocus.explain.occlusion import occlusion
+from medfocus.explain.transformer import gradient_attention
 from medfocus.focus.modes import FILL, crop
-from medfocus.images.decode import letterbox_mask
+from medfocus.images.geometry import letterbox_mask
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
     from medfocus.methods import Method
 
-_STEP = 1e-2  # of the central differences, against features of length one
-_SQUARES = 8  # a side, of an occlusion; each overlaps half of its neighbour
+_STEP = 1e-2  # of the central differences; features have length one
+_SQUARES = 8  # per side in an occlusion; each overlaps half of the next
 
 
 def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor) -> tuple[Tensor, str]:
-    """Attribution of a fitted method's main classifier for one class per image.
+    """Compute a map of each image for one class and the method's main classifier.
 
     Args:
-        method: Fitted.
-        encoder: The one that it was fitted on.
+        method: A fitted method.
+        encoder: The encoder that it was fitted on.
         views: (B, S, S, C) uint8, RGB first.
-        targets: (B,) int64, the class that is explained.
+        targets: (B,) int64, the class to explain.
 
     Returns:
-        Maps (B, S, S) that sum to one, and the name of the way: "gradient x attention" for methods on the
-        features of a ViT, "Grad-CAM" for timm's backbones with a map of features, "occlusion" else.
+        Maps (B, S, S), and their kind: "gradient x attention" for methods on the features of a ViT,
+        "Grad-CAM" for timm's backbones with feature maps, and "occlusion" for all others.
     """
     body = getattr(method, "model_", None)
     if body is not None and hasattr(body, "forward_features"):
         pixels = method.pixels(views)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             maps = grad_cam(body, pixels, lambda logits: logits[torch.arange(len(targets)), targets])
-        except ValueError:  # a ViT: its features are tokens
-            return _occluded(method, views, targets), "occlusion"
+        except ValueError:  # the features of timm's ViT are tokens
+            return _occluded(method, encoder, views, targets), "occlusion"
         return _resized(maps, views.shape[1]), "Grad-CAM"
-    if method.embedding == "features" and encoder.region in (None, "attention"):
-        from open_clip.transformer import VisionTransformer
-
-        visual = encoder.model.visual
-        if isinstance(visual, VisionTransformer):
-            pixels = encoder.preprocess(views)
-            slopes = _slopes(method, method.embed(views), targets).to(encoder.device)  # (B, D)
-            bias = None
-            if encoder.region == "attention":
-                coverage = patch_coverage(pixels[:, 3:], visual.conv1.kernel_size[0])
-                own = coverage.new_zeros(len(coverage), 1)
-                bias = torch.cat([own, encoder.attention_bias * coverage], dim=1)  # (B, L)
-            maps = gradient_attention(visual, pixels[:, :3], lambda f: (f * slopes).sum(dim=1), bias)
-            return maps, "gradient x attention"
-    return _occluded(method, views, targets), "occlusion"
+    visual = as_vit(encoder.model.visual)
+    if visual is not None and method.embedding == "features" and encoder.region.sees_one_rgb:
+        pixels = encoder.preprocess(views)
+        slopes = _slopes(method, method.embed(views), targets).to(encoder.device)  # (B, D)
+        mask = encoder.region.attention_mask(visual, pixels)
+        maps = gradient_attention(visual, pixels[:, :3], lambda f: (f * slopes).sum(dim=1), mask)
+        return maps, "gradient x attention"
+    return _occluded(method, encoder, views, targets), "occlusion"
 
 
 def on_image(heat: np.ndarray, mask: np.ndarray, focus: str) -> np.ndarray:
-    """An attribution of the whole image's view (S, S) -> of the image itself, (H, W), summing to one.
+    """Return the map of an image (H, W), with sum one, from the map of its view (S, S).
 
     Args:
-        heat: As ``explain`` gives it.
-        mask: (H, W) bool, what the view was made with; an empty one is read as the whole image.
-        focus: Of the view; "crop" shows a part of the image, and what it leaves out gets nothing.
+        heat: A map of ``explain``, of view 0.
+        mask: (H, W) bool, the mask of the view; an empty mask stands for the whole image.
+        focus: The focus of the view. "crop" shows a part of the image; the rest of the map is 0.
     """
     height, width = mask.shape
     rows, columns = slice(0, height), slice(0, width)
@@ -75,20 +71,20 @@ def on_image(heat: np.ndarray, mask: np.ndarray, focus: str) -> np.ndarray:
         shown = crop(places, mask if mask.any() else np.ones_like(mask), 0.0)
         (top, left), (bottom, right) = shown[0, 0], shown[-1, -1]
         rows, columns = slice(top, bottom + 1), slice(left, right + 1)
-    found = np.zeros(mask.shape, np.float32)
-    part = found[rows, columns]
+    whole = np.zeros(mask.shape, np.float32)
+    part = whole[rows, columns]
     framed = letterbox_mask(np.ones(part.shape, bool), len(heat)) > 0.5  # (S, S), True on the image
     inside = Image.fromarray(np.ascontiguousarray(heat[np.ix_(framed.any(1), framed.any(0))], np.float32))
     part[:] = np.asarray(inside.resize(part.shape[::-1], Image.Resampling.BILINEAR))
-    total = found.sum(dtype=np.float64)
-    return found / np.float32(total) if total > 0 else np.full(mask.shape, 1 / mask.size, np.float32)
+    total = whole.sum(dtype=np.float64)
+    return whole / np.float32(total) if total > 0 else np.full(mask.shape, 1 / mask.size, np.float32)
 
 
 def _slopes(method: Method, features: Tensor, targets: Tensor) -> Tensor:
-    """∂ (logit of the target - mean of the others) / ∂ features (B, D), by central differences.
+    """Compute ∂ (logit of the target - mean of the others) / ∂ features, (B, D), by central differences.
 
-    Heads need no graph for that. The margin and not the logit, as class texts have most of their direction
-    in common, and what all classes look at explains none.
+    Central differences need no graph. The function differentiates the margin, not the logit: the texts of
+    all classes share most of their direction, and a part that raises all logits explains no class.
     """
     count, dim = features.shape
     steps = _STEP * torch.eye(dim)
@@ -103,32 +99,24 @@ def _slopes(method: Method, features: Tensor, targets: Tensor) -> Tensor:
     return slopes
 
 
-def _occluded(method: Method, views: Tensor, targets: Tensor) -> Tensor:
-    size = views.shape[1]
-    stride = max(1, size // (_SQUARES + 1))
-
-    def predict(shown: Tensor, further: Tensor) -> Tensor:
-        whole = torch.cat([shown, further.expand(len(shown), *further.shape)], dim=3)
-        return next(iter(method.logits(method.embed(whole)).values())).double().softmax(dim=1)
-
+def _occluded(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor) -> Tensor:
+    stride = max(1, views.shape[1] // (_SQUARES + 1))
     maps = []
-    for image, target in zip(views, targets.tolist(), strict=True):
-        further = image[..., 3:]  # a region stays where it is
-        if further.shape[2] == 3:  # the focused twin would show what is hidden
-            further = further.clone()
-        maps.append(
-            occlusion(
-                lambda shown, further=further: predict(shown, further),
-                image[..., :3].contiguous(),
-                target,
-                patch=2 * stride,
-                stride=stride,
-                fill=FILL,
-            )
-        )
+    for view, target in zip(views, targets.tolist(), strict=True):
+        image, further = view[..., :3].contiguous(), view[..., 3:]
+
+        def predict(occluded: Tensor, image: Tensor = image, further: Tensor = further) -> Tensor:
+            """Images (N, S, S, 3) uint8 -> probabilities (N, K), with the view's further channels."""
+            channels = further.expand(len(occluded), *further.shape)
+            if encoder.region.has_focused_image:  # hide the square in the focused image too
+                channels = torch.where((occluded != image).any(dim=3, keepdim=True), occluded, channels)
+            inputs = method.embed(torch.cat([occluded, channels], dim=3))
+            return next(iter(method.logits(inputs).values())).double().softmax(dim=1)
+
+        maps.append(occlusion(predict, image, target, patch=2 * stride, stride=stride, fill=FILL))
     return torch.cat(maps)
 
 
 def _resized(maps: Tensor, size: int) -> Tensor:
-    """Maps (B, s, s) at the size of the views, summing to one."""
+    """Maps (B, s, s) -> maps (B, size, size)."""
     return maps if maps.shape[-1] == size else to_maps(maps, size)

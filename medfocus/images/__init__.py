@@ -1,1 +1,7 @@
-"""From a file's bytes to pixels: PNG and the like, DICOM, NIfTI. It may import storage."""
+"""Image files -> (H, W, 3) uint8 RGB. This room may import storage.
+
+``decode`` reads an image file within limits of format, bytes and pixels; ``dicom`` and ``nifti`` read files
+of several images behind one interface, ``stack.Stack``. ``geometry`` resizes images with their masks,
+``contact_sheet`` arranges images on one sheet, and ``png`` encodes them. A file without a usable image raises
+``errors.ImageError``.
+"""

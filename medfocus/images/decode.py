@@ -1,8 +1,8 @@
-"""The image edge: bytes to RGB arrays, and the few geometric steps that images and masks share.
+"""Decode image files to RGB arrays, within limits.
 
-An image comes from anywhere, so it meets three limits before any pixel is decoded: its format, its file's
-bytes, and the pixels that its header promises. Pillow's own guard against bombs lies behind them, higher up.
-DICOM and NIfTI, known by their bytes and not by their names, meet the same limits.
+Images come from untrusted sources, so three limits apply before any pixel is decoded: the format, the bytes
+of the file, and the pixels that its header declares. The limit of Pillow against decompression bombs is
+higher. DICOM and NIfTI files are recognised by their bytes, not by their names, and meet the same limits.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from medfocus.images import stack as frames
-from medfocus.images.stack import ImageError, Stack, TooLargeError
+from medfocus.images import stack as stacks
+from medfocus.images.errors import ImageError, TooLargeError
+from medfocus.images.stack import Stack
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; it opens no file with another decoder
-MOST_PIXELS = 64_000_000  # of one image
-MOST_BYTES = 256_000_000  # of one file
-MOST_KEPT = 1_000_000_000  # of the opened files of several images that are kept for the next of theirs
-_CAPTION_HEIGHT = 14  # pixels under each tile of a contact sheet
-_GAP = 4  # pixels between tiles
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; no other decoder of Pillow is used
+MOST_PIXELS = 64_000_000  # per image
+MOST_BYTES = 256_000_000  # per file
+_MOST_CACHED = 1_000_000_000  # bytes of open stacks
+_EXPORT = "Export it again as PNG, or remove it."
 
 
 def read_bytes(path: Path, name: str | None = None) -> bytes:
-    """An image's file, of which no more is read than an image may have.
+    """Read an image file, up to MOST_BYTES.
 
-    Raises FileNotFoundError and other OSErrors, and ImageError naming ``name`` (default: the path) where it
-    is no ordinary file, such as a pipe that would never end, or is too large.
+    Raises OSError, and ImageError with ``name`` (default: the path) if the file is too large or is not a
+    regular file, such as a pipe that never ends.
     """
     name = str(path) if name is None else name
     if path.exists() and not path.is_file():
-        raise ImageError(name, "is no ordinary file", "Put the image itself there, or remove it.")
+        fix = "Replace it with the image itself, or remove it."
+        raise ImageError(name, "not a regular file", "is not a regular file", fix)
     with path.open("rb") as file:
         data = file.read(MOST_BYTES + 1)
     _check_bytes(len(data), name)
@@ -46,22 +46,18 @@ def read_bytes(path: Path, name: str | None = None) -> bytes:
 
 
 def read_header(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """An encoded image whose pixels are still to be decoded, within the limits of this module.
-
-    Raises ImageError, a ValueError, naming ``name``.
-    """
+    """Open an encoded image within the limits, without decoding pixels. Raises ImageError with ``name``."""
     if not data:
-        raise ImageError(name, "the file is empty (0 bytes)", "Copy it again or remove it.")
+        raise ImageError(name, "empty file", "the file is empty (0 bytes)", "Copy it again or remove it.")
     _check_bytes(len(data), name)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
         known = (*formats, "DICOM", "NIFTI") if formats == FORMATS else formats
-        fault = f"is no image in a format that is read ({', '.join(known)})"
-        raise ImageError(name, fault, "Export it again as PNG, or remove it.") from error
-    # Pillow's own guard speaks first where the bounds are passed by far; the sentence is one.
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_many_pixels(name, "more") from error
+        fault = f"is not in a supported image format ({', '.join(known)})"
+        raise ImageError(name, "unknown image format", fault, _EXPORT) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # far above the limit
+        raise _too_many_pixels(name, "too many") from error
     except Exception as error:
         raise _undecodable(name, error) from error
     if image.width * image.height > MOST_PIXELS:
@@ -70,23 +66,22 @@ def read_header(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> I
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    """The first frame of an encoded image, fully decoded, in its own mode, EXIF orientation applied.
+    """Decode the first frame of an encoded image in its own mode, and apply the EXIF orientation.
 
-    Raises ImageError, a ValueError, naming ``name`` when the bytes are empty, broken or cut short, or past
-    one of the limits of this module; then no pixel was decoded.
+    Raises ImageError with ``name`` if the bytes are empty, broken or truncated, or if the image is above a
+    limit; in the latter case no pixel is decoded.
     """
     image = read_header(data, name)
     try:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # a large image is not copied if it is upright
+        ImageOps.exif_transpose(image, in_place=True)  # an upright image is not copied
         return image
-    # Broken bytes make Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
-    except Exception as error:
+    except Exception as error:  # broken bytes: OSError, SyntaxError, struct.error, ...
         raise _undecodable(name, error) from error
 
 
 def to_rgb(image: Image.Image, name: str) -> np.ndarray:
-    """An image of any mode -> (H, W, 3) uint8 RGB; see ``decode``. Raises ImageError."""
+    """Convert an image of any mode to (H, W, 3) uint8 RGB; see ``decode``. Raises ImageError."""
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_window(np.asarray(image, dtype=np.float32), name))
     elif image.has_transparency_data:
@@ -94,33 +89,32 @@ def to_rgb(image: Image.Image, name: str) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
     if image.mode != "RGB":
         image = image.convert("RGB")
-    return np.array(image)  # a copy, so that it may be written to
+    return np.array(image)  # a writable copy
 
 
 def decode(data: bytes, name: str) -> np.ndarray:
-    """Encoded image -> (H, W, 3) uint8 RGB.
+    """Decode an encoded image to (H, W, 3) uint8 RGB.
 
-    Grey beyond 8 bits (and float) is windowed to 8 bits by its own minimum and maximum; alpha is
-    composited over black; the EXIF orientation is applied; of several frames of a TIFF the first is taken.
-    DICOM and NIfTI are known by their bytes and shown as ``dicom`` and ``nifti`` say; of several frames or
-    slices nobody has chosen one, so they are refused.
-    Raises ImageError, a ValueError, naming ``name``, the fault and the fix.
+    Grey values of more than 8 bits, and floats, are scaled from their minimum and maximum to 0 and 255. Alpha
+    is composited over black. The EXIF orientation is applied. A TIFF with several frames gives its first.
+    ``dicom`` and ``nifti`` define how their files are displayed; one with several images is refused, because
+    the caller must choose one. Raises ImageError with ``name``.
     """
     stack = open_stack(data, name)
     if stack is None:
         return to_rgb(open_image(data, name), name)
     if stack.only is None:
-        fix = "Name the one that is meant behind a #, or export it as a file of its own."
-        raise ImageError(name, "holds several images", fix)
+        fix = "Name one of them after a #, or export it as a separate file."
+        raise ImageError(name, "several images in one file", "holds several images", fix)
     return _rgb(stack.pixels(stack.only))
 
 
 def open_stack(data: bytes, name: str) -> Stack | None:
-    """A DICOM or NIfTI file, within the limits of this module; None for what is neither by its bytes.
+    """Open a DICOM or NIfTI file within the limits; return None for any other file.
 
-    Raises ImageError, a ValueError, naming ``name``.
+    Raises ImageError with ``name``.
     """
-    kind = frames.kind(data)
+    kind = stacks.kind(data)
     if not kind:
         return None
     _check_bytes(len(data), name)
@@ -134,47 +128,47 @@ def open_stack(data: bytes, name: str) -> Stack | None:
 
 
 def read(path: Path) -> np.ndarray:
-    """Image file -> (H, W, 3) uint8 RGB; see ``decode``. ``x.dcm#07`` is a frame, see ``stack``.
+    """Read an image file as (H, W, 3) uint8 RGB; see ``decode``. ``x.dcm#07`` names a frame; see ``stack``.
 
-    Raises FileNotFoundError or ValueError.
+    Raises FileNotFoundError or ImageError.
     """
     return read_named(path)[1]
 
 
 def read_named(path: Path) -> tuple[str, np.ndarray]:
-    """An image's sha256 hex, as its record has it, and its pixels; see ``read``."""
-    file, frame = frames.split(path)
+    """Return the sha256 hex of an image, as in its record, and its pixels; see ``read``."""
+    file, frame = stacks.split(path)
     if frame:
-        stack = _lately_opened(file)
+        stack = _open_cached(file)
         frame = stack.find(frame)
-        return frames.digest(stack.sha256, frame), _rgb(stack.pixels(frame))
+        return stacks.digest(stack.sha256, frame), _rgb(stack.pixels(frame))
     data = read_bytes(path)
     return hashlib.sha256(data).hexdigest(), decode(data, str(path))
 
 
 def frames_of(path: Path) -> list[Path]:
-    """The images of a file: its frames or axial slices by their names, or the path itself for its only one.
+    """Return a path for each frame or axial slice of a file; for a file of one image, its own path.
 
-    Raises FileNotFoundError or ValueError.
+    Raises FileNotFoundError or ImageError.
     """
-    file, frame = frames.split(path)
-    if frame or not frames.kind(_head(file)):
+    file, frame = stacks.split(path)
+    if frame or not stacks.kind(_head(file)):
         return [path]
-    stack = _lately_opened(file)
+    stack = _open_cached(file)
     if stack.only is not None:
         return [path]
-    return [path.with_name(f"{path.name}{frames.MARK}{name}") for name in stack.names()]
+    return [path.with_name(f"{path.name}{stacks.MARK}{name}") for name in stack.names()]
 
 
-def told_by_header(path: Path) -> tuple[str, str]:
-    """How and of what a DICOM file was taken, in DICOM's words ("CR", "CHEST"); empty where it is not told.
+def modality_and_body_part(path: Path) -> tuple[str, str]:
+    """Return the modality and body part in a DICOM header ("CR", "CHEST"); "" where unknown.
 
-    Raises FileNotFoundError or ValueError.
+    Raises FileNotFoundError or ImageError.
     """
-    file, _ = frames.split(path)
-    if frames.kind(_head(file)) != "dicom":
+    file, _ = stacks.split(path)
+    if stacks.kind(_head(file)) != "dicom":
         return "", ""
-    stack = _lately_opened(file)
+    stack = _open_cached(file)
     return stack.modality, stack.body_part
 
 
@@ -183,24 +177,25 @@ def _head(file: Path) -> bytes:
         return opened.read(4096)
 
 
-_lately: OrderedDict[tuple[object, ...], Stack] = OrderedDict()
-_lately_lock = threading.Lock()
+_cache: OrderedDict[tuple[object, ...], Stack] = OrderedDict()
+_cache_lock = threading.Lock()
 
 
-def _lately_opened(file: Path) -> Stack:
-    """An opened file of several images, for they are asked for one after the other.
+def _open_cached(file: Path) -> Stack:
+    """Open a stack, or return it from the cache: the next frame usually comes from the same file.
 
-    The last one is kept, and those before it up to MOST_KEPT bytes. Raises as ``read`` does.
+    The cache always keeps the last stack, and earlier ones up to _MOST_CACHED bytes. Raises as ``read`` does.
     """
     status = file.stat()
     key = (os.path.realpath(file), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    with _lately_lock:  # or each of several threads would open it
-        stack = _lately.pop(key, None) or open_stack(read_bytes(file), str(file))
+    with _cache_lock:  # otherwise several threads would open the same file
+        stack = _cache.pop(key, None) or open_stack(read_bytes(file), str(file))
         if stack is None:
-            raise ImageError(str(file), "holds one image", "Leave out the # and what follows.")
-        _lately[key] = stack
-        while len(_lately) > 1 and sum(kept.size for kept in _lately.values()) > MOST_KEPT:
-            _lately.popitem(last=False)
+            fix = "Remove the # and the text after it."
+            raise ImageError(str(file), "no such frame", "holds one image", fix)
+        _cache[key] = stack
+        while len(_cache) > 1 and sum(kept.size for kept in _cache.values()) > _MOST_CACHED:
+            _cache.popitem(last=False)
         return stack
 
 
@@ -209,94 +204,27 @@ def _rgb(pixels: np.ndarray) -> np.ndarray:
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels)
 
 
-def grey(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> (H, W) float32 luma in [0, 1], with the weights of ITU-R BT.601."""
-    luma = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # (H, W, 3) @ (3,)
-    return np.minimum(luma / np.float32(255), np.float32(1))
-
-
-def letterbox(image: np.ndarray, size: int, fill: Sequence[int] | np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) uint8: longest side to ``size``, centred, padded with ``fill``."""
-    height, width, top, left = _placement(image.shape[0], image.shape[1], size)
-    box = np.empty((size, size, 3), dtype=np.uint8)
-    box[:] = np.asarray(fill, dtype=np.uint8)
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    box[top : top + height, left : left + width] = np.asarray(resized)
-    return box
-
-
-def letterbox_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """(H, W) bool or float in [0, 1] -> (size, size) float32 in [0, 1], 0 in ``letterbox``'s padding."""
-    height, width, top, left = _placement(mask.shape[0], mask.shape[1], size)
-    box = np.zeros((size, size), dtype=np.float32)
-    resized = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    box[top : top + height, left : left + width] = np.clip(np.asarray(resized), 0, 1)
-    return box
-
-
-def montage(tiles: Sequence[np.ndarray], columns: int, captions: Sequence[str] | None = None) -> np.ndarray:
-    """Tiles (h, w, 3) uint8, of any sizes -> one contact sheet (H, W, 3) uint8, row by row, on dark grey.
-
-    A caption that is wider than its tile is cut. Raises ValueError for no tiles, or for a number of
-    captions that differs from the number of tiles.
-    """
-    if not tiles or columns < 1:
-        raise ValueError(f"montage: {len(tiles)} tiles in {columns} columns; give at least one of each.")
-    if captions is not None and len(captions) != len(tiles):
-        raise ValueError(
-            f"montage: {len(captions)} captions for {len(tiles)} tiles; give one a tile or None."
-        )
-    tile_height = max(tile.shape[0] for tile in tiles)
-    tile_width = max(tile.shape[1] for tile in tiles)
-    columns = min(columns, len(tiles))
-    row_height = tile_height + _GAP + (_CAPTION_HEIGHT if captions is not None else 0)
-    size = (columns * (tile_width + _GAP) + _GAP, math.ceil(len(tiles) / columns) * row_height + _GAP)
-    sheet = Image.new("RGB", size, (24, 24, 24))
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=10)
-    for i, tile in enumerate(tiles):
-        row, column = divmod(i, columns)
-        x, y = _GAP + column * (tile_width + _GAP), _GAP + row * row_height
-        sheet.paste(Image.fromarray(tile), (x, y))
-        if captions is not None:
-            caption = _shortened(captions[i], tile_width, font)
-            draw.text((x, y + tile_height + 1), caption, fill=(230, 230, 230), font=font)
-    return np.asarray(sheet)
-
-
 def _check_bytes(count: int, name: str) -> None:
     if count > MOST_BYTES:
-        fault = f"the file is larger than {MOST_BYTES // 1_000_000} MB, the most that is read"
-        raise TooLargeError(name, fault, "Export it smaller, as a compressed PNG for one, or remove it.")
+        fault = f"the file is larger than {MOST_BYTES // 1_000_000} MB, the limit"
+        fix = "Export it smaller, for example as a compressed PNG, or remove it."
+        raise TooLargeError(name, "file too large", fault, fix)
 
 
-def _too_many_pixels(name: str, found: str) -> ImageError:
-    fault = f"has {found} pixels; {MOST_PIXELS // 1_000_000} megapixels are the most that is decoded"
-    return TooLargeError(name, fault, "Scale it down or cut it into tiles, or remove it.")
+def _too_many_pixels(name: str, count: str) -> ImageError:
+    fault = f"has {count} pixels; the limit is {MOST_PIXELS // 1_000_000} megapixels"
+    fix = "Scale it down or cut it into tiles, or remove it."
+    return TooLargeError(name, "too many pixels", fault, fix)
 
 
 def _undecodable(name: str, error: Exception) -> ImageError:
-    return ImageError(name, f"cannot be decoded ({error})", "Export it again as PNG, or remove it.")
+    return ImageError(name, "cannot be decoded", f"cannot be decoded ({error})", _EXPORT)
 
 
 def _window(values: np.ndarray, name: str) -> np.ndarray:
     """(H, W) float32 -> (H, W) uint8, the minimum to 0 and the maximum to 255; a constant image to 0."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ImageError(name, "holds values that are not finite", "Replace them and export it again.")
+        fix = "Replace them and export it again."
+        raise ImageError(name, "values not finite", "holds values that are not finite", fix)
     return np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
-
-
-def _placement(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Height and width after resizing the longest side to ``size``, and the top left corner, centred."""
-    scale = size / max(height, width)
-    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
-    return new_height, new_width, (size - new_height) // 2, (size - new_width) // 2
-
-
-def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"

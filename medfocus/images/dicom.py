@@ -1,11 +1,12 @@
-"""DICOM: bytes -> the images in them, as a viewer shows them at first, and what ingestion asks the header.
+"""Read DICOM files as images, displayed as a viewer first displays them.
 
-Grey: the modality LUT or rescale, then the first VOI LUT or else the first window, then MONOCHROME1 inverted.
-Without either, 8 bits stay as they are and deeper ones go from their minimum to their maximum. Padding is
-black and sets no window. Colour: palettes and YBR become RGB. Overlays are not drawn.
+Grey images: apply the modality LUT or rescale, then the first VOI LUT or else the first window, then invert
+MONOCHROME1. Without a LUT or window, 8-bit values stay unchanged, and deeper values are scaled from their
+minimum to their maximum. Padding is black and does not influence the window. Colour images: palettes and YBR
+become RGB. Overlays are not drawn.
 
-Of the header only the tags below are read, so no other text in it can get into an error; pydicom's warnings,
-which show values, are not shown.
+Only the tags below are read from the header, so that no other text of it can appear in an error. pydicom's
+warnings are suppressed, because they show values.
 """
 
 from __future__ import annotations
@@ -47,35 +48,35 @@ from pydicom.uid import (
 )
 
 from medfocus.images import gdcm_process
-from medfocus.images.stack import ImageError, TooLargeError
+from medfocus.images.errors import ImageError, TooLargeError
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _NAMED = ("SOPClassUID", "Modality", "PatientID", "BodyPartExamined", *_PIXELS)
-_DERIVED = ("SEG", "RTDOSE")  # pixels that are regions or doses
+_DERIVED = ("SEG", "RTDOSE")  # the pixels are regions or doses, not images
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-# How pixels are stored and shown.
+# The group of tags that define how pixels are stored and displayed.
 _TAGS = [tag for tag in range(0x00280000, 0x00290000) if dictionary_has_tag(tag)]
-_BLOCK = 1 << 20  # bytes inflated at once to be counted
-_MOST_RUNS = 16_000_000  # bytes of an RLE frame, which may unpack to 64 times as many
-_FIX = "Export it again, uncompressed for one, or remove it."
+_BLOCK = 1 << 20  # bytes inflated at once
+_MOST_RUNS = 16_000_000  # bytes of an RLE frame; it may unpack to 64 times as many
+_FIX = "Export it without compression, or remove it."
 _GDCM = gdcm_process.Gdcm()
-_ONE = threading.RLock()  # warnings and logs are silenced for the whole process
+_lock = threading.RLock()  # warnings and logs belong to the process
 
 
 class Dicom:
-    """An opened DICOM file; see ``medfocus.images.stack.Stack``."""
+    """An open DICOM file; see ``medfocus.images.stack.Stack``."""
 
     is_volume = False
     volumes = 1
 
     def __init__(self, data: bytes, name: str, *, most_pixels: int, most_bytes: int) -> None:
-        """Read the header. No pixel is decoded, and none at all of a file that is past a limit.
+        """Read and check the header, without decoding pixels.
 
-        Raises ImageError naming ``name`` where there are no pixels, more than ``most_pixels`` an image,
-        fewer than promised, none that can be decoded here, or more than ``most_bytes`` once inflated.
+        Raises ImageError with ``name`` if the file has no pixels, more than ``most_pixels`` per image, fewer
+        than the header declares, an unsupported encoding, or more than ``most_bytes`` when inflated.
         """
         self.name, self.sha256, self.size = name, hashlib.sha256(data).hexdigest(), len(data)
-        with _told(name), _quiet():
+        with _as_image_error(name), _quiet():
             self._data = _read(data, name, most_bytes)
             self._check_header(most_pixels)
             self.patient_id = str(self._data.get("PatientID") or "").strip("\0 ")
@@ -90,11 +91,11 @@ class Dicom:
 
     @property
     def is_colour(self) -> bool:
-        """Whether its images have colours."""
+        """Whether its images are in colour."""
         return self._data.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2")
 
     def names(self, axis: int = 2, every: int = 1) -> tuple[str, ...]:
-        """Its frames in their order, from 0, all of them; of one frame ("",)."""
+        """Return the names of all frames in order, from 0; ("",) for a single frame."""
         if self.frames == 1:
             return ("",)
         width = len(str(self.frames - 1))
@@ -102,25 +103,25 @@ class Dicom:
 
     @property
     def only(self) -> str | None:
-        """ "" where there is one frame."""
+        """ "" for a single frame; None for several."""
         return "" if self.frames == 1 else None
 
     def find(self, frame: str) -> str:
-        """A frame's full name. Raises ImageError where there is no such frame."""
+        """Return the full name of a frame. Raises ImageError if it does not exist."""
         if not frame.isdecimal() or not frame.isascii() or int(frame) >= self.frames:
-            fault = f"has no frame {frame!r}; they go from 0 to {self.frames - 1}"
-            raise ImageError(self.name, fault, "Correct the number behind the #.")
+            fault = f"has no frame {frame!r}; its frames are 0 to {self.frames - 1}"
+            raise ImageError(self.name, "no such frame", fault, "Correct the number after the #.")
         return self.names()[int(frame)]
 
     def has_window(self, frame: str) -> bool:
-        """Whether the header says how to show the frame, or it needs no saying, having 8 bits or colours."""
-        with _told(self.name), _quiet():
+        """Whether the frame needs no window (8 bits or colour) or the header has one."""
+        with _as_image_error(self.name), _quiet():
             header = self._header(int(frame or 0))
             return self.is_colour or self._bits <= 8 or _is_windowed(header)
 
     def pixels(self, frame: str) -> np.ndarray:
-        """(H, W) or (H, W, 3) uint8. Raises ImageError."""
-        with _told(self.name), _quiet():
+        """Return a frame, (H, W) or (H, W, 3) uint8. Raises ImageError."""
+        with _as_image_error(self.name), _quiet():
             index = int(frame or 0)
             stored, interpretation = self._stored(index)
             header = self._header(index)
@@ -136,29 +137,34 @@ class Dicom:
     def _check_header(self, most_pixels: int) -> None:
         data, name = self._data, self.name
         uid = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
-        sort = uid.name if uid else "DICOM of an unknown sort"
+        kind = uid.name if uid else "DICOM of unknown kind"
         pixels = any(tag in data for tag in _PIXELS) and "Rows" in data and "Columns" in data
         if not pixels or data.get("Modality") in _DERIVED:
-            fix = "Export the images that belong to it, or remove it."
-            raise ImageError(name, f"holds no image ({sort})", fix)
+            fix = "Export the images it was made from, or remove it."
+            raise ImageError(name, "no image in the file", f"holds no image ({kind})", fix)
         rows, columns = int(data.Rows), int(data.Columns)
         if rows < 1 or columns < 1:
-            raise ImageError(name, f"has {columns} x {rows} pixels", _FIX)
+            raise ImageError(name, "no image in the file", f"has {columns} x {rows} pixels", _FIX)
         if rows * columns > most_pixels:
-            fault = f"has {columns} x {rows} pixels; {most_pixels // 1_000_000} megapixels are the most that "
+            fault = f"has {columns} x {rows} pixels; the limit is {most_pixels // 1_000_000} megapixels"
             fix = "Scale it down or cut it into tiles, or remove it."
-            raise TooLargeError(name, f"{fault}is decoded", fix)
+            raise TooLargeError(name, "too many pixels", fault, fix)
         syntax = data.file_meta.get("TransferSyntaxUID")
         if not syntax:
-            raise ImageError(name, "does not say how its pixels are stored (no Transfer Syntax UID)", _FIX)
+            raise ImageError(
+                name,
+                "unsupported encoding",
+                "does not state the encoding of its pixels (no Transfer Syntax UID)",
+                _FIX,
+            )
         try:
-            able = get_decoder(syntax).is_available
+            is_supported = get_decoder(syntax).is_available
         except NotImplementedError:
-            able = False
+            is_supported = False
         deep = " with 12 bits" if syntax == JPEGExtended12Bit and data.get("BitsStored") != 8 else ""
-        if deep or not able:
+        if deep or not is_supported:
             fault = f"is stored as {syntax.name}{deep}, which cannot be decoded here"
-            raise ImageError(name, fault, _FIX)
+            raise ImageError(name, "unsupported encoding", fault, _FIX)
         self.frames = get_nr_frames(data, warn=False)
         self._check_frames(syntax.is_encapsulated)
 
@@ -167,16 +173,16 @@ class Dicom:
         if encapsulated:
             buffer = io.BytesIO(stored)
             parse_basic_offsets(buffer)
-            found, _ = parse_fragments(buffer)
-            promised, what = self.frames, "pieces of pixel data"
+            held, _ = parse_fragments(buffer)
+            declared, unit = self.frames, "fragments of pixel data"
         else:
-            found, promised, what = len(stored), get_expected_length(self._data), "bytes of pixel data"
-        if found < promised or self.frames < 1:
-            fault = f"promises {self.frames} frames and so {promised} {what}, and holds {found}"
-            raise ImageError(self.name, fault, "Copy it again, or remove it.")
+            held, declared, unit = len(stored), get_expected_length(self._data), "bytes of pixel data"
+        if held < declared or self.frames < 1:
+            fault = f"declares {declared} {unit}, but holds {held}"
+            raise ImageError(self.name, "truncated file", fault, "Copy it again, or remove it.")
 
     def _stored(self, index: int) -> tuple[np.ndarray, str]:
-        """A frame as it is stored, YBR made RGB, and its photometric interpretation."""
+        """Return the stored values of a frame, YBR converted to RGB, and its photometric interpretation."""
         syntax = self._data.file_meta.TransferSyntaxUID
         decoder, stream = get_decoder(syntax), b""
         if syntax.is_encapsulated:
@@ -188,32 +194,32 @@ class Dicom:
             array, meta = decoder.as_array(self._data, index=index, **options)
             return array, str(meta["photometric_interpretation"])
         if "pillow" in plugins:
-            with contextlib.suppress(Exception):  # it cannot read all that GDCM can
+            with contextlib.suppress(Exception):  # GDCM reads more variants
                 array, meta = decoder.as_array(self._data, index=index, decoding_plugin="pillow", **options)
                 return array, str(meta["photometric_interpretation"])
         plain = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
         return _GDCM.decode(stream, **{**plain, "syntax": str(syntax), "number_of_frames": 1})
 
     def _check_codestream(self, stream: bytes) -> None:
-        """A compressed image has to be as large as its header says, before it is decoded."""
+        """Check, before decoding, that a compressed frame has the size that the DICOM header declares."""
         syntax, rows, columns = self._data.file_meta.TransferSyntaxUID, self._data.Rows, self._data.Columns
         samples = int(self._data.SamplesPerPixel)
         if syntax in JPEG2000TransferSyntaxes:
-            found = _size_of_jpeg2000(stream)
+            size = _size_of_jpeg2000(stream)
         elif syntax in JPEGTransferSyntaxes or syntax in JPEGLSTransferSyntaxes:
-            found = _size_of_jpeg(stream)
+            size = _size_of_jpeg(stream)
         elif syntax == RLELossless and len(stream) > _MOST_RUNS:
-            found = (0, 0, 0) if _unpacked_runs(stream) > 2 * get_expected_length(self._data) else None
+            size = (0, 0, 0) if _unpacked_runs(stream) > 2 * get_expected_length(self._data) else None
         else:
             return
-        if found is not None and found != (rows, columns, samples):
-            fault = "its compressed pixels are not of the size that its header says"
-            raise ImageError(self.name, fault, _FIX)
+        if size is not None and size != (rows, columns, samples):
+            fault = "its compressed pixels do not have the size in its header"
+            raise ImageError(self.name, "cannot be decoded", fault, _FIX)
 
     def _header(self, index: int) -> Dataset:
-        """What is said of one frame: the file's header, in enhanced files with that of the frame."""
-        shared, own = (self._data.get(tag) for tag in _GROUPS)
-        groups = [item for items, place in ((shared, 0), (own, index)) for item in (items or [])[place:][:1]]
+        """Return the header of a frame: that of the file, updated in enhanced files by the frame's own."""
+        shared, per_frame = (self._data.get(tag) or [] for tag in _GROUPS)
+        groups = [*shared[:1], *per_frame[index:][:1]]
         if not groups:
             return self._data
         header = self._data.copy()
@@ -226,8 +232,8 @@ class Dicom:
 
 def _read(data: bytes, name: str, most_bytes: int) -> Any:
     if _is_deflated(data) and _inflated(data, most_bytes) > most_bytes:
-        fault = f"unpacks to more than {most_bytes // 1_000_000} MB, the most that is read"
-        raise TooLargeError(name, fault, "Export it smaller, or remove it.")
+        fault = f"unpacks to more than {most_bytes // 1_000_000} MB, the limit"
+        raise TooLargeError(name, "file too large", fault, "Export it smaller, or remove it.")
     tags = [*_TAGS, *_NAMED, *_GROUPS]
     found = pydicom.dcmread(io.BytesIO(data), force=True, specific_tags=cast(Any, tags))
     if not found.file_meta.get("TransferSyntaxUID") and found.original_encoding == (True, True):
@@ -240,7 +246,7 @@ def _is_deflated(data: bytes) -> bool:
 
 
 def _inflated(data: bytes, most: int) -> int:
-    """Bytes that a deflated file unpacks to, counted to a little above ``most``."""
+    """Return the inflated size of a deflated file; counting stops a little above ``most``."""
     file = io.BytesIO(data)
     read_preamble(file, force=True)
     read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
@@ -252,7 +258,7 @@ def _inflated(data: bytes, most: int) -> int:
 
 
 def _size_of_jpeg(stream: bytes) -> tuple[int, int, int]:
-    """Rows, columns and samples by the frame header of a JPEG or JPEG-LS; zeros where it has none."""
+    """Return rows, columns and samples from the frame header of a JPEG or JPEG-LS; zeros if it has none."""
     place = 2
     while place + 10 <= len(stream) and stream[place] == 0xFF:
         marker, length = stream[place + 1], struct.unpack_from(">H", stream, place + 2)[0]
@@ -266,7 +272,7 @@ def _size_of_jpeg(stream: bytes) -> tuple[int, int, int]:
 
 
 def _size_of_jpeg2000(stream: bytes) -> tuple[int, int, int]:
-    """Rows, columns and samples by the header of a JPEG 2000 codestream; zeros where it has none."""
+    """Return rows, columns and samples from the header of a JPEG 2000 codestream; zeros if it has none."""
     place = stream.find(b"\xff\x4f\xff\x51")
     if place < 0 or len(stream) < place + 42:
         return 0, 0, 0
@@ -275,7 +281,7 @@ def _size_of_jpeg2000(stream: bytes) -> tuple[int, int, int]:
 
 
 def _unpacked_runs(stream: bytes) -> int:
-    """At most how many bytes an RLE frame unpacks to."""
+    """Return an upper bound on the unpacked bytes of an RLE frame."""
     count, place = 0, 64
     while place < len(stream):
         run = stream[place]
@@ -285,7 +291,7 @@ def _unpacked_runs(stream: bytes) -> int:
 
 
 def _shown(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
-    """Grey as it is stored -> (H, W) uint8 as it is shown."""
+    """Stored grey values -> displayed values, (H, W) uint8."""
     padding = _padding(stored, header)
     values = apply_modality_lut(stored, header)
     share = _windowed(values, header)  # (H, W) float in [0, 1]
@@ -295,7 +301,12 @@ def _shown(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
         inside = values if padding is None or padding.all() else values[~padding]
         low, high = float(inside.min()), float(inside.max())
         if not np.isfinite([low, high]).all():
-            raise ImageError(name, "holds values that are not finite", "Replace them and export it again.")
+            raise ImageError(
+                name,
+                "values not finite",
+                "holds values that are not finite",
+                "Replace them and export it again.",
+            )
         share = np.clip((values.astype(np.float64) - low) * (1 / (high - low) if high > low else 0), 0, 1)
     if header.PhotometricInterpretation == "MONOCHROME1":
         share = 1 - share
@@ -306,13 +317,13 @@ def _shown(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
 
 
 def _is_plain(stored: np.ndarray, header: Dataset) -> bool:
-    """Whether values of 8 bits or fewer mean what they are, as those of a PNG do."""
+    """Whether the values have at most 8 bits and are displayed unchanged, as in a PNG."""
     changed = "ModalityLUTSequence" in header or "RescaleSlope" in header
     return stored.dtype.kind in "ub" and int(header.get("BitsStored") or 64) <= 8 and not changed
 
 
 def _is_windowed(header: Dataset) -> bool:
-    """Whether the header has a VOI LUT or a window that can be: a linear one is 1 wide, others above 0."""
+    """Whether the header has a VOI LUT or a valid window: width at least 1 if linear, otherwise above 0."""
     if header.get("VOILUTSequence"):
         return True
     centre, width = (_first(header.get(tag)) for tag in ("WindowCenter", "WindowWidth"))
@@ -323,32 +334,32 @@ def _is_windowed(header: Dataset) -> bool:
 
 
 def _windowed(values: np.ndarray, header: Dataset) -> np.ndarray | None:
-    """Values -> (H, W) in [0, 1] by the first VOI LUT or window; None where there is none that can be."""
+    """Apply the first VOI LUT or window: values -> (H, W) in [0, 1]; None if there is no valid one."""
     if not _is_windowed(header):
         return None
     if header.get("VOILUTSequence"):
         item = header.VOILUTSequence[0]
         entries, first, bits = item.LUTDescriptor
-        item.LUTDescriptor = [entries, first, 16]  # pydicom looks entries up in as many bits as they have
+        item.LUTDescriptor = [entries, first, 16]  # otherwise pydicom masks the entries to their bits
         try:
             looked = apply_voi(np.rint(values).astype(np.int64), header)
         finally:
             item.LUTDescriptor = [entries, first, bits]
         return np.clip(looked / np.float32(2 ** int(bits) - 1), 0, 1)
     shown = apply_windowing(values, header)
-    # What its darkest and its brightest become depends on the bits, the sign and the rescale.
+    # The output range depends on bits, sign and rescale, so measure it far outside of the window.
     centre, reach = _first(header.WindowCenter), 10 * _first(header.WindowWidth)
     dark, bright = apply_windowing(np.array([centre - reach, centre + reach]), header)
     return np.clip((shown - dark) / (bright - dark), 0, 1) if bright != dark else np.zeros(values.shape)
 
 
 def _first(values: Any) -> Any:
-    """Of an element of one value or several the first; None where there is none."""
+    """Return the first value of an element with one or several; None if it has none."""
     return values if values is None or np.isscalar(values) else next(iter(values), None)
 
 
 def _padding(stored: np.ndarray, header: Dataset) -> np.ndarray | None:
-    """(H, W) bool: the pixels around an image that is not rectangular; None where there are none."""
+    """Return the padding around an image that is not rectangular, (H, W) bool; None if there is none."""
     if header.get("PixelPaddingValue") is None or stored.dtype.kind == "f":
         return None
     value = int(header.PixelPaddingValue)
@@ -358,29 +369,29 @@ def _padding(stored: np.ndarray, header: Dataset) -> np.ndarray | None:
 
 
 def _eight_bits(stored: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned values of so many bits -> uint8."""
+    """Scale unsigned values of ``bits`` bits to uint8."""
     if bits == 8:
         return stored.astype(np.uint8)
     return np.rint(np.clip(stored * (255 / (2**bits - 1)), 0, 255)).astype(np.uint8)
 
 
 @contextlib.contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Whatever pydicom and GDCM raise of broken bytes, which is nearly anything, as a ImageError."""
+def _as_image_error(name: str) -> Iterator[None]:
+    """Raise any error of pydicom or GDCM as an ImageError; broken bytes cause many types of error."""
     try:
         yield
     except (ImageError, MemoryError):
         raise
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        raise ImageError(name, f"cannot be decoded ({said or type(error).__name__})", _FIX) from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ImageError(name, "cannot be decoded", f"cannot be decoded ({reason})", _FIX) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without pydicom's warnings and logs; one thread at a time, for both belong to the process."""
+    """Suppress pydicom's warnings and logs, in one thread at a time."""
     log = logging.getLogger("pydicom")
-    with _ONE, warnings.catch_warnings():
+    with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before, log.disabled = log.disabled, True
         try:

@@ -1,4 +1,4 @@
-"""Frames of DICOM that only GDCM decodes, decoded in a process apart; see ``medfocus.images.gdcm_worker``."""
+"""Decode DICOM frames with GDCM in a separate process; see ``medfocus.images.gdcm_worker``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-_SECONDS = 60  # that a frame may take; a large one takes a few
+_TIMEOUT = 60  # seconds per frame; a large frame takes a few
 
 
-class Broken(RuntimeError):
-    """The process ended, or had to be ended, while it decoded."""
+class GdcmCrash(RuntimeError):
+    """The GDCM process died or was killed while decoding a frame."""
 
 
 class Gdcm:
-    """The process, started when it is needed; for one thread at a time. A fork starts its own."""
+    """The GDCM process: started on first use, used by one thread at a time, and not shared across a fork."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -29,39 +29,39 @@ class Gdcm:
         atexit.register(self.close)
 
     def decode(self, stream: bytes, **options: Any) -> tuple[np.ndarray, str]:
-        """One compressed frame -> its pixels as pydicom's decoder gives them, and how they mean colours.
+        """Decode a compressed frame to the pixels of pydicom's decoder and a photometric interpretation.
 
-        Raises ValueError for what GDCM refuses, and Broken where it was the end of it.
+        Raises ValueError if GDCM refuses the frame, and GdcmCrash if the process does not survive it.
         """
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
-        watch = threading.Timer(_SECONDS, process.kill)
+        watch = threading.Timer(_TIMEOUT, process.kill)
         watch.start()
         try:
             process.stdin.write(json.dumps({**options, "length": len(stream)}).encode() + b"\n" + stream)
             process.stdin.flush()
-            told = json.loads(process.stdout.readline())
-            pixels = process.stdout.read(told["length"])
-        except (OSError, ValueError) as error:  # a pipe whose other end is gone, or half an answer
+            answer = json.loads(process.stdout.readline())
+            pixels = process.stdout.read(answer["length"])
+        except (OSError, ValueError) as error:  # the pipe is closed, or the answer is incomplete
             self.close()
-            raise Broken(
-                f"GDCM broke down over its compressed pixels, or took more than {_SECONDS} s"
+            raise GdcmCrash(
+                f"GDCM crashed on its compressed pixels, or took more than {_TIMEOUT} s"
             ) from error
         finally:
             watch.cancel()
-        if "error" in told:
-            raise ValueError(told["error"])
-        array = np.frombuffer(bytearray(pixels), told["dtype"]).reshape(told["shape"])
-        return array, told["interpretation"]
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        array = np.frombuffer(bytearray(pixels), answer["dtype"]).reshape(answer["shape"])
+        return array, answer["interpretation"]
 
     def close(self) -> None:
-        """End the process, if it is this one's."""
+        """End the process, if this process started it."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return
         process.kill()
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # what could not be written before it ended
+            with contextlib.suppress(OSError):  # unsent input
                 if pipe is not None:
                     pipe.close()
         process.wait()
@@ -70,7 +70,7 @@ class Gdcm:
         if self._process is None or self._owner != os.getpid():
             from medfocus.images import gdcm_worker  # imports pydicom
 
-            # -P: the worker imports nothing from its folder.
+            # -P: do not import from the folder of the worker.
             command = [sys.executable, "-P", gdcm_worker.__file__]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -1,7 +1,7 @@
-"""A process of its own in which GDCM decodes frames: some broken ones end the process they are decoded in.
+"""Decode frames with GDCM, as a script in its own process, because some broken frames crash GDCM.
 
-It is started as a file, so it imports nothing of this project. A request is a line of JSON (what pydicom's
-decoder takes) and a frame; an answer is a line of JSON and the frame's pixels. It ends with its input.
+The script imports nothing of this project. A request is a line of JSON (options of pydicom's decoder) and a
+frame; an answer is a line of JSON and the pixels. The script ends when its input ends.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ MOST_MEMORY = 6_000_000_000  # bytes of address space
 
 
 def main(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until there is no request any more."""
+    """Answer requests until the input ends."""
     warnings.simplefilter("ignore")
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows; or it has a lower limit
+    with contextlib.suppress(ImportError, ValueError, OSError):  # on Windows, or if a lower limit is set
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
@@ -33,14 +33,14 @@ def main(requests: BinaryIO, answers: BinaryIO) -> None:
             decoder = get_decoder(options.pop("syntax"))
             array, meta = decoder.as_array(encapsulate([stream]), index=0, decoding_plugin="gdcm", **options)
             pixels = array.tobytes()
-            told = {
+            answer = {
                 "shape": array.shape,
                 "dtype": array.dtype.str,
                 "interpretation": str(meta["photometric_interpretation"]),
             }
         except Exception as error:
-            told = {"error": str(error) or type(error).__name__}
-        answers.write(json.dumps({**told, "length": len(pixels)}).encode() + b"\n" + pixels)
+            answer = {"error": str(error) or type(error).__name__}
+        answers.write(json.dumps({**answer, "length": len(pixels)}).encode() + b"\n" + pixels)
         answers.flush()
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from medfocus.images.decode import grey
+from medfocus.images.geometry import grey
 from medfocus.masks import candidates
 from medfocus.masks.segmenter import Mask, check_image, identity, segmenter_key
+from medfocus.masks.settings import OtsuSettings
 
 WORKING_SIZE = 256  # pixels of the longest side; regions are found here and enlarged
 MAX_PARTS = 32  # the largest connected parts of either side of the threshold become candidates
@@ -24,18 +25,11 @@ MAX_PARTS = 32  # the largest connected parts of either side of the threshold be
 class OtsuSegmenter:
     """One mask per image by thresholding; statuses "chosen", "relaxed" and "identity" (it has no box)."""
 
-    def __init__(
-        self, *, keep: int = 1, min_area: float = 0.01, max_area: float = 0.70, max_overlap: float = 0.3
-    ) -> None:
-        """``keep`` parts are united; the areas are shares of the image. Raises ValueError for keep < 1."""
-        if keep < 1:
-            raise ValueError(f"keep is {keep}; use 1 or more.")
-        self.keep = keep
-        self.limits = candidates.Limits(min_area, max_area, min_iou=0.0, min_stability=0.0)
-        self.max_overlap = max_overlap
-        self.key = segmenter_key(
-            OtsuSegmenter, keep=keep, limits=asdict(self.limits), max_overlap=max_overlap
-        )
+    sam2 = None  # see ``Segmenter.sam2``
+
+    def __init__(self, settings: OtsuSettings = OtsuSettings()) -> None:  # noqa: B008  # frozen
+        self.settings = settings
+        self.key = segmenter_key(OtsuSegmenter, **asdict(settings))
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
         """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
@@ -49,7 +43,12 @@ class OtsuSegmenter:
         area = regions.sum((1, 2))  # (M,)
         quality = contrast * np.sqrt(area / area.max(initial=1))  # (M,) prefers the largest
         choice = candidates.choose(
-            regions, quality, np.ones(len(regions)), self.limits, keep=self.keep, max_overlap=self.max_overlap
+            regions,
+            quality,
+            np.ones(len(regions)),
+            self.settings.limits,
+            keep=self.settings.keep,
+            max_overlap=self.settings.max_overlap,
         )
         if choice is not None:
             union = Image.fromarray(candidates.unite(regions[list(choice.indices)]).astype(np.float32))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from medfocus.images import decode
 from medfocus.storage.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from medfocus.masks.sam2.segmenter import Sam2Segmenter
+    from medfocus.masks.settings import SegmenterSettings
 
 STATUSES = ("chosen", "relaxed", "box", "identity")  # the rungs of the fallback ladder, best first
 
@@ -32,6 +36,16 @@ class Segmenter(Protocol):
     """Anything that turns images into masks; see ``otsu`` and ``sam2``."""
 
     key: str  # sha256 hex of weights, settings and code: equal keys make equal masks
+
+    @property
+    def settings(self) -> SegmenterSettings:
+        """Return the settings that it was built from."""
+        ...
+
+    @property
+    def sam2(self) -> Sam2Segmenter | None:
+        """Return the SAM2 that proposes its regions; None if it uses no SAM2."""
+        ...
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
         """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""

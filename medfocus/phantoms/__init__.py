@@ -1,8 +1,10 @@
-"""Medical images drawn from a seed: chest films, brain slices and breast ultrasound, each lesion known.
+"""Draw medical phantoms from a seed: chest radiographs, brain MRI and breast ultrasound with known lesions.
 
-What tells the classes apart (margin, shape, texture) lies inside the region of the lesion. Outside lie
-anatomy, exposure, devices, text and look-alikes, all drawn without regard to the class, so a classifier has
-to look at the region. Not for clinical use: nothing here is, or comes from, an image of a patient.
+The classes differ (in margin, shape and texture) only inside the region of the lesion. Anatomy, exposure,
+devices, text and look-alikes outside of it do not depend on the class, so a classifier has to use the region.
+Not for clinical use: no phantom is derived from an image of a patient.
+
+This room imports no other room. ``draw`` draws one phantom, and ``write`` writes a data set.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from . import brain_mri, breast_ultrasound, chest_xray, png
-from .phantom import Phantom
+from medfocus.phantoms import brain_mri, breast_ultrasound, chest_xray, png
+from medfocus.phantoms.phantom import Phantom
 
 __all__ = ["MODALITIES", "SPLITS", "Phantom", "draw", "generator", "write"]
 
@@ -26,13 +28,13 @@ DRAWERS = {
 }
 MODALITIES: dict[str, tuple[str, ...]] = {name: drawer.LABELS for name, drawer in DRAWERS.items()}
 SPLITS = ("train", "test")
-SMALLEST = 64  # pixels a side; below it the finest strokes vanish
+SMALLEST = 64  # pixels per side; below it the finest strokes vanish
 
 
 def draw(modality: str, label: str, rng: np.random.Generator, size: int = 192) -> Phantom:
     """Draw one image of ``size`` x ``size`` pixels.
 
-    Raises ValueError for a modality or a label that ``MODALITIES`` lacks, or a size under 64.
+    Raises ValueError for a modality or label that is not in ``MODALITIES``, or a size below 64.
     """
     if modality not in DRAWERS:
         raise ValueError(f"phantoms: there is no modality {modality!r}; use one of {', '.join(DRAWERS)}.")
@@ -46,7 +48,7 @@ def draw(modality: str, label: str, rng: np.random.Generator, size: int = 192) -
 
 
 def generator(seed: int, modality: str, split: str, label: str, index: int) -> np.random.Generator:
-    """The random numbers of one image of a set, which depend on nothing but these five."""
+    """Return the random generator of one image of a set; it depends only on the arguments."""
     name = f"{seed}/{modality}/{split}/{label}/{index}"
     return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest(), "big"))
 
@@ -54,24 +56,24 @@ def generator(seed: int, modality: str, split: str, label: str, index: int) -> n
 def write(
     folder: Path, modality: str, *, seed: int, train_per_class: int, test_per_class: int, size: int = 192
 ) -> None:
-    """Write a set of images and their known regions, the same bytes on every machine.
+    """Write a data set of images and known regions, with the same bytes on every machine.
 
-    Images go to ``folder/<split>/<label>/<number>.png``, regions (0 and 255; all 0 where the class has no
-    lesion) to ``folder/masks/<split>/<label>/<number>.png``. The set is built beside ``folder`` and swapped
-    in when it is whole, so a reader never sees half of one; an earlier set there is replaced. Each image
-    has its own random numbers (``generator``), so a larger set begins with the same images.
+    Images go to ``folder/<split>/<label>/<number>.png``, regions (0 and 255; all 0 for a class without
+    lesion) to ``folder/masks/<split>/<label>/<number>.png``. A complete set replaces an earlier one at once,
+    so that a reader never sees part of a set. Each image has its own ``generator``, so a larger set begins
+    with the same images.
 
-    Raises ValueError as ``draw`` does, and where ``folder`` holds anything but such a set.
+    Raises ValueError as ``draw`` does, and if ``folder`` holds anything other than such a set.
     """
-    strangers = sorted({p.name for p in folder.iterdir()} - {*SPLITS, "masks"}) if folder.exists() else []
-    if strangers:
+    others = sorted({p.name for p in folder.iterdir()} - {*SPLITS, "masks"}) if folder.exists() else []
+    if others:
         raise ValueError(
-            f"{folder}: holds {strangers[0]!r}, which is no part of a phantom set and would be lost. "
-            "Name an empty or a new folder."
+            f"{folder}: holds {others[0]!r}, which is not part of a phantom set and would be deleted. "
+            "Give an empty or a new folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        whole = Path(beside) / "whole"
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        whole = Path(temporary) / "whole"
         for split, count in zip(SPLITS, (train_per_class, test_per_class), strict=True):
             for label in MODALITIES.get(modality, ("",)):
                 images, regions = whole / split / label, whole / "masks" / split / label
@@ -82,13 +84,13 @@ def write(
                     (images / f"{index:05d}.png").write_bytes(png.encode(phantom.image))
                     (regions / f"{index:05d}.png").write_bytes(png.encode(phantom.region))
         if folder.exists():
-            folder.rename(Path(beside) / "replaced")
+            folder.rename(Path(temporary) / "replaced")
         whole.rename(folder)
 
 
 @cache
 def _keep_memory() -> None:
-    """Make glibc keep freed memory: else each array of a drawing is mapped and cleared anew, twice the time.
+    """Make glibc keep freed memory; otherwise it maps and clears each array anew, which doubles the time.
 
     Freeing one large block raises the size from which malloc returns memory to the system (mallopt(3),
     M_MMAP_THRESHOLD, "dynamic"). The block is never touched, so it costs nothing.

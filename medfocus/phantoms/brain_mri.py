@@ -1,4 +1,4 @@
-"""Axial brain slices: cortex, ventricles, skull, scalp; a glioma, a meningioma or a pituitary tumor."""
+"""Draw axial brain slices with no tumor, a glioma, a meningioma or a pituitary tumor."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .canvas import View, blur, bump, cloud, ellipse, lobes, ragged, rod, stamp, step
-from .phantom import Phantom
+from medfocus.phantoms.canvas import View, blur, bump, cloud, ellipse, lobes, ragged, rod, stamp, step
+from medfocus.phantoms.phantom import Phantom
 
 LABELS = ("no tumor", "glioma", "meningioma", "pituitary tumor")
-LEVELS = ("sella", "thalami", "ventricles", "vertex")  # from below
+LEVELS = ("sella", "thalami", "ventricles", "vertex")  # from inferior to superior
 TEXTS = ("A", "R", "L", "AX", "SE 4 IM 12", "HEAD", "5MM", "FOV 240", "256X256")
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """How bright an MRI sequence shows each tissue, 0 to 1."""
+    """The brightness of each tissue in an MRI sequence, 0 to 1."""
 
     name: str
     scalp: float
@@ -37,7 +37,7 @@ SEQUENCES = (
 
 @dataclass(frozen=True)
 class Site:
-    """Where a tumor is, whether or not the slice shows one: the anatomy gives way to it."""
+    """The site of a tumor, also in slices without one; the anatomy is displaced there."""
 
     centre: tuple[float, float]  # scene units
     radius: float
@@ -45,7 +45,7 @@ class Site:
 
 
 def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
-    """Draw one slice of a class of ``LABELS``; the nose is at the top, the patient's left at the right."""
+    """Draw a slice of a class of ``LABELS``; the nose is at the top, the patient's left at the right."""
     zoom = rng.uniform(0.90, 1.07)
     view = View(
         size,
@@ -61,7 +61,7 @@ def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
         1 - np.hypot(x / (rng.uniform(0.66, 0.76) * (1 + 0.09 * y)), y / rng.uniform(0.86, 0.92))
     ) * 0.74
     scalp, skull = rng.uniform(0.018, 0.05), rng.uniform(0.04, 0.065)
-    inside = outside - scalp - skull  # distance into the skull's hollow
+    inside = outside - scalp - skull  # distance into the cranial cavity
     site = choose_site(label, rng, view, inside, x, y)
     level = choose_level(rng, site)
     push = 0.0 if label == "no tumor" and rng.random() < 0.5 else rng.uniform(0.15, 0.45)
@@ -84,7 +84,7 @@ def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
 def choose_site(
     label: str, rng: np.random.Generator, view: View, inside: np.ndarray, x: np.ndarray, y: np.ndarray
 ) -> Site:
-    """Pituitary tumors lie at the sella, and some of the others do too: the place does not tell the class."""
+    """Choose a site. Some other tumors lie at the sella too, so that the site does not reveal the class."""
     area = np.exp(rng.uniform(np.log(0.013), np.log(0.045)))
     radius = float(np.sqrt(4 * area / np.pi / (view.zoom[0] * view.zoom[1])))
     middle = (rng.normal(0, 0.03), rng.uniform(-0.28, -0.02))
@@ -106,18 +106,18 @@ def choose_site(
 
 
 def choose_level(rng: np.random.Generator, site: Site) -> str:
-    """A level of LEVELS: low ones for the sella, any for the rest."""
+    """Choose a level of LEVELS: a low one for the sella, any for other sites."""
     return str(rng.choice(LEVELS, p=(0.6, 0.4, 0, 0) if site.place == "sella" else (0.25, 0.25, 0.25, 0.25)))
 
 
 def tissue(
     rng: np.random.Generator, sequence: Sequence, level: str, inside: np.ndarray, x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cortex, white matter, nuclei and fluid of one level: brightness, brain and ventricles, each (H, W)."""
+    """Draw the tissue of a level; return brightness, brain and ventricles, each (H, W)."""
     size = len(x)
     x, y = x + 0.014 * cloud(rng, size, 6), y + 0.014 * cloud(rng, size, 6)
     u = np.abs(x)
-    age = rng.uniform(0, 1)  # the older, the wider sulci and ventricles
+    age = rng.uniform(0, 1)  # sulci and ventricles widen with age
     gap, wide = 0.010 + 0.03 * age * age, 0.6 + 0.9 * age
     depth = inside - gap
     surface = sulci(rng, depth, x, y, 0.10 if level == "vertex" else 0.0)  # distance to the nearest surface
@@ -175,7 +175,7 @@ def tissue(
 def sulci(
     rng: np.random.Generator, depth: np.ndarray, x: np.ndarray, y: np.ndarray, deeper: float
 ) -> np.ndarray:
-    """Distance to the folded surface of the brain, (H, W): two sets of folds that run inwards and wander."""
+    """Return the distance to the surface of the brain, (H, W), with two sets of irregular folds."""
     size = len(x)
     angle = np.arctan2(y, x) * (0.5 / np.pi) + 0.018 * cloud(rng, size, 7) + 0.008 * cloud(rng, size, 15)
     radius = np.hypot(x, y)
@@ -201,7 +201,7 @@ def add_spots(
     x: np.ndarray,
     y: np.ndarray,
 ) -> None:
-    """What any brain may show: spots in the white matter, a cyst, enhancing vessels; whatever the class."""
+    """Draw spots in the white matter, a cyst and enhancing vessels, independently of the class."""
     deep = np.flatnonzero(inside > 0.12)
     spots = []  # (brightness, radius)
     if rng.random() < 0.5:
@@ -229,7 +229,7 @@ def add_tumor(
     x: np.ndarray,
     y: np.ndarray,
 ) -> tuple[np.ndarray, dict[str, str]]:
-    """Grow a tumor at its site, with or without swelling around; its region (H, W) and its description."""
+    """Draw a tumor at its site, with or without edema; return its region (H, W) and its findings."""
     size = len(x)
     (cx, cy), radius = site.centre, site.radius
     stretch = rng.uniform(0.85, 1.18)
@@ -257,7 +257,7 @@ def add_tumor(
             room = np.minimum(room, np.sign(cx) * x - 0.008)
         body = bright * (1 + 0.02 * cloud(rng, size, 10))
     else:
-        # Two balls in a row with a waist between; often with a cyst in which blood has settled.
+        # Two balls with a waist between them, often with a cyst that holds settled blood.
         upper = ragged(
             x, y, (cx, cy - 0.55 * radius), (0.74 * radii[0], 0.60 * radii[1]), lobes(rng, (0.05, 0.04, 0.03))
         )
@@ -318,7 +318,7 @@ def wrap(
     x: np.ndarray,
     y: np.ndarray,
 ) -> np.ndarray:
-    """The slice in its skull and scalp, (H, W), 0 for air."""
+    """Add skull and scalp to the slice, (H, W); air is 0."""
     size = len(x)
     bone = np.clip(-inside / skull, 0, 1)
     marrow = sequence.marrow * bump(bone - 0.5, 0.38) * (0.8 + 0.3 * cloud(rng, size, 8))
@@ -328,7 +328,7 @@ def wrap(
     head += (sequence.dura - head) * bump(inside, 0.014)
     head += (slice_ - head) * step(inside - 0.008, 0.008)
     head *= step(outside + lump, 0.010)
-    if sequence.name == "T1 with contrast":  # the great vein at the back
+    if sequence.name == "T1 with contrast":  # the superior sagittal sinus
         head += (
             (0.85 - head) * step(ellipse(x, y, (0, 0.76), (0.035, 0.03)), 0.01) * step(inside + 0.02, 0.01)
         )
@@ -343,12 +343,12 @@ def add_orbits(
     x: np.ndarray,
     y: np.ndarray,
 ) -> np.ndarray:
-    """Put the face in front of a low slice: eyes in fat, optic nerves, muscles, the nose's air cells between.
+    """Draw the face in a low slice: eyes in fat, optic nerves, muscles and the ethmoid cells.
 
-    Returns where it is, (H, W) bool.
+    Returns its region, (H, W) bool.
     """
     size, u = len(x), np.abs(x)
-    line = -0.40 - 0.30 * u + rng.uniform(-0.04, 0.04)  # of the skull's base
+    line = -0.40 - 0.30 * u + rng.uniform(-0.04, 0.04)  # of the skull base
     face = np.minimum(line - y, outside - 0.02)
     fat = sequence.scalp * (0.85 + 0.08 * cloud(rng, size, 14))
     cells = np.where(np.abs(cloud(rng, size, 12)) < 0.35, 0.6 * sequence.scalp, 0.03)  # thin walls around air
@@ -369,7 +369,7 @@ def add_orbits(
 
 
 def acquire(rng: np.random.Generator, head: np.ndarray) -> np.ndarray:
-    """Coil shading, blur, ghosts, Rician noise, window and text: brightness to (H, W) uint8."""
+    """Apply coil shading, blur, ghosts, Rician noise, window and text: brightness -> (H, W) uint8."""
     size = len(head)
     head = head * np.exp(rng.uniform(0.03, 0.16) * cloud(rng, size, 2))
     head = blur(head, rng.uniform(0.45, 0.85) * size / 192)

@@ -1,14 +1,15 @@
-"""Breast ultrasound frames: skin, fat, gland and muscle in speckle; a benign or malignant mass or a cyst.
+"""Draw breast ultrasound frames with a benign mass, a malignant mass or a cyst.
 
-Brightness is the logarithm of the echo, as a scanner shows it, so speckle, which multiplies the echo, adds.
+Brightness is the logarithm of the echo, as a scanner displays it. Speckle multiplies the echo, so it adds to
+the brightness.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .canvas import View, blur, bump, cloud, ellipse, lobes, ragged, rod, stamp, step
-from .phantom import Phantom
+from medfocus.phantoms.canvas import View, blur, bump, cloud, ellipse, lobes, ragged, rod, stamp, step
+from medfocus.phantoms.phantom import Phantom
 
 LABELS = ("benign", "malignant", "cyst")
 TEXTS = (
@@ -32,7 +33,7 @@ POSTERIOR = {
 
 
 def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
-    """Draw one frame of a class of ``LABELS``; the skin is at the top."""
+    """Draw a frame of a class of ``LABELS``; the skin is at the top."""
     view = View(size, turn=0.0, zoom=(1.0, 1.0), shift=(0.0, 0.0))
     x, y = view.grid()
     top, bottom = -1 + rng.uniform(0, 0.08), 1 - rng.choice((0.0, rng.uniform(0, 0.35)))
@@ -53,7 +54,7 @@ def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
 def choose_mass(
     label: str, rng: np.random.Generator, top: float, bottom: float
 ) -> tuple[float, float, float, float]:
-    """Centre and radii (x, y) of the mass; malignant ones are less flat, as they grow across the layers."""
+    """Return centre and radii (x, y) of a mass; malignant masses grow across the layers and are less flat."""
     radius = float(np.sqrt(4 / np.pi * np.exp(rng.uniform(np.log(0.014), np.log(0.075)))))
     low, high = {"benign": (1.1, 1.6), "malignant": (0.8, 1.35), "cyst": (0.95, 1.55)}[label]
     flat = rng.uniform(low, high) ** 0.5
@@ -66,7 +67,7 @@ def choose_mass(
 def describe(
     label: str, region: np.ndarray, mass: tuple[float, float, float, float], top: float, bottom: float
 ) -> dict[str, str]:
-    """The mass in words; sides are the image's."""
+    """Describe the mass in words; sides are those of the image."""
     share = (mass[1] - top) / (bottom - top)
     return {
         "finding": label if label == "cyst" else f"{label} mass",
@@ -87,7 +88,7 @@ def layers(
     y: np.ndarray,
     depth: np.ndarray,
 ) -> np.ndarray:
-    """The breast from the skin to the chest wall, (H, W), about 0 to 1; its layers bend around the mass."""
+    """Draw the breast from skin to chest wall, (H, W), about 0 to 1; its layers bend around the mass."""
     size = len(x)
     cx, cy, rx, ry = mass
     beside = bump(np.hypot((x - cx) / (1.9 * rx), (y - cy) / (2.2 * ry)), 1.0)
@@ -115,7 +116,7 @@ def layers(
     echo += (rng.uniform(0.24, 0.36) + 0.17 * fibres - echo) * step(muscle, 0.012)
     echo += np.clip(0.18 + 0.12 * cloud(rng, size, 3, 9), 0, 0.4) * bump(muscle, 0.02)
     echo += (rng.uniform(0.55, 0.75) - echo) * step(skin - depth, 0.008) + 0.15 * bump(depth - skin, 0.012)
-    if rng.random() < 0.4:  # the lung's surface or a rib, and nothing behind it
+    if rng.random() < 0.4:  # the surface of the lung or a rib; nothing is visible behind it
         wall = muscle - rng.uniform(0.12, 0.25)
         echo += (0.08 - echo) * 0.8 * step(wall, 0.015)
         echo += 0.40 * bump(wall, 0.02) * step(cloud(rng, size, 2, 3) + 0.6, 0.3)
@@ -125,13 +126,13 @@ def layers(
 def add_decoys(
     echo: np.ndarray, rng: np.random.Generator, view: View, x: np.ndarray, y: np.ndarray, depth: np.ndarray
 ) -> None:
-    """Ducts, lobules of fat and shadows, drawn without regard to the class."""
+    """Draw ducts, lobules of fat and shadows, independently of the class."""
     for _ in range(rng.integers(0, 3)):  # ducts or vessels
         at, reach = (rng.uniform(-0.9, 0.9), rng.uniform(-0.6, 0.5)), rng.uniform(0.04, 0.13)
         box = view.box(at, 1.2 * reach)
         tube = ellipse(x[box], y[box], at, (reach, rng.uniform(0.015, 0.045)), rng.normal(0, 0.4))
         echo[box] += (rng.uniform(0.0, 0.2) - echo[box]) * step(tube, 0.015) + 0.08 * bump(tube + 0.015, 0.02)
-    for _ in range(rng.integers(0, 4)):  # lobules of fat, as grey as a mass, with a bright wall
+    for _ in range(rng.integers(0, 4)):  # lobules of fat with the grey of a mass and a bright wall
         at = (rng.uniform(-0.9, 0.9), rng.uniform(-0.8, 0.3))
         radius = rng.uniform(0.08, 0.2)
         box = view.box(at, 1.6 * radius)
@@ -154,7 +155,7 @@ def add_mass(
     x: np.ndarray,
     y: np.ndarray,
 ) -> np.ndarray:
-    """Put a mass into the tissue, and often a brighter or darker band behind it; its region (H, W) bool."""
+    """Draw a mass, often with a brighter or darker band behind it; return its region (H, W) bool."""
     size = len(x)
     cx, cy, rx, ry = mass
     box = view.box((cx, cy), 1.8 * max(rx, ry))
@@ -165,7 +166,7 @@ def add_mass(
         outline = ragged(px, py, (0, 0), (rx, ry), lobes(rng, (0.13, 0.12, 0.10, 0.08, 0.06, 0.05)))
         outline = outline / spikes(rng, px, py) + 0.05 * cloud(rng, size, 20)[box]
         inside = rng.uniform(0.10, 0.26) + 0.06 * cloud(rng, size, 16)[box] + 0.05 * cloud(rng, size, 30)[box]
-        specks = (rng.random(px.shape) < 0.004) & (outline < 0.8)  # of chalk
+        specks = (rng.random(px.shape) < 0.004) & (outline < 0.8)  # calcifications
         inside += blur(specks.astype(float), 0.6 * size / 192) * rng.uniform(0, 1.5)
         soft, rim = 0.022, 0.10 * bump((1 - outline) * ry + 0.06, 0.08)  # invaded tissue around
     elif label == "benign":
@@ -193,7 +194,7 @@ def add_mass(
 
 
 def spikes(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Factor of the radius, 1 or more, of an outline with a few sharp spikes at odd angles."""
+    """Return a factor of the radius, at least 1, for an outline with a few sharp spikes."""
     unit = (x + 1j * y) / (np.hypot(x, y) + 1e-9)
     factor = np.ones_like(x)
     for at in rng.uniform(0, 2 * np.pi, rng.integers(5, 10)):
@@ -203,13 +204,13 @@ def spikes(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray
 
 
 def scan(rng: np.random.Generator, echo: np.ndarray, x: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """Attenuation, gain, speckle and the display's curve: echoes to brightness 0 to 1, (H, W)."""
+    """Apply attenuation, gain, speckle and the display curve: echoes -> brightness 0 to 1, (H, W)."""
     size = len(echo)
     unit = size / 192
     along, across = rng.uniform(0.5, 0.8) * unit, rng.uniform(0.8, 1.7) * unit
     real, imaginary = (blur(rng.standard_normal(echo.shape), along, across) for _ in range(2))
     power = real * real + imaginary * imaginary
-    speckle = np.maximum(np.log(power * (1 / power.mean()) + 1e-6), -2.6)  # of exponential power: mean -0.58
+    speckle = np.maximum(np.log(power * (1 / power.mean()) + 1e-6), -2.6)  # exponential power: mean -0.58
     loss = rng.uniform(0.0, 0.40) * depth * depth + rng.uniform(-0.1, 0.1) * depth
     gain = rng.normal(0, 0.05) + rng.uniform(0.02, 0.06) * cloud(rng, size, 3, 2)
     shown = echo - loss + gain + rng.uniform(0.035, 0.085) * (speckle + 0.58)
@@ -219,7 +220,7 @@ def scan(rng: np.random.Generator, echo: np.ndarray, x: np.ndarray, depth: np.nd
 
 
 def frame(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, top: float, bottom: float) -> np.ndarray:
-    """Where the beam does not reach, (H, W) bool: its sides are straight for most probes, a fan for some."""
+    """Return the pixels outside of the beam, (H, W) bool; it is straight for most probes, a fan for some."""
     outside = (y < top) | (y > bottom)
     if rng.random() < 0.25:
         spread = rng.uniform(0.05, 0.2)
@@ -233,13 +234,13 @@ def frame(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, top: float, bo
 def annotate(
     rng: np.random.Generator, image: np.ndarray, view: View, mass: tuple[float, float, float, float]
 ) -> None:
-    """Callipers at the mass or elsewhere, text, depth scale, grey bar, body mark; in place."""
+    """Draw callipers at the mass or elsewhere, text, depth scale, grey bar and body mark in place."""
     size = view.size
     unit = max(size // 192, 1)
     shine = rng.uniform(0.75, 1.0)
     for _ in range(rng.choice((0, 1, 2), p=(0.6, 0.25, 0.15))):
         cx, cy, rx, ry = mass
-        if rng.random() < 0.5:  # something else was measured
+        if rng.random() < 0.5:  # a measurement elsewhere
             cx, cy, rx, ry = (
                 rng.uniform(-0.6, 0.6),
                 rng.uniform(-0.6, 0.5),

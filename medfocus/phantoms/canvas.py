@@ -1,7 +1,7 @@
-"""What the three modalities draw with: a view, soft shapes, smooth noise, strokes, outlines and text.
+"""Drawing tools of the three modalities: a view, soft shapes, smooth noise, strokes, outlines and text.
 
-Arrays are float64. An image spans -1 to 1 in x (to the right) and y (downwards); a scene has its own
-coordinates, which a ``View`` turns, zooms and shifts into the image's.
+Arrays are float64. An image spans -1 to 1 in x (to the right) and y (downwards). A scene has its own
+coordinates; a ``View`` rotates, scales and shifts them to image coordinates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ :.-/="
-ROWS = (  # of 3 x 5 pixels a letter: five digits, each a row of three bits
+ROWS = (  # letters of 3 x 5 pixels: five digits each, one per row of three bits
     "25552" "26227" "61247" "61216" "55711" "74616" "34752" "71244" "25252" "25716"
     "25755" "65656" "34443" "65556" "74647" "74644" "34553" "55755" "72227" "11152" "55655" "44447" "57755"
     "65555" "25552" "65644" "25573" "65655" "34216" "72222" "55557" "55552" "55775" "55255" "55222" "71247"
@@ -24,22 +24,22 @@ GLYPHS = {letter: ROWS[5 * k : 5 * k + 5] for k, letter in enumerate(LETTERS)}
 
 @dataclass(frozen=True)
 class View:
-    """Where a scene lies in a square image."""
+    """The position of a scene in a square image."""
 
-    size: int  # pixels a side
+    size: int  # pixels per side
     turn: float  # radians
     zoom: tuple[float, float]  # image units per scene unit, (x, y)
-    shift: tuple[float, float]  # of the scene's origin, image units
+    shift: tuple[float, float]  # of the origin of the scene, image units
 
     def grid(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scene coordinates (x, y) of every pixel, each (size, size)."""
+        """Return the scene coordinates (x, y) of every pixel, each (size, size)."""
         line = (np.arange(self.size) + 0.5) * (2 / self.size) - 1
         across, down = line[None, :] - self.shift[0], line[:, None] - self.shift[1]
         cos, sin = np.cos(self.turn), np.sin(self.turn)
         return (across * cos + down * sin) / self.zoom[0], (down * cos - across * sin) / self.zoom[1]
 
     def place(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixel (column, row) of scene points x, y, fractions kept; the inverse of ``grid``."""
+        """Return the fractional pixel (column, row) of scene points x, y; the inverse of ``grid``."""
         across, down = x * self.zoom[0], y * self.zoom[1]
         cos, sin = np.cos(self.turn), np.sin(self.turn)
         column = across * cos - down * sin + self.shift[0]
@@ -47,7 +47,7 @@ class View:
         return (column + 1) * (self.size / 2) - 0.5, (row + 1) * (self.size / 2) - 0.5
 
     def box(self, centre: tuple[float, float], reach: float) -> tuple[slice, slice]:
-        """The pixels that hold all scene points within ``reach`` of ``centre``, with a little to spare."""
+        """Return slices that cover all scene points within ``reach`` of ``centre``, with a margin."""
         column, row = self.place(np.array(centre[0]), np.array(centre[1]))
         half = (reach * max(self.zoom) + 0.06) * self.size / 2
         rows = slice(max(int(row - half), 0), max(int(row + half) + 2, 0))
@@ -55,7 +55,7 @@ class View:
 
 
 def step(distance: np.ndarray, width: float) -> np.ndarray:
-    """Smooth rise from 0 at ``-width`` to 1 at ``+width``."""
+    """Return a smooth step from 0 at ``-width`` to 1 at ``+width``."""
     t = distance * (0.5 / width)
     t += 0.5
     t = np.clip(t, 0, 1)
@@ -67,7 +67,7 @@ def step(distance: np.ndarray, width: float) -> np.ndarray:
 
 
 def bump(distance: np.ndarray, width: float) -> np.ndarray:
-    """Smooth bell, 1 at 0 and 0 beyond ``width``."""
+    """Return a smooth bell, 1 at 0 and 0 beyond ``width``."""
     t = distance * (1 / width)
     t *= t
     np.subtract(1, t, out=t)
@@ -79,7 +79,7 @@ def bump(distance: np.ndarray, width: float) -> np.ndarray:
 def ellipse(
     x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radii: tuple[float, float], turn: float = 0.0
 ) -> np.ndarray:
-    """Distance into an ellipse, positive inside; exact at its outline, roughly so elsewhere."""
+    """Return the distance into an ellipse, positive inside; exact at the outline, approximate elsewhere."""
     dx, dy = x - centre[0], y - centre[1]
     if turn:
         cos, sin = np.cos(turn), np.sin(turn)
@@ -90,7 +90,7 @@ def ellipse(
 def rod(
     x: np.ndarray, y: np.ndarray, start: tuple[float, float], end: tuple[float, float], radius: float
 ) -> np.ndarray:
-    """Distance into a rod with round ends, positive inside."""
+    """Return the distance into a rod with round ends, positive inside."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     ax, ay = x - start[0], y - start[1]
     along = np.clip((ax * dx + ay * dy) / (dx * dx + dy * dy), 0, 1)
@@ -100,9 +100,9 @@ def rod(
 def ragged(
     x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radii: tuple[float, float], lobes: np.ndarray
 ) -> np.ndarray:
-    """Relative radius (1 on the outline, less inside) of an ellipse whose outline is waved.
+    """Return the relative radius (1 on the outline, less inside) of an ellipse with a wavy outline.
 
-    ``lobes`` (K,) complex: the k-th waves the radius k + 2 times around, by its modulus, from its phase.
+    ``lobes`` (K,) complex: lobe k adds k + 2 waves around the outline, with its modulus and phase.
     """
     dx, dy = (x - centre[0]) / radii[0], (y - centre[1]) / radii[1]
     distance = np.sqrt(dx * dx + dy * dy) + 1e-9
@@ -115,14 +115,14 @@ def ragged(
 
 
 def lobes(rng: np.random.Generator, heights: tuple[float, ...]) -> np.ndarray:
-    """Waves for ``ragged`` with these heights (shares of the radius, each varied) and random phases."""
+    """Return waves for ``ragged`` with varied heights (shares of the radius) and random phases."""
     count = len(heights)
     return np.array(heights) * rng.uniform(0.5, 1.2, count) * np.exp(1j * rng.uniform(0, 2 * np.pi, count))
 
 
 @cache
 def _spline(size: int, cells: int) -> np.ndarray:
-    """Cubic B-spline weights (size, cells + 3): from the knots of ``cells`` cells a side to pixels."""
+    """Return cubic B-spline weights (size, cells + 3) from the knots of ``cells`` cells to pixels."""
     at = (np.arange(size) + 0.5) * (cells / size)
     knot = np.floor(at).astype(int)
     t, rows = at - knot, np.arange(size)
@@ -136,20 +136,20 @@ def _spline(size: int, cells: int) -> np.ndarray:
 
 
 def cloud(rng: np.random.Generator, size: int, down: int, across: int | None = None) -> np.ndarray:
-    """Smooth noise (size, size) of about unit variance, of ``down`` x ``across`` cells over the image."""
+    """Return smooth noise (size, size) of about unit variance with ``down`` x ``across`` cells."""
     across = down if across is None else across
-    knots = rng.standard_normal((down + 3, across + 3)) * 2.09  # a spline keeps 0.48 of the deviation
+    knots = rng.standard_normal((down + 3, across + 3)) * 2.09  # the spline reduces the deviation to 0.48
     return _spline(size, down) @ knots @ _spline(size, across).T
 
 
 def blur(image: np.ndarray, down: float, across: float | None = None) -> np.ndarray:
-    """Gaussian blur; deviations in pixels."""
+    """Apply a Gaussian blur; deviations in pixels."""
     across = down if across is None else across
     return ndimage.gaussian_filter(image, (down, across), mode="nearest", truncate=2.5)
 
 
 def dots(view: View, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Scene points x, y (N,) as (size, size): each shares its weight among the four pixels around it."""
+    """Draw scene points x, y (N,) as (size, size): each spreads its weight over the four nearest pixels."""
     size = view.size
     column, row = view.place(x, y)
     inside = (column >= 0) & (row >= 0) & (column < size - 1) & (row < size - 1)
@@ -164,16 +164,16 @@ def dots(view: View, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.nd
 
 
 def strokes(view: View, x: np.ndarray, y: np.ndarray, weights: np.ndarray, width: float) -> np.ndarray:
-    """Lines through scene points x, y (N,) as (size, size) ridges of ``width`` pixels' deviation.
+    """Draw lines through scene points x, y (N,) as (size, size) ridges with a deviation of ``width`` pixels.
 
-    ``weights`` (N,): the ridge's height there times the distance to the next point in pixels, which may
-    be up to twice the width.
+    ``weights`` (N,): the height of the ridge at a point times the distance to the next point in pixels, which
+    may be up to twice the width.
     """
     return blur(dots(view, x, y, weights), width) * (2.5066 * width)
 
 
 def path(points: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points every ``spacing`` along a smooth (Catmull-Rom) curve through ``points`` (N, 2): x, y."""
+    """Return points x, y every ``spacing`` along a Catmull-Rom curve through ``points`` (N, 2)."""
     ends = np.vstack([2 * points[0] - points[1], points, 2 * points[-1] - points[-2]])
     pieces = []
     for a, b, c, d in zip(ends, ends[1:], ends[2:], ends[3:], strict=False):
@@ -184,7 +184,7 @@ def path(points: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lettering(word: str, scale: int) -> np.ndarray:
-    """``word`` (of GLYPHS) as a (5 * scale, 4 * scale * letters) bool image."""
+    """Return ``word`` (of GLYPHS) as a (5 * scale, 4 * scale * letters) bool image."""
     rows = [[f"{int(GLYPHS[letter][row]):03b}0" for letter in word] for row in range(5)]
     bits = np.array([[bit == "1" for bit in "".join(row)] for row in rows])
     large = bits.repeat(scale, 0).repeat(scale, 1)
@@ -194,7 +194,7 @@ def lettering(word: str, scale: int) -> np.ndarray:
 def stamp(image: np.ndarray, word: str, corner: tuple[float, float], scale: int, value: float) -> None:
     """Write ``word`` into ``image`` (H, W) in place.
 
-    Its top left lies at ``corner`` (x, y), shares of the image, or further in where it would stick out.
+    ``corner`` (x, y) is its top left, in shares of the image; a word that would stick out is moved inside.
     """
     letters = lettering(word, scale)
     height, width = letters.shape

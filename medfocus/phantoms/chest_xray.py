@@ -1,4 +1,4 @@
-"""Frontal chest films: lungs, vessels, ribs, heart, devices; a nodule, a cavity or a consolidation."""
+"""Draw frontal chest radiographs with a nodule, a cavity, a consolidation or no finding."""
 
 from __future__ import annotations
 
@@ -6,15 +6,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .canvas import View, blur, bump, cloud, ellipse, lobes, path, ragged, rod, stamp, step, strokes
-from .phantom import Phantom
+from medfocus.phantoms.canvas import (
+    View,
+    blur,
+    bump,
+    cloud,
+    ellipse,
+    lobes,
+    path,
+    ragged,
+    rod,
+    stamp,
+    step,
+    strokes,
+)
+from medfocus.phantoms.phantom import Phantom
 
 LABELS = ("normal", "nodule", "cavity", "consolidation")
 TEXTS = ("PA ERECT", "AP SUPINE", "PORTABLE", "AP", "PA", "SITTING", "12:45", "120 KV")
 
 
 def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
-    """Draw one film of a class of ``LABELS``; the patient's left is at the right, as films are shown."""
+    """Draw a radiograph of a class of ``LABELS``; the patient's left is at the right."""
     zoom = rng.uniform(1.0, 1.25)
     view = View(
         size,
@@ -38,19 +51,19 @@ def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
 
 @dataclass(frozen=True)
 class Chest:
-    """One chest's outlines, in scene units (the lungs reach about 0.65 sideways); arrays are (H, W)."""
+    """The outlines of a chest in scene units (the lungs extend to about 0.65); arrays are (H, W)."""
 
     top: float  # y of the apices
-    base: float  # y of the right dome of the diaphragm; a poor breath is high
-    wall: float  # soft tissue around the cage
-    outer: np.ndarray  # half width of the rib cage at the pixel's height
-    inner: np.ndarray  # half width of mediastinum and heart, on the pixel's side
-    below: np.ndarray  # how far under the diaphragm
+    base: float  # y of the right dome of the diaphragm; high after a shallow breath
+    wall: float  # soft tissue around the rib cage
+    outer: np.ndarray  # half width of the rib cage at the height of the pixel
+    inner: np.ndarray  # half width of mediastinum and heart on the side of the pixel
+    below: np.ndarray  # distance below the diaphragm
     lung: np.ndarray  # distance into the lungs, positive inside
 
 
 def build(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> Chest:
-    """Draw a patient's measures and lay the outlines."""
+    """Draw the measures of a patient and return the outlines."""
     top, base, left_base = rng.uniform(-0.80, -0.70), rng.uniform(0.36, 0.58), rng.uniform(-0.01, 0.06)
     heart, aorta = rng.uniform(0.7, 1.3), rng.uniform(0.02, 0.09)
     u, left_side = np.abs(x), x > 0
@@ -69,16 +82,16 @@ def build(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> Chest:
 
 
 def parts(chest: Chest, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """The anatomy that has an outline of its own, name -> (H, W) bool."""
+    """Return the anatomy with an outline of its own, name -> (H, W) bool."""
     lung = chest.lung > 0
     heart = (chest.inner > np.abs(x)) & (chest.below < 0) & (y > chest.base - 0.5)
     return {"right lung": lung & (x < 0), "left lung": lung & (x > 0), "heart": heart}
 
 
 def body(rng: np.random.Generator, view: View, chest: Chest, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """What the body leaves on the film (H, W): 0 for air, about 1 for the spine."""
+    """Draw the attenuation of the body (H, W): 0 for air, about 1 for the spine."""
     u, outer, below = np.abs(x), chest.outer, chest.below
-    tilted = y + rng.normal(0, 0.04) * x  # the shoulders are never quite level
+    tilted = y + rng.normal(0, 0.04) * x  # shoulders are never level
     torso = np.minimum(outer + chest.wall + 0.05 * step(y - 0.4, 0.3) - u, y + 0.78)
     slope = rng.uniform(-0.12, 0.05)
     torso = np.maximum(torso, rod(u, tilted, (0.1, -0.86), (0.80, -0.70 - slope), 0.2))
@@ -107,7 +120,7 @@ def body(rng: np.random.Generator, view: View, chest: Chest, x: np.ndarray, y: n
 def add_ribs_and_spine(
     film: np.ndarray, rng: np.random.Generator, chest: Chest, x: np.ndarray, y: np.ndarray
 ) -> None:
-    """Ribs as stripes along the back's and the front's curves; vertebrae with discs and pedicles."""
+    """Draw ribs as stripes along the posterior and anterior curves, and vertebrae with discs and pedicles."""
     u, strength, spacing = np.abs(x), rng.uniform(0.04, 0.12), rng.uniform(0.135, 0.165)
     tilt = rng.normal(0, 0.4) * x
     back = (
@@ -135,7 +148,7 @@ def add_ribs_and_spine(
 
 
 def add_shoulders(film: np.ndarray, rng: np.random.Generator, view: View, slope: float) -> None:
-    """Clavicles, shoulder blades and arms: wide pale bands with bright thin borders."""
+    """Draw clavicles, shoulder blades and arms as wide pale bands with thin bright borders."""
     pixel = 2 / (view.size * view.zoom[0])
     wide, thin = [], []
     for side in (-1, 1):
@@ -169,7 +182,7 @@ def add_shoulders(film: np.ndarray, rng: np.random.Generator, view: View, slope:
 def add_gas(
     film: np.ndarray, rng: np.random.Generator, view: View, chest: Chest, x: np.ndarray, y: np.ndarray
 ) -> None:
-    """The stomach's bubble, with its fluid level, and loops of bowel, under the diaphragm."""
+    """Draw the stomach bubble with its fluid level and loops of bowel below the diaphragm."""
     if rng.random() < 0.7:
         at = (rng.uniform(0.22, 0.42), chest.base + rng.uniform(0.14, 0.20))
         box = view.box(at, 0.2)
@@ -184,14 +197,14 @@ def add_gas(
 
 
 def vessels(rng: np.random.Generator, view: View) -> np.ndarray:
-    """Both lungs' vessels: trees that branch from the hila, thinner and fainter with every branching."""
+    """Draw the vessels of both lungs: trees from the hila, thinner and fainter with every branching."""
     pixel = 2 / (view.size * view.zoom[0])
     film = np.zeros((view.size, view.size))
     strength = rng.uniform(0.04, 0.10)
     trunks = 16
     side = np.repeat((-1.0, 1.0), trunks // 2)
     x, y = side * rng.uniform(0.12, 0.18, trunks), rng.uniform(-0.1, 0.08, trunks)
-    heading = np.tile(np.linspace(-1.35, 1.4, trunks // 2), 2) + rng.normal(0, 0.12, trunks)  # 0 is sideways
+    heading = np.tile(np.linspace(-1.35, 1.4, trunks // 2), 2) + rng.normal(0, 0.12, trunks)  # 0 is lateral
     length = rng.uniform(0.16, 0.30, trunks)
     for width in (1.2, 0.85, 0.65, 0.55):
         count = max(int(np.max(length) / (pixel * width * 1.6)), 3)
@@ -204,7 +217,7 @@ def vessels(rng: np.random.Generator, view: View) -> np.ndarray:
         ys = y[:, None] + np.cumsum(np.sin(angle), 1) * pace
         weights = strength * pace / pixel * (1 - 0.3 * t)
         film += strokes(view, xs.ravel(), ys.ravel(), weights.ravel(), width * view.size / 192)
-        # Three children a vessel: two at its end, one from half way.
+        # Three children per vessel: two at its end, one at its middle.
         at = np.repeat((count - 1, count - 1, count // 2), len(x))
         parent = np.tile(np.arange(len(x)), 3)
         x, y, side = xs[parent, at], ys[parent, at], side[parent]
@@ -224,7 +237,7 @@ def add_lesion(
     x: np.ndarray,
     y: np.ndarray,
 ) -> tuple[np.ndarray, dict[str, str]]:
-    """Add a finding somewhere in a lung; its region (H, W) bool and its description."""
+    """Draw a finding in a lung; return its region (H, W) bool and its findings."""
     size = view.size
     area = np.exp(rng.uniform(np.log(0.015), np.log(0.06)))
     radius = float(np.sqrt(4 * area / np.pi / (view.zoom[0] * view.zoom[1])))
@@ -246,7 +259,7 @@ def add_lesion(
         centre = (cx + rng.normal(0, 0.05) * radius, cy + rng.normal(0, 0.05) * radius)
         hole = ragged(x, y, centre, radii, lobes(rng, (0.1, 0.08, 0.06)))
         hole = step((1 - rng.uniform(0.2, 0.36) - hole) * radius, 0.018)
-        if rng.random() < 0.4:  # fluid lies level at the bottom
+        if rng.random() < 0.4:  # a fluid level
             hole *= step(cy + rng.uniform(0.1, 0.5) * radius - y, 0.012)
         share = shape * (strength * 1.15 * (1 - hole) - 0.07 * hole)
     else:
@@ -268,7 +281,7 @@ def add_lesion(
 
 
 def bronchi(rng: np.random.Generator, view: View, centre: tuple[float, float], radius: float) -> np.ndarray:
-    """Air-filled bronchi in a consolidation: streaks that point to the hilum, 0 to 1 (H, W)."""
+    """Draw air bronchograms in a consolidation: streaks towards the hilum, 0 to 1 (H, W)."""
     pixel = 2 / (view.size * view.zoom[0])
     along = np.arange(-0.8, 0.7, 1.2 * pixel / radius) * radius
     angle = (
@@ -283,10 +296,10 @@ def bronchi(rng: np.random.Generator, view: View, centre: tuple[float, float], r
 
 
 def add_devices(film: np.ndarray, rng: np.random.Generator, view: View, x: np.ndarray, y: np.ndarray) -> None:
-    """What lies on or in the patient, and shadows that mimic findings; drawn without regard to the class."""
+    """Draw devices on and in the patient and shadows that mimic findings, independently of the class."""
     pixel = 2 / (view.size * view.zoom[0])
     discs, wires = [], []  # (centre, radius, height, hollow), (points, height)
-    for _ in range(rng.integers(0, 4)):  # vessels seen end-on
+    for _ in range(rng.integers(0, 4)):  # vessels in cross section
         at = (rng.choice((-1, 1)) * rng.uniform(0.16, 0.36), rng.uniform(-0.22, 0.22))
         discs.append((at, rng.uniform(0.016, 0.03), rng.uniform(0.08, 0.16), 0))
     if rng.random() < 0.3:  # nipples
@@ -331,7 +344,7 @@ def add_devices(film: np.ndarray, rng: np.random.Generator, view: View, x: np.nd
 
 
 def develop(rng: np.random.Generator, film: np.ndarray) -> np.ndarray:
-    """Scatter, sharpening, grain, exposure and tone curve: film to (H, W) uint8."""
+    """Apply scatter, sharpening, grain, exposure and tone curve: film -> (H, W) uint8."""
     size = len(film)
     film = film + rng.uniform(0.005, 0.03) * cloud(rng, size, 2)
     if rng.random() < 0.5:
@@ -345,7 +358,7 @@ def develop(rng: np.random.Generator, film: np.ndarray) -> np.ndarray:
 
 
 def burn_in(rng: np.random.Generator, image: np.ndarray) -> None:
-    """Collimation, side marker and text, in place."""
+    """Draw collimation, side marker and text in place."""
     size = len(image)
     for band in (image, image.T, image[::-1], image[:, ::-1].T):
         if rng.random() < 0.12:

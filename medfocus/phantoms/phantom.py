@@ -1,4 +1,4 @@
-"""What drawing a phantom gives."""
+"""The phantom type."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Phantom:
-    """A drawn image and everything that is known of it because it was drawn."""
+    """A drawn image and its ground truth."""
 
     image: np.ndarray  # (H, W) uint8 grey
-    region: np.ndarray  # (H, W) bool, the lesion; all False where the class has none
+    region: np.ndarray  # (H, W) bool, the lesion; all False for a class without one
     modality: str  # a key of MODALITIES
     label: str  # one of MODALITIES[modality]
-    findings: dict[str, str]  # "finding", "region", "side", "size", and what else a caption may say
+    findings: dict[str, str]  # words for captions: "finding", "region", "side", "size", ...
     parts: dict[str, np.ndarray]  # anatomy, name -> (H, W) bool: "left lung", "heart", "brain", ...

@@ -1,8 +1,8 @@
-"""PNG files whose bytes depend on the pixels alone.
+"""Encode PNG files with bytes that depend only on the pixels.
 
-A compressed PNG differs between builds of zlib (some Pillow wheels carry zlib-ng), so the deflate
-stream here holds stored blocks only: no compression, one way to write it. Format: RFC 1950, RFC 1951
-section 3.2.4, and the PNG specification (ISO/IEC 15948) sections 5 and 11.
+The bytes of a compressed PNG depend on the build of zlib (some Pillow wheels contain zlib-ng), so these files
+hold stored deflate blocks without compression. Format: RFC 1950, RFC 1951 section 3.2.4, and the PNG
+specification (ISO/IEC 15948) sections 5 and 11.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import zlib
 
 import numpy as np
 
-STORED_BLOCK = 0xFFFF  # bytes; the most that a stored deflate block can hold
+STORED_BLOCK = 0xFFFF  # bytes; the capacity of a stored deflate block
 
 
 def encode(image: np.ndarray) -> bytes:
-    """An (H, W) uint8 grey image, or an (H, W) bool mask as 0 and 255, as the bytes of an 8-bit grey PNG.
+    """Return an (H, W) uint8 image, or an (H, W) bool mask as 0 and 255, as an 8-bit grey PNG.
 
     Raises ValueError for any other shape or type.
     """
@@ -24,7 +24,7 @@ def encode(image: np.ndarray) -> bytes:
         raise ValueError(f"png: the image is {image.dtype} {image.shape}; pass (H, W) uint8 or bool.")
     grey = image.astype(np.uint8) * 255 if image.dtype == np.bool_ else image
     height, width = grey.shape
-    rows = np.zeros((height, width + 1), np.uint8)  # each row is led by its filter, 0 for none
+    rows = np.zeros((height, width + 1), np.uint8)  # each row begins with its filter, 0 for none
     rows[:, 1:] = grey
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey, deflate, no interlace
     chunks = ((b"IHDR", header), (b"IDAT", _stored(rows.tobytes())), (b"IEND", b""))
@@ -36,7 +36,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _stored(data: bytes) -> bytes:
-    """A zlib stream of stored blocks: flag of the last block, length, its complement, the bytes."""
+    """Return a zlib stream of stored blocks: flag of the last block, length, its complement, bytes."""
     stream = bytearray(b"\x78\x01")
     for start in range(0, len(data), STORED_BLOCK):
         block = data[start : start + STORED_BLOCK]

@@ -20,11 +20,13 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import TEMPLATES
+from medfocus.focus.crop import Crop, cut
 from medfocus.focus.modes import crop as region_crop
-from medfocus.focus.view import Crop, cut, view
-from medfocus.images.decode import letterbox_mask
+from medfocus.focus.view import view
+from medfocus.images.geometry import letterbox_mask
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import Drawn, Pool
 

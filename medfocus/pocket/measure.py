@@ -14,11 +14,13 @@ from PIL import Image
 from safetensors import safe_open
 
 from medfocus import phantoms
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.focus.view import view
 from medfocus.masks.quality import innermost, iou, pointed
-from medfocus.masks.sam2.segmenter import Sam2Segmenter, build_segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
+from medfocus.masks.settings import Sam2Settings
 from medfocus.pocket.clip import FEATHER
 from medfocus.pocket.pool import held_out
 from medfocus.pocket.sam2 import IMAGE_SIZE
@@ -32,10 +34,12 @@ _SHEET_COLOURS = 32
 
 def segmenter(weights_file: Path) -> Sam2Segmenter:
     """The pocket SAM2 of a file, as the default study uses it."""
-    return build_segmenter(
-        *("pocket", str(weights_file), IMAGE_SIZE, "grid"),
-        points_per_side=POINTS_PER_SIDE,
-        follow_edges=True,
+    return load_sam2(
+        Sam2Settings(
+            *("pocket", str(weights_file), IMAGE_SIZE, "grid"),
+            points_per_side=POINTS_PER_SIDE,
+            follow_edges=True,
+        ),
         batch_size=16,
     )
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageFilter
 
-from medfocus.images.decode import letterbox, letterbox_mask, montage
+from medfocus.images.contact_sheet import montage
+from medfocus.images.geometry import letterbox, letterbox_mask
+from medfocus.images.png import encode_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -212,9 +214,7 @@ def mask_sheet(
             inside.filter(ImageFilter.MinFilter(3))
         )
         tiles.append(np.where(rim[..., None], np.array(_CONTOUR, dtype=np.uint8), tile))
-    buffer = io.BytesIO()
-    Image.fromarray(montage(tiles, columns, captions)).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return encode_png(montage(tiles, columns, captions), compress_level=9)
 
 
 def attribution_overlay(image: np.ndarray, attribution: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ Content-Security-Policy forbids everything else. Every part of a ``Report`` may 
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from PIL import Image
 
-from medfocus.evaluation.comparison import Cell, Difference
+from medfocus.evaluation.comparison import CurvePoint, Difference
 from medfocus.evaluation.metrics import Interval, Reliability, mean_interval
-from medfocus.images.decode import letterbox
+from medfocus.images.geometry import letterbox
+from medfocus.images.png import encode_png
 from medfocus.reports import figures
 from medfocus.reports.data_warnings import mask_warnings
 from medfocus.reports.tables import CONTROLS, Published, StudyRow, blocks_of, intervals_of
@@ -108,7 +107,7 @@ class Report:
     study: str
     rows: Sequence[StudyRow] = ()
     baseline: str = ""  # the system that the differences are to
-    differences: Mapping[Block, Mapping[Cell, Difference]] = field(default_factory=dict)
+    differences: Mapping[Block, Mapping[CurvePoint, Difference]] = field(default_factory=dict)
     published: Sequence[Published] = ()
     highlighted: Sequence[str] = ()  # systems in colour in the figure; empty: the baseline and the best
     verdicts: Sequence[str] = ()  # sentences to stand before those that follow from the rows
@@ -405,9 +404,7 @@ def _cost(cost: Cost) -> dict[str, Any]:
 
 
 def _tile(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(letterbox(image, _TILE, (0, 0, 0))).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return encode_png(letterbox(image, _TILE, (0, 0, 0)), compress_level=9)
 
 
 def _uri(data: bytes) -> str:

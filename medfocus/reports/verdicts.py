@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from medfocus.evaluation.comparison import Cell, Difference
+from medfocus.evaluation.comparison import CurvePoint, Difference
 from medfocus.evaluation.metrics import Interval
 from medfocus.reports.tables import CONTROLS, StudyRow, control_verdicts, intervals_of
 
@@ -12,7 +12,7 @@ LEVEL = 0.05  # adjusted p below which a difference is called one
 
 
 def verdict_sentences(
-    block: Sequence[StudyRow], baseline: str = "", differences: Mapping[Cell, Difference] | None = None
+    block: Sequence[StudyRow], baseline: str = "", differences: Mapping[CurvePoint, Difference] | None = None
 ) -> list[str]:
     """What the rows of one test set say: the best systems, their lead on the baseline, and the controls."""
     controls = {row.system for row in block if row.focus in CONTROLS}  # of which none can be the best
@@ -43,7 +43,9 @@ def verdict_sentences(
     return [*said, *control_verdicts(block)]
 
 
-def _lead(wins: Mapping[str, Sequence[float]], differences: Mapping[Cell, Difference], baseline: str) -> str:
+def _lead(
+    wins: Mapping[str, Sequence[float]], differences: Mapping[CurvePoint, Difference], baseline: str
+) -> str:
     """A sentence on the system that wins most often, at the largest percent where it does."""
     cell = next(((system, max(won)) for system, won in wins.items()), None)
     if cell is None or cell not in differences:
@@ -55,7 +57,7 @@ def _lead(wins: Mapping[str, Sequence[float]], differences: Mapping[Cell, Differ
     )
 
 
-def _winners(intervals: Mapping[Cell, Interval], percents: Iterable[float]) -> dict[str, list[float]]:
+def _winners(intervals: Mapping[CurvePoint, Interval], percents: Iterable[float]) -> dict[str, list[float]]:
     """System -> the percents at which it is best, the one with the most first."""
     won: dict[str, list[float]] = {}
     for percent in percents:

@@ -22,16 +22,19 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from torch import Tensor
 
 from medfocus.clip import features
-from medfocus.clip.encoder import ClipEncoder, build_clip
+from medfocus.clip.build import build_clip
+from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.explain.explain import explain, on_image
+from medfocus.focus.crop import crop_box
 from medfocus.focus.modes import FOCUS
-from medfocus.focus.region_views import focused_view
-from medfocus.focus.view import crop_box
+from medfocus.focus.view import view
 from medfocus.images import decode
 from medfocus.learning.selection import LearningRates
+from medfocus.masks.factory import build_segmenter
 from medfocus.masks.segmenter import Mask, Segmenter
+from medfocus.masks.settings import SETTINGS, SegmenterSettings
 from medfocus.masks.store import MaskStore
 from medfocus.methods import IMAGES, METHODS, Method, Support
 from medfocus.serving import checkpoint, defaults
@@ -73,7 +76,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         How an image is shown under its mask: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha"
         or "dual". With "none" no mask is made.
     clip, pretrained : str, default="pocket"
-        See ``medfocus.clip.encoder.build_clip``. The default is small and knows procedural images alone.
+        See ``medfocus.clip.build.build_clip``. The default is small and knows procedural images alone.
     segmenter : {"sam2", "otsu"}, default="sam2"
         What makes the masks.
     segmenter_settings : dict or None, default=None
@@ -284,7 +287,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
                 checkpoint=path,
                 encoder=self.encoder_,
                 segmenter=self.segmenter_ or self._segmenter(),
-                segmenter_settings=self._segmenter_settings(),
                 feather=self.feather,
             )
         seed = self.random_state if isinstance(self.random_state, int) else None
@@ -341,22 +343,21 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         beside = bool(settings.get("segmenter_grid"))
         self.segmenter_ = self._segmenter() if self.focus != "none" or beside else None
         if beside:
-            if self.segmenter != "sam2":
+            sam2 = self.segmenter_.sam2 if self.segmenter_ else None
+            if sam2 is None:
                 raise ValueError(
                     f"MedFocusCLIP: segmenter_grid of {self.method} asks for SAM2's features, but the "
                     f"segmenter is {self.segmenter!r}. Set it to 'sam2', or segmenter_grid to 0."
                 )
-            encoder = encoder.with_segmenter(self.segmenter_)  # pyright: ignore[reportArgumentType]  # a Describer
+            encoder = encoder.with_segmenter(sam2)
         self.encoder_ = (
             encoder.with_region(self.focus, self.attention_bias) if self.focus in REGIONS else encoder
         )
 
-    def _segmenter_settings(self) -> dict[str, Any]:
-        return {**defaults.SEGMENTERS[self.segmenter], **(self.segmenter_settings or {})}
-
     def _segmenter(self) -> Segmenter:
-        settings = json.dumps(self._segmenter_settings(), sort_keys=True)
-        return _built_segmenter(self.segmenter, settings, self.device, threading.get_ident())
+        values = {**defaults.SEGMENTERS[self.segmenter], **(self.segmenter_settings or {})}
+        settings = SETTINGS[self.segmenter](**values)
+        return _built_segmenter(settings, self.device, threading.get_ident())
 
     def _class_names(self) -> tuple[str, ...]:
         return tuple((self.names or {}).get(str(label), str(label)) for label in self.classes_)
@@ -380,7 +381,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return [known[image.sha256] for image in images]
 
     def _view(self, image: _Image, mask: Mask | None, number: int) -> np.ndarray:
-        return focused_view(
+        return view(
             image.pixels,
             None if mask is None or self.focus == "none" else mask.region,
             focus=self.focus,
@@ -456,15 +457,9 @@ def _towers(clip: str, pretrained: str, device: str, thread: int) -> ClipEncoder
 
 
 @lru_cache(maxsize=4)
-def _built_segmenter(name: str, settings: str, device: str, thread: int) -> Segmenter:
-    """A segmenter from its settings in JSON, kept as ``_towers`` are."""
-    if name == "otsu":
-        from medfocus.masks.otsu import OtsuSegmenter
-
-        return OtsuSegmenter(**json.loads(settings))
-    from medfocus.masks.sam2.fast_segmenter import build_segmenter
-
-    return build_segmenter(**json.loads(settings), batch_size=defaults.SEGMENTER_BATCH, device=device)
+def _built_segmenter(settings: SegmenterSettings, device: str, thread: int) -> Segmenter:
+    """A segmenter, kept as ``_towers`` are."""
+    return build_segmenter(settings, batch_size=defaults.SEGMENTER_BATCH, device=device)
 
 
 def _rates(settings: Mapping[str, Any]) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from medfocus.images.decode import MOST_BYTES
-from medfocus.images.stack import ImageError, TooLargeError
+from medfocus.images.errors import ImageError, TooLargeError
 from medfocus.serving.predictor import Predictor
 from medfocus.storage.redaction import kind_and_place
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and files that know their hash."""
+"""Write files and folders atomically, and seal cached files with their sha256."""
 
 from __future__ import annotations
 
@@ -17,34 +17,31 @@ _log = logging.getLogger(__name__)
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file beside and move it in: who is killed here leaves what was there before."""
+    """Write a file atomically: if the process is killed here, the earlier content stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        beside.replace(path)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
     finally:
-        with contextlib.suppress(OSError):  # of two errors the first is the one to tell
-            beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is more useful
+            temporary.unlink(missing_ok=True)
 
 
-def seal(beside: Path, path: Path) -> None:
-    """Move a finished file to its place in a cache, its sha256 written first to ``path``.sha256."""
-    write(_seal_of(path), digest(beside))
-    beside.replace(path)
+def seal(temporary: Path, path: Path) -> None:
+    """Move a finished file to its place in a cache, after writing its sha256 to ``path``.sha256."""
+    write(_seal_of(path), digest(temporary))
+    temporary.replace(path)
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a file of a cache is there and is what was sealed; if it is not, that is reported.
-
-    A file without a seal is believed: it is from before there were any.
-    """
+    """Return whether a cached file exists and matches its seal; log a warning if it does not match."""
     if not path.is_file():
         return False
     seal = _seal_of(path)
     if not seal.is_file() or seal.read_text(encoding="ascii", errors="replace") == digest(path):
         return True
-    _log.warning("%s is damaged (its sha256 is another): it is made again.", path)
+    _log.warning("%s is damaged (its sha256 differs from its seal); it will be made again.", path)
     return False
 
 
@@ -53,29 +50,29 @@ def _seal_of(path: Path) -> Path:
 
 
 def digest(path: Path) -> str:
-    """sha256 hex over a file's bytes, which need not fit into the memory."""
+    """Return the sha256 hex of a file, without reading all of it into memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` to be filled, which takes its place where nothing is raised.
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; without an error, it becomes ``path``.
 
-    What a kill left of an earlier one is removed. Raises FileExistsError where ``path`` is there already.
+    Temporary folders of killed processes are removed. Raises FileExistsError if ``path`` exists.
     """
     if path.exists():
         raise FileExistsError(
-            f"{path} is there already, and nothing is written over. Give another folder, or remove it."
+            f"{path} already exists and is not overwritten. Give another folder, or remove it."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         if not psutil.pid_exists(int(left.name.split(".")[-2])):
             shutil.rmtree(left)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        beside.mkdir()
-        yield beside
-        beside.rename(path)
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

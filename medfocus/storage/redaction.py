@@ -1,7 +1,8 @@
-"""Errors without their text for what keeps them: Prefect and MLflow write down what a run raised.
+"""Redact errors before Prefect and MLflow store them.
 
-The text of an error names files, and the names of medical images name patients. Whoever runs a study needs
-it, on the terminal; a database that is backed up, shared and shown on a page gets kind and place alone.
+The text of an error names files, and the names of medical image files may name patients. The terminal of the
+person who runs a study shows the text. A database, which is backed up and shared, stores only the type and
+the place of the error.
 """
 
 from __future__ import annotations
@@ -13,28 +14,28 @@ import traceback
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _OURS = ("medfocus", "flows")
 
 
 class RedactedError(RuntimeError):
-    """Stands for an error, without its text; in the process that raised it, ``error`` is that one."""
+    """An error without its text. In the process that raised it, ``error`` is the original error."""
 
-    def __init__(self, told: str, error: Exception | None = None) -> None:
-        super().__init__(told)
+    def __init__(self, text: str, error: Exception | None = None) -> None:
+        super().__init__(text)
         self.error = error
 
     def __reduce__(self) -> tuple[type[RedactedError], tuple[str]]:
-        """Without ``error``: Prefect keeps what a flow raised as a pickle in its home."""
+        """Leave ``error`` out, because Prefect stores the errors of flows as pickles."""
         return type(self), (str(self),)
 
 
 def kind_and_place(error: BaseException) -> str:
-    """Such as "ImageError at medfocus.images.decode:72": this project's innermost line before the error."""
-    walked = traceback.walk_tb(error.__traceback__)
-    frames = [(str(frame.f_globals.get("__name__", "?")), line) for frame, line in walked]
+    """Return the type and place of an error, such as "ImageError at medfocus.images.decode:72"."""
+    stack = traceback.walk_tb(error.__traceback__)
+    frames = [(str(frame.f_globals.get("__name__", "?")), line) for frame, line in stack]
     ours = [place for place in frames if place[0].partition(".")[0] in _OURS]
     kind = type(error).__name__
     if not frames:
@@ -44,7 +45,7 @@ def kind_and_place(error: BaseException) -> str:
 
 
 def in_full(error: BaseException) -> str:
-    """An error as the terminal has it: with the way to it, unless this project raised it on purpose."""
+    """Format an error for the terminal, with a traceback unless this project raised it deliberately."""
     frames = list(traceback.walk_tb(error.__traceback__))
     if frames:
         frame, number = frames[-1]
@@ -55,26 +56,26 @@ def in_full(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def redacted(work: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Have ``work`` tell its errors on the terminal, in full, and raise ``RedactedError`` in their place.
+def redacted(work: Callable[P, R]) -> Callable[P, R]:
+    """Decorate ``work`` to print its errors in full on the terminal and to raise ``RedactedError`` instead.
 
-    It stands below ``@task`` and ``@flow``, so that they see the latter alone.
+    Apply it below ``@task`` and ``@flow``, so that these see only ``RedactedError``.
     """
 
     @functools.wraps(work)
-    def careful(*given: Given.args, **named: Given.kwargs) -> Made:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return work(*given, **named)
+            return work(*args, **kwargs)
         except RedactedError:
             raise
         except Exception as error:
             print(in_full(error), end="", file=sys.stderr)
-            told = RedactedError(f"{kind_and_place(error)}; its text is on the terminal", error)
-        raise told  # out here it has no context, which a log would print
+            replacement = RedactedError(f"{kind_and_place(error)}; its text is on the terminal", error)
+        raise replacement  # outside of the except block it has no context, which a log would print
 
-    return careful
+    return wrapper
 
 
 def unredacted(error: BaseException) -> BaseException:
-    """The error behind a ``RedactedError``, where it is at hand; any other as it is."""
+    """Return the original error of a ``RedactedError``, if known; return any other error unchanged."""
     return error.error or error if isinstance(error, RedactedError) else error

@@ -1,14 +1,14 @@
-"""A cache of small entries in few files, in a folder or on shared storage: key -> bytes.
+"""A cache, key -> bytes, of many small entries in few files, in a folder or on shared storage.
 
-A shard is a plain zip file, stored without compression, that is written once and never changed: it appears
-whole or not at all. What a process puts is written about every half second as a small shard of its own; it
-unites its small ones now and then, and removes them only when the united one is there. So a killed process
-loses half a second, threads, processes and machines may write at once, and a reader that finds a shard gone
-looks again. The folder is any URL that fsspec knows (``file``, ``s3``, ...): nothing in it is appended to or
-locked, which an object store could not do.
+A shard is an uncompressed zip file that appears complete and never changes. About every half second, a
+process writes its new entries as a small shard. Now and then it merges its small shards, and it removes them
+only after the merged shard exists. Therefore a killed process loses at most half a second of entries;
+threads, processes and machines can write at the same time; and a reader that misses a shard looks again. The
+folder is any fsspec URL (``file``, ``s3``, ...). No file is appended to or locked, because an object store
+offers neither.
 
-A process reads the directories of the shards once, later only of new ones, and then knows where every entry
-lies: a lookup is one of a dictionary, a read one range of one file.
+A process reads the directory of each shard once and then knows the place of every entry: a lookup is a
+dictionary lookup, and a read is one range of one file.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from typing import Any
 import fsspec
 from fsspec.utils import merge_offset_ranges
 
-FLUSH_SECONDS = 0.5  # a killed process loses what it put in so long
-FLUSH_BYTES = 32 * 2**20  # and no more than this waits in memory
-SHARD_BYTES = 32 * 2**20  # from which on a shard is left alone
-SHARD_ENTRIES = 2_000  # or from so many on: its directory is read whole
-PIECES = 100  # small shards of one process before it unites them
-LOOK_SECONDS = 1.0  # after so long a missing entry is looked for among what others have written since
+FLUSH_SECONDS = 0.5  # a killed process loses the entries of at most this time
+FLUSH_BYTES = 32 * 2**20  # most bytes that wait in memory
+SHARD_BYTES = 32 * 2**20  # a larger shard is not merged
+SHARD_ENTRIES = 2_000  # a shard with more entries is not merged, because readers read its whole directory
+PIECES = 100  # small shards of a process before it merges them
+LOOK_SECONDS = 1.0  # least time between two searches for shards of other writers
 
-_GAP, _BLOCK = 64 * 2**10, 8 * 2**20  # entries nearer than a gap are read together, in blocks of no more
-_SHARD_BITS = 32  # of a place, which is one number to be small in memory: the shard's, then the entry's
+_GAP, _BLOCK = 64 * 2**10, 8 * 2**20  # bytes; entries closer than a gap are read as one block
+_SHARD_BITS = 32  # a place is one number to save memory: shard << 32 | entry
 _ENTRY = (1 << _SHARD_BITS) - 1
-_OBJECT_STORES = {"s3", "gs", "abfs"}  # without folders; to "make" one could make a bucket of a misspelt name
-_TRIES = 10  # to read what others keep uniting with other shards
-_DAMAGE = (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError)  # as zipfile says it
+_OBJECT_STORES = {"s3", "gs", "abfs"}  # have no folders; making one could create a misspelt bucket
+_TRIES = 10  # reads of entries while other processes merge shards
+_DAMAGE = (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError)  # raised by zipfile
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Directory:
-    """Where the entries of one shard lie."""
+    """The places of the entries of a shard."""
 
     path: str
     starts: array[int] = field(default_factory=lambda: array("Q"))
@@ -59,11 +59,10 @@ class _Directory:
 
 
 class Shards:
-    """A folder of shards. Keys are hex digests; entries of equal keys are equal. Threads may share one."""
+    """A folder of shards. Keys are hex digests, and equal keys have equal entries. Thread-safe."""
 
     def __init__(self, url: str | Path, suffix: str = "") -> None:
-        """``url`` is a path or what fsspec knows, made when first written to; names end in ``suffix``."""
-        # Listings are asked for when they matter, so that none may be an old one.
+        """Use the folder ``url``, a path or fsspec URL; names of entries end in ``suffix``."""
         self._files: Any
         self._files, self._folder = fsspec.core.url_to_fs(str(url), use_listings_cache=False)
         protocols = (
@@ -72,17 +71,17 @@ class Shards:
         self._has_buckets = bool(protocols & _OBJECT_STORES)
         self._suffix = suffix
         self._shards: list[_Directory] = []
-        self._known: set[str] = set()  # paths of shards that were read
+        self._known: set[str] = set()  # paths of shards with a known directory
         self._places: dict[bytes, int] = {}  # key -> shard << _SHARD_BITS | entry
-        self._waiting: dict[str, bytes] = {}  # put and not yet written
-        self._own: dict[str, int] = {}  # path -> bytes of the small shards that this object wrote
+        self._waiting: dict[str, bytes] = {}  # entries not yet written
+        self._own: dict[str, int] = {}  # path -> bytes of the small shards of this object
         self._written = self._looked = float("-inf")
         self._lock = threading.RLock()
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Those of ``keys`` that are here, each once and with its content, in the order of the shards.
+        """Yield the existing entries of ``keys``, each once, in the order of the shards.
 
-        A damaged entry is reported and left out, so that it is made and put again.
+        A damaged entry is logged and left out, so that the caller computes and puts it again.
         """
         wanted = {bytes.fromhex(key): key for key in keys}
         for _ in range(_TRIES):
@@ -93,25 +92,25 @@ class Shards:
                 placed = sorted((self._places[name], name) for name in wanted if name in self._places)
             for name, content in waiting.items():
                 yield wanted.pop(name), content
-            moved = False
+            has_moved = False
             for number, group in groupby(placed, key=lambda one: one[0] >> _SHARD_BITS):
                 members = [(place & _ENTRY, name) for place, name in group if name in wanted]
                 shard = self._shards[number]
                 try:
-                    found = self._read_from(shard, members)
-                except FileNotFoundError:  # united with others by its writer, or cleared away
+                    sound = self._read_from(shard, members)
+                except FileNotFoundError:  # merged by its writer, or deleted
                     with self._lock:
                         self._forget(shard.path)
                         self._looked = float("-inf")
-                    moved = True
+                    has_moved = True
                     continue
-                for name, content in found:
+                for name, content in sound:
                     yield wanted.pop(name), content
-            if not moved:
+            if not has_moved:
                 return
 
     def put(self, entries: Iterable[tuple[str, bytes]]) -> None:
-        """Take entries; see the head of this file for when they are written. ``close`` ends it."""
+        """Add entries, which are written within about half a second or at ``close``."""
         with self._lock:
             self._waiting.update(entries)
             size = sum(map(len, self._waiting.values()))
@@ -119,11 +118,11 @@ class Shards:
                 self._flush()
 
     def close(self) -> None:
-        """Write what waits and unite what was written. More may be read and put after."""
+        """Write waiting entries and merge small shards. Reading and putting can continue afterwards."""
         with self._lock:
             self._flush()
             if len(self._own) > 1:
-                self._unite()
+                self._merge()
             self._own.clear()
 
     def _flush(self) -> None:
@@ -134,16 +133,16 @@ class Shards:
                 self._own[path] = size
         self._written = time.monotonic()
         if len(self._own) >= PIECES or sum(self._own.values()) >= SHARD_BYTES:
-            self._unite()
+            self._merge()
 
-    def _unite(self) -> None:
+    def _merge(self) -> None:
         small, self._own = list(self._own), {}
         self._own = self._rewrite(small)
 
     def _rewrite(self, paths: Sequence[str]) -> dict[str, int]:
-        """Write the sound entries of shards to others, then remove the shards; the last, which is not full.
+        """Write the sound entries of shards to new shards, then remove the old ones; return the last new one.
 
-        In between an entry is in both, which does no harm.
+        In between, an entry exists twice, which is harmless.
         """
         content: dict[str, bytes] = {}
         last: dict[str, int] = {}
@@ -162,32 +161,32 @@ class Shards:
         return last
 
     def _write(self, entries: Mapping[str, bytes]) -> tuple[str, int]:
-        """One more shard, which appears whole or not at all: its path and bytes."""
+        """Write a shard atomically; return its path and size."""
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as shard:
             for key in sorted(entries):
                 shard.writestr(entry(key + self._suffix), entries[key])
         path = f"{self._folder}/{uuid.uuid4().hex}.zip"
-        beside = path.removesuffix(".zip") + ".unfinished"
+        temporary = path.removesuffix(".zip") + ".unfinished"
         try:
             if not self._has_buckets:
                 self._files.makedirs(self._folder, exist_ok=True)
-            self._files.pipe_file(beside, packed.getvalue())
-            self._files.mv(beside, path)
+            self._files.pipe_file(temporary, packed.getvalue())
+            self._files.mv(temporary, path)
         except BaseException as error:
-            with contextlib.suppress(Exception):  # of the two errors the first is the one to tell
-                self._files.rm_file(beside)
+            with contextlib.suppress(Exception):  # the first error is more useful
+                self._files.rm_file(temporary)
             if not isinstance(error, OSError):
                 raise
             raise OSError(
-                f"{self._folder}: nothing can be written there ({error}). Free the disk, or mend scale.cache "
-                "in params.yaml."
+                f"{self._folder}: cannot be written ({error}). Free disk space, or correct scale.cache in "
+                "params.yaml."
             ) from error
         self._learn(path, packed)
         return path, len(packed.getbuffer())
 
     def _look(self) -> None:
-        """Read the directories of shards that others have written since the last look."""
+        """Read the directories of shards that other writers have added."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
@@ -203,7 +202,7 @@ class Shards:
                 except FileNotFoundError:
                     continue
                 except _DAMAGE as error:
-                    _log.warning("%s is damaged (%s): what it held is computed again.", path, error)
+                    _log.warning("%s is damaged (%s); its entries are computed again.", path, error)
                     self._remove(path)
 
     def _learn(self, path: str, file: Any) -> None:
@@ -218,7 +217,7 @@ class Shards:
         self._known.add(path)
 
     def _entries(self, file: Any) -> list[tuple[bytes, int, int, int]]:
-        """Of every entry of a shard: its name, where its content starts, bytes and crc32."""
+        """Return name, start, size and crc32 of every entry of a shard."""
         with zipfile.ZipFile(file) as shard:
             items = shard.infolist()
         return [
@@ -232,12 +231,12 @@ class Shards:
         ]
 
     def _sound(self, path: str) -> Iterator[tuple[str, bytes]]:
-        """The undamaged entries of a shard."""
+        """Yield the sound entries of a shard."""
         try:
             data = self._files.cat_file(path)
             items = self._entries(io.BytesIO(data))
         except (FileNotFoundError, *_DAMAGE):
-            return  # another process may have found it damaged
+            return  # another process may have removed it as damaged
         for name, start, size, checksum in items:
             content = data[start : start + size]
             if _is_sound(content, size, checksum):
@@ -246,31 +245,31 @@ class Shards:
     def _read_from(
         self, shard: _Directory, members: Sequence[tuple[int, bytes]]
     ) -> list[tuple[bytes, bytes]]:
-        """The sound ones among entries (number, name) of one shard; what proves wrong is dropped from it."""
+        """Return the sound entries among ``members`` (number, name); rewrite a shard that is damaged."""
         starts = [shard.starts[i] for i, _ in members]
         blocks = self._blocks(shard.path, starts, [shard.starts[i] + shard.sizes[i] for i, _ in members])
-        found = [
+        sound = [
             (name, content)
             for (i, name), content in zip(members, blocks, strict=True)
             if _is_sound(content, shard.sizes[i], shard.checksums[i])
         ]
-        if bad := len(members) - len(found):
-            _log.warning("%s is damaged (%d of its entries): they are computed again.", shard.path, bad)
+        if bad := len(members) - len(sound):
+            _log.warning("%s is damaged (%d of its entries); these are computed again.", shard.path, bad)
             with self._lock:
                 self._rewrite([shard.path])
-        return found
+        return sound
 
     def _blocks(self, path: str, starts: Sequence[int], ends: Sequence[int]) -> list[bytes]:
-        """The ranges of a file, neighbours read together."""
+        """Return ranges of a file; neighbouring ranges are read together."""
         paths, begins, stops = merge_offset_ranges(
             [path] * len(starts), list(starts), list(ends), max_gap=_GAP, max_block=_BLOCK, sort=False
         )
         blocks = self._files.cat_ranges(paths, begins, stops, on_error="raise")
-        found = []
+        contents = []
         for start, end in zip(starts, ends, strict=True):
             block = bisect_right(begins, start) - 1
-            found.append(blocks[block][start - begins[block] : end - begins[block]])
-        return found
+            contents.append(blocks[block][start - begins[block] : end - begins[block]])
+        return contents
 
     def _remove(self, path: str) -> None:
         self._forget(path)
@@ -278,7 +277,7 @@ class Shards:
             self._files.rm_file(path)
 
     def _forget(self, path: str) -> None:
-        """Drop the places in a shard that is gone."""
+        """Forget the places in a removed shard."""
         numbers = {number for number, shard in enumerate(self._shards) if shard.path == path}
         self._known.discard(path)
         for name in [name for name, place in self._places.items() if place >> _SHARD_BITS in numbers]:
@@ -286,15 +285,15 @@ class Shards:
 
 
 def entry(name: str) -> zipfile.ZipInfo:
-    """A zip member whose bytes do not depend on the clock or the machine."""
-    made = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    made.create_system = 3
-    made.external_attr = 0o644 << 16
-    return made
+    """Return a zip member with bytes that do not depend on time or machine."""
+    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    info.create_system = 3
+    info.external_attr = 0o644 << 16
+    return info
 
 
 def start_of(item: zipfile.ZipInfo) -> int:
-    """Where the content of a member begins, which was written as ``entry`` and stored."""
+    """Return the offset of the content of a stored member made by ``entry``."""
     return item.header_offset + 30 + len(item.filename)  # no extra field
 
 

@@ -1,7 +1,7 @@
-"""A table file -> its heading and rows as text: separated values in UTF-8 or UTF-16, or Parquet.
+"""Read table files as text (separated values in UTF-8 or UTF-16, or Parquet), and write CSV files.
 
-How it is written is seen from its content, not from its name: Parquet by its first bytes, the separator
-(comma, semicolon, tab) from the first lines, which Excel may precede by ``sep=;``.
+The content of a file determines its format, not its name: Parquet begins with a magic number, and the first
+lines determine the separator (comma, semicolon or tab). Excel may write ``sep=;`` before them.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-from collections.abc import Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from medfocus.storage import atomic
+
 COLUMNS = ("path", "label", "split", "patient")  # of a manifest
 SUFFIXES = (".csv", ".tsv", ".tab", ".txt", ".parquet", ".pq")
-SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods")  # refused, with the way out
-MAX_BYTES = 1_000_000_000  # of a file, and of what a Parquet file says that it unpacks to
+SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods")  # refused, with instructions for converting them
+MOST_BYTES = 1_000_000_000  # of a file, and of an unpacked Parquet file
 _SEPARATORS = (",", ";", "\t")
-_LOOKED_AT = 20  # lines that choose the separator
+_SAMPLE = 20  # lines that determine the separator
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _ZIP, _OLE, _PARQUET = b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1"
 
 
 class TableError(ValueError):
-    """A file that is no table that is read: the fault, then the fix."""
+    """A file that is not a supported table."""
 
     def __init__(self, fault: str, fix: str) -> None:
         self.fault, self.fix = fault, fix
@@ -35,37 +37,48 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class Table:
-    """What a table file holds, each cell as text without space around it."""
+    """The content of a table file; each cell is text without surrounding spaces."""
 
     heading: tuple[str, ...]
-    rows: list[tuple[str, list[str]]]  # "line 7" or "row 6", and the cells; as many as the heading, or not
+    rows: list[
+        tuple[str, list[str]]
+    ]  # "line 7" or "row 6", and its cells, whose number may differ from the heading
 
 
 def folded(name: str) -> str:
-    """A column's name without case and space around it."""
+    """Return the name of a column without case and surrounding spaces."""
     return name.strip().casefold()
 
 
 def read_table(file: Path, wanted: Set[str] = frozenset()) -> Table:
-    """Read a table; its lines count from 1, the heading's being the first, and a Parquet file's rows do too.
+    """Read a table. Lines count from 1, the heading; rows of a Parquet file count from 1 too.
 
     Args:
-        file: CSV, semicolons or tabs instead of commas, or Parquet.
-        wanted: Folded names of columns, of which a separator has to show as many as it can. Of a Parquet
-            file the others' cells are "": without names, those that hold neither text nor numbers.
+        file: Values separated by commas, semicolons or tabs, or Parquet.
+        wanted: Folded names of columns. The separator that gives most of them is chosen. In a Parquet file
+            the cells of other columns are ""; without names, those of columns of neither text nor numbers.
 
     Raises:
-        TableError: It is none of these, or larger than ``MAX_BYTES``.
-        OSError: It cannot be read.
+        TableError: The file is no such table, or is larger than ``MOST_BYTES``.
+        OSError: The file cannot be read.
     """
-    if (size := file.stat().st_size) > MAX_BYTES:
-        raise TableError(f"has {size / 1e9:.1f} GB; {MAX_BYTES / 1e9:.0f} GB are the most", "Divide it.")
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise TableError(f"has {size / 1e9:.1f} GB; the limit is {MOST_BYTES / 1e9:.0f} GB", "Divide it.")
     with file.open("rb") as opened:
         start = opened.read(4)
     if start in (_ZIP, _OLE):
-        fault = "is a spreadsheet or an archive, and neither is read"
-        raise TableError(fault, "Open it in the spreadsheet program and save it as CSV UTF-8.")
+        fault = "is a spreadsheet or an archive; neither is supported"
+        raise TableError(fault, "Open it in a spreadsheet program and save it as CSV UTF-8.")
     return _parquet(file, wanted) if start == _PARQUET else _separated(file.read_bytes(), wanted)
+
+
+def write_csv(path: Path, heading: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file atomically."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(heading)
+    writer.writerows(rows)
+    atomic.write(path, file.getvalue().encode(errors="backslashreplace"))
 
 
 def _separated(data: bytes, wanted: Set[str]) -> Table:
@@ -74,27 +87,29 @@ def _separated(data: bytes, wanted: Set[str]) -> Table:
     except UnicodeDecodeError as error:
         raise TableError(f"is not UTF-8 ({error})", "Save it again as UTF-8 CSV.") from error
     first, _, rest = text.partition("\n")
-    told = folded(first).removeprefix("sep=") if folded(first).startswith("sep=") else None
-    text, before = (rest, 1) if told is not None else (text, 0)
+    declared = folded(first).removeprefix("sep=") if folded(first).startswith("sep=") else None
+    text, before = (rest, 1) if declared is not None else (text, 0)
     try:
-        separator = told if told and len(told) == 1 else _separator(text, wanted)
+        separator = declared if declared and len(declared) == 1 else _separator(text, wanted)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         rows = [(f"line {reader.line_num + before}", [cell.strip() for cell in row]) for row in reader if row]
     except csv.Error as error:
-        raise TableError(f"holds no separated values ({error})", "Save it again as UTF-8 CSV.") from error
+        raise TableError(
+            f"does not hold separated values ({error})", "Save it again as UTF-8 CSV."
+        ) from error
     return Table(tuple(rows[0][1]), rows[1:]) if rows else Table((), [])
 
 
 def _separator(text: str, wanted: Set[str]) -> str:
-    """With which most wanted columns are found, then most lines are as long as the heading, which is long."""
+    """Choose the separator with most wanted columns, then most lines of equal length, then most columns."""
 
-    def worth(separator: str) -> tuple[int, int, int]:
+    def quality(separator: str) -> tuple[int, int, int]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        heading, *lines = list(islice(filter(None, reader), _LOOKED_AT)) or [[]]
-        alike = sum(len(line) == len(heading) for line in lines) if len(heading) > 1 else 0
-        return len(wanted & set(map(folded, heading))), alike, len(heading)
+        heading, *lines = list(islice(filter(None, reader), _SAMPLE)) or [[]]
+        equal = sum(len(line) == len(heading) for line in lines) if len(heading) > 1 else 0
+        return len(wanted & set(map(folded, heading))), equal, len(heading)
 
-    return max(_SEPARATORS, key=worth)
+    return max(_SEPARATORS, key=quality)
 
 
 def _parquet(file: Path, wanted: Set[str]) -> Table:
@@ -103,21 +118,21 @@ def _parquet(file: Path, wanted: Set[str]) -> Table:
 
     try:
         with parquet.ParquetFile(file) as opened:
-            about, schema = opened.metadata, opened.schema_arrow
-            unpacked = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-            if unpacked > MAX_BYTES or about.num_rows * len(schema.names) > MAX_BYTES:
-                fault = f"says that it unpacks to {unpacked / 1e9:.1f} GB in {about.num_rows} rows"
-                raise TableError(fault, "Leave out columns that hold more than a path, a label or a name.")
+            metadata, schema = opened.metadata, opened.schema_arrow
+            unpacked = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+            if unpacked > MOST_BYTES or metadata.num_rows * len(schema.names) > MOST_BYTES:
+                fault = f"unpacks to {unpacked / 1e9:.1f} GB in {metadata.num_rows} rows"
+                raise TableError(fault, "Remove columns other than path, label, split and patient.")
             columns: list[list[str]] = []
             for field in schema:
-                plain = not (pa.types.is_nested(field.type) or _is_binary(field.type))
-                if folded(field.name) in wanted and not plain:
+                is_plain = not (pa.types.is_nested(field.type) or _is_binary(field.type))
+                if folded(field.name) in wanted and not is_plain:
                     fault = f"has a column {field.name!r} of type {field.type}, neither text nor numbers"
-                    raise TableError(fault, "Write images as files, and their paths into the column.")
-                read = folded(field.name) in wanted or (not wanted and plain)
-                columns.append(_cells(opened, field.name) if read else [""] * about.num_rows)
+                    raise TableError(fault, "Write the images to files, and their paths to the column.")
+                is_read = folded(field.name) in wanted or (not wanted and is_plain)
+                columns.append(_cells(opened, field.name) if is_read else [""] * metadata.num_rows)
     except (pa.ArrowException, OSError) as error:
-        raise TableError(f"is no sound Parquet file ({error})", "Write it again.") from error
+        raise TableError(f"is not a valid Parquet file ({error})", "Write it again.") from error
     rows = [(f"row {i}", list(cells)) for i, cells in enumerate(zip(*columns, strict=True), start=1)]
     return Table(tuple(name.strip() for name in schema.names), rows)
 
@@ -134,8 +149,8 @@ def _cells(opened: Any, name: str) -> list[str]:
 
 
 def _text(cell: object) -> str:
-    """A cell: "" for a null and for not a number, "1" for 1 and for 1.0 (pandas' integers beside nulls)."""
-    if cell is None or cell != cell:  # the latter: not a number
+    """Return a cell as text: "" for null and NaN, "1" for 1 and for 1.0 (pandas: integers with nulls)."""
+    if cell is None or cell != cell:  # NaN
         return ""
     if isinstance(cell, bool):
         return str(cell).lower()

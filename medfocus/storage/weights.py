@@ -1,4 +1,4 @@
-"""Weights: names become files, files become tensors, tensors become keys. The one door for checkpoints."""
+"""Find, load and identify weights. All checkpoints are loaded here."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", "
 
 
 def resolve(name: str, *, hub_id: str | None, filename: str | Sequence[str] | None, what: str) -> Path:
-    """Find the file that ``name`` stands for: a local path, the local hub cache, the hub, in this order.
+    """Find the weights file ``name``: a local path, else in the local hub cache, else on the hub.
 
-    ``filename`` is the file's name in the hub repository ``hub_id``, or several in order of preference.
-    ``what`` says in the user's words what the weights are for and opens the error, best with the setting
-    that takes a path: "params.yaml: masks.checkpoint". A name that is spelt as a path never falls through to
-    the hub, so a typing error does not fetch other weights.
+    ``filename`` is the name of the file in the hub repository ``hub_id``, or several in order of preference.
+    ``what`` begins the error message with the purpose of the weights, best as the setting that takes a path:
+    "params.yaml: masks.checkpoint". A name spelt as a path is never looked up on the hub, so that a typing
+    error does not fetch other weights.
 
-    Raises FileNotFoundError when the file is nowhere, naming the file, the hub id and where to put it.
+    Raises FileNotFoundError with the file, the hub id and where to put the file.
     """
     local = Path(name).expanduser()
     if local.is_file():
@@ -45,31 +45,31 @@ def resolve(name: str, *, hub_id: str | None, filename: str | Sequence[str] | No
     reason: Exception | None = None
     for candidate in names:
         try:
-            # Without this look the download tries an unreachable hub six times, for 24 seconds.
+            # Otherwise the download tries an unreachable hub six times, for 24 seconds.
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(hub_id, candidate))
             return Path(huggingface_hub.hf_hub_download(hub_id, candidate))
         except RemoteEntryNotFoundError as error:
-            reason = error  # the hub answers, but this repository has no such file: try the next name
-        except Exception as error:  # no route, no such repository, no right to it: the next fares no better
+            reason = error  # the repository has no such file; try the next name
+        except Exception as error:  # no network, repository or permission; other names would fail too
             reason = error
             break
     cache = constants.HF_HUB_CACHE
     raise FileNotFoundError(
-        f"{what}: '{name}' is no local file, {' or '.join(names)} of the hub's '{hub_id}' is not in {cache}, "
-        f"and the download failed ({_reason(reason)}). Put the file anywhere and give its path in place of "
-        f"'{name}', or run `hf download {hub_id} {names[0]}` where there is a network and copy its hub cache "
-        f"to {cache}."
+        f"{what}: '{name}' is not a local file, {' or '.join(names)} of '{hub_id}' is not in the hub cache "
+        f"{cache}, and the download failed ({_reason(reason)}). Give the path of a local file instead of "
+        f"'{name}', or run `hf download {hub_id} {names[0]}` on a machine with network access and copy its "
+        f"hub cache to {cache}."
     ) from reason
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
-    """Read a checkpoint's tensors on the CPU, out of safetensors or a pickle of nothing but tensors.
+    """Load the tensors of a checkpoint to the CPU, from safetensors or a pickle that holds only tensors.
 
-    A checkpoint that keeps its weights under "state_dict" or "model" is unwrapped, and the "module." that
-    data-parallel training puts before every name is dropped. No code of the file is ever run.
+    Weights under "state_dict" or "model" are unwrapped, and the prefix "module." of data-parallel training is
+    removed. No code in the file is ever run.
 
-    Raises ValueError when the file is damaged, holds anything but named tensors, or is a pickle that asks for
-    more than ``torch.load(weights_only=True)`` allows.
+    Raises ValueError if the file is damaged, holds anything other than named tensors, or is a pickle that
+    needs more than ``torch.load(weights_only=True)`` allows.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
     for wrapper in ("state_dict", "model"):
@@ -87,8 +87,8 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(
-                f"{path}: the entry {key!r} is {type(value).__name__}, not a tensor. Save the weights alone, "
-                'or under "state_dict" or "model".'
+                f"{path}: the entry {key!r} is {type(value).__name__}, not a tensor. Save only the weights, "
+                'or save them under "state_dict" or "model".'
             )
         state[key] = value.detach()
     if all(key.startswith("module.") for key in state):
@@ -97,10 +97,9 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def digest(weights: Path | Mapping[str, torch.Tensor]) -> str:
-    """Name weights by their content: sha256 (hex) over every tensor's name, type, shape and bytes.
+    """Return the sha256 hex over name, type, shape and bytes of every tensor of a file or a state dict.
 
-    The same tensors have the same digest in every file format and in every order. ``weights`` is a file or
-    a state dict.
+    Equal tensors have the same digest in every file format and in every order.
     """
     import torch
 
@@ -130,7 +129,7 @@ def _read_safetensors(path: Path) -> object:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: not a whole safetensors file ({error}). Copy or download it again."
+            f"{path}: is not a complete safetensors file ({error}). Copy or download it again."
         ) from error
 
 
@@ -139,16 +138,17 @@ def _unpickle(path: Path) -> object:
 
     try:
         with warnings.catch_warnings():
-            # Newer pickle protocols are read just as well, or refused below.
+            # Newer protocols are read, or refused below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
-        wanted = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
-        if wanted:
+        needed = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
+        if needed:
             raise ValueError(
-                f"{path}: asks for {wanted[1] or wanted[2]}, which is more than tensors. Such a file can run "
-                "any code when it is opened, so it was refused. Where you trust its source, save its "
-                "state_dict() as safetensors."
+                f"{path}: needs {needed[1] or needed[2]} in addition to tensors, so opening it could run any "
+                "code. If you trust its source, save its state_dict() as safetensors."
             ) from error
-        reason = "no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else _reason(error)
-        raise ValueError(f"{path}: not a whole checkpoint ({reason}). Copy or download it again.") from error
+        reason = "not a pickle of tensors" if isinstance(error, pickle.UnpicklingError) else _reason(error)
+        raise ValueError(
+            f"{path}: is not a complete checkpoint ({reason}). Copy or download it again."
+        ) from error

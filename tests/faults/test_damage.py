@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 import pytest
+from dvc.utils.serialize import _yaml
 
 from flows.stages import duplicates, dvc, finetune, ingest, masks, phantoms, splits
 from flows.study import costs
@@ -194,3 +195,56 @@ def test_half_a_dvc_lock_is_set_aside_and_made_again(
     assert "dvc.lock was damaged, and is made again" in capsys.readouterr().err
     assert (project / "dvc.lock.damaged").read_text() == left
     assert not dvc.reproduce(project, stage)
+
+
+def test_a_kill_while_dvc_writes_dvc_lock_leaves_the_one_before(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dvc.reproduce(project, "phantoms@breast_ultrasound")
+    lock = project / "dvc.lock"
+    before = lock.read_bytes()
+    dump = _yaml._dump
+
+    def half(content: dict[str, object], file: TextIO) -> None:
+        if "schema" in content:
+            file.write("schema: '2.0'\nstages:\n")  # valid YAML without a stage
+            file.flush()
+            raise Killed
+        dump(content, file)  # the entry of the run cache, which DVC writes atomically
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_yaml, "_dump", half)
+        with pytest.raises(Killed):
+            dvc.reproduce(project, "ingest@phantom-breast")
+    assert lock.read_bytes() == before and not list(project.glob(".dvc.lock*"))
+    assert whole.damaged(project) == []
+    assert dvc.reproduce(project, "ingest@phantom-breast")
+
+
+def test_stages_that_a_killed_dvc_repro_cut_off_dvc_lock_come_back_from_the_run_cache(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("phantoms@breast_ultrasound", "ingest@phantom-breast")
+    for name in names:
+        assert dvc.reproduce(project, name)
+    lock = project / "dvc.lock"
+    complete = lock.read_text()
+    lock.write_text(complete[: complete.index("  ingest@phantom-breast:")])
+    monkeypatch.delattr(phantoms, "main")
+    monkeypatch.delattr(ingest, "main")
+    for name in names:
+        dvc.reproduce(project, name)
+    assert lock.read_text() == complete
+
+
+def test_an_empty_object_that_a_killed_dvc_repro_left_is_made_again(project: Path) -> None:
+    stage = "phantoms@breast_ultrasound"
+    assert dvc.reproduce(project, stage)
+    objects = [path for path in (project / ".dvc/cache/files").rglob("*") if path.is_file()]
+    for path in objects:
+        path.unlink()
+        path.touch()  # writable: DVC trusts read-only objects alone
+    assert len(whole.damaged(project)) == len(objects)
+    (project / "dvc.lock").unlink()
+    dvc.reproduce(project, stage)
+    assert whole.damaged(project) == []

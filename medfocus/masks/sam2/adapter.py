@@ -231,22 +231,22 @@ class AdapterSegmenter:
 
         Raises ValueError where the state is not of this SAM2.
         """
-        self.plain = plain
-        self.features_key = plain.features_key
+        self.sam2 = plain
+        self.settings = plain.settings
         self.key = segmenter_key(AdapterSegmenter, plain=plain.key, state=weights.digest(state))
         self.model = _with_state(plain.model, state).requires_grad_(False)
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
         """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
         masks: list[Mask] = []
-        size = self.plain.batch_size
+        size = self.sam2.batch_size
         with torch.inference_mode():
             for start in range(0, len(images), size):
                 batch = [check_image(image) for image in images[start : start + size]]
-                logits, iou = whole_image(self.model, _pixels(batch, self.plain))
+                logits, iou = whole_image(self.model, _pixels(batch, self.sam2))
                 for i, image in enumerate(batch):
                     found = self._found(image, logits[i].float().cpu().numpy(), float(iou[i]))
-                    masks.append(self.plain._mask(image, found))
+                    masks.append(self.sam2._mask(image, found))
         return masks
 
     @property
@@ -254,19 +254,17 @@ class AdapterSegmenter:
         """What ``train_adapter`` gave, on the CPU."""
         return _state(self.model)
 
-    def describe(self, images: Sequence[np.ndarray], grid: int) -> Tensor:
-        """The image features of SAM2 as it was, (B, P); see ``Sam2Segmenter.describe``."""
-        return self.plain.describe(images, grid)
-
     def _found(self, image: np.ndarray, logits: np.ndarray, predicted_iou: float) -> Found:
         """The ladder for one image and its logits (h, w), up to the box around the whole of it."""
         one = logits[None]  # (1, h, w)
         choice = None
         if np.isfinite(one).all() and np.isfinite(predicted_iou):
             quality, steady = np.array([predicted_iou]), candidates.stability(one)
-            choice = candidates.choose(one > 0, quality, steady, self.plain.limits, keep=1, max_overlap=1.0)
+            choice = candidates.choose(
+                one > 0, quality, steady, self.settings.limits, keep=1, max_overlap=1.0
+            )
         if choice is None:
-            return self.plain._boxed(self.plain.encode([image]), 0)
+            return self.sam2._boxed(self.sam2.encode([image]), 0)
         return Found(one, choice.score, choice.status)
 
 

@@ -14,24 +14,12 @@ import numpy as np
 import torch
 
 from medfocus.masks import candidates
-from medfocus.masks.sam2 import segmenter
 from medfocus.masks.sam2.fast_decoder import Answer, FastDecoder, Scene
 from medfocus.masks.sam2.fast_encoder import FOLDED, FastEncoder
 from medfocus.masks.sam2.segmenter import Features, Found, Prompts, Sam2Segmenter
 from medfocus.masks.segmenter import segmenter_key
 
 LEAST_SIZE = 512  # pixels a side that the model sees; below it decoding is cheap, and old masks stay valid
-
-
-def build_segmenter(
-    config: str, checkpoint: str, image_size: int, strategy: str, **settings: Any
-) -> Sam2Segmenter:
-    """``segmenter.build_segmenter``, and from ``LEAST_SIZE`` pixels a side on a fast one, where that fits.
-
-    The strategy "automatic" is SAM2's own generator as it stands, at every size.
-    """
-    plain = segmenter.build_segmenter(config, checkpoint, image_size, strategy, **settings)
-    return FastSegmenter(plain) if image_size >= LEAST_SIZE and fits(plain) else plain
 
 
 def fits(plain: Sam2Segmenter) -> bool:
@@ -43,7 +31,7 @@ def fits(plain: Sam2Segmenter) -> bool:
     model: Any = plain.model
     neck, levels = model.image_encoder.neck, len(model.image_encoder.neck.convs) - model.image_encoder.scalp
     apart = min(neck.fpn_top_down_levels) >= FOLDED and levels == FOLDED + 1
-    return plain.strategy != "automatic" and model.use_high_res_features_in_sam and apart
+    return plain.settings.strategy != "automatic" and model.use_high_res_features_in_sam and apart
 
 
 class FastSegmenter(Sam2Segmenter):
@@ -53,21 +41,10 @@ class FastSegmenter(Sam2Segmenter):
         """Take model, strategy and limits of ``plain``. Raises ValueError unless it ``fits``."""
         if not fits(plain):
             raise ValueError(
-                f"no fast segmenter for the strategy {plain.strategy!r} and this SAM2: it does 'grid', "
-                "'center' and 'box' on models of the published kind. Take the plain one."
+                f"no fast segmenter for the strategy {plain.settings.strategy!r} and this SAM2: it does "
+                "'grid', 'center' and 'box' on models of the published kind. Take the plain one."
             )
-        super().__init__(
-            plain.predictor,
-            "",
-            strategy=plain.strategy,
-            points_per_side=plain.points_per_side,
-            keep=plain.keep,
-            limits=plain.limits,
-            max_overlap=plain.max_overlap,
-            follow_edges=plain.follow_edges,
-            batch_size=plain.batch_size,
-        )
-        self.prompts = plain.prompts
+        super().__init__(plain.predictor, "", plain.settings, plain.batch_size)
         self.encoder, self.decoder = FastEncoder(self.model), FastDecoder(self.model)
         half = self.predictor.device.type == "cuda"  # the encoder's blocks, see there
         precision = "bfloat16" if half else "float32"
@@ -157,7 +134,7 @@ class _Seen:
         self.logits += list(logits)
         self.iou += iou.tolist()
         self.steady += steady.tolist()
-        limits = self.segmenter.limits
+        limits = self.segmenter.settings.limits
         fit = (iou >= limits.min_iou) & (steady >= limits.min_stability)
         if fit.any() and candidates.scores(logits[fit] > 0, iou[fit], steady[fit]).max() > self.best:
             self._raise_bar()
@@ -165,8 +142,8 @@ class _Seen:
     def choice(self) -> Found | None:
         """What ``candidates.choose`` makes of all candidates; None where it finds nothing."""
         for status, limits in (
-            ("chosen", self.segmenter.limits),
-            ("relaxed", self.segmenter.limits.relaxed()),
+            ("chosen", self.segmenter.settings.limits),
+            ("relaxed", self.segmenter.settings.limits.relaxed()),
         ):
             picked = self._picked(limits)
             if picked is not None:
@@ -174,10 +151,10 @@ class _Seen:
         return None
 
     def _raise_bar(self) -> None:
-        limits, picked = self.segmenter.limits, self._picked(self.segmenter.limits)
+        limits, picked = self.segmenter.settings.limits, self._picked(self.segmenter.settings.limits)
         if picked is None:
             return
-        if len(picked[0]) == self.segmenter.keep:
+        if len(picked[0]) == self.segmenter.settings.keep:
             regions = np.stack([self.logits[i] > 0 for i in picked[0]])
             iou, steady = (np.array([of[i] for i in picked[0]]) for of in (self.iou, self.steady))
             self.best = float(candidates.scores(regions, iou, steady).min())
@@ -195,7 +172,7 @@ class _Seen:
             np.array(self.iou)[order],
             np.array(self.steady)[order],
             limits,
-            keep=self.segmenter.keep,
-            max_overlap=self.segmenter.max_overlap,
+            keep=self.segmenter.settings.keep,
+            max_overlap=self.segmenter.settings.max_overlap,
         )
         return None if best is None else ([int(order[i]) for i in best[0]], best[1])

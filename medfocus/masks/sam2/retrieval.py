@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from medfocus.images import decode
+from medfocus.images.geometry import letterbox
 from medfocus.masks import candidates
 from medfocus.masks.sam2.segmenter import Features, Found, Sam2Segmenter
 from medfocus.masks.segmenter import Mask, check_image, segmenter_key
@@ -78,11 +78,12 @@ class TextRank:
         if not texts:
             raise ValueError("no text to rank proposals by; give at least one, such as 'a lesion'.")
         text = F.normalize(towers.encode_texts(list(texts)).mean(0), dim=0)  # (D,)
-        return cls(towers, text, fingerprint(type(towers), towers=towers.key, texts=list(texts)))
+        code = (type(towers), "medfocus.clip.build")
+        return cls(towers, text, fingerprint(*code, towers=towers.key, texts=list(texts)))
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """M crops (h, w, 3) uint8 RGB -> cosines (M,) in [-1, 1]; a crop keeps its aspect, on black."""
-        views = np.stack([decode.letterbox(p, self.towers.image_size, (0, 0, 0)) for p in images])
+        views = np.stack([letterbox(p, self.towers.image_size, (0, 0, 0)) for p in images])
         features = self.towers.encode_images(self.towers.preprocess(views))  # (M, D)
         return (features @ self.text).cpu().numpy()
 
@@ -97,39 +98,36 @@ class RetrievalSegmenter:
 
     def __init__(self, plain: Sam2Segmenter, rank: Rank) -> None:
         """Take the proposals, limits and ``keep`` of ``plain``; ValueError unless its strategy is "grid"."""
-        if plain.strategy != "grid":
+        if plain.settings.strategy != "grid":
             raise ValueError(
-                f"proposals come from the strategy {plain.strategy!r}; build that segmenter with 'grid'."
+                f"proposals come from the strategy {plain.settings.strategy!r}; "
+                "build that segmenter with 'grid'."
             )
-        self.plain = plain
+        self.sam2 = plain
         self.rank = rank
-        self.features_key = plain.features_key
+        self.settings = plain.settings
         self.key = segmenter_key(RetrievalSegmenter, plain=plain.key, rank=rank.key)
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
         """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
         masks: list[Mask] = []
-        size = self.plain.batch_size
+        size = self.sam2.batch_size
         with torch.inference_mode():
             for start in range(0, len(images), size):
                 batch = [check_image(image) for image in images[start : start + size]]
-                features = self.plain.encode(batch)
+                features = self.sam2.encode(batch)
                 for i, image in enumerate(batch):
-                    masks.append(self.plain._mask(image, self._found(features, i, image)))
+                    masks.append(self.sam2._mask(image, self._found(features, i, image)))
         return masks
-
-    def describe(self, images: Sequence[np.ndarray], grid: int) -> torch.Tensor:
-        """SAM2's image features, (B, P); see ``Sam2Segmenter.describe``."""
-        return self.plain.describe(images, grid)
 
     def _found(self, features: Features, index: int, image: np.ndarray) -> Found:
         """The ladder for one encoded image, up to the box around the whole of it."""
-        plain = self.plain
+        plain, settings = self.sam2, self.settings
         logits, iou = plain.decode(features, index, plain.prompts)  # (M, h, w), (M,)
         sound = np.isfinite(logits).all((1, 2)) & np.isfinite(iou)
         logits, iou = logits[sound], iou[sound]
         regions, steady = logits > 0, candidates.stability(logits)
-        for status, limits in (("chosen", plain.limits), ("relaxed", plain.limits.relaxed())):
+        for status, limits in (("chosen", settings.limits), ("relaxed", settings.limits.relaxed())):
             indices, quality = distinct(regions, iou, steady, limits)
             if not indices:
                 continue
@@ -142,8 +140,8 @@ class RetrievalSegmenter:
                 regions[indices],
                 liking,
                 max_area=limits.max_area,
-                keep=plain.keep,
-                max_overlap=plain.max_overlap,
+                keep=settings.keep,
+                max_overlap=settings.max_overlap,
             )
             return Found(logits[[indices[i] for i in best]], float(quality[best].mean()), status)
         return plain._boxed(features, index)

@@ -19,18 +19,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from medfocus.images.decode import grey
+from medfocus.images.geometry import grey
 from medfocus.masks import candidates
 from medfocus.masks.sam2 import edges
 from medfocus.masks.sam2.model import load_predictor
 from medfocus.masks.segmenter import Mask, check_image, identity, segmenter_key
+from medfocus.masks.settings import Sam2Settings
 
 if TYPE_CHECKING:
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
     from sam2.modeling.sam2_base import SAM2Base
     from sam2.sam2_image_predictor import SAM2ImagePredictor
-
-STRATEGIES = ("automatic", "grid", "center", "box")
 
 # Fewer point prompts at once cost overhead, more fall out of the processor's cache: at 1024 px four at
 # once took 40 ms a point and sixteen 80 ms. This bounds the decoder's largest tensor.
@@ -72,63 +71,28 @@ class Sam2Segmenter:
     """
 
     def __init__(
-        self,
-        predictor: SAM2ImagePredictor,
-        model_key: str,
-        *,
-        strategy: str,
-        points_per_side: int,
-        keep: int,
-        limits: candidates.Limits,
-        max_overlap: float = 0.3,
-        box_side: float = 1.0,
-        follow_edges: bool = False,
-        batch_size: int = 4,
+        self, predictor: SAM2ImagePredictor, model_key: str, settings: Sam2Settings, batch_size: int = 4
     ) -> None:
-        """Wrap a predictor of ``load_predictor``; one predictor may serve several segmenters.
-
-        ``points_per_side`` is for "automatic" and "grid"; ``box_side`` for "box", the side of its centred
-        box as a share of the image's. ``keep`` distinct candidates (see ``candidates.pick``) are united.
-        ``follow_edges`` moves the outline of a winner to the image's edges.
-        Raises ValueError for an unknown strategy or a number out of range, or where "automatic", which is
-        SAM2's own generator as it stands, is to follow edges.
-        """
-        if strategy not in STRATEGIES:
-            raise ValueError(f"Unknown mask strategy {strategy!r}; known: {', '.join(STRATEGIES)}.")
-        for name, value in (("points_per_side", points_per_side), ("keep", keep), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; use 1 or more.")
-        if not 0 < box_side <= 1:
-            raise ValueError(f"box_side is {box_side}; use a share of the image in (0, 1].")
-        if follow_edges and strategy == "automatic":
-            raise ValueError(
-                "follow_edges is on for the strategy 'automatic', SAM2's own generator as it stands. "
-                "Set follow_edges to false, or take the strategy 'grid'."
-            )
+        """Wrap a predictor and key of ``load_predictor``; several segmenters may share one predictor."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; use 1 or more.")
         self.predictor = predictor
-        self.strategy = strategy
-        self.keep = keep
-        self.limits = limits
-        self.max_overlap = max_overlap
-        self.follow_edges = follow_edges
+        self.settings = settings
         self.batch_size = batch_size
-        self.points_per_side = points_per_side
-        if strategy == "box":
-            self.prompts = box_prompt(box_side)
+        if settings.strategy == "box":
+            self.prompts = box_prompt(settings.box_side)
         else:
-            self.prompts = grid_prompts(1 if strategy == "center" else points_per_side)
+            self.prompts = grid_prompts(1 if settings.strategy == "center" else settings.points_per_side)
+        # The model's key names config, checkpoint and image size by their content.
+        network = ("config", "checkpoint", "image_size")
+        choice = {name: value for name, value in asdict(settings).items() if name not in network}
         self.features_key = segmenter_key(Sam2Segmenter, features_of=model_key)
-        self.key = segmenter_key(
-            Sam2Segmenter,
-            model=model_key,
-            strategy=strategy,
-            points_per_side=points_per_side,
-            keep=keep,
-            limits=asdict(limits),
-            max_overlap=max_overlap,
-            box_side=box_side,
-            follow_edges=follow_edges,
-        )
+        self.key = segmenter_key(Sam2Segmenter, model=model_key, **choice)
+
+    @property
+    def sam2(self) -> Sam2Segmenter:
+        """Return this segmenter; see ``Segmenter.sam2``."""
+        return self
 
     @property
     def model(self) -> SAM2Base:
@@ -141,7 +105,7 @@ class Sam2Segmenter:
         with torch.inference_mode():
             for start in range(0, len(images), self.batch_size):
                 batch = [check_image(image) for image in images[start : start + self.batch_size]]
-                if self.strategy == "automatic":
+                if self.settings.strategy == "automatic":
                     masks += [self._generated(image) for image in batch]
                     continue
                 features = self.encode(batch)
@@ -219,9 +183,9 @@ class Sam2Segmenter:
             logits > 0,
             iou,
             candidates.stability(logits),
-            self.limits,
-            keep=self.keep,
-            max_overlap=self.max_overlap,
+            self.settings.limits,
+            keep=self.settings.keep,
+            max_overlap=self.settings.max_overlap,
         )
         if choice is None:
             return self._boxed(features, index)
@@ -232,7 +196,12 @@ class Sam2Segmenter:
         logits, iou = _finite(*self.decode(features, index, box_prompt(1.0)))
         steady = candidates.stability(logits)
         best = candidates.pick(
-            logits > 0, iou, steady, self.limits.relaxed(), keep=1, max_overlap=self.max_overlap
+            logits > 0,
+            iou,
+            steady,
+            self.settings.limits.relaxed(),
+            keep=1,
+            max_overlap=self.settings.max_overlap,
         )
         if best is None:
             return Found(logits[:0], 0.0, "identity")
@@ -250,7 +219,7 @@ class Sam2Segmenter:
         The edges are looked for at the resolution that the model saw, four times that of the logits.
         """
         size = image.shape[:2]
-        if not self.follow_edges:
+        if not self.settings.follow_edges:
             return candidates.tidy(_resized(logits, size) > 0)
         seen = (4 * logits.shape[0], 4 * logits.shape[1])
         inside = torch.from_numpy(_resized(logits, seen)).sigmoid().numpy()
@@ -263,9 +232,11 @@ class Sam2Segmenter:
         The generator filters by its thresholds before it removes duplicates, so relaxed thresholds need
         a second run of it.
         """
-        for status, limits in (("chosen", self.limits), ("relaxed", self.limits.relaxed())):
+        for status, limits in (("chosen", self.settings.limits), ("relaxed", self.settings.limits.relaxed())):
             regions, iou, steady = self._proposals(image, limits)
-            best = candidates.pick(regions, iou, steady, limits, keep=self.keep, max_overlap=self.max_overlap)
+            best = candidates.pick(
+                regions, iou, steady, limits, keep=self.settings.keep, max_overlap=self.settings.max_overlap
+            )
             if best is not None:
                 return Mask(candidates.unite(regions[list(best[0])]), best[1], status)
         return self._mask(image, self._boxed(self.encode([image]), 0))
@@ -294,48 +265,17 @@ class Sam2Segmenter:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # see load_predictor
-            generator = SAM2AutomaticMaskGenerator(self.model, points_per_side=self.points_per_side)
+            generator = SAM2AutomaticMaskGenerator(self.model, points_per_side=self.settings.points_per_side)
         generator.predictor = self.predictor
         return generator
 
 
-def build_segmenter(
-    config: str,
-    checkpoint: str,
-    image_size: int,
-    strategy: str,
-    *,
-    points_per_side: int = 4,
-    keep: int = 1,
-    min_area: float = 0.01,
-    max_area: float = 0.70,
-    min_iou: float = 0.7,
-    min_stability: float = 0.85,
-    max_overlap: float = 0.3,
-    box_side: float = 1.0,
-    follow_edges: bool = False,
-    batch_size: int = 4,
-    device: str = "cpu",
-) -> Sam2Segmenter:
-    """A segmenter out of plain settings; see ``load_predictor`` and ``Sam2Segmenter``.
-
-    ``min_area`` and ``max_area`` are shares of the image; ``keep`` is 2 for a chest X-ray, whose lungs
-    are two regions, else 1. ``min_iou`` and ``min_stability`` lie below the 0.8 and 0.95 that SAM2's
-    generator has for photographs: the score ranks, the thresholds only keep out what is no region.
-    """
-    predictor, model_key = load_predictor(config, checkpoint, image_size, device=device)
-    return Sam2Segmenter(
-        predictor,
-        model_key,
-        strategy=strategy,
-        points_per_side=points_per_side,
-        keep=keep,
-        limits=candidates.Limits(min_area, max_area, min_iou, min_stability),
-        max_overlap=max_overlap,
-        box_side=box_side,
-        follow_edges=follow_edges,
-        batch_size=batch_size,
+def load_sam2(settings: Sam2Settings, *, batch_size: int = 4, device: str = "cpu") -> Sam2Segmenter:
+    """Load SAM2 and wrap it as a segmenter; see ``load_predictor`` for the errors."""
+    predictor, model_key = load_predictor(
+        settings.config, settings.checkpoint, settings.image_size, device=device
     )
+    return Sam2Segmenter(predictor, model_key, settings, batch_size)
 
 
 def grid_prompts(points_per_side: int) -> Prompts:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from medfocus.images import decode
+from medfocus.images.errors import ImageError
 from medfocus.storage.redaction import RedactedError, kind_and_place, redacted, unredacted
 
 
@@ -24,7 +25,7 @@ def raised(path: Path) -> RedactedError:
     return caught.value
 
 
-def test_the_text_of_an_error_is_told_on_the_terminal_and_nowhere_else(
+def test_the_text_of_an_error_appears_only_on_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = tmp_path / "DOE_JANE.png"
@@ -34,30 +35,28 @@ def test_the_text_of_an_error_is_told_on_the_terminal_and_nowhere_else(
     logged = "".join(traceback.format_exception(error))
     assert "ImageError at medfocus.images.decode:" in logged and "DOE_JANE" not in logged
     assert f"{image}: the file is empty (0 bytes). Copy it again" in capsys.readouterr().err
-    assert isinstance(unredacted(error), decode.ImageError) and "DOE_JANE" in str(unredacted(error))
+    assert isinstance(unredacted(error), ImageError) and "DOE_JANE" in str(unredacted(error))
 
 
-def test_a_fault_that_was_foreseen_is_told_in_its_sentence_and_any_other_with_the_way_to_it(
+def test_an_expected_error_is_one_line_and_any_other_has_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.png").touch()
     raised(tmp_path / "empty.png")
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("medfocus.images.stack.ImageError: ")
+    assert told.count("\n") == 1 and told.startswith("medfocus.images.errors.ImageError: ")
     raised(tmp_path / "nowhere.png")  # of the system
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_error_is_told_once_however_many_watch_over_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nested_decorators_print_an_error_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RedactedError) as caught:
         redacted(redacted(read))(tmp_path / "nowhere.png")
     assert isinstance(caught.value.error, FileNotFoundError)
     assert capsys.readouterr().err.count("nowhere.png") == 1
 
 
-def test_what_is_kept_of_an_error_as_a_pickle_has_no_text_either(tmp_path: Path) -> None:
+def test_a_pickled_error_has_no_text(tmp_path: Path) -> None:
     (tmp_path / "DOE_JANE.png").touch()
     kept = pickle.dumps(raised(tmp_path / "DOE_JANE.png"))
     assert b"DOE_JANE" not in kept
@@ -65,7 +64,7 @@ def test_what_is_kept_of_an_error_as_a_pickle_has_no_text_either(tmp_path: Path)
     assert unredacted(error) is error and str(error).startswith("ImageError at medfocus.images.decode:")
 
 
-def test_what_is_returned_passes_and_an_error_of_elsewhere_has_its_own_place() -> None:
+def test_results_pass_through_and_errors_of_other_code_keep_their_place() -> None:
     assert redacted(max)(1, 2) == 2
     with pytest.raises(ValueError, match="DOE_JANE") as caught:
         int("DOE_JANE")
