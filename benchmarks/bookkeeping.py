@@ -79,7 +79,7 @@ dvc_patches.run_here = timed(dvc_patches.run_here, "stages_s")
 page.write_page = timed(page.write_page, "page_s")
 runs.start = timed(runs.start, "mlflow_s")
 for method in ("log_cell", "log_figure", "log_table"):
-    setattr(runs.Study, method, timed(getattr(runs.Study, method), "mlflow_s"))
+    setattr(runs.StudyRun, method, timed(getattr(runs.StudyRun, method), "mlflow_s"))
 began = time.perf_counter()
 pipeline.main([])
 spent = {"wall_s": time.perf_counter() - began, **spent}

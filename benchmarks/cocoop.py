@@ -63,7 +63,7 @@ def _peak(step: str, model: str) -> float:
     import torch
 
     from medfocus.clip.build import build_clip
-    from medfocus.methods import Support
+    from medfocus.learning.method import Support
     from medfocus.methods.cocoop import CoCoOp
     from medfocus.methods.coop import CoOp
 

@@ -39,14 +39,16 @@ from medfocus.clip.build import build_clip
 from medfocus.explain.explain import explain
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
 from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
 from medfocus.masks.segmenter import Mask, Segmenter, identity
 from medfocus.masks.settings import Sam2Settings
-from medfocus.methods import METHODS, Support
-from medfocus.serving import checkpoint, predictor
-from medfocus.serving.predictor import Predictor, probabilities_of
+from medfocus.methods.clip import ClipLinearProbe
+from medfocus.serving import checkpoint
+from medfocus.serving.model_folder import load_model, save_model
+from medfocus.serving.predictor import probabilities_of
 
 HOME = "http://127.0.0.1:8600"
 ABOUT = About("medfocus-brain", "3 (champion)", "brain", "clip-linear-probe", "SAM2", {"ece": 0.0625})
@@ -71,7 +73,7 @@ def encoded(number: int, kind: str = "PNG") -> bytes:
 def save(folder: Path, segmenter: Segmenter) -> Path:
     """A model folder: a linear probe on eight phantoms, by the packaged networks."""
     encoder = build_clip("pocket", "pocket")
-    method = METHODS["clip-linear-probe"](encoder, folds=3)
+    method = ClipLinearProbe(encoder, folds=3)
     images = [drawn(number) for number in range(8)]
     size = encoder.image_size
     views = [
@@ -85,7 +87,7 @@ def save(folder: Path, segmenter: Segmenter) -> Path:
         "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"}
     )
     checkpoint.save(method, header, folder / "cell.safetensors")
-    predictor.save_model(
+    save_model(
         folder / "model", checkpoint=folder / "cell.safetensors", encoder=encoder, segmenter=segmenter,
         feather=0.01,
     )  # fmt: skip
@@ -100,13 +102,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reader(folder: Path) -> Reader:
-    return Reader(Predictor.load(folder))
+    return Reader(load_model(folder))
 
 
 @pytest.fixture(scope="module")
 def otsu(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """A model without SAM2."""
-    return Reader(Predictor.load(save(tmp_path_factory.mktemp("otsu"), OtsuSegmenter())))
+    return Reader(load_model(save(tmp_path_factory.mktemp("otsu"), OtsuSegmenter())))
 
 
 Opener = Callable[..., TestClient]
@@ -604,7 +606,7 @@ def test_a_port_that_is_taken_is_named_with_the_fix() -> None:
     with workstation.listening("127.0.0.1", 0) as bound:
         bound.listen()
         port = bound.getsockname()[1]
-        with pytest.raises(OSError, match=rf"127\.0\.0\.1:{port} cannot be listened on .*another --port"):
+        with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1:{port} .*another --port"):
             workstation.listening("127.0.0.1", port)
 
 

@@ -1,4 +1,4 @@
-"""An audit finds what is known, and never takes silence for a clean bill."""
+"""Claims about the audit: it finds known vulnerabilities and never reports success without an answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SKIPPED = {"name": "c", "skip_reason": "not found"}
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, canary: object, lock: object) -> list[str]:
-    """Stand in for pip-audit: an answer for the canary, one for the lock; the files that it was given."""
+    """Replace pip-audit by answers for the canary and the lock; return the list of the audited files."""
     asked: list[str] = []
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -33,18 +33,18 @@ def answering(monkeypatch: pytest.MonkeyPatch, canary: object, lock: object) -> 
     return asked
 
 
-def test_a_known_vulnerability_fails_the_check_with_the_version_that_mends_it(
+def test_a_known_vulnerability_fails_the_check_and_names_the_fixed_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answering(monkeypatch, [BAD], [CLEAN, BAD, SKIPPED])
     assert audit.main(["x.lock"]) == 1
-    told = capsys.readouterr().out
-    assert "x.lock: b 2: GHSA-1, fixed in 2.1" in told
-    assert "x.lock: NOT AUDITED, as the index does not know them: c" in told
-    assert "x.lock: 2 packages audited, 1 vulnerabilities known" in told
+    output = capsys.readouterr().out
+    assert "x.lock: b 2: GHSA-1, fixed in 2.1" in output
+    assert "x.lock: NOT AUDITED, as the index does not know them: c" in output
+    assert "x.lock: 2 packages audited, 1 vulnerabilities known" in output
 
 
-def test_an_audit_that_finds_nothing_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_audit_without_vulnerabilities_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, [BAD], [CLEAN])
     assert audit.main(["x.lock"]) == 0
 
@@ -58,10 +58,10 @@ def test_an_audit_that_finds_nothing_passes(monkeypatch: pytest.MonkeyPatch) -> 
         ("ConnectionError: no route", "pip-audit could not ask; it said: ConnectionError: no route"),
     ],
 )
-def test_silence_is_no_clean_bill(
+def test_an_index_without_an_answer_is_reported_as_not_audited(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], canary: object, reason: str
 ) -> None:
     asked = answering(monkeypatch, canary, [BAD])
     assert audit.main(["x.lock"]) == 0
     assert capsys.readouterr().out.startswith(f"x.lock: NOT AUDITED: {reason}")
-    assert asked == ["canary.txt"], "nothing more is asked of an index that knows nothing"
+    assert asked == ["canary.txt"], "an index that does not know the canary gets no further question"

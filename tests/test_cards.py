@@ -64,7 +64,7 @@ def data() -> DatasetFacts:
         segmenter="Otsu's threshold",
         drift=[],
         new=None,
-        made={"git.commit": "0a1b", "dvc.lock.sha256": "2c3d"},
+        provenance={"git.commit": "0a1b", "dvc.lock.sha256": "2c3d"},
     )
 
 
@@ -76,7 +76,7 @@ def model() -> ModelFacts:
         focus="crop",
         support="20%",
         seed=3,
-        learnt={"cyst": 3, "solid": 25},
+        learned_from={"cyst": 3, "solid": 25},
         settings={"epochs": 5},
         parts={"CLIP": "pocket; sha256 aa"},
         pocket=True,
@@ -112,9 +112,9 @@ def test_failures_are_counted_by_what_is_known_of_an_image_and_small_groups_say_
 ) -> None:
     card = model_card(model, data)
     found = rows(card)
-    assert found["solid taken for cyst"] == ["33.3 % [19.2, 51.2], 10 of 30"]
-    assert found["mask from relaxed"] == ["50.0 % [18.8, 81.2], 3 of 6", "fewer than 20: too few to tell"]
-    assert found["mask from chosen"][1] == ""
+    assert found["solid predicted as cyst"] == ["33.3 % [19.2, 51.2], 10 of 30"]
+    assert found["mask relaxed"] == ["50.0 % [18.8, 81.2], 3 of 6", "fewer than 20 images"]
+    assert found["mask chosen"][1] == ""
     thirds = [found[f"mask covers {group}"] for group in ("up to 19.7 %", "19.7 % to 39.3 %", "above 39.3 %")]
     assert [each[0].rpartition(", ")[2] for each in thirds] == ["10 of 20", "20 of 20", "20 of 20"]
     assert {"size 128 x 96", "size 96 x 96"} <= set(found)
@@ -127,10 +127,14 @@ def test_a_class_without_a_test_image_has_no_recall_and_no_auroc(
     named = ("cyst", "scar", "solid")
     spread = np.insert(PROBABILITIES, 1, 0.0, axis=1)
     without = replace(
-        model, classes=named, probabilities=spread, labels=LABELS * 2, learnt={name: 1 for name in named}
+        model,
+        classes=named,
+        probabilities=spread,
+        labels=LABELS * 2,
+        learned_from={name: 1 for name in named},
     )
     found = rows(model_card(without, data))
-    assert found["scar"] == ["no image", "no image"] and found["AUROC"][0] == "cannot be told"
+    assert found["scar"] == ["no image", "no image"] and found["AUROC"][0] == "not defined"
     assert "weakest class solid, recall 66.7 %" in headline("official", spread, LABELS * 2, named)
 
 
@@ -144,14 +148,14 @@ def test_the_card_says_what_it_is_not_for_and_where_not_to_believe_it(
         "| recall of solid | 0.667 | at least 0.7 | **not met** |",
         "1 of 60 test images occur in train as well",
         "1 patient has images in train and in test",
-        "trained on drawn images alone",
-        "ingestion found 1 files whose label contradicts another's",
-        "Learnt from fewer than 20 images: cyst (3)",
-        "17 of 28 right out of fold",
+        "trained on phantoms, never",
+        "ingestion found 1 files with contradicting labels",
+        "Fewer than 20 training images: cyst (3)",
+        "17 of 28 correct, out of fold",
     ):
         assert told in card
-    elsewhere = replace(model, pocket=False, validation="0 of 0", learnt={"cyst": 20, "solid": 20})
-    assert not re.search("drawn images|Learnt from fewer|0 of 0", model_card(elsewhere, data))
+    elsewhere = replace(model, pocket=False, validation="0 of 0", learned_from={"cyst": 20, "solid": 20})
+    assert not re.search("phantoms|training images: |0 of 0", model_card(elsewhere, data))
 
 
 def test_the_sheet_counts_images_faults_twins_and_patients(data: DatasetFacts) -> None:
@@ -167,19 +171,19 @@ def test_the_sheet_counts_images_faults_twins_and_patients(data: DatasetFacts) -
         "| cyst | 45 | 0.250 |",
         "Licence: not stated.",
         "| git.commit | 0a1b |",
-        "There was no champion yet",
+        "There was no champion",
     ):
         assert told in sheet
     drift = Check("drift of coverage", False, "0.510, p 1e-05", "at most 0.4")
     later = data_sheet(replace(data, licence="CC BY 4.0", new=12, drift=[drift]))
-    assert "Licence: CC BY 4.0." in later and "12 images came since the present champion" in later
+    assert "Licence: CC BY 4.0." in later and "12 images were added since the present champion" in later
     assert "| drift of coverage | 0.510, p 1e-05 | at most 0.4 | **not met** |" in later
 
 
 def test_a_drawn_test_set_and_unknown_patients_are_said(data: DatasetFacts) -> None:
     records = [replace(each, split="", patient="") for each in data.records]
     sheet = data_sheet(replace(data, records=records))
-    assert "There is no official test set; one was drawn" in sheet and "Patients: none is known." in sheet
+    assert "There is no official test set. One was drawn" in sheet and "Patients: none is known." in sheet
 
 
 def test_neither_names_a_file_or_a_patient_and_both_are_the_same_each_time(

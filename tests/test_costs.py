@@ -1,4 +1,4 @@
-"""Costs: measured around a fit, kept beside its checkpoint, and read back."""
+"""Claims about costs: measured around a fit, written next to its checkpoint, and read back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import time
 from flows.study import costs
 
 def hungry():
-    block = bytearray(40 * 2**20)  # 40 MiB, every page written to
+    block = bytearray(40 * 2**20)  # 40 MiB, with every page written
     time.sleep(0.05)
     del block
 
@@ -29,21 +29,21 @@ print(seconds, idle, peak, again)
 """
 
 
-def test_seconds_and_peak_memory_are_those_of_the_work_alone() -> None:
-    """In a process of its own: others have room to spare from work before."""
+def test_seconds_and_peak_memory_count_only_the_measured_work() -> None:
+    """A process of its own has no free memory left from earlier work."""
     out = subprocess.run(
         [sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True, check=True
     )
     seconds, *peaks = out.stdout.split()
     assert float(seconds) >= 0.05
     if "None" in peaks:
-        pytest.skip("this system does not tell a process's peak memory")
+        pytest.skip("this system does not report a process's peak memory")
     idle, peak, again = map(float, peaks)
     assert 30 < peak - idle < 80
-    assert again < peak - 20  # the peak was set back
+    assert again < peak - 20  # the peak was reset
 
 
-def test_a_fit_s_cost_is_kept_beside_its_checkpoint(tmp_path: Path) -> None:
+def test_the_cost_of_a_fit_is_written_next_to_its_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "ab" / "abc.safetensors"
     assert costs.read(path) is None
     fit = costs.Fit(1.25, 700.5, 4096, "from scratch")
@@ -51,7 +51,7 @@ def test_a_fit_s_cost_is_kept_beside_its_checkpoint(tmp_path: Path) -> None:
     assert costs.read(path) == fit
 
 
-def test_the_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_written_table_is_read_back_unchanged(tmp_path: Path) -> None:
     lines = [
         costs.CostRow("busi", "lp++", 5.0, 0, 0.01, None, 128, 5000.0, ""),
         costs.CostRow("busi", "resnet", 50.0, 1, 20.5, 812.25, 5_000_000, 70.0, "from scratch"),

@@ -132,14 +132,14 @@ def parts_of(command: str) -> list[list[str]]:
 
 
 MAIN_JOB = "test_pipeline.py::test_flow_and_repro_share_their_stages"
-OPERATION = "test_up.py::test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported"
-TEAM = "test_team.py::test_a_fresh_clone_pulls_what_was_pushed_and_has_nothing_to_do"
-EXPERIMENT = "test_team.py::test_an_experiment_over_a_parameter_is_shown_beside_the_study"
-REPRODUCED = "test_team.py::test_a_run_comes_out_again_from_its_tags_alone"
+OPERATION = "test_stack.py::test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported"
+TEAM = "test_team.py::test_a_fresh_clone_pulls_the_pushed_outputs_and_is_up_to_date"
+EXPERIMENT = "test_team.py::test_an_experiment_with_another_parameter_is_shown_next_to_the_study"
+REPRODUCED = "test_team.py::test_a_run_is_reproduced_from_its_tags_alone"
 HERE = "test_docs.py::test_the_commands_do_what_the_pages_say"
-POSTGRESQL = "test_up.py::test_the_same_on_postgresql_and_behind_a_password"
+POSTGRESQL = "test_stack.py::test_a_scheduled_run_registers_a_model_on_postgresql_behind_a_password"
 RETRAINED = "test_retrain.py::test_new_images_are_taken_in_and_the_champion_changes_only_by_the_gate"
-CLUSTER = "test_runners.py::test_the_shard_of_a_killed_worker_is_done_again_and_the_others_are_whole"
+CLUSTER = "test_runners.py::test_only_the_shard_of_a_killed_worker_is_repeated"
 PARSED = "test_docs.py::test_a_command_is_one_that_its_program_takes"
 
 # In this order, in one project of 39 images with a folder ``new`` of two images and a broken one.
@@ -168,7 +168,7 @@ COCO = "medfocus convert coco"
 
 # The test that runs the like of a command, the command, and why it is not run here.
 NOT_RUN_HERE = {
-    "test_cli.py::test_a_project_can_be_begun_anywhere_and_its_stages_run": {
+    "test_cli.py::test_a_project_can_be_created_anywhere_and_its_stages_run": {
         "medfocus new films": "is for where no clone is",
     },
     "test_package.py::test_the_lock_meets_the_declared_dependencies": {
@@ -185,7 +185,7 @@ NOT_RUN_HERE = {
         "cd medfocusclip": "needs the clone",
         "source .venv/bin/activate": "changes a shell",
     },
-    "test_audit.py::test_a_known_vulnerability_fails_the_check_with_the_version_that_mends_it": {
+    "test_audit.py::test_a_known_vulnerability_fails_the_check_and_names_the_fixed_version": {
         "make check": "it is run beside the tests",
     },
     HERE: {
@@ -195,7 +195,7 @@ NOT_RUN_HERE = {
         "medfocus predict new --out answers --model medfocus-mine --force": "as that of medfocus-breast",
         f"medfocus predict {MALIGNANT} --out answers --model medfocus-phantom-breast": "needs make run",
     },
-    "test_up.py::test_the_mlflow_page_answers_on_loopback_over_the_projects_database": {
+    "test_stack.py::test_the_mlflow_server_shows_the_projects_database_on_loopback": {
         "make ui": "runs until Ctrl-C",
     },
     POSTGRESQL: {
@@ -210,7 +210,7 @@ NOT_RUN_HERE = {
             "needs make up, and the images"
         ),
     },
-    "test_operations.py::test_beyond_loopback_mlflow_does_not_start_without_a_password_of_ones_own": {
+    "test_operations.py::test_mlflow_does_not_start_beyond_loopback_without_a_password": {
         "make up HOST=0.0.0.0": "no test listens beyond loopback",
     },
     "test_docs.py::test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere": {
@@ -230,10 +230,10 @@ NOT_RUN_HERE = {
         "make reproduce RUN=...": "needs a run",
         "make reproduce RUN=f81aa2...": "needs a run",
     },
-    "test_cli.py::test_what_cannot_be_fetched_is_named_with_a_way_without_a_network": {
+    "test_cli.py::test_weights_that_cannot_be_fetched_are_named_with_the_download_command": {
         "medfocus models fetch facebook/sam2.1-hiera-tiny": "the network",
     },
-    "test_cli.py::test_explain_shows_each_image_and_where_the_answer_came_from": {
+    "test_cli.py::test_explain_writes_a_sheet_and_a_row_for_each_image": {
         f"medfocus explain {MALIGNANT}/00000.png --out why --model medfocus-phantom-breast": "needs make run",
     },
     "test_app.py::test_a_reader_sees_probabilities_clicks_and_sees_them_change": {
@@ -252,20 +252,20 @@ NOT_RUN_HERE = {
         "medfocus convert coco instances.json ../images/lesions --images images": "no such file",
         f"{COCO} data/own/instances.json data/own/lesions --images {BREAST}": "no such file",
     },
-    "test_cli.py::test_init_looks_through_a_wrapper_and_says_so": {
+    "test_cli.py::test_init_reads_through_a_wrapping_folder_and_reports_it": {
         "medfocus init data/own/archive --name busi-like --modality breast_ultrasound": "no such archive",
     },
-    "test_cli.py::test_init_proposes_the_columns_by_their_values": {
+    "test_cli.py::test_init_guesses_the_columns_from_their_values": {
         f"medfocus init {BREAST}/befunde.csv --name clinic": "no such table",
         "medfocus init data/own/scans/befunde.csv": "no such table",
     },
-    "test_cli.py::test_init_reads_patients_and_modality_out_of_dicom_headers": {
+    "test_cli.py::test_init_reads_patients_and_modality_from_dicom_headers": {
         "medfocus init images/films": "no such films",
     },
-    "test_cli.py::test_init_of_volumes_writes_how_they_are_cut": {
+    "test_cli.py::test_init_of_volumes_writes_the_slices_setting": {
         "medfocus init images/heads --modality brain_mri": "no such volumes",
     },
-    "test_cli.py::test_every_frame_of_a_file_is_answered_under_its_name": {
+    "test_cli.py::test_every_frame_of_a_file_gets_a_row_with_its_name": {
         "medfocus predict new --out answers --model medfocus-chest@1": "no such model",
         "cut -d, -f1-2 answers/predictions.csv": "the same",
     },
@@ -310,13 +310,13 @@ NOT_RUN_HERE = {
     "test_shards.py::test_a_full_disk_leaves_no_partial_shard": {
         "python tests/faults/disk.py": "minutes, and root",
     },
-    "faults/test_servers.py::test_mlflow_s_server_is_asked_before_anything_is_computed": {
+    "faults/test_servers.py::test_mlflow_s_server_must_answer_before_anything_is_computed": {
         "python tests/faults/servers.py": "minutes",
     },
     "test_tracking.py::test_a_clock_that_is_moved_takes_no_run_from_a_living_process": {
         "python tests/faults/clock.py": "moves the clock",
     },
-    "test_operations.py::test_a_deployment_has_a_flow_that_takes_its_parameters_a_limit_and_a_hook": {
+    "test_operations.py::test_a_deployment_has_a_flow_with_its_parameters_a_time_limit_and_failure_hooks": {
         'prefect deployment run backfill/backfill --param datasets=["phantom-chest"]': "needs make up",
     },
     CLUSTER: {

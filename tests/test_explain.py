@@ -12,7 +12,8 @@ from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.explain.explain import explain
 from medfocus.explain.maps import pointing_hit
-from medfocus.methods import METHODS, Support
+from medfocus.learning.method import Support
+from medfocus.methods import METHODS
 
 SIZE = 96
 

@@ -169,11 +169,11 @@ COUNTS = {
     "views": ("focus.view focus.modes focus.marks focus.crop images.geometry images.decode", "clip.encoder"),
     "region views": ("focus.view focus.modes clip.regions", "masks.otsu clip.encoder focus.controls"),
     "features": (
-        "clip.encoder clip.build clip.vit clip.regions masks.candidates",
+        "learning.frozen clip.encoder clip.build clip.vit clip.regions masks.candidates",
         "learning.probe methods.slca",
     ),
     "cells": (
-        "methods.coop clip.prompt_learning learning.validation clip.encoder clip.build",
+        "methods.coop clip.prompt_learning learning.fitting learning.selection clip.build",
         "methods.slca masks.otsu",
     ),
 }

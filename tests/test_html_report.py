@@ -24,17 +24,18 @@ from medfocus.evaluation.comparison import Difference
 from medfocus.evaluation.metrics import reliability
 from medfocus.reports import figures
 from medfocus.reports.data_warnings import data_warnings, mask_warnings
-from medfocus.reports.page import (
+from medfocus.reports.page import render
+from medfocus.reports.page_content import (
     Calibration,
     Confusion,
     Cost,
     Example,
+    PageContent,
     Provenance,
     Recalls,
-    Report,
-    render,
 )
-from medfocus.reports.tables import Published, StudyRow, plot_table, read_published
+from medfocus.reports.rows import Published, StudyRow, read_published
+from medfocus.reports.tables import plot_table
 from medfocus.reports.verdicts import verdict_sentences
 
 VOID = {"meta", "link", "img", "source", "br"}
@@ -124,7 +125,7 @@ SECTIONS = {
 }
 
 
-def full(**changes: object) -> Report:
+def full(**changes: object) -> PageContent:
     given = {
         **PARTS,
         "baseline": "clip",
@@ -135,7 +136,7 @@ def full(**changes: object) -> Report:
             Published("brain-mri", "Other percents", 7.0, 97.0),
         ],
     }
-    return Report("study", **{**given, **changes})  # type: ignore[arg-type]
+    return PageContent("study", **{**given, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +187,13 @@ def test_tables_scroll_in_their_boxes_and_the_boxes_take_the_keyboard(page: str)
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_stands_alone(part: str) -> None:
-    text = render(Report("alone", **{part: PARTS[part]}))  # type: ignore[arg-type]
+    text = render(PageContent("alone", **{part: PARTS[part]}))  # type: ignore[arg-type]
     assert re.findall(r'<h2 id="(\w+)"', text) == SECTIONS[part]
     assert "None" not in Page(text).text
 
 
 def test_a_study_of_nothing_still_has_a_page_that_says_what_it_is_for() -> None:
-    text = Page(render(Report("nothing"))).text
+    text = Page(render(PageContent("nothing"))).text
     assert text.count("Research use only, not for clinical use") == 2
     assert "Contents" not in text
 
@@ -205,7 +206,7 @@ def test_text_is_escaped_wherever_it_comes_from() -> None:
     bad = '<img src=x onerror="1">'
     example = replace(PARTS["gallery"][0], name=bad, true_class=bad)  # type: ignore[index]
     text = render(
-        Report(
+        PageContent(
             bad,
             verdicts=[bad],
             gallery=[example],
@@ -270,7 +271,7 @@ def test_heat_goes_on_what_the_system_looked_at() -> None:
     focus = np.zeros((30, 30, 3), dtype=np.uint8)
     example: Example = PARTS["gallery"][0]  # type: ignore[index, assignment]
     for attribution, shade in ((np.zeros((30, 30)), 0), (np.zeros((40, 60)), 120)):
-        text = render(Report("s", gallery=[replace(example, focus=focus, attribution=attribution)]))
+        text = render(PageContent("s", gallery=[replace(example, focus=focus, attribution=attribution)]))
         (uri,) = [str(a["src"]) for a in Page(text).all("img") if "prediction comes" in str(a["alt"])]
         tile = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
         assert (tile[128, 128] == shade).all()
@@ -292,14 +293,14 @@ def test_the_numbers_of_the_other_tables(page: str) -> None:
 def test_what_does_not_fit_is_told() -> None:
     example: Example = PARTS["gallery"][0]  # type: ignore[index, assignment]
     with pytest.raises(ValueError, match=r"counts are \(2, 2\) for 3 classes; give \(3, 3\)"):
-        render(Report("s", confusions=[Confusion("brain", "ours", ("a", "b", "c"), np.eye(2))]))
+        render(PageContent("s", confusions=[Confusion("brain", "ours", ("a", "b", "c"), np.eye(2))]))
     table = Recalls("brain", "5 %", ("a", "b", "c"), (1, 1, 1), {"ours": np.ones((1, 2))})
     with pytest.raises(ValueError, match=r"Recalls of brain: \(1, 2\) of ours and 3 counts for 3 classes"):
-        render(Report("s", recalls=[table]))
+        render(PageContent("s", recalls=[table]))
     with pytest.raises(ValueError, match=r"'a.png': a mask of \(4, 6\) on an image of \(40, 60\) pixels"):
-        render(Report("s", gallery=[replace(example, mask=np.ones((4, 6), bool))]))
+        render(PageContent("s", gallery=[replace(example, mask=np.ones((4, 6), bool))]))
     with pytest.raises(ValueError, match=r"\(4, 6\) values on an image of \(40, 60\) pixels; bring"):
-        render(Report("s", gallery=[replace(example, attribution=np.ones((4, 6)))]))
+        render(PageContent("s", gallery=[replace(example, attribution=np.ones((4, 6)))]))
 
 
 def test_the_sentences_name_the_best_the_zero_shot_level_and_the_lead() -> None:

@@ -18,7 +18,7 @@ from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.lora import LoraAttention, LoraTowers, LowRank
 from medfocus.clip.prompts import class_embeddings
-from medfocus.methods import Support
+from medfocus.learning.method import Support
 from medfocus.methods.clip_lora import ClipLora
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.storage import weights
@@ -362,7 +362,7 @@ def test_a_fit_without_steps_is_refused() -> None:
     [
         ({"tuning": "adapters"}, "tuning is 'adapters'; use one of adapter, lora, full"),
         ({"tuning": "full"}, "tuning is 'full' and blocks 0; .*Set blocks to 1 or more with 'full'"),
-        ({"blocks": 2}, "tuning is 'lora' and blocks 2; blocks train in 'full' and there alone"),
+        ({"blocks": 2}, "tuning is 'lora' and blocks 2; blocks train only in 'full'"),
         ({"tuning": "adapter", "blocks": -1}, "tuning is 'adapter' and blocks -1"),
         ({"layers": (2,)}, r"tuning is 'lora', layers \[2\] and segmenter_grid 0; .*Set tuning to adapter"),
         (

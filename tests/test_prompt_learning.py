@@ -24,7 +24,7 @@ from medfocus.clip.prompt_learning import (
     train_sgd,
     write_texts,
 )
-from medfocus.methods import Support
+from medfocus.learning.method import Support
 from medfocus.methods.clip import zero_shot_logits
 from medfocus.methods.cocoop import CoCoOp, ConditionalContexts
 from medfocus.methods.coop import CoOp

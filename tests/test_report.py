@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medfocus.reports import figures, tables
-from medfocus.reports.tables import StudyRow
+from medfocus.reports import controls, figures, tables
+from medfocus.reports.rows import StudyRow, read_rows, write_results, write_study
 
 COLUMNS = (
     "dataset,method,focus,percent_of_train,seed,accuracy,balanced_accuracy,macro_f1,auroc,ece,"
@@ -49,11 +49,17 @@ def image(png: bytes) -> np.ndarray:
 
 def test_csv_has_the_documented_columns(tmp_path: Path) -> None:
     path = tmp_path / "reports" / "study.csv"
-    tables.write_study_csv([row(2 / 3, auroc=float("nan"))], path)
+    write_study([row(2 / 3, auroc=float("nan"))], path)
     assert path.read_text().splitlines()[0] == COLUMNS
-    assert (
-        path.read_text().splitlines()[1].startswith("chest,pixels,none,5,0,0.666667,0.400000,0.300000,nan,")
-    )
+    assert path.read_text().splitlines()[1].startswith("chest,pixels,none,5,0,0.6667,0.4000,0.3000,nan,")
+
+
+def test_results_have_the_cell_key_in_place_of_the_run(tmp_path: Path) -> None:
+    rows = [row(cell_key="f" * 64, mlflow_run_id="")]
+    write_results(rows, tmp_path / "results.csv")
+    columns = (tmp_path / "results.csv").read_text().splitlines()[0]
+    assert columns == COLUMNS.replace("mlflow_run_id", "cell_key")
+    assert read_rows(tmp_path / "results.csv") == rows
 
 
 def test_the_running_table_has_a_line_a_system_with_its_mean_and_interval_at_every_percent() -> None:
@@ -64,13 +70,13 @@ def test_the_running_table_has_a_line_a_system_with_its_mean_and_interval_at_eve
 
 
 def test_csv_reads_back_as_the_same_rows(tmp_path: Path) -> None:
-    tables.write_study_csv(study(), tmp_path / "study.csv")
-    assert tables.read_study_csv(tmp_path / "study.csv") == study()
+    write_study(study(), tmp_path / "study.csv")
+    assert read_rows(tmp_path / "study.csv") == study()
 
 
 def test_equal_rows_write_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        tables.write_study_csv(study(), tmp_path / name)
+        write_study(study(), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -115,11 +121,11 @@ def test_what_needs_no_training_image_has_its_own_column_and_says_nothing_about_
 
 def test_what_needs_no_training_image_is_a_level_line_of_the_figure() -> None:
     zero_shot = row(0.2, method="zero-shot", percent_of_train=0.0, n_train=0)
-    pixels = image(tables.accuracy_figure([*study(), zero_shot]))
+    pixels = image(figures.accuracy_figure([*study(), zero_shot]))
     coloured = (pixels == [0xD5, 0x5E, 0x00]).all(axis=2)  # the third system's colour
     level = coloured.sum(axis=1).argmax()
     assert np.ptp(np.flatnonzero(coloured[level])) > 0.7 * pixels.shape[1]
-    assert image(tables.accuracy_figure([zero_shot])).std() > 0  # also alone
+    assert image(figures.accuracy_figure([zero_shot])).std() > 0  # also alone
 
 
 def test_tables_show_another_metric_when_asked() -> None:
@@ -141,15 +147,15 @@ def test_a_study_without_rows_is_one_clear_error() -> None:
 
 
 def test_accuracy_figure_is_the_same_bytes_every_time_and_changes_with_the_data() -> None:
-    png = tables.accuracy_figure(study())
-    assert png == tables.accuracy_figure(study())
-    assert png != tables.accuracy_figure([replace(r, accuracy=r.accuracy / 2) for r in study()])
+    png = figures.accuracy_figure(study())
+    assert png == figures.accuracy_figure(study())
+    assert png != figures.accuracy_figure([replace(r, accuracy=r.accuracy / 2) for r in study()])
 
 
 def test_accuracy_figure_grows_by_a_panel_for_every_data_set() -> None:
-    one = image(tables.accuracy_figure(study()))
-    two = image(tables.accuracy_figure([*study(), *(replace(r, dataset="brain") for r in study())]))
-    four = image(tables.accuracy_figure([replace(r, dataset=d) for d in "abcd" for r in study()]))
+    one = image(figures.accuracy_figure(study()))
+    two = image(figures.accuracy_figure([*study(), *(replace(r, dataset="brain") for r in study())]))
+    four = image(figures.accuracy_figure([replace(r, dataset=d) for d in "abcd" for r in study()]))
     assert one.shape[1] < two.shape[1] < four.shape[1]
     assert four.shape[0] > 1.5 * two.shape[0]
 
@@ -158,18 +164,18 @@ def test_accuracy_figure_takes_single_draws_and_more_systems_than_colours() -> N
     rows = [
         row(0.5 + i / 40, method=f"method-{i}", percent_of_train=p) for i in range(12) for p in (5.0, 50.0)
     ]
-    assert image(tables.accuracy_figure(rows)).std() > 0
+    assert image(figures.accuracy_figure(rows)).std() > 0
 
 
 def test_figures_carry_no_time_and_no_version() -> None:
-    for png in (tables.accuracy_figure(study()), figures.confusion_figure(np.eye(2, dtype=int), ["a", "b"])):
+    for png in (figures.accuracy_figure(study()), figures.confusion_figure(np.eye(2, dtype=int), ["a", "b"])):
         with Image.open(io.BytesIO(png)) as image:
             assert "Software" not in image.info
             assert not any("time" in key.lower() or "date" in key.lower() for key in map(str, image.info))
 
 
 def test_figures_leave_no_trace_in_pyplot() -> None:
-    tables.accuracy_figure(study())
+    figures.accuracy_figure(study())
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
 
@@ -246,21 +252,21 @@ def lower(by: float) -> dict[int, float]:
 
 
 def test_where_every_control_is_below_the_focus_the_region_carries_it() -> None:
-    said = tables.verdict(FOCUS, {"shuffled": lower(40), "inverse": lower(20)}, {})
+    said = controls.verdict(FOCUS, {"shuffled": lower(40), "inverse": lower(20)}, {})
     assert said == (
         "every control is below the focus (inverse -20.1 ± 0.2, shuffled -40.1 ± 0.2): the region carries it"
     )
 
 
 def test_where_the_background_alone_is_not_below_the_focus_the_data_set_is_confounded() -> None:
-    said = tables.verdict(FOCUS, {"inverse": {0: 81.0, 1: 81.0, 2: 80.0}, "shuffled": lower(40)}, {})
+    said = controls.verdict(FOCUS, {"inverse": {0: 81.0, 1: 81.0, 2: 80.0}, "shuffled": lower(40)}, {})
     assert said == (
         "background alone is not significantly below the focus (-0.3 ± 2.9): take the data set as confounded"
     )
 
 
 def test_every_control_that_is_not_below_the_focus_is_named() -> None:
-    said = tables.verdict(FOCUS, {"shuffled": FOCUS, "center-box": FOCUS, "inverse": lower(-5)}, {})
+    said = controls.verdict(FOCUS, {"shuffled": FOCUS, "center-box": FOCUS, "inverse": lower(-5)}, {})
     assert said is not None and said.split("; ") == [
         "background alone is not significantly below the focus (+4.9 ± 0.2): take the data set as confounded",
         "another image's mask is not significantly below the focus (+0.0 ± 0.0): "
@@ -270,28 +276,28 @@ def test_every_control_that_is_not_below_the_focus_is_named() -> None:
 
 
 def test_two_draws_that_differ_cannot_put_a_control_below_the_focus_and_the_verdict_shows_why() -> None:
-    said = tables.verdict({0: 80.0, 1: 80.0}, {"inverse": {0: 30.0, 1: 50.0}}, {})
+    said = controls.verdict({0: 80.0, 1: 80.0}, {"inverse": {0: 30.0, 1: 50.0}}, {})
     assert said is not None and "(-40.0 ± 127.1): take the data set as confounded" in said
 
 
 def test_the_verdict_is_paired_by_draw() -> None:
     """The draws differ by far more than the control loses."""
     focus = {0: 30.0, 1: 60.0, 2: 90.0}
-    said = tables.verdict(focus, {"inverse": {2: 85.0, 0: 25.1, 1: 55.0, 7: 99.0}}, {})
+    said = controls.verdict(focus, {"inverse": {2: 85.0, 0: 25.1, 1: 55.0, 7: 99.0}}, {})
     assert said == "every control is below the focus (inverse -5.0 ± 0.1): the region carries it"
 
 
 def test_a_focus_that_loses_to_the_whole_image_is_told_so() -> None:
-    said = tables.verdict(FOCUS, {"inverse": lower(20)}, lower(-6))
+    said = controls.verdict(FOCUS, {"inverse": lower(20)}, lower(-6))
     assert said is not None and said.endswith(
         "the region carries it; the whole image is above the focus (+5.9 ± 0.2)"
     )
 
 
 def test_without_a_control_in_two_draws_there_is_no_verdict() -> None:
-    assert tables.verdict(FOCUS, {}, FOCUS) is None
-    assert tables.verdict(FOCUS, {"inverse": {0: 10.0}}, FOCUS) is None
-    assert tables.verdict({}, {"inverse": FOCUS}, FOCUS) is None
+    assert controls.verdict(FOCUS, {}, FOCUS) is None
+    assert controls.verdict(FOCUS, {"inverse": {0: 10.0}}, FOCUS) is None
+    assert controls.verdict({}, {"inverse": FOCUS}, FOCUS) is None
 
 
 def controlled(**losses: float) -> list[StudyRow]:
@@ -336,5 +342,5 @@ def test_without_controls_or_with_one_draw_the_tables_have_no_verdict() -> None:
 def test_the_verdict_knows_every_control() -> None:
     from medfocus.focus.controls import CONTROLS
 
-    assert set(tables._FINDINGS) == set(CONTROLS)
-    assert tables._CONTROLLED in {control.mode for control in CONTROLS.values()}
+    assert set(controls.FINDINGS) == set(CONTROLS)
+    assert controls.CONTROLLED in {control.mode for control in CONTROLS.values()}

@@ -28,7 +28,8 @@ import torch
 from mlflow.pyfunc.model import PythonModelContext
 from PIL import Image
 
-from flows.servers import servers
+from benchmarks.serving import model_server
+from flows.servers.processes import free_port
 from medfocus.clip import features
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
@@ -42,10 +43,11 @@ from medfocus.masks.settings import OtsuSettings, Sam2Settings
 from medfocus.masks.store import decode_mask, encode_mask
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.serving import checkpoint, pyfunc
-from medfocus.serving import predictor as serve
-from medfocus.serving.predictor import Predictor
+from medfocus.serving.model_folder import load_model, save_model
+from medfocus.serving.predictor import BATCH, Prediction, Predictor
 from medfocus.serving.pyfunc import FocusClassifier, ServedError
 from medfocus.tracking import registry, runs
+from medfocus.tracking.process import QUIET
 
 pytestmark = [
     # On import MLflow silences this in a way that "error" overrules.
@@ -102,7 +104,7 @@ class Fitted:
             "checkpoint": self.checkpoint, "encoder": self.encoder, "segmenter": self.segmenter,
             "feather": FEATHER,
         }  # fmt: skip
-        serve.save_model(folder, **{**usual, **changes})
+        save_model(folder, **{**usual, **changes})
         return folder
 
 
@@ -153,7 +155,7 @@ def model(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def predictor(model: Path) -> Predictor:
     """The model, loaded from its folder alone."""
-    return Predictor.load(model)
+    return load_model(model)
 
 
 def test_an_image_gets_the_probabilities_that_the_evaluation_gave_it(
@@ -179,7 +181,7 @@ def test_a_prediction_is_complete(predictor: Predictor) -> None:
 
 
 def test_an_images_neighbours_in_the_request_do_not_matter(predictor: Predictor) -> None:
-    images = [encoded(seed) for seed in range(serve._BATCH + 3)]
+    images = [encoded(seed) for seed in range(BATCH + 3)]
     together = [list(p.probabilities.values()) for p in predictor.predict(images)]
     alone = [list(predictor.predict([data])[0].probabilities.values()) for data in images]
     np.testing.assert_allclose(together, alone, atol=1e-6)
@@ -245,24 +247,24 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside(fitted: Fitt
 def test_otsu_masks_are_served_too(fitted: Fitted, tmp_path: Path) -> None:
     otsu = OtsuSegmenter(OtsuSettings(min_area=0.02))
     folder = fitted.save(tmp_path / "model", segmenter=otsu)
-    [prediction] = Predictor.load(folder).predict([encoded(0)])
+    [prediction] = load_model(folder).predict([encoded(0)])
     assert np.array_equal(prediction.mask, otsu.segment([decode.decode(encoded(0), "it")])[0].region)
     assert not (folder / "sam2.safetensors").exists()
 
 
 def test_the_loaded_segmenter_is_the_one_that_was_saved(fitted: Fitted, tmp_path: Path) -> None:
-    loaded = Predictor.load(fitted.save(tmp_path / "model")).segmenter
+    loaded = load_model(fitted.save(tmp_path / "model")).segmenter
     assert loaded.key == fitted.segmenter.key
 
 
 def test_another_clip_is_refused(fitted: Fitted, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"was fitted on CLIP weights .*give the encoder it was fitted on"):
+    with pytest.raises(ValueError, match=r"was fitted on CLIP weights .*Give the encoder that"):
         fitted.save(tmp_path / "model", encoder=replace(fitted.encoder, key="f" * 64))
 
 
 def test_a_folder_without_a_model_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is no model folder \(no serve.json\)"):
-        Predictor.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"serve.json is missing"):
+        load_model(tmp_path)
 
 
 class Touch:
@@ -278,11 +280,14 @@ class Touch:
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("python_model.pkl", r"python_model\.pkl: a \.pkl file can run any code when it is opened"),
-        ("clip/open_clip_pytorch_model.bin", r"open_clip_pytorch_model\.bin: a \.bin file can run any code"),
+        ("python_model.pkl", r"python_model\.pkl: a \.pkl file can run code when it is opened"),
+        ("clip/open_clip_pytorch_model.bin", r"open_clip_pytorch_model\.bin: a \.bin file can run code"),
         ("cell.safetensors", "cell.safetensors is not a MedFocusCLIP checkpoint"),
-        ("sam2.safetensors", "sam2.safetensors: not a whole safetensors file"),
-        ("clip/open_clip_model.safetensors", "open_clip_model.safetensors: not a whole safetensors file"),
+        ("sam2.safetensors", "sam2.safetensors: is not a complete safetensors file"),
+        (
+            "clip/open_clip_model.safetensors",
+            "open_clip_model.safetensors: is not a complete safetensors file",
+        ),
     ],
 )
 def test_a_model_folder_with_a_pickle_under_any_name_is_refused_and_its_code_never_runs(
@@ -291,7 +296,7 @@ def test_a_model_folder_with_a_pickle_under_any_name_is_refused_and_its_code_nev
     folder = shutil.copytree(model, tmp_path / "model")
     (folder / name).write_bytes(pickle.dumps({"w": Touch(tmp_path / "ran")}))
     with pytest.raises(ValueError, match=fault):
-        Predictor.load(folder)
+        load_model(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -301,7 +306,7 @@ def test_a_model_folder_builds_nothing_but_sam2(model: Path, tmp_path: Path) -> 
     call = f"{{_target_: os.system, command: touch {tmp_path / 'ran'}}}"
     (folder / "sam2.yaml").write_text(f"{text}  extra: {call}\n")
     with pytest.raises(ValueError, match=r"asks to build 'os\.system', which is no module of sam2\.modeling"):
-        Predictor.load(folder)
+        load_model(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -324,7 +329,7 @@ def test_a_pretrained_tags_own_activation_and_normalisation_are_kept(fitted: Fit
         config={"model_cfg": as_built, "preprocess_cfg": dict(visual.preprocess_cfg)},
     )
     folder = fitted.save(tmp_path / "model", encoder=encoder)
-    rebuilt = Predictor.load(folder).method.encoder
+    rebuilt = load_model(folder).method.encoder
     pixels = encoder.preprocess(torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8))
     assert rebuilt.mean == (0.5, 0.5, 0.5)
     torch.testing.assert_close(rebuilt.encode_images(pixels), encoder.encode_images(pixels))
@@ -380,7 +385,7 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     images = [encoded(seed) for seed in (30, 31, 32)]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | runs._QUIET
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | QUIET
     result = subprocess.run(
         [sys.executable, "-c", _CLIENT, f"sqlite:///{home / 'mlflow.db'}"],
         input=json.dumps([base64.b64encode(data).decode() for data in images]),
@@ -396,7 +401,7 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     np.testing.assert_allclose(answer["probabilities"], fitted.evaluated(images), atol=1e-6)
     assert answer["same"]
     assert decode.decode(base64.b64decode(answer["overlay"]), "overlay").shape == (90, 110, 3)
-    assert answer["fault"].startswith("image 2 of 2: a text that is not base64")
+    assert answer["fault"].startswith("image 2 of 2: is not base64")
     assert Path(answer["package"]).is_relative_to(home / "mlruns")  # the code travels with it
 
 
@@ -423,7 +428,7 @@ def served(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     """`mlflow models serve` on loopback with the champion; a process of its own, ended after the tests."""
     log = tmp_path_factory.mktemp("server") / "log"
     store = f"sqlite:///{home / 'mlflow.db'}"
-    with servers.model_server(store, "models:/phantoms@champion", servers.free_port(), log) as address:
+    with model_server(store, "models:/phantoms@champion", free_port(), log) as address:
         yield Served(address, log)
 
 
@@ -474,7 +479,7 @@ def large() -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-NOT_BASE64 = r"image 1 of 1: a text that is not base64 \(.+\)\. Encode the file's bytes\."
+NOT_BASE64 = r"image 1 of 1: is not base64 \(.+\)\. Encode the file's bytes\."
 
 
 @pytest.mark.parametrize(
@@ -493,11 +498,11 @@ NOT_BASE64 = r"image 1 of 1: a text that is not base64 \(.+\)\. Encode the file'
             413,
             r"image 1 of 1: has 9000 x 9000 pixels; the limit .+\. Scale it down.+",
         ),
-        ([], 400, r"the request has no image\. Give one at least, in the column 'image'\."),
+        ([], 400, r"the request has no image\. Send at least one in the column 'image'\."),
         (
             ["aGVsbG8="] * 65,
             413,
-            r"the request has 65 images, and 64 are the most\. Send them in several.+",
+            r"the request has 65 images, and the limit is 64\. Send several.+",
         ),
     ],
 )
@@ -525,7 +530,7 @@ def test_a_bad_image_in_a_request_is_told_by_place_fault_and_fix_and_no_more(
     ],
 )
 def test_a_request_without_the_column_is_told_its_name(served: Served, body: object) -> None:
-    told = "the request has no column 'image'. Give the images there, each in base64."
+    told = "the request has no column 'image'. Send the images in this column, each in base64."
     assert served.post(body) == (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": told})
 
 
@@ -570,18 +575,18 @@ class Alone:
     def __init__(self) -> None:
         self.inside = 0
 
-    def predict(self, images: list[bytes], overlay: bool) -> list[serve.Prediction]:
+    def predict(self, images: list[bytes], overlay: bool) -> list[Prediction]:
         self.inside += 1
         time.sleep(0.01)
         assert self.inside == 1
         self.inside -= 1
-        return [serve.Prediction("blob", {}, np.zeros((1, 1), bool), "chosen", 0.5, b"") for _ in images]
+        return [Prediction("blob", {}, np.zeros((1, 1), bool), "chosen", 0.5, b"") for _ in images]
 
 
 class Broken:
     """A predictor that fails in its inside."""
 
-    def predict(self, images: list[bytes], overlay: bool) -> list[serve.Prediction]:
+    def predict(self, images: list[bytes], overlay: bool) -> list[Prediction]:
         raise OSError(f"/data/{PATIENT}/cell.safetensors: no space left on device")
 
 
@@ -611,7 +616,7 @@ def test_an_internal_fault_is_a_500_by_kind_and_place_and_its_text_is_in_the_log
     assert raised.value.get_http_status_code() == 500
     assert set(answer) == {"error_code", "message"}
     assert answer["error_code"] == "INTERNAL_ERROR"
-    told = r"the prediction failed at no fault of the request \(OSError at \S+:\d+\)\. Look into the .+ log\."
+    told = r"the prediction failed in the server \(OSError at \S+:\d+\)\. Read the .+ log\."
     assert re.fullmatch(told, answer["message"])
     assert "no space left on device" in caplog.text
 
@@ -622,7 +627,7 @@ def test_a_served_request_is_bounded_in_bytes_and_a_call_in_a_process_of_its_own
     assert len(answered(Alone(), [b"x"] * 65)) == 65
     monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
     monkeypatch.setattr(pyfunc, "MOST_BYTES", 2_000_000)
-    told = r"images have 3 MB, and 2 are the most\. Send them in several requests\."
+    told = r"images have 3 MB, and the limit is 2\. Send several requests\."
     with pytest.raises(ServedError, match=told) as raised:
         answered(Alone(), ["A" * 1_000_000] * 4)
     assert raised.value.get_http_status_code() == 413

@@ -21,6 +21,7 @@ from PIL import Image
 
 from medfocus.tracking import registry
 from medfocus.tracking import runs as tracking
+from medfocus.tracking.process import owner_tags
 from medfocus.tracking.provenance import made_from
 from medfocus.tracking.registry import Champion, Verdict
 from medfocus.tracking.runs import DataInput, Tracking
@@ -125,7 +126,7 @@ def test_a_process_that_ends_in_order_finishes_its_run(
 
 
 def test_a_number_given_to_another_process_does_not_keep_a_run_alive(opened: Tracking) -> None:
-    own = tracking._tags({})
+    own = owner_tags()
     born = {**own, "owner.born": own["owner.born"] + "1"}  # this process's number, another start
     before = {name: value for name, value in own.items() if name != "owner.born"} | {"owner.started": "1.0"}
     runs = [opened.client.create_run(opened.experiment_id, tags=tags).info.run_id for tags in (born, before)]
@@ -136,7 +137,7 @@ def test_a_number_given_to_another_process_does_not_keep_a_run_alive(opened: Tra
 def test_dead_runs_on_every_page_of_a_search_are_closed(
     opened: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = {**tracking._tags({}), "owner.pid": "99999999"}  # above the largest number of a process
+    gone = {**owner_tags(), "owner.pid": "99999999"}  # above the largest number of a process
     runs = [opened.client.create_run(opened.experiment_id, tags=gone).info.run_id for _ in range(3)]
     one_a_page = functools.partial(opened.client.search_runs, max_results=1)
     monkeypatch.setattr(opened.client, "search_runs", one_a_page)
@@ -147,7 +148,7 @@ def test_dead_runs_on_every_page_of_a_search_are_closed(
 def test_a_clock_that_is_moved_takes_no_run_from_a_living_process(
     opened: Tracking, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
-    run_id = opened.client.create_run(opened.experiment_id, tags=tracking._tags({})).info.run_id
+    run_id = opened.client.create_run(opened.experiment_id, tags=owner_tags()).info.run_id
     now, started = time.time, psutil.Process.create_time
     monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
     # A process's start is told as the boot's time by the clock, and so many seconds after it.
@@ -243,7 +244,7 @@ def test_a_page_shows_its_figures_no_wider_than_it_is(opened: Tracking, tmp_path
 
 
 def test_the_newest_finished_run_of_a_cell_is_found_by_its_key(opened: Tracking) -> None:
-    def log(study: tracking.Study, key: str) -> str:
+    def log(study: tracking.StudyRun, key: str) -> str:
         return study.log_cell(name=key, params={}, metrics={}, tags={"cell_key": key})
 
     with opened.study("first", {}) as study:

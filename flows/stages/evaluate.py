@@ -20,8 +20,8 @@ from flows.study.dataset import EncodedDataset
 from flows.study.study import Study, here
 from medfocus.evaluation import metrics
 from medfocus.reports import tables
-from medfocus.reports.figures import LIGHT, confusion_figure, reliability_panel
-from medfocus.reports.tables import StudyRow
+from medfocus.reports.figures import LIGHT, accuracy_figure, confusion_figure, reliability_panel
+from medfocus.reports.rows import StudyRow, read_rows, write_results, write_study
 from medfocus.serving import checkpoint
 from medfocus.tracking import runs
 from medfocus.tracking.provenance import made_from
@@ -88,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             told = f"The cell of {name} that validation inside its support chose, on the test set."
             run.describe(told, drawn, best_run)
             run.log_figure(f"masks-{name}", paths.report(name, "masks.png").read_bytes())
-        accuracy = tables.accuracy_figure(rows)
+        accuracy = accuracy_figure(rows)
         (paths.figures / "accuracy.png").write_bytes(accuracy)
         run.log_figure("accuracy", accuracy)
-        tables.write_study_csv(rows, paths.results)
+        write_results(rows, paths.results)
         paths.plots.write_text(tables.plot_table(rows), encoding="utf-8")
         run.describe(_described(headline), {"accuracy": accuracy})
         paths.metrics.write_text(json.dumps(headline, indent=2) + "\n", encoding="utf-8")
@@ -110,9 +110,9 @@ def restore_study_csv(study: Study) -> None:
 
 
 def _write_study_csv(study: Study, run_ids: dict[str, str]) -> None:
-    rows = tables.read_study_csv(study.paths.results)
-    named = [dataclasses.replace(row, mlflow_run_id=run_ids.get(row.mlflow_run_id, "")) for row in rows]
-    tables.write_study_csv(named, study.paths.study)
+    rows = read_rows(study.paths.results)
+    named = [dataclasses.replace(row, mlflow_run_id=run_ids.get(row.cell_key, "")) for row in rows]
+    write_study(named, study.paths.study)
 
 
 def _settings(study: Study) -> dict[str, object]:
@@ -175,7 +175,8 @@ def score(
                 test_set=test_set,
                 n_train=header.facts["n_train"],
                 n_test=len(members),
-                mlflow_run_id=header.facts["key"],
+                cell_key=header.facts["key"],
+                mlflow_run_id="",
             )
     return rows
 
@@ -208,7 +209,7 @@ def numbers(header: checkpoint.Header, rows: dict[tuple[str, str], StudyRow]) ->
 
 
 def _log(
-    run: runs.Study,
+    run: runs.StudyRun,
     dataset: EncodedDataset,
     cell: Cell,
     header: checkpoint.Header,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from joblib import Parallel, delayed, parallel_config
@@ -32,27 +31,15 @@ from flows.study.dataset import EncodedDataset
 from flows.study.methods import build_method, choice_of_rate, support_views
 from flows.study.study import here
 from medfocus.focus.controls import CONTROLS
+from medfocus.learning import fitting
+from medfocus.learning.method import Method, Support
 from medfocus.learning.selection import LearningRates
-from medfocus.learning.validation import Validation, out_of_fold
-from medfocus.methods import METHODS, Method, Support
+from medfocus.methods import METHODS
 from medfocus.serving import checkpoint
 from medfocus.storage import atomic
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
-
-
-@dataclass(frozen=True)
-class TrainableEnd:
-    """Stands in a worker for the encoder: what fitting needs of it, without the weights that it does not."""
-
-    key: str
-    logit_scale: float
-    end: nn.Module | None  # of the image encoder, for a method that fine-tunes it
-
-    def tail(self, blocks: int) -> nn.Module:
-        """See ``ClipEncoder.tail``; ``end`` was cut at the right block already."""
-        return copy.deepcopy(cast("nn.Module", self.end))
 
 
 @dataclass(frozen=True)
@@ -108,26 +95,16 @@ def fit(job: Fit) -> None:
     torch.set_num_threads(1)
     _end_with_parent()
     seed = job.header.facts["seed"]
-
-    def fitted(support: Support, generator: torch.Generator) -> Method:
-        if job.rates:
-            return job.rates.fit(job.method, support, generator)
-        return copy.copy(job.method).fit(support, generator)
-
-    validation = Validation(0, 0)
-    if job.folds:
-        validation = out_of_fold(fitted, job.support, folds=job.folds, seed=seed)
-    method, seconds, peak_mib = costs.measured(
-        lambda: fitted(job.support, torch.Generator().manual_seed(seed))
-    )
+    validation = fitting.validate(job.method, job.support, job.rates, folds=job.folds, seed=seed)
+    method, seconds, peak_mib = costs.measured(lambda: fitting.fit(job.method, job.support, job.rates, seed))
     header = dataclasses.replace(
         job.header,
         validation_correct=validation.correct,
         validation_count=validation.count,
-        settings={**job.header.settings, **({"lr": cast("Any", method).lr} if job.rates else {})},
+        settings=method.settings,
     )
     learnt = sum(value.numel() for value in method.state().values())
-    costs.write(costs.Fit(seconds, peak_mib, learnt, getattr(method, "note", "")), job.path)
+    costs.write(costs.Fit(seconds, peak_mib, learnt, method.note), job.path)
     beside = job.path.with_name(f".{job.path.name}.{os.getpid()}.finished")
     checkpoint.save(method, header, beside)
     atomic.seal(beside, job.path)
@@ -206,14 +183,19 @@ def prepare(dataset: EncodedDataset, cell: Cell, path: Path) -> Fit:
         },
     )
     support = dataset.support(method, cell, views)
-    if method.needs_towers:
-        method.encoder = dataclasses.replace(encoder, segmenter=None)  # a worker segments nothing
-    else:
-        blocks = getattr(method, "blocks", 0)  # of the tower that train
-        end = encoder.tail(blocks) if blocks else None
-        method.encoder = cast("ClipEncoder", TrainableEnd(encoder.key, encoder.logit_scale, end))
+    method.encoder = encoder_to_fit(method, encoder)
     choice = choice_of_rate(params, cell.method)
     return Fit(method, support, header, choice, _folds(dataset, cell), path)
+
+
+def encoder_to_fit(method: Method, encoder: ClipEncoder) -> ClipEncoder:
+    """Return the encoder with only the parts that the method's ``fit`` runs: small enough for a worker."""
+    if method.needs_towers:
+        return dataclasses.replace(encoder, segmenter=None)
+    model = nn.Module()
+    if method.trained_blocks:
+        model.visual = encoder.tail(method.trained_blocks).tower
+    return dataclasses.replace(encoder, segmenter=None, tokenizer=None, model=model)
 
 
 def _folds(dataset: EncodedDataset, cell: Cell) -> int:

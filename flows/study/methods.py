@@ -6,8 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING, cast
 
 from flows.study.params import Params
+from medfocus.learning.method import Method
 from medfocus.learning.selection import LearningRates
-from medfocus.methods import METHODS, Method
+from medfocus.methods import METHODS
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder

@@ -1,9 +1,11 @@
-"""What every method is: an estimator over the frozen part's output."""
+"""The interface of every method, and the support set that it learns from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,56 +20,75 @@ IMAGES = "images"  # the ``embedding`` of a method that trains on images: ``embe
 
 @dataclass(frozen=True)
 class Support:
-    """The labelled images a method may learn from, as its frozen part saw them."""
+    """The labelled images that a method may learn from, after its ``embed``."""
 
-    inputs: Tensor  # (V, N, ...) V views of N images; view 0 is the unaugmented one
+    inputs: Tensor  # (V, N, ...) V views of N images; view 0 is the unaugmented image
     labels: Tensor  # (N,) int64, covering 0..K-1
-    groups: Tensor  # (N,) int64; images of one patient or duplicate group share a number
-    text_features: Tensor  # (K, D) L2-normalised class texts
-    class_names: tuple[
-        str, ...
-    ] = ()  # (K,) the words for each class, for methods that write texts themselves
-    prompts: tuple[tuple[str, ...], ...] = ()  # (K, templates) the texts behind ``text_features``
+    groups: Tensor  # (N,) int64; images of one patient or of one group of duplicates share a number
+    text_features: Tensor  # (K, D) L2-normalised text features of the classes
+    class_names: tuple[str, ...] = ()  # (K,) the words for each class, for methods that write prompts
+    prompts: tuple[tuple[str, ...], ...] = ()  # (K, templates) the prompts behind ``text_features``
 
     def subset(self, index: np.ndarray) -> Support:
-        """The support restricted to the images at ``index`` (M,)."""
+        """Return the support of the images at ``index`` (M,)."""
         at = torch.as_tensor(index, dtype=torch.int64)
         return replace(self, inputs=self.inputs[:, at], labels=self.labels[at], groups=self.groups[at])
 
 
-class Method(Protocol):
-    """An estimator: hyperparameters at construction, images at ``fit``, learned names end in _."""
+@dataclass
+class Method(ABC):
+    """A classifier that is built from hyperparameters and fitted on a support set; learned names end in _."""
 
+    learns: ClassVar[bool] = True  # False: ``fit`` ignores the labels
+    takes_views: ClassVar[bool] = False  # True: ``fit`` trains on augmented views too
     encoder: ClipEncoder
-    learns: ClassVar[bool]  # False: the support does not matter
-    takes_views: ClassVar[bool]  # True: trains on augmented views beside the whole image
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The hyperparameters, by the names of the constructor's arguments."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "encoder"}
 
     @property
     def needs_towers(self) -> bool:
-        """True where ``fit`` runs more of the encoder than the end of it that trains."""
-        ...
+        """True if ``fit`` runs more of the encoder than its last ``trained_blocks`` blocks."""
+        return False
 
     @property
+    def trained_blocks(self) -> int:
+        """Number of last blocks of the image encoder that ``fit`` trains; see ``ClipEncoder.tail``."""
+        return 0
+
+    @property
+    def note(self) -> str:
+        """The source of pretrained weights other than CLIP's, for the tables; empty for none."""
+        return ""
+
+    @property
+    @abstractmethod
     def embedding(self) -> str:
-        """Name of the frozen part, for cache keys: equal names embed equally under one encoder."""
-        ...
+        """Name of the frozen part, for cache keys: with one encoder, equal names embed equally."""
 
+    @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
-        """The frozen part: images (B, S, S, 3) uint8 -> inputs (B, ...)."""
-        ...
+        """Run the frozen part: images (B, S, S, C) uint8 -> inputs (B, ...)."""
 
+    @abstractmethod
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Learn from the support and nothing else."""
-        ...
 
+    @abstractmethod
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Inputs (N, ...) -> class logits (N, K) of each of the method's classifiers, the main one first."""
-        ...
+        """Inputs (N, ...) -> class logits (N, K) of each classifier, the main classifier first."""
 
+    @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Everything ``load`` needs to predict again without ``fit``."""
-        ...
+        """Return all tensors that ``load`` needs to predict without ``fit``."""
 
+    @abstractmethod
     def load(self, state: dict[str, Tensor]) -> Self:
-        """Take the state that another instance with the same settings returned."""
-        ...
+        """Restore the state of a method with the same settings."""
+
+
+def with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors that have ``prefix`` in their names, named without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

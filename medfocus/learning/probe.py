@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features, with every choice made inside the support set."""
+"""Logistic regression on frozen features; cross-validation inside the support set chooses C."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
+from medfocus.learning.folds import stratified_folds
+
 C_GRID: tuple[float, ...] = tuple(float(c) for c in np.logspace(-2, 4, 7))
-C_WITHOUT_VALIDATION = 0.316  # CLIP's published value, where a class is too small to hold one out
+C_WITHOUT_VALIDATION = 0.316  # published for CLIP; used if a class is too small for cross-validation
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Probe:
         return np.asarray(features, dtype=np.float64) @ self.coef.T + self.intercept
 
     def state(self) -> dict[str, Tensor]:
-        """Its numbers, by names that a checkpoint keeps."""
+        """Return its parameters, by their names in a checkpoint."""
         return {
             "coef": torch.from_numpy(self.coef),
             "intercept": torch.from_numpy(self.intercept),
@@ -40,37 +41,8 @@ class Probe:
 
     @classmethod
     def load(cls, state: Mapping[str, Tensor]) -> Self:
-        """The probe of which ``state`` was taken; other names in it are passed over."""
+        """Return the probe with the parameters in ``state``; other names are ignored."""
         return cls(state["coef"].numpy(), state["intercept"].numpy(), float(state["C"]))
-
-
-def stratified_folds(
-    labels: np.ndarray, groups: np.ndarray, folds: int, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Split a support set into (fit, held-out) index pairs that keep classes balanced and groups whole.
-
-    A fold whose fitting part lacks a class cannot be scored and is left out, so the list is
-    empty where a class has a single group: then nothing can be validated.
-
-    Args:
-        labels: (N,) integer labels.
-        groups: (N,) integers; images of a patient or a group of duplicates share one.
-        folds: The wished number; the smallest class bounds it.
-        seed: Of the shuffle.
-
-    Returns:
-        Index pairs, at most ``folds`` of them.
-    """
-    smallest = min(len(np.unique(groups[labels == k])) for k in np.unique(labels))
-    if min(folds, smallest) < 2:
-        return []
-    splitter = StratifiedGroupKFold(min(folds, smallest), shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # Groups may make a class smaller than the fold count inside scikit-learn's own bookkeeping.
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        pairs = list(splitter.split(np.zeros((len(labels), 1)), labels, groups))
-    classes = set(labels.tolist())
-    return [(fit, held) for fit, held in pairs if len(held) and set(labels[fit].tolist()) == classes]
 
 
 def fit_probe(
@@ -84,15 +56,15 @@ def fit_probe(
 ) -> Probe:
     """Fit the probe, choosing C by cross-validated log-likelihood inside the support set.
 
-    Log-likelihood and not accuracy decides: with a handful of images accuracy ties over
-    most of the grid. Where no fold can be made, C is 0.316.
+    With a handful of images, accuracy is equal over most of the grid, so log-likelihood decides. If no fold
+    can be made, C is 0.316.
 
     Args:
         features: (N, D).
         labels: (N,) integers covering 0..K-1.
         groups: (N,) integers; see ``stratified_folds``.
-        folds: Of the cross-validation.
-        seed: Of the folds' shuffle.
+        folds: Number of cross-validation folds.
+        seed: Seed of the folds' shuffle.
         grid: Candidate values of C.
 
     Returns:
@@ -111,10 +83,10 @@ def _best_c(
     pairs: list[tuple[np.ndarray, np.ndarray]],
     grid: Sequence[float],
 ) -> float:
-    """The C with the highest held-out log-likelihood, from weak to strong.
+    """Return the C with the highest held-out log-likelihood.
 
-    Each fit starts at the one before. The likelihood has one hump over C: two steps down end the search, and
-    with it the slowest fits.
+    C runs upwards and each fit starts at the previous solution. The likelihood has one maximum over C, so the
+    search stops after two decreases and skips the slowest fits.
     """
     fits: list[Probe | None] = [None] * len(pairs)
     scores: list[float] = []
@@ -135,9 +107,9 @@ def _best_c(
 
 
 def _rotated(features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Features (N, D) in the axes of their own span, (N, min(N, D)), and the way back (N, D); None if N >= D.
+    """Rotate features (N, D) into their span (N, N), and return the rotation back (N, D); None if N >= D.
 
-    L2-regularised logistic regression does not see a rotation, and its weights lie in that span.
+    L2-regularised logistic regression is invariant to rotation, and its weights lie in that span.
     """
     if len(features) >= features.shape[1]:
         return features, None

@@ -1,10 +1,10 @@
-"""How a method makes a choice inside its support: held-out log-likelihood decides, and test has no say."""
+"""The choice of a hyperparameter inside a support set, by held-out log-likelihood."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,45 +12,41 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional
 
+from medfocus.learning.folds import seed_of, stratified_folds
 from medfocus.learning.method import Method, Support
-from medfocus.learning.probe import stratified_folds
 
 Candidate = TypeVar("Candidate")
 
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Candidates for a method's ``lr``, and how one of them is chosen."""
+    """Candidate values for a method's ``lr``, and the cross-validation that chooses among them."""
 
     values: tuple[float, ...]
     folds: int  # of the cross-validation; small classes bound it
-    images: int  # of the support that it sees at most: every candidate is trained anew on each fold
+    images: int  # upper bound on the images used, because each fold trains every candidate
 
     def fit(self, method: Method, support: Support, generator: torch.Generator) -> Method:
-        """A copy of an unfitted method, fitted with the rate that does best inside the support.
+        """Return a copy of ``method`` fitted with the learning rate that does best inside the support.
 
-        Where no fold can be made the first rate stands.
+        If no fold can be made, the first rate is used.
         """
-        seed = generator.initial_seed() % 2**32
+        seed = seed_of(generator)
 
         def held_out_logits(fit: Support, held: Support) -> Iterable[Tensor]:
             for rate in self.values:
-                fitted = _with_rate(method, rate).fit(fit, torch.Generator().manual_seed(seed))
+                fitted = replace(method, lr=rate).fit(fit, torch.Generator().manual_seed(seed))
                 yield next(iter(fitted.logits(held.inputs[0]).values()))
 
         part = _stratified_part(support, self.images, seed)
-        chosen = choose(
+        rate = choose(
             self.values, part, held_out_logits, folds=self.folds, seed=seed, otherwise=self.values[0]
         )
-        return _with_rate(method, chosen).fit(support, generator)
-
-
-def _with_rate(method: Method, rate: float) -> Method:
-    return replace(cast("Any", method), lr=rate)
+        return replace(method, lr=rate).fit(support, generator)
 
 
 def _stratified_part(support: Support, images: int, seed: int) -> Support:
-    """At most so many images of a support, in the classes' shares; never fewer than two a class."""
+    """Return at most ``images`` images of a support, stratified by class; at least two images per class."""
     counts = support.labels.bincount()
     wanted = max(images, 2 * len(counts))
     if wanted + len(counts) > len(support.labels) or counts.min() < 2:
@@ -69,28 +65,29 @@ def choose(
     seed: int,
     otherwise: Candidate,
 ) -> Candidate:
-    """The candidate that gives the held-out folds of the support the highest log-likelihood.
+    """Return the candidate with the highest log-likelihood on the held-out folds of the support.
 
-    Log-likelihood and not accuracy decides, as for the probe's C: with a handful of images accuracy
-    ties. Among equals the first wins.
+    With a handful of images, accuracies are often equal, so log-likelihood decides. Of equal candidates the
+    first wins.
 
     Args:
-        candidates: One or more; a single one is taken without a look at the folds.
-        support: The labelled images.
-        held_out_logits: Maps what is fitted and what is held out, M images, to logits (M, K), one for each
-            candidate and in their order, so that what the candidates share is computed once a fold.
-        folds: The wished number; small classes bound it.
-        seed: Of the folds' shuffle.
-        otherwise: The answer where no fold can be made.
+        candidates: One or more; a single candidate is returned without cross-validation. support: The
+        labelled images. held_out_logits: Maps the part to fit on and the held-out part, M images, to one
+        tensor of logits (M, K)
+            per candidate, in the order of the candidates. It runs once per fold, so that candidates can share
+            computation.
+        folds: The wanted number of folds; small classes bound it.
+        seed: Seed of the folds' shuffle.
+        otherwise: The value to return if no fold can be made.
     """
     if len(candidates) == 1:
         return candidates[0]
     scores = np.zeros(len(candidates))
     pairs = stratified_folds(support.labels.numpy(), support.groups.numpy(), folds, seed)
     for fit, held in pairs:
-        out = support.subset(held)
+        held_out = support.subset(held)
         scores -= [
-            float(functional.cross_entropy(logits.double(), out.labels, reduction="sum"))
-            for logits in held_out_logits(support.subset(fit), out)
+            float(functional.cross_entropy(logits.double(), held_out.labels, reduction="sum"))
+            for logits in held_out_logits(support.subset(fit), held_out)
         ]
     return candidates[int(np.argmax(scores))] if pairs else otherwise

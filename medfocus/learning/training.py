@@ -1,64 +1,80 @@
-"""The one optimisation loop, shared by every method that learns by gradient."""
+"""The optimisation loop of every method that trains by AdamW."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # image indices (B,) and the view drawn for each (B,) -> scalar
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    """Hyperparameters of training; a method inherits them as its own."""
+
+    epochs: int  # passes over the support
+    batch_size: int  # images a step; the last batch of an epoch may be smaller
+    lr: float  # learning rate at the start of the cosine
+    weight_decay: float
+
 
 def train(
     parameters: Iterable[nn.Parameter],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     labels: Tensor,
+    schedule: Schedule,
     *,
     views: int,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    weight_decay: float,
     generator: torch.Generator,
     max_steps: int | None = None,
 ) -> list[float]:
     """Minimise ``loss`` by AdamW with a cosine schedule and keep the last iterate.
 
-    The loop knows no validation and no test data: there is nothing by which it could pick
-    a lucky epoch.
+    The loop sees neither validation nor test data, so it cannot select an epoch by them.
 
     Args:
-        parameters: What trains.
+        parameters: The parameters to train.
         loss: Maps image indices (B,) and the view drawn for each (B,) to a scalar.
         labels: (N,) labels of the support; only their number is used.
-        views: How many cached views each image has; one is drawn per image and step.
-        epochs: Passes over the support.
-        batch_size: Images a step; the last batch of an epoch may be smaller.
-        lr: Learning rate at the start of the cosine.
-        weight_decay: AdamW's decoupled weight decay.
+        schedule: Epochs, batch size, learning rate and weight decay.
+        views: Number of cached views of each image; each step draws one view per image.
         generator: The source of batch order and view draws.
-        max_steps: A bound on the optimisation steps: no epoch but the first goes beyond it.
+        max_steps: Upper bound on optimisation steps; the first epoch always runs whole.
 
     Returns:
         The mean loss of every epoch.
     """
     count = len(labels)
-    per_epoch = math.ceil(count / batch_size)
+    per_epoch = math.ceil(count / schedule.batch_size)
+    epochs = schedule.epochs
     if max_steps is not None:
         epochs = max(1, min(epochs, max_steps // per_epoch))
     trained = list(parameters)
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * per_epoch)
+    optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * per_epoch)
     history = []
     for _ in range(epochs):
         total = 0.0
-        for index in torch.randperm(count, generator=generator).split(batch_size):
+        for index in torch.randperm(count, generator=generator).split(schedule.batch_size):
             view = torch.randint(views, (len(index),), generator=generator)
             optimizer.zero_grad(set_to_none=True)
             value = loss(index, view)
             value.backward()
             optimizer.step()
-            schedule.step()
+            cosine.step()
             total += float(value.detach()) * len(index)
         history.append(total / count)
     return history
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator inside the block and restore it afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

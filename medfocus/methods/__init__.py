@@ -1,8 +1,13 @@
-"""The methods a study can name. A new one is a file that cites its paper and a line here."""
+"""The classification methods that a study can name, one paper a module.
+
+``METHODS`` maps the name in params.yaml to the class; ``fusion`` holds the equations of MedFocusCLIP. A new
+method is a module that cites its paper, and a line here. The room imports ``learning``, ``clip`` and
+``storage``; methods never import each other, nor the segmenters of ``masks``.
+"""
 
 from __future__ import annotations
 
-from medfocus.learning.method import IMAGES, Method, Support
+from medfocus.learning.method import Method
 from medfocus.methods.backbone import Backbone
 from medfocus.methods.clip import ClipFewShot, ClipLinearProbe, ClipZeroShot
 from medfocus.methods.clip_adapter import ClipAdapter
@@ -17,7 +22,7 @@ from medfocus.methods.slca import Slca
 from medfocus.methods.ss_text import SsText
 from medfocus.methods.tip_adapter import TipAdapter, TipAdapterF
 
-METHODS = {
+METHODS: dict[str, type[Method]] = {
     "pixels": Pixels,
     "pixels-svm": PixelsSvm,
     "nearest-class-mean": NearestClassMean,
@@ -37,5 +42,3 @@ METHODS = {
     "slca": Slca,
     "resnet": Backbone,
 }
-
-__all__ = ["IMAGES", "METHODS", "Method", "Support"]

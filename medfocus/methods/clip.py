@@ -1,20 +1,19 @@
-"""CLIP itself (Radford et al., arXiv 2103.00020): zero-shot, linear probe, few-shot."""
+"""CLIP (Radford et al., arXiv 2103.00020): zero-shot, linear probe, few-shot fine-tuning."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.learning.method import Support
+from medfocus.learning.folds import seed_of
+from medfocus.learning.frozen import FeatureMethod
+from medfocus.learning.method import Method, Support, with_prefix
 from medfocus.learning.probe import Probe, fit_probe
-from medfocus.learning.training import train
-
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
+from medfocus.learning.training import Schedule, train
 
 
 def zero_shot_logits(image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
@@ -23,26 +22,14 @@ def zero_shot_logits(image_features: Tensor, text_features: Tensor, logit_scale:
 
 
 @dataclass
-class ClipZeroShot:
-    """argmax_k I·T_k; learns nothing, so every support gives the same answer."""
+class ClipZeroShot(FeatureMethod):
+    """argmax_k I·T_k. It learns nothing, so every support gives the same answer."""
 
     learns: ClassVar[bool] = False
-    takes_views: ClassVar[bool] = False
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
     text_features_: Tensor = field(init=False, repr=False)  # (K, D)
 
-    @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
-
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Keep the class texts; the labels are not looked at."""
+        """Keep the text features of the classes; the labels are not used."""
         self.text_features_ = support.text_features
         return self
 
@@ -51,7 +38,7 @@ class ClipZeroShot:
         return {"zero-shot": zero_shot_logits(inputs, self.text_features_, self.encoder.logit_scale)}
 
     def state(self) -> dict[str, Tensor]:
-        """The class texts."""
+        """Return the text features."""
         return {"text_features": self.text_features_}
 
     def load(self, state: dict[str, Tensor]) -> Self:
@@ -61,24 +48,11 @@ class ClipZeroShot:
 
 
 @dataclass
-class ClipLinearProbe:
-    """Logistic regression on I, C chosen by cross-validation inside the support."""
+class ClipLinearProbe(FeatureMethod):
+    """Logistic regression on I; cross-validation inside the support chooses C."""
 
-    learns: ClassVar[bool] = True
-    takes_views: ClassVar[bool] = False
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
     folds: int  # of the cross-validation that chooses C
     probe_: Probe = field(init=False, repr=False)
-
-    @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Fit the probe on the unaugmented view."""
@@ -87,7 +61,7 @@ class ClipLinearProbe:
             support.labels.numpy(),
             support.groups.numpy(),
             folds=self.folds,
-            seed=generator.initial_seed() % 2**32,
+            seed=seed_of(generator),
         )
         return self
 
@@ -96,7 +70,7 @@ class ClipLinearProbe:
         return {"probe": torch.from_numpy(self.probe_.logits(inputs.numpy()))}
 
     def state(self) -> dict[str, Tensor]:
-        """The probe."""
+        """Return the probe's parameters."""
         return self.probe_.state()
 
     def load(self, state: dict[str, Tensor]) -> Self:
@@ -106,37 +80,35 @@ class ClipLinearProbe:
 
 
 @dataclass
-class ClipFewShot:
-    """Full fine-tuning of the image encoder's last blocks against frozen class texts.
+class ClipFewShot(Schedule, Method):
+    """Full fine-tuning of the image encoder's last blocks against frozen text features.
 
-    The blocks before them are frozen, so their tokens are computed once per image and view and
-    cached; one step costs only what trains. The loss is cross-entropy on s I Tᵀ.
+    The earlier blocks are frozen, so their tokens are computed once per image and view and cached. The loss
+    is the cross-entropy of s I Tᵀ.
     """
 
-    learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
-    blocks: int  # how many of the last transformer blocks train, with ln_post and the projection
-    epochs: int
-    max_steps: int  # a bound on epochs, in optimisation steps; one epoch is always made
-    batch_size: int
-    lr: float
-    weight_decay: float
+    blocks: int  # number of last transformer blocks to train, with ln_post and the projection
+    max_steps: int  # upper bound on optimisation steps; the first epoch always runs whole
     tail_: nn.Module = field(init=False, repr=False)  # (B, L, W) -> (B, D)
     text_features_: Tensor = field(init=False, repr=False)  # (K, D)
 
     @property
+    def trained_blocks(self) -> int:
+        """See ``Method.trained_blocks``."""
+        return self.blocks
+
+    @property
     def embedding(self) -> str:
-        """Tokens at the entrance of what trains."""
+        """Tokens in front of the trained blocks."""
         return f"tokens-{self.blocks}"
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> tokens (B, L, W)."""
+        """Images (B, S, S, C) uint8 -> tokens (B, L, W)."""
         return self.encoder.trunk(self.encoder.preprocess(images), self.blocks)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Fine-tune a copy of the tail; the encoder itself is left as it was."""
+        """Fine-tune a copy of the encoder's tail."""
         self.text_features_ = support.text_features
         self.tail_ = self.encoder.tail(self.blocks).train()
         tokens, labels = support.inputs.float(), support.labels  # (V, N, L, W), (N,)
@@ -150,13 +122,10 @@ class ClipFewShot:
             self.tail_.parameters(),
             loss,
             labels,
+            self,
             views=len(tokens),
-            epochs=self.epochs,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
             generator=generator,
+            max_steps=self.max_steps,
         )
         self.tail_.eval()
         return self
@@ -168,15 +137,12 @@ class ClipFewShot:
         return {"text": zero_shot_logits(features, self.text_features_, self.encoder.logit_scale)}
 
     def state(self) -> dict[str, Tensor]:
-        """The fine-tuned tail and the class texts."""
-        tail = {f"tail.{name}": value for name, value in self.tail_.state_dict().items()}
-        return {"text_features": self.text_features_, **tail}
+        """Return the fine-tuned tail and the text features."""
+        return {"text_features": self.text_features_, **self.tail_.state_dict(prefix="tail.")}
 
     def load(self, state: dict[str, Tensor]) -> Self:
         """See ``Method.load``."""
         self.text_features_ = state["text_features"]
         self.tail_ = self.encoder.tail(self.blocks).eval()
-        self.tail_.load_state_dict(
-            {name.removeprefix("tail."): value for name, value in state.items() if name.startswith("tail.")}
-        )
+        self.tail_.load_state_dict(with_prefix(state, "tail."))
         return self

@@ -1,29 +1,28 @@
 """CLIP-Adapter (Gao et al., arXiv 2110.04544): a residual bottleneck on the image features.
 
-f' = norm(r A(f) + (1 - r) f), A(f) = ReLU(W2 ReLU(W1 f)), logits s f' Tᵀ. As in the public code there are no
-biases, W1 and W2 start as PyTorch's linear layers do, and the texts have no adapter of their own. The
-public code leaves r at 0.2 and names no training settings; the paper searches r for every data set. Here
-several ``ratios`` are a search by cross-validation inside the support.
+f' = norm(r A(f) + (1 - r) f), A(f) = ReLU(W2 ReLU(W1 f)), logits s f' Tᵀ. As in the public code, there are no
+biases, W1 and W2 start as PyTorch's linear layers do, and the text features have no adapter. The public code
+fixes r at 0.2 and names no training settings; the paper searches r for every dataset. Here, cross-validation
+inside the support chooses r from ``ratios``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.learning.method import Support
+from medfocus.learning.folds import seed_of
+from medfocus.learning.frozen import FeatureMethod
+from medfocus.learning.method import Support, with_prefix
 from medfocus.learning.selection import choose
-from medfocus.learning.training import train
+from medfocus.learning.training import Schedule, seeded, train
 
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
-
-RATIO_WITHOUT_VALIDATION = 0.2  # published, where a class is too small to hold one out
+RATIO_WITHOUT_VALIDATION = 0.2  # published; used if a class is too small for cross-validation
 
 
 class Adapter(nn.Module):
@@ -43,19 +42,12 @@ class Adapter(nn.Module):
 
 
 @dataclass
-class ClipAdapter:
-    """The adapter learns by cross-entropy against frozen class texts."""
+class ClipAdapter(Schedule, FeatureMethod):
+    """The adapter learns by cross-entropy against frozen text features."""
 
-    learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
     ratios: tuple[float, ...]  # candidates for r, the share of A(f) in f'
     reduction: int  # of the bottleneck: D to D / reduction
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
     folds: int  # of the cross-validation that chooses r
     ratio_: float = field(init=False)
     adapter_: Adapter = field(init=False, repr=False)
@@ -67,27 +59,19 @@ class ClipAdapter:
                 f"clip-adapter: ratios is {list(self.ratios)}; give one or more values of r in [0, 1]."
             )
         if self.reduction < 1:
-            raise ValueError(f"clip-adapter: reduction is {self.reduction}; use 1 or more, published is 4.")
-
-    @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
+            raise ValueError(f"clip-adapter: reduction is {self.reduction}; use 1 or more (published: 4).")
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose r, then train the adapter on the whole support."""
         self.text_features_ = support.text_features
-        seed = generator.initial_seed() % 2**32
+        seed = seed_of(generator)
 
         def held_out_logits(fit: Support, held: Support) -> Iterable[Tensor]:
             for ratio in self.ratios:
                 adapter = self._train(fit, ratio, torch.Generator().manual_seed(seed))
                 with torch.no_grad():
-                    yield self._classify(adapter(held.inputs[0].float()))
+                    logits = self._classify(adapter(held.inputs[0].float()))
+                yield logits
 
         self.ratio_ = choose(
             self.ratios,
@@ -102,22 +86,13 @@ class ClipAdapter:
 
     def _train(self, support: Support, ratio: float, generator: torch.Generator) -> Adapter:
         features, labels = support.inputs.float(), support.labels  # (V, N, D), (N,)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
+        with seeded(generator.initial_seed()):
             adapter = Adapter(features.shape[-1], self.reduction, ratio)
-        train(
-            adapter.parameters(),
-            lambda index, view: functional.cross_entropy(
-                self._classify(adapter(features[view, index])), labels[index]
-            ),
-            labels,
-            views=len(features),
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            generator=generator,
-        )
+
+        def loss(index: Tensor, view: Tensor) -> Tensor:
+            return functional.cross_entropy(self._classify(adapter(features[view, index])), labels[index])
+
+        train(adapter.parameters(), loss, labels, self, views=len(features), generator=generator)
         return adapter.eval()
 
     def _classify(self, adapted: Tensor) -> Tensor:
@@ -134,9 +109,9 @@ class ClipAdapter:
         return {"text": self._classify(self.encode(inputs))}
 
     def state(self) -> dict[str, Tensor]:
-        """W1, W2, the class texts and the chosen r."""
-        adapter = {f"adapter.{name}": value for name, value in self.adapter_.state_dict().items()}
+        """Return W1, W2, the text features and the chosen r."""
         ratio = torch.tensor(self.ratio_, dtype=torch.float64)
+        adapter = self.adapter_.state_dict(prefix="adapter.")
         return {"text_features": self.text_features_, "ratio": ratio, **adapter}
 
     def load(self, state: dict[str, Tensor]) -> Self:
@@ -144,7 +119,5 @@ class ClipAdapter:
         self.text_features_ = state["text_features"]
         self.ratio_ = float(state["ratio"])
         self.adapter_ = Adapter(self.text_features_.shape[1], self.reduction, self.ratio_).eval()
-        self.adapter_.load_state_dict(
-            {k.removeprefix("adapter."): v for k, v in state.items() if k.startswith("adapter.")}
-        )
+        self.adapter_.load_state_dict(with_prefix(state, "adapter."))
         return self

@@ -1,19 +1,19 @@
-"""CoCoOp (Zhou et al., arXiv 2203.05557): CoOp's contexts, moved by the image that is looked at.
+"""CoCoOp (Zhou et al., arXiv 2203.05557): CoOp's contexts, shifted by the features of the image.
 
-v_m(x) = v_m + h(f), h = Linear(D, D/16)-ReLU-Linear(D/16, W), and the logits are s f t_k(x), of frozen image
-features f. So every image has K texts of its own, and a batch of B is B K passes through the text tower.
-They go in chunks of images whose gradients add up, so that memory grows with the chunk and not with the
-batch. Published are M = 4 from "a photo of a", SGD of 2e-3 with a cosine after one epoch at 1e-5, and 10
-epochs of single images.
+v_m(x) = v_m + h(f), h = Linear(D, D/16)-ReLU-Linear(D/16, W), and the logits are s f t_k(x) for frozen image
+features f. Every image has its own K prompts, so a batch of B images is B K passes through the text tower.
+They run in chunks of images with accumulated gradients, so that memory depends on the chunk and not on the
+batch. Published: M = 4 from "a photo of a", SGD of 2e-3 with a cosine after one epoch at 1e-5, and 10 epochs
+of single images.
 
-A departure from the paper: ``max_steps`` bounds the training, and the schedule then runs through the same
-epochs in fewer steps. And the images' views are drawn from a cached few.
+Deviations from the paper: ``max_steps`` bounds the training, and the schedule then covers the same epochs in
+fewer steps. Each step draws its views from a few cached views.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,18 @@ from medfocus.clip.prompt_learning import (
     train_sgd,
     write_texts,
 )
-from medfocus.learning.method import Support
+from medfocus.learning.frozen import FeatureMethod
+from medfocus.learning.method import Support, with_prefix
+from medfocus.learning.training import Schedule, seeded
 
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
-
-_TEXTS = 64  # that go through the text tower at once where no gradient is kept
+_TEXTS = 64  # prompts per pass through the text tower without gradients
 
 
 class ConditionalContexts(nn.Module):
     """Image features -> contexts, v_m + h(f)."""
 
     def __init__(self, start: Tensor, dim: int, reduction: int) -> None:
-        """Start at the contexts ``start`` (M, W), and h as PyTorch's linear layers do."""
+        """Start at the contexts ``start`` (M, W); h starts as PyTorch's linear layers do."""
         super().__init__()
         hidden = max(1, dim // reduction)
         self.contexts = nn.Parameter(start.clone())  # v
@@ -53,23 +52,16 @@ class ConditionalContexts(nn.Module):
 
 
 @dataclass
-class CoCoOp:
-    """Trains the contexts, which all classes share, and the small network that moves them."""
+class CoCoOp(Schedule, FeatureMethod):
+    """Trains the contexts, which all classes share, and the small network that shifts them."""
 
-    learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
-    needs_towers: ClassVar[bool] = True
-    encoder: ClipEncoder
     contexts: int  # M
-    start: str  # words of M tokens at which the contexts start; empty: N(0, 0.02)
+    start: str  # text of M tokens that initialises the contexts; empty: N(0, 0.02)
     reduction: int  # of h: D to D / reduction
-    chunk: int  # images whose texts go through the text tower at once while training
-    epochs: int
-    max_steps: int  # of the optimisation, whatever the epochs
-    batch_size: int
-    lr: float
+    chunk: int  # images per pass through the text tower in training
+    max_steps: int  # upper bound on optimisation steps
     warmup: int  # epochs at 1e-5
-    weight_decay: float
     network_: ConditionalContexts = field(init=False, repr=False)
     tower_: ContextTower = field(init=False, repr=False)
 
@@ -86,13 +78,9 @@ class CoCoOp:
         )
 
     @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
+    def needs_towers(self) -> bool:
+        """See ``Method.needs_towers``."""
+        return True
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Train contexts and network on frozen image features.
@@ -103,8 +91,7 @@ class CoCoOp:
         texts = write_texts("cocoop", self.encoder, support.class_names, self.contexts)
         self.tower_ = ContextTower(self.encoder, texts)
         start = start_contexts("cocoop", self.encoder, self.contexts, self.start, generator)
-        with torch.random.fork_rng(devices=[]):  # of h's start
-            torch.manual_seed(generator.initial_seed())
+        with seeded(generator.initial_seed()):  # for the initial h
             self.network_ = ConditionalContexts(start, features.shape[-1], self.reduction)
         train_sgd(
             self.network_.parameters(),
@@ -123,7 +110,7 @@ class CoCoOp:
         return self
 
     def accumulate(self, features: Tensor, labels: Tensor) -> None:
-        """Add the gradient of a batch's mean cross-entropy, from features (B, D) and labels (B,)."""
+        """Add the gradient of the mean cross-entropy of features (B, D) and labels (B,)."""
         for part, target in zip(features.split(self.chunk), labels.split(self.chunk), strict=True):
             loss = functional.cross_entropy(self._classify(part), target, reduction="sum")
             (loss / len(labels)).backward()
@@ -140,15 +127,15 @@ class CoCoOp:
         return {"text": torch.cat([self._classify(part) for part in inputs.float().split(images)])}
 
     def state(self) -> dict[str, Tensor]:
-        """The contexts, h, and the tokenised class texts with the contexts' places in them."""
+        """Return the contexts, h, and the tokenised prompts with the positions of the contexts."""
         texts = {"tokens": self.tower_.texts.tokens, "slots": self.tower_.texts.slots}
-        return {**texts, **{f"network.{name}": value for name, value in self.network_.state_dict().items()}}
+        return {**texts, **self.network_.state_dict(prefix="network.")}
 
     def load(self, state: dict[str, Tensor]) -> Self:
         """See ``Method.load``."""
         self.tower_ = ContextTower(self.encoder, ContextTexts(state["tokens"], state["slots"]))
-        network = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
-        with torch.random.fork_rng(devices=[]):  # the start of h is drawn, and then replaced
+        network = with_prefix(state, "network.")
+        with seeded(0):  # the initial h is drawn and then overwritten
             dim = network["shift.0.weight"].shape[1]
             self.network_ = ConditionalContexts(network["contexts"], dim, self.reduction)
         self.network_.load_state_dict(network)

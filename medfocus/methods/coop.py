@@ -1,19 +1,19 @@
-"""CoOp (Zhou et al., arXiv 2109.01134): the words around the class's name are learned vectors.
+"""CoOp (Zhou et al., arXiv 2109.01134): learned context vectors around the class name in a prompt.
 
-t_k = g([v_1..v_M][class_k]) and the logits are s f t_k, of frozen image features f; the contexts v learn by
-cross-entropy through the frozen text tower g. Published are M = 16 from N(0, 0.02), or M = 4 from "a photo of
+t_k = g([v_1..v_M][class_k]), and the logits are s f t_k for frozen image features f; the contexts v learn by
+cross-entropy through the frozen text tower g. Published: M = 16 from N(0, 0.02), or M = 4 from "a photo of
 a"; SGD of 2e-3 with a cosine after one epoch at 1e-5, batches of 32, and 50, 100 or 200 epochs for 1, 2 to 4
 or 8 to 16 shots.
 
-A departure from the paper: ``max_steps`` bounds the training, since 200 epochs of 5,700 images would be
-36,000 steps of the text tower. The schedule then runs through the same epochs in fewer steps. And
-the images' views are drawn from a cached few instead of being made anew at every step.
+Deviations from the paper: ``max_steps`` bounds the training, because 200 epochs of 5,700 images would be
+36,000 steps of the text tower; the schedule then covers the same epochs in fewer steps. Each step draws its
+views from a few cached views instead of augmenting anew.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,30 +27,22 @@ from medfocus.clip.prompt_learning import (
     train_sgd,
     write_texts,
 )
+from medfocus.learning.frozen import FeatureMethod
 from medfocus.learning.method import Support
-
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
+from medfocus.learning.training import Schedule
 
 
 @dataclass
-class CoOp:
-    """Trains the contexts alone, shared by all classes or of each class its own."""
+class CoOp(Schedule, FeatureMethod):
+    """Trains the contexts only, which are shared by all classes or separate for each class."""
 
-    learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
-    needs_towers: ClassVar[bool] = True
-    encoder: ClipEncoder
     contexts: int  # M
-    start: str  # words of M tokens at which the contexts start; empty: N(0, 0.02)
-    class_token: str  # where the class's name stands: "end", "middle" or "front"
-    class_specific: bool  # contexts of its own for each class
-    epochs: int
-    max_steps: int  # of the optimisation, whatever the epochs
-    batch_size: int
-    lr: float
+    start: str  # text of M tokens that initialises the contexts; empty: N(0, 0.02)
+    class_token: str  # position of the class name: "end", "middle" or "front"
+    class_specific: bool  # separate contexts for each class
+    max_steps: int  # upper bound on optimisation steps
     warmup: int  # epochs at 1e-5
-    weight_decay: float
     contexts_: Tensor = field(init=False, repr=False)  # (1, M, W), or (K, M, W) where class-specific
     text_features_: Tensor = field(init=False, repr=False)  # (K, D)
 
@@ -69,13 +61,9 @@ class CoOp:
             )
 
     @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
+    def needs_towers(self) -> bool:
+        """See ``Method.needs_towers``."""
+        return True
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Train the contexts on frozen image features.
@@ -85,7 +73,7 @@ class CoOp:
         features, labels = support.inputs.float(), support.labels  # (V, N, D), (N,)
         texts = write_texts("coop", self.encoder, support.class_names, self.contexts, self.class_token)
         tower = ContextTower(self.encoder, texts)
-        sets = len(texts.tokens) if self.class_specific else 1  # of contexts, each with noise of its own
+        sets = len(texts.tokens) if self.class_specific else 1  # sets of contexts, each with its own noise
         start = [
             start_contexts("coop", self.encoder, self.contexts, self.start, generator) for _ in range(sets)
         ]
@@ -122,7 +110,7 @@ class CoOp:
         return {"text": self._classify(inputs.float(), self.text_features_)}
 
     def state(self) -> dict[str, Tensor]:
-        """The class texts, which are all that ``logits`` needs, and the contexts."""
+        """Return the text features, which suffice for ``logits``, and the contexts."""
         return {"text_features": self.text_features_, "contexts": self.contexts_}
 
     def load(self, state: dict[str, Tensor]) -> Self:

@@ -14,15 +14,15 @@ from torch.nn import functional
 def contrastive_loss(
     image_features: Tensor, text_features: Tensor, labels: Tensor, logit_scale: float
 ) -> Tensor:
-    """L_c: InfoNCE over the unique classes of the batch.
+    """Return L_c, InfoNCE over the unique classes of the batch.
 
-    i2t = -mean_i log softmax_k(s I_i·T_k)[y_i] over the classes present; t2i = the mean over
-    those classes of the mean over their images i of -log softmax_j(s I_j·T_k)[i]. The diagonal
-    form of CLIP's own training would count two images of one class as each other's negatives.
+    i2t = -mean_i log softmax_k(s I_i·T_k)[y_i] over the classes present; t2i = the mean over those classes of
+    the mean over their images i of -log softmax_j(s I_j·T_k)[i]. The diagonal form of CLIP's training would
+    make images of one class negatives of each other.
 
     Args:
         image_features: (B, D) L2-normalised.
-        text_features: (K, D) L2-normalised, one row a class.
+        text_features: (K, D) L2-normalised, one row per class.
         labels: (B,) integers in [0, K).
         logit_scale: s.
 
@@ -39,7 +39,7 @@ def contrastive_loss(
 
 
 class Adapter(nn.Module):
-    """x -> norm(x + W2 relu(W1 x)); W2 starts at zero, so it starts as the identity."""
+    """x -> norm(x + W2 relu(W1 x)); W2 starts at zero, so the adapter starts as the identity."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Adapter(nn.Module):
 
 
 class SoftmaxTextFusion(nn.Module):
-    """M = norm(I + γ T̄) with T̄ = softmax_k(s I Tᵀ) T; γ is learnt and starts at 0."""
+    """M = norm(I + γ T̄) with T̄ = softmax_k(s I Tᵀ) T; γ is learned and starts at 0."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class GatedFusion(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """M = [I ; s I Tᵀ], the class scores centred and L2-normalised so that neither half drowns the other."""
+    """M = [I ; s I Tᵀ], with class scores centred and L2-normalised to the scale of I."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class ConcatFusion(nn.Module):
 
 
 def _attended_text(image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
-    """T̄ = a T with a = softmax_k(s I Tᵀ): every class's text enters, the label never does. -> (B, D)."""
+    """T̄ = a T with a = softmax_k(s I Tᵀ), (B, D): uses the texts of all classes and never the label."""
     return (logit_scale * image_features @ text_features.T).softmax(dim=-1) @ text_features
 
 
@@ -111,7 +111,7 @@ FUSIONS: dict[str, type[SoftmaxTextFusion] | type[GatedFusion] | type[ConcatFusi
 
 
 class CosineHead(nn.Module):
-    """C(M) = s cos(M, W): weights of its own, one direction a class."""
+    """C(M) = s cos(M, W), one learned direction per class."""
 
     def __init__(self, dim: int, classes: int, logit_scale: float) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class CosineHead(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """C(M) = W M + b, from zero."""
+    """C(M) = W M + b, starting at zero."""
 
     def __init__(self, dim: int, classes: int, logit_scale: float) -> None:
         super().__init__(dim, classes)
@@ -142,17 +142,17 @@ class LinearHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def imprint(self, fused: Tensor, labels: Tensor) -> None:
-        """Stays at zero."""
+        """Keep the weights at zero."""
 
 
 HEADS: dict[str, type[CosineHead] | type[LinearHead]] = {"cosine": CosineHead, "linear": LinearHead}
 
 
 class FusedClassifier(nn.Module):
-    """The end of the image encoder, residual adapters on I and T, the fusion F, and the head C.
+    """The trained end of the image encoder, residual adapters on I and T, the fusion F, and the head C.
 
-    An input is what the frozen part of the tower gave, and behind it, where ``patches`` is not 0, so many
-    patch features, of CLIP's blocks or of SAM2. ``scale_patches`` standardises those; they stand behind M.
+    An input is the output of the frozen part of the image encoder, followed by ``patches`` patch features of
+    CLIP's blocks or of SAM2. ``scale_patches`` standardises the patch features; they are appended to M.
     """
 
     patch_mean: Tensor  # (P,)
@@ -182,30 +182,30 @@ class FusedClassifier(nn.Module):
         self.register_buffer("patch_scale", torch.ones(patches))
 
     def scale_patches(self, inputs: Tensor) -> None:
-        """Standardise patch features by those of inputs (N, D + P), so that all together have length one."""
+        """Fit the standardisation of patch features on inputs (N, D + P): a mean length of one."""
         if self.patches:
             features = inputs[:, -self.patches :].float()
             self.patch_mean.copy_(features.mean(dim=0))
             self.patch_scale.copy_((features.std(dim=0, correction=0) + 1e-3) * self.patches**0.5)
 
     def adapt(self, inputs: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs (B, ...), class texts (K, D) -> I (B, D), T (K, D) after their adapters, L2-normalised."""
-        towards = inputs[:, : -self.patches] if self.patches else inputs
-        return self.image_adapter(self.tower(towards)), self.text_adapter(text_features)
+        """Inputs (B, ...), text features (K, D) -> I (B, D), T (K, D) after their adapters, L2-normalised."""
+        tower_inputs = inputs[:, : -self.patches] if self.patches else inputs
+        return self.image_adapter(self.tower(tower_inputs)), self.text_adapter(text_features)
 
     def merge(self, image: Tensor, text: Tensor, inputs: Tensor) -> Tensor:
-        """M of adapted I (B, D) and T (K, D), with the patch features of inputs (B, ...) -> (B, D' + P)."""
+        """Fuse adapted I (B, D) and T (K, D), append the patch features of inputs (B, ...) -> (B, D' + P)."""
         fused = self.fusion(image, text, self.logit_scale)
         if not self.patches:
             return fused
         return torch.cat([fused, (inputs[:, -self.patches :] - self.patch_mean) / self.patch_scale], dim=-1)
 
     def fuse(self, inputs: Tensor, text_features: Tensor) -> Tensor:
-        """M for inputs (B, ...) and the texts of all classes (K, D) -> (B, D' + P)."""
+        """Return M for inputs (B, ...) and the texts of all classes (K, D) -> (B, D' + P)."""
         return self.merge(*self.adapt(inputs, text_features), inputs)
 
     def loss(self, inputs: Tensor, text_features: Tensor, labels: Tensor, weight: float) -> Tensor:
-        """λ L_c + (1 - λ) L_e for a batch (B, ...), (K, D), (B,); ``weight`` is λ."""
+        """Return λ L_c + (1 - λ) L_e for a batch (B, ...), (K, D), (B,); ``weight`` is λ."""
         image, text = self.adapt(inputs, text_features)
         loss_e = functional.cross_entropy(self.head(self.merge(image, text, inputs)), labels)
         return weight * contrastive_loss(image, text, labels, self.logit_scale) + (1 - weight) * loss_e

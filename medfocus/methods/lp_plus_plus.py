@@ -1,30 +1,28 @@
-"""LP++ (Huang et al., CVPR 2024, arXiv 2404.02285): a linear probe that blends the class texts in.
+"""LP++ (Huang et al., CVPR 2024, arXiv 2404.02285): a linear probe blended with the text features.
 
-Logits l_ik = f_i·(w_k + α_k t_k), cross-entropy, both w and α learnt on the full batch with step sizes that
-come from the data. Where paper and public code differ, or the code does what no equation says:
+Logits l_ik = f_i·(w_k + α_k t_k), cross-entropy; w and α learn on the full batch with step sizes computed
+from the data. Deviations where paper and public code differ, or where the code does what no equation states:
 
 - The code keeps the step that is best on a validation set. Here the last iterate is kept.
-- The code gives the classifier a bias that starts at random. The equation has none, and so has this.
-- The code never clears the gradient of α between its updates. Here it is that of the current iterate.
+- The code gives the classifier a bias that starts at random. The equation has no bias, and neither has this.
+- The code never clears the gradient of α between its updates. Here it is the gradient at the current iterate.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from medfocus.learning.frozen import FeatureMethod
 from medfocus.learning.method import Support
 
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
-
-ALPHA_SCALE = 250.0  # published: α starts at this times the mean cosine of image and own class text
+ALPHA_SCALE = 250.0  # published: α starts at this times the mean cosine between image and its class's text
 MOMENTUM = 0.9  # published, of w
-STEPS_OF_W = 10  # published: α takes a step after so many of w
+STEPS_OF_W = 10  # published: steps of w per step of α
 
 
 def blended_logits(features: Tensor, weight: Tensor, alpha: Tensor, text_features: Tensor) -> Tensor:
@@ -33,7 +31,7 @@ def blended_logits(features: Tensor, weight: Tensor, alpha: Tensor, text_feature
 
 
 def start(features: Tensor, onehot: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-    """Where w and α start: w_k = Σ_{i∈k} f_i, and for every class α = 250 mean_k mean_{i∈k} f_i·t_k.
+    """Return the initial w_k = Σ_{i∈k} f_i and α = 250 mean_k mean_{i∈k} f_i·t_k, equal for all classes.
 
     (N, D), (N, K), (K, D) -> (K, D), (K,).
     """
@@ -42,12 +40,12 @@ def start(features: Tensor, onehot: Tensor, text_features: Tensor) -> tuple[Tens
 
 
 def step_sizes(features: Tensor, text_features: Tensor) -> tuple[float, float]:
-    """η_w = 4 N / λ_max(FᵀF) and η_α = N / (4 max_k Σ_i (f_i·t_k)²), the published ones.
+    """Return the published step sizes η_w = 4 N / λ_max(FᵀF) and η_α = N / (4 max_k Σ_i (f_i·t_k)²).
 
     As p (1 - p) is at most 1/4, λ_max / 4N bounds the curvature of the loss in one class's w_k, and η_w is
-    its inverse. With all classes at once the bound is twice that, of whose inverse η_w is the double;
-    momentum of 0.9 keeps steps stable up to 3.8 times it. η_α is an eighth of the inverse of the bound for
-    all of α.
+    the inverse of this bound. For all classes together the bound is twice as large, so η_w is twice its
+    inverse; a momentum of 0.9 keeps steps stable up to 3.8 times the inverse. η_α is an eighth of the inverse
+    of the bound on the curvature in α.
     """
     count = len(features)
     largest = float(torch.linalg.matrix_norm(features, 2).square())
@@ -56,7 +54,7 @@ def step_sizes(features: Tensor, text_features: Tensor) -> tuple[float, float]:
 
 
 def minimise(features: Tensor, labels: Tensor, text_features: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """w (K, D) and α (K,) after ``steps`` full-batch steps on features (N, D), labels (N,), texts (K, D)."""
+    """Take ``steps`` full-batch steps: features (N, D), labels (N,), texts (K, D) -> w (K, D), α (K,)."""
     count = len(labels)
     onehot = functional.one_hot(labels, len(text_features)).to(features.dtype)  # (N, K)
     cosines = features @ text_features.T  # (N, K)
@@ -74,29 +72,16 @@ def minimise(features: Tensor, labels: Tensor, text_features: Tensor, steps: int
 
 
 @dataclass
-class LpPlusPlus:
-    """Nothing to choose: start and step sizes come from the support."""
+class LpPlusPlus(FeatureMethod):
+    """LP++ has no other hyperparameter, because initial values and step sizes come from the support."""
 
-    learns: ClassVar[bool] = True
-    takes_views: ClassVar[bool] = False
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
-    steps: int  # full-batch
+    steps: int  # full-batch steps of w
     weight_: Tensor = field(init=False, repr=False)  # (K, D) w
     alpha_: Tensor = field(init=False, repr=False)  # (K,)
     text_features_: Tensor = field(init=False, repr=False)  # (K, D)
 
-    @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
-
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Learn w and α; nothing is drawn."""
+        """Learn w and α; uses no random draws."""
         self.text_features_ = support.text_features
         features, text = support.inputs[0].double(), support.text_features.double()
         self.weight_, self.alpha_ = minimise(features, support.labels, text, self.steps)
@@ -108,7 +93,7 @@ class LpPlusPlus:
         return {"blend": blended_logits(inputs.double(), self.weight_, self.alpha_, text)}
 
     def state(self) -> dict[str, Tensor]:
-        """w, α and the class texts."""
+        """Return w, α and the text features."""
         return {"weight": self.weight_, "alpha": self.alpha_, "text_features": self.text_features_}
 
     def load(self, state: dict[str, Tensor]) -> Self:

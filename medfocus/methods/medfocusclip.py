@@ -1,73 +1,62 @@
-"""MedFocusCLIP (arXiv 2501.03839): fusion, composite loss, head and probe over CLIP's towers.
+"""MedFocusCLIP (arXiv 2501.03839): fusion, composite loss, head and probe on CLIP's towers.
 
-The focus x ⊙ m has happened before: the inputs are focused images, or features of them. The
-equations are in ``medfocus.methods.fusion``. The authors published no code; where the paper leaves a
-choice open the docstring says what is done here.
+The inputs are focused images x ⊙ m, or features of them. ``medfocus.methods.fusion`` holds the equations. The
+authors published no code; where the paper leaves a choice open, a docstring states the choice made here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from medfocus.clip.lora import LoraTowers, check_lora
 from medfocus.clip.prompts import class_embeddings
-from medfocus.learning.method import IMAGES, Support
-from medfocus.learning.probe import Probe, fit_probe, stratified_folds
-from medfocus.learning.training import train
-from medfocus.methods.fusion import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
-
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
-
-__all__ = ["FUSIONS", "HEADS", "TUNINGS", "Adapter", "FusedClassifier", "MedFocusClip", "contrastive_loss"]
+from medfocus.learning.folds import seed_of
+from medfocus.learning.method import IMAGES, Method, Support, with_prefix
+from medfocus.learning.probe import Probe, fit_probe
+from medfocus.learning.selection import choose
+from medfocus.learning.training import Schedule, seeded, train
+from medfocus.methods.fusion import FUSIONS, HEADS, FusedClassifier
 
 TUNINGS = ("adapter", "lora", "full")
 
 
 @dataclass
-class MedFocusClip:
-    """The paper's method: adapters, fusion and head train, and of the towers what ``tuning`` says.
+class MedFocusClip(Schedule, Method):
+    """Adapters, fusion and head always train; ``tuning`` sets the trained part of the towers.
 
-    "adapter" leaves the towers frozen and trains on cached views of their features. With nothing
-    trainable before I and T the contrastive term would have no gradient; that is what the adapters are
-    for. With ``layers`` the frozen tower's patch features join M, with ``segmenter_grid`` those of SAM2's
-    own image encoder: where in the image something is, which the pooled I has lost.
+    "adapter": the towers are frozen, and training uses cached views of their features. The adapters on I and
+    T give the contrastive term a gradient. With ``layers``, patch features of the frozen image encoder join
+    M; with ``segmenter_grid``, those of SAM2's image encoder. Both restore the positions that the pooled I
+    has lost.
 
-    "lora" trains low-rank updates in every attention of both towers, on the images themselves. T is
-    encoded anew at every step, from all templates, so the whole loss has its gradient in both towers; the
-    adapters stay in place behind them.
+    "lora": low-rank updates train in every attention of both towers, on images. Every step encodes T again,
+    from all templates, so the whole loss has a gradient in both towers. The adapters follow the towers.
 
-    "full" trains the last ``blocks`` blocks of the image encoder, on the cached tokens before them.
+    "full": the last ``blocks`` blocks of the image encoder train, on the cached tokens in front of them.
 
-    Where ``contrastive_weights`` holds several λ, one is chosen by stratified cross-validation inside the
-    support.
+    Cross-validation inside the support chooses λ from ``contrastive_weights``; the middle candidate is used
+    if no fold can be made.
     """
 
-    learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
-    encoder: ClipEncoder
     tuning: str  # one of TUNINGS
     fusion: str  # one of FUSIONS
     head: str  # one of HEADS
     contrastive_weights: tuple[float, ...]  # candidates for λ in [0, 1]
-    blocks: int  # of the image encoder that train, from its end, in "full"; else 0
+    blocks: int  # number of last blocks of the image encoder to train in "full"; else 0
     lora_rank: int  # r of the updates W + (α/√r) B A, in "lora"
-    lora_alpha: float  # their α
+    lora_alpha: float  # α of the updates
     lora_dropout: float  # on the input of the low-rank path
-    layers: tuple[int, ...]  # blocks, counted from 1, whose patch features join M; 0: the embedding
+    layers: tuple[int, ...]  # patch features of these blocks, counted from 1, join M; 0: the embedding
     grid: int  # cells a side to which the patch features of each layer are averaged
-    segmenter_grid: int  # cells a side to which SAM2's image features are averaged; 0: they stay out of M
+    segmenter_grid: int  # cells a side to which SAM2's image features are averaged; 0: not in M
     hidden: int  # width of the adapters' bottleneck
-    epochs: int
-    max_steps: int  # a bound on epochs, in optimisation steps; one epoch is always made
-    batch_size: int
-    lr: float
-    weight_decay: float
+    max_steps: int  # upper bound on optimisation steps; the first epoch always runs whole
     folds: int  # of the cross-validations that choose λ and C
     contrastive_weight_: float = field(init=False)
     classifier_: FusedClassifier = field(init=False, repr=False)
@@ -93,24 +82,29 @@ class MedFocusClip:
         check_lora("medfocusclip", rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
         if self.blocks < 0 or (self.tuning == "full") != (self.blocks > 0):
             raise ValueError(
-                f"medfocusclip: tuning is {self.tuning!r} and blocks {self.blocks}; blocks train in 'full' "
-                "and there alone. Set blocks to 1 or more with 'full', to 0 with another tuning."
+                f"medfocusclip: tuning is {self.tuning!r} and blocks {self.blocks}; blocks train only "
+                "in 'full'. Set blocks to 1 or more with 'full', or to 0 with another tuning."
             )
         if self.tuning != "adapter" and (self.layers or self.segmenter_grid):
             raise ValueError(
                 f"medfocusclip: tuning is {self.tuning!r}, layers {list(self.layers)} and segmenter_grid "
-                f"{self.segmenter_grid}; patch features are of a frozen tower. Set tuning to adapter, or "
+                f"{self.segmenter_grid}; patch features need a frozen encoder. Set tuning to adapter, or "
                 "layers to [] and segmenter_grid to 0."
             )
 
     @property
     def needs_towers(self) -> bool:
-        """Only low-rank updates run both towers in ``fit``; the others have cached what comes before."""
+        """True for low-rank updates: they run both towers in ``fit``."""
         return self.tuning == "lora"
 
     @property
+    def trained_blocks(self) -> int:
+        """See ``Method.trained_blocks``."""
+        return self.blocks
+
+    @property
     def embedding(self) -> str:
-        """The frozen part: image features, with patch features; in "full" tokens, in "lora" nothing."""
+        """Image features with patch features; in "full" tokens, in "lora" the images."""
         if self.tuning == "lora":
             return IMAGES
         if self.tuning == "full":
@@ -119,7 +113,7 @@ class MedFocusClip:
         return f"{name}-segmenter-{self.segmenter_grid}" if self.segmenter_grid else name
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, C) uint8 -> I (B, D), with patches (B, D + P), tokens (B, L, W) or as is."""
+        """Images (B, S, S, C) uint8 -> I (B, D), with patches (B, D + P), tokens (B, L, W) or the images."""
         if self.tuning == "lora":
             return images
         pixels = self.encoder.preprocess(images)
@@ -134,16 +128,16 @@ class MedFocusClip:
         return torch.cat([features, self.encoder.describe(images, self.segmenter_grid)], dim=1)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Choose λ, train what trains, then probe the frozen fused features.
+        """Choose λ, train, then fit the probe on the frozen fused features.
 
-        Raises ValueError in "lora" where the support brings no prompts, or as ``LoraTowers`` does.
+        Raises ValueError in "lora" if the support has no prompts, or as ``LoraTowers`` does.
         """
         if self.tuning == "lora" and not support.prompts:
             raise ValueError(
                 "medfocusclip: tuning 'lora' trains the text tower, but support.prompts is empty. Give the "
-                "texts of each class."
+                "prompts of each class."
             )
-        seed = generator.initial_seed() % 2**32
+        seed = seed_of(generator)
         labels, groups = support.labels.numpy(), support.groups.numpy()
         self.contrastive_weight_ = self._choose_weight(support, seed)
         self.classifier_ = self._train(support, self.contrastive_weight_, generator)
@@ -154,23 +148,19 @@ class MedFocusClip:
         return self
 
     def _choose_weight(self, support: Support, seed: int) -> float:
-        """The λ whose heads give the held-out folds the highest log-likelihood."""
-        pairs = stratified_folds(support.labels.numpy(), support.groups.numpy(), self.folds, seed)
-        if len(self.contrastive_weights) == 1 or not pairs:
-            return self.contrastive_weights[len(self.contrastive_weights) // 2]
+        """Return the λ with the highest held-out log-likelihood of the head."""
 
-        def held_out_loss(weight: float) -> float:
-            total = 0.0
-            for fit, held in pairs:
-                classifier = self._train(support.subset(fit), weight, torch.Generator().manual_seed(seed))
-                out = support.subset(held)
+        def held_out_logits(fit: Support, held: Support) -> Iterable[Tensor]:
+            for weight in self.contrastive_weights:
+                classifier = self._train(fit, weight, torch.Generator().manual_seed(seed))
                 with torch.no_grad():
-                    fused = self._fused(classifier, out.inputs[0], self._texts(classifier, out))
+                    fused = self._fused(classifier, held.inputs[0], self._texts(classifier, held))
                     logits = classifier.head(fused)
-                    total += float(functional.cross_entropy(logits, out.labels, reduction="sum"))
-            return total
+                yield logits
 
-        return min(self.contrastive_weights, key=held_out_loss)
+        weights = self.contrastive_weights
+        otherwise = weights[len(weights) // 2]
+        return choose(weights, support, held_out_logits, folds=self.folds, seed=seed, otherwise=otherwise)
 
     def _train(self, support: Support, weight: float, generator: torch.Generator) -> FusedClassifier:
         inputs, labels = support.inputs, support.labels
@@ -179,8 +169,7 @@ class MedFocusClip:
             text = self._texts(classifier, support)
             return classifier.loss(inputs[view, index].float(), text, labels[index], weight)
 
-        with torch.random.fork_rng(devices=[]):  # of the modules' start and LoRA's dropout
-            torch.manual_seed(generator.initial_seed())
+        with seeded(generator.initial_seed()):  # for the modules' initial weights and LoRA's dropout
             classifier = self._untrained(support.text_features, inputs.shape[-1])
             classifier.scale_patches(inputs[0])
             with torch.no_grad():
@@ -190,19 +179,16 @@ class MedFocusClip:
                 classifier.parameters(),
                 loss,
                 labels,
+                self,
                 views=len(inputs),
-                epochs=self.epochs,
-                max_steps=self.max_steps,
-                batch_size=self.batch_size,
-                lr=self.lr,
-                weight_decay=self.weight_decay,
                 generator=generator,
+                max_steps=self.max_steps,
             )
         return classifier.eval()
 
     @staticmethod
     def _texts(classifier: FusedClassifier, support: Support) -> Tensor:
-        """T (K, D) of the updated text tower, with its gradient, or of the frozen one."""
+        """Return T (K, D) of the updated text tower, with a gradient, or of the frozen text tower."""
         if isinstance(classifier.tower, LoraTowers):
             return class_embeddings(classifier.tower, support.prompts)
         return support.text_features
@@ -221,7 +207,7 @@ class MedFocusClip:
         )
 
     def _tower(self) -> nn.Module | None:
-        """What trains of the towers, before it has."""
+        """Return the trained part of the towers with its initial weights; None if the towers are frozen."""
         if self.tuning == "full":
             return self.encoder.tail(self.blocks)
         if self.tuning == "lora":
@@ -232,7 +218,7 @@ class MedFocusClip:
 
     @torch.no_grad()
     def _fused(self, classifier: FusedClassifier, inputs: Tensor, text_features: Tensor) -> Tensor:
-        """M for any number of inputs (N, ...), a batch at a time -> (N, D')."""
+        """Return M of inputs (N, ...), batch by batch -> (N, D')."""
         parts = inputs.split(64 if self.tuning == "lora" else 256)
         return torch.cat([classifier.fuse(part.float(), text_features) for part in parts])
 
@@ -250,13 +236,12 @@ class MedFocusClip:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Trained blocks or low-rank factors, adapters, fusion, head, class texts, probe and the chosen λ."""
-        classifier = {f"classifier.{name}": value for name, value in self.classifier_.state_dict().items()}
+        """Return trained blocks or low-rank factors, adapters, fusion, head, text features, probe and λ."""
         return {
             "text_features": self.text_features_,
             "contrastive_weight": torch.tensor(self.contrastive_weight_, dtype=torch.float64),
             **self.probe_.state(),
-            **classifier,
+            **self.classifier_.state_dict(prefix="classifier."),
         }
 
     def load(self, state: dict[str, Tensor]) -> Self:
@@ -266,8 +251,6 @@ class MedFocusClip:
         self.probe_ = Probe.load(state)
         width = self.text_features_.shape[1] + len(state["classifier.patch_mean"])
         self.classifier_ = self._untrained(self.text_features_, width)
-        self.classifier_.load_state_dict(
-            {k.removeprefix("classifier."): v for k, v in state.items() if k.startswith("classifier.")}
-        )
+        self.classifier_.load_state_dict(with_prefix(state, "classifier."))
         self.classifier_.eval()
         return self

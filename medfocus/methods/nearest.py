@@ -1,36 +1,36 @@
-"""The training-free rows on frozen image features: nearest class mean and k nearest neighbours, by cosine.
+"""Training-free baselines on frozen image features: nearest class mean and k nearest neighbours, by cosine.
 
-What a support is worth without any text: a method that blends texts in has to beat these.
+They use no text, so a method that adds text features has to beat them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from medfocus.learning.folds import seed_of
+from medfocus.learning.frozen import FeatureMethod
 from medfocus.learning.method import Support
 from medfocus.learning.selection import choose
 
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
-
-NEARER = 1e-3  # what being nearer adds to a vote: less than a vote, so it only decides ties
+NEARER = 1e-3  # weight of being nearer: below one vote, so it decides ties only
 
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """L2-normalised mean of each class: (N, D), (N,) -> (K, D)."""
+    """Return the L2-normalised mean of each class: (N, D), (N,) -> (K, D)."""
     onehot = functional.one_hot(labels, classes).to(features.dtype)  # (N, K)
     return functional.normalize(onehot.T @ features / onehot.sum(dim=0)[:, None], dim=-1)
 
 
 def vote_shares(cosines: Tensor, labels: Tensor, classes: int, neighbours: int) -> Tensor:
-    """Shares of the votes of the k nearest, with one vote more spread evenly over the classes.
+    """Return each class's share of the votes of the k nearest, plus one vote spread evenly over the classes.
 
-    The j-th nearest has 1 + 0.001 / j votes: of two classes with as many neighbours the nearer one wins.
+    The j-th nearest has 1 + 0.001 / j votes: of two classes with equally many neighbours, the nearer class
+    wins.
 
     Args:
         cosines: (B, N) to the support.
@@ -49,26 +49,13 @@ def vote_shares(cosines: Tensor, labels: Tensor, classes: int, neighbours: int) 
 
 
 @dataclass
-class NearestClassMean:
-    """argmax_k cos(f, μ_k). The cosines are multiplied by CLIP's s, so that probabilities exist."""
+class NearestClassMean(FeatureMethod):
+    """argmax_k cos(f, μ_k). The logits are s cos(f, μ_k), with CLIP's s."""
 
-    learns: ClassVar[bool] = True
-    takes_views: ClassVar[bool] = False
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
     means_: Tensor = field(init=False, repr=False)  # (K, D)
 
-    @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
-
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Keep the class means; nothing is drawn."""
+        """Keep the class means; uses no random draws."""
         features = support.inputs[0].double()
         self.means_ = class_means(features, support.labels, len(support.text_features))
         return self
@@ -79,7 +66,7 @@ class NearestClassMean:
         return {"cosine": self.encoder.logit_scale * cosines}
 
     def state(self) -> dict[str, Tensor]:
-        """The class means."""
+        """Return the class means."""
         return {"means": self.means_}
 
     def load(self, state: dict[str, Tensor]) -> Self:
@@ -89,17 +76,12 @@ class NearestClassMean:
 
 
 @dataclass
-class NearestNeighbours:
-    """The majority of the k nearest images of the support; logits are the logarithm of ``vote_shares``.
+class NearestNeighbours(FeatureMethod):
+    """Majority vote of the k nearest images of the support; the logits are the logarithm of ``vote_shares``.
 
-    Several ``neighbours``: k is chosen by cross-validation inside the support; it is 1 where no fold can be
-    made.
+    Cross-validation inside the support chooses k from ``neighbours``; k is 1 if no fold can be made.
     """
 
-    learns: ClassVar[bool] = True
-    takes_views: ClassVar[bool] = False
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
     neighbours: tuple[int, ...]  # candidates for k
     folds: int  # of the cross-validation that chooses k
     neighbours_: int = field(init=False)
@@ -110,15 +92,6 @@ class NearestNeighbours:
     def __post_init__(self) -> None:
         if not self.neighbours or min(self.neighbours) < 1:
             raise ValueError(f"k-nn: neighbours is {list(self.neighbours)}; give one or more values above 0.")
-
-    @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose k and keep the support."""
@@ -133,7 +106,7 @@ class NearestNeighbours:
                 for neighbours in self.neighbours
             ),
             folds=self.folds,
-            seed=generator.initial_seed() % 2**32,
+            seed=seed_of(generator),
             otherwise=1,
         )
         return self
@@ -144,7 +117,7 @@ class NearestNeighbours:
         return {"votes": shares}
 
     def state(self) -> dict[str, Tensor]:
-        """The support, the number of classes and the chosen k."""
+        """Return the support, the number of classes and the chosen k."""
         numbers = {"neighbours": self.neighbours_, "classes": self.classes_}
         return {
             "features": self.features_,

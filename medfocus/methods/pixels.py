@@ -1,11 +1,11 @@
-"""The honesty rows: logistic regression and an RBF-SVM on a tiny grey image, without any network."""
+"""Baselines without any network: logistic regression and an RBF-SVM on a grey thumbnail."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -14,14 +14,12 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional
 
-from medfocus.learning.method import Support
+from medfocus.learning.folds import seed_of
+from medfocus.learning.method import Method, Support
 from medfocus.learning.probe import Probe, fit_probe
 from medfocus.learning.selection import choose
 
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
-
-COST_WITHOUT_VALIDATION, GAMMA_WITHOUT_VALIDATION = 10.0, 1.0  # where a class is too small to hold one out
+COST_WITHOUT_VALIDATION, GAMMA_WITHOUT_VALIDATION = 10.0, 1.0  # if a class is too small for cross-validation
 
 
 def thumbnails(images: Tensor, side: int) -> Tensor:
@@ -32,54 +30,56 @@ def thumbnails(images: Tensor, side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Standardisation:
-    """Mean and deviation of every pixel of a support."""
+    """Mean and standard deviation of every pixel of a support."""
 
     mean: np.ndarray  # (P,)
     scale: np.ndarray  # (P,)
 
     @classmethod
     def of(cls, pixels: np.ndarray) -> Self:
-        """That of thumbnails (N, P); a constant pixel carries nothing."""
+        """Return the standardisation of thumbnails (N, P); it maps a constant pixel to 0."""
         return cls(pixels.mean(axis=0), np.maximum(pixels.std(axis=0), 1e-3))
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """(N, P) -> (N, P) of norm one on average, as the grids of C and γ expect."""
+        """Standardise thumbnails (N, P) to a mean norm of one, which the grids of C and γ assume."""
         return (pixels - self.mean) / self.scale / len(self.mean) ** 0.5
 
     def state(self) -> dict[str, Tensor]:
-        """Its numbers, by names that a checkpoint keeps."""
+        """Return its arrays as tensors, by their names in a checkpoint."""
         return {"mean": torch.from_numpy(self.mean), "scale": torch.from_numpy(self.scale)}
 
     @classmethod
     def load(cls, state: Mapping[str, Tensor]) -> Self:
-        """The one of which ``state`` was taken; other names in it are passed over."""
+        """Return the standardisation with the tensors in ``state``; other names are ignored."""
         return cls(state["mean"].numpy(), state["scale"].numpy())
 
 
 @dataclass
-class Pixels:
-    """Standardised grey pixels -> logistic regression. A method that does not beat it has learnt nothing."""
+class ThumbnailMethod(Method):
+    """A method whose inputs are grey thumbnails."""
 
-    learns: ClassVar[bool] = True
-    takes_views: ClassVar[bool] = False
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
-    side: int  # pixels a side of the grey thumbnail
+    side: int  # pixels a side of the thumbnail
+
+    @property
+    def embedding(self) -> str:
+        """Thumbnails of this size; the encoder sets only the size of the views."""
+        return f"pixels-{self.side}"
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, C) uint8, RGB first -> grey thumbnails (B, side * side) in [0, 1]."""
+        return thumbnails(images, self.side)
+
+
+@dataclass
+class Pixels(ThumbnailMethod):
+    """Logistic regression on standardised grey pixels: a baseline for every method with a network."""
+
     folds: int  # of the cross-validation that chooses C
     probe_: Probe = field(init=False, repr=False)
     standardise_: Standardisation = field(init=False, repr=False)
 
-    @property
-    def embedding(self) -> str:
-        """Independent of the encoder but for the views that it asks for."""
-        return f"pixels-{self.side}"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> grey thumbnails (B, side * side) in [0, 1]."""
-        return thumbnails(images, self.side)
-
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Standardise by the support's own mean and deviation, then fit the probe."""
+        """Standardise by the support's mean and deviation, then fit the probe."""
         pixels = support.inputs[0].double().numpy()
         self.standardise_ = Standardisation.of(pixels)
         self.probe_ = fit_probe(
@@ -87,7 +87,7 @@ class Pixels:
             support.labels.numpy(),
             support.groups.numpy(),
             folds=self.folds,
-            seed=generator.initial_seed() % 2**32,
+            seed=seed_of(generator),
         )
         return self
 
@@ -96,7 +96,7 @@ class Pixels:
         return {"probe": torch.from_numpy(self.probe_.logits(self.standardise_(inputs.double().numpy())))}
 
     def state(self) -> dict[str, Tensor]:
-        """Probe and standardisation."""
+        """Return the parameters of the probe and of the standardisation."""
         return self.probe_.state() | self.standardise_.state()
 
     def load(self, state: dict[str, Tensor]) -> Self:
@@ -108,19 +108,19 @@ class Pixels:
 
 @dataclass(frozen=True)
 class RbfMachine:
-    """A fitted RBF-SVM as arrays: what scikit-learn's ``SVC`` computes, without its object."""
+    """A fitted RBF-SVM as arrays; it computes the decision function of scikit-learn's ``SVC``."""
 
     vectors: np.ndarray  # (M, P) support vectors, ordered by class
-    counts: np.ndarray  # (K,) int64, how many of them each class has
-    dual_coef: np.ndarray  # (K - 1, M) a vector's weights against the other classes, in their order
-    intercept: np.ndarray  # (K (K - 1) / 2,) for the pairs (0, 1), (0, 2), ... (1, 2), ...
+    counts: np.ndarray  # (K,) int64, number of support vectors of each class
+    dual_coef: np.ndarray  # (K - 1, M) weights of a vector against the other classes, in their order
+    intercept: np.ndarray  # (K (K - 1) / 2,) of the class pairs (0, 1), (0, 2), ... (1, 2), ...
     gamma: float  # of exp(-γ |x - x'|²)
 
     @classmethod
     def fit(
         cls, pixels: np.ndarray, labels: np.ndarray, cost: float, gamma: float
     ) -> tuple[Self, np.ndarray]:
-        """The machine for (N, P), (N,) labels covering 0..K-1, and which images its vectors are (M,)."""
+        """Fit pixels (N, P), labels (N,) covering 0..K-1; also return the support vectors' index (M,)."""
         model = SVC(C=cost, gamma=gamma, kernel="rbf")  # pyright: ignore[reportArgumentType]
         model.fit(pixels, labels)
         machine = cls(
@@ -133,10 +133,10 @@ class RbfMachine:
         return machine, np.asarray(model.support_)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """(N, P) -> (N, K): of two classes ∓d/2, of more scikit-learn's ``decision_function_shape="ovr"``.
+        """(N, P) -> (N, K): ∓d/2 for two classes, else scikit-learn's ``decision_function_shape="ovr"``.
 
-        That is the number of pairs that a class wins plus c / (3 (|c| + 1)), c the sum of the margins for
-        it: less than half a vote, so it orders classes of equal votes.
+        The latter is the number of pairs that a class wins plus c / (3 (|c| + 1)), with c the sum of its
+        margins: less than half a vote, so it only orders classes with equal votes.
         """
         kernel = np.exp(-self.gamma * cdist(pixels, self.vectors, "sqeuclidean"))  # (N, M)
         classes = len(self.counts)
@@ -158,20 +158,15 @@ class RbfMachine:
 
 
 @dataclass
-class PixelsSvm:
-    """Standardised grey pixels -> RBF-SVM, C and γ chosen by cross-validation inside the support.
+class PixelsSvm(ThumbnailMethod):
+    """RBF-SVM on standardised grey pixels; cross-validation inside the support chooses C and γ.
 
-    The softmax of ``RbfMachine.logits`` stands for probabilities in that choice as in every score.
+    Log-likelihood and scores use the softmax of ``RbfMachine.logits`` as probabilities.
     """
 
-    learns: ClassVar[bool] = True
-    takes_views: ClassVar[bool] = False
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
-    side: int  # pixels a side of the grey thumbnail
     costs: tuple[float, ...]  # candidates for C
     gammas: tuple[float, ...]  # candidates for γ; 1 is scikit-learn's "scale"
-    folds: int  # of the cross-validation that chooses them
+    folds: int  # of the cross-validation that chooses C and γ
     cost_: float = field(init=False)
     machine_: RbfMachine = field(init=False, repr=False)
     vectors_: Tensor = field(init=False, repr=False)  # (M, side * side) thumbnails of the support vectors
@@ -181,15 +176,6 @@ class PixelsSvm:
         for name, values in (("costs", self.costs), ("gammas", self.gammas)):
             if not values or min(values) <= 0:
                 raise ValueError(f"pixels-svm: {name} is {list(values)}; give one or more values above 0.")
-
-    @property
-    def embedding(self) -> str:
-        """Independent of the encoder but for the views that it asks for."""
-        return f"pixels-{self.side}"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> grey thumbnails (B, side * side) in [0, 1]."""
-        return thumbnails(images, self.side)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Choose C and γ, then fit on the whole support."""
@@ -207,7 +193,7 @@ class PixelsSvm:
             support,
             held_out_logits,
             folds=self.folds,
-            seed=generator.initial_seed() % 2**32,
+            seed=seed_of(generator),
             otherwise=(COST_WITHOUT_VALIDATION, GAMMA_WITHOUT_VALIDATION),
         )
         pixels = support.inputs[0].double().numpy()
@@ -222,7 +208,7 @@ class PixelsSvm:
         return {"svm": torch.from_numpy(self.machine_.logits(self.standardise_(inputs.double().numpy())))}
 
     def state(self) -> dict[str, Tensor]:
-        """Thumbnails of the support vectors, their weights, the chosen C and γ, and the standardisation."""
+        """Return the support vectors with their weights, the chosen C and γ, and the standardisation."""
         return {
             "vectors": self.vectors_,
             "counts": torch.from_numpy(self.machine_.counts),

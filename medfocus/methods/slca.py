@@ -1,29 +1,26 @@
-"""SAM with Spatially Localized Channel Attention (arXiv 2505.06217): SAM2's frozen image features, gated.
+"""SAM with Spatially Localized Channel Attention (arXiv 2505.06217): gates on SAM2's frozen image features.
 
-The equations are a reconstruction and no transcription; the authors' may differ in what they leave out. For
-the features S of an image,
+The equations are a reconstruction from the paper's description and may differ from the authors' where it is
+silent. For the features S of an image,
 
-    z = AvgPool_{k x k}(S), with stride k          one description a window, not one for the whole image
+    z = AvgPool_{k x k}(S), with stride k          one descriptor per window instead of one per image
     a = σ(W2 ReLU(W1 z)), 1 x 1 convolutions       squeeze and excitation (arXiv 1709.01507), reduction r
-    X' = S ⊙ up(a), nearest neighbour              each window's channels are gated by itself alone
+    X' = S ⊙ up(a), nearest neighbour              each window gates its own channels
 
-and a linear head on the global average of X'. With k = G it is squeeze and excitation as it stands.
+and a linear head on the global average of X'. With k = G this is plain squeeze and excitation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.learning.method import Support
-from medfocus.learning.training import train
-
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
+from medfocus.learning.method import Method, Support, with_prefix
+from medfocus.learning.training import Schedule, seeded, train
 
 
 class Attention(nn.Module):
@@ -49,7 +46,7 @@ class Attention(nn.Module):
 class Classifier(nn.Module):
     """Standardised channels, attention, global average and linear head."""
 
-    mean: Tensor  # (C,) of the support, over its images and their cells
+    mean: Tensor  # (C,) over the cells of the support's images
     std: Tensor  # (C,)
 
     def __init__(self, channels: int, classes: int, grid: int, pool: int, reduction: int) -> None:
@@ -61,11 +58,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def cells(self, inputs: Tensor) -> Tensor:
-        """What a segmenter described (B, C G G), channel after channel and row after row -> (B, C, G, G)."""
+        """Flat features (B, C G G), channel-major and then row-major -> (B, C, G, G)."""
         return inputs.float().unflatten(1, (-1, self.grid, self.grid))
 
     def standardise_like(self, inputs: Tensor) -> None:
-        """Take mean and deviation from inputs (N, C G G); a channel that is constant is only centred."""
+        """Take mean and deviation from inputs (N, C G G); a constant channel is only centred."""
         std, mean = torch.std_mean(self.cells(inputs).double(), dim=(0, 2, 3), correction=0)
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-5 * mean.abs(), std, 1.0))
@@ -81,39 +78,29 @@ class Classifier(nn.Module):
 
 
 @dataclass
-class Slca:
+class Slca(Schedule, Method):
     """The attention and the head learn by cross-entropy; SAM2's image encoder stays frozen.
 
-    S has the channels of both levels that the segmenter describes, which it averages to the same cells:
-    level behind level they are d + d/4 channels of one grid. The deep level knows what is there, the finer
-    one how its edges look, and a gate may weigh one against the other only if it sees both.
+    S concatenates the segmenter's two feature levels, averaged to one grid: d + d/4 channels. The deep level
+    carries content and the finer level edges, and a gate that sees both can weigh them against each other.
     """
 
-    learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
     segmenter_grid: int  # G, cells a side to which SAM2's image features are averaged
-    pool: int  # k, cells a side of a window with gates of its own; divides G
+    pool: int  # k, cells a side of a window with its own gates; divides G
     reduction: int  # r of the gates' bottleneck: C to C / r
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
     classifier_: Classifier = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.segmenter_grid < 1:
-            raise ValueError(
-                f"slca: segmenter_grid is {self.segmenter_grid}; use 1 or more, it sees nothing else."
-            )
+            raise ValueError(f"slca: segmenter_grid is {self.segmenter_grid}; use 1 or more.")
         if self.pool < 1 or self.segmenter_grid % self.pool:
             raise ValueError(
                 f"slca: pool is {self.pool} and segmenter_grid {self.segmenter_grid}; windows of pool x pool "
-                "cells have to tile the grid. Set pool to a divisor of segmenter_grid."
+                "cells must tile the grid. Set pool to a divisor of segmenter_grid."
             )
         if self.reduction < 1:
-            raise ValueError(f"slca: reduction is {self.reduction}; use 1 or more, usual is 16.")
+            raise ValueError(f"slca: reduction is {self.reduction}; use 1 or more (usual: 16).")
 
     @property
     def embedding(self) -> str:
@@ -121,9 +108,9 @@ class Slca:
         return f"segmenter-{self.segmenter_grid}"
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, C) uint8, of which RGB is seen -> S, flattened, (B, C' G G) float32.
+        """Images (B, S, S, C) uint8 -> S of their RGB channels, flattened, (B, C' G G) float32.
 
-        Raises ValueError where no segmenter stands beside the encoder.
+        Raises ValueError if the encoder has no segmenter with image features.
         """
         return self.encoder.describe(images, self.segmenter_grid).float()
 
@@ -131,21 +118,14 @@ class Slca:
         """Standardise by the support's unaugmented images, then train attention and head."""
         inputs, labels = support.inputs, support.labels  # (V, N, C G G), (N,)
         channels = inputs.shape[-1] // self.segmenter_grid**2
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
+        with seeded(generator.initial_seed()):
             classifier = self._untrained(channels, len(support.text_features)).to(inputs.device)
         classifier.standardise_like(inputs[0])
-        train(
-            classifier.parameters(),
-            lambda index, view: functional.cross_entropy(classifier(inputs[view, index]), labels[index]),
-            labels,
-            views=len(inputs),
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            generator=generator,
-        )
+
+        def loss(index: Tensor, view: Tensor) -> Tensor:
+            return functional.cross_entropy(classifier(inputs[view, index]), labels[index])
+
+        train(classifier.parameters(), loss, labels, self, views=len(inputs), generator=generator)
         self.classifier_ = classifier.eval()
         return self
 
@@ -163,12 +143,12 @@ class Slca:
         return {"head": self.classifier_.head(self.encode(inputs))}
 
     def state(self) -> dict[str, Tensor]:
-        """The channels' statistics, W1, W2 with their biases, and the head."""
-        return {f"classifier.{name}": value for name, value in self.classifier_.state_dict().items()}
+        """Return the channel statistics, W1 and W2 with their biases, and the head."""
+        return self.classifier_.state_dict(prefix="classifier.")
 
     def load(self, state: dict[str, Tensor]) -> Self:
         """See ``Method.load``."""
         classes, channels = state["classifier.head.weight"].shape
         self.classifier_ = self._untrained(channels, classes).eval()
-        self.classifier_.load_state_dict({k.removeprefix("classifier."): v for k, v in state.items()})
+        self.classifier_.load_state_dict(with_prefix(state, "classifier."))
         return self

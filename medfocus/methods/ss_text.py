@@ -1,25 +1,23 @@
 """SS-Text (Silva-Rodríguez et al., "Full Conformal Adaptation of Medical Vision-Language Models", IPMI 2025).
 
-The linear probe in closed form: w_k is pulled to the images of class k and held near its text. The
-minimum of -(s / N) Σ_i f_i·w_{y_i} + ½ Σ_k λ_k |w_k - t_k|² is w_k = t_k + (s / (N λ_k)) Σ_{i∈k} f_i.
-λ_k is 1/N as published; the successor SS-Text+ takes one over the class's own count. As in the public code
-w_k is L2-normalised before it classifies, so the larger of two classes gains nothing. That code's floor of
-1e-3 under λ_k, which matters above 1,000 images only, is left out.
+A linear probe in closed form: w_k is pulled towards the images of class k and held near its text features.
+The minimum of -(s / N) Σ_i f_i·w_{y_i} + ½ Σ_k λ_k |w_k - t_k|² is w_k = t_k + (s / (N λ_k)) Σ_{i∈k} f_i. λ_k
+is 1/N as published; the successor SS-Text+ takes 1/N_k, with N_k the images of class k. As in the public
+code, w_k is L2-normalised before it classifies, so a larger class has no advantage. The public code's lower
+bound of 1e-3 on λ_k, which matters above 1,000 images, is left out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from medfocus.learning.frozen import FeatureMethod
 from medfocus.learning.method import Support
-
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
 
 
 def closed_form(
@@ -43,26 +41,13 @@ def closed_form(
 
 
 @dataclass
-class SsText:
-    """Nothing to train and nothing to choose."""
+class SsText(FeatureMethod):
+    """Closed form: nothing to train and no hyperparameters."""
 
-    learns: ClassVar[bool] = True
-    takes_views: ClassVar[bool] = False
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
     weight_: Tensor = field(init=False, repr=False)  # (K, D) L2-normalised
 
-    @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
-
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Compute w; nothing is drawn."""
+        """Compute w; uses no random draws."""
         features, text = support.inputs[0].double(), support.text_features.double()
         penalty = torch.full((len(text),), 1 / len(features), dtype=text.dtype)
         weight = closed_form(features, support.labels, text, self.encoder.logit_scale, penalty)
@@ -74,7 +59,7 @@ class SsText:
         return {"blend": self.encoder.logit_scale * inputs.double() @ self.weight_.T}
 
     def state(self) -> dict[str, Tensor]:
-        """w."""
+        """Return w."""
         return {"weight": self.weight_}
 
     def load(self, state: dict[str, Tensor]) -> Self:

@@ -1,31 +1,30 @@
-"""Tip-Adapter and Tip-Adapter-F (Zhang et al., arXiv 2111.03930): a cache of the support beside CLIP.
+"""Tip-Adapter and Tip-Adapter-F (Zhang et al., arXiv 2111.03930): CLIP with a cache of the support.
 
-logits = s f Tᵀ + α exp(-β (1 - f Kᵀ)) V, with K the support's features and V its one-hot labels. The
-public code searches α and β on a validation set of its own, for -F once more after training at values set by
-hand for each data set, and takes the epoch that is best on test. Here α and β are chosen once, by
-cross-validation of the untrained cache inside the support; the keys of -F learn at that pair, from
-Tip-Adapter on, and the last iterate is kept.
+logits = s f Tᵀ + α exp(-β (1 - f Kᵀ)) V, with K the support's features and V its one-hot labels. The public
+code searches α and β on a separate validation set, for -F again after training at values set by hand for each
+dataset, and takes the epoch that is best on test. Here α and β are chosen once, by cross-validation of the
+untrained cache inside the support; the keys of -F train at this pair, from Tip-Adapter on, and the last
+iterate is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medfocus.learning.folds import seed_of
+from medfocus.learning.frozen import FeatureMethod
 from medfocus.learning.method import Support
 from medfocus.learning.selection import choose
-from medfocus.learning.training import train
+from medfocus.learning.training import Schedule, train
 
-if TYPE_CHECKING:
-    from medfocus.clip.encoder import ClipEncoder
-
-ALPHA, BETA = 1.0, 1.0  # published, where a class is too small to hold one out
+ALPHA, BETA = 1.0, 1.0  # published; used if a class is too small for cross-validation
 
 
 def cache_logits(affinity: Tensor, values: Tensor, beta: float) -> Tensor:
@@ -35,7 +34,7 @@ def cache_logits(affinity: Tensor, values: Tensor, beta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys with their values, and CLIP's own classifier beside them."""
+    """Keys with their values, and CLIP's zero-shot classifier."""
 
     keys: Tensor  # (N, D)
     values: Tensor  # (N, K) one-hot
@@ -44,7 +43,7 @@ class Cache:
 
     @classmethod
     def of(cls, support: Support, logit_scale: float) -> Self:
-        """A key is the normalised mean over the image's views, as published for augmented supports."""
+        """Return the cache of a support; a key is the normalised mean over an image's views, as published."""
         keys = functional.normalize(support.inputs.float().mean(dim=0), dim=-1)  # (V, N, D) -> (N, D)
         values = functional.one_hot(support.labels, len(support.text_features)).to(keys.dtype)
         return cls(keys, values, support.text_features, logit_scale)
@@ -54,172 +53,57 @@ class Cache:
         return next(iter(self.all_logits(features, [(alpha, beta)])))
 
     def all_logits(self, features: Tensor, candidates: Iterable[tuple[float, float]]) -> Iterable[Tensor]:
-        """The logits (B, K) for each (α, β)."""
+        """Yield the logits (B, K) for each (α, β)."""
         zero_shot = self.logit_scale * features @ self.text_features.to(features.dtype).T  # (B, K)
         affinity = features @ self.keys.to(features.dtype).T  # (B, D) @ (D, N) -> (B, N)
         values = self.values.to(features.dtype)
-        known: dict[float, Tensor] = {}
+        known: dict[float, Tensor] = {}  # by β
         for alpha, beta in candidates:
             if beta not in known:
                 known[beta] = cache_logits(affinity, values, beta)
             yield zero_shot + alpha * known[beta]
 
     def state(self) -> dict[str, Tensor]:
-        """Its tensors, by names that a checkpoint keeps."""
+        """Return its tensors, by their names in a checkpoint."""
         return {"keys": self.keys, "values": self.values, "text_features": self.text_features}
 
     @classmethod
     def load(cls, state: Mapping[str, Tensor], logit_scale: float) -> Self:
-        """The cache of which ``state`` was taken; other names in it are passed over."""
+        """Return the cache with the tensors in ``state``; other names are ignored."""
         return cls(state["keys"], state["values"], state["text_features"], logit_scale)
 
 
-def choose_pair(
-    support: Support,
-    logit_scale: float,
-    *,
-    alphas: Sequence[float],
-    betas: Sequence[float],
-    folds: int,
-    seed: int,
-) -> tuple[float, float]:
-    """The (α, β) by which a cache of the rest of the support predicts its held-out folds best."""
-    pairs = list(product(alphas, betas))
-    return choose(
-        pairs,
-        support,
-        lambda fit, held: Cache.of(fit, logit_scale).all_logits(held.inputs[0].double(), pairs),
-        folds=folds,
-        seed=seed,
-        otherwise=(ALPHA, BETA),
-    )
-
-
-def _check_grid(method: str, **grids: tuple[float, ...]) -> None:
-    for name, values in grids.items():
-        if not values or min(values) <= 0:
-            raise ValueError(f"{method}: {name} is {list(values)}; give one or more values above 0.")
-
-
 @dataclass
-class TipAdapter:
-    """Training-free: the support is the classifier. Several ``alphas`` or ``betas``: a pair is chosen."""
+class TipAdapter(FeatureMethod):
+    """Training-free: the support is the classifier. Cross-validation chooses α and β."""
 
-    learns: ClassVar[bool] = True
     takes_views: ClassVar[bool] = True
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
-    alphas: tuple[float, ...]  # candidates for α, the weight of the cache beside CLIP
-    betas: tuple[float, ...]  # candidates for β, how near a key has to be
-    folds: int  # of the cross-validation that chooses them
-    alpha_: float = field(init=False)
-    beta_: float = field(init=False)
-    cache_: Cache = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_grid("tip-adapter", alphas=self.alphas, betas=self.betas)
-
-    @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
-
-    def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Choose α and β, then keep the support as the cache."""
-        self.alpha_, self.beta_ = choose_pair(
-            support,
-            self.encoder.logit_scale,
-            alphas=self.alphas,
-            betas=self.betas,
-            folds=self.folds,
-            seed=generator.initial_seed() % 2**32,
-        )
-        self.cache_ = Cache.of(support, self.encoder.logit_scale)
-        return self
-
-    def logits(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Inputs (N, D) -> logits (N, K)."""
-        return {"cache": self.cache_.logits(inputs.double(), self.alpha_, self.beta_)}
-
-    def state(self) -> dict[str, Tensor]:
-        """Keys, values, class texts and the chosen α and β."""
-        chosen = {"alpha": self.alpha_, "beta": self.beta_}
-        return self.cache_.state() | {k: torch.tensor(v, dtype=torch.float64) for k, v in chosen.items()}
-
-    def load(self, state: dict[str, Tensor]) -> Self:
-        """See ``Method.load``."""
-        self.cache_ = Cache.load(state, self.encoder.logit_scale)
-        self.alpha_, self.beta_ = float(state["alpha"]), float(state["beta"])
-        return self
-
-
-@dataclass
-class TipAdapterF:
-    """The keys learn, from the cache on, by cross-entropy; the values and CLIP's classifier stay.
-
-    AdamW's ε is PyTorch's 1e-8, where the public code takes 1e-4.
-    """
-
-    learns: ClassVar[bool] = True
-    takes_views: ClassVar[bool] = True
-    needs_towers: ClassVar[bool] = False
-    encoder: ClipEncoder
-    alphas: tuple[float, ...]  # candidates for α, the weight of the cache beside CLIP
-    betas: tuple[float, ...]  # candidates for β, how near a key has to be
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
+    name: ClassVar[str] = "tip-adapter"
+    alphas: tuple[float, ...]  # candidates for α, the weight of the cache
+    betas: tuple[float, ...]  # candidates for β, the sharpness of the affinity
     folds: int  # of the cross-validation that chooses α and β
     alpha_: float = field(init=False)
     beta_: float = field(init=False)
     cache_: Cache = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_grid("tip-adapter-f", alphas=self.alphas, betas=self.betas)
-
-    @property
-    def embedding(self) -> str:
-        """CLIP's image features."""
-        return "features"
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, 3) uint8 -> L2-normalised image features (B, D)."""
-        return self.encoder.encode_images(self.encoder.preprocess(images))
+        for name, values in (("alphas", self.alphas), ("betas", self.betas)):
+            if not values or min(values) <= 0:
+                raise ValueError(f"{self.name}: {name} is {list(values)}; give one or more values above 0.")
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
-        """Choose α and β as Tip-Adapter does, then train the keys at them."""
+        """Choose α and β, then keep the support as the cache."""
         scale = self.encoder.logit_scale
-        self.alpha_, self.beta_ = choose_pair(
+        pairs = list(product(self.alphas, self.betas))
+        self.alpha_, self.beta_ = choose(
+            pairs,
             support,
-            scale,
-            alphas=self.alphas,
-            betas=self.betas,
+            lambda fit, held: Cache.of(fit, scale).all_logits(held.inputs[0].double(), pairs),
             folds=self.folds,
-            seed=generator.initial_seed() % 2**32,
+            seed=seed_of(generator),
+            otherwise=(ALPHA, BETA),
         )
-        cache = Cache.of(support, scale)
-        keys = nn.Parameter(cache.keys.clone())
-        learning = replace(cache, keys=keys)
-        features, labels = support.inputs.float(), support.labels  # (V, N, D), (N,)
-        train(
-            [keys],
-            lambda index, view: functional.cross_entropy(
-                learning.logits(features[view, index], self.alpha_, self.beta_), labels[index]
-            ),
-            labels,
-            views=len(features),
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            generator=generator,
-        )
-        self.cache_ = replace(cache, keys=keys.detach())
+        self.cache_ = Cache.of(support, scale)
         return self
 
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -227,7 +111,7 @@ class TipAdapterF:
         return {"cache": self.cache_.logits(inputs.double(), self.alpha_, self.beta_)}
 
     def state(self) -> dict[str, Tensor]:
-        """Trained keys, values, class texts and the chosen α and β."""
+        """Return keys, values, text features and the chosen α and β."""
         chosen = {"alpha": self.alpha_, "beta": self.beta_}
         return self.cache_.state() | {k: torch.tensor(v, dtype=torch.float64) for k, v in chosen.items()}
 
@@ -235,4 +119,29 @@ class TipAdapterF:
         """See ``Method.load``."""
         self.cache_ = Cache.load(state, self.encoder.logit_scale)
         self.alpha_, self.beta_ = float(state["alpha"]), float(state["beta"])
+        return self
+
+
+@dataclass
+class TipAdapterF(Schedule, TipAdapter):
+    """Tip-Adapter with trained keys; the values and CLIP's zero-shot classifier stay fixed.
+
+    AdamW's ε is PyTorch's 1e-8; the public code uses 1e-4.
+    """
+
+    name: ClassVar[str] = "tip-adapter-f"
+
+    def fit(self, support: Support, generator: torch.Generator) -> Self:
+        """Fit Tip-Adapter, then train its keys at the chosen α and β by cross-entropy."""
+        super().fit(support, generator)
+        keys = nn.Parameter(self.cache_.keys.clone())
+        learning = replace(self.cache_, keys=keys)
+        features, labels = support.inputs.float(), support.labels  # (V, N, D), (N,)
+
+        def loss(index: Tensor, view: Tensor) -> Tensor:
+            logits = learning.logits(features[view, index], self.alpha_, self.beta_)  # (B, K)
+            return functional.cross_entropy(logits, labels[index])
+
+        train([keys], loss, labels, self, views=len(features), generator=generator)
+        self.cache_ = replace(self.cache_, keys=keys.detach())
         return self

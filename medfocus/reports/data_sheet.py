@@ -1,7 +1,7 @@
 """The data sheet of a data set, in Markdown, after Gebru et al., arXiv 1803.09010.
 
-Others may read the sheet, so it counts images and patients and names none. It contains no time: the same data
-give the same bytes.
+The sheet is public, so it contains counts of images and patients, and no name. It contains no time, so the
+same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from medfocus.evaluation.gate import Check
 from medfocus.reports.data_warnings import data_warnings, mask_warnings
 from medfocus.reports.markdown import checks_table, counted, table
 
-SHEET = "datasheet.md"  # the sheet's name as a file of a version and of its run
+SHEET = "datasheet.md"  # file name of the sheet, with a version and with its run
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """A data set as the pipeline sees it."""
+    """The facts about a data set that the pipeline knows."""
 
     name: str
     modality: str
-    licence: str  # "" where nobody has stated it
+    licence: str  # "" if it is not stated
     records: Sequence[Record]
     splits: Splits
     pairs: Sequence[Pair]  # of duplicates
     left_out: Sequence[str]  # the kinds of ingestion's faults, one per fault
     reported: Sequence[str]
-    statuses: Mapping[str, str]  # path -> the rung of the fallback ladder that its mask comes from
+    statuses: Mapping[str, str]  # path -> rung of the fallback ladder that made the mask
     coverage: Mapping[str, float]  # path -> share of the image inside its mask
     mask_lines: Sequence[Mapping[str, object]]  # of masks.csv
-    segmenter: str  # what made the masks, in words
-    drift: Sequence[Check]  # of new images against the champion's; none where nothing was compared
-    new: int | None  # images that came since the champion was made
-    made: Mapping[str, str]  # commit, digests, versions: how to make it again
+    segmenter: str  # description of the segmenter
+    drift: Sequence[Check]  # of new images against the champion's; empty if there are none
+    new: int | None  # images added since the champion was made; None if there is no champion
+    provenance: Mapping[str, str]  # commit, digests, seeds
 
     @property
     def split_sentence(self) -> str:
-        """Where the test set comes from."""
+        """A sentence on the origin of the test set."""
         if any(record.split == "test" for record in self.records):
             return "The test set is the official one."
-        return "There is no official test set; one was drawn, without patients or duplicates in both parts."
+        return "There is no official test set. One was drawn; no patient and no duplicate is in both parts."
 
     @property
     def patients_sentence(self) -> str:
-        """How many patients are known."""
+        """A sentence on the number of known patients."""
         known = [record.patient for record in self.records if record.patient]
         if not known:
             return "Patients: none is known."
@@ -64,13 +64,13 @@ class DatasetFacts:
         return [*data_warnings(self.records, self.splits, self.pairs), *mask_warnings(self.mask_lines)]
 
     def count(self, paths: Sequence[str], label: str) -> int:
-        """Return how many of the images ``paths`` have a label."""
+        """Count the images among ``paths`` with a label."""
         labels = {record.path: record.label for record in self.records}
         return sum(labels[path] == label for path in paths)
 
 
 def data_sheet(data: DatasetFacts) -> str:
-    """The data sheet in Markdown."""
+    """Write the data sheet in Markdown."""
     records = data.records
     sides = {"train": data.splits.train, "test": data.splits.test, "clean test": data.splits.clean_test}
     used = {path for side in sides.values() for path in side}
@@ -94,7 +94,7 @@ def data_sheet(data: DatasetFacts) -> str:
     lines = [
         f"# Data sheet: {data.name}",
         "",
-        "## What it consists of",
+        "## Composition",
         "",
         f"{len(records)} {data.modality} images in {len(data.splits.classes)} classes. {data.split_sentence}",
         "",
@@ -105,7 +105,7 @@ def data_sheet(data: DatasetFacts) -> str:
         "",
         data.patients_sentence,
         "",
-        "## What was left out or reported at ingestion",
+        "## Faults at ingestion",
         "",
         *_kinds("left out", data.left_out),
         *_kinds("kept, but reported", data.reported),
@@ -116,7 +116,7 @@ def data_sheet(data: DatasetFacts) -> str:
         "",
         "## Masks",
         "",
-        f"Made by {data.segmenter}, without labels. Mean coverage and the rungs of the fallback ladder:",
+        f"Segmenter: {data.segmenter}, without labels. Mean coverage and rungs of the fallback ladder:",
         "",
         *_masks(data.mask_lines),
         "",
@@ -126,19 +126,19 @@ def data_sheet(data: DatasetFacts) -> str:
         "",
         "## Licence and collection",
         "",
-        f"Licence: {data.licence or 'not stated'}. Who collected the images, how, with whose consent, and "
-        "who labelled them is not known to this pipeline: ask their source.",
+        f"Licence: {data.licence or 'not stated'}. The pipeline does not know who collected and labelled the "
+        "images, how, and with whose consent. Ask their source.",
         "",
-        "## How to make it again",
+        "## Reproduction",
         "",
-        *table(("", ""), data.made.items()),
+        *table(("", ""), data.provenance.items()),
         "",
-        "Check out the commit, put the images where `params.yaml` says, and run `make run`; or `dvc pull`, "
-        "then `dvc repro`, which has nothing to do where `dvc.lock` has this digest.",
+        "Check out the commit, put the images into the folder that `params.yaml` names, and run `make run`. "
+        "Or run `dvc pull`, then `dvc repro`, which does nothing if `dvc.lock` has this digest.",
         "",
         "## Warnings",
         "",
-        *(f"- {said}" for said in data.warnings or ["None of those that are looked for."]),
+        *(f"- {warning}" for warning in data.warnings or ["none"]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -149,7 +149,7 @@ def _duplicates(data: DatasetFacts) -> list[str]:
     rows = [(kind, n, across[kind]) for kind, n in sorted(Counter(p.kind for p in data.pairs).items())]
     if not rows:
         return ["No pair was found."]
-    return table(("kind of pair", "pairs", "of them across train and test"), rows)
+    return table(("kind of pair", "pairs", "across train and test"), rows)
 
 
 def _masks(lines: Sequence[Mapping[str, object]]) -> list[str]:
@@ -164,9 +164,9 @@ def _cell(value: object) -> str:
 
 def _drift(data: DatasetFacts) -> list[str]:
     if data.new is None:
-        return ["There was no champion yet that the images could be compared with."]
-    told = [f"{data.new} images came since the present champion was made."]
-    return [*told, *(["", *checks_table(data.drift)] if data.drift else [])]
+        return ["There was no champion to compare the images with."]
+    checks = ["", *checks_table(data.drift)] if data.drift else []
+    return [f"{data.new} images were added since the present champion was made.", *checks]
 
 
 def _kinds(severity: str, kinds: Sequence[str]) -> list[str]:
@@ -176,6 +176,6 @@ def _kinds(severity: str, kinds: Sequence[str]) -> list[str]:
 
 
 def _format(path: str) -> str:
-    """The suffix of a file's name, where it is one that ingestion knows; any other may be part of a name."""
+    """Return a path's suffix if ingestion knows it. Any other suffix may be part of a name."""
     suffix = PurePosixPath(path).suffix.lower()
     return suffix.removeprefix(".") if suffix in SUFFIXES else "other"

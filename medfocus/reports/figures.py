@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from PIL import Image, ImageFilter
 from medfocus.images.contact_sheet import montage
 from medfocus.images.geometry import letterbox, letterbox_mask
 from medfocus.images.png import encode_png
+from medfocus.reports.rows import StudyRow, blocks_of, intervals_of, metric_name, percent_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart with every common form of colour blindness. Black comes first.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
+_LEVELS = ("--", ":", "-.")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 MOST_HIGHLIGHTED = 7  # colours beside the grey of all others
 
@@ -285,3 +288,87 @@ def _style(panel: Axes, ink: Ink) -> None:
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color(ink.text)
+
+
+def accuracy_figure(rows: Sequence[StudyRow], metric: str = "accuracy") -> bytes:
+    """A metric over the percent of train, PNG bytes: a panel a data set and test set, a line a system.
+
+    Bars are 95 % t-intervals over the draws; the systems stand a little apart so that bars can be told
+    from each other. A system that needs no training image is a level line.
+
+    Raises ValueError when there is no row.
+    """
+    blocks = blocks_of(rows)
+    systems = list(dict.fromkeys(row.system for row in rows))
+    columns = min(3, len(blocks))
+    lines = math.ceil(len(blocks) / columns)
+    width = max(4.6, 3.4 * columns)
+    per_line = max(1, min(len(systems), int(width / (0.5 + 0.058 * max(map(len, systems))))))
+    figure = blank(width, 2.9 * lines + 0.18 * math.ceil(len(systems) / per_line) + 0.1)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    several = len({block[0].dataset for block in blocks}) < len(blocks)
+    for panel, block in zip(panels, blocks, strict=False):
+        title = f"{block[0].dataset}, {block[0].test_set} test set" if several else block[0].dataset
+        _accuracy_panel(panel, block, systems, metric, title)
+    for panel in panels[len(blocks) :]:
+        panel.set_axis_off()
+    for i, panel in enumerate(panels[: len(blocks)]):
+        if i % columns == 0:
+            panel.set_ylabel(f"{metric_name(metric)} (%)", fontsize=9)
+        if i + columns >= len(blocks):
+            panel.set_xlabel("training images (%)", fontsize=9)
+            panel.tick_params(labelbottom=True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    known = dict(zip(labels, handles, strict=True))
+    for panel in panels[1 : len(blocks)]:
+        known |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        [known[s] for s in systems],
+        systems,
+        loc="outside lower center",
+        ncols=per_line,
+        fontsize=8,
+        frameon=False,
+    )
+    return png(figure)
+
+
+def _accuracy_panel(
+    panel: Axes, block: Sequence[StudyRow], systems: Sequence[str], metric: str, title: str
+) -> None:
+    percents = sorted({row.percent_of_train for row in block} - {0})
+    intervals = intervals_of(block, metric)
+    for i, system in enumerate(systems):
+        colour = COLOURS[i % len(COLOURS)]
+        if (system, 0) in intervals:
+            level = intervals[system, 0].mean
+            panel.axhline(
+                level, label=system, color=colour, linestyle=_LEVELS[i % len(_LEVELS)], linewidth=1.2
+            )
+        points = [(p, intervals[system, p]) for p in percents if (system, p) in intervals]
+        if not points:
+            continue
+        apart = 1 + 0.022 * (i - (len(systems) - 1) / 2)
+        panel.errorbar(
+            [p * apart for p, _ in points],
+            [interval.mean for _, interval in points],
+            yerr=np.nan_to_num([interval.half_width for _, interval in points]),
+            label=system,
+            color=colour,
+            marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+            linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
+            markersize=4,
+            linewidth=1.2,
+            elinewidth=0.8,
+            capsize=0,
+        )
+    low, high = panel.get_ylim()
+    panel.set_ylim(max(low, -1.0), min(high, 101.0))  # an interval of two draws goes far beyond
+    panel.set_xscale("log")
+    panel.minorticks_off()
+    panel.set_xticks(percents, [percent_text(p) for p in percents], fontsize=8)
+    panel.tick_params(labelsize=8, length=3)
+    panel.set_title(title, fontsize=10)
+    panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)

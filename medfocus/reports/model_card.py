@@ -1,7 +1,7 @@
 """The model card of a registered version, in Markdown, after Mitchell et al., arXiv 1810.03993.
 
-Others may read the card, so it counts images and patients and names none. It contains no time: the same model
-on the same data gives the same bytes.
+The card is public, so it contains counts of images and patients, and no name. It contains no time, so the
+same model on the same data gives the same bytes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from medfocus.evaluation.gate import Check
 from medfocus.reports.data_sheet import SHEET, DatasetFacts
 from medfocus.reports.markdown import checks_table, share, share_of, table
 
-CARD = "card.md"  # the card's name as a file of a version and of its run
-FEW = 20  # images of a group, below which its accuracy says little
+CARD = "card.md"  # file name of the card, with a version and with its run
+FEW = 20  # images; the accuracy of a smaller group is unreliable
 _CONFUSIONS = 5
-_SIZES = 4  # groups by size at most; more sizes are put together by their pixels
+_SIZES = 4  # groups by size; more sizes are grouped by number of pixels
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class ModelFacts:
     focus: str
     support: str  # "20%", "16-shot"
     seed: int
-    learnt: Mapping[str, int]  # class -> images it was fitted on
+    learned_from: Mapping[str, int]  # class -> training images
     settings: Mapping[str, object]
-    parts: Mapping[str, str]  # CLIP, segmenter, ... -> which, and the digest of its weights
-    pocket: bool  # whether a part is one of the embedded models
+    parts: Mapping[str, str]  # CLIP, segmenter, ... -> name and digest of the weights
+    pocket: bool  # whether a part has the embedded weights
     validation: str  # "17 of 24"
     probabilities: np.ndarray  # (N, K) on the whole test set, in the order of ``splits.test``
     labels: np.ndarray  # (N,) integers in [0, K)
@@ -47,10 +47,10 @@ class ModelFacts:
 
 
 def model_card(model: ModelFacts, data: DatasetFacts) -> str:
-    """The card in Markdown."""
-    learnt = sum(model.learnt.values())
+    """Write the card in Markdown."""
+    images = sum(model.learned_from.values())
     validated = (
-        f"{model.validation} right out of fold, inside the support"
+        f"{model.validation} correct, out of fold, inside the support"
         if not model.validation.endswith(" 0")
         else "none"
     )
@@ -60,8 +60,8 @@ def model_card(model: ModelFacts, data: DatasetFacts) -> str:
         "## Intended use",
         "",
         f"Research on few-shot classification of {data.modality} images into {', '.join(model.classes)}. "
-        "**Not for clinical use**: not for diagnosis, triage or treatment, not for images of another kind "
-        "or source than those below, not for a class that is not among these; it always answers one.",
+        "**Not for clinical use**: not for diagnosis, triage or treatment. Not for images of another kind or "
+        "source. Not for other classes: the model always predicts one of these.",
         "",
         "## Model",
         "",
@@ -70,7 +70,7 @@ def model_card(model: ModelFacts, data: DatasetFacts) -> str:
             [
                 ("method", model.method),
                 ("focus", model.focus),
-                ("support", f"{model.support} of train, {learnt} images, draw {model.seed}"),
+                ("support", f"{model.support} of train, {images} images, draw {model.seed}"),
                 ("validation", validated),
                 *model.parts.items(),
                 *((f"`{name}`", f"`{value}`") for name, value in sorted(model.settings.items())),
@@ -82,12 +82,12 @@ def model_card(model: ModelFacts, data: DatasetFacts) -> str:
         f"{data.name}; its data sheet is {SHEET}. {data.split_sentence} {data.patients_sentence}",
         "",
         *table(
-            ("class", "in train", "learnt from", "in test"),
+            ("class", "in train", "learned from", "in test"),
             [
                 (
                     name,
                     data.count(data.splits.train, name),
-                    model.learnt.get(name, 0),
+                    model.learned_from.get(name, 0),
                     data.count(data.splits.test, name),
                 )
                 for name in model.classes
@@ -96,16 +96,16 @@ def model_card(model: ModelFacts, data: DatasetFacts) -> str:
         "",
         "## Metrics",
         "",
-        "In brackets the 95 % Wilson interval, which takes images for independent: where a patient has "
-        "several, it is too narrow.",
+        "Brackets show the 95 % Wilson interval. It assumes independent images, so it is too narrow if a "
+        "patient has several.",
         "",
         *_scores(model, data),
         "",
-        "## Where it fails",
+        "## Failures",
         "",
         *_failures(model, data),
         "",
-        "## The gate's decision at its registration",
+        "## Decision of the gate at registration",
         "",
         model.reason,
         "",
@@ -113,13 +113,13 @@ def model_card(model: ModelFacts, data: DatasetFacts) -> str:
         "",
         "## Limits",
         "",
-        *(f"- {said}" for said in _limits(model, data)),
+        *(f"- {limit}" for limit in _limits(model, data)),
     ]
     return "\n".join(lines) + "\n"
 
 
 def headline(test_set: str, probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> str:
-    """The card in one paragraph, for a version's page; (N, K), (N,) integers in [0, K), (K,)."""
+    """Summarize the card for a version's page: probabilities (N, K), labels (N,) in [0, K), classes (K,)."""
     right = probabilities.argmax(axis=1) == labels
     weakest = int(np.nanargmin(metrics.per_class_recall(probabilities, labels)))
     return (
@@ -129,16 +129,16 @@ def headline(test_set: str, probabilities: np.ndarray, labels: np.ndarray, class
 
 
 def _scores(model: ModelFacts, data: DatasetFacts) -> list[str]:
-    """Both tables of metrics, a column a test set."""
+    """Return both tables of metrics, with a column for each test set."""
     scored: list[list[str]] = []
     recalls: list[list[str]] = []
     for paths in model.test_sets.values():
         at = np.isin(data.splits.test, paths)
         probabilities, labels = model.probabilities[at], model.labels[at]
         right = probabilities.argmax(axis=1) == labels
-        found = metrics.score(probabilities, labels)
+        values = metrics.score(probabilities, labels)
         names = ("balanced_accuracy", "macro_f1", "auroc", "ece")
-        scored.append([str(len(labels)), share(right), *(_number(found[name]) for name in names)])
+        scored.append([str(len(labels)), share(right), *(_number(values[name]) for name in names)])
         recalls.append([share(right[labels == place]) for place in range(len(model.classes))])
     rows = ("images", "accuracy", "balanced accuracy", "macro-F1", "AUROC", "calibration error")
     head = ("", *(f"{name} test set" for name in model.test_sets))
@@ -153,19 +153,24 @@ def _scores(model: ModelFacts, data: DatasetFacts) -> list[str]:
 
 
 def _failures(model: ModelFacts, data: DatasetFacts) -> list[str]:
-    """Confusions, and accuracy by what the pipeline knows of an image."""
+    """Return the confusions, and accuracies by mask, size and mode."""
     predicted = model.probabilities.argmax(axis=1)
     counts = metrics.confusion(predicted, model.labels, len(model.classes))  # (K, K)
-    wrong = [(int(counts[true, said]), true, said) for true, said in np.ndindex(counts.shape) if true != said]
-    worst = [each for each in sorted(wrong, key=lambda each: (-each[0], *each[1:])) if each[0]][:_CONFUSIONS]
+    pairs = [
+        (true, other) for true, other in np.ndindex(counts.shape) if true != other and counts[true, other]
+    ]
+    worst = sorted(pairs, key=lambda pair: (-counts[pair], *pair))[:_CONFUSIONS]
     confused = [
-        (f"{model.classes[true]} taken for {model.classes[said]}", share_of(n, int(counts[true].sum())))
-        for n, true, said in worst
+        (
+            f"{model.classes[true]} predicted as {model.classes[other]}",
+            share_of(int(counts[true, other]), int(counts[true].sum())),
+        )
+        for true, other in worst
     ]
     by_path = {record.path: record for record in data.records}
     test = [by_path[path] for path in data.splits.test]
     groups = {
-        "mask from": [data.statuses[record.path] for record in test],
+        "mask": [data.statuses[record.path] for record in test],
         "mask covers": _thirds([100 * data.coverage[r.path] for r in test], "{:.1f} %".format),
         "size": _by_size(test),
         "mode": [record.mode for record in test],
@@ -177,60 +182,58 @@ def _failures(model: ModelFacts, data: DatasetFacts) -> list[str]:
         if len(set(members)) > 1
         for group in dict.fromkeys(sorted(members, key=_natural))
     ]
-    told = (
-        [*table(("confusion", "share of the class"), confused)] if confused else ["No test image is wrong."]
+    lines = (
+        table(("confusion", "share of the class"), confused)
+        if confused
+        else ["Every test image is classified correctly."]
     )
     same = [by for by, members in groups.items() if len(set(members)) == 1]
     if rows:
-        told += ["", *table(("group of test images", "accuracy", ""), rows)]
+        lines += ["", *table(("group of test images", "accuracy", ""), rows)]
     if same:
-        told += ["", f"The same for all test images: {', '.join(same)}."]
-    return told
+        lines += ["", f"The same for all test images: {', '.join(same)}."]
+    return lines
 
 
 def _limits(model: ModelFacts, data: DatasetFacts) -> list[str]:
-    """What a reader has to know before believing the numbers."""
-    said = [*data.warnings]
+    """Return the limits of the numbers, as sentences."""
+    limits = [*data.warnings]
     if model.pocket:
-        said.append(
-            "The embedded weights (pocket) were trained on drawn images alone; they never saw a real one."
-        )
+        limits.append("The embedded weights (pocket) were trained on phantoms, never on a real image.")
     if noise := sum(kind in LABEL_NOISE for kind in (*data.left_out, *data.reported)):
-        said.append(f"Label noise: ingestion found {noise} files whose label contradicts another's.")
+        limits.append(f"Label noise: ingestion found {noise} files with contradicting labels.")
     elif data.reported:
-        said.append(
-            "Ingestion found no contradicting labels; wrong ones that nothing contradicts stay unseen."
-        )
-    if small := [f"{name} ({n})" for name, n in model.learnt.items() if n < FEW]:
-        said.append(f"Learnt from fewer than {FEW} images: {', '.join(small)}.")
-    said.append("The version was chosen by validation inside its support, and the test set chose nothing.")
-    said.append("Confounds are unknown: age, sex, device, site and burnt-in marks are not recorded.")
-    return said
+        limits.append("Ingestion found no contradicting labels; it cannot find other wrong labels.")
+    if small := [f"{name} ({n})" for name, n in model.learned_from.items() if n < FEW]:
+        limits.append(f"Fewer than {FEW} training images: {', '.join(small)}.")
+    limits.append("Validation inside the support selected this version; the test set had no influence.")
+    limits.append("Confounds are unknown: age, sex, device, site and burnt-in marks are not recorded.")
+    return limits
 
 
 def _by_size(records: Sequence[Record]) -> list[str]:
-    """The group of each record: its size or, where there are many, its third by pixels."""
+    """Group records by size, or by thirds of their pixels if there are many sizes."""
     sizes = [f"{record.width} x {record.height}" for record in records]
     if len(set(sizes)) <= _SIZES:
         return sizes
     return _thirds([record.width * record.height / 1e6 for record in records], "{:.2f} megapixels".format)
 
 
-def _thirds(values: Sequence[float], told: Callable[[float], str]) -> list[str]:
-    """The group of each value: a third of them, fewer groups where many values are equal."""
+def _thirds(values: Sequence[float], text: Callable[[float], str]) -> list[str]:
+    """Group values by thirds; equal values can leave fewer groups."""
     low, high = np.quantile(values, [1 / 3, 2 / 3])
-    names = (f"up to {told(low)}", f"{told(low)} to {told(high)}", f"above {told(high)}")
+    names = (f"up to {text(low)}", f"{text(low)} to {text(high)}", f"above {text(high)}")
     return [names[0 if value <= low else 1 if value <= high else 2] for value in values]
 
 
 def _natural(group: str) -> tuple[bool, bool, str]:
-    """Thirds from low to high, other groups by name."""
+    """Sort thirds from low to high, and other groups by name."""
     return (group.startswith("above "), not group.startswith("up to "), group)
 
 
 def _few(count: int) -> str:
-    return f"fewer than {FEW}: too few to tell" if count < FEW else ""
+    return f"fewer than {FEW} images" if count < FEW else ""
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if np.isfinite(value) else "cannot be told"
+    return f"{value:.3f}" if np.isfinite(value) else "not defined"

@@ -1,7 +1,7 @@
 """A study -> one self-contained HTML page: data in, text out; no file and no network.
 
 The page needs no script and loads nothing: its styles are inline, its images are data URIs, and its
-Content-Security-Policy forbids everything else. Every part of a ``Report`` may be left out.
+Content-Security-Policy forbids everything else. Every part of a ``PageContent`` may be left out.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,149 +16,61 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from medfocus.evaluation.comparison import CurvePoint, Difference
-from medfocus.evaluation.metrics import Interval, Reliability, mean_interval
+from medfocus.evaluation.comparison import Difference
+from medfocus.evaluation.metrics import Interval, mean_interval
 from medfocus.images.geometry import letterbox
 from medfocus.images.png import encode_png
 from medfocus.reports import figures
+from medfocus.reports.controls import CONTROLS
 from medfocus.reports.data_warnings import mask_warnings
-from medfocus.reports.tables import CONTROLS, Published, StudyRow, blocks_of, intervals_of
+from medfocus.reports.page_content import Calibration, Confusion, Cost, Example, PageContent, Recalls
+from medfocus.reports.rows import StudyRow, blocks_of, intervals_of
 from medfocus.reports.verdicts import LEVEL, p_value, points, verdict_sentences
-
-Block = tuple[str, str]  # a data set and one of its test sets
 
 _TILE = 256  # pixels a side of an image of the gallery
 _TINT = np.array((255, 140, 0), dtype=np.float64)  # orange shows on grey images, light and dark
 _SHARES = ("coverage", "chosen", "relaxed", "box", "identity")  # columns of masks.csv that are shares
 
 
-@dataclass(frozen=True)
-class Example:
-    """An image of the gallery and what a fitted system made of it."""
-
-    dataset: str
-    system: str
-    name: str  # of the image, which names no patient
-    image: np.ndarray  # (H, W, 3) uint8
-    true_class: str
-    predicted: str
-    probability: float  # of the predicted class
-    mask: np.ndarray | None = None  # (H, W) bool
-    focus: np.ndarray | None = None  # (h, w, 3) uint8, what the system looked at
-    attribution: np.ndarray | None = None  # (h, w) of the focus, else (H, W); negative values count as 0
-    share_inside: float | None = None  # of the attribution, inside the mask
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """A confusion matrix."""
-
-    dataset: str
-    system: str  # with its percent of train and draw, as the heading shows it
-    classes: tuple[str, ...]
-    counts: np.ndarray  # (K, K) int, rows the true class, columns the predicted
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A reliability curve; its expected calibration error is shown beside it."""
-
-    dataset: str
-    system: str
-    curve: Reliability
-
-
-@dataclass(frozen=True)
-class Recalls:
-    """The recall of every class, by system."""
-
-    dataset: str
-    what: str  # the percent of train and the test set
-    classes: tuple[str, ...]
-    counts: tuple[int, ...]  # (K,) test images
-    by_system: Mapping[str, np.ndarray]  # -> (R, K) in [0, 1], a row a draw; NaN for an absent class
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a system costs; None where it was not measured."""
-
-    system: str
-    fit_seconds: float | None = None
-    images_per_second: float | None = None
-    peak_mib: float | None = None
-    trainable: int | None = None  # parameters
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """How to make the numbers again."""
-
-    command: str
-    facts: Mapping[str, str]  # such as git.commit and dvc.lock.sha256
-    params: str = ""  # params.yaml, whole
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything a page shows. A part that is left empty has no section."""
-
-    study: str
-    rows: Sequence[StudyRow] = ()
-    baseline: str = ""  # the system that the differences are to
-    differences: Mapping[Block, Mapping[CurvePoint, Difference]] = field(default_factory=dict)
-    published: Sequence[Published] = ()
-    highlighted: Sequence[str] = ()  # systems in colour in the figure; empty: the baseline and the best
-    verdicts: Sequence[str] = ()  # sentences to stand before those that follow from the rows
-    gallery: Sequence[Example] = ()
-    confusions: Sequence[Confusion] = ()
-    calibrations: Sequence[Calibration] = ()
-    recalls: Sequence[Recalls] = ()
-    masks: Mapping[str, Sequence[Mapping[str, object]]] = field(default_factory=dict)  # -> lines of masks.csv
-    costs: Sequence[Cost] = ()
-    warnings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # data set -> sentences
-    provenance: Provenance | None = None
-
-
-def render(report: Report) -> str:
+def render(content: PageContent) -> str:
     """The page as text; equal reports give equal text. All text of the report is escaped.
 
     Raises ValueError where shapes do not fit: a confusion matrix and its classes, recalls and their classes,
     an attribution or mask and its image; or for more highlighted systems than there are colours.
     """
-    blocks = blocks_of(report.rows) if report.rows else []
-    results = [_results(report, block) for block in blocks]
-    highlighted = list(report.highlighted) or _highlighted(report)
+    blocks = blocks_of(content.rows) if content.rows else []
+    results = [_results(content, block) for block in blocks]
+    highlighted = list(content.highlighted) or _highlighted(content)
     sections = {
-        "verdicts": ("Verdict", bool(report.verdicts or results)),
+        "verdicts": ("Verdict", bool(content.verdicts or results)),
         "accuracy": ("Accuracy over training images", bool(results)),
         "tables": ("Results", bool(results)),
-        "gallery": ("Regions and attributions", bool(report.gallery)),
-        "confusion": ("Confusion", bool(report.confusions)),
-        "calibration": ("Calibration", bool(report.calibrations)),
-        "recall": ("Recall by class", bool(report.recalls)),
-        "masks": ("Masks", bool(report.masks)),
-        "costs": ("Costs", bool(report.costs)),
-        "warnings": ("Data warnings", any(report.warnings.values())),
-        "reproduce": ("Reproduce", report.provenance is not None),
+        "gallery": ("Regions and attributions", bool(content.gallery)),
+        "confusion": ("Confusion", bool(content.confusions)),
+        "calibration": ("Calibration", bool(content.calibrations)),
+        "recall": ("Recall by class", bool(content.recalls)),
+        "masks": ("Masks", bool(content.masks)),
+        "costs": ("Costs", bool(content.costs)),
+        "warnings": ("Data warnings", any(content.warnings.values())),
+        "reproduce": ("Reproduce", content.provenance is not None),
     }
     return _template().render(
-        study=report.study,
-        summary=_summary(report.rows),
+        study=content.study,
+        summary=_summary(content.rows),
         sections={name: title for name, (title, filled) in sections.items() if filled},
-        verdicts=report.verdicts,
+        verdicts=content.verdicts,
         results=results,
         panels=[_panel(block, highlighted) for block in blocks],
         highlighted=highlighted,
-        baseline=report.baseline,
-        gallery=[_example(example) for example in report.gallery],
-        confusions=[_confusion(confusion) for confusion in report.confusions],
-        calibrations=[_calibration(calibration) for calibration in report.calibrations],
-        recalls=[_recalls(recalls) for recalls in report.recalls],
-        masks=[_masks(dataset, lines) for dataset, lines in report.masks.items() if lines],
-        costs=[_cost(cost) for cost in report.costs],
-        warnings={dataset: list(said) for dataset, said in report.warnings.items() if said},
-        provenance=report.provenance,
+        baseline=content.baseline,
+        gallery=[_example(example) for example in content.gallery],
+        confusions=[_confusion(confusion) for confusion in content.confusions],
+        calibrations=[_calibration(calibration) for calibration in content.calibrations],
+        recalls=[_recalls(recalls) for recalls in content.recalls],
+        masks=[_masks(dataset, lines) for dataset, lines in content.masks.items() if lines],
+        costs=[_cost(cost) for cost in content.costs],
+        warnings={dataset: list(said) for dataset, said in content.warnings.items() if said},
+        provenance=content.provenance,
     )
 
 
@@ -172,29 +83,29 @@ def _summary(rows: Sequence[StudyRow]) -> list[str]:
     return [f"{number} {name}{'' if number == 1 else 's'}" for name, number in counts.items() if number]
 
 
-def _highlighted(report: Report) -> list[str]:
+def _highlighted(content: PageContent) -> list[str]:
     """The baseline and the systems with the highest mean accuracy, controls left out."""
     accuracies: dict[str, list[float]] = {}
-    for row in report.rows:
+    for row in content.rows:
         if row.focus not in CONTROLS:
             accuracies.setdefault(row.system, []).append(row.accuracy)
     ranked = sorted(accuracies, key=lambda system: -float(np.mean(accuracies[system])))
-    first = [report.baseline] if report.baseline in accuracies else []
+    first = [content.baseline] if content.baseline in accuracies else []
     chosen = {*first, *[system for system in ranked if system not in first][: 6 - len(first)]}
     return [system for system in accuracies if system in chosen]
 
 
-def _results(report: Report, block: Sequence[StudyRow]) -> dict[str, Any]:
+def _results(content: PageContent, block: Sequence[StudyRow]) -> dict[str, Any]:
     """One test set: the table of accuracies, that of differences, and the sentences."""
     first, intervals = block[0], intervals_of(block, "accuracy")
     percents = sorted({row.percent_of_train for row in block})
     systems = {row.system: row.focus in CONTROLS for row in block}  # -> whether it is a control
     best = {p: max(i.mean for (_, q), i in intervals.items() if q == p) for p in percents}
     draws = sorted({i.draws for (_, p), i in intervals.items() if p} or {1})
-    differences = report.differences.get((first.dataset, first.test_set), {})
+    differences = content.differences.get((first.dataset, first.test_set), {})
     compared = [p for p in percents if any(q == p for _, q in differences)]
     published: dict[str, dict[float, float]] = {}
-    for number in report.published:
+    for number in content.published:
         if _same(number.dataset, first.dataset):
             published.setdefault(number.method, {})[number.percent_of_train] = number.accuracy_percent
     sizes = [sorted({row.n_train for row in block if row.percent_of_train == p}) for p in percents]
@@ -209,7 +120,7 @@ def _results(report: Report, block: Sequence[StudyRow]) -> dict[str, Any]:
             {
                 "name": system,
                 "control": control,
-                "baseline": system == report.baseline,
+                "baseline": system == content.baseline,
                 "cells": [_accuracy(intervals.get((system, p)), best[p]) for p in percents],
             }
             for system, control in systems.items()
@@ -230,7 +141,7 @@ def _results(report: Report, block: Sequence[StudyRow]) -> dict[str, Any]:
             for system, control in systems.items()
             if any(name == system for name, _ in differences)
         ],
-        "said": verdict_sentences(block, report.baseline, differences),
+        "said": verdict_sentences(block, content.baseline, differences),
     }
 
 

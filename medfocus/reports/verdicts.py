@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from medfocus.evaluation.comparison import CurvePoint, Difference
 from medfocus.evaluation.metrics import Interval
-from medfocus.reports.tables import CONTROLS, StudyRow, control_verdicts, intervals_of
+from medfocus.reports.controls import CONTROLS, control_verdicts
+from medfocus.reports.rows import StudyRow, intervals_of
 
 LEVEL = 0.05  # adjusted p below which a difference is called one
 

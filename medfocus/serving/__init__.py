@@ -1,4 +1,6 @@
-"""Models for use: checkpoints, the predictor, MLflow's model, the estimator.
+"""Fitted models in use.
 
-It may import explain, methods and all below.
+``estimator`` is MedFocusCLIP for scikit-learn, and ``defaults`` has its hyperparameters. ``checkpoint``
+saves a fitted method. ``model_folder`` saves all parts of a model, ``predictor`` predicts with them, and
+``pyfunc`` is the model that MLflow serves. This room may import explain and every room below it.
 """

@@ -1,140 +1,42 @@
-"""The numbers of the embedded study for whoever has no params.yaml; a test holds the two together."""
+"""The default hyperparameters: those of the embedded study's params.yaml, which the wheel contains."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-METHODS: dict[str, dict[str, Any]] = {
-    "pixels": {"side": 16, "folds": 3},
-    "pixels-svm": {"side": 24, "costs": (1, 10, 100), "gammas": (0.3, 1, 3), "folds": 3},
-    "nearest-class-mean": {},
-    "k-nn": {"neighbours": (1, 3, 5, 7), "folds": 3},
-    "clip-zero-shot": {},
-    "clip-linear-probe": {"folds": 3},
-    "clip-few-shot": {
-        "blocks": 1,
-        "epochs": 30,
-        "max_steps": 2000,
-        "batch_size": 32,
-        "lr": 0.0003,
-        "weight_decay": 0.01,
-    },
-    "clip-adapter": {
-        "ratios": (0.2,),
-        "reduction": 4,
-        "epochs": 100,
-        "batch_size": 32,
-        "lr": (0.001, 0.01),
-        "weight_decay": 0.01,
-        "folds": 3,
-    },
-    "clip-lora": {
-        "rank": 2,
-        "alpha": 1,
-        "dropout": 0.25,
-        "steps_per_shot": 500,
-        "max_steps": 40,
-        "batch_size": 32,
-        "lr": 0.002,
-        "weight_decay": 0.01,
-    },
-    "coop": {
-        "contexts": 16,
-        "start": "",
-        "class_token": "end",
-        "class_specific": False,
-        "epochs": 200,
-        "max_steps": 200,
-        "batch_size": 32,
-        "lr": (0.002, 0.02),
-        "warmup": 1,
-        "weight_decay": 0.0005,
-    },
-    "cocoop": {
-        "contexts": 4,
-        "start": "a photo of a",
-        "reduction": 16,
-        "chunk": 2,
-        "epochs": 10,
-        "max_steps": 200,
-        "batch_size": 1,
-        "lr": (0.002, 0.02),
-        "warmup": 1,
-        "weight_decay": 0.0005,
-    },
-    "tip-adapter": {
-        "alphas": (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
-        "betas": (1, 3, 10, 30, 100),
-        "folds": 3,
-    },
-    "tip-adapter-f": {
-        "alphas": (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
-        "betas": (1, 3, 10, 30, 100),
-        "epochs": 20,
-        "batch_size": 256,
-        "lr": (0.001, 0.01),
-        "weight_decay": 0.01,
-        "folds": 3,
-    },
-    "lp++": {"steps": 300},
-    "ss-text": {},
-    "medfocusclip": {
-        "tuning": "adapter",
-        "fusion": "softmax-text",
-        "head": "cosine",
-        "contrastive_weights": (0.5,),
-        "blocks": 0,
-        "lora_rank": 2,
-        "lora_alpha": 1,
-        "lora_dropout": 0.25,
-        "layers": (),
-        "grid": 4,
-        "segmenter_grid": 0,
-        "hidden": 32,
-        "epochs": 100,
-        "max_steps": 2000,
-        "batch_size": 32,
-        "lr": 0.001,
-        "weight_decay": 0.01,
-        "folds": 3,
-    },
-    "slca": {
-        "segmenter_grid": 8,
-        "pool": 2,
-        "reduction": 16,
-        "epochs": 100,
-        "batch_size": 32,
-        "lr": (0.001, 0.003, 0.01),
-        "weight_decay": 0.01,
-    },
-    "resnet": {
-        "model": "resnet10t",
-        "pretrained": "",
-        "options": {},
-        "image_size": 64,
-        "tuning": "full",
-        "epochs": 30,
-        "max_steps": 60,
-        "batch_size": 16,
-        "lr": 0.001,
-        "weight_decay": 0.01,
-    },
-}
+import yaml
 
-LEARNING_RATES: dict[str, int] = {"folds": 2, "images": 100}  # of several rates one is chosen so
+from medfocus.masks.settings import SETTINGS, SegmenterSettings
 
-SEGMENTERS: dict[str, dict[str, Any]] = {
-    "sam2": {
-        "config": "pocket",
-        "checkpoint": "pocket",
-        "image_size": 128,
-        "strategy": "grid",
-        "points_per_side": 8,
-        "follow_edges": True,
-        "keep": 1,
-        "min_area": 0.01,
-        "max_area": 0.7,
-    },
-    "otsu": {"keep": 1, "min_area": 0.01, "max_area": 0.7},
-}
-SEGMENTER_BATCH = 16  # images at once; masks of the embedded study are made so
+_PACKAGE = Path(__file__).parents[1]
+
+
+def packaged_params() -> Path:
+    """Return the path of params.yaml: in the package if this is an installed wheel, else in the checkout."""
+    packaged = _PACKAGE / "params.yaml"
+    return packaged if packaged.is_file() else _PACKAGE.parent / "params.yaml"
+
+
+@cache
+def default_params() -> dict[str, Any]:
+    """Return the content of params.yaml. Nobody may change it."""
+    return yaml.safe_load(packaged_params().read_text(encoding="utf-8"))
+
+
+def method_settings(name: str) -> dict[str, Any]:
+    """Return a method's hyperparameters. Raises ValueError if params.yaml has no section for it."""
+    if name not in default_params()["methods"]:
+        raise ValueError(f"{packaged_params()}: methods has no section {name!r}. Add its hyperparameters.")
+    return default_params()["methods"][name]
+
+
+def segmenter_settings(kind: str, modality: str, changes: Mapping[str, Any]) -> SegmenterSettings:
+    """Return a segmenter's settings for a modality: those of params.yaml with ``changes``."""
+    masks = default_params()["masks"]
+    masks = masks | {"keep": masks["keep"].get(modality, 1)}
+    defaults = {field.name: masks[field.name] for field in fields(SETTINGS[kind]) if field.name in masks}
+    return SETTINGS[kind](**{**defaults, **changes})

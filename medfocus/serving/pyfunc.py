@@ -1,8 +1,8 @@
-"""The registered model as MLflow runs it; MLflow keeps this file as the model's code and loads that copy.
+"""The registered model. MLflow keeps a copy of this file as the model's code.
 
-MLflow's scoring server calls ``predict`` from several threads, puts the data it was sent before the text of
-an error, and sends a stack trace with every error that is not its own. So one thread predicts at a time, and
-every error that leaves here is MLflow's, with one sentence and nothing else in it.
+MLflow's scoring server calls ``predict`` from several threads, prefixes error messages with the request's
+data, and sends a stack trace with every exception that is not an MlflowException. Therefore one thread
+predicts at a time, and every exception of this module is an MlflowException that serializes to its message.
 """
 
 from __future__ import annotations
@@ -24,48 +24,48 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from medfocus.images.decode import MOST_BYTES
 from medfocus.images.errors import ImageError, TooLargeError
-from medfocus.serving.predictor import Predictor
+from medfocus.serving.model_folder import load_model
 from medfocus.storage.redaction import kind_and_place
 
-MOST_IMAGES = 64  # of a request to a server; what runs in a process of its own may give more
-_SERVING = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # what the scoring server sets
+MOST_IMAGES = 64  # of a request to a server; a call in the same process may have more
+_SERVING = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # the scoring server sets this variable
 
 
 class ServedError(MlflowException, ValueError):
-    """A fault in one or two sentences, which are all that the client gets."""
+    """A fault in one or two sentences; the client receives nothing else."""
 
     def __init__(self, sentence: str, status: int = 400) -> None:
         super().__init__(sentence, INTERNAL_ERROR if status == 500 else INVALID_PARAMETER_VALUE)
         self.sentence, self.status = sentence, status
 
     def serialize_as_json(self) -> str:
-        """Without what the server wrote into ``message``: the data that it was sent."""
+        """Serialize without ``message``, which the server prefixes with the request's data."""
         return json.dumps({"error_code": self.error_code, "message": self.sentence})
 
     def get_http_status_code(self) -> int:
-        """400 or 413 where the request is at fault, 500 where it is not."""
+        """Return 400 or 413 for a fault of the request, 500 for a fault of the server."""
         return self.status
 
 
 class FocusClassifier(PythonModel):
-    """Raw image bytes in, class probabilities and the mask overlay out."""
+    """A model that maps raw image bytes to class probabilities and mask overlays."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the model folder that was logged as the artefact ``model``."""
-        self.predictor = Predictor.load(Path(context.artifacts["model"]))
+        """Load the model folder from the artifact ``model``."""
+        self.predictor = load_model(Path(context.artifacts["model"]))
         self.one_at_a_time = threading.Lock()
 
-    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  # MLflow's own returns None
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  # the base class returns None
         self,
         context: PythonModelContext,
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """Column ``image`` of encoded images, bytes or base64 text -> one row per image.
+        """Predict the encoded images (bytes or base64 text) of the column ``image``, one row each.
 
         The columns are label, probability_<class> for every class, mask_status, mask_score and overlay (PNG
-        in base64). The parameter ``overlay``, true unless told, says whether the last one is made.
-        Raises ServedError, a ValueError, naming the image's place in the batch. Any thread may call it.
+        in base64). With the parameter ``overlay`` false, the last column is omitted.
+        Raises ServedError, a ValueError, with the image's place in the batch. Any thread may call this.
         """
         overlay = (params or {}).get("overlay", True)
         images = _images(model_input)
@@ -76,8 +76,8 @@ class FocusClassifier(PythonModel):
             raise ServedError(str(error), 413 if isinstance(error, TooLargeError) else 400) from error
         except Exception as error:
             logging.getLogger(__name__).exception("A prediction failed.")
-            told = f"the prediction failed at no fault of the request ({kind_and_place(error)})"
-            raise ServedError(f"{told}. Look into the server's log.", 500) from error
+            fault = f"the prediction failed in the server ({kind_and_place(error)})"
+            raise ServedError(f"{fault}. Read the server's log.", 500) from error
         return pd.DataFrame(
             {
                 "label": prediction.label,
@@ -91,12 +91,14 @@ class FocusClassifier(PythonModel):
 
 
 def _images(model_input: pd.DataFrame) -> list[bytes]:
-    """The encoded images of a request that is not past the limits. Raises ServedError."""
+    """Return the encoded images of a request. Raises ServedError for a request beyond the limits."""
     if "image" not in model_input:
-        raise ServedError("the request has no column 'image'. Give the images there, each in base64.")
+        raise ServedError(
+            "the request has no column 'image'. Send the images in this column, each in base64."
+        )
     values = model_input["image"].tolist()
     if not values:
-        raise ServedError("the request has no image. Give one at least, in the column 'image'.")
+        raise ServedError("the request has no image. Send at least one in the column 'image'.")
     if os.environ.get(_SERVING) == "true":
         _check_size(values)
     return [_bytes(value, f"image {i + 1} of {len(values)}") for i, value in enumerate(values)]
@@ -104,12 +106,14 @@ def _images(model_input: pd.DataFrame) -> list[bytes]:
 
 def _check_size(values: Sequence[object]) -> None:
     if len(values) > MOST_IMAGES:
-        told = f"the request has {len(values)} images, and {MOST_IMAGES} are the most"
-        raise ServedError(f"{told}. Send them in several requests.", 413)
+        fault = f"the request has {len(values)} images, and the limit is {MOST_IMAGES}"
+        raise ServedError(f"{fault}. Send several requests.", 413)
     size = sum(len(value) * 3 // 4 for value in values if isinstance(value, str))
     if size > MOST_BYTES:
-        told = f"the request's images have {size // 1_000_000} MB, and {MOST_BYTES // 1_000_000} are the most"
-        raise ServedError(f"{told}. Send them in several requests.", 413)
+        fault = (
+            f"the request's images have {size // 1_000_000} MB, and the limit is {MOST_BYTES // 1_000_000}"
+        )
+        raise ServedError(f"{fault}. Send several requests.", 413)
 
 
 def _bytes(value: object, name: str) -> bytes:
@@ -118,11 +122,9 @@ def _bytes(value: object, name: str) -> bytes:
     if isinstance(value, str):
         try:
             return base64.b64decode(value, validate=True)
-        except ValueError as error:  # binascii's own, or that a letter is not ASCII
-            raise ServedError(
-                f"{name}: a text that is not base64 ({error}). Encode the file's bytes."
-            ) from error
-    raise ServedError(f"{name}: {type(value).__name__} is no image. Give a file's bytes, or base64 of them.")
+        except ValueError as error:  # binascii.Error, or a character that is not ASCII
+            raise ServedError(f"{name}: is not base64 ({error}). Encode the file's bytes.") from error
+    raise ServedError(f"{name}: is a {type(value).__name__}. Send a file's bytes, or their base64 text.")
 
 
 set_model(FocusClassifier())

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medfocus.tracking.process import lock, quieten
 from medfocus.tracking.provenance import PACKAGES, installed
-from medfocus.tracking.runs import LONGEST_TAG, Tracking, lock, pages, quieten
+from medfocus.tracking.runs import LONGEST_TAG, Tracking, pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,7 +34,7 @@ class Champion:
     name: str
     version: str
     cell_key: str
-    model_folder: Callable[[Path], Path]  # downloads its files into a folder; the folder of serve.save_model
+    model_folder: Callable[[Path], Path]  # downloads its files into a folder; see ``model_folder.save_model``
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def register(
     Args:
         store: An open tracking store.
         name: Of the registered model; models that compete share it.
-        write_model: Writes the folder of ``predictor.save_model``; called only if a version is made.
+        write_model: Writes the folder of ``model_folder.save_model``; called only if a version is made.
         cell_key: Identifies the fitted model by content.
         judge: Maps the present champion, if there is one, to the verdict on the challenger. It may
             download the champion's files.
@@ -298,7 +299,7 @@ def _create_version(
 
 
 def _opener(client: MlflowClient, uri: str, name: str, version: str) -> Callable[[Path], Path]:
-    """What downloads a version's files into a folder; the folder of serve.save_model."""
+    """What downloads a version's files into a folder; see ``model_folder.save_model``."""
 
     def model_folder(into: Path) -> Path:
         from mlflow.artifacts import download_artifacts

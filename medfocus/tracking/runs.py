@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import logging
 import os
 import socket
 import tempfile
@@ -17,23 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-from filelock import FileLock
 from PIL import Image
 
 from medfocus.storage.redaction import kind_and_place
+from medfocus.tracking.process import is_alive, lock, owner_tags, quieten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-_QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",  # mlflow ignores "1"
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # which pages the experiment is shown with
 _PAGE_WIDTH = 800  # pixels
 LONGEST_TAG = 5000  # characters; MLflow's databases take 8000 bytes
@@ -92,12 +83,12 @@ class Tracking:
     @contextmanager
     def study(
         self, name: str, params: Mapping[str, object], tags: Mapping[str, object] | None = None
-    ) -> Iterator[Study]:
+    ) -> Iterator[StudyRun]:
         """A parent run for the ``with`` block: FINISHED after it, FAILED or KILLED when it raises."""
         run = self.client.create_run(self.experiment_id, run_name=name, tags=_tags(tags or {}))
         with self._closing(run.info.run_id):
             self._log_params_and_metrics(run.info.run_id, params, {})
-            yield Study(run.info.run_id, self)
+            yield StudyRun(run.info.run_id, self)
 
     def run(self, run_id: str) -> Run:
         """A run by its id. Raises ValueError where there is none."""
@@ -125,7 +116,7 @@ class Tracking:
         mine = f"attributes.status = 'RUNNING' and tags.`owner.host` = '{socket.gethostname()}'"
         search = functools.partial(self.client.search_runs, experiments, mine)
         # All pages before anything changes: a run that is closed is no longer found, and moves the next page.
-        dead = [run.info.run_id for run in pages(search) if not _is_alive(run.data.tags)]
+        dead = [run.info.run_id for run in pages(search) if not is_alive(run.data.tags)]
         for run_id in dead:
             self.client.set_tag(run_id, "error", "The process that owned this run ended without closing it.")
             self.client.set_terminated(run_id, "FAILED")
@@ -201,7 +192,7 @@ class Tracking:
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyRun:
     """An open parent run; made by ``Tracking.study``."""
 
     run_id: str
@@ -275,23 +266,6 @@ def pages(search: Callable[..., Any]) -> Iterator[Any]:
         token = page.token or ""
 
 
-def lock(home: Path) -> FileLock:
-    """Held by one process at a time; the thread that has it may take it again."""
-    return FileLock(home / "mlflow.lock", is_singleton=True)
-
-
-def quieten() -> None:
-    """Import MLflow, and have it say no more than its faults."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    import mlflow  # noqa: F401  # it sets the level of its loggers
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It would warn that pip is missing, which environments made by uv do not have.
-    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
-
-
 def create_database(home: Path) -> None:
     """Have MLflow's tables in ``home``/mlflow.db, before a server over it starts."""
     quieten()
@@ -340,36 +314,4 @@ def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
 
 def _tags(tags: Mapping[str, object]) -> dict[str, Any]:
     """``tags`` as text, with the process that owns the run."""
-    owner = {
-        "owner.host": socket.gethostname(),
-        "owner.pid": os.getpid(),
-        "owner.started": repr(psutil.Process().create_time()),
-        "owner.born": _born(os.getpid()),
-    }
-    return {key: str(value)[:LONGEST_TAG] for key, value in {**tags, **owner}.items()}
-
-
-def _is_alive(owner: Mapping[str, str]) -> bool:
-    """Whether a run's process still runs; its number may have been given to another since."""
-    try:
-        process = psutil.Process(int(owner["owner.pid"]))
-        if born := owner.get("owner.born"):
-            same = born == _born(process.pid)
-        else:  # a start as the clock had it, which a correction shifts
-            same = abs(process.create_time() - float(owner["owner.started"])) < 2
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _born(pid: int) -> str:
-    """What no other process of this host ever has: the boot, and when in it this one started, by no clock.
-
-    "" where the system is not Linux, or has no such process.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-    except OSError:
-        return ""
-    return f"{boot} {ticks.split()[19]}"
+    return {key: str(value)[:LONGEST_TAG] for key, value in {**tags, **owner_tags()}.items()}

@@ -1,0 +1,37 @@
+"""Bases of methods by their frozen part. Cache keys cover the module that defines a method's ``embed``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from medfocus.learning.method import IMAGES, Method
+
+
+@dataclass
+class FeatureMethod(Method):
+    """A method whose inputs are CLIP's frozen image features."""
+
+    @property
+    def embedding(self) -> str:
+        """CLIP's image features."""
+        return "features"
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, S, S, C) uint8 -> L2-normalised image features (B, D)."""
+        return self.encoder.encode_images(self.encoder.preprocess(images))
+
+
+@dataclass
+class ImageMethod(Method):
+    """A method whose inputs are the images: nothing before ``fit`` is frozen."""
+
+    @property
+    def embedding(self) -> str:
+        """The images."""
+        return IMAGES
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the images (B, S, S, C) uint8 unchanged."""
+        return images

@@ -1,0 +1,80 @@
+"""Verdicts on a focus from its controls: inverse, shuffled and centre-box masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from medfocus.reports.rows import StudyRow, paired, percent_text, signed_text
+
+CONTROLLED = "multiply"  # the focus that the controls take something from
+# Control -> what has to be said of a data set where it does not score below the focus.
+FINDINGS = {
+    "inverse": "background alone is not significantly below the focus {}: take the data set as confounded",
+    "shuffled": "another image's mask is not significantly below the focus {}: "
+    "the mask's content is not what helps",
+    "center-box": "the centre box is not significantly below the focus {}: no mask had to be found",
+}
+CONTROLS = tuple(FINDINGS)
+
+
+def verdict(
+    focus: Mapping[int, float], controls: Mapping[str, Mapping[int, float]], none: Mapping[int, float]
+) -> str | None:
+    """What the controls say of a focus, in a sentence; None where no control has two draws with it.
+
+    A control counts as below the focus where the 95 % t-interval of its difference, paired by draw, lies
+    below 0. The sentence gives the intervals: a wide one says that the draws were too few to tell. It
+    knows no chance level; a focus at chance has controls beside it that mean nothing.
+
+    Args:
+        focus: Draw -> accuracy in %.
+        controls: "inverse", "shuffled", "center-box", those that were run -> draw -> accuracy in %.
+        none: Draw -> accuracy in % of the whole image; empty where it was not run.
+    """
+    differences = ((name, paired(controls[name], focus)) for name in FINDINGS if name in controls)
+    known = {name: interval for name, interval in differences if interval is not None and interval.draws > 1}
+    if not known:
+        return None
+    found = [
+        FINDINGS[name].format(f"({signed_text(interval)})")
+        for name, interval in known.items()
+        if interval.mean + interval.half_width >= 0
+    ]
+    if not found:
+        below = ", ".join(f"{name} {signed_text(interval)}" for name, interval in known.items())
+        found = [f"every control is below the focus ({below}): the region carries it"]
+    lost = paired(none, focus)
+    if lost is not None and lost.mean - lost.half_width > 0:
+        found.append(f"the whole image is above the focus ({signed_text(lost)})")
+    return "; ".join(found)
+
+
+def control_verdicts(block: Sequence[StudyRow]) -> list[str]:
+    """A line a method that was run with controls: what they say of "multiply", by accuracy.
+
+    Every draw counts once, by its mean over the percents: its supports are nested. At 100 % all draws
+    have the same images, at 0 % none, so neither is among them.
+    """
+    lines = []
+    for method in dict.fromkeys(row.method for row in block):
+        cells: dict[str, dict[tuple[int, float], float]] = {}  # focus -> (draw, percent) -> accuracy in %
+        for row in block:
+            concerned = row.method == method and row.focus in (CONTROLLED, "none", *FINDINGS)
+            if concerned and 0 < row.percent_of_train < 100:
+                cells.setdefault(row.focus, {})[row.seed, row.percent_of_train] = 100 * row.accuracy
+        common = sorted(set.intersection(*map(set, cells.values()))) if cells else []
+        draws = {
+            focus: {draw: float(np.mean([at[key] for key in common if key[0] == draw])) for draw, _ in common}
+            for focus, at in cells.items()
+        }
+        controls = {name: of_draw for name, of_draw in draws.items() if name in FINDINGS}
+        said = verdict(draws.get(CONTROLLED, {}), controls, draws.get("none", {}))
+        if said is not None:
+            percents = sorted({percent for _, percent in common})
+            span = " to ".join(dict.fromkeys(percent_text(p) for p in (percents[0], percents[-1])))
+            number = len(draws[CONTROLLED])
+            where = f"accuracy at {span} % of train, {number} draws"
+            lines.append(f"Controls of {method} ({CONTROLLED}), {where}: {said}.")
+    return lines

@@ -1,0 +1,200 @@
+"""The folder of a served model: raw image bytes in, probabilities and a mask out, from these files alone.
+
+``cell.safetensors``
+    The fitted method, see ``checkpoint``.
+``clip/``
+    CLIP's weights and configuration, in open_clip's layout.
+``sam2.safetensors``, ``sam2.yaml``
+    SAM2, if it makes the masks.
+``adapter.safetensors``, ``text.safetensors``
+    The trained adapter, or the embedded text that chooses among SAM2's candidates, if the segmenter has one.
+``serve.json``
+    Everything else.
+
+No file is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medfocus.masks.factory import build_segmenter
+from medfocus.masks.segmenter import Segmenter
+from medfocus.masks.settings import OtsuSettings, Sam2Settings
+from medfocus.serving.predictor import Predictor
+from medfocus.storage import weights
+
+if TYPE_CHECKING:
+    from medfocus.clip.encoder import ClipEncoder
+
+_CELL, _CLIP, _SAM2, _SAM2_CONFIG = "cell.safetensors", "clip", "sam2.safetensors", "sam2.yaml"
+_ADAPTER, _TEXT = "adapter.safetensors", "text.safetensors"
+_PACKAGES = ("torch", "open_clip_torch", "sam2", "numpy", "pillow")
+_PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt", ".bin")
+
+
+def save_model(
+    folder: Path,
+    *,
+    checkpoint: Path,
+    encoder: ClipEncoder,
+    segmenter: Segmenter,
+    feather: float,
+) -> None:
+    """Write everything that ``load_model`` needs to ``folder``, and replace what is there.
+
+    Args:
+        folder: The model folder. It appears complete or not at all.
+        checkpoint: A file of ``checkpoint.save``: the method, its classes and its focus.
+        encoder: The CLIP that the method was fitted on.
+        segmenter: The segmenter of the training images.
+        feather: Of the views.
+
+    Raises:
+        ValueError: The checkpoint was fitted on another CLIP.
+    """
+    from safetensors.torch import save_file
+
+    from medfocus.serving import checkpoint as checkpoints
+
+    header = checkpoints.read_header(checkpoint)
+    if header.encoder_key != encoder.key:
+        raise ValueError(
+            f"{checkpoint} was fitted on CLIP weights {header.encoder_key[:12]}, but the encoder has "
+            f"{encoder.key[:12]}. Give the encoder that the checkpoint was fitted on."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / _CLIP).mkdir(parents=True)
+    shutil.copyfile(checkpoint, unfinished / _CELL)
+    save_file(_towers(encoder), unfinished / _CLIP / "open_clip_model.safetensors")
+    _write_json(unfinished / _CLIP / "open_clip_config.json", encoder.config)
+    content = {
+        **_write_segmenter(segmenter, unfinished),
+        "clip": encoder.name,
+        "clip_key": encoder.key,
+        "method": header.method,
+        "classes": header.classes,
+        "focus": header.focus,
+        "feather": feather,
+        "region": encoder.region.name,
+        "attention_bias": encoder.region.attention_bias,
+        "view_size": encoder.image_size,
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+    _write_json(unfinished / "serve.json", content)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.replace(folder)
+
+
+def _write_segmenter(segmenter: Segmenter, folder: Path) -> dict[str, object]:
+    """Write the segmenter's files; return its entries of serve.json."""
+    from safetensors.torch import save_file
+
+    from medfocus.masks.sam2 import model
+    from medfocus.masks.sam2.adapter import AdapterSegmenter
+    from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
+
+    settings = asdict(segmenter.settings)
+    if segmenter.sam2 is not None:
+        state = _tensors(segmenter.sam2.model)
+        save_file({k: v for k, v in state.items() if k.startswith(model.IMAGE_MODULES)}, folder / _SAM2)
+        shutil.copyfile(model.config_path(settings.pop("config")), folder / _SAM2_CONFIG)
+        del settings["checkpoint"]
+    retrieved = None
+    if isinstance(segmenter, AdapterSegmenter):
+        save_file(segmenter.state, folder / _ADAPTER)
+    elif isinstance(segmenter, RetrievalSegmenter):
+        assert isinstance(segmenter.rank, TextRank)  # the only rank of a study
+        save_file({"text": segmenter.rank.text.contiguous()}, folder / _TEXT)
+        retrieved = segmenter.rank.key
+    return {
+        "segmenter": segmenter.settings.kind,
+        "segmenter_settings": settings,
+        "segmenter_key": segmenter.key,
+        "retrieved": retrieved,
+    }
+
+
+def load_model(folder: Path) -> Predictor:
+    """Load a folder that ``save_model`` wrote, on the CPU, from nothing outside of ``folder``.
+
+    Raises FileNotFoundError if it is not a model folder. Raises ValueError if its parts do not fit together,
+    or if one of them could run code when it is opened; in that case none is opened.
+    """
+    _refuse_pickles(folder)
+    from medfocus.clip.build import build_clip
+    from medfocus.serving import checkpoint
+
+    try:
+        content: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} is not a model folder: serve.json is missing. "
+            "Give a folder that medfocus.serving.model_folder.save_model wrote."
+        ) from error
+    encoder = build_clip(f"local-dir:{folder / _CLIP}", "")
+    segmenter = _load_segmenter(
+        folder, content["segmenter"], content["segmenter_settings"], encoder, content["retrieved"]
+    )
+    if content["region"]:
+        encoder = encoder.with_region(content["region"], content["attention_bias"])
+    encoder = replace(
+        encoder,
+        name=content["clip"],
+        key=content["clip_key"],  # the saved configuration has another form, so its key would differ
+        tokenizer=None,  # the checkpoint has the class texts; a tokenizer could only be the wrong one
+        segmenter=segmenter.sam2,
+    )
+    method, header = checkpoint.load(folder / _CELL, encoder)
+    return Predictor(
+        method, segmenter, header.classes, header.focus, content["feather"], content["view_size"]
+    )
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.casefold() in _PICKLES:
+            raise ValueError(
+                f"{file}: a {file.suffix} file can run code when it is opened, so the model is refused. "
+                "Download the model from its registry again, or register it again."
+            )
+
+
+def _load_segmenter(
+    folder: Path, kind: str, settings: Mapping[str, Any], encoder: ClipEncoder, retrieved: str | None
+) -> Segmenter:
+    """Load a folder's segmenter; ``retrieved`` is the key of the text that chooses the candidate, if any."""
+    if kind == "otsu":
+        return build_segmenter(OtsuSettings(**settings))
+    sam2 = Sam2Settings(config=str(folder / _SAM2_CONFIG), checkpoint=str(folder / _SAM2), **settings)
+    adapter = weights.load(folder / _ADAPTER) if (folder / _ADAPTER).is_file() else None
+    rank = None
+    if retrieved is not None:
+        from medfocus.masks.sam2.retrieval import TextRank
+
+        rank = TextRank(encoder, weights.load(folder / _TEXT)["text"], retrieved)
+    return build_segmenter(sam2, adapter=adapter, rank=rank)
+
+
+def _tensors(model: Any) -> dict[str, Any]:
+    """Return a model's state dict for safetensors: on the CPU, contiguous, without shared memory."""
+    return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+
+
+def _towers(encoder: ClipEncoder) -> dict[str, Any]:
+    """Return the weights of both towers as they were before ``ClipEncoder.with_region``."""
+    named = ((encoder.region.original_name(name), value) for name, value in _tensors(encoder.model).items())
+    return {name: value for name, value in named if name is not None}
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
