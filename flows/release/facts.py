@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from medfocus.evaluation.comparison import Scored
 from medfocus.reports.data_warnings import data_warnings
 from medfocus.reports.page_content import Calibration, Confusion, Example, Recalls
 from medfocus.reports.rows import system_name
+from medfocus.storage.tables import read_csv
 
 _CALIBRATED = 4  # variants of MedFocusCLIP with a reliability curve, besides the baseline
 
@@ -42,8 +42,7 @@ class Facts:
     def add(self, dataset: EncodedDataset, cells: Sequence[Cell]) -> None:
         """Collect a data set's facts from the outputs of its stages."""
         name = dataset.name
-        with dataset.paths.report(name, "masks.csv").open(newline="", encoding="utf-8") as file:
-            self.masks[name] = [dict(line) for line in csv.DictReader(file)]
+        self.masks[name] = read_csv(dataset.paths.report(name, "masks.csv"))
         pairs = read_pairs(dataset.paths.report(name, "duplicates.csv"))
         self.warnings[name] = data_warnings(dataset.records.values(), dataset.splits, pairs)
         with np.load(dataset.paths.predictions(name), allow_pickle=False) as file:
