@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Explained:
     pointing: str  # "hit" or "miss" of the known region; empty if none is known
 
 
-def explained_cells(best: Cell, cells: Sequence[Cell]) -> Iterator[Cell]:
+def explained_cells(best: Cell, cells: Iterable[Cell]) -> Iterator[Cell]:
     """Yield the best cell and the first cells that differ from it only in the focus mode."""
     others = (
         cell

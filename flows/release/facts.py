@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -53,16 +52,24 @@ class Facts:
             draws.setdefault((system, dataset.percent_of_train(cell)), []).append(probabilities)
         labels = dataset.labels(dataset.splits.test)
         self._add_tests(dataset, draws, labels)
-        with contextlib.suppress(ValueError):  # without validation there is no best cell
-            best = best_cell(dataset.study, name, cells)
-            counts = metrics.confusion(predicted[best].argmax(axis=1), labels, len(dataset.classes))
-            self.confusions.append(Confusion(name, best.name, dataset.classes, counts))
-            for cell in explained_cells(best, cells):
-                explained, examples = explain_cell(dataset, cell, predicted[cell])
-                self.explained += explained
-                self.gallery += examples
+        self._add_best(dataset, predicted, labels)
         self._add_calibrations(dataset, draws, labels)
         self.recalls.append(_recalls(dataset, draws, labels))
+
+    def _add_best(
+        self, dataset: EncodedDataset, predicted: dict[Cell, np.ndarray], labels: np.ndarray
+    ) -> None:
+        """Add the best cell's confusion matrix, and explanations of it and its neighbours."""
+        try:
+            best = best_cell(dataset.study, dataset.name, predicted)
+        except ValueError:  # no cell could be validated
+            return
+        counts = metrics.confusion(predicted[best].argmax(axis=1), labels, len(dataset.classes))
+        self.confusions.append(Confusion(dataset.name, best.name, dataset.classes, counts))
+        for cell in explained_cells(best, predicted):
+            rows, examples = explain_cell(dataset, cell, predicted[cell])
+            self.explained += rows
+            self.gallery += examples
 
     def _add_tests(self, dataset: EncodedDataset, draws: Draws, labels: np.ndarray) -> None:
         """Add the correct answers of all systems on each test set."""
