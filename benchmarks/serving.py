@@ -18,17 +18,19 @@ import http.client
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from flows.servers.servers import free_port, model_server
+from flows.servers.processes import HOST, answers, free_port, running
 from medfocus import phantoms
 from medfocus.phantoms import png
 from medfocus.serving.model_folder import load_model
@@ -86,6 +88,36 @@ def main() -> None:
                 )
     if options.json:
         print(json.dumps(result))
+
+
+@contextmanager
+def model_server(store: str, model: str, port: int, log: Path | None = None) -> Iterator[str]:
+    """Run MLflow's scoring server on loopback for the ``with`` block, in this environment; yield its address.
+
+    Args:
+        store: The tracking URI of the registry.
+        model: For example ``models:/NAME@champion``.
+        port: The port.
+        log: The server's log file.
+    """
+    command = [
+        *(sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"),
+        *("--host", HOST, "--port", str(port)),
+    ]
+    environment = {
+        "MLFLOW_TRACKING_URI": store,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",  # warnings would log the names of unknown columns
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # MLflow runs `uvicorn`
+    }
+    address = f"http://{HOST}:{port}"
+    with tempfile.TemporaryDirectory() as temporary:  # the server leaves its files behind
+        environment["TMPDIR"] = temporary
+        fault = f"The scoring server does not answer at {address}; is its port taken?"
+        with running(command, environment, lambda: answers(f"{address}/ping"), fault, log=log):
+            yield address
 
 
 def _compare(

@@ -1,4 +1,4 @@
-"""Mask back-fill: one mask for every image of the manifests that has none by the present settings."""
+"""Mask back-fill: compute the missing masks of the manifests' images, with the present settings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.operations.jobs import faults_in_one_line, only_retraining
+from flows.operations.failures import faults_in_one_line
+from flows.operations.locks import only_retraining
 from flows.operations.notify import report_failure
 from flows.pipeline import cache_masks
-from flows.servers.servers import prefect_api
+from flows.servers.prefect import prefect_api
 from flows.study.study import open_study
 from medfocus.storage.redaction import redacted
 
@@ -26,10 +27,11 @@ from medfocus.storage.redaction import redacted
 )
 @redacted
 def backfill(params_file: Path = Path("params.yaml"), datasets: Sequence[str] | None = None) -> None:
-    """Manifests -> masks, of ``datasets`` or of all; nothing is ingested and nothing is trained.
+    """Segment the images of ``datasets``, or of all data sets, without ingestion or training.
 
-    Raises ValueError for a data set that the study does not have, or that was never ingested, and
-    JobRunningError where a retraining or another back-fill works in this checkout.
+    Raises:
+        ValueError: The study has no such data set, or the data set was never ingested.
+        JobRunningError: A retraining or another back-fill runs in this checkout.
     """
     study = open_study(Path(params_file))
     names = list(study.params.datasets) if datasets is None else list(datasets)
@@ -37,21 +39,23 @@ def backfill(params_file: Path = Path("params.yaml"), datasets: Sequence[str] | 
         for name in names:
             if name not in study.params.datasets:
                 known = ", ".join(study.params.datasets)
-                raise ValueError(f"{params_file}: no data set {name!r} there; it has {known}.")
+                raise ValueError(f"{params_file}: there is no data set {name!r}. Choose from {known}.")
             if not study.paths.manifest(name).is_file():
-                raise ValueError(f"{name} has no manifest; ingest it first, by `make run` or `make retrain`.")
+                raise ValueError(f"{name} has no manifest. Ingest it with `make run` or `make retrain`.")
         for name in names:
             cache_masks(study, name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fill up once, now."""
+    """Compute the missing masks once, now."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
-    parser.add_argument("--dataset", action="append", help="may be given several times; all without it")
+    parser.add_argument(
+        "--dataset", action="append", help="a data set; repeat the option for several; default: all"
+    )
     options = parser.parse_args(arguments)
     with faults_in_one_line():
-        open_study(options.params)  # a fault in the params file is said before a server starts
+        open_study(options.params)  # reports a fault in the params file before a server starts
         with prefect_api():
             backfill(options.params, options.dataset)
 

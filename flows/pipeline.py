@@ -1,7 +1,7 @@
 """Figure 1 of the paper as a flow: ingest, split, mask, fine-tune, evaluate, register the best.
 
-Prefect gives order, retries and a page to look at; DVC decides what is stale and versions what a
-stage makes; MLflow keeps the numbers.
+Prefect orders and retries the tasks and shows them on its pages. DVC finds the outdated stages and versions
+their outputs. MLflow keeps the numbers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
-from flows.operations.jobs import faults_in_one_line, only_job
+from flows.operations.failures import faults_in_one_line
+from flows.operations.locks import only_job
 from flows.operations.retries import PATIENT
-from flows.servers.servers import must_answer, prefect_api
+from flows.servers.prefect import prefect_api
+from flows.servers.processes import must_answer
 from flows.stages.dvc import reproduce
 from flows.study.study import Study, open_study
 from medfocus.reports import tables
@@ -41,78 +43,78 @@ if TYPE_CHECKING:
 @task(task_run_name="plan {study.params.study.name}", cache_policy=NO_CACHE)
 @redacted
 def check_plan(study: Study) -> None:
-    """Build every method of the study once: a typo fails here, before any work; so does a missing server."""
+    """Build every method once and contact MLflow's server, so that a typo or a dead server fails at once."""
     from flows.study.cells import plan
 
     plan(study.params)
     if (store := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("http"):
-        must_answer(store, "MLFLOW_TRACKING_URI", "the runs are then kept in mlflow.db")
+        must_answer(store, "MLFLOW_TRACKING_URI", "the run then writes to mlflow.db")
 
 
 @task(task_run_name="phantoms {modality}", **PATIENT)
 @redacted
 def draw_phantoms(study: Study, modality: str) -> None:
-    """Draw an embedded data set."""
+    """Draw an embedded data set of phantoms."""
     _reproduce(study, f"phantoms@{modality}")
 
 
 @task(task_run_name="ingest {dataset}", **PATIENT)
 @redacted
 def ingest(study: Study, dataset: str) -> None:
-    """Raw folder -> manifest, and a report of what is left out."""
+    """Write the manifest of a raw folder and a report of the files that are left out."""
     if _reproduce(study, f"ingest@{dataset}"):
         path = study.paths.report(dataset, "left_out.csv")
         rows = [{"line": line, "fix": row["fix"]} for line, row in enumerate(_rows(path), start=2)]
-        described = f"Left out at ingestion; the lines are those of {path.relative_to(study.folder)}"
-        create_table_artifact(rows, key=_key(f"left-out-{dataset}"), description=described)
+        description = f"Files left out at ingestion, by line of {path.relative_to(study.folder)}"
+        create_table_artifact(rows, key=_key(f"left-out-{dataset}"), description=description)
 
 
 @task(task_run_name="duplicates {dataset}", **PATIENT)
 @redacted
 def find_duplicates(study: Study, dataset: str) -> None:
-    """Manifest -> pairs of twins."""
+    """Find the twins among a manifest's images."""
     _reproduce(study, f"duplicates@{dataset}")
 
 
 @task(task_run_name="splits {dataset}", **PATIENT)
 @redacted
 def draw_splits(study: Study, dataset: str) -> None:
-    """Manifest and twins -> test sets and nested supports."""
+    """Draw the test sets and the nested supports."""
     _reproduce(study, f"splits@{dataset}")
 
 
 @task(task_run_name="masks {dataset}", **PATIENT)
 @redacted
 def cache_masks(study: Study, dataset: str) -> None:
-    """Manifest -> one mask per image, with a contact sheet to look at."""
+    """Segment every image of the manifest and draw a contact sheet."""
     if _reproduce(study, f"masks@{dataset}"):
         create_table_artifact(
             _rows(study.paths.report(dataset, "masks.csv")),
             key=_key(f"masks-{dataset}"),
-            description="Coverage, score and fallbacks of the masks, a line a class",
+            description="Coverage, score and fallbacks of the masks of each class",
         )
         sheet = base64.b64encode(study.paths.report(dataset, "masks.png").read_bytes()).decode()
         create_image_artifact(
             f"data:image/png;base64,{sheet}",
             key=_key(f"mask-sheet-{dataset}"),
-            description="Masks found without labels",
+            description="Masks, segmented without labels",
         )
 
 
 @task(task_run_name="fine-tune {study.params.study.name}", **PATIENT)
 @redacted
 def finetune(study: Study) -> None:
-    """Every cell of the study -> a checkpoint, from its support alone."""
+    """Fit every cell of the study on its support."""
     _reproduce(study, "finetune")
 
 
 @task(task_run_name="evaluate {study.params.study.name}", **PATIENT)
 @redacted
 def evaluate(study: Study) -> None:
-    """Checkpoints -> test scores, MLflow runs, figures."""
+    """Score the checkpoints on the test sets; write MLflow runs, figures and the page."""
     ran = _reproduce(study, "evaluate")
     if not _shows_results(study):
-        from flows.stages.evaluate import restore_study_csv  # takes seconds, as do the next ones
+        from flows.stages.evaluate import restore_study_csv
 
         restore_study_csv(study)
     if not _page_is_current(study):
@@ -129,12 +131,11 @@ def evaluate(study: Study) -> None:
 @task(task_run_name="register {dataset}", **PATIENT)
 @redacted
 def register_best(study: Study, dataset: str) -> Registration:
-    """The best cell by validation -> the model registry; champion only through the gate."""
+    """Register the best cell by validation; the gate decides whether it becomes champion."""
     from flows.release import register
 
     outcome = register.register_best(study, dataset)
-    told = register.told(outcome)
-    create_markdown_artifact(told, key=_key(f"gate-{dataset}"), description="Why it is champion, or why not")
+    create_markdown_artifact(outcome.text, key=_key(f"gate-{dataset}"), description="The gate's decision")
     return outcome.registration
 
 
@@ -146,7 +147,7 @@ def pipeline(params_file: Path = Path("params.yaml")) -> list[Registration]:
 
 
 def steps(study: Study) -> list[Registration]:
-    """The tasks of the flow, in their order; inside of a flow."""
+    """Run the pipeline's tasks in order, inside a flow."""
     with only_job(study):
         check_plan(study)
         for modality in study.params.phantoms:
@@ -162,7 +163,7 @@ def steps(study: Study) -> list[Registration]:
 
 
 def _reproduce(study: Study, stage: str) -> bool:
-    """Bring a stage up to date, saying on the terminal what became of it; whether it ran."""
+    """Bring a stage up to date and print whether it ran; return it too."""
     ran = reproduce(study.folder, stage)
     done = 100 * (study.stages.index(stage) + 1) / len(study.stages)
     create_progress_artifact(done, key=_key(f"progress-{study.params.study.name}"), description=stage)
@@ -171,23 +172,23 @@ def _reproduce(study: Study, stage: str) -> bool:
 
 
 def _shows_results(study: Study) -> bool:
-    """Whether study.csv has the rows of the results; its last column, the runs' ids, is this machine's."""
+    """Return whether study.csv has the rows of the results, apart from the last column, the runs' ids."""
 
     def rows(path: Path) -> list[str]:
         return [line.rpartition(",")[0] for line in path.read_text(encoding="utf-8").splitlines()]
 
-    shown = study.paths.study
-    return shown.exists() and rows(shown) == rows(study.paths.results)
+    path = study.paths.study
+    return path.exists() and rows(path) == rows(study.paths.results)
 
 
 def _page_is_current(study: Study) -> bool:
-    """Whether the page is there and of what dvc.lock names: a run may be killed before it writes one."""
+    """Return whether the page exists and shows the data of dvc.lock; a killed run leaves an older page."""
     page = study.paths.page
     return page.exists() and lock_digest(study.folder) in page.read_text(encoding="utf-8")
 
 
 def _key(name: str) -> str:
-    """An artifact key for a study's or a data set's name; Prefect takes lower case, digits and hyphens."""
+    """Return a name as an artifact key: Prefect allows lower case, digits and hyphens."""
     return name.lower().replace("_", "-")
 
 
@@ -196,21 +197,26 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def print_registrations(registrations: Sequence[Registration]) -> None:
+    """Print each model with its version, its alias and the gate's reason."""
+    for each in registrations:
+        alias = f"@{each.alias}" if each.alias else "without alias"
+        print(f"model {each.name} version {each.version} {alias}: {each.reason}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the flow on a params file and print what came of it."""
+    """Run the flow on a params file; print the scores and the registered models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
     params_file = parser.parse_args(arguments).params
     with faults_in_one_line():
-        study = open_study(params_file)  # a fault in the params file is said before a server starts
+        study = open_study(params_file)  # reports a fault in the params file before a server starts
         with only_job(study), prefect_api():
             registrations = pipeline(params_file)
     print()
     print(tables.study_table(read_rows(study.paths.study)))
-    for registration in registrations:
-        alias = f"@{registration.alias}" if registration.alias else "without alias"
-        print(f"model {registration.name} version {registration.version} {alias}: {registration.reason}")
-    print(f"\nThe whole of it on one page: {study.paths.page}\nCompare the runs in MLflow: make ui")
+    print_registrations(registrations)
+    print(f"\nFull report: {study.paths.page}\nCompare the runs in MLflow: make ui")
 
 
 if __name__ == "__main__":

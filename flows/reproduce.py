@@ -1,8 +1,8 @@
-"""Rebuild a cell's run from its tags: its commit, its data, one fit; then compare every metric exactly.
+"""Rebuild a cell's run from its tags (commit, data, one fit), then compare every metric exactly.
 
-The run's commit is cloned into a temporary folder and given the run's params.yaml and dvc.lock. DVC brings
-back the manifest, the splits and the masks of that time, from its cache or a remote. That commit's own code
-then fits the cell, out of no cache, and scores it: on a CPU, with the same versions, to the same numbers.
+The commit is cloned into a temporary folder, with the run's params.yaml and dvc.lock. DVC restores the
+manifest, the splits and the masks from its cache or a remote. The commit's own code then fits and scores the
+cell without a cache. On a CPU with the same versions, the numbers are the same.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from medfocus.tracking.provenance import PACKAGES, installed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Rebuild ``--run``, print its metrics then and now, and fail where they differ."""
+    """Rebuild ``--run`` and print its metrics then and now; exit with 1 if they differ."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="any study of the project")
-    parser.add_argument("--run", required=True, help="a cell's MLflow run id")
+    parser.add_argument("--run", required=True, help="the MLflow run id of a cell")
     options = parser.parse_args(arguments)
     try:
         then, now = reproduce_run(open_study(options.params), options.run)
@@ -44,41 +44,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before, after = then.get(name), now.get(name)
         print(f"{name:28} {before!s:22} {after!s:22} {'same' if before == after else 'DIFFERS'}")
     if then != now:
-        sys.exit(f"reproduce: the run {options.run} does not come out again.")
-    print(f"Run {options.run} comes out again, every metric exactly.")
+        sys.exit(f"reproduce: run {options.run} is not reproduced; the metrics above differ.")
+    print(f"Run {options.run} is reproduced: every metric is equal.")
 
 
 def reproduce_run(study: Study, run_id: str) -> tuple[dict[str, float], dict[str, float]]:
-    """A cell's metrics: as they were logged, as they come out now.
+    """Rebuild a cell's run; return its metrics as MLflow has them and as they are now.
 
     Raises:
-        ValueError: The run is no cell's, or was made from files that no commit has.
-        RuntimeError: What it was made from cannot be had any more; what git, DVC or the fit said.
+        ValueError: The run is not a cell's, or its files are in no commit.
+        RuntimeError: A file is gone, or git, DVC or the fit fails.
     """
     store = runs.start(None, study.home, study.params.tracking.experiment)
     run = store.run(run_id)
     tags = run.data.tags
     cell = _cell(run_id, tags)
-    if others := [f"{name} {tags.get(f'version.{name}')}" for name in _other_versions(tags)]:
-        print(f"Of other versions then: {', '.join(others)}; the last digits may differ.", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        clone = Path(folder, "project")
+    if versions := _changed_versions(tags):
+        print(f"The run used {', '.join(versions)}; the last digits may differ.", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as temporary:
+        clone = Path(temporary, "project")
         _run(["git", "clone", "--quiet", "--no-checkout", str(study.home), str(clone)], study.home)
         _run(["git", "checkout", "--quiet", tags["git.commit"]], clone)
-        there = clone / tags["study.folder"]
-        there.mkdir(parents=True, exist_ok=True)
-        for name in ("params.yaml", "dvc.lock"):
-            kept = store.download(tags["mlflow.parentRunId"], f"inputs/{name}", Path(folder))
-            (there / name).write_bytes(kept.read_bytes())
-        lock = hashlib.sha256((there / "dvc.lock").read_bytes()).hexdigest()
-        if lock != tags["dvc.lock.sha256"]:
-            raise RuntimeError(f"inputs/dvc.lock of the parent run is not the one of the tag ({lock[:12]}).")
-        _bring_data(study.home, clone, tags["study.folder"], cell.dataset)
-        options = [word for name, value in cell._asdict().items() for word in (f"--{name}", str(value))]
-        said = _run([sys.executable, "-m", "flows.stages.rebuild", *options], there, PYTHONPATH=str(clone))
-    answer = json.loads(said.splitlines()[-1])
+        _restore_inputs(store, tags, clone / tags["study.folder"], Path(temporary))
+        _restore_data(study.home, clone, tags["study.folder"], cell.dataset)
+        answer = _fit(cell, clone, tags["study.folder"])
     if answer["cell_key"] != tags["cell_key"]:
-        raise RuntimeError(f"what was fitted is another cell, {answer['cell_key'][:12]}.")
+        raise RuntimeError(f"the fit made another cell, {answer['cell_key'][:12]}.")
     return dict(run.data.metrics), answer["metrics"]
 
 
@@ -86,56 +77,77 @@ def _cell(run_id: str, tags: Mapping[str, str]) -> Cell:
     needed = {*Cell._fields, "git.commit", "git.dirty", "dvc.lock.sha256", "study.folder", "cell_key"}
     if missing := sorted(needed - tags.keys()):
         raise ValueError(
-            f"the run {run_id} has no tag {', '.join(missing)}, so it is no cell's or an older version's. "
-            "Give the id of a cell's run, as reports/study.csv has it."
+            f"run {run_id} has no tag {', '.join(missing)}, so it is not a cell's run or comes from an older "
+            "version. Give the id of a cell's run from reports/study.csv."
         )
     if tags["git.dirty"] != "false" or tags["git.commit"] == "none":
         raise ValueError(
-            f"the run {run_id} was made from changed files that no commit has, so nobody can have them "
-            "again. Commit first, then run."
+            f"run {run_id} used changed files that are in no commit, so it cannot be rebuilt. Commit the "
+            "changes and run the study again."
         )
     return Cell(tags["dataset"], tags["method"], tags["focus"], tags["support"], int(tags["seed"]))
 
 
-def _other_versions(tags: Mapping[str, str]) -> list[str]:
-    return [name for name, version in installed(PACKAGES) if tags.get(f"version.{name}") != version]
+def _changed_versions(tags: Mapping[str, str]) -> list[str]:
+    """Return the run's versions of the packages that have another version now."""
+    then = {name: tags.get(f"version.{name}") for name in PACKAGES}
+    return [f"{name} {then[name]}" for name, now in installed(PACKAGES) if then[name] != now]
 
 
-def _bring_data(home: Path, clone: Path, folder: str, dataset: str) -> None:
-    """Have the clone hold what its dvc.lock names of a data set; its images stay where they are."""
-    here, there = home / folder, clone / folder
-    if not (there / "dvc.yaml").exists():  # of a study whose folder git does not know
-        text = (here / "dvc.yaml").read_text(encoding="utf-8")
-        (there / "dvc.yaml").write_text(text, encoding="utf-8")
-    params = load_params(there / "params.yaml")
+def _restore_inputs(store: runs.Tracking, tags: Mapping[str, str], folder: Path, temporary: Path) -> None:
+    """Put the run's params.yaml and dvc.lock into the study's folder of the clone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("params.yaml", "dvc.lock"):
+        downloaded = store.download(tags["mlflow.parentRunId"], f"inputs/{name}", temporary)
+        (folder / name).write_bytes(downloaded.read_bytes())
+    digest = hashlib.sha256((folder / "dvc.lock").read_bytes()).hexdigest()
+    if digest != tags["dvc.lock.sha256"]:
+        raise RuntimeError(f"inputs/dvc.lock of the parent run ({digest[:12]}) does not match the run's tag.")
+
+
+def _restore_data(home: Path, clone: Path, folder: str, dataset: str) -> None:
+    """Restore the outputs that the clone's dvc.lock names for a data set; its images stay in their folder."""
+    source, target = home / folder, clone / folder
+    if not (target / "dvc.yaml").exists():  # git does not track the study's folder
+        text = (source / "dvc.yaml").read_text(encoding="utf-8")
+        (target / "dvc.yaml").write_text(text, encoding="utf-8")
+    params = load_params(target / "params.yaml")
     root = params.datasets[dataset].root
     drawn = root in [f"data/phantoms/{modality}" for modality in params.phantoms]
-    made = [f"data/manifests/{dataset}.csv", f"data/splits/{dataset}.json", f"data/masks/{dataset}"]
-    outs = [*made, *([root] if drawn else [])]
+    outs = [f"data/manifests/{dataset}.csv", f"data/splits/{dataset}.json", f"data/masks/{dataset}"]
+    outs += [root] if drawn else []
     _share_storage(home, clone)
     dvc = [sys.executable, "-m", "dvc"]
     try:
-        _run([*dvc, "checkout", "--quiet", *outs], there)
+        _run([*dvc, "checkout", "--quiet", *outs], target)
     except RuntimeError:
-        _run([*dvc, "pull", "--quiet", *outs], there)
-    content = moved_paths(read_content(there / "params.yaml"), here, there)
+        _run([*dvc, "pull", "--quiet", *outs], target)
+    content = moved_paths(read_content(target / "params.yaml"), source, target)
     if drawn:
         content["datasets"][dataset]["root"] = root
-    (there / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    (target / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def _share_storage(home: Path, clone: Path) -> None:
-    """Have the clone use the project's DVC cache and today's remotes, which may be younger than the run."""
-    with Repo(str(home)) as project, Repo(str(clone)) as made:
+    """Let the clone use the project's DVC cache and its present remotes."""
+    with Repo(str(home)) as project, Repo(str(clone)) as cloned:
         settings: Any
-        with made.config.edit("local") as settings:
+        with cloned.config.edit("local") as settings:
             settings["cache"] = {"dir": project.cache.local_cache_dir}
             for section in ("core", "remote"):
                 settings[section] = project.config[section]
 
 
+def _fit(cell: Cell, clone: Path, folder: str) -> dict[str, Any]:
+    """Fit and score the cell with the clone's code; return its key and its metrics."""
+    options = [word for name, value in cell._asdict().items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "flows.stages.rebuild", *options]
+    output = _run(command, clone / folder, PYTHONPATH=str(clone))
+    return json.loads(output.splitlines()[-1])
+
+
 def _run(command: list[str], folder: Path, **environment: str) -> str:
-    """What a command printed. Raises RuntimeError with the end of what it said where it fails."""
+    """Run a command and return its output. Raises RuntimeError, with the end of stderr, if it fails."""
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
     )

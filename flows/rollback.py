@@ -1,4 +1,4 @@
-"""Give a data set's champion back to the version before it."""
+"""Roll a data set's model back to the champion before the present one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Roll back the model of ``--dataset``, or of the only data set of the study."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
-    parser.add_argument("--dataset", help="needed where the study has several")
+    parser.add_argument("--dataset", help="needed if the study has several data sets")
     options = parser.parse_args(arguments)
     study = open_study(options.params)
     names = list(study.params.datasets)
     dataset = options.dataset or (names[0] if len(names) == 1 else None)
     if dataset not in names:
-        sys.exit(f"rollback: which data set? Say `make rollback DATASET=` and one of {', '.join(names)}.")
+        sys.exit(
+            f"rollback: no data set chosen. Run `make rollback DATASET=` with one of {', '.join(names)}."
+        )
     store = runs.start(None, study.home, study.params.tracking.experiment)
     try:
         before, now = registry.rollback(store, f"medfocus-{dataset}")

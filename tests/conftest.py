@@ -1,4 +1,4 @@
-"""What all tests share: real images where they are present, and a CLIP small enough to reason about."""
+"""Fixtures of all tests: real images, Chromium, a tiny CLIP and a small project."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ SHARED_DATA = Path(
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data sets; the test is skipped, saying so, where it is absent."""
+    """Return the folder of real datasets; skip the test if it does not exist."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real images at {SHARED_DATA}; set MEDFOCUS_SHARED_DATA to their folder")
     return SHARED_DATA
 
 
-def and_no_more(work: Callable[..., object], *given: object) -> None:
-    """Work of a forked process, which ends here: what libraries do at an exit is their own process's."""
-    work(*given)
+def run_forked(work: Callable[..., object], *arguments: object) -> None:
+    """Run ``work`` in a forked process, then end it without the exit handlers of libraries."""
+    work(*arguments)
     os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The machine's Chromium; what it would show is not tested, and said so, where there is none."""
+    """Return a running Chromium; skip the test, with a message, if Chromium is not installed."""
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip(f"no page is looked at: none of {', '.join(names)} is on this machine")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        pytest.skip(f"Chromium is not installed: none of {', '.join(names)} is on the PATH")
     from playwright.sync_api import sync_playwright
 
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=arguments)
-        yield started
-        started.close()
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
 def sets_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For a test that calls ``mlflow.set_tracking_uri``, which writes the environment: it is undone."""
+    """Restore the tracking URI and the environment after a test that calls ``mlflow.set_tracking_uri``."""
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
@@ -65,7 +65,7 @@ def sets_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class TinyTail(nn.Module):
-    """Mean over tokens, then a linear map: the smallest thing with the shape of a tower's tail."""
+    """Mean over tokens, then a linear map: the smallest tail of an image encoder."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class TinyTail(nn.Module):
 
 
 class TinyClip:
-    """Stands in for the frozen towers: 8 features, the tokens being an image's four quadrants' means."""
+    """A tiny stand-in for CLIP with 8 features; its tokens are the mean colours of the four quadrants."""
 
     dim = 8
     logit_scale = 10.0
@@ -93,7 +93,7 @@ class TinyClip:
         return images.permute(0, 3, 1, 2).float() / 255
 
     def describe(self, views: Tensor, grid: int) -> Tensor:
-        """(B, S, S, C) uint8 -> the mean colours of ``grid`` x ``grid`` cells (B, 3 grid²)."""
+        """(B, S, S, C) uint8 -> mean colours of ``grid`` x ``grid`` cells (B, 3 grid²)."""
         pixels = views[..., :3].permute(0, 3, 1, 2).float() / 255
         return functional.adaptive_avg_pool2d(pixels, grid).flatten(1)
 
@@ -102,7 +102,7 @@ class TinyClip:
         return functional.adaptive_avg_pool2d(pixels, 2).flatten(2).transpose(1, 2)
 
     def tail(self, blocks: int) -> nn.Module:
-        """A trainable copy of what comes after the trunk."""
+        """Return a trainable copy of the tail."""
         copy = TinyTail(3, self.dim)
         copy.load_state_dict(self._tail.state_dict())
         return copy
@@ -115,7 +115,7 @@ class TinyClip:
 
 @pytest.fixture
 def tiny_clip() -> TinyClip:
-    """A CLIP of a few numbers, the same in every test."""
+    """Return the tiny CLIP, the same in every test."""
     return TinyClip()
 
 
@@ -124,18 +124,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone of the project in a temporary folder, with a study of seconds: one data set, 39 images."""
+    """Copy the project to a temporary folder, with a study that takes seconds: one dataset of 39 images."""
     make_project(tmp_path)
     work_in(tmp_path, monkeypatch)
     return tmp_path
 
 
 def make_project(folder: Path, segmenter: str = "otsu") -> None:
-    """Make the clone of ``project`` in an empty folder."""
+    """Copy the project to an empty folder; see ``project``."""
     for name in ("medfocus", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    own = shutil.ignore_patterns("cache", "tmp", "config.local")
-    shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=own)
+    local = shutil.ignore_patterns("cache", "tmp", "config.local")
+    shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=local)
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copyfile(ROOT / name, folder / name)
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ def make_project(folder: Path, segmenter: str = "otsu") -> None:
     }
     content["masks"] |= {"segmenter": segmenter}
     content["report"] |= {"baseline": "pixels"}
-    content["gate"] |= {"recall": {}, "calibration": 0.99}  # 15 test images prove little
+    content["gate"] |= {"recall": {}, "calibration": 0.99}  # 15 test images are too few for the default gate
     content["methods"]["medfocusclip"] |= {"epochs": 5}
     (folder / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "1"}
@@ -167,7 +167,7 @@ def make_project(folder: Path, segmenter: str = "otsu") -> None:
 
 
 def work_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Go into a project, with no server set and nothing of the machine's own Prefect."""
+    """Change to a project, without servers and with a Prefect profile of its own."""
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

@@ -1,4 +1,4 @@
-"""DICOM and NIfTI files for the tests, written as scanners write them."""
+"""DICOM and NIfTI files for tests, written like those of scanners."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from medfocus.images import decode
 def dicom(
     stored: np.ndarray, *, frames: Sequence[bytes] = (), syntax: UID = ExplicitVRLittleEndian, **tags: Any
 ) -> bytes:
-    """A DICOM file of pixels as they are stored, (H, W), (H, W, 3), or (F, H, W) with NumberOfFrames given.
+    """Return a DICOM file of stored pixels, (H, W), (H, W, 3), or (F, H, W) with NumberOfFrames in ``tags``.
 
-    ``frames`` are compressed ones of the syntax, in their place; ``tags`` go over those that follow here.
+    ``frames`` replaces the pixels by compressed frames of ``syntax``; ``tags`` overwrite the default tags.
     """
     data = Dataset()
     data.file_meta = FileMetaDataset()
@@ -47,7 +47,7 @@ def dicom(
     data.HighBit, data.PixelRepresentation = data.BitsStored - 1, int(stored.dtype.kind == "i")
     data.PixelData = encapsulate(list(frames)) if frames else stored.tobytes()
     file = io.BytesIO()
-    with warnings.catch_warnings():  # what is wrong is so on purpose
+    with warnings.catch_warnings():  # some tests write invalid values
         warnings.simplefilter("ignore")
         for name, value in tags.items():
             setattr(data, name, value)
@@ -56,25 +56,25 @@ def dicom(
 
 
 def jpeg(image: np.ndarray, form: str = "JPEG", **options: Any) -> bytes:
-    """A compressed frame: JPEG, or JPEG2000 without its boxes."""
+    """Return a compressed frame: JPEG, or JPEG 2000 without boxes."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, form, **options)
     return file.getvalue()
 
 
 def jpeg2000(stored: np.ndarray, **tags: Any) -> bytes:
-    """A DICOM file whose one frame is lossless JPEG 2000."""
+    """Return a DICOM file with one frame in lossless JPEG 2000."""
     frame = jpeg(stored, "JPEG2000", no_jp2=True)
     return dicom(stored, frames=[frame], syntax=JPEG2000Lossless, **tags)
 
 
 def baseline(stored: np.ndarray, **tags: Any) -> bytes:
-    """A DICOM file whose one frame is a JPEG."""
+    """Return a DICOM file with one JPEG frame."""
     return dicom(stored, frames=[jpeg(stored, quality=95)], syntax=JPEGBaseline8Bit, **tags)
 
 
 def shown(data: bytes, frame: str = "") -> np.ndarray:
-    """What is made of a file of grey images, (H, W) uint8."""
+    """Return a grey image of a file as it is displayed, (H, W) uint8."""
     stack = decode.open_stack(data, "x")
     assert stack is not None
     pixels = stack.pixels(stack.find(frame) if frame else frame)
@@ -83,10 +83,10 @@ def shown(data: bytes, frame: str = "") -> np.ndarray:
 
 
 def nifti(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None, **header: Any) -> Path:
-    """Write a volume, (X, Y, Z) as it is stored, whose first axes point right, forward and up by default."""
+    """Write a volume (X, Y, Z); by default its axes point right, forward and up."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = nibabel.Nifti1Image(voxels, np.eye(4) if affine is None else affine)
+    image = nibabel.Nifti1Image(voxels, np.eye(4) if affine is None else affine)
     for name, value in header.items():
-        made.header[name] = value
-    made.to_filename(path)
+        image.header[name] = value
+    image.to_filename(path)
     return path

@@ -606,7 +606,7 @@ def test_a_port_that_is_taken_is_named_with_the_fix() -> None:
     with workstation.listening("127.0.0.1", 0) as bound:
         bound.listen()
         port = bound.getsockname()[1]
-        with pytest.raises(OSError, match=rf"127\.0\.0\.1:{port} cannot be listened on .*another --port"):
+        with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1:{port} .*another --port"):
             workstation.listening("127.0.0.1", port)
 
 

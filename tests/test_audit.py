@@ -1,4 +1,4 @@
-"""An audit finds what is known, and never takes silence for a clean bill."""
+"""Claims about the audit: it finds known vulnerabilities and never reports success without an answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SKIPPED = {"name": "c", "skip_reason": "not found"}
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, canary: object, lock: object) -> list[str]:
-    """Stand in for pip-audit: an answer for the canary, one for the lock; the files that it was given."""
+    """Replace pip-audit by answers for the canary and the lock; return the list of the audited files."""
     asked: list[str] = []
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -33,7 +33,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, canary: object, lock: object) -> 
     return asked
 
 
-def test_a_known_vulnerability_fails_the_check_with_the_version_that_mends_it(
+def test_a_known_vulnerability_fails_the_check_and_names_the_fixed_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answering(monkeypatch, [BAD], [CLEAN, BAD, SKIPPED])
@@ -44,7 +44,7 @@ def test_a_known_vulnerability_fails_the_check_with_the_version_that_mends_it(
     assert "x.lock: 2 packages audited, 1 vulnerabilities" in told
 
 
-def test_an_audit_that_finds_nothing_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_audit_without_vulnerabilities_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, [BAD], [CLEAN])
     assert audit.main(["x.lock"]) == 0
 

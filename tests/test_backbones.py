@@ -1,4 +1,4 @@
-"""Supervised backbones of timm: from scratch, from a file and from the hub's cache, whole or linear."""
+"""Supervised timm backbones: from scratch, from files and from caches, in full and linear tuning."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def backbone(family: str = "resnet", **changes: Any) -> Backbone:
 
 
 def coloured(count: int, seed: int = 0, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """Images (N, 40, 40, C) uint8 whose brightest colour is their class, and labels (N,)."""
+    """Return images (N, 40, 40, C) uint8 and labels (N,); the brightest colour of an image is its class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
     images = torch.randint(0, 120, (count, 40, 40, channels), generator=generator)
@@ -62,7 +62,7 @@ def fitted(family: str = "resnet", support: Support | None = None, **changes: An
 
 
 def published(path: Path, classes: int = 7, **options: Any) -> nn.Module:
-    """A small ResNet with weights of its own in a file of timm's format, as a download would leave it."""
+    """Return a small ResNet and write its weights to a file in timm's format, as a download does."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         options = {**SMALL["resnet"]["options"], **options}
@@ -76,14 +76,14 @@ def published(path: Path, classes: int = 7, **options: Any) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def resnet() -> Backbone:
-    """Fitted once on two views of 24 images."""
+    """Return a network fitted once on two views of 24 images."""
     return fitted(support=support_of(views=2))
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_every_family_learns_from_images_and_its_state_predicts_again(family: str) -> None:
+def test_every_family_learns_and_predicts_the_same_after_loading(family: str) -> None:
     method = fitted(family)
-    images, labels = coloured(70, seed=9)  # more than go through the network at a time
+    images, labels = coloured(70, seed=9)  # more than one batch
     logits = method.logits(images)["head"]
     assert logits.shape == (70, CLASSES)
     assert float((logits.argmax(dim=1) == labels).double().mean()) > 0.8
@@ -95,17 +95,17 @@ def test_every_family_learns_from_images_and_its_state_predicts_again(family: st
     assert torch.equal(again.logits(images)["head"], logits)
 
 
-def test_a_checkpoint_keeps_it(resnet: Any, tmp_path: Path) -> None:
+def test_a_backbone_survives_its_checkpoint(resnet: Any, tmp_path: Path) -> None:
     settings = {**TRAINING, **SMALL["resnet"]}
     header = checkpoint.Header("resnet", settings, ("a", "b", "c"), "none", "towers", 0, 0, {})
     checkpoint.save(resnet, header, tmp_path / "method.safetensors")
-    kept = checkpoint.read_header(tmp_path / "method.safetensors").settings  # its tuples are lists now
+    kept = checkpoint.read_header(tmp_path / "method.safetensors").settings  # JSON turns tuples into lists
     again = backbone(**kept).load(load_file(tmp_path / "method.safetensors"))
     images, _ = coloured(4)
     assert torch.equal(again.logits(images)["head"], resnet.logits(images)["head"])
 
 
-def test_the_same_seed_fits_the_same_network_and_leaves_the_global_generator(resnet: Backbone) -> None:
+def test_the_same_seed_fits_the_same_network_and_the_global_generator_is_restored(resnet: Backbone) -> None:
     torch.manual_seed(11)
     expected = torch.random.get_rng_state()
     again = fitted(support=support_of(views=2)).state()
@@ -116,7 +116,7 @@ def test_the_same_seed_fits_the_same_network_and_leaves_the_global_generator(res
 
 
 @pytest.mark.parametrize("channels", [4, 6])
-def test_further_channels_are_seen_and_survive_the_state(channels: int) -> None:
+def test_all_channels_have_an_effect_and_survive_the_state(channels: int) -> None:
     support = support_of(channels=channels)
     method = fitted(support=support, epochs=2)
     images, _ = coloured(5, seed=3, channels=channels)
@@ -127,7 +127,7 @@ def test_further_channels_are_seen_and_survive_the_state(channels: int) -> None:
     assert torch.equal(backbone().load(method.state()).logits(images)["head"], logits)
 
 
-def test_channels_are_normalised_by_the_models_own_numbers() -> None:
+def test_channels_are_normalised_by_mean_and_deviation_of_the_model() -> None:
     method = backbone(image_size=40)
     network = method.untrained(3, CLASSES)
     images, _ = coloured(2, channels=6)
@@ -148,7 +148,7 @@ def test_channels_are_normalised_by_the_models_own_numbers() -> None:
 
 @pytest.mark.parametrize("tuning", ["full", "linear"])
 @pytest.mark.parametrize("classes", [7, CLASSES, 0])
-def test_training_starts_at_the_files_features_with_a_new_head(
+def test_training_starts_with_the_features_of_the_file_and_a_new_head(
     tuning: str, classes: int, tmp_path: Path
 ) -> None:
     source: Any = published(tmp_path / "own.safetensors", classes)
@@ -163,7 +163,7 @@ def test_training_starts_at_the_files_features_with_a_new_head(
         assert not torch.allclose(start.fc.weight, source.fc.weight)
 
 
-def test_a_pickle_of_weights_is_read_too(tmp_path: Path) -> None:
+def test_weights_may_be_a_pickle(tmp_path: Path) -> None:
     source = published(tmp_path / "own.safetensors")
     torch.save({"state_dict": source.state_dict()}, tmp_path / "own.pth")
     start = backbone(pretrained=str(tmp_path / "own.pth")).untrained(3, CLASSES)
@@ -172,23 +172,23 @@ def test_a_pickle_of_weights_is_read_too(tmp_path: Path) -> None:
     )
 
 
-def test_linear_trains_the_head_and_leaves_the_body(tmp_path: Path) -> None:
+def test_linear_tuning_trains_only_the_head(tmp_path: Path) -> None:
     path = tmp_path / "own.safetensors"
     source = published(path).state_dict()
     method = fitted(pretrained=str(path), tuning="linear", epochs=60, lr=2e-2, support=support_of(views=2))
     state = method.state()
     body = [name for name in source if not name.startswith("fc.")]
-    assert all(torch.equal(state[f"model.{name}"], source[name]) for name in body)  # BatchNorm's buffers, too
+    assert all(torch.equal(state[f"model.{name}"], source[name]) for name in body)  # with BatchNorm's buffers
     images, labels = coloured(30, seed=9)
     logits = method.logits(images)["head"]
     assert float((logits.argmax(dim=1) == labels).double().mean()) > 0.8
-    path.unlink()  # a fitted method needs the file no more
+    path.unlink()  # a fitted method does not need the file
     assert torch.equal(
         backbone(pretrained=str(path), tuning="linear").load(state).logits(images)["head"], logits
     )
 
 
-def test_full_tuning_moves_every_layer(tmp_path: Path) -> None:
+def test_full_tuning_trains_every_layer(tmp_path: Path) -> None:
     source = published(tmp_path / "own.safetensors")
     method = fitted(pretrained=str(tmp_path / "own.safetensors"), epochs=1)
     state = method.state()
@@ -197,14 +197,14 @@ def test_full_tuning_moves_every_layer(tmp_path: Path) -> None:
             assert not torch.equal(state[f"model.{name}"], weight), name
 
 
-def test_three_channels_of_weights_serve_four(tmp_path: Path) -> None:
+def test_weights_of_three_channels_are_repeated_for_a_fourth(tmp_path: Path) -> None:
     path = tmp_path / "own.safetensors"
     source = published(path).state_dict()["conv1.0.weight"]
     start = backbone(pretrained=str(path)).untrained(4, CLASSES).state_dict()["conv1.0.weight"]
     torch.testing.assert_close(start, source[:, [0, 1, 2, 0]] * 3 / 4)
 
 
-def test_weights_of_a_larger_image_are_fitted(tmp_path: Path) -> None:
+def test_weights_for_a_larger_image_size_are_resampled(tmp_path: Path) -> None:
     source = timm.create_model("vit_tiny_patch16_224", img_size=64, **SMALL["vit"]["options"])
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
     start = backbone("vit", pretrained=str(tmp_path / "vit.safetensors")).untrained(3, CLASSES).state_dict()
@@ -223,12 +223,12 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         fitted(pretrained=str(tmp_path / "foreign.safetensors"))
 
 
-def test_a_missing_file_is_named() -> None:
+def test_a_missing_file_is_named_in_the_error() -> None:
     with pytest.raises(FileNotFoundError, match=r"pretrained: the file 'no/such\.pth' does not exist"):
         fitted(pretrained="no/such.pth")
 
 
-def test_an_empty_cache_says_where_it_looked_and_what_to_do(
+def test_an_empty_cache_is_an_error_that_names_the_searched_places_and_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -248,7 +248,7 @@ def test_an_empty_cache_says_where_it_looked_and_what_to_do(
         fitted(model="nf_resnet26", options={}, pretrained="cache")
 
 
-def test_the_cache_gives_what_a_download_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_come_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo = tmp_path / "models--timm--resnet10t.c3_in1k"
     (repo / "snapshots" / "abc").mkdir(parents=True)
     (repo / "refs").mkdir()
@@ -259,7 +259,7 @@ def test_the_cache_gives_what_a_download_left(tmp_path: Path, monkeypatch: pytes
     assert torch.equal(start["layer1.0.conv1.weight"], source["layer1.0.conv1.weight"])
 
 
-def test_the_cache_of_torch_is_looked_into_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_come_from_the_cache_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
@@ -270,7 +270,7 @@ def test_the_cache_of_torch_is_looked_into_too(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(start["layer1.0.conv1.weight"], source["layer1.0.conv1.weight"])
 
 
-def test_the_note_says_where_the_weights_come_from() -> None:
+def test_the_note_names_the_source_of_the_weights() -> None:
     assert backbone().note == "from scratch"
     assert backbone(pretrained="/data/weights/own.pth").note == "pretrained: own.pth"
     assert backbone(pretrained="cache").note == "pretrained: timm/resnet10t.c3_in1k"
@@ -279,8 +279,8 @@ def test_the_note_says_where_the_weights_come_from() -> None:
 # --- steps and settings ---------------------------------------------------------------------------
 
 
-def test_a_last_batch_of_one_is_no_fault_of_batch_normalisation() -> None:
-    method = fitted(support=support_of(9), epochs=1)  # 8 and 1; at 32 px the last layer has one place
+def test_batch_normalisation_works_with_a_last_batch_of_one() -> None:
+    method = fitted(support=support_of(9), epochs=1)  # batches of 8 and 1, with 1 x 1 feature maps
     assert all(value.isfinite().all() for value in method.state().values())
     assert (
         fitted(support=support_of(9), epochs=1, batch_size=1).logits(coloured(2)[0])["head"].isfinite().all()
@@ -291,7 +291,7 @@ def test_a_last_batch_of_one_is_no_fault_of_batch_normalisation() -> None:
     assert at_least_two(index, view, 9) == (index, view)
 
 
-def test_images_are_what_it_asks_for() -> None:
+def test_a_backbone_trains_on_images() -> None:
     method = backbone()
     images, _ = coloured(2)
     assert method.embedding == IMAGES
@@ -300,7 +300,7 @@ def test_images_are_what_it_asks_for() -> None:
 
 
 def test_the_loss_is_cross_entropy_of_the_drawn_view() -> None:
-    """One plain step of the whole support: AdamW's first step has the sign of the gradient."""
+    """A single step on the whole support: AdamW's first step follows the sign of the gradient."""
     support = support_of(6, views=1)
     method = backbone(batch_size=6, epochs=1, lr=1e-3, weight_decay=0.0)
     moved = method.fit(support, torch.Generator().manual_seed(0)).state()["model.fc.bias"]
@@ -323,12 +323,12 @@ def test_the_loss_is_cross_entropy_of_the_drawn_view() -> None:
         ({"options": {"num_classes": 4}}, "options has num_classes, which other fields .*Remove it"),
     ],
 )
-def test_settings_that_make_no_network_are_refused(changed: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"backbone: {message}"):
         backbone(**changed)
 
 
-def test_what_timm_cannot_build_is_said_in_its_words() -> None:
+def test_an_error_of_timm_is_quoted() -> None:
     with pytest.raises(ValueError, match=r"cannot build 'resnet10t' at 32 px with options .*windows.*Change"):
         fitted(options={"windows": 3})
     with pytest.raises(ValueError, match=r"cannot build 'resnet18\.nope' .*Invalid pretrained tag"):
@@ -336,19 +336,19 @@ def test_what_timm_cannot_build_is_said_in_its_words() -> None:
 
 
 @pytest.mark.parametrize(("family", "patch"), [("vit", 8), ("swin", 4)])
-def test_pixels_that_no_patch_would_see_are_refused(family: str, patch: int) -> None:
+def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(family: str, patch: int) -> None:
     with pytest.raises(ValueError, match=rf"image_size is 30, .* {patch} px\. .*multiple of {patch}\."):
         fitted(family, image_size=30)
 
 
-def test_a_swin_whose_windows_do_not_tile_the_image_still_fits() -> None:
-    """7 x 7 windows over 10 x 10 patches: timm pads them."""
+def test_a_swin_transformer_pads_windows_that_do_not_tile_the_image() -> None:
+    """timm pads 7 x 7 windows on 10 x 10 patches."""
     options = {**SMALL["swin"]["options"], "window_size": 7}
     method = fitted("swin", options=options, image_size=40, epochs=1)
     assert method.logits(coloured(2)[0])["head"].isfinite().all()
 
 
-def test_linear_wants_one_linear_classifier() -> None:
+def test_linear_tuning_needs_one_linear_classifier() -> None:
     options = {"depth": 1, "embed_dim": 48}
     with pytest.raises(ValueError, match="classifier of 'deit_tiny_distilled_patch16_224' is tuple, not one"):
         fitted(model="deit_tiny_distilled_patch16_224", options=options, tuning="linear")

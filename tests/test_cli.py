@@ -1,4 +1,4 @@
-"""The command ``medfocus``: what it writes can be run; what it says names the file, the fault and the fix."""
+"""Claims about the command ``medfocus``: its files can be run, and its faults name file, fault and fix."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from flows.cli import app, doctor, models
-from flows.cli.init import readable
-from flows.cli.modality import Look, guess
-from flows.servers import servers
+from flows.cli import app, archive, doctor
+from flows.cli.init.dataset import readable
+from flows.cli.init.modality import Look, guess
+from flows.servers.processes import free_port
 from flows.stages import dvc
 from flows.stages import ingest as stage
 from flows.study import models as study_models
@@ -55,13 +55,13 @@ Medfocus = Callable[..., Result]
 
 @pytest.fixture
 def medfocus() -> Medfocus:
-    """The command, with its arguments as words."""
+    """A function that runs the command with these arguments."""
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project as far as a params file needs one, as the working directory."""
+    """A minimal project for a params file, as the working directory."""
     folder = tmp_path / "project"
     (folder / ".dvc").mkdir(parents=True)
     for name in ("params.yaml", "dvc.yaml"):
@@ -74,7 +74,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def draw(path: Path, seed: int) -> Path:
-    """A grey image, as bright as a chest film."""
+    """Draw a grey image, as bright as a chest film."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(80, 180, (48, 48), dtype=np.uint8)
     Image.fromarray(noise).resize((96, 96)).save(path)
@@ -82,20 +82,20 @@ def draw(path: Path, seed: int) -> Path:
 
 
 def draw_classes(folder: Path, **counts: int) -> Path:
-    """class/N.png, no two alike."""
+    """Draw class/N.png for each class, all different."""
     for k, (label, count) in enumerate(counts.items()):
         for i in range(count):
             draw(folder / label / f"{i}.png", seed=1000 * k + i)
     return folder
 
 
-def test_a_project_can_be_begun_anywhere_and_its_stages_run(
+def test_a_project_can_be_created_anywhere_and_its_stages_run(
     tmp_path: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert medfocus("new", "films").exit_code == 0
     again = medfocus("new", "films")
-    assert again.exit_code == 1 and "films/params.yaml is there already." in again.output
+    assert again.exit_code == 1 and "films/params.yaml already exists." in again.output
     monkeypatch.chdir(tmp_path / "films")
     images = draw_classes(tmp_path / "images", normal=5, covid=5)
     assert medfocus("init", images, "--name", "own").exit_code == 0
@@ -106,7 +106,7 @@ def test_a_project_can_be_begun_anywhere_and_its_stages_run(
     assert len((study.folder / "data/manifests/own.csv").read_text().splitlines()) == 11
 
 
-def test_init_writes_a_params_file_that_a_study_can_be_opened_with(home: Path, medfocus: Medfocus) -> None:
+def test_init_writes_a_params_file_that_opens_as_a_study(home: Path, medfocus: Medfocus) -> None:
     images = draw_classes(home / "cxr", pneumonia=12, normal=8)
     result = medfocus("init", images)
     assert result.exit_code == 0, result.output
@@ -123,7 +123,7 @@ def test_every_percent_that_init_writes_leaves_each_class_an_image(home: Path, m
     draw_classes(home / "scans", few=7, many=30)
     assert medfocus("init", "scans").exit_code == 0
     percents = load_params(home / "studies" / "scans.yaml").study.percents
-    assert percents == (20, 50, 100)  # of 4 to train on: 5 % and 10 % would be none
+    assert percents == (20, 50, 100)  # 5 % and 10 % of 4 training images would be none
     assert "Unequal classes" in (home / "studies" / "scans.yaml").read_text()
 
 
@@ -138,7 +138,7 @@ def test_init_reads_a_csv_with_its_patients(home: Path, medfocus: Medfocus) -> N
     assert "known patient" not in result.output
 
 
-def test_init_proposes_the_columns_by_their_values(
+def test_init_guesses_the_columns_from_their_values(
     home: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = draw_classes(home / "images", a=6, b=6)
@@ -155,35 +155,38 @@ def test_init_proposes_the_columns_by_their_values(
     assert "columns: path is Datei, label is Diagnose" in result.output
     monkeypatch.chdir(open_study(home / "studies" / "list.yaml").folder)
     stage.main(["--dataset", "list"])
-    found = read_manifest(Path("data/manifests/list.csv"))
-    assert {(r.label, r.split, r.patient) for r in found} >= {("A", "train", "0"), ("B", "test", "5")}
+    records = read_manifest(Path("data/manifests/list.csv"))
+    assert {(r.label, r.split, r.patient) for r in records} >= {("A", "train", "0"), ("B", "test", "5")}
 
 
-def test_init_asks_where_two_columns_may_be_the_classes(home: Path, medfocus: Medfocus) -> None:
+def test_init_asks_if_two_columns_may_be_the_classes(home: Path, medfocus: Medfocus) -> None:
     folder = draw_classes(home / "images", a=6, b=6)
     draw_classes(folder, c=12)
     lines = [f"c/{i}.png,{'FM'[i % 2]},{40 + i},{'ab'[i % 2]}" for i in range(12)] * 2  # twelve ages
     (folder / "list.csv").write_text("\n".join(["Bild,Geschlecht,Alter,Gruppe", *lines]))
-    told = medfocus("init", folder / "list.csv")
-    assert told.exit_code == 1
-    assert "several columns may be the classes (Geschlecht, Gruppe). Say which with --column" in told.output
+    result = medfocus("init", folder / "list.csv")
+    assert result.exit_code == 1
+    assert (
+        "several columns may be the classes (Geschlecht, Gruppe). Name the column with --column"
+        in result.output
+    )
     assert medfocus("init", folder / "list.csv", "--column", "label=Gruppe").exit_code == 0
-    named = load_params(home / "studies" / "list.yaml").datasets["list"].columns
-    assert named == {"path": "Bild", "label": "Gruppe"}
+    columns = load_params(home / "studies" / "list.yaml").datasets["list"].columns
+    assert columns == {"path": "Bild", "label": "Gruppe"}
     wrong = medfocus("init", folder / "list.csv", "--column", "labels=Gruppe")
-    assert "'labels=Gruppe' is not as in label=Diagnosis" in wrong.output
+    assert "--column 'labels=Gruppe' has the wrong form" in wrong.output
 
 
-def test_init_looks_through_a_wrapper_and_says_so(home: Path, medfocus: Medfocus) -> None:
+def test_init_reads_through_a_wrapping_folder_and_reports_it(home: Path, medfocus: Medfocus) -> None:
     draw_classes(home / "busi" / "Dataset_BUSI_with_GT", a=6, b=6)
     result = medfocus("init", "busi")
     assert result.exit_code == 0, result.output
-    assert "(busi only wraps it)" in result.output
+    assert "(busi contains only this folder)" in result.output
     study = open_study(home / "studies" / "busi.yaml")
     assert study.root("busi").resolve() == home / "busi" / "Dataset_BUSI_with_GT"
 
 
-def test_the_stage_reads_through_a_wrapper_and_says_so(
+def test_the_stage_reads_through_a_wrapping_folder_and_reports_it(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = yaml.safe_load((home / "params.yaml").read_text())
@@ -193,11 +196,11 @@ def test_the_stage_reads_through_a_wrapper_and_says_so(
     monkeypatch.chdir(home)
     stage.main(["--dataset", "phantom-breast"])
     assert "phantom-breast: archive only wraps Dataset_BUSI_with_GT: read there" in capsys.readouterr().err
-    found = read_manifest(Path("data/manifests/phantom-breast.csv"))
-    assert found[0].path == "Dataset_BUSI_with_GT/a/0.png" and len(found) == 6
+    records = read_manifest(Path("data/manifests/phantom-breast.csv"))
+    assert records[0].path == "Dataset_BUSI_with_GT/a/0.png" and len(records) == 6
 
 
-def test_init_reads_patients_and_modality_out_of_dicom_headers(home: Path, medfocus: Medfocus) -> None:
+def test_init_reads_patients_and_modality_from_dicom_headers(home: Path, medfocus: Medfocus) -> None:
     for label in "ab":
         (home / "scans" / label).mkdir(parents=True)
         for i in range(8):
@@ -214,12 +217,12 @@ def test_init_reads_patients_and_modality_out_of_dicom_headers(home: Path, medfo
     assert result.exit_code == 0, result.output
     assert "modality: chest_ct (by DICOM's Modality CT, BodyPartExamined CHEST)" in result.output
     text = (home / "studies" / "scans.yaml").read_text()
-    assert "known patient" not in text and "Every image's patient is known" in text
+    assert "known patient" not in text and "The patient of every image is known" in text
     assert load_params(home / "studies" / "scans.yaml").datasets["scans"].slices == SlicesParams(2, 1)
     assert "MRN" not in text + result.output and (home / ".patient-salt").is_file()
 
 
-def test_init_of_volumes_writes_how_they_are_cut(home: Path, medfocus: Medfocus) -> None:
+def test_init_of_volumes_writes_the_slices_setting(home: Path, medfocus: Medfocus) -> None:
     for label in "ab":
         for i in range(4):
             noise = np.random.default_rng(ord(label) * 9 + i).integers(0, 400, (24, 24, 2)).astype(np.int16)
@@ -229,18 +232,20 @@ def test_init_of_volumes_writes_how_they_are_cut(home: Path, medfocus: Medfocus)
     assert "    slices: {axis: 2, every: 1}\n" in text
 
 
-def test_init_overwrites_nothing_unless_it_is_told_to(home: Path, medfocus: Medfocus) -> None:
+def test_init_overwrites_a_file_only_with_force(home: Path, medfocus: Medfocus) -> None:
     draw_classes(home / "scans", a=6, b=6)
     out = home / "mine.yaml"
     out.write_text("# edited\n")
     result = medfocus("init", "scans", "--out", out)
     assert (result.exit_code, out.read_text()) == (1, "# edited\n")
-    assert f"{out} is there already" in result.output and "--force" in result.output
+    assert f"{out} already exists" in result.output and "--force" in result.output
     assert medfocus("init", "scans", "--out", out, "--force").exit_code == 0
     assert load_params(out).study.name == "scans"
 
 
-def test_the_params_file_names_no_file_for_that_may_name_a_patient(home: Path, medfocus: Medfocus) -> None:
+def test_the_params_file_contains_no_file_name_because_it_may_name_a_patient(
+    home: Path, medfocus: Medfocus
+) -> None:
     draw_classes(home / "scans", a=6, b=6)
     (home / "scans" / "a" / "Mueller_Eva.png").write_bytes(b"broken")
     shutil.copyfile(home / "scans" / "b" / "0.png", home / "scans" / "b" / "Mueller_Eva.png")
@@ -248,11 +253,12 @@ def test_the_params_file_names_no_file_for_that_may_name_a_patient(home: Path, m
     assert result.exit_code == 0
     assert "a/Mueller_Eva.png: is not in a supported image format" in result.output
     written = (home / "studies" / "scans.yaml").read_text()
-    assert "Mueller" not in written and "1 file is left out" in written and "1 pair among 13" in written
+    assert "Mueller" not in written and "1 file is left out" in written
+    assert "1 pair shows the same image (1)" in written
 
 
 @pytest.mark.parametrize("label", ["no", "null", "a: b", "1e3", "it's", "#x", "two\nlines", "é"])
-def test_a_class_keeps_its_name_whatever_yaml_makes_of_it(home: Path, medfocus: Medfocus, label: str) -> None:
+def test_a_class_keeps_its_name_through_yaml(home: Path, medfocus: Medfocus, label: str) -> None:
     draw_classes(home / "scans", **{label: 5, "other": 5})
     assert medfocus("init", "scans").exit_code == 0
     names = load_params(home / "studies" / "scans.yaml").datasets["scans"].names
@@ -260,26 +266,26 @@ def test_a_class_keeps_its_name_whatever_yaml_makes_of_it(home: Path, medfocus: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
-        (["init", "nowhere"], 1, "nowhere: no such folder or CSV; give the folder"),
+        (["init", "nowhere"], 1, "nowhere: no such folder or table. Give the folder"),
         (["init", "one"], 1, "only one class, 'a'"),
         (["init", "two", "--modality", "knee"], 2, "'knee' is none of chest_xray, brain_mri"),
-        (["init", "two", "--name", "a b"], 2, "'a-b' would do"),
-        (["init", "two", "--root", "one"], 1, "--root is for a table"),
+        (["init", "two", "--name", "a b"], 2, "Try 'a-b'"),
+        (["init", "two", "--root", "one"], 1, "and --root is for a table"),
         (["init"], 2, "Missing argument"),
         (["study", "unheard-of"], 1, "no study 'unheard-of'"),
         (["run", "--params", "none.yaml"], 1, "none.yaml: no such params file"),
     ],
 )
-def test_wrong_usage_ends_with_2_and_a_fault_with_1_and_its_fix(
-    home: Path, medfocus: Medfocus, arguments: list[str], code: int, told: str
+def test_wrong_usage_exits_with_2_and_a_fault_with_1_and_its_fix(
+    home: Path, medfocus: Medfocus, arguments: list[str], code: int, message: str
 ) -> None:
     draw_classes(home / "one", a=3)
     draw_classes(home / "two", a=3, b=3)
     result = medfocus(*arguments)
     assert result.exit_code == code
-    assert told in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -299,7 +305,7 @@ def test_wrong_usage_ends_with_2_and_a_fault_with_1_and_its_fix(
         (["study7", "positive"], FILM, "other"),
     ],
 )
-def test_a_modality_is_guessed_where_names_and_images_agree_and_else_is_other(
+def test_the_modality_is_guessed_if_names_and_images_agree_and_is_other_otherwise(
     texts: list[str], look: Look, modality: str
 ) -> None:
     assert guess(texts, look).modality == modality
@@ -320,7 +326,7 @@ def test_studies_are_listed_with_their_faults(home: Path, medfocus: Medfocus) ->
     assert "speed is not a known field" in " ".join(result.output.split())
 
 
-def test_help_is_quick_for_it_imports_nothing_heavy() -> None:
+def test_help_imports_no_heavy_library() -> None:
     code = (
         "import sys; from flows.cli import app\n"
         "try: app(['init', '--help'])\n"
@@ -344,7 +350,7 @@ CLASSES = ("dark", "light")
 
 
 def shade(path: Path, bright: int, seed: int) -> Path:
-    """A disc on a dark or a light ground: the classes of ``model``."""
+    """Draw a disc on a dark or a light background: the classes of ``model``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     y, x = np.mgrid[:90, :110]
     grey = np.where((y - 45) ** 2 + (x - 55) ** 2 < 400, 240, 40 + 120 * bright)
@@ -355,15 +361,15 @@ def shade(path: Path, bright: int, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder: a linear probe on the embedded CLIP, which tells dark from light."""
+    """A model folder: a linear probe on the embedded CLIP that separates dark from light."""
     folder = tmp_path_factory.mktemp("model")
     encoder, segmenter = build_clip("pocket", "pocket"), OtsuSegmenter()
     method = ClipLinearProbe(encoder, folds=3)
     images = [decode.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
-    found = segmenter.segment(images)
+    masks = segmenter.segment(images)
     views = [
         view(image, mask.region, focus="multiply", size=encoder.image_size, feather=0.01)
-        for image, mask in zip(images, found, strict=True)
+        for image, mask in zip(images, masks, strict=True)
     ]
     features = method.embed(torch.from_numpy(np.stack(views)))
     labels, text = torch.tensor([0, 1] * 4), encoder.encode_texts(list(CLASSES))
@@ -387,7 +393,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_file_that_cannot_be_read_is_one_line_and_the_others_go_on(
+def test_an_unreadable_file_is_one_line_and_the_other_files_are_read(
     home: Path, medfocus: Medfocus, model: Path
 ) -> None:
     shade(home / "in" / "a.png", 0, 50)
@@ -395,8 +401,8 @@ def test_a_file_that_cannot_be_read_is_one_line_and_the_others_go_on(
     shade(home / "in" / "more" / "a.png", 1, 51)
     result = medfocus("predict", "in", "gone.png", "--out", "out", "--model", model)
     assert result.exit_code == 1
-    told = [line for line in result.output.splitlines() if ".png" in line]
-    assert [line.partition(": ")[2] for line in told] == [
+    faults = [line for line in result.output.splitlines() if ".png" in line]
+    assert [line.partition(": ")[2] for line in faults] == [
         "in/broken.png: is not in a supported image format (PNG, JPEG, TIFF, BMP, WEBP, DICOM, "
         "NIFTI). "
         "Export it again as PNG, or remove it.",
@@ -409,7 +415,7 @@ def test_a_file_that_cannot_be_read_is_one_line_and_the_others_go_on(
     ]
 
 
-def test_predict_says_what_the_model_says_and_draws_the_mask(
+def test_predict_writes_the_model_s_predictions_and_draws_the_mask(
     home: Path, medfocus: Medfocus, model: Path
 ) -> None:
     files = [shade(home / f"{i}.png", i % 2, 60 + i) for i in range(3)]
@@ -422,12 +428,10 @@ def test_predict_says_what_the_model_says_and_draws_the_mask(
         overlay = decode.read(home / "out" / line["overlay"])
         assert np.array_equal((overlay != decode.read(Path(line["file"]))).any(axis=2), prediction.mask)
     again = medfocus("predict", *files, "--out", "out", "--model", model)
-    assert again.exit_code == 1 and "predictions.csv is there already" in again.output
+    assert again.exit_code == 1 and "predictions.csv already exists" in again.output
 
 
-def test_every_frame_of_a_file_is_answered_under_its_name(
-    home: Path, medfocus: Medfocus, model: Path
-) -> None:
+def test_every_frame_of_a_file_gets_a_row_with_its_name(home: Path, medfocus: Medfocus, model: Path) -> None:
     images = [decode.read(shade(home / f"{i}.png", i % 2, 60 + i))[..., 0] for i in range(3)]
     (home / "in").mkdir()
     (home / "in" / "cine").write_bytes(dicom(np.stack(images), NumberOfFrames=3))
@@ -446,9 +450,7 @@ def test_every_frame_of_a_file_is_answered_under_its_name(
     assert [line["file"] for line in rows(home / "one" / "predictions.csv")] == ["in/cine#1"]
 
 
-def test_explain_shows_each_image_and_where_the_answer_came_from(
-    home: Path, medfocus: Medfocus, model: Path
-) -> None:
+def test_explain_writes_a_sheet_and_a_row_for_each_image(home: Path, medfocus: Medfocus, model: Path) -> None:
     result = medfocus("explain", shade(home / "a.png", 0, 70), "--out", "why", "--model", model)
     assert result.exit_code == 0, result.output
     [line] = rows(home / "why" / "explanations.csv")
@@ -456,7 +458,7 @@ def test_explain_shows_each_image_and_where_the_answer_came_from(
     assert decode.read(home / "why" / line["sheet"]).shape[1] > 3 * 90
 
 
-def test_masks_are_those_of_the_studys_segmenter_and_are_kept(home: Path, medfocus: Medfocus) -> None:
+def test_masks_equal_those_of_the_study_s_segmenter_and_are_cached(home: Path, medfocus: Medfocus) -> None:
     text = (home / "params.yaml").read_text().replace("segmenter: sam2", "segmenter: otsu")
     (home / "params.yaml").write_text(text)
     image = shade(home / "a.png", 0, 80)
@@ -471,7 +473,7 @@ def test_masks_are_those_of_the_studys_segmenter_and_are_kept(home: Path, medfoc
     assert medfocus("masks", image, "--out", "x", "--dataset", "knee").exit_code == 2
 
 
-def test_a_model_travels_as_a_zip_and_says_the_same_where_it_is_imported(
+def test_an_exported_model_gives_the_same_predictions_after_the_import(
     home: Path, medfocus: Medfocus, model: Path
 ) -> None:
     exported = medfocus("models", "export", "probe.zip", "--model", model)
@@ -480,17 +482,17 @@ def test_a_model_travels_as_a_zip_and_says_the_same_where_it_is_imported(
     assert imported.exit_code == 0, imported.output
     assert "there version 1: imported" in imported.output
     listed = medfocus("models")
-    assert "imported: no gate has tried it here" in listed.output and "champion" not in listed.output
+    assert "imported, so the gate was not applied" in listed.output and "champion" not in listed.output
     image = shade(home / "a.png", 1, 90)
-    assert medfocus("predict", image, "--out", "there").exit_code == 0  # the only one that is registered
+    assert medfocus("predict", image, "--out", "there").exit_code == 0  # the only registered model
     assert medfocus("predict", image, "--out", "here", "--model", model).exit_code == 0
     assert rows(home / "there" / "predictions.csv") == rows(home / "here" / "predictions.csv")
     wrong = medfocus("predict", image, "--out", "none", "--model", "there@7")
-    assert wrong.exit_code == 1 and "there has no version '7'; there are there@1" in wrong.output
+    assert wrong.exit_code == 1 and "there has no version '7'. Choose from there@1" in wrong.output
 
 
 def rewrite(source: Path, target: Path, **changes: bytes | None) -> Path:
-    """A copy of an archive with members put in, put in place or (None) left out."""
+    """Copy an archive with members added, replaced or, for None, left out."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             if name not in changes:
@@ -504,46 +506,46 @@ def rewrite(source: Path, target: Path, **changes: bytes | None) -> Path:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"../../outside.json": b"{}"}, "holds '../../outside.json', which is no part of a model"),
-        ({"/tmp/outside.json": b"{}"}, "which is no part of a model"),
-        ({"python_model.pkl": b"x"}, "holds 'python_model.pkl', which is no part of a model"),
-        ({"cell.safetensors": b"x"}, "cell.safetensors is not what was exported (its sha256 differs)"),
-        ({"cell.safetensors": None}, "do not agree on cell.safetensors"),
-        ({"contents.json": None}, "has no contents.json that can be read"),
-        ({"contents.json": b'{"format": 2, "files": {}, "model": ""}'}, "of another kind"),
+        ({"../../outside.json": b"{}"}, "contains '../../outside.json', which is not part of a model"),
+        ({"/tmp/outside.json": b"{}"}, "which is not part of a model"),
+        ({"python_model.pkl": b"x"}, "contains 'python_model.pkl', which is not part of a model"),
+        ({"cell.safetensors": b"x"}, "cell.safetensors has changed since the export (its sha256 differs)"),
+        ({"cell.safetensors": None}, "cell.safetensors is either missing or not listed"),
+        ({"contents.json": None}, "has no readable contents.json"),
+        ({"contents.json": b'{"format": 2, "files": {}, "model": ""}'}, "of another format"),
         ({"serve.json": b" " * 10_000_001}, "serve.json unpacks to more than 10000000 bytes"),
     ],
 )
-def test_an_archive_from_elsewhere_is_refused_with_the_reason_and_writes_nothing(
+def test_a_bad_archive_is_refused_with_the_reason_and_writes_nothing(
     home: Path, model: Path, tmp_path: Path, changes: dict[str, bytes | None], fault: str
 ) -> None:
-    models.export(home, str(model), home / "good.zip")
+    archive.export(home, str(model), home / "good.zip")
     bad = rewrite(home / "good.zip", home / "bad.zip", **changes)
     before = {path for path in tmp_path.rglob("*")}
-    with pytest.raises(ValueError, match=f"bad.zip.*{re.escape(fault)}.*Export the model anew"):
-        models.bring(home, bad, "there")
+    with pytest.raises(ValueError, match=f"bad.zip.*{re.escape(fault)}.*export the model again"):
+        archive.import_model(home, bad, "there")
     assert {path for path in tmp_path.rglob("*")} == before
 
 
-def test_a_pickle_in_a_parts_place_is_refused_and_its_code_never_runs(home: Path, model: Path) -> None:
+def test_a_pickle_instead_of_a_part_is_refused_and_its_code_never_runs(home: Path, model: Path) -> None:
     class Touch:
         def __reduce__(self) -> tuple[object, ...]:
             return Path.touch, (home / "ran",)
 
-    models.export(home, str(model), home / "good.zip")
+    archive.export(home, str(model), home / "good.zip")
     data = pickle.dumps(Touch())
     contents = json.loads(zipfile.ZipFile(home / "good.zip").read("contents.json"))
     contents["files"]["cell.safetensors"] = hashlib.sha256(data).hexdigest()
     changes = {"cell.safetensors": data, "contents.json": json.dumps(contents).encode()}
     bad = rewrite(home / "good.zip", home / "bad.zip", **changes)
     with pytest.raises(
-        ValueError, match=r"bad\.zip: its model cannot be loaded \(cell\.safetensors is not a"
+        ValueError, match=r"bad\.zip: the model cannot be loaded \(cell\.safetensors is not a"
     ):
-        models.bring(home, bad, "there")
+        archive.import_model(home, bad, "there")
     assert not (home / "ran").exists() and not (home / "mlflow.db").exists()
 
 
-def test_what_cannot_be_fetched_is_named_with_a_way_without_a_network(
+def test_weights_that_cannot_be_fetched_are_named_with_the_download_command(
     home: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
@@ -551,8 +553,8 @@ def test_what_cannot_be_fetched_is_named_with_a_way_without_a_network(
     result = medfocus("models", "fetch", "facebook/sam2.1-hiera-tiny", "nonsense")
     assert result.exit_code == 1
     assert "hf download facebook/sam2.1-hiera-tiny sam2.1_hiera_tiny.pt" in result.output
-    assert "'nonsense' is no name of weights" in result.output
-    assert "nothing to fetch" in medfocus("models", "fetch").output  # the embedded study needs none
+    assert "'nonsense' does not name weights" in result.output
+    assert "nothing to fetch" in medfocus("models", "fetch").output  # the embedded study needs no download
 
 
 def test_weights_in_the_hub_cache_are_listed_as_cached(
@@ -564,18 +566,18 @@ def test_weights_in_the_hub_cache_are_listed_as_cached(
     (hub / "refs" / "main").write_text("abc")
     (hub / "snapshots" / "abc").mkdir(parents=True)
     (hub / "snapshots" / "abc" / "sam2.1_hiera_tiny.pt").write_bytes(b"0" * 2_000_000)
-    told = {line.split()[0]: line for line in medfocus("models").output.splitlines() if "facebook" in line}
-    assert "cached, 2 MB" in told["facebook/sam2.1-hiera-tiny"]
-    assert "medfocus models fetch" in told["facebook/sam2.1-hiera-large"]
+    listed = {line.split()[0]: line for line in medfocus("models").output.splitlines() if "facebook" in line}
+    assert "cached, 2 MB" in listed["facebook/sam2.1-hiera-tiny"]
+    assert "medfocus models fetch" in listed["facebook/sam2.1-hiera-large"]
 
 
-def found(home: Path) -> dict[str, doctor.Finding]:
-    """The examination, by what was looked at; the last word counts."""
+def findings(home: Path) -> dict[str, doctor.Finding]:
+    """Return the last finding on each subject."""
     parts = (doctor.project(home), doctor.stores(home), doctor.servers(), doctor.disks(home))
-    return {each.what: each for part in parts for each in part}
+    return {each.subject: each for part in parts for each in part}
 
 
-def test_the_doctor_finds_nothing_wrong_with_a_sound_project(home: Path, medfocus: Medfocus) -> None:
+def test_the_doctor_finds_no_fault_in_a_sound_project(home: Path, medfocus: Medfocus) -> None:
     (home / ".git").mkdir()
     result = medfocus("doctor")
     assert result.exit_code == 0, result.output
@@ -588,19 +590,19 @@ def test_the_doctor_names_each_fault_with_its_fix(
     (home / "studies").mkdir()
     (home / "studies" / "bad.yaml").write_text("extends: ../params.yaml\nspeed: fast\n")
     (home / "mlflow.db").write_bytes(b"not a database" * 100)
-    monkeypatch.setenv("PREFECT_API_URL", f"http://me:secret@127.0.0.1:{servers.free_port()}/api")
+    monkeypatch.setenv("PREFECT_API_URL", f"http://me:secret@127.0.0.1:{free_port()}/api")
     monkeypatch.setattr(doctor, "_SECONDS", 0.2)
     monkeypatch.setattr(doctor, "_LITTLE", 1e18)
-    findings = found(home)
+    by_subject = findings(home)
     expected = {
-        "project": "is no git clone",
+        "project": "is not a git repository",
         "study": "speed is not a known field",
         "MLflow": "mlflow.db is damaged",
         "Prefect": "no server answers at http://127.0.0.1",
         "disk": "free at",
     }
-    for what, said in expected.items():
-        assert (findings[what].state, said in findings[what].said) == ("fault", True)
-        assert findings[what].fix
-    assert "secret" not in " ".join(each.said for each in findings.values())
+    for subject, text in expected.items():
+        assert (by_subject[subject].state, text in by_subject[subject].text) == ("fault", True)
+        assert by_subject[subject].fix
+    assert "secret" not in " ".join(each.text for each in by_subject.values())
     assert medfocus("doctor").exit_code == 1

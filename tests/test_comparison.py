@@ -1,4 +1,4 @@
-"""Paired tests against a baseline: each against an independent computation."""
+"""Paired tests agree with independent computations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medfocus.evaluation.comparison import Scored, bootstrap, compare, holm, mcn
 
 
 def results(*accuracies: float, images: int = 60, seed: int = 0) -> np.ndarray:
-    """(R, N) bool, one draw an accuracy; draws are wrong about the same hard images."""
+    """(R, N) bool, one draw per accuracy; draws fail on the same hard images."""
     rng = np.random.default_rng(seed)
     hard = rng.random(images)
     return np.stack([hard + 0.2 * rng.random(images) < 1.2 * accuracy for accuracy in accuracies])
@@ -50,7 +50,7 @@ def test_sign_flips_agree_with_scipys_permutation_test() -> None:
 
 
 def test_repeating_a_draw_adds_no_evidence() -> None:
-    """Adding up discordant counts over draws would make p smaller with every repetition."""
+    """A sum of discordant counts over draws would lower p with every repetition."""
     ours, theirs = results(0.8), results(0.65, seed=7)
     once = sign_flip(paired_sums(ours, theirs)[0])
     assert sign_flip(paired_sums(np.repeat(ours, 5, axis=0), np.repeat(theirs, 5, axis=0))[0]) == once
@@ -59,7 +59,7 @@ def test_repeating_a_draw_adds_no_evidence() -> None:
 
 
 def test_equal_systems_differ_no_more_often_than_the_level() -> None:
-    """Draws that are wrong together: 400 pairs of equal systems, of five draws each, at the level 0.05."""
+    """400 pairs of equal systems with five correlated draws each, at the level 0.05."""
     rng = np.random.default_rng(0)
     found = 0
     for _ in range(400):
@@ -68,7 +68,7 @@ def test_equal_systems_differ_no_more_often_than_the_level() -> None:
         )
         found += sign_flip(paired_sums(ours, theirs)[0]) < 0.05
     assert found <= stats.binom.ppf(0.999, 400, 0.05)
-    assert found > 4  # nor is it blind
+    assert found > 4  # the test has power
 
 
 def test_unequal_numbers_of_draws_are_compared_by_their_means() -> None:
@@ -88,7 +88,7 @@ def test_the_images_of_a_patient_are_one_unit() -> None:
 
 
 def test_the_bootstrap_agrees_with_resampling_of_images() -> None:
-    """Against plain resampling of indices, and the normal interval with the standard error of a mean."""
+    """Compare with plain resampling of indices and with the normal interval of a mean."""
     ours, theirs = results(0.8, 0.75, images=200), results(0.7, 0.66, images=200, seed=4)
     sums, sizes, scale = paired_sums(ours, theirs)
     low, high, p = bootstrap(sums / scale, sizes, np.random.default_rng(0), 20_000)
@@ -104,14 +104,14 @@ def test_the_bootstrap_agrees_with_resampling_of_images() -> None:
 def test_the_bootstrap_of_patients_resamples_patients() -> None:
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(40), rng.integers(1, 9, 40))
-    each = np.repeat(rng.integers(-1, 2, 40), np.bincount(patients))  # a patient's images go together
+    each = np.repeat(rng.integers(-1, 2, 40), np.bincount(patients))  # images of a patient are equal
     sums, sizes = np.bincount(patients, each), np.bincount(patients)
     low, high, _ = bootstrap(sums, sizes, np.random.default_rng(0), 20_000)
     drawn = rng.integers(0, 40, (20_000, 40))
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.015)
     alone = bootstrap(each, np.ones(len(each), int), np.random.default_rng(0), 20_000)
-    assert high - low > 1.5 * (alone[1] - alone[0])  # images taken for independent promise too much
+    assert high - low > 1.5 * (alone[1] - alone[0])  # independent images give too narrow an interval
 
 
 def test_the_bootstrap_repeats_with_its_seed_and_never_gives_a_p_of_zero() -> None:

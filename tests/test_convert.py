@@ -1,4 +1,4 @@
-"""Collections in other formats become folders that ingestion reads, or are refused and leave nothing."""
+"""Converters turn other formats into folders for ingestion, or refuse a file and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Medfocus = Callable[..., Result]
 
 @pytest.fixture
 def medfocus() -> Medfocus:
-    """The command, with its arguments as words."""
+    """The command line, called with words."""
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def arrays(
     size: int = 28, colour: bool = False, other: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """What a MedMNIST file of two classes holds: 6, 2 and 4 images of noise."""
+    """The arrays of a MedMNIST file with two classes: 6, 2 and 4 images of noise."""
     rng, found = np.random.default_rng(size), dict[str, np.ndarray]()
     for split, count in (("train", 6), ("val", 2), ("test", 4)):
         shape = (count, size, size, 3) if colour else (count, size, size)
@@ -65,11 +65,11 @@ def test_medmnist_is_converted_without_loss(tmp_path: Path, size: int, colour: b
 
 
 def test_a_file_with_an_unknown_name_has_numbered_classes(tmp_path: Path, medfocus: Medfocus) -> None:
-    told = medfocus("convert", "medmnist", save(tmp_path / "mine.npz", arrays()), tmp_path / "out")
-    assert told.exit_code == 0, told.output
+    result = medfocus("convert", "medmnist", save(tmp_path / "mine.npz", arrays()), tmp_path / "out")
+    assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "out" / "val").iterdir()} == {"class_0", "class_1"}
-    assert "mine.npz: is named after no set of MedMNIST" in told.output
-    assert f"Next: medfocus init {tmp_path / 'out'}" in told.output
+    assert "mine.npz: the name is no MedMNIST data set" in result.output
+    assert f"Next: medfocus init {tmp_path / 'out'}" in result.output
 
 
 def test_a_split_has_no_folder_for_a_class_without_images(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_split_has_no_folder_for_a_class_without_images(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "other", "told"),
+    ("name", "other", "message"),
     [
         ("chestmnist", {}, "its images have several labels"),
         ("organmnist3d", {}, "holds volumes, but only images are supported"),
@@ -93,12 +93,12 @@ def test_a_split_has_no_folder_for_a_class_without_images(tmp_path: Path) -> Non
     ],
 )
 def test_arrays_other_than_images_with_one_class_each_are_refused(
-    tmp_path: Path, name: str, other: dict[str, np.ndarray], told: str
+    tmp_path: Path, name: str, other: dict[str, np.ndarray], message: str
 ) -> None:
     file = save(tmp_path / f"{name}.npz", arrays(other=other))
     with pytest.raises(ValueError, match=name) as caught:
         medmnist.convert(file, tmp_path / "out")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
@@ -138,7 +138,7 @@ def test_a_new_folder_is_complete_or_missing_and_remains_of_killed_processes_are
 def test_a_data_set_is_downloaded_by_name_or_the_error_names_the_fix(
     tmp_path: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The package is a stand-in that finds the file in its cache, or no network."""
+    """A fake package has the file in its cache, or has no network."""
 
     class PneumoniaMNIST:
         def __init__(self, split: str, download: bool, size: int) -> None:
@@ -183,7 +183,7 @@ def entry(number: int, image: int, segmentation: object, category: int = 1) -> d
 
 @pytest.fixture
 def lesions(tmp_path: Path) -> dict[str, Any]:
-    """Three images of 8 x 12, one in a folder, and what a COCO file says of them."""
+    """Three images of 8 x 12, one in a folder, and the content of a COCO file for them."""
     (tmp_path / "raw" / "b").mkdir(parents=True)
     names = ("a.png", "b/a.png", "c.jpg")
     for value, name in enumerate(names):
@@ -220,8 +220,8 @@ def test_instances_become_known_regions_and_labels(tmp_path: Path, lesions: dict
     done, out = converted(tmp_path, lesions)
     assert done.regions == 2 and done.labels == {"benign": 1, "malignant": 1, "": 1}
     assert labels(out) == {"images/a.png": "benign", "images/b/a.png": "malignant", "images/c.jpg": ""}
-    (told,) = done.faults
-    assert (told.path, told.fault) == ("c.jpg", "has no class, so it has no label")
+    (fault,) = done.faults
+    assert (fault.path, fault.fault) == ("c.jpg", "has no class, so it has no label")
     found = ingest(out, manifest="list.csv")
     assert [record.path for record in found.records] == ["images/a.png", "images/b/a.png"]
     assert [fault.fault for fault in found.left_out] == ["the label is empty"]
@@ -254,7 +254,7 @@ def test_an_image_has_the_label_that_all_its_instances_share(
 
 
 @pytest.mark.parametrize(
-    ("segmentation", "told"),
+    ("segmentation", "message"),
     [
         ([[1, 1, 5, 5]], "has a polygon of 4 values; it needs x and y of three points or more"),
         ([[1, 1, 5, 5, 1, 5, 2]], "has a polygon of 7 values"),
@@ -271,12 +271,12 @@ def test_an_image_has_the_label_that_all_its_instances_share(
     ],
 )
 def test_a_broken_outline_is_reported_by_its_id_and_the_others_are_used(
-    tmp_path: Path, lesions: dict[str, Any], segmentation: object, told: str
+    tmp_path: Path, lesions: dict[str, Any], segmentation: object, message: str
 ) -> None:
     lesions["annotations"] += [entry(77, 0, segmentation)]
     done, out = converted(tmp_path, lesions)
     assert done.faults[0].path == "annotation 77 of a.png"
-    assert told in done.faults[0].fault
+    assert message in done.faults[0].fault
     region = known_region(out, "images/a.png", 8, 12)
     assert region is not None and region.sum() == 16
 
@@ -309,7 +309,7 @@ def test_a_coco_file_reads_no_file_outside_its_folder_and_mismatches_are_reporte
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
@@ -319,11 +319,11 @@ def test_a_coco_file_reads_no_file_outside_its_folder_and_mismatches_are_reporte
     ],
 )
 def test_an_invalid_coco_file_leaves_nothing(
-    tmp_path: Path, medfocus: Medfocus, text: str, told: str
+    tmp_path: Path, medfocus: Medfocus, text: str, message: str
 ) -> None:
     (tmp_path / "x.json").write_text(text)
     result = medfocus("convert", "coco", tmp_path / "x.json", tmp_path / "out")
-    assert result.exit_code == 1 and told in result.output
+    assert result.exit_code == 1 and message in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 

@@ -37,7 +37,7 @@ def test_seconds_and_peak_memory_are_those_of_the_fit_alone() -> None:
     seconds, *peaks = out.stdout.split()
     assert float(seconds) >= 0.05
     if "None" in peaks:
-        pytest.skip("this system does not tell a process's peak memory")
+        pytest.skip("this system does not report a process's peak memory")
     idle, peak, again = map(float, peaks)
     assert 30 < peak - idle < 80
     assert again < peak - 20  # the peak was reset

@@ -1,4 +1,4 @@
-"""A DICOM file is shown as a viewer shows it at first, keeps to the limits, and its patient stays unnamed."""
+"""DICOM files are displayed as in a viewer, meet the limits, and do not reveal their patients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
-from flows.cli.modality import OTHER, told
+from flows.cli.init.modality import OTHER, by_headers
 from medfocus.datasets import pseudonyms
 from medfocus.datasets.duplicates import find_duplicates, groups, twins
 from medfocus.datasets.ingest import Ingested, ingest
@@ -41,15 +41,15 @@ NAME, ID = "DOE^JANE", "MRN-0815-4711"
 
 
 def packaged(name: str) -> bytes:
-    """One of the files that pydicom brings."""
+    """Read a test file of pydicom."""
     path = get_testdata_file(name, download=False)
     assert isinstance(path, str), f"pydicom's wheel lacks {name}"
     return Path(path).read_bytes()
 
 
-# --- What pydicom brings -----------------------------------------------------------------------------------
+# --- Test files of pydicom ---------------------------------------------------------------------------------
 
-READ = {  # frames, height, width, whether in colours
+READ = {  # frames, height, width, whether in colour
     "CT_small.dcm": (1, 128, 128, False),
     "MR_small.dcm": (1, 64, 64, False),
     "MR_small_bigendian.dcm": (1, 64, 64, False),
@@ -129,10 +129,10 @@ def test_the_encoding_does_not_change_the_image() -> None:
         assert np.abs(decode.decode(packaged(name), name).astype(int) - bars).max() <= 1, name
     for name in ("SC_ybr_full_422_uncompressed.dcm", "SC_rgb_jpeg_dcmtk.dcm"):
         close = np.abs(decode.decode(packaged(name), name).astype(int) - bars) <= 6
-        assert close.mean() > 0.95, name  # colours are halved in width at edges
+        assert close.mean() > 0.95, name  # chroma subsampling blurs edges
 
 
-# --- What is done to the values ----------------------------------------------------------------------------
+# --- Values ------------------------------------------------------------------------------------------------
 
 
 def test_without_a_window_the_minimum_is_black_and_the_maximum_white() -> None:
@@ -168,7 +168,7 @@ def test_sigmoid_exact_and_invalid_windows() -> None:
 
 
 def lut(values: list[int], first: int, bits: int) -> Dataset:
-    """A lookup table whose first entry stands for the value ``first``."""
+    """A lookup table that begins with the value ``first``."""
     item = Dataset()
     item.add_new("LUTDescriptor", "US", [len(values), first, bits])
     item.add_new("LUTData", "US", values)
@@ -260,7 +260,7 @@ def test_an_enhanced_file_has_a_window_and_a_rescale_per_frame() -> None:
         assert np.abs(shown(data, frame) - expected).max() <= 0.5
 
 
-# --- Bytes that lie ----------------------------------------------------------------------------------------
+# --- False headers and broken bytes ------------------------------------------------------------------------
 
 
 def test_dicom_is_recognised_by_its_bytes_with_and_without_a_preamble() -> None:
@@ -316,7 +316,7 @@ def test_a_compressed_frame_of_another_size_than_its_header_is_refused(form: str
 
 
 def test_a_frame_that_crashes_gdcm_is_refused_and_the_next_one_is_read() -> None:
-    """GDCM 3.2 aborts over this one: in the process of a run that would be the end of the run."""
+    """GDCM 3.2 aborts on this frame; in the process of a run it would end the run."""
     data = packaged("MR_small_jpeg_ls_lossless.dcm")
     bits = data.index(b"\xff\xd8\xff\xf7") + 6
     with pytest.raises(ImageError, match="GDCM crashed on its compressed pixels"):
@@ -381,11 +381,11 @@ def test_truncated_files_are_refused_or_read_and_nothing_else() -> None:
                 decode.decode(data[:end], "x")
 
 
-# --- Files of several images -----------------------------------------------------------------------------
+# --- Files of several images -------------------------------------------------------------------------------
 
 
 def stack_of(path: Path, count: int = 12, **tags: Any) -> Path:
-    """A file of frames, each of another brightness."""
+    """Write a file of frames with different brightness."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = np.stack([np.full((16, 16), 20 * k, np.uint8) for k in range(count)])
     stored[:, 4:8, 4:8] += 9
@@ -442,7 +442,7 @@ def test_known_regions_of_frames_are_found_by_their_names(tmp_path: Path) -> Non
 
 
 def radiograph(seed: int, patient: str = "", **tags: Any) -> bytes:
-    """A film of noise, no two alike."""
+    """A radiograph of noise that depends on the seed."""
     stored = np.random.default_rng(seed).integers(0, 4096, (24, 24)).astype(np.uint16).repeat(2, 0)
     window = {"WindowCenter": 2048, "WindowWidth": 4096, **TWELVE}
     return dicom(stored, PatientID=patient, PatientName=NAME, **{**window, **tags})
@@ -450,7 +450,7 @@ def radiograph(seed: int, patient: str = "", **tags: Any) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes of films, two of each patient; names as scanners give them."""
+    """Two classes of radiographs, two per patient, with file names of scanners."""
     for label in ("ill", "well"):
         (tmp_path / "set" / label).mkdir(parents=True)
         for k in range(10):
@@ -483,7 +483,7 @@ def test_a_folder_of_dicom_files_is_read_and_no_patient_is_in_both_splits(
     monkeypatch.setenv(pseudonyms.VARIABLE, "a team's own secret")
     other = read(folder).records
     assert not {record.patient for record in other} & set(patient.values())
-    assert drawn(other, folder) == splits, "draws go by paths and by who is whose, not by pseudonyms"
+    assert drawn(other, folder) == splits, "draws depend on paths and patients, not on pseudonyms"
 
 
 def test_patients_of_pattern_or_manifest_have_precedence_over_headers(folder: Path) -> None:
@@ -503,7 +503,7 @@ def test_the_salt_is_created_once_only_for_its_owner_and_determines_every_pseudo
         salt.name
     ]
     monkeypatch.setenv(pseudonyms.VARIABLE, "a team's own secret")
-    shared = read(folder, cache=cache).records  # although the cache knows these bytes
+    shared = read(folder, cache=cache).records  # the cache does not return pseudonyms of another salt
     assert not {record.patient for record in shared} & {record.patient for record in first}
     salt.unlink()
     assert read(folder).records == shared and not salt.exists()
@@ -521,7 +521,7 @@ def test_threads_that_create_the_salt_together_share_one(tmp_path: Path) -> None
 def test_no_error_cache_or_manifest_contains_a_patient_id(
     folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where pydicom would warn of it, and where it stands in tags that say how pixels are shown."""
+    """Not even where pydicom would warn about a value, or in tags that define the display."""
     cache = folder.parent / "cache"
     (folder / "ill" / "long").write_bytes(radiograph(50, ID + "x" * 80))
     (folder / "ill" / "cut").write_bytes(radiograph(51, ID)[:-50])
@@ -530,10 +530,10 @@ def test_no_error_cache_or_manifest_contains_a_patient_id(
     (folder / "ill" / "bad").write_bytes(bad)
     found = read(folder, cache=cache)
     assert [fault.path for fault in found.left_out] == ["ill/bad", "ill/cut"]
-    told = repr(found) + caplog.text + "".join(capfd.readouterr())
+    message = repr(found) + caplog.text + "".join(capfd.readouterr())
     kept = b"".join(path.read_bytes() for path in cache.rglob("*") if path.is_file())
     for planted in (ID, NAME):
-        assert planted not in told and planted.encode() not in kept
+        assert planted not in message and planted.encode() not in kept
     assert found.records[0].patient.encode() in kept
 
 
@@ -599,7 +599,7 @@ def test_a_link_out_of_the_root_is_not_followed_for_a_frame(folder: Path) -> Non
     assert [fault.fault for fault in found.left_out] == [f"leads out of {folder}"] * 2
 
 
-# --- What the tags say of the modality ---------------------------------------------------------------------
+# --- Modality from tags ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -621,5 +621,5 @@ def test_a_link_out_of_the_root_is_not_followed_for_a_frame(folder: Path) -> Non
 def test_the_tags_give_the_modality_if_they_agree(
     headers: list[tuple[str, str]], modality: str | None
 ) -> None:
-    found = told(headers)
+    found = by_headers(headers)
     assert (found and found.modality) == modality

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import os
 import re
 import runpy
@@ -131,14 +132,14 @@ def parts_of(command: str) -> list[list[str]]:
 
 
 MAIN_JOB = "test_pipeline.py::test_flow_and_repro_share_their_stages"
-OPERATION = "test_up.py::test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported"
-TEAM = "test_team.py::test_a_fresh_clone_pulls_what_was_pushed_and_has_nothing_to_do"
-EXPERIMENT = "test_team.py::test_an_experiment_over_a_parameter_is_shown_beside_the_study"
-REPRODUCED = "test_team.py::test_a_run_comes_out_again_from_its_tags_alone"
+OPERATION = "test_stack.py::test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported"
+TEAM = "test_team.py::test_a_fresh_clone_pulls_the_pushed_outputs_and_is_up_to_date"
+EXPERIMENT = "test_team.py::test_an_experiment_with_another_parameter_is_shown_next_to_the_study"
+REPRODUCED = "test_team.py::test_a_run_is_reproduced_from_its_tags_alone"
 HERE = "test_docs.py::test_the_commands_do_what_the_pages_say"
-POSTGRESQL = "test_up.py::test_the_same_on_postgresql_and_behind_a_password"
+POSTGRESQL = "test_stack.py::test_a_scheduled_run_registers_a_model_on_postgresql_behind_a_password"
 RETRAINED = "test_retrain.py::test_new_images_are_taken_in_and_the_champion_changes_only_by_the_gate"
-CLUSTER = "test_runners.py::test_the_shard_of_a_killed_worker_is_done_again_and_the_others_are_whole"
+CLUSTER = "test_runners.py::test_only_the_shard_of_a_killed_worker_is_repeated"
 PARSED = "test_docs.py::test_a_command_is_one_that_its_program_takes"
 
 # In this order, in one project of 39 images with a folder ``new`` of two images and a broken one.
@@ -167,7 +168,7 @@ COCO = "medfocus convert coco"
 
 # The test that runs the like of a command, the command, and why it is not run here.
 NOT_RUN_HERE = {
-    "test_cli.py::test_a_project_can_be_begun_anywhere_and_its_stages_run": {
+    "test_cli.py::test_a_project_can_be_created_anywhere_and_its_stages_run": {
         "medfocus new films": "is for where no clone is",
     },
     "test_package.py::test_the_lock_satisfies_the_declared_dependencies": {
@@ -184,7 +185,7 @@ NOT_RUN_HERE = {
         "cd medfocusclip": "needs the clone",
         "source .venv/bin/activate": "changes a shell",
     },
-    "test_audit.py::test_a_known_vulnerability_fails_the_check_with_the_version_that_mends_it": {
+    "test_audit.py::test_a_known_vulnerability_fails_the_check_and_names_the_fixed_version": {
         "make check": "it is run beside the tests",
     },
     HERE: {
@@ -194,7 +195,7 @@ NOT_RUN_HERE = {
         "medfocus predict new --out answers --model medfocus-mine --force": "as that of medfocus-breast",
         f"medfocus predict {MALIGNANT} --out answers --model medfocus-phantom-breast": "needs make run",
     },
-    "test_up.py::test_the_mlflow_page_answers_on_loopback_over_the_projects_database": {
+    "test_stack.py::test_the_mlflow_server_shows_the_projects_database_on_loopback": {
         "make ui": "runs until Ctrl-C",
     },
     POSTGRESQL: {
@@ -209,7 +210,7 @@ NOT_RUN_HERE = {
             "needs make up, and the images"
         ),
     },
-    "test_operations.py::test_beyond_loopback_mlflow_does_not_start_without_a_password_of_ones_own": {
+    "test_operations.py::test_mlflow_does_not_start_beyond_loopback_without_a_password": {
         "make up HOST=0.0.0.0": "no test listens beyond loopback",
     },
     "test_docs.py::test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere": {
@@ -229,10 +230,10 @@ NOT_RUN_HERE = {
         "make reproduce RUN=...": "needs a run",
         "make reproduce RUN=f81aa2...": "needs a run",
     },
-    "test_cli.py::test_what_cannot_be_fetched_is_named_with_a_way_without_a_network": {
+    "test_cli.py::test_weights_that_cannot_be_fetched_are_named_with_the_download_command": {
         "medfocus models fetch facebook/sam2.1-hiera-tiny": "the network",
     },
-    "test_cli.py::test_explain_shows_each_image_and_where_the_answer_came_from": {
+    "test_cli.py::test_explain_writes_a_sheet_and_a_row_for_each_image": {
         f"medfocus explain {MALIGNANT}/00000.png --out why --model medfocus-phantom-breast": "needs make run",
     },
     "test_app.py::test_a_reader_sees_probabilities_clicks_and_sees_them_change": {
@@ -251,20 +252,20 @@ NOT_RUN_HERE = {
         "medfocus convert coco instances.json ../images/lesions --images images": "no such file",
         f"{COCO} data/own/instances.json data/own/lesions --images {BREAST}": "no such file",
     },
-    "test_cli.py::test_init_looks_through_a_wrapper_and_says_so": {
+    "test_cli.py::test_init_reads_through_a_wrapping_folder_and_reports_it": {
         "medfocus init data/own/archive --name busi-like --modality breast_ultrasound": "no such archive",
     },
-    "test_cli.py::test_init_proposes_the_columns_by_their_values": {
+    "test_cli.py::test_init_guesses_the_columns_from_their_values": {
         f"medfocus init {BREAST}/befunde.csv --name clinic": "no such table",
         "medfocus init data/own/scans/befunde.csv": "no such table",
     },
-    "test_cli.py::test_init_reads_patients_and_modality_out_of_dicom_headers": {
+    "test_cli.py::test_init_reads_patients_and_modality_from_dicom_headers": {
         "medfocus init images/films": "no such films",
     },
-    "test_cli.py::test_init_of_volumes_writes_how_they_are_cut": {
+    "test_cli.py::test_init_of_volumes_writes_the_slices_setting": {
         "medfocus init images/heads --modality brain_mri": "no such volumes",
     },
-    "test_cli.py::test_every_frame_of_a_file_is_answered_under_its_name": {
+    "test_cli.py::test_every_frame_of_a_file_gets_a_row_with_its_name": {
         "medfocus predict new --out answers --model medfocus-chest@1": "no such model",
         "cut -d, -f1-2 answers/predictions.csv": "the same",
     },
@@ -309,13 +310,13 @@ NOT_RUN_HERE = {
     "test_shards.py::test_a_full_disk_leaves_no_partial_shard": {
         "python tests/faults/disk.py": "minutes, and root",
     },
-    "faults/test_servers.py::test_mlflow_s_server_is_asked_before_anything_is_computed": {
+    "faults/test_servers.py::test_mlflow_s_server_must_answer_before_anything_is_computed": {
         "python tests/faults/servers.py": "minutes",
     },
     "test_tracking.py::test_a_changed_clock_does_not_fail_the_run_of_a_living_process": {
         "python tests/faults/clock.py": "moves the clock",
     },
-    "test_operations.py::test_a_deployment_has_a_flow_that_takes_its_parameters_a_limit_and_a_hook": {
+    "test_operations.py::test_a_deployment_has_a_flow_with_its_parameters_a_time_limit_and_failure_hooks": {
         'prefect deployment run backfill/backfill --param datasets=["phantom-chest"]': "needs make up",
     },
     CLUSTER: {
@@ -532,20 +533,19 @@ def test_links_lead_somewhere_in_a_git_viewer_too() -> None:
     assert count > 50
 
 
-SYSTEMS = ("pixels", "pixels-svm", "clip-linear-probe", "medfocusclip", "medfocusclip (crop)")
 MADE = ("data/", "reports/", "site/", "mlruns/", "studies/mine")  # by a run, or by the reader
 PLACES = "compose|docs|examples|flows|medfocus|studies|tests"
 
 
 def test_files_that_the_documents_name_are_there() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = listed.stdout.splitlines()
     for page, line, text in SPANS:
         named = re.fullmatch(rf"(?:(?:{PLACES})/)?[\w/-]*[\w-]\.(?:py|md|ipynb|toml|yaml|lock)", text)
         if not named or text.startswith(MADE):
             continue
-        found = (ROOT / text).exists() or any(
-            ROOT.glob(f"{folder}/{text}") for folder in ("tests", "tests/faults", "flows", "docs")
-        )
-        assert found or text in ("busi.yaml", "MLmodel"), f"{page}:{line}: {text}"
+        found = any(f"/{file}".endswith(f"/{text}") for file in files)
+        assert found or text in ("busi.yaml", "card.md", "datasheet.md"), f"{page}:{line}: {text}"
 
 
 def test_tests_that_the_documents_name_are_there() -> None:
@@ -587,22 +587,85 @@ def test_a_block_says_what_it_is_and_can_be_read(block: Block) -> None:
         assert yaml.safe_load(block.text) is not None
 
 
-def test_figures_of_choosing_a_method_stand_in_the_results() -> None:
-    known = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md"))
+def accuracies() -> dict[tuple[str, str, str, str], str]:
+    """Read accuracy.csv: data set, test set, system and percent of train -> the score as pages show it."""
+    with (ROOT / "docs" / "results" / "accuracy.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (row["dataset"], row["test_set"], system_of(row), row["percent_of_train"]): shown(
+            row["accuracy"], row
+        )
+        for row in rows
+    }
+
+
+def system_of(row: dict[str, str]) -> str:
+    return row["method"] if row["focus"] == "none" else f"{row['method']} ({row['focus']})"
+
+
+def shown(value: str, row: dict[str, str]) -> str:
+    return f"{value} ± {row['half_width']}" if row["half_width"] else value
+
+
+def scores_in(page: str) -> Iterator[tuple[str, str, str, str]]:
+    """The scores in a page's tables of accuracy: data set, system, percent of train, score."""
+    heading, head = "", list[str]()
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        if not line.startswith("|"):
+            head = []
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        head = head or cells
+        if cells[0] in (head[0], "training images") or set(line) <= set("|-:"):
+            continue
+        percent = head[0].partition(" ")[0]
+        for column, cell in zip(head[1:], cells[1:], strict=True):
+            if cell == "–" or column == "per class":
+                continue
+            if head[0] == "percent of train":
+                yield heading, cells[0], column.removesuffix(" %"), cell
+            elif head[0].endswith("% of train") and "per class" in head:
+                yield cells[0], column, percent, cell
+            elif head[0].endswith("% of train"):
+                yield column, cells[0], "0" if cells[0].startswith("clip-zero-shot") else percent, cell
+
+
+@pytest.mark.parametrize(
+    ("page", "least"), [("README.md", 50), ("docs/results.md", 400), ("docs/methods.md", 100)]
+)
+def test_the_scores_of_a_page_are_those_of_the_csv(page: str, least: int) -> None:
+    known = accuracies()
+    official = {key[0] for key in known if key[1] == "official"}
+    scores = list(scores_in(page))
+    assert len(scores) >= least
+    for dataset, system, percent, score in scores:
+        test_set = "official" if dataset in official else "clean"
+        assert known.get((dataset, test_set, system, percent)) == score, (dataset, system, percent)
+
+
+def test_the_figures_in_the_text_of_choosing_a_method_stand_in_the_csv() -> None:
+    known = set(accuracies().values())
+    for name, column in (("differences", "difference"), ("controls", "difference")):
+        with (ROOT / "docs" / "results" / f"{name}.csv").open(newline="") as file:
+            known |= {shown(row[column].lstrip("+-"), row) for row in csv.DictReader(file)}
     told = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    figures = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", told)
+    figures = re.findall(r"\d+\.\d ± \d+\.\d", told)
     assert len(figures) > 100
     assert [figure for figure in figures if figure not in known] == []
-    for line in told.splitlines():  # and in the tables in the row of that system, of that data set
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 7 and "±" in line:
-            section = known.partition(f"## {cells[0]}\n")[2].partition("\n## ")[0]
-            for system, figure in zip(SYSTEMS, cells[2:], strict=True):
-                rows = [row for row in section.splitlines() if row.startswith(f"| {system} |")]
-                assert any(f"| {figure} |" in row for row in rows), f"{cells[0]}, {system}: {figure}"
 
 
-def test_the_image_of_the_architecture_has_the_stages_of_dvc_yaml() -> None:
+def test_every_room_is_in_the_tree_and_in_the_figure_of_the_architecture() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("start:tree")[2]
+    drawn = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    for package in ("medfocus", "flows"):
+        for room in (ROOT / package).glob("*/__init__.py"):
+            assert f" {room.parent.name}/ " in tree, room
+            assert f">{room.parent.name}<" in drawn or f">{room.parent.name}: " in drawn, room
+
+
+def test_the_figure_of_the_architecture_has_the_stages_of_dvc_yaml() -> None:
     drawn = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert re.findall(r'id="stage-(\w+)"', drawn) == list(stages)
@@ -649,9 +712,12 @@ def test_the_commands_do_what_the_pages_say(project: Path) -> None:
     assert "2 of 3: answers/predictions.csv" in printed[PREDICT]
 
 
-def test_the_python_of_the_readme_runs(project: Path, sets_tracking_uri: None) -> None:
+def test_the_python_of_the_first_pages_runs(project: Path, sets_tracking_uri: None) -> None:
     """After ``test_the_commands_do_what_the_pages_say``, which registers the model."""
-    fit, load = (block.text for block in BLOCKS if (block.page, block.language) == ("README.md", "python"))
+    (fit,), (load,) = (
+        [block.text for block in BLOCKS if (block.page, block.language) == (page, "python")]
+        for page in ("README.md", "docs/start.md")
+    )
     images = sorted((project / "data" / "phantoms" / "breast_ultrasound" / "train").rglob("*.png"))
     given = {
         "images": images,

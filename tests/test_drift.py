@@ -1,4 +1,4 @@
-"""Claims about drift: the same kind of images passes, another is found, and few images prove nothing."""
+"""Images of the same kind do not drift, other kinds do, and few images are not significant."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOUNDS = {"embedding": 0.8, "coverage": 0.4, "classes": 0.3, "statistics": 0.5}
 
 
 def drawn(count: int, seed: int) -> Images:
-    """Images of one kind: two classes, 16 features."""
+    """Images of one kind: two classes and 16 features."""
     rng = np.random.default_rng(seed)
     return Images(
         labels=rng.choice(["benign", "malignant"], count),

@@ -1,4 +1,4 @@
-"""The same image is found in every disguise, and different images are never taken for one."""
+"""Copies are found under every change, and different images are not taken for copies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from medfocus.datasets.duplicates import (
 from medfocus.datasets.ingest import ingest
 from medfocus.datasets.records import Record
 
-# What is done to image a to make image b, and the way back that is to be found.
+# The operation that makes image b from image a, and the kind of pair to find.
 TURNS = {
     Transpose.FLIP_LEFT_RIGHT: "mirrored",
     Transpose.FLIP_TOP_BOTTOM: "flipped",
@@ -42,7 +42,7 @@ TURNS = {
 
 
 def texture(seed: int, side: int = 160) -> Image.Image:
-    """A grey image with structure on every scale, as anatomy has."""
+    """A grey image with structure on every scale, like anatomy."""
     rng = np.random.default_rng(seed)
     layers = [gaussian_filter(rng.normal(size=(side, side)), sigma) * sigma for sigma in (1, 3, 9)]
     values = np.sum(layers, axis=0)
@@ -55,7 +55,7 @@ def record(path: str, data: bytes = b"", label: str = "cat", split: str = "", pa
 
 
 def saved(root: Path, images: dict[str, Image.Image]) -> list[Record]:
-    """Write images by name, in the format of its suffix, and list them."""
+    """Write images by name, in the format of the suffix, and return their records."""
     for name, image in images.items():
         image.save(root / name)
     return [record(name, (root / name).read_bytes()) for name in images]
@@ -183,7 +183,7 @@ def test_pairs_are_written_with_their_splits_and_labels(tmp_path: Path) -> None:
 
 
 def test_radiographs_of_different_people_are_not_twins(shared_data: Path) -> None:
-    """One film a patient in tb_cxr; in pneumonia_cxr only copies of the same bytes are known."""
+    """tb_cxr has one radiograph per patient; in pneumonia_cxr only copies with equal bytes are known."""
     tb, pneumonia = shared_data / "tb_cxr", shared_data / "pneumonia_cxr"
     assert find_duplicates(ingest(tb).records, tb) == []
     records = ingest(pneumonia).records
@@ -197,7 +197,7 @@ def test_known_twins_of_covid19_are_found(shared_data: Path) -> None:
     records = ingest(root).records
     pairs = find_duplicates(records, root)
     across = seen_in_training(records, pairs)
-    # Eight are known; test/Covid/0100.jpg, a train film with an arrow drawn on it, is the ninth.
+    # Eight are known; the ninth is test/Covid/0100.jpg, a training radiograph with an arrow drawn on it.
     assert len(across) == 9
     assert "test/Covid/0100.jpg" in across
     identical = [p for p in pairs if p.kind == "identical" and p.split_a != p.split_b]
@@ -225,7 +225,7 @@ def test_known_groups_of_busi_are_found(shared_data: Path) -> None:
 
 
 def test_brain_tumor_twins_are_found_in_under_two_minutes(shared_data: Path) -> None:
-    """992 test images are known to be a train slice: identical, mirrored or turned by 180 degrees."""
+    """992 test images are known copies of a training slice: identical, mirrored or rotated by 180 degrees."""
     root = shared_data / "brain_tumor"
     records = ingest(root).records
     start = time.perf_counter()
@@ -237,7 +237,7 @@ def test_brain_tumor_twins_are_found_in_under_two_minutes(shared_data: Path) -> 
         assert count <= across[name] <= count + 12, name
     kinds = Counter(p.kind for p in pairs)
     assert kinds.keys() == {"identical", "re-encoded", "mirrored", "flipped", "turned-180", "near"}
-    # Augmented copies of one slice: the largest groups are real, and no chain makes them one.
+    # The largest groups are augmented copies of one slice, not chains of different images.
     assert max(Counter(groups(records, pairs).values()).values()) < 100
     torn = {tuple(sorted((p.label_a, p.label_b))) for p in twins(pairs) if p.label_a != p.label_b}
     assert torn == {("meningioma", "pituitary")}

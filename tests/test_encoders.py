@@ -347,7 +347,7 @@ def test_a_malicious_checkpoint_is_refused(tmp_path: Path) -> None:
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
     torch.save({"state_dict": Touch()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match=r"evil\.pt: asks for posix\.system, which is more than tensors"):
+    with pytest.raises(ValueError, match=r"evil\.pt: needs posix\.system in addition to tensors"):
         build_clip("pocket", str(tmp_path / "evil.pt"))
     assert not (tmp_path / "ran").exists()
 

@@ -1,4 +1,4 @@
-"""Few-shot systems on frozen features, and the pixel SVM, against plain computations of their formulas."""
+"""Few-shot methods on frozen features, and the pixel SVM, against NumPy computations of their formulas."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NAMES = (*ON_FEATURES, "pixels-svm")
 
 
 def clustered(count: int, seed: int = 0, noise: float = 0.6, views: int = 1, twins: int = 1) -> Support:
-    """Unit features around one direction a class; texts lie a little off those directions."""
+    """Return unit features around one direction per class; the text features deviate from it slightly."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) // twins % CLASSES
     centres = random_features(CLASSES, 77, DIM)
@@ -82,7 +82,7 @@ def log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fitted(name: str) -> tuple[Any, Tensor]:
-    """A method fitted on a dozen images and inputs of others."""
+    """Return a method fitted on twelve images, and inputs of other images."""
     method = make(name)
     if name == "pixels-svm":
         method.fit(support_of(method, *coloured_images(12)), seeded())
@@ -103,7 +103,7 @@ def test_every_study_has_settings_of_every_method(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ON_FEATURES)
-def test_methods_on_features_share_the_cache_of_the_linear_probe(name: str, tiny_clip: TinyClip) -> None:
+def test_methods_on_features_share_the_embedding_of_the_linear_probe(name: str, tiny_clip: TinyClip) -> None:
     images, _ = coloured_images(4)
     probe = ClipLinearProbe(tiny_clip, folds=3)  # pyright: ignore[reportArgumentType]
     assert make(name).embedding == probe.embedding
@@ -111,7 +111,7 @@ def test_methods_on_features_share_the_cache_of_the_linear_probe(name: str, tiny
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_image_a_class_is_enough(name: str) -> None:
+def test_one_image_per_class_is_enough(name: str) -> None:
     method = make(name)
     images, labels = coloured_images(CLASSES)
     support = support_of(method, images, labels) if name == "pixels-svm" else clustered(CLASSES, noise=0.1)
@@ -135,7 +135,7 @@ def test_a_support_of_two_classes_is_enough(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_images_logits_do_not_depend_on_the_images_tested_beside_it(name: str) -> None:
+def test_the_logits_of_an_image_do_not_depend_on_its_batch(name: str) -> None:
     method, inputs = fitted(name)
     before = {key: value.clone() for key, value in method.state().items()}
     together = only(method.logits(inputs))
@@ -145,7 +145,7 @@ def test_an_images_logits_do_not_depend_on_the_images_tested_beside_it(name: str
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_checkpoint_named_by_its_cell_predicts_the_same(
+def test_a_checkpoint_at_the_path_of_its_cell_predicts_the_same(
     name: str, tmp_path: Path, tiny_clip: TinyClip
 ) -> None:
     method, inputs = fitted(name)
@@ -162,7 +162,7 @@ def test_a_checkpoint_named_by_its_cell_predicts_the_same(
 
 
 @pytest.mark.parametrize("name", ["nearest-class-mean", "k-nn", "tip-adapter", "lp++", "ss-text"])
-def test_turning_features_and_texts_together_changes_nothing(name: str) -> None:
+def test_a_rotation_of_features_and_texts_does_not_change_the_logits(name: str) -> None:
     turn = torch.linalg.qr(torch.randn(DIM, DIM, generator=seeded(3), dtype=torch.float64))[0].float()
     support, inputs = clustered(15), clustered(9, seed=1).inputs[0]
     turned = Support(support.inputs @ turn, support.labels, support.groups, support.text_features @ turn)
@@ -203,7 +203,7 @@ def test_settings_out_of_range_name_the_field(name: str, setting: dict[str, Any]
 # --- choices inside the support -----------------------------------------------------------------
 
 
-def test_a_choice_is_the_best_held_out_log_likelihood_and_sees_no_image_twice() -> None:
+def test_choose_takes_the_best_held_out_log_likelihood_and_keeps_groups_on_one_side() -> None:
     support = clustered(24, twins=2)
     sides: list[tuple[set[int], set[int]]] = []
 
@@ -215,12 +215,12 @@ def test_a_choice_is_the_best_held_out_log_likelihood_and_sees_no_image_twice() 
     chosen = choose(["soft", "wrong", "sharp"], support, held_out_logits, folds=3, seed=0, otherwise="none")
     assert chosen == "sharp"
     assert len(sides) == 3 and set.union(*(held for _, held in sides)) == set(support.groups.tolist())
-    assert not any(fit & held for fit, held in sides)  # twins stay on one side
+    assert not any(fit & held for fit, held in sides)  # a group stays on one side
 
 
 @dataclass
 class Sharpened:
-    """Answers with the label that is in the first feature, as sharply as its learning rate says."""
+    """Predicts the label in the first feature; its learning rate scales the logits."""
 
     lr: float
     seen: ClassVar[list[int]] = []
@@ -238,28 +238,28 @@ def labelled(labels: Tensor) -> Support:
     return Support(inputs, labels, torch.arange(len(labels)), torch.zeros(CLASSES, DIM))
 
 
-def test_the_learning_rate_is_the_one_that_does_best_on_held_out_images_of_a_part_of_the_support() -> None:
+def test_the_learning_rate_does_best_on_held_out_images_of_a_part_of_the_support() -> None:
     support = labelled(torch.arange(90) % CLASSES)
     Sharpened.seen.clear()
     rates = LearningRates((0.1, 5.0, 1.0), folds=2, images=30)
     chosen = rates.fit(Sharpened(0.7), support, seeded())  # pyright: ignore[reportArgumentType]
     assert cast("Any", chosen).lr == 5.0
-    assert Sharpened.seen == [15] * 6 + [90]  # three rates on either half of 30, and the last on all
+    assert Sharpened.seen == [15] * 6 + [90]  # three rates on each half of 30, then the best rate on all
 
 
 @pytest.mark.parametrize("counts", [(1, 60, 60), (2, 60, 60), (500, 2, 3)])
-def test_a_rate_can_be_chosen_or_not_whatever_the_classes_sizes(counts: tuple[int, ...]) -> None:
+def test_the_learning_rate_is_chosen_for_any_class_sizes(counts: tuple[int, ...]) -> None:
     labels = torch.arange(CLASSES).repeat_interleave(torch.tensor(counts))
     rates = LearningRates((0.1, 5.0), folds=2, images=20)
     chosen = rates.fit(Sharpened(0.7), labelled(labels), seeded())  # pyright: ignore[reportArgumentType]
-    assert cast("Any", chosen).lr == (0.1 if min(counts) == 1 else 5.0)  # nothing held out: the first stands
+    assert cast("Any", chosen).lr == (0.1 if min(counts) == 1 else 5.0)  # without a fold, the first rate
 
 
-def test_without_a_fold_the_published_value_stands_and_one_candidate_needs_no_fold() -> None:
+def test_without_folds_the_published_value_is_used_and_one_candidate_needs_no_folds() -> None:
     one_each = clustered(CLASSES)
 
     def never(fit: Support, held: Support) -> Iterable[Tensor]:
-        pytest.fail("there is nothing to hold out")
+        pytest.fail("no fold can be made")
 
     assert choose([1, 2], one_each, never, folds=3, seed=0, otherwise=7) == 7
     assert choose([1], clustered(12), never, folds=3, seed=0, otherwise=7) == 1
@@ -285,14 +285,14 @@ def tip_by_hand(support: Support, inputs: np.ndarray, alpha: float, beta: float)
     return out
 
 
-def test_tip_adapter_is_the_formula_over_the_mean_of_the_views() -> None:
+def test_tip_adapter_matches_its_formula_with_the_mean_of_the_views_as_key() -> None:
     support, inputs = clustered(12, views=3), clustered(5, seed=1).inputs[0]
     method = make("tip-adapter", alphas=(2.5,), betas=(4.0,)).fit(support, seeded())
     by_hand = tip_by_hand(support, inputs.double().numpy(), 2.5, 4.0)
     np.testing.assert_allclose(only(method.logits(inputs)), by_hand, atol=1e-5)
 
 
-def test_a_far_key_has_no_vote_and_an_equal_one_has_a_whole() -> None:
+def test_a_distant_key_has_no_vote_and_an_equal_key_has_one_vote() -> None:
     votes = cache_logits(torch.tensor([[1.0, 0.0, -1.0]]), torch.eye(3), beta=50.0)
     assert torch.allclose(votes, torch.tensor([[1.0, 0.0, 0.0]]))
 
@@ -312,7 +312,7 @@ def test_tip_adapter_chooses_alpha_and_beta_on_the_folds_of_its_support() -> Non
     assert (method.alpha_, method.beta_) == max(scores, key=lambda pair: scores[pair])
 
 
-def test_keys_that_do_not_move_make_tip_adapter_f_tip_adapter() -> None:
+def test_tip_adapter_f_with_a_learning_rate_of_0_is_tip_adapter() -> None:
     support, inputs = clustered(18, views=2), clustered(5, seed=1).inputs[0]
     plain = make("tip-adapter").fit(support, seeded())
     still = make("tip-adapter-f", lr=0.0).fit(support, seeded())
@@ -320,7 +320,7 @@ def test_keys_that_do_not_move_make_tip_adapter_f_tip_adapter() -> None:
     np.testing.assert_allclose(only(still.logits(inputs)), only(plain.logits(inputs)), atol=1e-12)
 
 
-def test_only_the_keys_of_tip_adapter_f_learn_and_its_loss_falls() -> None:
+def test_tip_adapter_f_trains_only_its_keys_and_its_loss_falls() -> None:
     support = clustered(18, noise=1.2)
     method = make("tip-adapter-f", lr=1e-2, alphas=(ALPHA,), betas=(BETA,)).fit(support, seeded())
     cache = Cache.of(support, SCALE)
@@ -334,7 +334,7 @@ def test_only_the_keys_of_tip_adapter_f_learn_and_its_loss_falls() -> None:
 
 
 def test_tip_adapter_f_keeps_the_last_iterate_of_adamw() -> None:
-    """One batch a pass, so nothing is drawn that matters: the steps can be taken by hand."""
+    """With one batch per epoch, random draws have no effect, so NumPy can repeat the steps."""
     support, epochs = clustered(9), 5
     method = make("tip-adapter-f", epochs=epochs, alphas=(ALPHA,), betas=(BETA,)).fit(support, seeded())
     features, text = support.inputs[0].double(), support.text_features.double()
@@ -355,7 +355,7 @@ def test_tip_adapter_f_keeps_the_last_iterate_of_adamw() -> None:
 # --- CLIP-Adapter -------------------------------------------------------------------------------
 
 
-def test_clip_adapter_is_the_formula() -> None:
+def test_clip_adapter_matches_its_formula() -> None:
     support, inputs = clustered(12), clustered(5, seed=1).inputs[0]
     method = make("clip-adapter", ratios=(0.3,), reduction=4).fit(support, seeded())
     w1, w2 = (method.state()[f"adapter.{name}.weight"].double().numpy() for name in ("down", "up"))
@@ -368,7 +368,7 @@ def test_clip_adapter_is_the_formula() -> None:
         np.testing.assert_allclose(only(method.logits(inputs))[i], SCALE * text @ adapted, atol=1e-4)
 
 
-def test_an_adapter_without_a_share_leaves_clip_zero_shot() -> None:
+def test_clip_adapter_with_a_ratio_of_0_is_clip_zero_shot() -> None:
     support, inputs = clustered(12), clustered(5, seed=1).inputs[0]
     logits = only(make("clip-adapter", ratios=(0.0,)).fit(support, seeded()).logits(inputs))
     zero_shot = make("clip-zero-shot").fit(support, seeded()).logits(inputs)
@@ -376,9 +376,9 @@ def test_an_adapter_without_a_share_leaves_clip_zero_shot() -> None:
     assert torch.allclose(Adapter(DIM, 4, 0.0)(inputs), inputs, atol=1e-6)
 
 
-def test_the_share_of_the_adapter_is_chosen_inside_the_support() -> None:
+def test_the_ratio_of_clip_adapter_is_chosen_inside_the_support() -> None:
     support = clustered(24, noise=0.3)
-    misleading = support.text_features.roll(1, dims=0)  # without an adapter every image is taken for another
+    misleading = support.text_features.roll(1, dims=0)  # zero-shot predicts a wrong class for every image
     support = Support(support.inputs, support.labels, support.groups, misleading)
     assert make("clip-adapter", ratios=(0.0, 0.8)).fit(support, seeded()).ratio_ == 0.8
 
@@ -386,7 +386,7 @@ def test_the_share_of_the_adapter_is_chosen_inside_the_support() -> None:
 # --- LP++ ---------------------------------------------------------------------------------------
 
 
-def test_lp_plus_plus_starts_at_class_sums_and_the_mean_cosine_to_the_own_text() -> None:
+def test_lp_plus_plus_starts_at_class_sums_and_the_mean_cosine_to_the_text_of_the_class() -> None:
     support = clustered(10)  # classes of 4, 3 and 3 images
     features, text = support.inputs[0].double(), support.text_features.double()
     weight, alpha = start(features, functional.one_hot(support.labels, CLASSES).double(), text)
@@ -396,7 +396,7 @@ def test_lp_plus_plus_starts_at_class_sums_and_the_mean_cosine_to_the_own_text()
     np.testing.assert_allclose(alpha.numpy(), np.full(CLASSES, 250 * mean), atol=1e-9)
 
 
-def test_the_step_sizes_of_lp_plus_plus_come_from_bounds_on_the_curvature() -> None:
+def test_the_step_sizes_of_lp_plus_plus_follow_from_bounds_on_the_curvature() -> None:
     support = clustered(20)
     features, text = support.inputs[0].double(), support.text_features.double()
     step_w, step_alpha = step_sizes(features, text)
@@ -407,7 +407,7 @@ def test_the_step_sizes_of_lp_plus_plus_come_from_bounds_on_the_curvature() -> N
     def loss(weight: Tensor, alpha: Tensor) -> Tensor:
         return functional.cross_entropy(features @ (weight + alpha[:, None] * text).T, support.labels)
 
-    for seed in range(5):  # the curvature anywhere is below the bounds, so the steps are not above them
+    for seed in range(5):  # the bounds hold at every point
         spread = random_features(CLASSES, seed, DIM) * seed
         of_w = torch.autograd.functional.hessian(lambda w: loss(w, alpha), weight + spread)
         one_class = of_w[0, :, 0]  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -418,8 +418,8 @@ def test_the_step_sizes_of_lp_plus_plus_come_from_bounds_on_the_curvature() -> N
         assert torch.linalg.eigvalsh(of_alpha)[-1] <= 1 / (8 * step_alpha) + 1e-12  # pyright: ignore[reportArgumentType]
 
 
-def test_lp_plus_plus_takes_the_steps_of_its_loss() -> None:
-    """The same steps by automatic differentiation of the cross-entropy."""
+def test_lp_plus_plus_takes_the_gradient_steps_of_its_loss() -> None:
+    """The reference steps use automatic differentiation of the cross-entropy."""
     support = clustered(14, noise=1.2)
     features, text = support.inputs[0].double(), support.text_features.double()
     weight, alpha = start(features, functional.one_hot(support.labels, CLASSES).double(), text)
@@ -455,7 +455,7 @@ def test_the_steps_of_lp_plus_plus_stay_stable(seed: int) -> None:
 # --- SS-Text ------------------------------------------------------------------------------------
 
 
-def test_the_closed_form_of_ss_text_is_the_minimum_of_its_objective() -> None:
+def test_the_closed_form_of_ss_text_minimises_its_objective() -> None:
     support = clustered(11)
     features, text = support.inputs[0].double(), support.text_features.double()
     penalty = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
@@ -501,15 +501,17 @@ def knn_by_hand(support: Support, inputs: np.ndarray, neighbours: int) -> np.nda
 
 
 @pytest.mark.parametrize("neighbours", [1, 3, 7, 99])
-def test_nearest_neighbours_vote_and_their_shares_are_probabilities(neighbours: int) -> None:
+def test_nearest_neighbours_matches_its_formula_and_gives_probabilities(
+    neighbours: int,
+) -> None:
     support, inputs = clustered(14, noise=1.2), clustered(6, seed=1).inputs[0]
     logits = only(make("k-nn", neighbours=(neighbours,)).fit(support, seeded()).logits(inputs))
     np.testing.assert_allclose(logits, knn_by_hand(support, inputs.double().numpy(), neighbours), atol=1e-9)
     np.testing.assert_allclose(np.exp(logits).sum(axis=1), 1, atol=1e-12)
 
 
-def test_of_two_classes_with_as_many_votes_the_nearer_wins() -> None:
-    angles = torch.tensor([0.3, 0.1, 0.2, 0.4])  # from the image that is asked about
+def test_of_two_classes_with_equally_many_neighbours_the_nearer_class_wins() -> None:
+    angles = torch.tensor([0.3, 0.1, 0.2, 0.4])  # to the test image
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     support = Support(features[None], torch.tensor([0, 1, 2, 0]), torch.arange(4), torch.eye(3, 2))
     logits = make("k-nn", neighbours=(3,)).fit(support, seeded()).logits(torch.tensor([[1.0, 0.0]]))
@@ -532,11 +534,9 @@ def test_the_number_of_neighbours_is_chosen_on_the_folds_of_the_support() -> Non
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
-def test_the_state_of_the_svm_reproduces_scikit_learns_decision_function(
-    classes: int, tiny_clip: TinyClip
-) -> None:
+def test_the_svm_reproduces_the_decision_function_of_scikit_learn(classes: int, tiny_clip: TinyClip) -> None:
     rng = np.random.default_rng(0)
-    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, 50)])  # of unequal size
+    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, 50)])  # classes of unequal size
     thumbnails = rng.uniform(size=(len(labels), 16)).astype(np.float32)
     thumbnails[np.arange(len(labels)), labels] += 0.5
     support = Support(
@@ -560,7 +560,7 @@ def test_the_state_of_the_svm_reproduces_scikit_learns_decision_function(
         assert (logits.argmax(axis=1) == reference.predict(scaled[1])).all()
 
 
-def test_the_svm_chooses_cost_and_width_on_the_folds_of_its_support() -> None:
+def test_the_svm_chooses_cost_and_gamma_on_the_folds_of_its_support() -> None:
     images, labels = coloured_images(30)
     method = make("pixels-svm", costs=(0.1, 10.0), gammas=(0.01, 1.0, 50.0))
     support = support_of(method, images, labels)
@@ -577,7 +577,7 @@ def test_the_svm_chooses_cost_and_width_on_the_folds_of_its_support() -> None:
     assert (method.cost_, method.machine_.gamma) == max(scores, key=lambda pair: scores[pair])
 
 
-def test_the_svm_draws_a_border_that_no_line_can() -> None:
+def test_the_svm_separates_classes_that_no_line_separates() -> None:
     corners = np.array([[0, 0], [1, 1], [0, 1], [1, 0]], dtype=float) * 2 - 1
     labels = np.array([0, 0, 1, 1])
     machine, vectors = RbfMachine.fit(corners, labels, 10.0, 1.0)

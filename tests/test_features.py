@@ -25,7 +25,7 @@ from medfocus.focus.view import view, view_key
 from medfocus.images.decode import read
 from medfocus.images.geometry import letterbox
 from medfocus.storage import shards as shards_module
-from tests.conftest import and_no_more
+from tests.conftest import run_forked
 
 SHA = hashlib.sha256(b"an image").hexdigest()
 ITEMS = list(range(23))
@@ -322,7 +322,7 @@ def test_a_killed_run_continues_from_its_cache(tmp_path: Path) -> None:
 )  # Python 3.12 warns about fork; spawn takes 10 s
 def test_two_concurrent_processes_compute_the_same_features(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=and_no_more, args=(encode_all, tmp_path)) for _ in range(3)]
+    processes = [context.Process(target=run_forked, args=(encode_all, tmp_path)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,4 +1,4 @@
-"""Claims about the gate: each condition alone stops a challenger, and says so."""
+"""Each condition of the gate alone stops a challenger and gives its reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LABELS = np.repeat([0, 1], 30)  # (60,)
 
 
 def probabilities(wrong: int, confidence: float = 0.95) -> np.ndarray:
-    """(60, 2): right but for ``wrong`` images of the first class."""
+    """(60, 2): correct except for ``wrong`` images of the first class."""
     predicted = LABELS.copy()
     predicted[:wrong] = 1
     return np.where(np.eye(2, dtype=bool)[predicted], confidence, 1 - confidence)
@@ -54,9 +54,9 @@ def test_without_a_champion_only_recall_and_calibration_are_checked() -> None:
     [
         (2, 5, RULES, ["paired test"]),  # better by chance
         (5, 5, RULES, ["accuracy", "paired test"]),
-        (12, 2, RULES, ["accuracy"]),  # surely worse
+        (12, 2, RULES, ["accuracy"]),  # significantly worse
         (2, 12, replace(RULES, margin=0.2), ["accuracy"]),
-        (5, 5, replace(RULES, margin=-0.02, p=1), []),  # no worse, where that is asked
+        (5, 5, replace(RULES, margin=-0.02, p=1), []),  # equal, with a negative margin
         (7, 5, replace(RULES, margin=-0.02, p=1), ["accuracy"]),
         (16, 29, RULES, ["recall of benign", "calibration error"]),
         (2, 12, replace(RULES, recall={"malignant": 1.0, "all": 0.95}), ["recall of benign"]),
@@ -82,7 +82,7 @@ def test_different_classes_stop_promotion() -> None:
 
 def test_only_images_outside_the_champions_training_set_are_compared() -> None:
     fair = np.ones(60, bool)
-    fair[:12] = False  # it has learnt these by heart, so they say nothing
+    fair[:12] = False  # they were in its training set
     decision = judge(probabilities(12), LABELS, CLASSES, replace(RULES, p=1), champion(0, fair=fair))
     assert "accuracy: 1.0000; version 3 has 1.0000" in decision.reason
     few = champion(12, fair=np.arange(60) < 10)

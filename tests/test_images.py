@@ -1,4 +1,4 @@
-"""Any image becomes RGB, and images and masks go through the same geometry."""
+"""Every image decodes to RGB, and images and masks share their geometry."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_exif_orientation_is_applied() -> None:
     upright = np.zeros((4, 6, 3), dtype=np.uint8)
     upright[0] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
     image = decode.decode(encoded(Image.fromarray(upright), exif=exif), "x")
     assert image.shape == (6, 4, 3)
     assert (image[:, -1] == 255).all()
@@ -113,7 +113,7 @@ def test_other_decoders_of_pillow_are_not_used(form: str) -> None:
 
 
 def promising(width: int, height: int) -> bytes:
-    """A PNG of so many pixels by its header, which has none of them."""
+    """A PNG with a header that declares these sides, and no pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -124,7 +124,7 @@ def promising(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize(
     "side", [8001, 10_000, 65_000]
-)  # of these Pillow warns of the second and refuses the third
+)  # Pillow itself warns about the second and refuses the third
 @pytest.mark.parametrize("warned", [True, False])
 def test_an_image_above_64_megapixels_is_refused_by_its_header(side: int, warned: bool) -> None:
     data = promising(side, side)
@@ -140,7 +140,7 @@ def test_an_image_above_64_megapixels_is_refused_by_its_header(side: int, warned
 def test_an_image_of_64_megapixels_passes_without_a_warning() -> None:
     assert decode.read_header(promising(8000, 8000), "x").size == (8000, 8000)
     assert Image.MAX_IMAGE_PIXELS is not None and decode.MOST_PIXELS <= Image.MAX_IMAGE_PIXELS
-    with pytest.raises(ValueError, match=r"^x: cannot be decoded \("):  # the header was all there is
+    with pytest.raises(ValueError, match=r"^x: cannot be decoded \("):  # the file ends after the header
         decode.decode(promising(8000, 8000), "x")
 
 
@@ -149,7 +149,7 @@ import sys
 from pathlib import Path
 from medfocus.images import decode
 assert decode.read(Path(sys.argv[1])).shape == (8000, 8000, 3)
-# Not ru_maxrss, which begins with the size of the process that started this one.
+# Not ru_maxrss, because it begins with the size of the parent process.
 print(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("VmHWM")))
 """
 
@@ -158,8 +158,8 @@ print(next(line.split()[1] for line in Path("/proc/self/status").open() if line.
 def test_decoding_the_largest_image_takes_less_than_800_mib(tmp_path: Path) -> None:
     Image.new("RGB", (8000, 8000), RED).save(tmp_path / "x.png", compress_level=1)
     command = [sys.executable, "-c", _PEAK, str(tmp_path / "x.png")]
-    told = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 200 < int(told.stdout) / 1024 < 800
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 200 < int(process.stdout) / 1024 < 800
 
 
 def test_a_text_that_unpacks_to_more_than_its_image_is_refused() -> None:
@@ -180,7 +180,7 @@ def test_a_file_is_read_up_to_the_limit_only(tmp_path: Path, monkeypatch: pytest
         decode.read(tmp_path / "x.png")
     with pytest.raises(ImageError, match=r"^upload: the file is larger than 3 MB"):
         decode.decode(bytes(3_000_001), "upload")
-    os.mkfifo(tmp_path / "pipe.png")  # to read it would wait for ever
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would block forever
     with pytest.raises(ImageError, match=r"pipe\.png: is not a regular file\. Replace it"):
         decode.read(tmp_path / "pipe.png")
 

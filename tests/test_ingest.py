@@ -1,4 +1,4 @@
-"""Folders and CSVs become records, and every fault is reported at once with its fix."""
+"""Ingestion turns folders and manifests into records and reports all faults at once with their fixes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medfocus.images.decode import open_image
 
 
 def image(path: Path, seed: int | None = None, mode: str = "L", size: tuple[int, int] = (12, 8)) -> Path:
-    """Write noise, another one for each path."""
+    """Write noise that depends on the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = int.from_bytes(hashlib.sha256(str(path).encode()).digest()[:4]) if seed is None else seed
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -26,7 +26,7 @@ def image(path: Path, seed: int | None = None, mode: str = "L", size: tuple[int,
 
 
 def two_classes(root: Path) -> Path:
-    """A data set without a fault: two splits, two classes, two images each."""
+    """Write a sound data set: two splits, two classes, two images each."""
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             for i in range(2):
@@ -69,7 +69,7 @@ def test_masks_are_never_images(tmp_path: Path) -> None:
     image(tmp_path / "masks" / "train" / "cat" / "0.png")
     for name in ("0_mask.png", "0_mask_1.png"):
         image(tmp_path / "train" / "cat" / name)
-    image(tmp_path / "train" / "cat" / "alone_mask.png")  # with no image beside it: an image itself
+    image(tmp_path / "train" / "cat" / "alone_mask.png")  # an image, because no alone.png exists
     found = paths(ingest(tmp_path))
     assert "train/cat/alone_mask.png" in found
     assert len(found) == 9
@@ -255,7 +255,7 @@ def test_manifest_paths_are_relative_to_its_own_folder(tmp_path: Path) -> None:
         ("raw/a.png", "cat", "train", "p1"),
         ("raw/b.png", "dog", "val", "p2"),
     ]
-    assert result.records[2].patient == "c", "the pattern fills in where the manifest is silent"
+    assert result.records[2].patient == "c", "the pattern applies where the manifest has no patient"
 
 
 def test_every_bad_row_is_left_out_with_its_line(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_manifest_reads_nothing_outside_of_its_root(tmp_path: Path) -> None:
     (data / "inner.png").symlink_to(data / "a.png")
     (data / "circle.png").symlink_to(data / "circle.png")
     (tmp_path / "database").mkdir()
-    image(tmp_path / "database" / "x.png")  # its path begins as the root's does
+    image(tmp_path / "database" / "x.png")  # its path has the root as a prefix
     leading_out = [
         *("../outside.png", "../nowhere.png", "../data/../outside.png", "../database/x.png"),
         *(str(outside), "/etc/passwd", "link.png", "folder/outside.png", r"..\outside.png"),
@@ -297,7 +297,7 @@ def test_a_manifest_reads_nothing_outside_of_its_root(tmp_path: Path) -> None:
     nowhere = ["nowhere.png", "circle.png", f"{'x' * 300}.png"]
     within = ["../data/a.png,cat", "inner.png,cat", f"{data / 'b.png'},dog"]
     lines = ["path,label", *within, *(f"{path},cat" for path in [*leading_out, *nowhere])]
-    (tmp_path / "seen").symlink_to(tmp_path)  # a root may lie behind a link itself
+    (tmp_path / "seen").symlink_to(tmp_path)  # the root may be behind a link
     for root in (data, tmp_path / "seen" / "data"):
         (data / "list.csv").write_text("\n".join(lines).replace(str(data / "b.png"), str(root / "b.png")))
         result = ingest(root, manifest="list.csv")
@@ -396,7 +396,7 @@ def test_data_set_without_images_is_refused(shared_data: Path) -> None:
 def test_an_image_is_decoded_once_until_its_bytes_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second time everything is as it was the first time, the faults and notes included."""
+    """A second run gives the same records, faults and notes."""
     root, cache = two_classes(tmp_path / "set"), tmp_path / "cache"
     stack = [Image.fromarray(np.full((8, 12), value, dtype=np.uint8)) for value in (0, 255)]
     stack[0].save(root / "train" / "cat" / "stack.tif", save_all=True, append_images=stack[1:])

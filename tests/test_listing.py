@@ -1,4 +1,4 @@
-"""How data sets come: the archives that studies name as they unpack, and the tables that clinics have."""
+"""Data sets as they arrive: unpacked public archives, and tables from clinics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from medfocus.masks.quality import known_region
 
 
 def draw(path: Path, value: int | None = None) -> Path:
-    """A small image: noise that its path seeds, or one grey."""
+    """Write a small image: noise that depends on the path, or constant grey."""
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = int.from_bytes(hashlib.sha256(str(path).encode()).digest()[:4])
     noise = np.random.default_rng(seed).integers(0, 256, (8, 12), dtype=np.uint8)
@@ -130,7 +130,9 @@ def test_masks_next_to_an_image_are_united_to_its_known_region(tmp_path: Path) -
     Image.fromarray(right).save(folder / "benign (4)_mask_1.png")
     region = known_region(tmp_path, "Dataset_BUSI_with_GT/benign/benign (4).png", 8, 12)
     assert region is not None and np.array_equal(region, (left | right) > 0)
-    assert known_region(tmp_path, "Dataset_BUSI_with_GT/benign/benign (1).png", 8, 12) is None, "it is blank"
+    assert known_region(tmp_path, "Dataset_BUSI_with_GT/benign/benign (1).png", 8, 12) is None, (
+        "the mask is blank"
+    )
 
 
 def test_the_masks_folder_is_found_inside_a_wrapper(tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_the_masks_folder_is_found_inside_a_wrapper(tmp_path: Path) -> None:
 
 @pytest.fixture
 def four(tmp_path: Path) -> Path:
-    """a.png to d.png in a folder."""
+    """A folder with a.png to d.png."""
     for name in "abcd":
         draw(tmp_path / f"{name}.png")
     return tmp_path
@@ -185,16 +187,16 @@ def test_commas_inside_a_heading_with_semicolons_are_no_separators(four: Path) -
 def test_a_row_with_more_cells_than_the_heading_is_left_out(four: Path) -> None:
     (four / "list.csv").write_text("path,label\na.png,tumour, benign\nb.png,cat\nc.png,dog,\n")
     assert [row[0] for row in rows(four, "list.csv")] == ["b.png", "c.png"]
-    (told,) = left_out(four, "list.csv").items()
-    assert told[0] == "list.csv, line 2: a.png"
-    assert told[1] == "has 3 cells, but the heading has 2. Quote cells that contain the separator."
+    ((path, message),) = left_out(four, "list.csv").items()
+    assert path == "list.csv, line 2: a.png"
+    assert message == "has 3 cells, but the heading has 2. Quote cells that contain the separator."
 
 
 def test_parquet_tables_with_numbers_categories_and_nulls_are_read(four: Path) -> None:
     frame = pd.DataFrame(
         {
             "Path": ["a.png", "b.png", "c.png", None],
-            "label": [1.0, 2.0, None, 1.0],  # what pandas makes of integers beside a null
+            "label": [1.0, 2.0, None, 1.0],  # pandas stores integers with nulls as floats
             "patient": pd.Series([7, 8, 9, 9], dtype="int64"),
             "split": pd.Categorical(["train", "training", "train", "test"]),
             "pixels": [b"x"] * 4,
@@ -235,7 +237,7 @@ def test_columns_with_other_names_are_read_through_a_mapping(four: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("heading", "columns", "told"),
+    ("heading", "columns", "message"),
     [
         (
             "File;label",
@@ -247,10 +249,10 @@ def test_columns_with_other_names_are_read_through_a_mapping(four: Path) -> None
     ],
 )
 def test_missing_and_repeated_columns_are_named(
-    four: Path, heading: str, columns: dict[str, str], told: str
+    four: Path, heading: str, columns: dict[str, str], message: str
 ) -> None:
     (four / "list.csv").write_text(f"{heading}\na.png;cat;cat\n")
-    with pytest.raises(IngestError, match=rf"list\.csv: .*{told}"):
+    with pytest.raises(IngestError, match=rf"list\.csv: .*{message}"):
         ingest(four, manifest="list.csv", columns=columns)
 
 
@@ -281,6 +283,6 @@ def test_a_table_above_the_limit_is_refused(four: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("medfocus.storage.tables.MOST_BYTES", 80_000)
     with pytest.raises(IngestError, match=r"list\.csv: has 0\.0 GB; the limit is .* Divide it"):
         ingest(four, manifest="list.csv")
-    assert (four / "l.pq").stat().st_size < 80_000, "what it unpacks to is what is refused"
+    assert (four / "l.pq").stat().st_size < 80_000, "the unpacked size is above the limit, the file is not"
     with pytest.raises(IngestError, match=r"l\.pq: unpacks to .* GB in 10000 rows"):
         ingest(four, manifest="l.pq")

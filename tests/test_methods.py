@@ -1,7 +1,8 @@
-"""One contract over METHODS, and MedFocusCLIP's equations against independent computations."""
+"""The contract of every method, and MedFocusCLIP's equations against independent computations."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -15,15 +16,17 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
+from flows.stages.finetune import encoder_to_fit
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings
-from medfocus.learning.fitting import Validation, validate
+from medfocus.learning.fitting import Validation, fit, validate
 from medfocus.learning.folds import stratified_folds
 from medfocus.learning.method import Support
 from medfocus.learning.probe import C_WITHOUT_VALIDATION, fit_probe
 from medfocus.learning.training import Schedule, train
 from medfocus.methods import METHODS
+from medfocus.methods.clip import ClipFewShot
 from medfocus.methods.fusion import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.serving import checkpoint
@@ -142,7 +145,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 CLASSES = 3
-TOWERS = ("clip-lora", "coop", "cocoop")  # what runs a text tower, and has to have one
+TOWERS = ("clip-lora", "coop", "cocoop")  # methods that need an encoder with a text tower
 NAMES = ("red", "green", "blue")
 PROMPTS = tuple((f"a photo of {name}",) for name in NAMES)
 
@@ -157,7 +160,7 @@ def encoder_of(name: str, tiny: TinyClip) -> Any:
 
 
 def images_of(name: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """``coloured_images`` at the size that the method's encoder sees."""
+    """Return ``coloured_images`` at the input size of the method's encoder."""
     images, labels = coloured_images(count, seed)
     if name in TOWERS:
         images = images.repeat_interleave(6, dim=1).repeat_interleave(6, dim=2)
@@ -165,11 +168,11 @@ def images_of(name: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def coloured_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images (N, 16, 16, 3) uint8 whose channel of highest mean is their class, and labels (N,)."""
+    """Return images (N, 16, 16, 3) uint8 and labels (N,); the brightest channel of an image is its class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
     images = torch.randint(0, 120, (count, 16, 16, 3), generator=generator)
-    rows = torch.arange(16)[:, None] < 8  # the class also moves brightness, so that a grey method can see it
+    rows = torch.arange(16)[:, None] < 8  # brightness depends on the class too, for methods on grey pixels
     for i, k in enumerate(labels.tolist()):
         images[i, :, :, k] += 80
         images[i, rows.expand(16, 16)] += 18 * k
@@ -215,21 +218,21 @@ def test_the_same_seed_fits_the_same_method(name: str, tiny_clip: TinyClip) -> N
         assert torch.equal(logits, second.logits(support.inputs[0])[classifier])
 
 
-def test_fitting_leaves_the_frozen_towers_as_they_were(name: str, tiny_clip: TinyClip) -> None:
+def test_fitting_does_not_change_the_encoder(name: str, tiny_clip: TinyClip) -> None:
     encoder, (images, _) = encoder_of(name, tiny_clip), images_of(name, 6)
     before = encoder.encode_images(encoder.preprocess(images))
     fitted(name, tiny_clip)
     assert torch.equal(before, encoder.encode_images(encoder.preprocess(images)))
 
 
-def test_a_method_learns_what_its_support_shows(name: str, tiny_clip: TinyClip) -> None:
+def test_a_method_learns_the_classes_of_its_support(name: str, tiny_clip: TinyClip) -> None:
     method, _ = fitted(name, tiny_clip)
     images, labels = images_of(name, 60, seed=9)
     accuracies = {
         classifier: float((logits.argmax(dim=1) == labels).double().mean())
         for classifier, logits in method.logits(method.embed(images)).items()
     }
-    if name == "clip-zero-shot":  # random texts: nothing to see, and nothing was learnt
+    if name == "clip-zero-shot":  # its texts are random, and it learns nothing
         assert set(accuracies) == {"zero-shot"}
     else:
         assert min(accuracies.values()) > 0.8, accuracies
@@ -253,7 +256,20 @@ def test_a_saved_method_predicts_the_same_after_loading(
     assert all(torch.equal(kept[name], value) for name, value in method.state().items())
     for classifier, logits in method.logits(support.inputs[0]).items():
         again = loaded.logits(support.inputs[0])[classifier]
-        assert torch.allclose(logits, again, rtol=0, atol=1e-5), "a matrix product rounds by memory's layout"
+        assert torch.allclose(logits, again, rtol=0, atol=1e-5), "rounding depends on memory layout"
+
+
+@pytest.mark.parametrize(("region", "channels"), [(None, 3), ("attention", 4), ("dual", 6)])
+def test_the_trained_blocks_of_the_encoder_suffice_to_fit(region: str | None, channels: int) -> None:
+    encoder = pocket().with_region(region, 2.0) if region else pocket()
+    method = ClipFewShot(encoder, **{**SETTINGS["clip-few-shot"], "epochs": 2})
+    images, labels = images_of("clip-lora", 6)
+    support = support_of(method, images.repeat(1, 1, 1, 2)[..., :channels], labels)
+    whole = fit(method, support, None, seed=0).state()
+    method.encoder = encoder_to_fit(method, encoder)
+    assert len(pickle.dumps(method.encoder)) < len(pickle.dumps(encoder)) / 2
+    part = fit(method, support, None, seed=0).state()
+    assert all(torch.equal(part[name], value) for name, value in whole.items())
 
 
 def test_a_checkpoint_refuses_other_clip_weights(tiny_clip: TinyClip, tmp_path: Path) -> None:
@@ -276,7 +292,7 @@ def random_features(rows: int, seed: int, dim: int = 8) -> Tensor:
     )
 
 
-def test_contrastive_loss_matches_a_plain_computation() -> None:
+def test_contrastive_loss_matches_a_numpy_computation() -> None:
     images, text = random_features(7, 0).numpy(), random_features(4, 1).numpy()
     labels, s = np.array([0, 0, 2, 3, 2, 0, 3]), 7.0  # class 1 is not in the batch
     present = [0, 2, 3]
@@ -295,11 +311,11 @@ def test_contrastive_loss_matches_a_plain_computation() -> None:
     assert float(ours) == pytest.approx((i2t + t2i) / 2, abs=1e-12)
 
 
-def test_images_of_one_class_are_not_each_others_negatives() -> None:
-    """With a perfect embedding i2t goes to 0; the diagonal form could not get below ln 2 here."""
+def test_images_of_one_class_are_not_negatives_of_each_other() -> None:
+    """With a perfect embedding i2t is 0, while the diagonal form stays at ln 2 or above."""
     text = torch.eye(3, 8, dtype=torch.float64)
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
-    t2i_floor = np.log(2) / 2  # two positives share each column, and half of it counts
+    t2i_floor = np.log(2) / 2  # two positives share each column, and t2i has weight ½
     assert float(contrastive_loss(text[labels], text, labels, 50.0)) == pytest.approx(t2i_floor, abs=1e-6)
 
 
@@ -307,7 +323,7 @@ def test_images_of_one_class_are_not_each_others_negatives() -> None:
 def test_permuting_the_labels_leaves_the_fused_features_byte_identical(
     fusion: str, tiny_clip: TinyClip
 ) -> None:
-    """F sees the text of all classes and never the label: before training M cannot depend on it."""
+    """F uses the texts of all classes and never the label, so M before training does not depend on labels."""
     classifier = FusedClassifier(8, 3, fusion=fusion, head="cosine", hidden=4, logit_scale=10.0)
     images, text = random_features(12, 0).float(), random_features(3, 1).float()
     labels = torch.arange(12) % 3
@@ -317,7 +333,7 @@ def test_permuting_the_labels_leaves_the_fused_features_byte_identical(
 
 
 def test_on_random_labels_the_method_is_at_chance(tiny_clip: TinyClip) -> None:
-    """Held-out images of random labels are guessed no better than by chance: no label leaks into M or C."""
+    """Held-out accuracy on random labels is at chance, so no label leaks into M or C."""
     correct = count = 0
     for seed in range(6):
         method = MedFocusClip(tiny_clip, **SETTINGS["medfocusclip"])
@@ -330,7 +346,7 @@ def test_on_random_labels_the_method_is_at_chance(tiny_clip: TinyClip) -> None:
     assert abs(correct / count - 1 / CLASSES) < 0.08  # three standard errors
 
 
-def test_softmax_text_fusion_is_the_formula() -> None:
+def test_softmax_text_fusion_matches_its_formula() -> None:
     images, text, s, gamma = random_features(5, 0), random_features(3, 1), 6.0, 0.7
     fusion = FUSIONS["softmax-text"](8, 3).double()
     with torch.no_grad():
@@ -348,7 +364,7 @@ def test_fusion_and_adapters_start_as_the_identity_on_the_image_features() -> No
     assert torch.allclose(FUSIONS["softmax-text"](8, 3)(images, text, 6.0), images, atol=1e-6)
 
 
-def test_the_contrastive_term_alone_trains_the_adapters_and_not_the_head() -> None:
+def test_the_contrastive_term_trains_the_adapters_but_not_the_head() -> None:
     classifier = FusedClassifier(8, 3, fusion="softmax-text", head="cosine", hidden=4, logit_scale=10.0)
     images, text, labels = random_features(6, 0).float(), random_features(3, 1).float(), torch.arange(6) % 3
     classifier.loss(images, text, labels, 1.0).backward()
@@ -357,11 +373,11 @@ def test_the_contrastive_term_alone_trains_the_adapters_and_not_the_head() -> No
     assert classifier.head.weight.grad is None or classifier.head.weight.grad.abs().max() == 0
 
 
-def test_the_weight_is_chosen_inside_the_support(tiny_clip: TinyClip) -> None:
+def test_lambda_is_chosen_inside_the_support(tiny_clip: TinyClip) -> None:
     settings = {**SETTINGS["medfocusclip"], "head": "linear", "contrastive_weights": (0.0, 1.0)}
     method = MedFocusClip(tiny_clip, **settings)  # pyright: ignore[reportArgumentType]
     method.fit(support_of(method, *coloured_images(24)), torch.Generator().manual_seed(0))
-    assert method.contrastive_weight_ == 0.0  # at λ = 1 the head never trains, so held-out loss stays at ln 3
+    assert method.contrastive_weight_ == 0.0  # at λ = 1 the head does not train
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -394,21 +410,21 @@ def test_settings_out_of_range_name_the_field() -> None:
         MedFocusClip(TinyClip(), **{**settings, "contrastive_weights": (2,)})  # pyright: ignore[reportArgumentType]
 
 
-# --- validation, the probe and the loop ---------------------------------------------------------
+# --- validation, the probe and the training loop ------------------------------------------------
 
 
 def test_folds_keep_groups_whole_and_classes_present() -> None:
     labels = np.repeat([0, 1], 12)
-    groups = np.arange(24) // 2  # twins
+    groups = np.arange(24) // 2  # two images per group
     pairs = stratified_folds(labels, groups, 3, seed=0)
     assert len(pairs) == 3
     assert sorted(np.concatenate([held for _, held in pairs]).tolist()) == list(range(24))
-    for fit, held in pairs:
-        assert not set(groups[fit]) & set(groups[held])
-        assert set(labels[fit]) == {0, 1}
+    for rest, held in pairs:
+        assert not set(groups[rest]) & set(groups[held])
+        assert set(labels[rest]) == {0, 1}
 
 
-def test_a_class_of_one_group_cannot_be_validated_and_c_falls_back() -> None:
+def test_c_has_its_published_value_if_a_class_has_one_group() -> None:
     labels, groups = np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 3, 3])
     assert stratified_folds(labels, groups, 3, seed=0) == []
     probe = fit_probe(np.eye(5), labels, groups, folds=3, seed=0)
@@ -439,10 +455,10 @@ def test_training_descends_and_keeps_the_last_iterate() -> None:
     )
     assert len(history) == 50
     assert history[-1] < 0.05 < history[0]
-    assert float(weight.detach() ** 2) <= history[-1]  # what is left behind is the last iterate
+    assert float(weight.detach() ** 2) <= history[-1]  # the parameter is the last iterate
 
 
-def test_steps_bound_the_epochs_of_large_supports_and_one_epoch_is_always_made() -> None:
+def test_max_steps_bounds_the_epochs_but_one_epoch_always_runs() -> None:
     def epochs(images: int) -> int:
         weight = torch.nn.Parameter(torch.ones(()))
         history = train(
@@ -452,16 +468,16 @@ def test_steps_bound_the_epochs_of_large_supports_and_one_epoch_is_always_made()
         )  # fmt: skip
         return len(history)
 
-    assert epochs(20) == 30  # an epoch is a step
-    assert epochs(60) == 20  # of two steps each
+    assert epochs(20) == 30  # one step per epoch
+    assert epochs(60) == 20  # two steps per epoch
     assert epochs(32 * 50) == 1  # an epoch is longer than the bound
 
 
-def test_validation_predicts_every_image_once_by_a_method_that_has_not_seen_it(tiny_clip: TinyClip) -> None:
+def test_validation_predicts_every_image_once_with_a_method_fitted_without_it(tiny_clip: TinyClip) -> None:
     seen: list[set[int]] = []
 
     class Remembers:
-        """Knows the labels of what it was fitted on and answers 0 elsewhere."""
+        """Predicts the labels of its training images, and 0 for all other images."""
 
         def fit(self, support: Support, generator: torch.Generator) -> Remembers:
             self.known = {float(x): int(y) for x, y in zip(support.inputs[0], support.labels, strict=True)}
@@ -475,18 +491,18 @@ def test_validation_predicts_every_image_once_by_a_method_that_has_not_seen_it(t
     labels = torch.arange(20) % 2
     support = Support(torch.arange(20.0)[None], labels, torch.arange(20), torch.zeros(2, 4))
     result = validate(Remembers(), support, None, folds=4, seed=0)  # pyright: ignore[reportArgumentType]
-    assert result == Validation(correct=10, count=20)  # it knows nothing held out, so class 1 is always wrong
+    assert result == Validation(correct=10, count=20)  # every held-out image gets class 0
     assert seen == [set()] * 4
 
 
-def test_nothing_is_validated_where_a_class_has_one_image() -> None:
+def test_validation_is_empty_if_a_class_has_one_image() -> None:
     support = Support(torch.zeros(1, 3, 2), torch.tensor([0, 0, 1]), torch.arange(3), torch.zeros(2, 4))
-    never: Any = None  # nothing is fitted
+    never: Any = None  # because nothing is fitted
     assert validate(never, support, None, folds=3, seed=0) == Validation(0, 0)
 
 
 class Brightness:
-    """A segmenter whose image features are the mean brightness of ``grid`` x ``grid`` cells."""
+    """A segmenter with the mean brightness of ``grid`` x ``grid`` cells as image features."""
 
     features_key = "mean brightness"
 
@@ -504,9 +520,7 @@ class Brightness:
         {"tuning": "full", "blocks": 2, "epochs": 3},
     ],
 )
-def test_what_joins_or_trains_in_the_tower_is_kept_in_the_checkpoint(
-    changed: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_state_holds_patch_statistics_and_trained_blocks(changed: dict[str, Any], tmp_path: Path) -> None:
     encoder = build_clip("pocket", "random:0").with_segmenter(Brightness())
     settings = {**SETTINGS["medfocusclip"], **changed}
     method = MedFocusClip(encoder, **settings)  # pyright: ignore[reportArgumentType]
@@ -515,9 +529,9 @@ def test_what_joins_or_trains_in_the_tower_is_kept_in_the_checkpoint(
     text = functional.normalize(torch.randn(CLASSES, encoder.dim), dim=-1)
     support = support_of(method, images, labels, text)
     method.fit(support, torch.Generator().manual_seed(0))
-    again = MedFocusClip(encoder, **settings).load(method.state())  # pyright: ignore[reportArgumentType]
+    loaded = MedFocusClip(encoder, **settings).load(method.state())  # pyright: ignore[reportArgumentType]
     for name, logits in method.logits(support.inputs[0]).items():
-        assert torch.allclose(again.logits(support.inputs[0])[name], logits, rtol=0, atol=1e-5)
+        assert torch.allclose(loaded.logits(support.inputs[0])[name], logits, rtol=0, atol=1e-5)
     if "blocks" in changed:
         assert "classifier.tower.tower.proj" in method.state()
         assert not torch.equal(method.state()["classifier.tower.tower.proj"], encoder.model.visual.proj)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
@@ -527,10 +541,10 @@ def test_what_joins_or_trains_in_the_tower_is_kept_in_the_checkpoint(
         of_blocks = len(settings["layers"]) * settings["grid"] ** 2 * 128
         assert patches.shape[1] == of_blocks + settings["segmenter_grid"] ** 2
         assert torch.allclose(patches.mean(0), torch.zeros(patches.shape[1]), atol=1e-4)
-        assert 0.5 < patches.square().sum(1).mean() < 1.1  # as long as I: neither half drowns the other
+        assert 0.5 < patches.square().sum(1).mean() < 1.1  # about the length of I
 
 
-def test_patch_features_of_a_tower_that_trains_are_refused() -> None:
+def test_patch_features_of_a_trained_encoder_are_refused() -> None:
     for joined in ({"layers": (2,)}, {"segmenter_grid": 4}):
         settings = {**SETTINGS["medfocusclip"], "tuning": "full", "blocks": 1, **joined}
         with pytest.raises(
@@ -539,7 +553,7 @@ def test_patch_features_of_a_tower_that_trains_are_refused() -> None:
             MedFocusClip(None, **settings)  # pyright: ignore[reportArgumentType]
 
 
-def test_segmenter_features_need_a_segmenter_and_change_the_encoders_key() -> None:
+def test_segmenter_features_need_a_segmenter_and_change_the_key_of_the_encoder() -> None:
     encoder = build_clip("pocket", "random:0")
     assert encoder.with_segmenter(Brightness()).key != encoder.key
     method = MedFocusClip(encoder, **{**SETTINGS["medfocusclip"], "segmenter_grid": 4})  # pyright: ignore[reportArgumentType]
@@ -547,7 +561,7 @@ def test_segmenter_features_need_a_segmenter_and_change_the_encoders_key() -> No
         method.embed(torch.zeros(1, 96, 96, 3, dtype=torch.uint8))
 
 
-def test_a_probe_on_more_features_than_images_is_the_one_without_rotation() -> None:
+def test_a_probe_on_more_features_than_images_matches_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     features, labels = rng.standard_normal((20, 60)), np.arange(20) % 3
     features[np.arange(20), labels] += 2

@@ -1,4 +1,4 @@
-"""Scores of a cell and intervals over draws."""
+"""Scores of predictions and intervals over draws."""
 
 from __future__ import annotations
 

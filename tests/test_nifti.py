@@ -1,4 +1,4 @@
-"""A NIfTI volume becomes upright slices of one window, and its slices are one group."""
+"""A NIfTI volume becomes upright slices with one window, and its slices form one group."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from medfocus.images import nifti as reader
 from medfocus.images.errors import ImageError
 from tests.dicoms import nifti
 
-# A head: x to the right, y to the front, z up. The patient's right is bright, his front and his top less so.
+# A head: x to the right, y to the front, z up; brightest at the patient's right, less at the front and top.
 HEAD = np.zeros((12, 16, 9), np.int16)
 HEAD[2:10, 2:14, 1:8] = 400
 HEAD[8:10, 2:14, 1:8] = 1000
 HEAD[2:10, 12:14, 1:8] = 700
 HEAD[2:10, 2:14, 7] = 550
 
-# How the same head may be stored: by axes that are swapped and turned.
+# Orientations of the same head in a file: swapped and flipped axes.
 STORED = {
     "RAS": (lambda v: v, np.eye(4)),
     "LPS": (lambda v: v[::-1, ::-1], np.diag([-1.0, -1, 1, 1])),
@@ -42,7 +42,7 @@ def test_slices_are_upright_for_every_orientation_of_the_file(tmp_path: Path, fo
     turn, affine = STORED[form]
     file = nifti(tmp_path / name, np.ascontiguousarray(turn(HEAD)), affine)
     axial = decode.read(Path(f"{file}#z=4"))[..., 0]
-    assert axial.shape == (16, 12)  # rows from the front to the back
+    assert axial.shape == (16, 12)  # rows from front to back
     assert (axial[4:10, 2] == 255).all(), "the patient's right is on the left"
     assert (axial[2:4, 5:9] > axial[8, 6]).all(), "the front is up"
     coronal = decode.read(Path(f"{file}#y=5"))[..., 0]
@@ -71,10 +71,12 @@ def test_only_the_sign_of_a_slope_matters(tmp_path: Path) -> None:
         made = nibabel.Nifti1Image(HEAD, np.eye(4))
         made.header.set_slope_inter(slope, -7.0)
         data = made.to_bytes()
-        header = data[:112] + struct.pack("<ff", slope, -7.0) + data[120:352]  # nibabel writes its own
+        header = (
+            data[:112] + struct.pack("<ff", slope, -7.0) + data[120:352]
+        )  # nibabel would overwrite the slope
         (tmp_path / "b.nii").write_bytes(header + HEAD.tobytes(order="F"))
         found = decode.read(Path(f"{tmp_path / 'b.nii'}#z=4"))
-        assert np.abs(found.astype(int) - expected).max() <= 1  # a half is rounded to even
+        assert np.abs(found.astype(int) - expected).max() <= 1  # rounding half to even
 
 
 def test_nifti_two_and_a_single_slice(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_nifti_two_and_a_single_slice(tmp_path: Path) -> None:
 
 
 def changed(data: bytes, place: int, form: str, *values: float) -> bytes:
-    """A NIfTI-1 file with other values at a place of its header."""
+    """A NIfTI-1 file with other values at an offset in its header."""
     return data[:place] + struct.pack(f"<{form}", *values) + data[place + struct.calcsize(f"<{form}") :]
 
 
@@ -159,8 +161,8 @@ def test_the_folder_labels_the_slices_of_a_volume_as_one_group(folder: Path) -> 
     assert [r.path for r in found.records[:2]] == ["ill/head0.nii.gz#z=1", "ill/head0.nii.gz#z=2"]
     assert len({r.patient for r in found.records}) == 4 and len({r.sha256 for r in found.records}) == 28
     assert all((r.width, r.height, r.mode) == (12, 16, "I;16") for r in found.records)
-    told = [f.fault for f in found.reported if f.path != "."]
-    assert told == ["holds 2 constant slice(s), which are left out"] * 4 and not found.left_out
+    faults = [f.fault for f in found.reported if f.path != "."]
+    assert faults == ["holds 2 constant slice(s), which are left out"] * 4 and not found.left_out
     for record in found.records[:3]:
         assert decode.read_named(folder / record.path)[0] == record.sha256
 
@@ -182,7 +184,7 @@ def test_a_manifest_may_list_a_volume_or_one_of_its_slices(folder: Path) -> None
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
     found = ingest(folder, manifest="list.csv")
     chosen = [(r.path, r.patient) for r in found.records if r.label == "well"]
-    assert chosen[0] == ("well/head0.nii.gz#z=0", "p3"), "a slice of air too, if it is asked for"
+    assert chosen[0] == ("well/head0.nii.gz#z=0", "p3"), "a listed slice may be constant"
     assert chosen[1][0] == "well/head1.nii.gz#y=05" and chosen[1][1].startswith("file-")
     assert {r.patient for r in found.records if r.label == "ill"} == {"p1"}
     assert [f.path for f in found.left_out] == ["well/head0.nii.gz#z=99"]

@@ -1,4 +1,4 @@
-"""Claims about the operation: who is told of a failure, what runs when, and never two at once."""
+"""Claims about operations: notices of failures, schedules, locks, passwords, containers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from prefect.states import Crashed, exception_to_failed_state
 
 from flows.backfill import backfill
 from flows.operations import notify, stack
-from flows.operations.jobs import JobRunningError, only_retraining
+from flows.operations.locks import JobRunningError, only_retraining
 from flows.operations.retries import is_passing
 from flows.retrain import retrain
-from flows.servers import postgres, servers
+from flows.servers import postgres
+from flows.servers.prefect import POOL
 from flows.stages.dvc import StageBusyError
 from medfocus.storage.redaction import RedactedError
 
@@ -49,7 +50,7 @@ def report(state: State[Any]) -> None:
 
 @pytest.fixture
 def posted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
-    """The bodies that a webhook on loopback was sent."""
+    """The bodies of the requests to a webhook on loopback."""
     bodies: list[bytes] = []
 
     class Webhook(BaseHTTPRequestHandler):
@@ -59,7 +60,7 @@ def posted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing on the terminal."""
+            """Write nothing to the terminal."""
 
     server = HTTPServer(("127.0.0.1", 0), Webhook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -69,14 +70,14 @@ def posted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     server.server_close()
 
 
-def test_a_webhook_gets_the_kind_of_error_and_never_its_text(
+def test_a_webhook_gets_the_class_of_an_error_and_never_its_text(
     posted: list[bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PREFECT_UI_URL", "http://127.0.0.1:4200")
     report(failed(FileNotFoundError(f"{PATIENT} is gone")))
     (body,) = posted
-    told = json.loads(body)
-    assert {name: told[name] for name in ("flow", "run", "state", "error")} == {
+    notice = json.loads(body)
+    assert {name: notice[name] for name in ("flow", "run", "state", "error")} == {
         "flow": "retrain",
         "run": "params.yaml",
         "state": "Failed",
@@ -85,7 +86,7 @@ def test_a_webhook_gets_the_kind_of_error_and_never_its_text(
     assert b"DOE" not in body and not capsys.readouterr().err
 
 
-def test_a_run_that_was_killed_is_told_of_as_one(posted: list[bytes]) -> None:
+def test_a_killed_run_is_reported_as_crashed(posted: list[bytes]) -> None:
     report(Crashed(message="Process exited with status code: -9."))
     assert json.loads(posted[0])["state"] == "Crashed" and json.loads(posted[0])["error"] == "CrashedRun"
 
@@ -99,28 +100,28 @@ def test_without_a_webhook_a_failure_is_one_line(
     assert line.startswith("retrain, run params.yaml: Failed, ValueError, ") and "DOE" not in line
 
 
-def test_a_webhook_that_never_answers_costs_a_bounded_time_and_no_error(
+def test_a_webhook_that_never_answers_costs_limited_time_and_raises_no_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(notify, "LIMIT", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
         monkeypatch.setenv(notify.WEBHOOK, f"http://127.0.0.1:{silent.getsockname()[1]}/secret")
         start = time.monotonic()
         report(failed(ValueError(PATIENT)))
         assert time.monotonic() - start < 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert "did not take it" in line and "secret" not in line and "DOE" not in line
+    assert "MEDFOCUS_WEBHOOK failed" in line and "secret" not in line and "DOE" not in line
 
 
-def test_an_address_that_is_no_web_address_is_not_opened(
+def test_a_file_address_is_not_opened(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(notify.WEBHOOK, "file:///etc/hostname")
     report(failed(ValueError(PATIENT)))
-    assert capsys.readouterr().err.endswith("did not take it (it is no http:// or https:// address)\n")
+    assert capsys.readouterr().err.endswith("MEDFOCUS_WEBHOOK failed (not an http:// or https:// address)\n")
 
 
-def test_a_server_that_does_not_answer_is_tried_again_and_a_bad_image_is_not() -> None:
+def test_a_server_that_does_not_answer_is_retried_and_an_unreadable_image_is_not() -> None:
     import requests
 
     wrapped = RuntimeError("the champion cannot be loaded")
@@ -137,7 +138,7 @@ def deployments() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["nightly", "study", "backfill"])
-def test_a_deployment_has_a_flow_that_takes_its_parameters_a_limit_and_a_hook(
+def test_a_deployment_has_a_flow_with_its_parameters_a_time_limit_and_failure_hooks(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -145,49 +146,51 @@ def test_a_deployment_has_a_flow_that_takes_its_parameters_a_limit_and_a_hook(
     flow = load_flow_from_entrypoint(deployment["entrypoint"])
     assert isinstance(flow, Flow)
     assert set(deployment["parameters"]) == set(flow.parameters.properties)
-    assert deployment["work_pool"]["name"] == servers.POOL
+    assert deployment["work_pool"]["name"] == POOL
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
     assert flow.timeout_seconds and flow.on_failure_hooks and flow.on_crashed_hooks
 
 
-def test_the_nightly_run_has_a_time_and_a_zone_and_is_over_before_the_next() -> None:
+def test_the_nightly_run_has_a_time_zone_and_ends_before_the_next_run() -> None:
     ((only,), *others) = [deployment["schedules"] for deployment in deployments().values()]
-    schedule = CronSchedule(**only)  # raises for a cron that is none
+    schedule = CronSchedule(**only)  # raises for an invalid cron expression
     assert ZoneInfo(str(schedule.timezone)) and not any(others)
     assert retrain.timeout_seconds is not None and retrain.timeout_seconds < 24 * 3600
 
 
-def test_no_retraining_and_no_backfill_starts_where_another_works(project: Path) -> None:
+def test_no_retraining_and_no_backfill_starts_while_another_runs(project: Path) -> None:
     with FileLock(project / ".cache" / ".retraining.lock"):
         for flow in (retrain, backfill):
-            with pytest.raises(RedactedError, match=r"^JobRunningError at") as told:
+            with pytest.raises(RedactedError, match=r"^JobRunningError at") as caught:
                 flow.fn(Path("params.yaml"))
-            assert isinstance(told.value.error, JobRunningError)
-            assert "another retraining or back-fill runs here" in str(told.value.error)
-    with only_retraining(project):  # it was given back
+            assert isinstance(caught.value.error, JobRunningError)
+            assert "another retraining or back-fill is running" in str(caught.value.error)
+    with only_retraining(project):  # the lock is free again
         pass
 
 
-def test_a_backfill_names_the_data_set_that_is_not_there(project: Path) -> None:
-    with pytest.raises(RedactedError) as told:
+def test_a_backfill_names_an_unknown_data_set_and_a_missing_manifest(project: Path) -> None:
+    with pytest.raises(RedactedError) as caught:
         backfill.fn(Path("params.yaml"), ["chest"])
-    assert "no data set 'chest' there; it has phantom-breast" in str(told.value.error)
-    with pytest.raises(RedactedError) as told:
+    assert "there is no data set 'chest'. Choose from phantom-breast" in str(caught.value.error)
+    with pytest.raises(RedactedError) as caught:
         backfill.fn(Path("params.yaml"))
-    assert "phantom-breast has no manifest; ingest it first" in str(told.value.error)
+    assert "phantom-breast has no manifest. Ingest it" in str(caught.value.error)
 
 
-def test_beyond_loopback_mlflow_does_not_start_without_a_password_of_ones_own() -> None:
+def test_mlflow_does_not_start_beyond_loopback_without_a_password() -> None:
     for host in ("0.0.0.0", "192.0.2.7", "::"):
-        with pytest.raises(ValueError, match=r"there is no default one. Set MLFLOW_AUTH_ADMIN_PASSWORD"):
+        with pytest.raises(ValueError, match=r"there is no default. Set MLFLOW_AUTH_ADMIN_PASSWORD"):
             stack.credentials(host, {})
     for host in ("0.0.0.0", "127.0.0.1"):
-        assert stack.credentials(host, {stack.PASSWORD: "of my own"}) == stack.Login("admin", "of my own")
-    assert "of my own" not in repr(stack.Login("admin", "of my own"))
+        assert stack.credentials(host, {stack.PASSWORD: "my own"}) == stack.Login("admin", "my own")
+    assert "my own" not in repr(stack.Login("admin", "my own"))
     assert stack.credentials("127.0.0.1", {}) is None and stack.credentials("localhost", {}) is None
 
 
-def test_without_postgresql_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_postgresql_is_reported_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(postgres.shutil, "which", lambda name: None)
     monkeypatch.setattr(postgres.Path, "glob", lambda self, pattern: iter(()))
     with pytest.raises(FileNotFoundError, match="apt-get install postgresql"):
@@ -197,7 +200,7 @@ def test_without_postgresql_it_says_how_to_install_it(monkeypatch: pytest.Monkey
 PASSWORDS = ("POSTGRES_PASSWORD", "MLFLOW_PASSWORD", "MLFLOW_SECRET_KEY", "PREFECT_PASSWORD")
 
 
-def test_the_containers_have_checks_listen_on_loopback_and_know_no_password_by_heart() -> None:
+def test_containers_have_health_checks_listen_on_loopback_and_contain_no_password() -> None:
     content = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
     assert set(content["services"]) == {"postgres", "mlflow", "prefect", "worker"}
     secrets: list[str] = []
@@ -220,7 +223,7 @@ def test_the_containers_have_checks_listen_on_loopback_and_know_no_password_by_h
         assert any(f"python -m {module}" in command for command in commands)
 
 
-def test_compose_takes_the_file_and_no_password_left_out() -> None:
+def test_compose_accepts_the_file_and_rejects_a_missing_password() -> None:
     command = ["docker", "compose"]
     if not shutil.which("docker") or subprocess.run([*command, "version"], capture_output=True).returncode:
         command = ["docker-compose"]
@@ -228,8 +231,10 @@ def test_compose_takes_the_file_and_no_password_left_out() -> None:
         pytest.skip("neither `docker compose` nor docker-compose is installed")
     command += ["--file", str(ROOT / "compose.yaml"), "config", "--quiet"]
     plain = {name: value for name, value in os.environ.items() if name not in PASSWORDS}
-    for left_out in (None, *PASSWORDS):
-        given = {name: "of my own" for name in PASSWORDS if name != left_out}
-        checked = subprocess.run(command, env={**plain, **given}, capture_output=True, text=True, check=False)
-        assert (checked.returncode == 0) == (left_out is None), checked.stderr
-        assert left_out is None or left_out in checked.stderr
+    for missing in (None, *PASSWORDS):
+        passwords = {name: "my own" for name in PASSWORDS if name != missing}
+        checked = subprocess.run(
+            command, env={**plain, **passwords}, capture_output=True, text=True, check=False
+        )
+        assert (checked.returncode == 0) == (missing is None), checked.stderr
+        assert missing is None or missing in checked.stderr

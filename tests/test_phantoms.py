@@ -1,4 +1,4 @@
-"""Claims about the drawn images: their bytes, their known regions, and where the class can be seen."""
+"""Phantoms have fixed bytes and known regions, and show their class only inside the region."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_an_unknown_class_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_the_class_is_visible_in_the_region_and_hardly_elsewhere(modality: str) -> None:
-    """From ten images per class, the mean of five draws: the region's pixels tell what no others do."""
+    """Mean over five draws of ten images per class: only the pixels of the region reveal the class."""
     labels = [label for label in MODALITIES[modality] if label not in WITHOUT_LESION]
     drawn = [[image_of(modality, label, index) for index in range(50)] for label in labels]
     y = np.repeat(np.arange(len(labels)), 50)
@@ -187,7 +187,7 @@ def test_the_class_is_visible_in_the_region_and_hardly_elsewhere(modality: str) 
 
 
 def pixels(image: np.ndarray) -> np.ndarray:
-    """24 x 24 grey pixels of an image of any size, (576,)."""
+    """An image of any size as 24 x 24 grey pixels, (576,)."""
     return np.asarray(Image.fromarray(image).resize((24, 24), Image.Resampling.BOX), float).ravel() / 255
 
 
@@ -198,7 +198,7 @@ def crop(phantom: Phantom) -> np.ndarray:
 
 
 def without_region(phantom: Phantom) -> np.ndarray:
-    """The image, with the box around the region filled with the image's mean: its outline is gone too."""
+    """The image with the box around the region filled with the mean, so that the outline is hidden too."""
     rows, columns = (np.flatnonzero(phantom.region.any(axis)) for axis in (1, 0))
     rest = phantom.image.copy()
     rest[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = int(phantom.image.mean())

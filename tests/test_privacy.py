@@ -1,7 +1,8 @@
-"""Patients' names in paths, tables and headers of images stay with them and on the terminal.
+"""Patient names in paths, tables and image headers appear only next to the data and on the terminal.
 
-One small study is run to its end, and once into a fault; then every byte of what would be shown, shared or
-backed up is looked through: Prefect's database and logs, MLflow's with all artefacts, the reports, dvc.lock.
+A small study runs once into an error and once to its end. The test then searches every byte that would be
+shown, shared or backed up: Prefect's database and logs, MLflow's database and artefacts, the reports, and
+dvc.lock.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flows import pipeline
-from flows.servers import servers
+from flows.servers import prefect as prefect_servers
 from flows.stages import finetune
 from flows.study.dataset import EncodedDataset
 from medfocus import phantoms
@@ -37,12 +38,12 @@ FOLDER, FILE, PATIENT = "ROE_RICHARD_1961", "DOE_JANE_1970", "MRN_0815_4711"
 TEXT, EXIF, LEFT_OUT = "DUPONT_MARIE_1955", "MUSTERMANN_ERIKA", "SMITH_JOHN_1948"
 HEADER, NAME = "MRN_2718_2818", "ROSSI^MARIO"  # in DICOM headers
 PLANTED = (FOLDER, FILE, PATIENT, TEXT, EXIF, LEFT_OUT, HEADER, NAME)
-TOLD_TO_THE_OWNER = ("left_out.csv", "reported.csv", "duplicates.csv")  # which files to mend, by their names
+FOR_THE_OWNER = ("left_out.csv", "reported.csv", "duplicates.csv")  # they name files
 
 
 @pytest.fixture
 def clinic(project: Path) -> Path:
-    """A project on a folder of images with a manifest, as it comes out of a hospital; the folder."""
+    """A project with a folder of images and a manifest, as from a hospital; return the folder."""
     content = yaml.safe_load((project / "params.yaml").read_text())
     content["datasets"]["phantom-breast"] |= {"root": "incoming", "manifest": "list.csv"}
     content["phantoms"] = {}
@@ -60,7 +61,7 @@ def clinic(project: Path) -> Path:
                 save(drawn(split, label, number), folder / name)
                 own = "" if number % 3 == 2 else f"{PATIENT}_{split}_{label}_{number}"
                 lines.append(f"{FOLDER}/{name},{label},{split},{own}")
-    twin = folder / f"{FILE}_twin.png"  # a test image that is in train as well
+    twin = folder / f"{FILE}_twin.png"  # a test image that is also in train
     twin.write_bytes((folder / f"{FILE}_train_cyst_0.png").read_bytes())
     lines.append(f"{FOLDER}/{twin.name},cyst,test,{PATIENT}_twin")
     (project / "incoming" / "list.csv").write_text("\n".join(lines) + "\n")
@@ -73,7 +74,7 @@ def drawn(split: str, label: str, number: int) -> np.ndarray:
 
 
 def save(image: np.ndarray, path: Path) -> None:
-    """With a name in what its format has for texts."""
+    """Save an image with a name in the text fields of its format."""
     if path.suffix == ".dcm":
         path.write_bytes(dicom(image, PatientID=f"{HEADER}_{path.stem}"[:64], PatientName=NAME))
         return
@@ -98,26 +99,26 @@ def test_no_patient_name_reaches_prefect_mlflow_or_shared_files(
         paths: list[str],
         *more: Any,
     ) -> None:
-        if paths == dataset.splits.test:  # in the midst of the evaluation, MLflow's run being open
+        if paths == dataset.splits.test:  # during the evaluation, with an open run of MLflow
             broken.write_bytes(whole[:300])
         embed(dataset, methods, focus, paths, *more)
 
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # to fit here: workers take longer to come up than to fit
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # fit in this process; workers take longer to start
     monkeypatch.setattr(finetune, "_end_with_parent", lambda: None)
-    monkeypatch.setattr(servers, "prefect_answers", lambda: False)  # the server is to be this project's own
-    with servers.prefect_api():
+    monkeypatch.setattr(prefect_servers, "prefect_answers", lambda: False)  # start a server for this project
+    with prefect_servers.prefect_api():
         with monkeypatch.context() as patch:
             patch.setattr(EncodedDataset, "embed", breaks)
             with pytest.raises(SystemExit) as ended:
                 pipeline.main([])
         broken.write_bytes(whole)
-        told = capsys.readouterr().err
+        printed = capsys.readouterr().err
         pipeline.main([])
 
-    # The terminal names the file, twice: where it happened and at the end.
+    # The terminal names the file twice: at the error and at the end.
     assert str(ended.value).startswith(f"medfocus: ImageError: {broken}: cannot be decoded")
-    assert f"ImageError: {broken}: cannot be decoded" in told and "in stage evaluate" in told
-    # Both runs left what is looked through: a fault's kind and place, the images by their bytes' digest.
+    assert f"ImageError: {broken}: cannot be decoded" in printed and "in stage evaluate" in printed
+    # Both runs stored data: the type and place of the error, and images by their digest.
     prefect, home = project / ".prefect", f"sqlite:///{project / 'mlflow.db'}"
     assert any("ImageError at medfocus.images.decode:" in text for _, text in rows_of(prefect / "prefect.db"))
     runs = mlflow.MlflowClient(home).search_runs(["1"], "attributes.status = 'FAILED'")
@@ -131,9 +132,9 @@ def test_no_patient_name_reaches_prefect_mlflow_or_shared_files(
     page = Path("reports/index.html").read_text(encoding="utf-8")
     assert any(name in page for name in shown)
 
-    owners = [path for path in Path("reports").rglob("*.csv") if path.name in TOLD_TO_THE_OWNER]
+    owners = [path for path in Path("reports").rglob("*.csv") if path.name in FOR_THE_OWNER]
     assert planted_in([Path("incoming"), Path("data/manifests"), *owners]) == set(PLANTED), (
-        "the search finds them all"
+        "the search finds all names"
     )
     assert not planted_in([Path("data"), *owners, Path(".cache")]) & {HEADER, NAME}, "not even to the owner"
     assert len(owners) == 3 and planted_in([Path("reports/data/phantom-breast/left_out.csv")]) == {
@@ -165,7 +166,9 @@ def test_the_search_looks_into_packed_data(tmp_path: Path, form: str) -> None:
     elif form == "database":
         with contextlib.closing(sqlite3.connect(file)) as database, database:
             database.execute("CREATE TABLE logs (text)")
-            database.execute("INSERT INTO logs VALUES (?)", ["-" * 4080 + FILE])  # over the end of a page
+            database.execute(
+                "INSERT INTO logs VALUES (?)", ["-" * 4080 + FILE]
+            )  # across a page of the database
     else:
         packed = {"base64": base64.encodebytes, "gzip": gzip.compress}.get(form, bytes)
         file.write_bytes(b"" if form == "file name" else packed(content * 4))
@@ -173,7 +176,7 @@ def test_the_search_looks_into_packed_data(tmp_path: Path, form: str) -> None:
 
 
 def planted_in(places: Iterable[Path]) -> set[str]:
-    """The names of PLANTED that are in files, in their names or in what is packed in them."""
+    """Return the names of PLANTED in files, in file names or in packed data."""
     found: set[str] = set()
     for place in places:
         for file in [place, *place.rglob("*")]:
@@ -186,9 +189,9 @@ def planted_in(places: Iterable[Path]) -> set[str]:
 
 
 def pieces(data: bytes, depth: int = 3) -> Iterator[bytes]:
-    """Bytes, and what is packed in them: zip, gzip, base64 in one line or several, the texts of a PNG.
+    """Yield bytes and the data packed in them: zip, gzip, base64 in one or more lines, the texts of a PNG.
 
-    Once without zeros: numpy keeps texts in four bytes a letter.
+    Also yield the bytes without zeros, because NumPy stores texts with four bytes per letter.
     """
     yield data
     yield data.replace(b"\0", b"")
@@ -202,14 +205,14 @@ def pieces(data: bytes, depth: int = 3) -> Iterator[bytes]:
         yield repr(Image.open(io.BytesIO(data)).info).encode()
     for text in re.findall(rb"[A-Za-z0-9+/\n]{32,}", data) if depth else []:
         text = text.replace(b"\n", b"")
-        for start in range(4):  # what stands before it may have begun earlier
+        for start in range(4):  # the base64 text may begin at another offset
             packed.append(base64.b64decode(text[start : start + (len(text) - start) // 4 * 4]))
     for piece in packed:
         yield from pieces(piece, depth - 1)
 
 
 def rows_of(file: Path) -> Iterator[tuple[str, str]]:
-    """The rows of a database, which a page's end may cut in two in its bytes."""
+    """Yield the rows of a database; in its bytes, a page break may divide them."""
     if file.read_bytes()[:16] != b"SQLite format 3\0":
         return
     with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:

@@ -1,4 +1,4 @@
-"""An error's text stays on the terminal; what would be written down knows its kind and place."""
+"""The text of an error appears only on the terminal; databases get its type and place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medfocus.storage.redaction import RedactedError, kind_and_place, redacted, 
 
 @redacted
 def read(path: Path) -> int:
-    """Of the size of an image."""
+    """Return the size of an image."""
     return decode.read(path).size
 
 
@@ -43,9 +43,9 @@ def test_an_expected_error_is_one_line_and_any_other_has_a_traceback(
 ) -> None:
     (tmp_path / "empty.png").touch()
     raised(tmp_path / "empty.png")
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("medfocus.images.errors.ImageError: ")
-    raised(tmp_path / "nowhere.png")  # of the system
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and printed.startswith("medfocus.images.errors.ImageError: ")
+    raised(tmp_path / "nowhere.png")  # an OSError
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Claims about retraining: what came is taken in, the gate decides, and the champion can be given back."""
+"""Claims about retraining: it takes in new images, the gate decides, and a rollback restores the champion."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def prefect_server() -> Iterator[None]:
 
 
 def arrive(folder: Path, first: int, count: int, invert: bool = False, labels: Any = None) -> None:
-    """So many more images of each class, for training and for the test."""
+    """Draw more images of each class, for training and for the test."""
     for split in ("train", "test"):
         for label in labels or phantoms.MODALITIES["breast_ultrasound"]:
             target = folder / split / label
@@ -46,7 +46,7 @@ def arrive(folder: Path, first: int, count: int, invert: bool = False, labels: A
 
 @pytest.fixture
 def clinic(project: Path) -> Path:
-    """A project whose images arrive in a folder; that folder."""
+    """The folder into which a project's images arrive."""
     folder = project / "incoming"
     content = yaml.safe_load((project / "params.yaml").read_text())
     content["datasets"]["phantom-breast"]["root"] = "incoming"
@@ -78,8 +78,8 @@ def test_new_images_are_taken_in_and_the_champion_changes_only_by_the_gate(
 ) -> None:
     segmented: list[int] = []
 
-    def counted(*given: Any, **settings: Any) -> Cached:
-        segmented.append((cached := cache_masks(*given, **settings)).computed)
+    def counted(*arguments: Any, **settings: Any) -> Cached:
+        segmented.append((cached := cache_masks(*arguments, **settings)).computed)
         return cached
 
     monkeypatch.setattr(masks, "cache_masks", counted)
@@ -91,7 +91,7 @@ def test_new_images_are_taken_in_and_the_champion_changes_only_by_the_gate(
     (again,) = retrain()
     assert (again.version, again.reason) == ("1", "it is the champion already") and not segmented
 
-    # More of the same kind: masks only for what is new; a tie or a chance does not pass.
+    # More images of the same kind: only these are segmented, and a tie or chance does not pass the gate.
     arrive(clinic, 6, 6)
     change(p=1e-9)
     (refused,) = retrain()
@@ -101,7 +101,7 @@ def test_new_images_are_taken_in_and_the_champion_changes_only_by_the_gate(
     runs = client().search_runs(["1"], "tags.gate LIKE 'refused%'")
     assert [run.data.tags["gate"] for run in runs] == [refused.reason]
 
-    # The same challenger passes a gate that asks for less, and can be rolled back.
+    # The same challenger passes a laxer gate and can be rolled back.
     change(p=1.0, margin=-0.9)
     (admitted,) = retrain()
     assert admitted.version == "2" and champion() == 2
@@ -111,13 +111,13 @@ def test_new_images_are_taken_in_and_the_champion_changes_only_by_the_gate(
     (held,) = retrain()
     assert "it was rolled back on" in held.reason and champion() == 1
 
-    # Other images than before: trained, registered, not promoted.
+    # Images of another kind: the model is trained and registered, but not promoted.
     arrive(clinic, 12, 8, invert=True)
     (drifted,) = retrain()
     assert drifted.version == "3" and drifted.alias is None
     assert "drift of " in drifted.reason and "required" in drifted.reason and champion() == 1
 
-    # A class that the champion does not know stops promotion as well, not training.
+    # A class that the champion does not know prevents the promotion, but not the training.
     shutil.rmtree(clinic)
     arrive(clinic, 0, 12, labels=("benign", "malignant", "cyst", "scar"))
     (relabelled,) = retrain()

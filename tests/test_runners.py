@@ -1,4 +1,4 @@
-"""Claims about work by shards: every runner gives the same bytes, and a dead worker costs its shard alone."""
+"""Claims about work in shards: all runners give the same bytes, and a killed worker costs only its shard."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def prefect_server() -> Iterator[None]:
 
 
 def kept(cache: Path) -> dict[str, bytes]:
-    """Every entry of a cache: the folder's and its own name -> content."""
-    found = {}
+    """Return every entry of a cache, with its folder and name."""
+    entries = {}
     for folder in sorted(path for path in cache.iterdir() if path.is_dir()):
         shards = Shards(folder, suffix=".png" if cache.name == "masks" else ".npy")
         shards._look()
         names = [name.hex() for name in shards._places]
-        found |= {f"{folder.name}/{name}": content for name, content in shards.read(names)}
-    return found
+        entries |= {f"{folder.name}/{name}": content for name, content in shards.read(names)}
+    return entries
 
 
-def test_masks_features_and_checkpoints_are_the_same_bytes_by_threads_processes_and_here(
+def test_masks_features_and_checkpoints_are_the_same_bytes_with_every_runner(
     project: Path, tmp_path: Path
 ) -> None:
     content = yaml.safe_load((project / "params.yaml").read_text())
@@ -96,9 +96,7 @@ SCALE = ScaleParams(runner="processes", workers=2, images=10, address=None, cach
 
 
 @pytest.mark.parametrize("runner", ["processes", "dask"])
-def test_the_shard_of_a_killed_worker_is_done_again_and_the_others_are_whole(
-    tmp_path: Path, runner: str
-) -> None:
+def test_only_the_shard_of_a_killed_worker_is_repeated(tmp_path: Path, runner: str) -> None:
     seen: list[int] = []
     by_shards(leaves_a_mark, [(tmp_path, i) for i in range(6)], replace(SCALE, runner=runner), seen.append)
     assert (tmp_path / "died").exists()
@@ -107,7 +105,7 @@ def test_the_shard_of_a_killed_worker_is_done_again_and_the_others_are_whole(
     assert (tmp_path / "3.log").read_text() == "xx"
 
 
-def test_a_fault_in_a_shard_is_the_error_of_the_run_and_the_others_are_done(tmp_path: Path) -> None:
+def test_a_fault_in_a_shard_is_the_error_of_the_run_and_the_other_shards_finish(tmp_path: Path) -> None:
     (tmp_path / "died").touch()
     with pytest.raises(ValueError, match=r"scan1\.png: cut short"):
         by_shards(fails, [(tmp_path, i) for i in range(4)], replace(SCALE, runner="threads"), lambda _: None)

@@ -1,4 +1,4 @@
-"""What no code of this project does, and what its servers listen to; docs/security.md says why."""
+"""No code makes unsafe calls, and servers listen only on loopback; docs/security.md explains why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.servers import servers
+from flows.servers import processes
+from flows.servers.mlflow import mlflow_server
+from flows.servers.prefect import prefect_server
 from flows.study import runners
 from flows.study.params import ScaleParams
 
@@ -19,7 +21,7 @@ SOURCES = sorted(
     path for folder in ("medfocus", "flows", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
 
-# Of each the reason; the ways that are safe are beside it in ``is_safe``.
+# Reason -> calls; ``is_safe`` has the exceptions.
 FORBIDDEN = {
     "unpickles": (
         *(
@@ -33,15 +35,20 @@ FORBIDDEN = {
         *("dill.loads", "joblib.load", "pandas.read_pickle", "shelve.open", "marshal.load", "marshal.loads"),
         *("torch.load", "torch.jit.load", "torch.hub.load", "numpy.load"),
     ),
-    "builds what a YAML names": ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all"),
+    "builds objects named in a YAML file": (
+        "yaml.load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "yaml.load_all",
+    ),
     "runs text": ("eval", "exec", "os.system", "os.popen"),
-    "unpacks an archive to wherever its names lead": ("shutil.unpack_archive", "tarfile.open"),
+    "unpacks an archive to paths that it names": ("shutil.unpack_archive", "tarfile.open"),
 }
 FORBIDDEN_METHODS = ("extract", "extractall")  # of any archive
 
 
 def faults(source: str) -> Iterator[str]:
-    """Calls that are forbidden, by the names that they were imported under."""
+    """Yield the forbidden calls under their imported names."""
     tree = ast.parse(source)
     known: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -59,7 +66,7 @@ def faults(source: str) -> Iterator[str]:
             if name in names and not is_safe(name, call):
                 yield f"line {call.lineno}: {name} {reason}"
         if isinstance(call.func, ast.Attribute) and call.func.attr in FORBIDDEN_METHODS:
-            yield f"line {call.lineno}: {call.func.attr} unpacks an archive to wherever its names lead"
+            yield f"line {call.lineno}: {call.func.attr} unpacks an archive to paths that it names"
         if any(given(call, word) is True for word in ("shell", "trust_remote_code")):
             yield f"line {call.lineno}: runs text"
 
@@ -71,7 +78,7 @@ def is_safe(name: str, call: ast.Call) -> bool:
 
 
 def given(call: ast.Call, keyword: str) -> object:
-    """The constant that a call has for a keyword."""
+    """Return the constant value of a keyword of a call."""
     values = [k.value.value for k in call.keywords if k.arg == keyword and isinstance(k.value, ast.Constant)]
     return values[0] if values else None
 
@@ -125,16 +132,16 @@ def test_a_server_is_configured_to_listen_on_loopback_only(
         yield
 
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    monkeypatch.setattr(servers, "running", recorded)
-    port = servers.free_port()
-    with servers.prefect_server(port) if name == "prefect" else servers.mlflow_server(tmp_path, port):
+    monkeypatch.setattr(processes, "running", recorded)
+    port = processes.free_port()
+    with prefect_server(port) if name == "prefect" else mlflow_server(tmp_path, port):
         pass
     (command,) = started
     assert name in command and command[command.index("--host") + 1] == "127.0.0.1"
 
 
 def listening() -> set[str]:
-    """The addresses at which this process and its children listen."""
+    """Return the addresses on which this process and its children listen."""
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     connections = [c for process in family for c in process.net_connections("inet")]
     return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}

@@ -28,7 +28,8 @@ import torch
 from mlflow.pyfunc.model import PythonModelContext
 from PIL import Image
 
-from flows.servers import servers
+from benchmarks.serving import model_server
+from flows.servers.processes import free_port
 from medfocus.clip import features
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
@@ -427,7 +428,7 @@ def served(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     """`mlflow models serve` on loopback with the champion, in a process that ends after the tests."""
     log = tmp_path_factory.mktemp("server") / "log"
     store = f"sqlite:///{home / 'mlflow.db'}"
-    with servers.model_server(store, "models:/phantoms@champion", servers.free_port(), log) as address:
+    with model_server(store, "models:/phantoms@champion", free_port(), log) as address:
         yield Served(address, log)
 
 

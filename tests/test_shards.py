@@ -1,4 +1,4 @@
-"""Claims about the cache of shards: nothing that was kept is lost, and nothing damaged is believed."""
+"""The cache of shards loses no written entry and returns no damaged one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from medfocus.storage import shards as module
 from medfocus.storage.shards import Shards
-from tests.conftest import and_no_more
+from tests.conftest import run_forked
 
 ENTRIES = {hashlib.sha256(bytes([i])).hexdigest(): bytes([i]) * (10 * i) for i in range(40)}
 KEYS = list(ENTRIES)
@@ -25,7 +25,7 @@ KEYS = list(ENTRIES)
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every put is written at once, and every miss looked for."""
+    """Write every put at once, and look for new shards at every miss."""
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
 
@@ -51,10 +51,10 @@ def test_every_reader_gets_the_entries_that_were_put(tmp_path: Path, kind: str) 
 
 def test_waiting_entries_can_be_read(tmp_path: Path) -> None:
     shards = Shards(tmp_path)
-    shards.put([(KEYS[0], b"first, at once")])
-    shards.put([(KEYS[1], b"within half a second")])
-    assert dict(shards.read(KEYS)) == {KEYS[0]: b"first, at once", KEYS[1]: b"within half a second"}
-    assert dict(Shards(tmp_path).read(KEYS)) == {KEYS[0]: b"first, at once"}
+    shards.put([(KEYS[0], b"written at once")])
+    shards.put([(KEYS[1], b"waiting")])
+    assert dict(shards.read(KEYS)) == {KEYS[0]: b"written at once", KEYS[1]: b"waiting"}
+    assert dict(Shards(tmp_path).read(KEYS)) == {KEYS[0]: b"written at once"}
     shards.close()
     assert len(dict(Shards(tmp_path).read(KEYS))) == 2
 
@@ -127,7 +127,7 @@ def test_a_flipped_bit_costs_only_the_entries_it_damages(
     (source,) = files(tmp_path / "whole")
     whole = source.read_bytes()
     (tmp_path / "c").mkdir()
-    told = 0
+    warnings = 0
     for at in range(0, len(whole), 7):
         for path in files(tmp_path / "c"):
             path.unlink()
@@ -137,11 +137,11 @@ def test_a_flipped_bit_costs_only_the_entries_it_damages(
             found = dict(Shards(tmp_path / "c").read(KEYS))
         assert all(content == ENTRIES[key] for key, content in found.items())
         lost = [key for key in KEYS[:8] if key not in found]
-        told += "computed again" in caplog.text
+        warnings += "computed again" in caplog.text
         again = filled(tmp_path / "c", lost)
         assert dict(again.read(KEYS[:8])) == {key: ENTRIES[key] for key in KEYS[:8]}
         assert dict(Shards(tmp_path / "c").read(KEYS[:8])) == {key: ENTRIES[key] for key in KEYS[:8]}
-    assert told > 30
+    assert warnings > 30
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip at all", b"\0" * 300, "cut"])
@@ -204,19 +204,19 @@ def put_until_killed(folder: Path) -> None:
     shards = Shards(folder)
     for i, key in enumerate(KEYS):
         shards.put([(key, ENTRIES[key])])
-        (folder / "said").write_text(str(i + 1))
+        (folder / "count").write_text(str(i + 1))
         if i == 16:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-# Python 3.12 frowns on forking beside threads; spawning takes seconds.
+# Python 3.12 warns about forking a process with threads; spawning takes seconds.
 forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 @forks
 def test_a_killed_process_loses_no_written_entry(tmp_path: Path) -> None:
     assert in_process(put_until_killed, tmp_path) == -9
-    assert (tmp_path / "said").read_text() == "17"
+    assert (tmp_path / "count").read_text() == "17"
     assert dict(Shards(tmp_path).read(KEYS)) == {key: ENTRIES[key] for key in KEYS[:17]}
 
 
@@ -234,7 +234,7 @@ def put_and_read(folder: Path, number: int) -> None:
 @forks
 def test_concurrent_writers_lose_no_entry(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=and_no_more, args=(put_and_read, tmp_path, 11 * i)) for i in range(4)]
+    processes = [context.Process(target=run_forked, args=(put_and_read, tmp_path, 11 * i)) for i in range(4)]
     threads = [threading.Thread(target=put_and_read, args=(tmp_path, 7 * i)) for i in range(2)]
     for one in [*processes, *threads]:
         one.start()

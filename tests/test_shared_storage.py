@@ -1,4 +1,4 @@
-"""Claims about caches on S3, against a real server on loopback."""
+"""Claims about caches on S3, with a real server on loopback."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of an empty bucket; the environment says how to reach it, as it would for a user."""
+    """The URL of an empty bucket; the environment has the credentials, as a user's would."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
@@ -47,7 +47,7 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://{name}/medfocus"
 
 
-def test_what_was_put_comes_back_and_a_shard_appears_whole(bucket: str) -> None:
+def test_entries_are_read_back_and_a_shard_appears_complete(bucket: str) -> None:
     assert dict(Shards(bucket).read(ENTRIES)) == {}
     writer = Shards(bucket)
     writer.put(ENTRIES.items())
@@ -63,13 +63,13 @@ from medfocus.storage import shards
 shards.FLUSH_SECONDS, shards.PIECES = 0.0, 4
 writer = shards.Shards(sys.argv[1])
 for number in range(30):
-    if number % 3 != int(sys.argv[2]):  # two thirds each: some are written by both
+    if number % 3 != int(sys.argv[2]):  # each writes two thirds, so some are written twice
         writer.put([(hashlib.sha256(bytes([number])).hexdigest(), bytes([number]) * 300)])
 writer.close()
 """
 
 
-def test_two_writers_at_once_lose_nothing(bucket: str) -> None:
+def test_two_concurrent_writers_lose_no_entry(bucket: str) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, bucket, part]) for part in "01"]
     assert [writer.wait(120) for writer in writers] == [0, 0]
     assert dict(Shards(bucket).read(ENTRIES)) == ENTRIES
@@ -77,7 +77,7 @@ def test_two_writers_at_once_lose_nothing(bucket: str) -> None:
     assert names and all(name.endswith(".zip") for name in names)
 
 
-def test_masks_and_features_on_s3_are_those_in_a_folder(bucket: str, tmp_path: Path) -> None:
+def test_masks_and_features_on_s3_equal_those_in_a_folder(bucket: str, tmp_path: Path) -> None:
     images = []
     for i in range(5):
         path = tmp_path / f"{i}.png"
@@ -107,9 +107,9 @@ def test_masks_and_features_on_s3_are_those_in_a_folder(bucket: str, tmp_path: P
     assert all(torch.equal(table, rows["folder", 0]) for table in rows.values())
 
 
-def test_a_bucket_that_is_not_there_is_named_and_not_made(server: str, bucket: str) -> None:
+def test_a_missing_bucket_is_named_and_not_created(server: str, bucket: str) -> None:
     shards = Shards("s3://mispelt-bucket/masks")
-    message = r"mispelt-bucket/masks: nothing can be written there \(.* does not exist\)\. .* scale\.cache"
+    message = r"mispelt-bucket/masks: cannot be written \(.* does not exist\)\. .* scale\.cache"
     with pytest.raises(OSError, match=message):
         shards.put(ENTRIES.items())
     assert not fsspec.filesystem("s3", skip_instance_cache=True).exists("mispelt-bucket")

@@ -1,4 +1,4 @@
-"""Spatially localized channel attention against plain NumPy, and on what SAM2 describes."""
+"""Spatially localized channel attention against NumPy, and on SAM2's image features."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHANNELS, GRID = 6, 4
 
 
 class Described:
-    """Stands in for the encoder with a segmenter beside it: RGB and its squares, cell by cell."""
+    """A stand-in for an encoder with a segmenter: describes cells by the means of RGB and of its squares."""
 
     def describe(self, views: Tensor, grid: int) -> Tensor:
         pixels = views.permute(0, 3, 1, 2).double() / 255
@@ -55,7 +55,7 @@ def features(count: int, seed: int = 0) -> Tensor:
 
 
 def blobs(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Noise (N, 16, 16, 3) uint8 with a patch anywhere, red in class 0 and green in class 1; labels (N,)."""
+    """Return noise (N, 16, 16, 3) uint8 with a red (class 0) or green (class 1) patch, and labels (N,)."""
     rng = np.random.default_rng(seed)
     images, labels = rng.integers(40, 120, (count, 16, 16, 3), np.uint8), np.arange(count) % 2
     for image, label, (y, x) in zip(images, labels, rng.integers(0, 11, (count, 2)), strict=True):
@@ -64,7 +64,7 @@ def blobs(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def support_of(method: Slca, images: Sequence[Tensor], labels: Tensor) -> Support:
-    """A support of one set of images per view."""
+    """Return a support with one set of images per view."""
     inputs = torch.stack([method.embed(view) for view in images])
     return Support(inputs, labels, torch.arange(len(labels)), torch.zeros(2, 8))
 
@@ -77,7 +77,7 @@ def fitted(seed: int = 0, **settings: Any) -> tuple[Slca, Support]:
 
 
 def by_hand(block: Attention, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gates (B, C, G/k, G/k) and X' (B, C, G, G), window by window and without a convolution."""
+    """Compute gates (B, C, G/k, G/k) and X' (B, C, G, G) window by window, without a convolution."""
     w1, b1, w2, b2 = (
         value.detach().double().numpy().squeeze()
         for value in (block.down.weight, block.down.bias, block.up.weight, block.up.bias)
@@ -98,7 +98,7 @@ def by_hand(block: Attention, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 @pytest.mark.parametrize("pool", [1, 2, 4])
-def test_attention_is_its_equations(pool: int) -> None:
+def test_attention_matches_its_equations(pool: int) -> None:
     block, seen = attention(pool=pool), features(3)
     gates, gated = by_hand(block, seen.double().numpy())
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_attention_is_its_equations(pool: int) -> None:
         np.testing.assert_allclose(block(seen).numpy(), gated, atol=1e-6)
 
 
-def test_logits_are_a_linear_head_on_the_average_of_what_standardised_features_gated_leave() -> None:
+def test_logits_are_a_linear_head_on_the_average_of_gated_standardised_features() -> None:
     method, support = fitted()
     seen = support.inputs[0].double().numpy().reshape(24, CHANNELS, GRID, GRID)
     mean, std = (one(seen, axis=(0, 2, 3), keepdims=True) for one in (np.mean, np.std))
@@ -116,7 +116,7 @@ def test_logits_are_a_linear_head_on_the_average_of_what_standardised_features_g
     np.testing.assert_allclose(method.logits(support.inputs[0])["head"].numpy(), expected, atol=1e-4)
 
 
-def test_a_cell_changes_the_gates_of_its_window_alone() -> None:
+def test_a_cell_changes_only_the_gates_of_its_window() -> None:
     block, seen = attention(), features(1)
     other = seen.clone()
     other[0, :, 1, 2] += 3  # in the window of row 0 and column 1
@@ -132,27 +132,27 @@ def test_few_channels_keep_a_bottleneck_of_one() -> None:
 # --- the method ---------------------------------------------------------------------------------
 
 
-def test_its_frozen_part_is_what_the_segmenter_describes() -> None:
+def test_its_inputs_are_the_image_features_of_the_segmenter() -> None:
     embedded = make().embed(blobs(3)[0])
     assert embedded.dtype == torch.float32 and embedded.shape == (3, CHANNELS * GRID**2)
     assert make().embedding == "segmenter-4" != make(segmenter_grid=8).embedding
 
 
-def test_it_learns_where_colour_and_not_place_is_the_class() -> None:
+def test_it_learns_classes_that_differ_in_colour_and_not_in_position() -> None:
     method, _ = fitted()
     images, labels = blobs(60, seed=9)
     accuracy = (method.logits(method.embed(images))["head"].argmax(1) == labels).double().mean()
     assert accuracy > 0.9
 
 
-def test_attention_learns_beside_the_head() -> None:
+def test_attention_and_head_train() -> None:
     short, long = fitted(epochs=1, lr=1e-9)[0].state(), fitted()[0].state()
     moved = {name for name, value in short.items() if not torch.allclose(long[name], value, atol=1e-3)}
     assert {f"classifier.attention.{name}.weight" for name in ("down", "up")} < moved
     assert "classifier.head.weight" in moved
 
 
-def test_statistics_are_those_of_the_unaugmented_images_and_a_constant_channel_is_no_fault() -> None:
+def test_statistics_come_from_unaugmented_images_and_a_constant_channel_is_allowed() -> None:
     images, labels = blobs(12)
     images[..., 2] = 77
     method = make()
@@ -166,13 +166,13 @@ def test_statistics_are_those_of_the_unaugmented_images_and_a_constant_channel_i
     assert torch.isfinite(method.logits(support.inputs[0])["head"]).all()
 
 
-def test_another_instance_predicts_the_same_from_the_state() -> None:
+def test_a_loaded_method_predicts_the_same() -> None:
     method, support = fitted()
     again = make().load(method.state())
     assert torch.equal(again.logits(support.inputs[0])["head"], method.logits(support.inputs[0])["head"])
 
 
-def test_a_seed_gives_one_fit_and_leaves_the_global_generator() -> None:
+def test_the_same_seed_gives_the_same_fit_and_the_global_generator_is_restored() -> None:
     before = torch.random.get_rng_state()
     first, second, other = (fitted(seed)[0].state() for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -180,7 +180,7 @@ def test_a_seed_gives_one_fit_and_leaves_the_global_generator() -> None:
     assert not torch.equal(first["classifier.head.weight"], other["classifier.head.weight"])
 
 
-def test_an_images_logits_do_not_depend_on_the_images_beside_it() -> None:
+def test_the_logits_of_an_image_do_not_depend_on_its_batch() -> None:
     method, support = fitted()
     together = method.logits(support.inputs[0])["head"]
     alone = torch.cat([method.logits(one[None])["head"] for one in support.inputs[0]])
@@ -197,21 +197,21 @@ def test_an_images_logits_do_not_depend_on_the_images_beside_it() -> None:
         ({"reduction": 0}, r"slca: reduction is 0; use 1 or more"),
     ],
 )
-def test_settings_out_of_range_are_named(settings: dict[str, Any], error: str) -> None:
+def test_settings_out_of_range_name_the_field(settings: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         make(**settings)
 
 
-# --- with SAM2 beside the encoder ---------------------------------------------------------------
+# --- with SAM2 ----------------------------------------------------------------------------------
 
 
-def test_without_a_segmenter_the_error_says_where_to_set_one() -> None:
+def test_an_encoder_without_segmenter_is_an_error_that_names_the_setting() -> None:
     method = make(build_clip("pocket", "random:0"))
     with pytest.raises(ValueError, match=r"no segmenter with image features.*Set masks\.segmenter to sam2"):
         method.embed(torch.zeros(1, 96, 96, 3, dtype=torch.uint8))
 
 
-def test_what_sam2_describes_lies_channel_after_channel_and_row_after_row() -> None:
+def test_features_of_sam2_are_channel_major_and_then_row_major() -> None:
     segmenter = load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=2))
     method = make(build_clip("pocket", "random:0").with_segmenter(segmenter), epochs=2)
     drawn = [

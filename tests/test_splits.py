@@ -1,4 +1,4 @@
-"""Draws are stratified, nested and grouped, and they stay what they are when other images change."""
+"""Draws are stratified, nested and grouped, and do not depend on other images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw(
     seeds: Sequence[int] = (0, 1),
     test_fraction: float = 0.25,
 ) -> Splits:
-    """``same`` and ``near`` list groups of paths; every other image stands alone."""
+    """Draw splits; ``same`` and ``near`` list groups of paths, and other images form their own groups."""
     alone = {record.path: record.path for record in records}
     twin_groups = alone | {path: group[0] for group in same for path in group}
     wide = dict(twin_groups)
@@ -143,7 +143,7 @@ def test_a_new_image_of_one_class_does_not_change_the_draws_of_others() -> None:
             other = [path for path in after.supports[seed][name] if path.startswith("/b/")]
             assert [path for path in paths if path.startswith("/b/")] == other
             gone = {path for path in paths if path.startswith("/a/")} - set(after.supports[seed][name])
-            assert len(gone) <= 1, "within its own class one image gives way at most"
+            assert len(gone) <= 1, "in its own class at most one image is replaced"
 
 
 def test_the_order_of_records_does_not_matter() -> None:
@@ -173,10 +173,10 @@ def test_the_clean_test_set_has_no_twin_or_patient_of_train() -> None:
     records = [replace(item, patient=patients.get(item.path, "")) for item in official()]
     same = [
         ["test/a/1.png", "val/a/1.png"],
-        ["test/b/1.png", "test/b/2.png", "train/b/5.png"],  # one of them by way of the other
+        ["test/b/1.png", "test/b/2.png", "train/b/5.png"],  # one of them through the other
         ["test/b/0.png", "test/b/3.png"],  # twins inside test stay
     ]
-    near = [["test/a/2.png", "train/a/2.png"]]  # a neighbouring frame is no twin
+    near = [["test/a/2.png", "train/a/2.png"]]  # a neighbouring frame is not a twin
     splits = draw(records, same, near)
     assert splits.clean_test == ["test/a/2.png", "test/a/3.png", "test/b/0.png", "test/b/3.png"]
     assert len(splits.test) == 8

@@ -1,4 +1,4 @@
-"""Claims about a team: what one made another can have, by DVC's remotes and from a run's tags alone."""
+"""Claims about a team: DVC's remotes share a study, and a run is rebuilt from its tags alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.conftest import ROOT, make_project, work_in
 
 
 def command(folder: Path, *words: str) -> str:
-    """What a command printed in a folder."""
+    """Run a command in a folder and return its output."""
     identity = {f"GIT_{who}_{what}": "t@t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     environment = {**os.environ, **identity, "PYTHONPATH": str(folder)}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
@@ -38,7 +38,7 @@ def dvc(folder: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A project whose study was run once and whose lock is committed."""
+    """A project after one run of its study, with dvc.lock committed."""
     from prefect.testing.utilities import prefect_test_harness
 
     folder = tmp_path_factory.mktemp("project")
@@ -53,7 +53,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def cell(shared: Path) -> str:
-    """The run of a cell that learns from all training images, through masks."""
+    """The run of a cell with all training images and a focus on masks."""
     with (shared / "reports" / "study.csv").open(newline="") as file:
         (row,) = (
             row
@@ -64,10 +64,10 @@ def cell(shared: Path) -> str:
     return row["mlflow_run_id"]
 
 
-def test_a_run_comes_out_again_from_its_tags_alone(
+def test_a_run_is_reproduced_from_its_tags_alone(
     shared: Path, cell: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Later code, other parameters and other data in the folder make no difference."""
+    """Other parameters and missing data in the folder make no difference."""
     params = (shared / "params.yaml").read_text()
     (shared / "params.yaml").write_text(params.replace("epochs: 5", "epochs: 6"))
     kept = (shared / "data" / "splits" / "phantom-breast.json").read_bytes()
@@ -77,29 +77,29 @@ def test_a_run_comes_out_again_from_its_tags_alone(
     finally:
         (shared / "params.yaml").write_text(params)
         (shared / "data" / "splits" / "phantom-breast.json").write_bytes(kept)
-    said = capsys.readouterr().out
-    assert f"Run {cell} comes out again, every metric exactly." in said
-    assert {line.split()[0] for line in said.splitlines()[:-1]} >= {"accuracy", "auroc", "ece", "macro_f1"}
-    assert "DIFFERS" not in said
+    output = capsys.readouterr().out
+    assert f"Run {cell} is reproduced: every metric is equal." in output
+    assert {line.split()[0] for line in output.splitlines()[:-1]} >= {"accuracy", "auroc", "ece", "macro_f1"}
+    assert "DIFFERS" not in output
 
 
-def test_a_metric_that_differs_is_shown_and_fails(
+def test_a_metric_that_differs_is_shown_and_the_command_fails(
     shared: Path, cell: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     then = {"accuracy": 0.5, "ece": 0.1}
     monkeypatch.setattr(reproduce, "reproduce_run", lambda study, run: (then, {**then, "accuracy": 0.4}))
-    with pytest.raises(SystemExit, match="does not come out again"):
+    with pytest.raises(SystemExit, match="is not reproduced"):
         reproduce.main(["--run", cell])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["accuracy", "0.5", "0.4", "DIFFERS"] and lines[1].endswith("same")
 
 
-def test_what_no_commit_has_cannot_be_rebuilt(shared: Path, cell: str) -> None:
+def test_a_run_of_uncommitted_files_cannot_be_rebuilt(shared: Path, cell: str) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{shared / 'mlflow.db'}")
     parent = client.get_run(cell).data.tags["mlflow.parentRunId"]
     client.set_tag(cell, "git.dirty", "true")
     try:
-        with pytest.raises(SystemExit, match=f"{cell} was made from changed files that no commit has"):
+        with pytest.raises(SystemExit, match=f"{cell} used changed files that are in no commit"):
             reproduce.main(["--run", cell])
     finally:
         client.set_tag(cell, "git.dirty", "false")
@@ -109,7 +109,9 @@ def test_what_no_commit_has_cannot_be_rebuilt(shared: Path, cell: str) -> None:
         reproduce.main(["--run", "nonsense"])
 
 
-def test_an_experiment_over_a_parameter_is_shown_beside_the_study(shared: Path, tmp_path: Path) -> None:
+def test_an_experiment_with_another_parameter_is_shown_next_to_the_study(
+    shared: Path, tmp_path: Path
+) -> None:
     clone = tmp_path / "clone"
     command(tmp_path, "git", "clone", "--quiet", str(shared), str(clone))
     dvc(clone, "config", "--local", "cache.dir", str(shared / ".dvc" / "cache"))
@@ -132,22 +134,22 @@ def _csv(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
-def test_the_search_in_the_docs_lists_the_best_cell_of_each_fraction(
+def test_the_search_of_the_docs_lists_the_best_cell_of_each_percent(
     shared: Path, capsys: pytest.CaptureFixture[str], sets_tracking_uri: None
 ) -> None:
     text = (ROOT / "docs" / "mlflow.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    found: dict[str, Any] = {}
-    exec(snippet.replace("phantom-brain", "phantom-breast"), found)
+    variables: dict[str, Any] = {}
+    exec(snippet.replace("phantom-brain", "phantom-breast"), variables)
     with (shared / "reports" / "study.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["method"] != "medfocusclip-head"]
     for support, percent in (("0%", "0"), ("50%", "50"), ("100%", "100")):
         best = max(float(row["accuracy"]) for row in rows if row["percent_of_train"] == percent)
-        cells = found["best_cell"]
+        cells = variables["best_cell"]
         assert float(cells[cells["tags.support"] == support]["metrics.accuracy"].iloc[0]) == pytest.approx(
             best, abs=1e-6
         )
-    assert set(found["best_system"].index.get_level_values(0)) == {"0%", "50%", "100%"}
+    assert set(variables["best_system"].index.get_level_values(0)) == {"0%", "50%", "100%"}
     assert "medfocusclip" in capsys.readouterr().out
 
 
@@ -168,7 +170,7 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])
-def test_a_fresh_clone_pulls_what_was_pushed_and_has_nothing_to_do(
+def test_a_fresh_clone_pulls_the_pushed_outputs_and_is_up_to_date(
     shared: Path, cell: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     url = str(tmp_path / "remote") if kind == "folder" else request.getfixturevalue("bucket")
@@ -182,6 +184,6 @@ def test_a_fresh_clone_pulls_what_was_pushed_and_has_nothing_to_do(
     assert "Running stage" not in dvc(clone, "repro")
     results = Path("reports", "results.csv")
     assert (clone / results).read_bytes() == (shared / results).read_bytes()
-    if kind == "s3":  # and where the cache is gone the run's data come out of the remote
+    if kind == "s3":  # without a cache, the run's data come from the remote
         shutil.rmtree(shared / ".dvc" / "cache")
         reproduce.main(["--run", cell])

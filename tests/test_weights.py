@@ -1,4 +1,4 @@
-"""Claims about checkpoints: where they are found, what is refused, how they are named."""
+"""Checkpoints are found, loaded safely and identified by their content."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STATE = {
 
 
 class Touch:
-    """A pickle that makes a file when it is opened carelessly."""
+    """A pickle that creates a file if it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class Touch:
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, and no network."""
+    """An empty hub cache without network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
@@ -69,7 +69,7 @@ def test_a_local_path_has_precedence_over_the_hub_cache(hub_cache: Path, tmp_pat
 def test_the_hub_cache_serves_without_a_network(hub_cache: Path) -> None:
     cached = put_in_hub_cache(hub_cache, HUB_ID, FILE)
     assert resolve("tiny") == cached
-    assert resolve(FILE) == cached  # the hub's own file name is a name, not a path
+    assert resolve(FILE) == cached  # a file name of the hub is not a path
 
 
 def test_the_preferred_of_several_hub_files_is_used(hub_cache: Path) -> None:
@@ -99,10 +99,10 @@ def test_a_missing_file_without_network_gives_one_error_with_file_hub_and_cache(
     with pytest.raises(FileNotFoundError) as caught:
         resolve("tiny")
     message = str(caught.value)
-    assert message.startswith("SAM2 (masks.checkpoint): 'tiny' is no local file, ")
-    assert f"{FILE} of the hub's '{HUB_ID}' is not in {hub_cache}" in message
+    assert message.startswith("SAM2 (masks.checkpoint): 'tiny' is not a local file, ")
+    assert f"{FILE} of '{HUB_ID}' is not in the hub cache {hub_cache}" in message
     assert "and the download failed (OfflineModeIsEnabled: " in message
-    assert "Put the file anywhere and give its path in place of 'tiny'" in message
+    assert "Give the path of a local file instead of 'tiny'" in message
     assert f"`hf download {HUB_ID} {FILE}`" in message
 
 
@@ -163,7 +163,7 @@ def test_a_malicious_pickle_is_refused_and_its_code_never_runs(
         weights.load(file)
     assert not trap.exists()
     torch.load(file, weights_only=False) if zipped else pickle.loads(file.read_bytes())
-    assert trap.exists()  # the trap works: it was not sprung
+    assert trap.exists()  # the trap works, so ``load`` did not unpickle it
 
 
 def test_the_error_of_a_refused_checkpoint_names_the_import_and_the_fix(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A project in a folder of its own, for packages that were installed and not cloned."""
+"""A new project outside a clone, with the code of the installed package."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from flows.study.study import CODE_HERE
 from medfocus.serving.defaults import packaged_params
 from medfocus.storage import atomic
 
-_CODE = Path(__file__).resolve().parents[2]  # holds the packages flows and medfocus
+_CODE = Path(__file__).resolve().parents[2]  # contains the packages flows and medfocus
 FILES = ("params.yaml", "dvc.yaml", ".gitignore", ".dvcignore")
 FILES += (".dvc/config", ".dvc/.gitignore", ".dvc/plots/medfocus.json")
 
 
-def begin(folder: Path) -> None:
-    """Make a git repository of ``folder``, with DVC and the embedded study; the code is this installation's.
+def create_project(folder: Path) -> None:
+    """Create a git repository in ``folder`` with DVC and the embedded study; it uses this package's code.
 
     Raises:
-        FileExistsError: A file of a project is there already; then nothing is written.
+        FileExistsError: The folder already has a file of a project. Nothing is written.
         RuntimeError: git is missing or fails.
     """
-    packed = _CODE / "flows" / "project"  # in a wheel; in a clone they stand where they are used
+    packed = _CODE / "flows" / "project"  # exists in a wheel; a clone has the files at its root
     source = packed if packed.is_dir() else _CODE
     if taken := [name for name in FILES if (folder / name).exists()]:
-        raise FileExistsError(
-            f"{folder / taken[0]} is there already. Give a new folder, or work in this one."
-        )
+        raise FileExistsError(f"{folder / taken[0]} already exists. Give a new folder, or use this project.")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ".git").exists():
         _git_init(folder)
@@ -37,7 +35,7 @@ def begin(folder: Path) -> None:
         if name == "dvc.yaml":
             text = text.replace(CODE_HERE, f"  - code: {_CODE.as_posix()}\n", 1)
         atomic.write(folder / name, text)
-    if packed.is_dir():  # DVC would take files that Python compiles later for changed code
+    if packed.is_dir():  # otherwise DVC would see later .pyc files as changed code
         for package in ("medfocus", "flows"):
             compileall.compile_dir(_CODE / package, quiet=2)
 
@@ -46,6 +44,6 @@ def _git_init(folder: Path) -> None:
     try:
         done = subprocess.run(["git", "init", "--quiet", str(folder)], capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise RuntimeError("git is not installed, and DVC needs it. Install it, then try again.") from error
+        raise RuntimeError("git is not installed, and DVC needs it. Install git, then try again.") from error
     if done.returncode != 0:
-        raise RuntimeError(f"git init {folder} failed: {done.stderr.strip()}. Mend that, then try again.")
+        raise RuntimeError(f"git init {folder} failed: {done.stderr.strip()}. Correct this, then try again.")

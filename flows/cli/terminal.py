@@ -1,4 +1,4 @@
-"""How the commands speak: a table, a bar, one line a fault, and an exit code that says how it went."""
+"""The terminal output of the commands: tables, progress bars, one line for each fault, exit codes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import typer
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
-_PATIENCE = 2  # seconds; what is done by then shows no bar
+_BAR_AFTER = 2  # seconds; shorter work shows no bar
 _WIDTH = 160  # characters of a table in a file or a pipe
 _QUIET = {
     "DVC_NO_ANALYTICS": "1",
@@ -27,9 +26,9 @@ _QUIET = {
 
 @contextlib.contextmanager
 def at_work() -> Iterator[None]:
-    """Around what a command does: quiet libraries, and a fault in a sentence and not in a traceback.
+    """Run a command's work with quiet libraries, and print a fault as one line instead of a traceback.
 
-    Ends the command with 1 after a fault and with 130 after Ctrl-C; wrong usage is typer's, with 2.
+    The exit code is 1 after a fault and 130 after Ctrl-C. Typer handles wrong usage, with exit code 2.
     """
     _prepare()
     try:
@@ -37,50 +36,53 @@ def at_work() -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except KeyboardInterrupt:
-        tell("interrupted. What was finished is kept.")
-        raise typer.Exit(INTERRUPTED) from None
+        from flows.operations.failures import EXIT_INTERRUPTED, INTERRUPTED
+
+        tell(INTERRUPTED)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:
         tell(sentence(error))
         raise typer.Exit(1) from error
 
 
 def tell(text: str) -> None:
-    """A line about the command's work, on stderr, beside a bar if there is one."""
+    """Print a line to stderr, above a progress bar if there is one."""
     from tqdm import tqdm
 
     tqdm.write(f"medfocus: {text}", file=sys.stderr)
 
 
 def sentence(error: Exception) -> str:
-    """What went wrong: this project's own errors name place, fault and fix, others are named by kind."""
-    from flows.operations.jobs import JobRunningError, explained
+    """Return an error as one line: this project's errors as they are, others with their class."""
+    from flows.operations.failures import explained
+    from flows.operations.locks import JobRunningError
     from medfocus.storage.redaction import unredacted
 
-    told = unredacted(error)
-    own = isinstance(told, ValueError | JobRunningError | OSError)
-    if own and getattr(told, "errno", None) is None:
-        return str(told)
-    return explained(told)
+    cause = unredacted(error)
+    is_ours = isinstance(cause, ValueError | JobRunningError | OSError)
+    if is_ours and getattr(cause, "errno", None) is None:
+        return str(cause)
+    return explained(cause)
 
 
-def bar(total: int, doing: str, unit: str = "image") -> tqdm[NoReturn]:
-    """A bar with rate and time left; none in a file or a pipe, nor for what is done in a moment."""
+def bar(total: int, work: str, unit: str = "image") -> tqdm[NoReturn]:
+    """Return a progress bar; short work and output to a file or a pipe show none."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=doing, unit=unit, delay=_PATIENCE, disable=None, dynamic_ncols=True)
+    return tqdm(total=total, desc=work, unit=unit, delay=_BAR_AFTER, disable=None, dynamic_ncols=True)
 
 
 @contextlib.contextmanager
-def waiting(doing: str) -> Iterator[None]:
-    """A moving sign beside ``doing`` where there is no count; nothing in a file or a pipe."""
+def waiting(work: str) -> Iterator[None]:
+    """Show a spinner with a word for the work, except in a file or a pipe."""
     from rich.console import Console
 
-    with Console(stderr=True).status(f"{doing} ...") if sys.stderr.isatty() else contextlib.nullcontext():
+    with Console(stderr=True).status(f"{work} ...") if sys.stderr.isatty() else contextlib.nullcontext():
         yield
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table; as wide as the terminal, and in a file or a pipe wide enough for a whole line."""
+    """Print a table as wide as the terminal, or 160 characters wide in a file or a pipe."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -90,12 +92,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(cell) for cell in row))  # as it stands: a name may have brackets
+        shown.add_row(*(Text(cell) for cell in row))  # without markup, because a name may contain brackets
     Console(width=None if sys.stdout.isatty() else _WIDTH).print(shown)
 
 
 def project() -> Path:
-    """The project around the working directory. Raises FileNotFoundError, with what to do."""
+    """Return the project around the working directory. Raises FileNotFoundError if there is none."""
     from flows.study.study import find_home
 
     return find_home(Path.cwd())
@@ -104,7 +106,7 @@ def project() -> Path:
 def _prepare() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    # The stages are `python -m flows...`: that has to be this environment's Python.
+    # DVC runs the stages as `python -m flows...`, which must find this environment's Python.
     here = str(Path(sys.executable).parent)
     if here not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = f"{here}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -1,4 +1,4 @@
-"""``medfocus app``: a model out of the registry behind a page on this machine."""
+"""``medfocus app``: a registered model behind a page on this machine."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ PASSWORD = "MEDFOCUS_APP_PASSWORD"
 
 
 def password(host: str, environment: Mapping[str, str]) -> str | None:
-    """What the page asks for; None where nothing is given, which does on loopback alone.
+    """Return the page's password, or None without one, which loopback allows.
 
-    Raises ValueError where the page is to be seen beyond loopback and no password is given.
+    Raises ValueError if the page should listen beyond loopback and the environment has no password.
     """
-    given = environment.get(PASSWORD)
-    if not given and not is_loopback(host):
+    secret = environment.get(PASSWORD)
+    if not secret and not is_loopback(host):
         raise ValueError(
-            f"--host {host} is beyond loopback, where the page asks for a password, and there is no default "
-            f"one. Set {PASSWORD} in the environment."
+            f"--host {host} is beyond loopback, where the page needs a password, and there is no default. "
+            f"Set {PASSWORD} in the environment."
         )
-    return given or None
+    return secret or None
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; a port of 0 is a free one. Raises OSError, saying what to do."""
+    """Return a socket bound to the address; port 0 means a free port. Raises OSError if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -44,52 +44,52 @@ def listening(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise OSError(
-            f"{host}:{port} cannot be listened on ({error.strerror}). Give another --port, or 0."
+            f"cannot listen on {host}:{port} ({error.strerror}). Give another --port, or 0."
         ) from error
     return bound
 
 
-def load(home: Path, asked: str | None) -> tuple[Reader, About]:
-    """A model as ``models.opened`` finds it, ready to read, and what is known of it."""
-    with models.opened(home, asked) as (told, folder):
+def load(home: Path, model: str | None) -> tuple[Reader, About]:
+    """Load a model as ``models.opened`` finds it; return a reader and a description of the model."""
+    with models.opened(home, model) as (name, folder):
         predictor = load_model(folder)
         reader = Reader(predictor)
         kind = "SAM2" if reader.is_pointed else "Otsu's threshold"
         method = type(predictor.method).__name__
-        if asked is not None and Path(asked).is_dir():
-            return reader, About(Path(told).resolve().name, "", "", method, kind)
-        chosen = models.choose(home, asked)
+        if model is not None and Path(model).is_dir():
+            return reader, About(Path(name).resolve().name, "", "", method, kind)
+        chosen = models.choose(home, model)
         version = f"{chosen.version} ({chosen.alias})" if chosen.alias else chosen.version
         tags = chosen.tags
-        known = tags.get("dataset", ""), tags.get("method", method)
-        return reader, About(chosen.name, version, *known, kind, chosen.metrics())
+        dataset, method = tags.get("dataset", ""), tags.get("method", method)
+        return reader, About(chosen.name, version, dataset, method, kind, chosen.metrics())
 
 
 def serve(
     reader: Reader, about: About, bound: socket.socket, host: str, secret: str | None, *, browser: bool
 ) -> None:
-    """Answer until Ctrl-C."""
+    """Serve the page until Ctrl-C."""
     server = configured(build(Workplace(reader), about, door(host, secret)))
-    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{bound.getsockname()[1]}/"
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    url = f"http://{name}:{bound.getsockname()[1]}/"
     print(url, flush=True)
-    terminal.tell(f"{NOTICE} Ctrl-C ends it.")
+    terminal.tell(f"{NOTICE} Ctrl-C stops the page.")
     if browser and has_display():
         webbrowser.open(url)
     try:
         server.run(sockets=[bound])
     except KeyboardInterrupt:
-        terminal.tell("ended. No image was kept.")
+        terminal.tell("stopped. No image was kept.")
 
 
 def configured(app: Guard) -> uvicorn.Server:
-    """A server that writes no log of what is asked of it: a name in it may be a patient's."""
+    """Return a server without an access log, because requests may contain patients' names."""
     config = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False, ws="none")
     return uvicorn.Server(config)
 
 
 def has_display() -> bool:
-    """Whether a browser would have a screen to open on."""
+    """Return whether there is a display for a browser."""
     if sys.platform in ("win32", "darwin"):
         return True
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))

@@ -1,4 +1,4 @@
-"""What a failed run tells a person: its kind of error and its page, and nothing about a patient."""
+"""Notices about failed runs: the kind of error and the run's page, and nothing about a patient."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from prefect import Flow
     from prefect.client.schemas.objects import FlowRun, State
 
-WEBHOOK = "MEDFOCUS_WEBHOOK"  # environment: the address that a failure is posted to
-LIMIT = 10.0  # seconds that a webhook may take; the run is over by then and must not hang on it
+WEBHOOK = "MEDFOCUS_WEBHOOK"  # environment variable with the address for failures
+LIMIT = 10.0  # seconds for the webhook, so that a finished run does not hang on it
 
 
 def report_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Tell of a flow run that failed or crashed; a hook of Prefect's flows."""
-    tell(flow.name, flow_run, state)
+    """Report a flow run that failed or crashed; a hook of Prefect's flows."""
+    report(flow.name, flow_run, state)
 
 
-def tell(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
-    """Post a failure to MEDFOCUS_WEBHOOK as JSON, or write it to stderr as one line where that is not set.
+def report(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
+    """Post a failure to MEDFOCUS_WEBHOOK as JSON; without it or if it fails, write one line to stderr.
 
-    An error's text may hold a file name, and that a patient's: only its class is told. Nothing here raises.
+    The notice has only the error's class, because the text may contain a patient's file name. Never raises.
     """
-    report = {
+    notice = {
         "flow": flow,
         "run": flow_run.name,
         "state": state.name,
@@ -37,15 +37,16 @@ def tell(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
         "page": _page(flow_run),
     }
     address = os.environ.get(WEBHOOK)
-    failed = _post(address, report) if address else None
-    if not address or failed:
-        told = f"; {WEBHOOK} did not take it ({failed})" if failed else ""
-        line = "{flow}, run {run}: {state}, {error}, {page}".format(**report)
-        print(line + told, file=sys.stderr, flush=True)  # Prefect's console handler is for its own faults
+    fault = _post(address, notice) if address else None
+    if not address or fault:
+        suffix = f"; {WEBHOOK} failed ({fault})" if fault else ""
+        line = "{flow}, run {run}: {state}, {error}, {page}".format(**notice)
+        # Not by Prefect's console handler, which shows only Prefect's own faults.
+        print(line + suffix, file=sys.stderr, flush=True)
 
 
 def _kind(state: State[Any]) -> str | None:
-    """The class of the error; CrashedRun where the process was killed and left none."""
+    """Return the class of the error; CrashedRun if the process was killed and left no error."""
     try:
         error = state.result(raise_on_failure=False)
     except Exception:
@@ -59,24 +60,24 @@ def _page(flow_run: FlowRun) -> str | None:
     return url_for("flow-run", obj_id=flow_run.id)
 
 
-def _post(address: str, report: dict[str, str | None]) -> str | None:
-    """Send it within ``LIMIT`` seconds, whatever the other side does; what went wrong, if anything did."""
+def _post(address: str, notice: dict[str, str | None]) -> str | None:
+    """Post the notice and return the fault, if any, within ``LIMIT`` seconds."""
     if not address.startswith(("http://", "https://")):
-        return "it is no http:// or https:// address"
+        return "not an http:// or https:// address"
     request = urllib.request.Request(
-        address, json.dumps(report).encode(), {"Content-Type": "application/json"}, method="POST"
+        address, json.dumps(notice).encode(), {"Content-Type": "application/json"}, method="POST"
     )
-    outcome: list[str | None] = []
+    faults: list[str | None] = []
 
     def send() -> None:
         try:
             with urllib.request.urlopen(request, timeout=LIMIT):
-                outcome.append(None)
-        except Exception as error:  # the address may hold a secret, and the error the address
-            outcome.append(type(error).__name__)
+                faults.append(None)
+        except Exception as error:  # only the class: the error may show the address and a secret in it
+            faults.append(type(error).__name__)
 
-    # urllib's own limit is one for each packet: a server that sends a byte now and then would outlast it.
+    # urllib's timeout counts for each packet, so a server that sends single bytes could exceed it.
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     thread.join(LIMIT)
-    return outcome[0] if outcome else f"no answer in {LIMIT:g} s"
+    return faults[0] if faults else f"no answer in {LIMIT:g} s"

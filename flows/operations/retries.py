@@ -1,4 +1,4 @@
-"""Which faults pass by themselves: another run holds a stage, or a server does not answer."""
+"""Retries of tasks, for faults that pass: another run holds a stage, or a server does not answer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
+from flows.operations.failures import causes
 from flows.stages.dvc import StageBusyError
 from medfocus.storage.redaction import unredacted
 
@@ -15,23 +16,16 @@ if TYPE_CHECKING:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether a later try may do better; an image that cannot be read stays unreadable."""
+    """Return whether a retry can help; an unreadable image, for example, stays unreadable."""
     import httpx
     import requests
 
-    # No TimeoutError: Prefect's own, of a flow whose time is over, is one too.
+    # Without TimeoutError, which Prefect also raises when a flow exceeds its time limit.
     passing = (
         *(StageBusyError, ConnectionError, httpx.TransportError),
         *(requests.ConnectionError, requests.Timeout),
     )
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        if isinstance(cause, passing):
-            return True
-        seen.add(id(cause))
-        cause = cause.__cause__ or cause.__context__
-    return False
+    return any(isinstance(cause, passing) for cause in causes(error))
 
 
 async def _passes(task: Any, run: TaskRun, state: State[Any]) -> bool:
@@ -42,8 +36,8 @@ async def _passes(task: Any, run: TaskRun, state: State[Any]) -> bool:
     return False
 
 
-# The options of a task. No cache policy but DVC: Prefect's keys know nothing of files or of the code that a
-# task calls. Waits 5, 10, 20 ... 160 s, some five minutes in all.
+# Options of a task. Only DVC caches, because Prefect's cache keys know neither the files nor the code that a
+# task calls. The waits are 5, 10, 20 ... 160 s, about five minutes in all.
 PATIENT = {
     "cache_policy": NO_CACHE,
     "retries": 6,

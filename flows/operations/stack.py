@@ -1,8 +1,7 @@
-"""Retraining as an operation on one machine: databases, MLflow, Prefect, a worker and the schedule.
+"""Operation on one machine: databases, MLflow, Prefect, a worker and the schedule.
 
-Everything is a child process of this one and ends with it, in reverse order. Prefect's server has whoever
-reaches it run code here, so it listens on loopback alone; MLflow may listen elsewhere, and then asks for a
-password.
+All are child processes of this process and end with it, in reverse order. Prefect's server can run code
+here, so it listens only on loopback. MLflow may listen elsewhere and then asks for a password.
 """
 
 from __future__ import annotations
@@ -24,29 +23,22 @@ from pathlib import Path
 
 import psutil
 
+from flows.servers.mlflow import MLFLOW_PORT, mlflow_artifact_server
 from flows.servers.postgres import ROLE, postgres
-from flows.servers.servers import (
-    HOST,
-    MLFLOW_PORT,
-    POOL,
-    PREFECT_PORT,
-    answers_at,
-    living,
-    mlflow_keeper,
-    prefect_server,
-    running,
-)
+from flows.servers.prefect import POOL, PREFECT_PORT, prefect_server
+from flows.servers.processes import HOST, answers_at, living, running
 from flows.study.study import find_home
 from medfocus.tracking import runs
 
-PASSWORD = "MLFLOW_AUTH_ADMIN_PASSWORD"  # MLflow's own names
-NAME = "MLFLOW_AUTH_ADMIN_USERNAME"
-_KEY = "MLFLOW_FLASK_SERVER_SECRET_KEY"
+PASSWORD = "MLFLOW_AUTH_ADMIN_PASSWORD"  # MLflow's own variables
+USERNAME = "MLFLOW_AUTH_ADMIN_USERNAME"
+_SECRET_KEY = "MLFLOW_FLASK_SERVER_SECRET_KEY"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _AUTH = """[mlflow]
 default_permission = READ
 database_uri = {users}
-# A password is hashed slowly on purpose, and one model is a hundred requests. One process serves them all, so
-# nothing in its memory is stale.
+# Password hashing is slow on purpose, and one model needs a hundred requests. The server is one process, so
+# its cache is never stale.
 auth_cache_ttl_seconds = 60
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
@@ -54,7 +46,7 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 
 @dataclass(frozen=True)
 class Login:
-    """Who MLflow's server lets in."""
+    """MLflow's administrator."""
 
     name: str
     password: str = field(repr=False)
@@ -70,15 +62,15 @@ class Stores:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Start it all, say where it is, and wait for Ctrl-C, SIGTERM or the end of one of the processes."""
+    """Start everything, print the addresses, and wait for Ctrl-C, SIGTERM or the end of a process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--host", default=HOST, help="address of MLflow's pages; beyond loopback by password")
+    parser.add_argument("--host", default=HOST, help="address of MLflow; beyond loopback it needs a password")
     parser.add_argument("--mlflow-port", type=int, default=MLFLOW_PORT)
     parser.add_argument("--prefect-port", type=int, default=PREFECT_PORT)
-    parser.add_argument("--sqlite", action="store_true", help="SQLite files instead of PostgreSQL")
-    parser.add_argument("--database", type=Path, help="folder of PostgreSQL's data; .postgres without it")
+    parser.add_argument("--sqlite", action="store_true", help="use SQLite files instead of PostgreSQL")
+    parser.add_argument("--database", type=Path, help="folder of PostgreSQL's data; default: .postgres")
     options = parser.parse_args(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, _stop_once)
     try:
         _run(options)
@@ -89,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _stop_once(number: int, frame: object) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)  # the way down is not to be cut short
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the shutdown
     print("Stopping: worker, Prefect, MLflow, databases.", flush=True)
     raise KeyboardInterrupt
 
@@ -98,53 +90,47 @@ def _stop_once(number: int, frame: object) -> None:
 def _run(options: argparse.Namespace) -> None:
     home = find_home(Path.cwd())
     login = credentials(options.host, os.environ)
-    for option in ("mlflow_port", "prefect_port"):
-        port = getattr(options, option)
-        if answers_at(port):
-            told = f"--{option.replace('_', '-')}"
-            raise RuntimeError(f"port {port} is taken. Stop what listens there, or give another {told}.")
+    _check_port(options.mlflow_port, "--mlflow-port")
+    _check_port(options.prefect_port, "--prefect-port")
     logs = home / ".cache" / "logs"
     with contextlib.ExitStack() as stack:
-        stores = stack.enter_context(_stores(options, home, logs))
-        mlflow = stack.enter_context(
-            mlflow_keeper(
-                home,
-                options.host,
-                options.mlflow_port,
-                stores.mlflow,
-                guard(login, stores.users, home) if login else {},
-                logs / "mlflow.log",
-            )
-        )
-        prefect = stack.enter_context(
-            prefect_server(options.prefect_port, stores.prefect, logs / "prefect.log")
-        )
-        stack.enter_context(_worker(prefect, mlflow, login, logs / "worker.log"))
-        page = prefect.removesuffix("/api")
-        print(f"MLflow:  {mlflow}\nPrefect: {page}\nLogs:    {logs}\nCtrl-C ends it all.", flush=True)
+        start = stack.enter_context
+        stores = start(_stores(options, home, logs))
+        auth = auth_settings(login, stores.users, home) if login else {}
+        address = home, options.host, options.mlflow_port
+        mlflow = start(mlflow_artifact_server(*address, stores.mlflow, auth, logs / "mlflow.log"))
+        prefect = start(prefect_server(options.prefect_port, stores.prefect, logs / "prefect.log"))
+        start(_worker(prefect, mlflow, login, logs / "worker.log"))
+        pages = prefect.removesuffix("/api")
+        print(f"MLflow:  {mlflow}\nPrefect: {pages}\nLogs:    {logs}\nCtrl-C stops everything.", flush=True)
         _wait(logs)
 
 
-def credentials(host: str, environment: Mapping[str, str]) -> Login | None:
-    """Name and password of MLflow's administrator; None where none is given, which does on loopback alone.
+def _check_port(port: int, option: str) -> None:
+    if answers_at(port):
+        raise RuntimeError(f"port {port} is taken. Stop the program that uses it, or set {option}.")
 
-    Raises ValueError where the server is to listen beyond loopback and no password is given.
+
+def credentials(host: str, environment: Mapping[str, str]) -> Login | None:
+    """Return the login of MLflow's administrator, or None without a password, which loopback allows.
+
+    Raises ValueError if the server should listen beyond loopback and the environment has no password.
     """
     password = environment.get(PASSWORD)
     if not password and (host == "localhost" or ipaddress.ip_address(host).is_loopback):
         return None
     if not password:
         raise ValueError(
-            f"--host {host} is beyond loopback, where MLflow asks for a password, and there is no default "
-            f"one. Set {PASSWORD} in the environment (and {NAME}, or it is admin)."
+            f"--host {host} is beyond loopback, where MLflow needs a password, and there is no default. Set "
+            f"{PASSWORD} in the environment, and {USERNAME} if the name should not be admin."
         )
-    return Login(environment.get(NAME) or "admin", password)
+    return Login(environment.get(USERNAME) or "admin", password)
 
 
-def guard(login: Login, users: str, home: Path) -> dict[str, str]:
-    """The environment in which MLflow's server asks for a password; its users are kept at the URL ``users``.
+def auth_settings(login: Login, users: str, home: Path) -> dict[str, str]:
+    """Return the variables that make MLflow's server ask for a password; ``users`` is its users' database.
 
-    Raises RuntimeError where Flask-WTF is missing, which it needs for that.
+    Raises RuntimeError if Flask-WTF, which MLflow needs for this, is missing.
     """
     if importlib.util.find_spec("flask_wtf") is None:
         raise RuntimeError("MLflow needs Flask-WTF to ask for a password: `pip install medfocusclip[auth]`.")
@@ -153,10 +139,10 @@ def guard(login: Login, users: str, home: Path) -> dict[str, str]:
     path.write_text(_AUTH.format(users=users), encoding="utf-8")
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(path),
-        NAME: login.name,
+        USERNAME: login.name,
         PASSWORD: login.password,
-        # Signs the forms of the pages; a form that was opened before a restart is to be opened again.
-        _KEY: os.environ.get(_KEY) or secrets.token_hex(32),
+        # Signs the forms of the pages. With a new key, a form opened before a restart must be reloaded.
+        _SECRET_KEY: os.environ.get(_SECRET_KEY) or secrets.token_hex(32),
     }
 
 
@@ -178,20 +164,25 @@ def _stores(options: argparse.Namespace, home: Path, logs: Path) -> Iterator[Sto
 
 @contextlib.contextmanager
 def _worker(prefect: str, mlflow: str, login: Login | None, log: Path) -> Iterator[None]:
-    """The deployments of prefect.yaml, and a worker of their pool."""
+    """Register the deployments of prefect.yaml and run a worker of their pool."""
     name = f"up-{os.getpid()}"
     environment = {
         "PREFECT_API_URL": prefect,
         "MLFLOW_TRACKING_URI": mlflow,
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the tasks of the flow try again by themselves
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the flow's tasks retry too
     }
     if login is not None and "MLFLOW_TRACKING_USERNAME" not in os.environ:
         environment["MLFLOW_TRACKING_USERNAME"] = login.name
         environment["MLFLOW_TRACKING_PASSWORD"] = login.password
     command = [sys.executable, "-m", "flows.operations.worker", "--name", name]
-    fault = "Prefect's worker does not come up."
-    # The runs are asked to end before the worker is: then they still say how they ended.
-    with running(command, environment, lambda: _is_online(prefect, name), fault, log=log, from_below=True):
+    with running(
+        command,
+        environment,
+        lambda: _is_online(prefect, name),
+        "Prefect's worker does not start.",
+        log=log,
+        children_first=True,  # so that the runs still record how they ended
+    ):
         yield
 
 
@@ -202,21 +193,21 @@ def _is_online(prefect: str, worker: str) -> bool:
     try:
         with urllib.request.urlopen(request, timeout=5) as response:
             workers = json.load(response)
-    except OSError:  # no such pool yet
+    except OSError:  # the pool does not exist yet
         return False
     return any(each["name"] == worker and each["status"] == "ONLINE" for each in workers)
 
 
 def _wait(logs: Path) -> None:
-    """Until a signal comes, or one of the processes ends by itself: then RuntimeError, so that it shows."""
+    """Wait for a signal; raise RuntimeError if one of the processes ends by itself."""
     children = psutil.Process().children()
     commands = {child.pid: " ".join(child.cmdline()[:4]) for child in children}
     while True:
         time.sleep(1)
-        lost = {child.pid for child in children} - {child.pid for child in living(children)}
-        if lost:
-            told = ", ".join(commands[pid] for pid in sorted(lost))
-            raise RuntimeError(f"ended by itself, so all the rest was stopped: {told}. See {logs}.")
+        ended = commands.keys() - {child.pid for child in living(children)}
+        if ended:
+            names = ", ".join(commands[pid] for pid in sorted(ended))
+            raise RuntimeError(f"a process ended by itself, so the others were stopped: {names}. See {logs}.")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""Open MLflow's and Prefect's pages on loopback until interrupted."""
+"""MLflow's and Prefect's pages on loopback, until Ctrl-C."""
 
 from __future__ import annotations
 
 import signal
 from pathlib import Path
 
-from flows.servers.servers import HOST, PREFECT_PORT, mlflow_server, prefect_server
+from flows.servers.mlflow import mlflow_server
+from flows.servers.prefect import PREFECT_PORT, prefect_server
+from flows.servers.processes import HOST
 from flows.study.study import find_home
 from medfocus.tracking import runs
 
 
 def main() -> None:
-    """Start both servers, say where they are, and wait."""
+    """Start both servers, print their addresses, and wait."""
     home = find_home(Path.cwd())
-    runs.start(None, home, "medfocus")  # makes the database, so that the server need not
+    runs.start(None, home, "medfocus")  # creates the database before the server needs it
     with prefect_server(), mlflow_server(home) as mlflow:
-        print(f"MLflow:  {mlflow}\nPrefect: http://{HOST}:{PREFECT_PORT}\nCtrl-C ends both.", flush=True)
+        print(f"MLflow:  {mlflow}\nPrefect: http://{HOST}:{PREFECT_PORT}\nCtrl-C stops both.", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             signal.pause()

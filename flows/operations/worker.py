@@ -1,4 +1,4 @@
-"""Register the deployments of prefect.yaml with the Prefect server of the environment, and work on them."""
+"""Prefect's worker: it registers the deployments of prefect.yaml and runs their flows."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import Crashed
 from prefect.workers.process import ProcessWorker
 
-from flows.operations.notify import tell
-from flows.servers.servers import POOL
+from flows.operations.notify import report
+from flows.servers.prefect import POOL
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the pool, register, and become Prefect's worker in this very process."""
+    """Create the pool, register the deployments, and replace this process by Prefect's worker."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", required=True, help="of the worker, as the pages show it")
-    parser.add_argument("--healthcheck", action="store_true", help="answer at port 8080 whether it works")
+    parser.add_argument("--name", required=True, help="the worker's name on Prefect's pages")
+    parser.add_argument("--healthcheck", action="store_true", help="answer health checks at port 8080")
     options = parser.parse_args(arguments)
     home = Path.cwd()
     if not (home / "prefect.yaml").is_file():
-        sys.exit(f"work: no prefect.yaml in {home}. Start it in the project's folder.")
-    # A run's process starts elsewhere, and is to find this checkout's own code.
+        sys.exit(f"worker: no prefect.yaml in {home}. Start the worker in the project's folder.")
+    # A run's process starts in another folder but must import this checkout's code.
     others = [path for path in (os.environ.get("PYTHONPATH"),) if path]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(home), *others])
     with get_client(sync_client=True) as client:
@@ -44,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prefect = [sys.executable, "-m", "prefect"]
     deployed = subprocess.run([*prefect, "--no-prompt", "deploy", "--all"], check=False)
     if deployed.returncode != 0:
-        sys.exit("work: Prefect does not take prefect.yaml; what it said stands above.")
+        sys.exit("worker: Prefect rejects prefect.yaml; correct the fault shown above.")
     worker = [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", options.name]
     os.execv(sys.executable, [*worker, *(["--with-healthcheck"] if options.healthcheck else [])])
 
 
 def make_pool(client: SyncPrefectClient) -> None:
-    """A pool for processes of this machine that runs one at a time: the next one waits for its turn."""
+    """Create a pool for processes on this machine that runs one flow at a time; the next one waits."""
     pool = WorkPoolCreate(
         name=POOL,
         type="process",
@@ -61,20 +61,20 @@ def make_pool(client: SyncPrefectClient) -> None:
 
 
 def close_dead_runs(client: SyncPrefectClient) -> None:
-    """Set to Crashed, and tell of, the runs that the pool's last worker left unfinished when it was killed.
+    """Set the unfinished runs of a killed worker to Crashed and report them.
 
-    The pool has one worker, and that one starts now. A dead run would keep its place under a limit, and every
-    night's run after it would be cancelled.
+    The pool has only one worker, which starts now. A dead run would still count for the deployment's limit,
+    and Prefect would cancel every later run.
     """
     unfinished = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
     dead = client.read_flow_runs(
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unfinished))),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
     )
-    state = Crashed(message="The worker that ran it was killed.")
+    state = Crashed(message="The worker of this run was killed.")
     for run in dead:
         client.set_flow_run_state(run.id, state, force=True)
-        tell(client.read_flow(run.flow_id).name, run, state)
+        report(client.read_flow(run.flow_id).name, run, state)
 
 
 if __name__ == "__main__":

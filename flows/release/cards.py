@@ -1,4 +1,4 @@
-"""What the stages know of a data set and a fitted cell -> model card and data sheet of its version."""
+"""The model card and the data sheet of a registered version, from the outputs of the stages."""
 
 from __future__ import annotations
 
@@ -20,50 +20,48 @@ from medfocus.serving import checkpoint
 from medfocus.storage import atomic
 from medfocus.tracking.provenance import made_from
 
-_DRIFT = "drift of "  # how the gate's checks of drift begin
-
 
 def of_version(
     dataset: EncodedDataset,
     cell: Cell,
     header: checkpoint.Header,
     probabilities: np.ndarray,
-    served: Path,
+    model_folder: Path,
     *,
     reason: str,
     checks: Sequence[Check],
     new: int | None,
 ) -> dict[str, str]:
-    """File name -> text, of a version that is being registered.
+    """Return the texts of a version's cards by file name.
 
     Args:
-        dataset: The data set, in the study's folder.
+        dataset: The data set, with the study's folder as the working directory.
         cell: The cell of the version.
-        header: Of its checkpoint.
-        probabilities: (N, K) of its main classifier on the whole test set.
-        served: The model folder that was written for it.
-        reason: The gate's decision, in a line.
-        checks: The gate's.
-        new: Images that the present champion was made without; None where there is no champion.
+        header: The header of its checkpoint.
+        probabilities: (N, K) of the cell's main classifier on the whole test set.
+        model_folder: The version's model folder.
+        reason: The gate's decision in one line.
+        checks: The gate's checks.
+        new: Number of images that the present champion was made without; None without a champion.
     """
-    serves: dict[str, Any] = json.loads((served / "serve.json").read_text(encoding="utf-8"))
-    data = _data(dataset, serves, checks, new)
+    served: dict[str, Any] = json.loads((model_folder / "serve.json").read_text(encoding="utf-8"))
+    data = _data(dataset, served, checks, new)
     params = dataset.study.params
     clip = f"{params.clip.model}, {params.clip.pretrained or 'no tag'}"
-    own_classes = [dataset.records[path].label for path in dataset.support_paths(cell)]
+    learnt = [dataset.records[path].label for path in dataset.support_paths(cell)]
     model = model_card.ModelFacts(
         name=f"medfocus-{dataset.name}",
         method=cell.method,
         focus=cell.focus,
         support=cell.support,
         seed=cell.seed,
-        learned_from={name: own_classes.count(name) for name in dataset.classes},
+        learned_from={name: learnt.count(name) for name in dataset.classes},
         settings=header.settings,
         parts={
-            "CLIP": f"{clip}; sha256 {serves['clip_key']}",
-            "segmenter": f"{data.segmenter}; sha256 {serves['segmenter_key']}",
-            "checkpoint": f"sha256 {atomic.digest(served / 'cell.safetensors')}",
-            "versions": ", ".join(f"{name} {number}" for name, number in serves["versions"].items()),
+            "CLIP": f"{clip}; sha256 {served['clip_key']}",
+            "segmenter": f"{data.segmenter}; sha256 {served['segmenter_key']}",
+            "checkpoint": f"sha256 {atomic.digest(model_folder / 'cell.safetensors')}",
+            "versions": ", ".join(f"{name} {number}" for name, number in served["versions"].items()),
         },
         pocket="pocket" in (params.clip.pretrained, params.masks.checkpoint),
         validation=f"{header.validation_correct} of {header.validation_count}",
@@ -81,17 +79,17 @@ def of_version(
 
 
 def headline(dataset: EncodedDataset, probabilities: np.ndarray) -> str:
-    """A cell's card in one paragraph; (N, K) on the whole test set."""
+    """Return the model card in one paragraph, from the probabilities (N, K) on the whole test set."""
     labels = dataset.labels(dataset.splits.test)
     return model_card.headline(next(iter(test_sets(dataset))), probabilities, labels, dataset.classes)
 
 
 def _data(
-    dataset: EncodedDataset, serves: dict[str, Any], checks: Sequence[Check], new: int | None
+    dataset: EncodedDataset, served: dict[str, Any], checks: Sequence[Check], new: int | None
 ) -> data_sheet.DatasetFacts:
     study, name = dataset.study, dataset.name
     masks = study.params.masks
-    made_by = f"SAM2 ({masks.config}, {masks.checkpoint}), {masks.strategy} at {masks.image_size} px"
+    sam2 = f"SAM2 ({masks.config}, {masks.checkpoint}), {masks.strategy} at {masks.image_size} px"
     made = made_from(study.folder, study.params.study.seeds)
     return data_sheet.DatasetFacts(
         name=dataset.name,
@@ -105,8 +103,8 @@ def _data(
         statuses={path: line.status for path, line in dataset.masks.status.items()},
         coverage={path: line.coverage for path, line in dataset.masks.status.items()},
         mask_lines=_lines(study.paths.report(name, "masks.csv")),
-        segmenter=made_by if serves["segmenter"] == "sam2" else "Otsu's threshold",
-        drift=[check for check in checks if check.name.startswith(_DRIFT)],
+        segmenter=sam2 if served["segmenter"] == "sam2" else "Otsu's threshold",
+        drift=[check for check in checks if check.is_drift],
         new=new,
         provenance={name: made[name] for name in ("git.commit", "git.dirty", "dvc.lock.sha256", "seeds")}
         | {"params.yaml": f"sha256 {atomic.digest(study.paths.params)}"},

@@ -1,1 +1,4 @@
-"""MLflow's, Prefect's and PostgreSQL's servers. It may import medfocus."""
+"""Servers as child processes: MLflow's, Prefect's and PostgreSQL's.
+
+It imports no other room. ``processes`` starts a child process and ends it with all its descendants.
+"""

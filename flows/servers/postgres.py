@@ -1,6 +1,6 @@
 """A private PostgreSQL cluster as a child process: in a folder, on a Unix socket, without a network port.
 
-Nobody but this account (and root) gets into the socket's folder, so no password is needed and none is kept.
+Only this account and root can enter the socket's folder, so the cluster needs no password.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.servers.servers import running
+from flows.servers.processes import running
 
 ROLE = "medfocus"
 _PROGRAMS = ("initdb", "postgres", "pg_isready", "psql", "createdb")
@@ -34,20 +34,19 @@ class Postgres:
 
 @contextlib.contextmanager
 def postgres(folder: Path, databases: Sequence[str], log: Path) -> Iterator[Postgres]:
-    """The cluster in ``folder`` for the ``with`` block, made where there is none, with these databases.
+    """Run the cluster in ``folder`` for the ``with`` block; create the cluster and databases if missing.
 
-    PostgreSQL refuses to run as root: started by root, it runs as the account ``postgres``, or ``nobody``.
+    PostgreSQL refuses to run as root; for root it runs as the account ``postgres``, or ``nobody``.
 
-    Raises RuntimeError, with PostgreSQL's own words, where it does not come up.
+    Raises RuntimeError, with PostgreSQL's last output, if it does not start.
     """
     programs, account = find_programs(), _account()
     _own(folder, account)
     data = folder / "data"
     if not data.is_dir():
         _make(programs, data, account)
-    socket = Path(
-        tempfile.mkdtemp(prefix="medfocus-")
-    )  # a socket's path may have 107 bytes: not in ``folder``
+    # Not in ``folder``: a socket's path may have at most 107 bytes.
+    socket = Path(tempfile.mkdtemp(prefix="medfocus-"))
     try:
         _own(socket, account)
         command = [
@@ -59,10 +58,10 @@ def postgres(folder: Path, databases: Sequence[str], log: Path) -> Iterator[Post
             command,
             {},
             lambda: subprocess.run(ready, check=False).returncode == 0,
-            f"PostgreSQL does not come up on {data}.",
+            f"PostgreSQL does not start on {data}.",
             log=log,
             user=account,
-            ask=signal.SIGINT,  # it ends its connections; at SIGTERM it would wait for them
+            stop_signal=signal.SIGINT,  # at SIGTERM it would wait until its clients disconnect
         ):
             for database in databases:
                 _create(programs, socket, database)
@@ -72,14 +71,14 @@ def postgres(folder: Path, databases: Sequence[str], log: Path) -> Iterator[Post
 
 
 def find_programs() -> Path:
-    """The folder of initdb, postgres and its clients: of the path, or the newest of Debian's.
+    """Return the folder of PostgreSQL's programs: from PATH, or the newest of Debian's.
 
-    Raises FileNotFoundError, saying how to install it, where there is none.
+    Raises FileNotFoundError, with the command that installs PostgreSQL, if there is none.
     """
-    found = shutil.which("initdb")
-    beside = Path(found).resolve().parent if found else Path()
-    if all((beside / name).exists() for name in _PROGRAMS):
-        return beside
+    initdb = shutil.which("initdb")
+    folder = Path(initdb).resolve().parent if initdb else Path()
+    if all((folder / name).exists() for name in _PROGRAMS):
+        return folder
     versions = {
         int(folder.parent.name): folder
         for folder in Path("/usr/lib/postgresql").glob("*/bin")
@@ -103,7 +102,7 @@ def _account() -> str | None:
 
 
 def _own(folder: Path, account: str | None) -> None:
-    """Make a folder that only the account may enter."""
+    """Create a folder that only the account may enter."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     if account is not None:
@@ -111,27 +110,24 @@ def _own(folder: Path, account: str | None) -> None:
 
 
 def _make(programs: Path, data: Path, account: str | None) -> None:
-    """A new cluster, made beside and moved in: a killed start leaves nothing half made."""
-    beside = data.with_name("making")
-    shutil.rmtree(beside, ignore_errors=True)
+    """Create a new cluster under another name and rename it, so that it is never incomplete."""
+    temporary = data.with_name("making")
+    shutil.rmtree(temporary, ignore_errors=True)
     command = [
-        *(str(programs / "initdb"), "--pgdata", str(beside), "--username", ROLE, "--encoding", "UTF8"),
+        *(str(programs / "initdb"), "--pgdata", str(temporary), "--username", ROLE, "--encoding", "UTF8"),
         *("--no-locale", "--auth-local", "trust", "--auth-host", "reject"),
     ]
-    made = subprocess.run(command, user=account, cwd="/", capture_output=True, text=True, check=False)
-    if made.returncode != 0:
-        whose = "" if account is None else f" It runs as {account!r}, who must be let into {data.parent}."
-        raise RuntimeError(f"initdb made no cluster in {data}.{whose} It said: {made.stderr[-1000:]}")
-    beside.rename(data)
+    done = subprocess.run(command, user=account, cwd="/", capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        access = "" if account is None else f" It runs as {account!r}, which needs access to {data.parent}."
+        raise RuntimeError(f"initdb failed in {data}.{access} Its last output: {done.stderr[-1000:]}")
+    temporary.rename(data)
 
 
 def _create(programs: Path, socket: Path, database: str) -> None:
-    """Create a database where there is none of this name."""
-    ask = [str(programs / "psql"), "--no-psqlrc", "--host", str(socket), "--username", ROLE, "--dbname"]
+    """Create a database unless it exists."""
+    login = ["--host", str(socket), "--username", ROLE]
     query = f"SELECT 1 FROM pg_database WHERE datname = '{database}'"
-    found = subprocess.run(
-        [*ask, "postgres", "-Atc", query], capture_output=True, text=True, check=True
-    ).stdout
-    if not found.strip():
-        made = [str(programs / "createdb"), "--host", str(socket), "--username", ROLE, database]
-        subprocess.run(made, check=True)
+    psql = [str(programs / "psql"), "--no-psqlrc", *login, "--dbname", "postgres", "-Atc", query]
+    if not subprocess.run(psql, capture_output=True, text=True, check=True).stdout.strip():
+        subprocess.run([str(programs / "createdb"), *login, database], check=True)

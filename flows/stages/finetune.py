@@ -189,7 +189,7 @@ def prepare(dataset: EncodedDataset, cell: Cell, path: Path) -> Fit:
 
 
 def encoder_to_fit(method: Method, encoder: ClipEncoder) -> ClipEncoder:
-    """Return the part of ``encoder`` that the method's ``fit`` runs, which is small to send to a worker."""
+    """Return the encoder with only the parts that the method's ``fit`` runs: small enough for a worker."""
     if method.needs_towers:
         return dataclasses.replace(encoder, segmenter=None)
     model = nn.Module()

@@ -17,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
-from flows.servers.servers import prefect_api
+from flows.servers.prefect import prefect_api
 from medfocus.storage.redaction import redacted, unredacted
 
 if TYPE_CHECKING:

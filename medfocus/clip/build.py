@@ -48,35 +48,9 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
 
     config = open_clip.get_model_config(name) or {}
     _check_text_tower(model, config.get("text_cfg", {}))
-    try:
-        with torch.random.fork_rng(devices=[]), _without_random_weights_warning():
-            torch.manual_seed(int(pretrained.removeprefix("random:")) if checkpoint is None else 0)
-            built: Any = open_clip.create_model(
-                name,
-                pretrained=None if checkpoint is None or name.startswith("local-dir:") else str(checkpoint),
-                require_pretrained=checkpoint is not None,
-                pretrained_text=False,
-                device=device,
-                **options,
-            )
-    except (RuntimeError, AssertionError, KeyError) as error:  # weights of another architecture
-        if checkpoint is None:
-            raise
-        fault = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"CLIP {model}: the weights in {checkpoint} are of another architecture ({fault} ...). Set "
-            "clip.model to their architecture."
-        ) from error
-    built.eval().requires_grad_(False)
-
-    preprocess = built.visual.preprocess_cfg
-    size = built.visual.image_size  # an int for ResNets, else (S, S)
-    if not isinstance(size, int):
-        if size[0] != size[1]:
-            raise ValueError(
-                f"CLIP {model} sees {size[0]} x {size[1]} pixels. Choose a model for square images."
-            )
-        size = size[0]
+    seed = int(pretrained.removeprefix("random:")) if checkpoint is None else 0
+    built = _create(model, name, checkpoint, seed, device, options)
+    size, preprocess = _side(model, built.visual.image_size), built.visual.preprocess_cfg
     pocket = model == "pocket"
     tokenizer = pocket_tokenizer() if pocket else open_clip.get_tokenizer(_tokenizer_name(model))
     settings = {"config": config, "options": options, "preprocess": preprocess}
@@ -94,6 +68,48 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
         logit_scale=float(built.logit_scale.exp()),
         device=torch.device(device),
     )
+
+
+def _create(
+    model: str,
+    name: str,
+    checkpoint: Path | None,
+    seed: int,
+    device: str | torch.device,
+    options: dict[str, Any],
+) -> Any:
+    """Build open_clip's model ``name``, frozen, from a checkpoint, or with random weights if it is None."""
+    import open_clip
+
+    try:
+        with torch.random.fork_rng(devices=[]), _without_random_weights_warning():
+            torch.manual_seed(seed)
+            built: Any = open_clip.create_model(
+                name,
+                pretrained=None if checkpoint is None or name.startswith("local-dir:") else str(checkpoint),
+                require_pretrained=checkpoint is not None,
+                pretrained_text=False,
+                device=device,
+                **options,
+            )
+    except (RuntimeError, AssertionError, KeyError) as error:  # weights of another architecture
+        if checkpoint is None:
+            raise
+        fault = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"CLIP {model}: the weights in {checkpoint} are of another architecture ({fault} ...). Set "
+            "clip.model to their architecture."
+        ) from error
+    return built.eval().requires_grad_(False)
+
+
+def _side(model: str, size: int | tuple[int, int]) -> int:
+    """Return the image size S from open_clip's, which is an int for ResNets and (S, S) for others."""
+    if isinstance(size, int):
+        return size
+    if size[0] != size[1]:
+        raise ValueError(f"CLIP {model} sees {size[0]} x {size[1]} pixels. Choose a model for square images.")
+    return size[0]
 
 
 def built_config(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:

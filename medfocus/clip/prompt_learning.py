@@ -135,7 +135,7 @@ def write_texts(
     places = " ".join([_PLACEHOLDER] * contexts)
     texts = [text for (text,) in text_prompts(class_names, "other", [f"{places} {{c}}."])]
     tokens, used = _tokenise(encoder, texts)
-    start, ids = _probe(method, encoder)
+    start, ids = _find_placeholder(method, encoder)
     assert bool((tokens[:, start : start + contexts] == ids).all())
     if int(used.max()) > tower.context_length:
         longest = int(used.argmax())
@@ -174,7 +174,7 @@ def start_contexts(
             f"{method}: start is '{start}', which has {count} tokens, but contexts is {contexts}. Set "
             f"contexts to {count}, or start to a text of {contexts} tokens or to an empty text."
         )
-    first, _ = _probe(method, encoder)
+    first, _ = _find_placeholder(method, encoder)
     with torch.no_grad():
         return tower.token_embedding(tokens[0, first : first + contexts].to(encoder.device)).cpu()
 
@@ -189,7 +189,7 @@ def _tokenise(encoder: ClipEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
     return tokens, used
 
 
-def _probe(method: str, encoder: ClipEncoder) -> tuple[int, int]:
+def _find_placeholder(method: str, encoder: ClipEncoder) -> tuple[int, int]:
     """Return the position of the first word of a text, and the token of the placeholder."""
     tokens, used = _tokenise(encoder, [f"{_PLACEHOLDER} {_PLACEHOLDER}", ""])
     before, first, second = tokens[0, :3].tolist()

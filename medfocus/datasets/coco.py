@@ -17,12 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
-from medfocus.datasets.faults import Fault
+from medfocus.datasets.faults import Fault, FaultKind
 from medfocus.datasets.listing import MASKS, inside
 from medfocus.images import decode
 from medfocus.images.errors import ImageError
+from medfocus.images.png import encode_png
 from medfocus.storage import atomic
 from medfocus.storage.tables import write_csv
 
@@ -39,6 +39,10 @@ class Converted:
     regions: int = 0  # images with a known region
     labels: dict[str, int] = field(default_factory=dict)  # label -> number of images; "" without a label
     faults: list[Fault] = field(default_factory=list)
+
+    def report(self, path: str, kind: FaultKind, fault: str, fix: str) -> None:
+        """Record a fault of an image or an annotation."""
+        self.faults.append(Fault(path, kind, fault, fix))
 
 
 @dataclass(frozen=True)
@@ -144,26 +148,22 @@ def _images(
         size: tuple[Any, Any] = entry.get("width"), entry.get("height")
         name = f"image {entry.get('id')}: {path}"
         if not isinstance(path, str) or not all(isinstance(n, int) and 0 < n < 1 << 16 for n in size):
-            done.faults.append(
-                Fault(name, "invalid annotation", "has no file name, width and height", "Export it again.")
-            )
+            done.report(name, "invalid annotation", "has no file name, width and height", "Export it again.")
         elif (where := inside(root, root, path)) is None:
-            done.faults.append(Fault(name, "path outside the data set", f"leads out of {root}", _GIVE_FOLDER))
+            done.report(name, "path outside the data set", f"leads out of {root}", _GIVE_FOLDER)
         elif not where:
-            done.faults.append(Fault(name, "missing file", f"no such file inside {root}", _GIVE_FOLDER))
+            done.report(name, "missing file", f"no such file inside {root}", _GIVE_FOLDER)
         elif (stem := PurePosixPath(where).with_suffix("").as_posix()) in usable:
             fault = f"has the name of {usable[stem].path} except for the suffix, and would share its mask"
-            done.faults.append(Fault(name, "invalid annotation", fault, "Rename one of them."))
+            done.report(name, "invalid annotation", fault, "Rename one of them.")
         elif _id(entry, "id") in ids:
-            done.faults.append(
-                Fault(name, "invalid annotation", "has the id of another image", "Export it again.")
-            )
+            done.report(name, "invalid annotation", "has the id of another image", "Export it again.")
         else:
             ids.add(_id(entry, "id"))
             usable[stem] = _Image(_id(entry, "id"), where, *size)
     for unknown in sorted(instances.keys() - {_id(entry, "id") for entry in content["images"]}):
         fault = "has annotations, but is not in the list of images"
-        done.faults.append(Fault(f"image {unknown}", "invalid annotation", fault, "Export it again."))
+        done.report(f"image {unknown}", "invalid annotation", fault, "Export it again.")
     return list(usable.values())
 
 
@@ -172,13 +172,11 @@ def _copied(root: Path, image: _Image, target: Path, done: Converted) -> bool:
     try:
         height, width = decode.read(root / image.path).shape[:2]
     except ImageError as error:
-        done.faults.append(Fault(image.path, error.kind, error.fault, error.fix))
+        done.report(image.path, error.kind, error.fault, error.fix)
         return False
     if (width, height) != (image.width, image.height):
         fault = f"has {width} x {height} pixels, but {image.width} x {image.height} in the file"
-        done.faults.append(
-            Fault(image.path, "invalid annotation", fault, "Use the images that were annotated.")
-        )
+        done.report(image.path, "invalid annotation", fault, "Use the images that were annotated.")
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(root / image.path, target)
@@ -194,7 +192,7 @@ def _region(image: _Image, instances: Iterable[Mapping[str, Any]], done: Convert
         except ValueError as error:
             name = f"annotation {entry.get('id')} of {image.path}"
             fix = "Draw it again; it is not part of the region."
-            done.faults.append(Fault(name, "invalid annotation", str(error), fix))
+            done.report(name, "invalid annotation", str(error), fix)
     return region
 
 
@@ -265,10 +263,10 @@ def _label(
         return labels.pop()
     fault = f"has several classes ({', '.join(sorted(labels))})" if labels else "has no class"
     fix = f"Fill in its label in {_TABLE}, or remove its line."
-    done.faults.append(Fault(image.path, "missing label", f"{fault}, so it has no label", fix))
+    done.report(image.path, "missing label", f"{fault}, so it has no label", fix)
     return ""
 
 
 def _write_mask(region: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(region.astype(np.uint8) * 255).save(path)
+    path.write_bytes(encode_png(region.astype(np.uint8) * 255))

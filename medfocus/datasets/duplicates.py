@@ -88,12 +88,12 @@ def find_duplicates(
     that known images are not opened. Raises FileNotFoundError or ValueError for an unreadable file.
     """
     records = sorted(records, key=lambda record: record.path)
-    found = {pair: ("identical", 1.0) for pair in _same_bytes(records)}
+    pairs = {pair: ("identical", 1.0) for pair in _same_bytes(records)}
     known = None if cache is None else Shards(f"{cache}/{fingerprint(_thumbnails)[:32]}", ".thumbnail")
     thumbnails = _thumbnails(records, root, workers, progress, known)
     for i, j, kind, similarity in match(thumbnails):
-        found.setdefault((i, j), (kind, similarity))
-    return [_pair(records[i], records[j], *found[i, j]) for i, j in sorted(found)]
+        pairs.setdefault((i, j), (kind, similarity))
+    return [_pair(records[i], records[j], *pairs[i, j]) for i, j in sorted(pairs)]
 
 
 def match(thumbnails: np.ndarray) -> list[tuple[int, int, str, float]]:

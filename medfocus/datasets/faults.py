@@ -71,4 +71,4 @@ class IngestReport:
 
 def write_faults(faults: Iterable[Fault], path: Path) -> None:
     """Write faults as CSV, one line per fault."""
-    write_csv(path, [field.name for field in fields(Fault)], map(astuple, faults))
+    write_csv(path, [field.name for field in fields(Fault)], (astuple(fault) for fault in faults))

@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,26 +71,12 @@ def _has_folders(folder: Path) -> bool:
 def list_folders(root: Path, report: IngestReport) -> list[Listed]:
     """List the images of class folders, with or without split folders above them; see ``unwrapped``."""
     top = unwrapped(root)
-    tops = [entry for entry in _entries(top) if entry.name.casefold() != MASKS]
-    folders = [entry for entry in tops if entry.is_dir()]
+    folders = [entry for entry in _entries(top) if entry.is_dir() and entry.name.casefold() != MASKS]
     splits = {folder: SPLITS[folder.name.casefold()] for folder in folders if _is_split(folder)}
     if "" in splits.values() and len(splits) > 1:
         names = ", ".join(folder.name for folder in splits)
         report.stop("all", f"lies next to split folders ({names})", "Keep either all or the others.")
-    for folder in folders if splits else []:
-        images = [] if folder in splits else list(filter(is_image, _files(folder)))
-        if images and all((top / image.relative_to(folder)).is_file() for image in images):
-            fault = f"holds {len(images)} images with the same paths as in the split folders"
-            fix = "Remove it if it is a copy."
-            report.leave_out(folder.relative_to(root).as_posix(), "copy of the split folders", fault, fix)
-        elif images:
-            fault = f"holds {len(images)} images, but is not a split folder like the others"
-            fix = "To use the images, move them into train, val, test or all."
-            report.leave_out(folder.relative_to(root).as_posix(), "folder outside the splits", fault, fix)
-    loose = [entry for folder in (top, *splits) for entry in _entries(folder) if is_image(entry)]
-    for file in loose:
-        path, fix = file.relative_to(root).as_posix(), "Move it into the folder of its class."
-        report.leave_out(path, "file outside the class folders", "lies outside the class folders", fix)
+    _report_outsiders(root, top, folders, splits, report)
     if not splits:
         return [item for folder in folders for item in _list_class(root, folder, "", report)]
     return [
@@ -100,6 +86,25 @@ def list_folders(root: Path, report: IngestReport) -> list[Listed]:
         if entry.is_dir()
         for item in _list_class(root, entry, split, report)
     ]
+
+
+def _report_outsiders(
+    root: Path, top: Path, folders: Sequence[Path], splits: Collection[Path], report: IngestReport
+) -> None:
+    """Report images outside the class folders and, next to split folders, outside the splits."""
+    for folder in folders if splits else ():
+        images = [] if folder in splits else list(filter(is_image, _files(folder)))
+        if images and all((top / image.relative_to(folder)).is_file() for image in images):
+            fault = f"holds {len(images)} images with the same paths as in the split folders"
+            fix = "Remove it if it is a copy."
+            report.leave_out(folder.relative_to(root).as_posix(), "copy of the split folders", fault, fix)
+        elif images:
+            fault = f"holds {len(images)} images, but is not a split folder like the others"
+            fix = "To use the images, move them into train, val, test or all."
+            report.leave_out(folder.relative_to(root).as_posix(), "folder outside the splits", fault, fix)
+    for file in [entry for folder in (top, *splits) for entry in _entries(folder) if is_image(entry)]:
+        path, fix = file.relative_to(root).as_posix(), "Move it into the folder of its class."
+        report.leave_out(path, "file outside the class folders", "lies outside the class folders", fix)
 
 
 def _list_class(root: Path, folder: Path, split: str, report: IngestReport) -> list[Listed]:
@@ -117,9 +122,8 @@ def _list_class(root: Path, folder: Path, split: str, report: IngestReport) -> l
             fault = f"does not have the suffix of a supported image format ({known})"
             report.leave_out(path, "unknown file type", fault, "Export it as PNG, or remove it.")
         elif path.encode("utf-8", "replace").decode() != path:
-            report.leave_out(
-                path, "file name is not UTF-8", "has a name that is not valid UTF-8", "Rename it."
-            )
+            fault = "has a name that is not valid UTF-8"
+            report.leave_out(path, "file name is not UTF-8", fault, "Rename it.")
         else:
             listed.append(Listed(path, folder.name, split, ""))
     return listed or [Listed("", folder.name, split, "")]
@@ -266,10 +270,10 @@ def _is_seen(entry: Path) -> bool:
 
 def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yield all files in a folder and its subfolders; follow links, but never in a circle."""
-    here = folder.resolve()
-    for entry in _entries(folder) if here not in above else ():
+    real = folder.resolve()
+    for entry in _entries(folder) if real not in above else ():
         if entry.is_dir():
-            yield from _files(entry, (*above, here))
+            yield from _files(entry, (*above, real))
         else:
             yield entry
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 
 from medfocus.images.decode import MOST_PIXELS
+from medfocus.images.png import encode_png
 from medfocus.storage import atomic
 
 SIZES = (28, 64, 128, 224)
@@ -158,7 +158,7 @@ def convert(
             for label in names.values():
                 (folder / split / label).mkdir(parents=True, exist_ok=True)
             for place, (pixels, label) in enumerate(zip(images.rows(), labels[split], strict=True)):
-                Image.fromarray(pixels).save(folder / split / names[label] / f"{place:05d}.png")
+                (folder / split / names[label] / f"{place:05d}.png").write_bytes(encode_png(pixels))
                 done += 1
                 if progress is not None:
                     progress(done, total)

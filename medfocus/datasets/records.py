@@ -34,7 +34,7 @@ class Record:
 def write_manifest(records: Iterable[Record], path: Path) -> None:
     """Write records as CSV, sorted by path, one line per image."""
     rows = sorted(records, key=lambda record: record.path)
-    write_csv(path, [field.name for field in fields(Record)], map(astuple, rows))
+    write_csv(path, [field.name for field in fields(Record)], (astuple(row) for row in rows))
 
 
 def read_manifest(path: Path) -> list[Record]:

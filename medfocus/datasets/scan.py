@@ -185,9 +185,8 @@ def _open(
         decode.to_rgb(image, item.path)
         count = _frames(data, item.path) if image.format == "TIFF" else 1
     except OSError as error:
-        return ImageError(
-            item.path, "cannot be read", f"cannot be read ({error.strerror})", "Copy or link it again."
-        )
+        fault = f"cannot be read ({error.strerror})"
+        return ImageError(item.path, "cannot be read", fault, "Copy or link it again.")
     except ImageError as error:
         return error
     return key, _Facts(key, image.width, image.height, image.mode, count)
@@ -228,7 +227,8 @@ def _frames(data: bytes, name: str) -> int:
         with decode.read_header(data, name) as stack:
             return getattr(stack, "n_frames", 1)
     except Exception as error:  # see ``decode.open_image``
-        fault = f"holds several images, and a later one is broken ({error})"
-        raise ImageError(
-            name, "several images in one file", fault, "Export the first as PNG, or remove it."
-        ) from error
+        fault, fix = (
+            f"holds a broken image after the first ({error})",
+            "Export the first as PNG, or remove it.",
+        )
+        raise ImageError(name, "several images in one file", fault, fix) from error

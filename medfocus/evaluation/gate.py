@@ -32,6 +32,7 @@ class Check:
     passed: bool
     value: str
     required: str
+    is_drift: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def judge(
     checks.append(Check("calibration error", ece <= rules.calibration, f"{ece:.3f}", required))
     for shift in shifts:
         value = "too few images" if math.isnan(shift.value) else f"{shift.value:.3f}, p {shift.p:.2g}"
-        checks.append(Check(f"drift of {shift.name}", not shift.past, value, f"at most {shift.bound:g}"))
+        required = f"at most {shift.bound:g}"
+        checks.append(Check(f"drift of {shift.name}", not shift.past, value, required, is_drift=True))
     return Decision(tuple(checks))
 
 

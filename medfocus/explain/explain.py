@@ -16,6 +16,7 @@ from medfocus.explain.occlusion import occlusion
 from medfocus.explain.transformer import gradient_attention
 from medfocus.focus.modes import FILL, crop
 from medfocus.images.geometry import letterbox_mask
+from medfocus.methods.backbone import Backbone
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
@@ -38,11 +39,10 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
         Maps (B, S, S), and their kind: "gradient x attention" for methods on the features of a ViT,
         "Grad-CAM" for timm's backbones with feature maps, and "occlusion" for all others.
     """
-    body = getattr(method, "model_", None)
-    if body is not None and hasattr(body, "forward_features"):
-        pixels = method.pixels(views)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(method, Backbone):
+        rows = torch.arange(len(targets))
         try:
-            maps = grad_cam(body, pixels, lambda logits: logits[torch.arange(len(targets)), targets])
+            maps = grad_cam(method.model_, method.pixels(views), lambda logits: logits[rows, targets])
         except ValueError:  # the features of timm's ViT are tokens
             return _occluded(method, encoder, views, targets), "occlusion"
         return _resized(maps, views.shape[1]), "Grad-CAM"

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from medfocus.images import stack as stacks
-from medfocus.images.errors import ImageError, TooLargeError
+from medfocus.images.errors import ImageError, TooLargeError, not_finite, too_many_pixels
 from medfocus.images.stack import Stack
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; no other decoder of Pillow is used
@@ -57,11 +57,11 @@ def read_header(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> I
         fault = f"is not in a supported image format ({', '.join(known)})"
         raise ImageError(name, "unknown image format", fault, _EXPORT) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # far above the limit
-        raise _too_many_pixels(name, "too many") from error
+        raise too_many_pixels(name, "too many pixels", MOST_PIXELS) from error
     except Exception as error:
         raise _undecodable(name, error) from error
     if image.width * image.height > MOST_PIXELS:
-        raise _too_many_pixels(name, f"{image.width} x {image.height}")
+        raise too_many_pixels(name, f"{image.width} x {image.height} pixels", MOST_PIXELS)
     return image
 
 
@@ -211,12 +211,6 @@ def _check_bytes(count: int, name: str) -> None:
         raise TooLargeError(name, "file too large", fault, fix)
 
 
-def _too_many_pixels(name: str, count: str) -> ImageError:
-    fault = f"has {count} pixels; the limit is {MOST_PIXELS // 1_000_000} megapixels"
-    fix = "Scale it down or cut it into tiles, or remove it."
-    return TooLargeError(name, "too many pixels", fault, fix)
-
-
 def _undecodable(name: str, error: Exception) -> ImageError:
     return ImageError(name, "cannot be decoded", f"cannot be decoded ({error})", _EXPORT)
 
@@ -225,6 +219,5 @@ def _window(values: np.ndarray, name: str) -> np.ndarray:
     """(H, W) float32 -> (H, W) uint8, the minimum to 0 and the maximum to 255; a constant image to 0."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        fix = "Replace them and export it again."
-        raise ImageError(name, "values not finite", "holds values that are not finite", fix)
+        raise not_finite(name)
     return np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)

@@ -48,7 +48,7 @@ from pydicom.uid import (
 )
 
 from medfocus.images import gdcm_process
-from medfocus.images.errors import ImageError, TooLargeError
+from medfocus.images.errors import ImageError, not_finite, too_many_pixels, unpacks_too_large
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _NAMED = ("SOPClassUID", "Modality", "PatientID", "BodyPartExamined", *_PIXELS)
@@ -146,17 +146,11 @@ class Dicom:
         if rows < 1 or columns < 1:
             raise ImageError(name, "no image in the file", f"has {columns} x {rows} pixels", _FIX)
         if rows * columns > most_pixels:
-            fault = f"has {columns} x {rows} pixels; the limit is {most_pixels // 1_000_000} megapixels"
-            fix = "Scale it down or cut it into tiles, or remove it."
-            raise TooLargeError(name, "too many pixels", fault, fix)
+            raise too_many_pixels(name, f"{columns} x {rows} pixels", most_pixels)
         syntax = data.file_meta.get("TransferSyntaxUID")
         if not syntax:
-            raise ImageError(
-                name,
-                "unsupported encoding",
-                "does not state the encoding of its pixels (no Transfer Syntax UID)",
-                _FIX,
-            )
+            fault = "does not state the encoding of its pixels (no Transfer Syntax UID)"
+            raise ImageError(name, "unsupported encoding", fault, _FIX)
         try:
             is_supported = get_decoder(syntax).is_available
         except NotImplementedError:
@@ -232,13 +226,12 @@ class Dicom:
 
 def _read(data: bytes, name: str, most_bytes: int) -> Any:
     if _is_deflated(data) and _inflated(data, most_bytes) > most_bytes:
-        fault = f"unpacks to more than {most_bytes // 1_000_000} MB, the limit"
-        raise TooLargeError(name, "file too large", fault, "Export it smaller, or remove it.")
+        raise unpacks_too_large(name, most_bytes)
     tags = [*_TAGS, *_NAMED, *_GROUPS]
-    found = pydicom.dcmread(io.BytesIO(data), force=True, specific_tags=cast(Any, tags))
-    if not found.file_meta.get("TransferSyntaxUID") and found.original_encoding == (True, True):
-        found.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian  # DICOM's default
-    return found
+    dataset = pydicom.dcmread(io.BytesIO(data), force=True, specific_tags=cast(Any, tags))
+    if not dataset.file_meta.get("TransferSyntaxUID") and dataset.original_encoding == (True, True):
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian  # DICOM's default
+    return dataset
 
 
 def _is_deflated(data: bytes) -> bool:
@@ -301,12 +294,7 @@ def _shown(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
         inside = values if padding is None or padding.all() else values[~padding]
         low, high = float(inside.min()), float(inside.max())
         if not np.isfinite([low, high]).all():
-            raise ImageError(
-                name,
-                "values not finite",
-                "holds values that are not finite",
-                "Replace them and export it again.",
-            )
+            raise not_finite(name)
         share = np.clip((values.astype(np.float64) - low) * (1 / (high - low) if high > low else 0), 0, 1)
     if header.PhotometricInterpretation == "MONOCHROME1":
         share = 1 - share

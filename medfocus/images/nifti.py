@@ -24,7 +24,7 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.orientations import apply_orientation, io_orientation
 
-from medfocus.images.errors import ImageError, TooLargeError
+from medfocus.images.errors import ImageError, not_finite, too_many_pixels, unpacks_too_large
 
 AXES = "xyz"
 MOST_BYTES = 1_000_000_000  # of an unpacked volume
@@ -64,9 +64,7 @@ class Volume:
         self.size = len(unpacked)
         shape = self._voxels.shape
         if max(shape[0] * shape[1], shape[0] * shape[2], shape[1] * shape[2]) > most_pixels:
-            sides, limit = " x ".join(map(str, shape)), most_pixels // 1_000_000
-            fault = f"has slices of {sides} voxels; the limit is {limit} megapixels"
-            raise TooLargeError(name, "too many pixels", fault, "Scale it down, or remove it.")
+            raise too_many_pixels(name, f"slices of {' x '.join(map(str, shape))} voxels", most_pixels)
         kind = self._voxels.dtype.kind
         self.mode = "F" if kind == "f" else "L" if self._voxels.dtype.itemsize == 1 else "I;16"
         self._dark, self._bright = _window(self._voxels, name)
@@ -117,7 +115,7 @@ def _unpacked(data: bytes, name: str) -> bytes:
             name, "cannot be decoded", f"cannot be unpacked ({error})", "Copy it again, or remove it."
         ) from error
     if len(unpacked) > MOST_BYTES:
-        raise _too_large(name)
+        raise unpacks_too_large(name, MOST_BYTES)
     return unpacked
 
 
@@ -135,7 +133,7 @@ def _voxels(header: Any, unpacked: bytes, name: str) -> tuple[np.ndarray, int]:
     first = (*shape, 1)[:3]
     count, offset = math.prod(first), int(header.get_data_offset())
     if count * dtype.itemsize > MOST_BYTES:
-        raise _too_large(name)
+        raise unpacks_too_large(name, MOST_BYTES)
     if offset < 0 or offset + count * dtype.itemsize > len(unpacked):
         held = max(0, len(unpacked) - offset)
         fault = f"declares {count * dtype.itemsize} bytes of voxels but holds {held}"
@@ -151,15 +149,8 @@ def _window(voxels: np.ndarray, name: str) -> tuple[float, float]:
     sample = flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64)
     sample = sample[np.isfinite(sample)]
     if not sample.size:
-        raise ImageError(
-            name, "values not finite", "holds no finite value", "Replace them and export it again."
-        )
+        raise not_finite(name)
     dark, bright = (float(value) for value in np.percentile(sample, _WINDOW))
     if dark == bright:  # nearly all voxels are air
         dark, bright = float(sample.min()), float(sample.max())
     return dark, bright if bright > dark else dark + 1
-
-
-def _too_large(name: str) -> ImageError:
-    fault = f"unpacks to more than {MOST_BYTES // 1_000_000} MB, the limit"
-    return TooLargeError(name, "file too large", fault, "Cut it into smaller volumes, or remove it.")

@@ -5,5 +5,5 @@ on images. ``training`` minimises a loss, ``probe`` fits logistic regression, ``
 and ``selection`` chooses hyperparameters on those folds. ``fitting`` fits a whole method and validates it out
 of fold.
 
-The room imports nothing of medfocus but itself; ``clip`` only for type checkers.
+At run time the room imports no other room.
 """

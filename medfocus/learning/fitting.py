@@ -14,7 +14,7 @@ from medfocus.learning.selection import LearningRates
 
 @dataclass(frozen=True)
 class Validation:
-    """Number of correct out-of-fold predictions; both numbers are 0 if nothing could be held out."""
+    """Correct out-of-fold predictions, and their number; both are 0 if no fold could be made."""
 
     correct: int
     count: int
@@ -34,7 +34,7 @@ def validate(
     """Fit the method without each fold and predict the fold by its main classifier.
 
     Each refit repeats every choice (λ, C, the learning rate) without the held-out images, and no patient or
-    group of duplicates is on both sides, so the estimate is unbiased by them.
+    group of duplicates is on both sides, so the accuracy is an honest estimate.
 
     Args:
         method: The unfitted method.

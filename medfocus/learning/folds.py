@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from sklearn.model_selection import StratifiedGroupKFold
@@ -35,9 +33,9 @@ def stratified_folds(
     if min(folds, smallest) < 2:
         return []
     splitter = StratifiedGroupKFold(min(folds, smallest), shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # scikit-learn counts images, not groups, and so warns about classes that have enough groups.
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        pairs = list(splitter.split(np.zeros((len(labels), 1)), labels, groups))
     classes = set(labels.tolist())
-    return [(fit, held) for fit, held in pairs if len(held) and set(labels[fit].tolist()) == classes]
+    return [
+        (fit, held)
+        for fit, held in splitter.split(np.zeros((len(labels), 1)), labels, groups)
+        if len(held) and set(labels[fit].tolist()) == classes
+    ]

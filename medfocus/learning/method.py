@@ -50,12 +50,12 @@ class Method(ABC):
 
     @property
     def needs_towers(self) -> bool:
-        """True if ``fit`` runs more of the encoder than the blocks that it trains."""
+        """True if ``fit`` runs more of the encoder than its last ``trained_blocks`` blocks."""
         return False
 
     @property
     def trained_blocks(self) -> int:
-        """Number of blocks at the end of the image encoder that ``fit`` trains, as ``ClipEncoder.tail``."""
+        """Number of last blocks of the image encoder that ``fit`` trains; see ``ClipEncoder.tail``."""
         return 0
 
     @property

@@ -24,12 +24,12 @@ class LearningRates:
 
     values: tuple[float, ...]
     folds: int  # of the cross-validation; small classes bound it
-    images: int  # upper bound on the images of it, because each fold trains every candidate
+    images: int  # upper bound on the images used, because each fold trains every candidate
 
     def fit(self, method: Method, support: Support, generator: torch.Generator) -> Method:
         """Return a copy of ``method`` fitted with the learning rate that does best inside the support.
 
-        If no fold can be made, that is the first rate.
+        If no fold can be made, the first rate is used.
         """
         seed = seed_of(generator)
 

@@ -70,7 +70,8 @@ class ClipAdapter(Schedule, FeatureMethod):
             for ratio in self.ratios:
                 adapter = self._train(fit, ratio, torch.Generator().manual_seed(seed))
                 with torch.no_grad():
-                    yield self._classify(adapter(held.inputs[0].float()))
+                    logits = self._classify(adapter(held.inputs[0].float()))
+                yield logits
 
         self.ratio_ = choose(
             self.ratios,

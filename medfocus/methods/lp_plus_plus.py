@@ -73,7 +73,7 @@ def minimise(features: Tensor, labels: Tensor, text_features: Tensor, steps: int
 
 @dataclass
 class LpPlusPlus(FeatureMethod):
-    """The initial values and step sizes come from the support, so nothing is chosen."""
+    """LP++ has no other hyperparameter, because initial values and step sizes come from the support."""
 
     steps: int  # full-batch steps of w
     weight_: Tensor = field(init=False, repr=False)  # (K, D) w

@@ -1,8 +1,7 @@
 """MedFocusCLIP (arXiv 2501.03839): fusion, composite loss, head and probe on CLIP's towers.
 
-The focus x ⊙ m is applied before: the inputs are focused images, or features of them.
-``medfocus.methods.fusion`` holds the equations. The authors published no code; where the paper leaves a
-choice open, a docstring states it.
+The inputs are focused images x ⊙ m, or features of them. ``medfocus.methods.fusion`` holds the equations. The
+authors published no code; where the paper leaves a choice open, a docstring states the choice made here.
 """
 
 from __future__ import annotations
@@ -156,7 +155,8 @@ class MedFocusClip(Schedule, Method):
                 classifier = self._train(fit, weight, torch.Generator().manual_seed(seed))
                 with torch.no_grad():
                     fused = self._fused(classifier, held.inputs[0], self._texts(classifier, held))
-                    yield classifier.head(fused)
+                    logits = classifier.head(fused)
+                yield logits
 
         weights = self.contrastive_weights
         otherwise = weights[len(weights) // 2]

@@ -91,8 +91,8 @@ def layers(
     """Draw the breast from skin to chest wall, (H, W), about 0 to 1; its layers bend around the mass."""
     size = len(x)
     cx, cy, rx, ry = mass
-    beside = bump(np.hypot((x - cx) / (1.9 * rx), (y - cy) / (2.2 * ry)), 1.0)
-    bend = 0.05 * cloud(rng, size, 3) + rng.normal(0, 0.07) * x - rng.uniform(0, 0.7) * beside * (y - cy) / 2
+    near = bump(np.hypot((x - cx) / (1.9 * rx), (y - cy) / (2.2 * ry)), 1.0)
+    bend = 0.05 * cloud(rng, size, 3) + rng.normal(0, 0.07) * x - rng.uniform(0, 0.7) * near * (y - cy) / 2
     rows = np.clip(np.arange(size)[:, None] + (bend * size).astype(np.intp), 0, size - 1)
 
     def bent(texture: np.ndarray) -> np.ndarray:

@@ -158,7 +158,7 @@ def card(name: str, weights_file: Path, figures: Mapping[str, Mapping[str, float
     return f"""# {title}
 
 {count / 1e6:.2f} M parameters, float16, {megabytes:.1f} MB. **Not for clinical use**: it has
-learnt from drawn images alone.
+learned from drawn images alone.
 
 {text}
 
@@ -168,12 +168,12 @@ AdamW, a linear warm-up and a cosine to 0, clipped gradients, float32, one threa
 
 {trained}
 
-`make pocket` trains it again from the seed and compares its figures with these; on another machine each comes
-out within {TOLERANCE}. No image of any data set, drawn or real, is among the training images.
+`make pocket` trains it again from the seed and compares its scores with these; on another machine each score
+is within {TOLERANCE}. No image of any data set, drawn or real, is among the training images.
 
 ## Measured
 
-On {per_class} held-out phantoms a class (another generator seed than training and data sets have).
+On {per_class} held-out phantoms per class, with a generator seed that neither training nor data sets use.
 
 {table}
 """
@@ -186,44 +186,44 @@ def _cell(value: float | None) -> str:
 CARDS: dict[str, tuple[str, str]] = {
     "sam2_pocket": (
         "Pocket SAM2",
-        """The `sam2` package's own modules in the configuration `medfocus/configs/sam2_pocket.yaml`,
-under SAM2's published names, without the modules for video. `medfocus.masks.sam2.segmenter` loads it as
-checkpoint `pocket`.
+        """The model consists of the `sam2` package's own modules, in the configuration
+`medfocus/configs/sam2_pocket.yaml` and with SAM2's published names, without the modules for video.
+`medfocus.masks.sam2.segmenter` loads it as the checkpoint `pocket`.
 
-Two things differ from SAM2 as published. The quality head predicts IoU x 1 for a lesion and IoU x 0.45 for
-anatomy, so that without a prompt from outside a lesion is "chosen" and anatomy only "relaxed". And the mask
-logits are multiplied by 4 after training, which leaves every mask as it is: stability compares logits > 1
-with logits > -1, and of a lesion in a mask of 32 px most is rim.
+It differs from the published SAM2 in two points. The quality head predicts IoU x 1 for a lesion and IoU x
+0.45 for anatomy, so that a lesion is "chosen" without a prompt and anatomy is only "relaxed". The mask
+logits are multiplied by 4 after training, which changes no mask: stability compares logits > 1 with logits
+> -1, and most of a lesion in a mask of 32 px is rim.
 
-Loss: 20 x focal + dice on the best of three masks (for boxes on the single mask too), and twice the L1 of the
-quality of all four. Four points (one of them anywhere) and one box per image, a lesion in 65 % of what they
-mean.
+The loss is 20 x focal + dice on the best of three masks (for boxes also on the single mask), plus twice the
+L1 error of the quality of all four. Each image gives four points (one of them random) and one box; 65 % of
+them aim at a lesion.
 
-The figures are of masks whose outlines follow the image's edges (`follow_edges: true`, the default).
-
-In the table, mean IoU with the lesion: `point`, the mask that the quality head picks for the innermost point;
-`best`, the best of its three; `anywhere`, picked for a random point; `unprompted`, chosen from 8 x 8 points
-without a prompt from outside. `anatomy`: picked for the innermost point of lungs, heart, brain, ventricles.
-`chosen`, `relaxed`, `box`, `identity`: the share of each rung of the fallback ladder without a prompt.
+The table shows the mean IoU with the lesion. `point`: the mask that the quality head picks for the
+innermost point. `best`: the best of its three masks. `anywhere`: the mask picked for a random point.
+`unprompted`: the mask chosen from 8 x 8 points without a prompt. `anatomy`: the mask picked for the
+innermost point of lungs, heart, brain or ventricles. `chosen`, `relaxed`, `box` and `identity`: the share
+of each step of the fallback. All masks follow the edges of the image (`follow_edges: true`, the default).
 
 Limits: masks are 32 px a side before they are enlarged; regions under 1 % of an image are not reliable.
 Faint lesions in a lung are the weakest.""",
     ),
     "clip_pocket": (
         "Pocket CLIP",
-        """An open_clip model in the configuration `medfocus/configs/clip_pocket.json` (96 px), with
-a tokenizer of its own (`bpe_pocket.txt.gz`). `open_clip.create_model("clip_pocket", pretrained=FILE)` loads
-it once `open_clip.add_model_config` knows the configuration; `medfocus.clip.encoder` does both, as `pocket`.
+        """The model is an open_clip model in the configuration `medfocus/configs/clip_pocket.json` (96 px),
+with its own tokenizer (`bpe_pocket.txt.gz`). `open_clip.create_model("clip_pocket", pretrained=FILE)` loads
+it after `open_clip.add_model_config` has read the configuration; `medfocus.clip.encoder` does both for the
+name `pocket`.
 
 It learns from drawn images and captions that name modality, finding, region, side and size. A caption is a
-positive of every image of the batch that it is true of. Most images are under a visual prompt (25 %
-`multiply`, 25 % `crop`, 12 % `overlay`, `contour` or `blur`), whose mask is rough and in part wrong. While it
-trains, a linear head on the patches also learns where lesion and anatomy lie; the head is not kept.
+positive of every image in the batch that it describes correctly. Most images have a visual prompt (25 %
+`multiply`, 25 % `crop`, 12 % `overlay`, `contour` or `blur`) with a rough and partly wrong mask. During
+training, a linear head on the patches also learns to locate lesion and anatomy; the head is not kept.
 
-In the table, zero-shot accuracy with the templates of `medfocus.clip.prompts`: on the whole image (`none`)
-and under `multiply` and `crop` with the masks that the pocket SAM2 chooses without a prompt.
+The table shows zero-shot accuracy with the templates of `medfocus.clip.prompts`: on the whole image
+(`none`), and under `multiply` and `crop` with the masks that the pocket SAM2 chooses without a prompt.
 
-Limits: it knows three kinds of drawn images and eleven classes. On real images its texts mean little;
-what its image encoder is worth there is what the README's tables say.""",
+Limits: it knows three kinds of drawn images and eleven classes. On real images its texts mean little; the
+results in the documentation show the worth of its image encoder there.""",
     ),
 }

@@ -40,9 +40,7 @@ class Table:
     """The content of a table file; each cell is text without surrounding spaces."""
 
     heading: tuple[str, ...]
-    rows: list[
-        tuple[str, list[str]]
-    ]  # "line 7" or "row 6", and its cells, whose number may differ from the heading
+    rows: list[tuple[str, list[str]]]  # "line 7" or "row 6", and its cells, as many as in the file
 
 
 def folded(name: str) -> str:

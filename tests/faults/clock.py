@@ -2,10 +2,9 @@
 
     python tests/faults/clock.py
 
-One run is left undisturbed. Then a job is killed in its evaluation and run again with its clock, as Python
-tells it, some hours behind: nothing that was finished may be made again, no run be left open, and every
-output has to have the bytes of the undisturbed run. (That no run is taken from a living process whatever the
-clock says is a test of test_tracking.py.)
+The first run is undisturbed. Then a job is killed in its evaluation and run again with Python's clock some
+hours behind. The job must not repeat finished work or leave a run open, and every output must have the
+bytes of the undisturbed run. (test_tracking.py tests that no clock takes a run from a living process.)
 """
 
 from __future__ import annotations
@@ -16,31 +15,31 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults import forked, whole
+from tests.faults import forked, state
 
 BACK = (-1, -24, -24 * 400)  # hours
 
 
 def main() -> None:
-    """Print a line a move and a sum at the end."""
+    """Print a line for each move and a summary."""
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="medfocus-clock-"))
     failed = 0
     with forked.ready(folder):
         project = forked.new_project(folder, "undisturbed")
         _ends(forked.start(project, folder / "log", folder / "made"))
-        expected = whole.outputs(project)
+        expected = state.outputs(project)
         for hours in BACK:
             project = forked.new_project(folder, "moved")
             job = forked.start(project, folder / "log", folder / "made")
             job.follow("evaluate", 1)
             job.kill()
-            kept = whole.finished(project)
+            kept = state.finished(project)
             job = forked.start(project, folder / "log", folder / "made", hours)
             _ends(job)
             again = [*(kept.entries & job.made()), *(stage for stage in job.ran if stage in kept.stages)]
-            again += [name for name, stat in kept.cells.items() if whole.cells(project).get(name) != stat]
-            same, bad = whole.outputs(project) == expected, whole.damaged(project)
-            running = whole.left_running(project)
+            again += [name for name, stat in kept.cells.items() if state.cells(project).get(name) != stat]
+            same, bad = state.outputs(project) == expected, state.damaged(project)
+            running = state.left_running(project)
             failed += not same or bool(again or bad or running)
             print(
                 f"clock moved by {hours} hours: {len(bad)} corrupt, {len(again)} lost, {running} runs left "

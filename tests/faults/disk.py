@@ -1,10 +1,10 @@
-"""Run the main job on folders that are full or read-only: what is said, and is a rerun right?
+"""Run the main job on full or read-only folders; check the message and the rerun.
 
     python tests/faults/disk.py
 
-Needs Linux and root: every fault is a mount of its own. One run is left undisturbed. Then for each folder
-that a run writes to, a project has it on a small disk that fills up, or read-only; the job has to end with 1
-and one line that names the place and what to do, and, when there is space again, to end with the same bytes.
+It needs Linux and root, because every fault is a mount. The first run is undisturbed. Then each folder that
+a run writes to is once on a small disk that fills up and once read-only. The job must exit with 1 and print
+one line with the place and the fix; with enough space again, it must end with the same bytes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults import forked, whole
+from tests.faults import forked, state
 
 
 def main() -> None:
-    """Print a line a fault and a sum at the end."""
+    """Print a line for each fault and a summary."""
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="medfocus-disk-"))
     failed = 0
     with forked.ready(folder):
-        expected = whole.outputs(_run(folder, "undisturbed", 0)[0])
+        expected = state.outputs(_run(folder, "undisturbed", 0)[0])
         faults: list[tuple[str, str, Callable[[Path], object]]] = [
             *((f"{place} is full at {kib} KiB", place, _full(kib)) for place, kib in FULL),
             *((f"{place} is read-only", place, _read_only) for place in READ_ONLY),
@@ -36,15 +36,14 @@ def main() -> None:
             (project / place).mkdir(parents=True, exist_ok=True)
             with _mounted(project / place, fault):
                 _, message = _run(folder, "fault", 1)
-                bad = whole.damaged(project)
-                kept = whole.finished(project)
+                bad = state.damaged(project)
+                kept = state.finished(project)
                 shutil.copytree(project / place, folder / "saved", symlinks=True)
             shutil.rmtree(project / place)
             (folder / "saved").rename(project / place)
             job, _ = _start(project, folder)
             again = kept.entries & job.made()
-            found = whole.outputs(project) if job.code == 0 else {}
-            same = found == expected
+            same = job.code == 0 and state.outputs(project) == expected
             named = str(project / place) in message and " again" in message
             failed += not (same and named and not bad and not again)
             print(
@@ -91,12 +90,12 @@ def _mounted(place: Path, mount: Callable[[Path], object]) -> Iterator[None]:
 
 
 def _run(folder: Path, name: str, code: int) -> tuple[Path, str]:
-    """A run that has to end with a code; its project and the last line that it said."""
+    """Run a job that must exit with a code; return its project and its last line."""
     project = folder / name if (folder / name).exists() else forked.new_project(folder, name)
-    job, said = _start(project, folder)
+    job, output = _start(project, folder)
     if job.code != code:
-        raise RuntimeError(f"{name}: ended with {job.code} and not {code}: {said}")
-    return project, said.strip().rpartition("\n")[2]
+        raise RuntimeError(f"{name}: ended with {job.code} and not {code}: {output}")
+    return project, output.strip().rpartition("\n")[2]
 
 
 def _start(project: Path, folder: Path) -> tuple[forked.Job, str]:

@@ -1,7 +1,7 @@
-"""Main jobs that begin in a moment and say where they are: forked from one that has imported everything.
+"""Main jobs that start at once and report their progress, forked from a process with all imports.
 
-A job is the whole of `python -m flows.pipeline` but for the imports, the start of Prefect's server, which is
-shared, and the worker processes of the fits, which run in the job itself.
+A job does the work of `python -m flows.pipeline` without the imports and the start of Prefect's server,
+which the jobs share. The fits run in the job itself instead of worker processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.servers.servers import free_port, prefect_server
+from flows.servers.prefect import prefect_server
+from flows.servers.processes import free_port
 
 PARTS = ("data", "masks", "features", "training", "evaluate", "page", "registry")
 _PART_OF = {name: "data" for name in ("phantoms", "ingest", "duplicates", "splits")} | {
@@ -31,9 +32,9 @@ _PART_OF = {name: "data" for name in ("phantoms", "ingest", "duplicates", "split
 
 @contextlib.contextmanager
 def ready(folder: Path, port: int | None = None) -> Iterator[None]:
-    """Import what a main job does, start Prefect's server, and make ``folder``/template, a project to copy.
+    """Import the modules of a main job, start Prefect's server, and create the project ``folder``/template.
 
-    The process may have no thread but the one that forks.
+    The process must have a single thread, because it forks.
     """
     os.environ |= {
         "OMP_NUM_THREADS": "1",
@@ -65,7 +66,7 @@ def ready(folder: Path, port: int | None = None) -> Iterator[None]:
             importlib.import_module(name)
         if threading.active_count() != 1:
             raise RuntimeError(f"a library started threads when it was imported: {threading.enumerate()}")
-        from tests.conftest import make_project  # imports torch, which reads the environment of above
+        from tests.conftest import make_project  # imports torch, which reads the environment set above
 
         (folder / "template").mkdir()
         make_project(folder / "template", segmenter="sam2")
@@ -73,7 +74,7 @@ def ready(folder: Path, port: int | None = None) -> Iterator[None]:
 
 
 def new_project(folder: Path, name: str) -> Path:
-    """A fresh copy of the template, in place of what had this name."""
+    """Copy the template to a new project, in place of an earlier project of this name."""
     project = folder / name
     shutil.rmtree(project, ignore_errors=True)
     shutil.copytree(folder / "template", project, symlinks=True)
@@ -82,30 +83,30 @@ def new_project(folder: Path, name: str) -> Path:
 
 @dataclass
 class Job:
-    """A main job under way."""
+    """A running main job."""
 
     pid: int
-    _told: int  # a pipe that it says on what it does
+    _progress: int  # a pipe with the job's progress
     _made: Path
-    seconds: dict[str, float] = field(default_factory=dict)  # spent so far in every part
-    part: str = "start"  # that it is in
-    ran: list[str] = field(default_factory=list)  # stages that were not up to date
-    code: int | None = None  # its exit code, once it has ended
+    seconds: dict[str, float] = field(default_factory=dict)  # so far in each part
+    part: str = "start"  # the present part
+    ran: list[str] = field(default_factory=list)  # outdated stages, which ran
+    code: int | None = None  # exit code, None while it runs
 
     def follow(self, part: str, seconds: float) -> None:
-        """Watch it until it has spent so long in a part, or has ended by itself."""
+        """Watch the job until it has spent so many seconds in a part, or has ended."""
         rest, last = b"", time.monotonic()
         with selectors.DefaultSelector() as selector:
-            selector.register(self._told, selectors.EVENT_READ)
+            selector.register(self._progress, selectors.EVENT_READ)
             while self.seconds.get(part, 0.0) < seconds:
-                heard = os.read(self._told, 4096) if selector.select(0.002) else None
+                data = os.read(self._progress, 4096) if selector.select(0.002) else None
                 now = time.monotonic()
                 self.seconds[self.part] = self.seconds.get(self.part, 0.0) + now - last
                 last = now
-                if heard == b"":
+                if data == b"":
                     self._wait()
                     return
-                *lines, rest = (rest + (heard or b"")).split(b"\n")
+                *lines, rest = (rest + (data or b"")).split(b"\n")
                 for line in lines:
                     word, _, stage = line.decode().partition(" ")
                     if stage:
@@ -114,35 +115,35 @@ class Job:
                         self.part = word
 
     def kill(self) -> None:
-        """End it and all that it started, at once."""
+        """Kill the job and all processes that it started."""
         os.killpg(self.pid, signal.SIGKILL)
         self._wait()
 
     def made(self) -> set[str]:
-        """Masks and features that it made, "folder key"."""
+        """Return the masks and features that the job computed, as "folder key"."""
         return set(self._made.read_text(encoding="utf-8").splitlines()) if self._made.exists() else set()
 
     def _wait(self) -> None:
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        os.close(self._told)
+        os.close(self._progress)
 
 
 def start(project: Path, log: Path, made: Path, hours: float = 0) -> Job:
-    """Begin a main job in a project, its clock moved by ``hours``; what it says goes to ``log``."""
+    """Start a main job in a project, with its clock moved by ``hours`` and its output in ``log``."""
     made.unlink(missing_ok=True)
-    told, tell = os.pipe()
+    progress, report = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid:
-        os.close(tell)
-        os.setpgid(pid, pid)  # by whoever of the two comes first
-        return Job(pid, told, made)
+        os.close(report)
+        os.setpgid(pid, pid)  # in both processes, because either may be first
+        return Job(pid, progress, made)
     code = 70
     try:
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.close(told)
+        os.close(progress)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -150,7 +151,7 @@ def start(project: Path, log: Path, made: Path, hours: float = 0) -> Job:
         now, now_ns = time.time, time.time_ns
         time.time = lambda: now() + 3600 * hours
         time.time_ns = lambda: now_ns() + int(3600e9 * hours)
-        code = _job(tell, os.open(made, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+        code = _job(report, os.open(made, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -160,28 +161,28 @@ def start(project: Path, log: Path, made: Path, hours: float = 0) -> Job:
         os._exit(code)
 
 
-def _job(tell: int, made: int) -> int:
-    """The main job in this process; its exit code."""
+def _job(report: int, made: int) -> int:
+    """Run the main job in this process and return its exit code."""
     from flows import pipeline
     from flows.release import page, register
     from flows.stages import evaluate, finetune
     from flows.study.dataset import EncodedDataset
     from medfocus.storage.shards import Shards
 
-    def says(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def told(*arguments: Any, **settings: Any) -> Any:
-            os.write(tell, f"{name}\n".encode())
+    def reported(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **settings: Any) -> Any:
+            os.write(report, f"{name}\n".encode())
             return function(*arguments, **settings)
 
-        return told
+        return wrapper
 
     reproduce, put = pipeline._reproduce, Shards.put
 
     def stage(study: Any, name: str) -> bool:
         kind = name.partition("@")[0]
-        os.write(tell, f"{_PART_OF.get(kind, kind)}\n".encode())
+        os.write(report, f"{_PART_OF.get(kind, kind)}\n".encode())
         if ran := reproduce(study, name):
-            os.write(tell, f"ran {name}\n".encode())
+            os.write(report, f"ran {name}\n".encode())
         return ran
 
     def noted_put(self: Shards, entries: Any) -> None:
@@ -193,14 +194,14 @@ def _job(tell: int, made: int) -> int:
     for module, name, stand_in in (
         (pipeline, "_reproduce", stage),
         (Shards, "put", noted_put),
-        (EncodedDataset, "embed", says("features", EncodedDataset.embed)),
-        (finetune, "fit", says("training", finetune.fit)),
+        (EncodedDataset, "embed", reported("features", EncodedDataset.embed)),
+        (finetune, "fit", reported("training", finetune.fit)),
         (finetune, "parallel_config", lambda *_, **__: contextlib.nullcontext()),
         (finetune, "_workers_that_end", contextlib.nullcontext),
         (finetune, "_end_with_parent", lambda: None),
-        (evaluate, "_cost", says("evaluate", evaluate._cost)),
-        (page, "write_page", says("page", page.write_page)),
-        (register, "register_best", says("registry", register.register_best)),
+        (evaluate, "_cost", reported("evaluate", evaluate._cost)),
+        (page, "write_page", reported("page", page.write_page)),
+        (register, "register_best", reported("registry", register.register_best)),
     ):
         setattr(module, name, stand_in)
     try:

@@ -1,14 +1,14 @@
-"""Kill the main job at random instants: is anything lost, damaged, or different at the end?
+"""Kill the main job at random instants and check that nothing is lost, damaged or different.
 
     python tests/faults/kill.py --instants 100
 
-One run is left undisturbed. Then a project is begun anew, its main job killed again and again, each time
-at a random instant of a random part of the job, and at last let run to its end: a sequence. After every kill
-all files that a cache, DVC or MLflow names are opened and checked; what was finished by then may not be made
-again; and at the end every output has to have the bytes of the undisturbed run. Exits with 1 if one does not.
+The first run is undisturbed. Then sequences follow: in a new project, the main job is killed again and
+again, each time at a random instant of a random part, and at last runs to its end. After each kill, all
+files that a cache, DVC or MLflow names are checked. Finished work must not be repeated, and at the end
+every output must have the bytes of the undisturbed run; otherwise the exit code is 1.
 
-`--processes` of the instants are kills of `python -m flows.pipeline` as a user starts it, with a server and
-worker processes of its own; see `forked` for the others.
+`--processes` instants are kills of `python -m flows.pipeline` as a user starts it, with its own server and
+worker processes; `forked` describes the other jobs.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults import forked, whole
+from tests.faults import forked, state
 
-ENDING = 0.1  # how often a sequence is let run to its end after a kill, wherever it is
+ENDING = 0.1  # probability that a sequence runs to its end after a kill
 
 
 @dataclass
 class Count:
-    """What was found."""
+    """Counts of instants and faults."""
 
     instants: int = 0
     lost: int = 0
     corrupt: int = 0
     identical: int = 0
     different: int = 0
-    running: int = 0  # MLflow's runs, after a sequence
+    running: int = 0  # MLflow's open runs after a sequence
     hit: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -52,17 +52,17 @@ class Count:
 
     @property
     def faults(self) -> int:
-        """Of all kinds."""
+        """Number of faults of all kinds."""
         return self.lost + self.corrupt + self.different + self.running
 
 
 def main() -> None:
-    """Print a line an instant and a sum at the end."""
+    """Print a line for each instant and a summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--instants", type=int, default=100)
-    parser.add_argument("--processes", type=int, default=4, help="of the instants, on processes of their own")
+    parser.add_argument("--processes", type=int, default=4, help="instants on separate processes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=600, help="no further sequence is begun after them")
+    parser.add_argument("--minutes", type=float, default=600, help="time after which no sequence starts")
     parser.add_argument("--keep", action="store_true", help="keep the folder of a sequence with a fault")
     options = parser.parse_args()
     began = time.monotonic()
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 class Trial:
-    """An undisturbed run, and sequences held against it."""
+    """An undisturbed run, and sequences that are compared with it."""
 
     def __init__(self, folder: Path, draw: random.Random, end: float) -> None:
         self.folder, self.draw, self.end = folder, draw, end
@@ -90,24 +90,24 @@ class Trial:
         self.seconds: dict[str, float] = {}
 
     def in_time(self) -> bool:
-        """Whether another sequence may begin."""
+        """Return whether another sequence may start."""
         return time.monotonic() < self.end
 
     def undisturbed(self) -> str:
-        """Run once in peace; the seconds of every part."""
+        """Run once without a kill and return a line with the seconds of each part."""
         project = self._project("undisturbed")
         job = forked.start(project, self._log(project), self._made(project))
         job.follow(forked.PARTS[0], float("inf"))
         if job.code != 0:
             raise RuntimeError(f"the undisturbed run ended with {job.code}: {self._log(project).read_text()}")
-        self.expected, self.seconds = whole.outputs(project), job.seconds
+        self.expected, self.seconds = state.outputs(project), job.seconds
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in job.seconds.items())
         return f"{sum(job.seconds.values()):.1f} s ({parts}), {len(self.expected)} outputs"
 
     def sequence(self, instants: int, keep: bool) -> None:
-        """Kill the job of one project until it is left to end, then hold its outputs against the expected."""
+        """Kill the job of one project until it may end, then compare its outputs with the expected ones."""
         project = self._project("sequence")
-        before, first, faults = whole.finished(project), 0, self.count.faults
+        before, first, faults = state.finished(project), 0, self.count.faults
         while True:
             job = forked.start(project, self._log(project), self._made(project))
             rest = forked.PARTS[first : first + 2] if self.count.instants < instants else ()
@@ -116,7 +116,7 @@ class Trial:
             killed = job.code is None
             if killed:
                 job.kill()
-                done = forked.PARTS.index(part) + (self.draw.random() < 0.5)  # so that it gets on
+                done = forked.PARTS.index(part) + (self.draw.random() < 0.5)  # so that the sequence advances
                 first = len(forked.PARTS) if self.draw.random() < ENDING else max(first, done)
             before = self._check(project, before, job.made(), job.ran, job.part if killed else "")
             if not killed:
@@ -126,9 +126,9 @@ class Trial:
             project.rename(self.folder / f"fault-{self.count.instants}")
 
     def of_processes(self, instants: int, keep: bool) -> None:
-        """The same, of processes as a user starts them; of a part nothing but the last stage is known."""
+        """Do the same with processes as a user starts them, where only the last stage shows the part."""
         project = self._project("process")
-        before, faults = whole.finished(project), self.count.faults
+        before, faults = state.finished(project), self.count.faults
         delays = [self.draw.uniform(8, 8 + 2 * sum(self.seconds.values())) for _ in range(2)]
         code = 0
         for delay in [*delays[: instants - self.count.instants], None]:
@@ -147,9 +147,9 @@ class Trial:
             except subprocess.TimeoutExpired:
                 os.killpg(job.pid, signal.SIGKILL)
                 job.wait()
-            said = [line.split(": ") for line in self._log(project).read_text().splitlines()]
-            ran = [line[0] for line in said if len(line) == 2 and line[1] == "done"]
-            seen = [line[0] for line in said if len(line) == 2 and line[1] in ("done", "unchanged")]
+            lines = [line.split(": ") for line in self._log(project).read_text().splitlines()]
+            ran = [line[0] for line in lines if len(line) == 2 and line[1] == "done"]
+            seen = [line[0] for line in lines if len(line) == 2 and line[1] in ("done", "unchanged")]
             self._until_its_workers_end(project)
             code = job.returncode
             at = self._after(seen) if code == -signal.SIGKILL else ""
@@ -162,14 +162,14 @@ class Trial:
 
     @staticmethod
     def _after(seen: list[str]) -> str:
-        """The part that follows the last stage that was seen."""
+        """Return the part after the last reported stage."""
         order = ("phantoms", "ingest", "duplicates", "splits", "masks", "finetune", "evaluate")
         parts = ("data", "data", "data", "data", "masks", "training", "evaluate", "registry")
         return parts[order.index(seen[-1].partition("@")[0]) + 1] if seen else "start"
 
     @staticmethod
     def _until_its_workers_end(project: Path) -> None:
-        """Worker processes look once a second whether their job is alive."""
+        """Wait for the worker processes, which check once a second whether their job is alive."""
         end = time.monotonic() + 10
         while time.monotonic() < end:
             working = 0
@@ -183,13 +183,13 @@ class Trial:
             time.sleep(0.2)
 
     def _check(
-        self, project: Path, before: whole.Finished, made: set[str], ran: list[str], hit: str
-    ) -> whole.Finished:
-        """Count what of ``before`` was made again and what is damaged; what is finished now."""
-        after = whole.finished(project)
+        self, project: Path, before: state.Finished, made: set[str], ran: list[str], hit: str
+    ) -> state.Finished:
+        """Count the repeated work and the damaged files; return the finished work."""
+        after = state.finished(project)
         again = [*(before.entries & made), *(stage for stage in ran if stage in before.stages)]
         again += [name for name, stat in before.cells.items() if after.cells.get(name) != stat]
-        bad = whole.damaged(project)
+        bad = state.damaged(project)
         self.count.lost += len(again)
         self.count.corrupt += len(bad)
         if hit:
@@ -206,20 +206,20 @@ class Trial:
         return after
 
     def _compare(self, project: Path, code: int) -> None:
-        """Hold a finished sequence against the undisturbed run."""
+        """Compare a finished sequence with the undisturbed run."""
         if code != 0:
             self.count.different += 1
             print(f"     ended with {code}: {self._log(project).read_text()[-3000:]}", flush=True)
             return
-        found = whole.outputs(project)
-        names = sorted({*found, *self.expected})
-        other = [name for name in names if found.get(name) != self.expected.get(name)]
-        running = whole.left_running(project)
+        outputs = state.outputs(project)
+        names = sorted({*outputs, *self.expected})
+        other = [name for name in names if outputs.get(name) != self.expected.get(name)]
+        running = state.left_running(project)
         self.count.running += running
         self.count.different += bool(other)
         self.count.identical += not other
         print(
-            f"     {len(found)} outputs, {len(other)} other than undisturbed, {running} runs left running"
+            f"     {len(outputs)} outputs, {len(other)} differ, {running} left running"
             + "".join(f"\n     other: {name}" for name in other),
             flush=True,
         )

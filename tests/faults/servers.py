@@ -1,10 +1,10 @@
-"""Take Prefect's and MLflow's servers away from a main job: at the start, in the middle, and for a while.
+"""Stop Prefect's and MLflow's servers at the start or in the middle of a main job, for good or for a while.
 
     python tests/faults/servers.py
 
-One run is left undisturbed. Every fault begins a project anew; the job may go on or end with 1 and one line
-that names the server, and once the server is back a rerun has to make nothing again that was finished, to
-leave no run open, and to end with the bytes of the undisturbed one.
+The first run is undisturbed. Every fault starts a new project; the job may continue, or exit with 1 and one
+line that names the server. Once the server is back, a rerun must not repeat finished work or leave a run
+open, and must end with the bytes of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from pathlib import Path
 
 import psutil
 
-from flows.servers.servers import HOST, free_port, mlflow_server, prefect_server
-from tests.faults import forked, whole
+from flows.servers.mlflow import mlflow_server
+from flows.servers.prefect import prefect_server
+from flows.servers.processes import HOST, free_port
+from tests.faults import forked, state
 
 END = float("inf")
-PATIENCE = 3  # times that MLflow asks again; 7 where nothing is said, which takes it four minutes
+PATIENCE = 3  # retries of MLflow; its default of 7 takes four minutes
 
 
 def main() -> None:
-    """Print a line a fault and a sum at the end."""
+    """Print a line for each fault and a summary."""
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="medfocus-servers-"))
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = str(PATIENCE)
     trial = Trial(folder, free_port(), free_port())
     with forked.ready(folder, trial.prefect):
         project = trial.start("undisturbed")
         trial.ends()
-        trial.expected = whole.outputs(project)
+        trial.expected = state.outputs(project)
         for fault in (
             trial.prefect_goes,
             trial.prefect_goes_and_comes_back,
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 class Trial:
-    """Jobs on one port of Prefect's and, where it is asked for, one of MLflow's."""
+    """Jobs with one port for Prefect's server and one for MLflow's."""
 
     def __init__(self, folder: Path, prefect: int, mlflow: int) -> None:
         self.folder, self.prefect, self.mlflow = folder, prefect, mlflow
@@ -58,7 +60,7 @@ class Trial:
         self.failed = 0
 
     def start(self, name: str) -> Path:
-        """Begin a job in a project that is new, unless it is there."""
+        """Start a job in a project, which is created if it is missing."""
         self.project = self.folder / name
         if not self.project.exists():
             forked.new_project(self.folder, name)
@@ -67,96 +69,101 @@ class Trial:
         return self.project
 
     def ends(self) -> str:
-        """Let the job end; the last line that it said."""
+        """Wait for the job's end and return its last line."""
         self.job.follow(forked.PARTS[0], END)
         return (self.folder / "log").read_text(encoding="utf-8").strip().rpartition("\n")[2]
 
     def prefect_goes(self) -> None:
-        """In the training, and is started again for the rerun."""
+        """Stop Prefect's server during training until the rerun."""
         self.start("fault")
         self.job.follow("training", 0.3)
         gone = end("prefect")
-        said = self.ends()
+        last_line = self.ends()
         with prefect_server(self.prefect):
-            self.hold("Prefect's server is killed", gone, said, "Prefect's server does not answer")
+            self.hold("Prefect's server is killed", gone, last_line, "Prefect's server does not answer")
 
     def prefect_goes_and_comes_back(self) -> None:
-        """In the training, for some seconds."""
+        """Stop Prefect's server during training for some seconds."""
         with prefect_server(self.prefect):
             self.start("fault")
             self.job.follow("training", 0.3)
             gone = end("prefect")
         with prefect_server(self.prefect):
-            said = self.ends()
+            last_line = self.ends()
             self.hold(
-                "Prefect's server is killed and comes back", gone, said, "Prefect's server does not answer"
+                "Prefect's server is killed and comes back",
+                gone,
+                last_line,
+                "Prefect's server does not answer",
             )
 
     def mlflow_is_down_at_the_start(self) -> None:
-        """The job ends before it computes anything."""
+        """Start a job without MLflow's server; it must end before it computes anything."""
         with prefect_server(self.prefect), self.tracking():
             gone = time.monotonic()
             project = self.start("fault")
-            said = self.ends()
+            last_line = self.ends()
             if (project / ".cache").exists():
-                said += " (BUT IT HAD BEGUN)"
+                last_line += " (BUT IT HAD STARTED)"
             with mlflow_server(project, self.mlflow):
-                self.hold("MLflow's server is down", gone, said, "MLFLOW_TRACKING_URI: no server answers")
+                self.hold(
+                    "MLflow's server is down", gone, last_line, "MLFLOW_TRACKING_URI: no server answers"
+                )
 
     def mlflow_goes_and_comes_back(self) -> None:
-        """In the evaluation, for some seconds."""
+        """Stop MLflow's server during the evaluation for some seconds."""
         with prefect_server(self.prefect), self.tracking(), ExitStack() as stack:
             stack.enter_context(mlflow_server(forked.new_project(self.folder, "fault"), self.mlflow))
             project = self.start("fault")
             self.job.follow("evaluate", 0.5)
             gone = end("mlflow")
             stack.enter_context(mlflow_server(project, self.mlflow))
-            said = self.ends()
-            self.hold("MLflow's server is killed and comes back", gone, said, "")
+            last_line = self.ends()
+            self.hold("MLflow's server is killed and comes back", gone, last_line, "")
 
     def mlflow_goes(self) -> None:
-        """In the evaluation, and is started again for the rerun."""
+        """Stop MLflow's server during the evaluation until the rerun."""
         with prefect_server(self.prefect), self.tracking(), ExitStack() as stack:
             stack.enter_context(mlflow_server(forked.new_project(self.folder, "fault"), self.mlflow))
             project = self.start("fault")
             self.job.follow("evaluate", 0.5)
             gone = end("mlflow")
-            said = self.ends()
+            last_line = self.ends()
             stack.enter_context(mlflow_server(project, self.mlflow))
-            self.hold("MLflow's server is killed", gone, said, "MLflow's server does not answer")
+            self.hold("MLflow's server is killed", gone, last_line, "MLflow's server does not answer")
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
-        """Have jobs keep their runs on MLflow's server."""
+        """Let jobs write their runs to MLflow's server."""
         os.environ["MLFLOW_TRACKING_URI"] = f"http://{HOST}:{self.mlflow}"
         try:
             yield
         finally:
             del os.environ["MLFLOW_TRACKING_URI"]
 
-    def hold(self, name: str, gone: float, said: str, named: str) -> None:
-        """Rerun, and say what became of it."""
+    def hold(self, name: str, gone: float, last_line: str, server_fault: str) -> None:
+        """Run the job again and print the result."""
         code, seconds, project = self.job.code, time.monotonic() - gone, self.project
-        kept, bad = whole.finished(project), whole.damaged(project)
-        told = code == 0 or (said.startswith("medfocus: ") and named in said)
+        kept, bad = state.finished(project), state.damaged(project)
+        named = code == 0 or (last_line.startswith("medfocus: ") and server_fault in last_line)
         self.start("fault")
         last = self.ends()
         again = [*(kept.entries & self.job.made()), *(s for s in self.job.ran if s in kept.stages)]
-        again += [n for n, stat in kept.cells.items() if whole.cells(project).get(n) != stat]
-        same = self.job.code == 0 and whole.outputs(project) == self.expected
-        running = whole.left_running(project)
-        self.failed += not (told and same) or bool(bad or again or running)
+        again += [n for n, stat in kept.cells.items() if state.cells(project).get(n) != stat]
+        same = self.job.code == 0 and state.outputs(project) == self.expected
+        running = state.left_running(project)
+        self.failed += not (named and same) or bool(bad or again or running)
         print(
-            f"{name}: ended with {code} after {seconds:.0f} s, {'named' if told else 'NOT NAMED'}, "
+            f"{name}: ended with {code} after {seconds:.0f} s, {'named' if named else 'NOT NAMED'}, "
             f"{len(bad)} corrupt, {len(again)} lost, {running} runs left running, rerun "
-            f"{'byte-identical' if same else f'DIFFERENT: {last}'}\n    {said}",
+            f"{'byte-identical' if same else f'DIFFERENT: {last}'}\n    {last_line}",
             flush=True,
         )
         shutil.rmtree(project)
 
 
 def end(server: str) -> float:
-    """Kill a server that this process started; when."""
+    """Kill a server that this process started and return the time."""
     for child in psutil.Process().children():
         if f"{server} server" in " ".join(child.cmdline()):
             tree = [*child.children(recursive=True), child]

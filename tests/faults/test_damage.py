@@ -1,4 +1,4 @@
-"""Claims about damaged caches and half-written files: found, and made again with the same bytes."""
+"""Claims about damaged and half-written files: they are detected and computed again with the same bytes."""
 
 from __future__ import annotations
 
@@ -15,38 +15,36 @@ from flows.study import costs
 from medfocus.clip import features
 from medfocus.storage import atomic
 from medfocus.storage.shards import Shards
-from tests.faults import whole
+from tests.faults import state
 
 
 def flip(path: Path, at: int) -> None:
-    """Turn one bit of a file."""
+    """Flip one bit of a file."""
     content = bytearray(path.read_bytes())
     content[at] ^= 0x10
     path.write_bytes(content)
 
 
 def cut(path: Path) -> None:
-    """Leave the first half of a file."""
+    """Cut a file to its first half."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_sealed_file_is_believed_only_as_long_as_it_has_its_hash(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_sealed_file_is_sound_only_with_its_hash(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "cell.safetensors"
     assert not atomic.is_sound(path)
-    path.write_bytes(b"from before there were seals")
+    path.write_bytes(b"a file without a seal")
     assert atomic.is_sound(path)
     for number in range(40):
-        (tmp_path / "beside").write_bytes(b"forty bytes of a finished checkpoint....")
-        atomic.seal(tmp_path / "beside", path)
-        assert atomic.is_sound(path) and not (tmp_path / "beside").exists()
+        (tmp_path / "temporary").write_bytes(b"forty bytes of a finished checkpoint....")
+        atomic.seal(tmp_path / "temporary", path)
+        assert atomic.is_sound(path) and not (tmp_path / "temporary").exists()
         flip(path, number)
         assert not atomic.is_sound(path)
     assert caplog.text.count(f"{path} is damaged") == 40
 
 
-def test_a_killed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.html"
     atomic.write(path, "first")
 
@@ -60,7 +58,7 @@ def test_a_killed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_damaged_note_of_a_cost_is_no_note(tmp_path: Path) -> None:
+def test_a_damaged_cost_file_counts_as_missing(tmp_path: Path) -> None:
     costs.write(costs.Fit(1.5, None, 7, ""), tmp_path / "cell.safetensors")
     note = tmp_path / "cell.json"
     assert costs.read(tmp_path / "cell.safetensors") == costs.Fit(1.5, None, 7, "")
@@ -71,7 +69,7 @@ def test_a_damaged_note_of_a_cost_is_no_note(tmp_path: Path) -> None:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Fits run here, without workers; the list of the checkpoints that they made."""
+    """Run the fits in this process; return the list of their checkpoints."""
     fitted: list[Path] = []
     fit = finetune.fit
 
@@ -87,27 +85,27 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def published() -> dict[str, bytes]:
-    """Masks and checkpoints, as later stages read them."""
+    """Return the masks and checkpoints that later stages read."""
     folders = (Path("data/masks"), Path("data/checkpoints"))
     return {
         str(path): path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()
     }
 
 
-def test_a_cut_or_flipped_cache_is_made_again_with_the_same_bytes(
+def test_a_damaged_cache_is_computed_again_with_the_same_bytes(
     project: Path,
     in_this_process: list[Path],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (project / "data/phantoms/.breast_ultrasound-abcdefgh/whole").mkdir(parents=True)  # a killed run left it
+    (project / "data/phantoms/.breast_ultrasound-abcdefgh/images").mkdir(parents=True)  # left by a killed run
     phantoms.main(["--modality", "breast_ultrasound"])
     for stage in (ingest, duplicates, splits, masks):
         stage.main(["--dataset", "phantom-breast"])
     finetune.main([])
-    whole = published()
+    complete = published()
     assert len(in_this_process) == 17
-    (project / "data/.checkpoints.1").mkdir()  # what a killed run leaves
+    (project / "data/.checkpoints.1").mkdir()  # left by a killed run
     (project / "data/masks/.phantom-breast.abcdefgh.old").mkdir()
 
     cells = sorted(in_this_process)
@@ -129,24 +127,24 @@ def test_a_cut_or_flipped_cache_is_made_again_with_the_same_bytes(
         put(self, entries)
 
     monkeypatch.setattr(Shards, "put", noted)
-    features._opened.cache_clear()  # a new process knows nothing of the shards
+    features._opened.cache_clear()  # as in a new process
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         masks.main(["--dataset", "phantom-breast"])
-        assert len(made) == 1, "one mask was flipped, one is made"
+        assert len(made) == 1, "one mask was damaged, so one is computed"
         finetune.main([])
     assert sorted(in_this_process) == cells[:2]
-    assert published() == whole
+    assert published() == complete
     for damaged in (cells[0], cells[1], shard):
         assert f"{damaged} is damaged" in caplog.text
     assert not [path for path in (project / "data").rglob(".*") if path.is_dir()]
 
 
 class Killed(BaseException):
-    """Nothing that DVC has to clean up after errors sees it."""
+    """An end of the process that DVC's error handlers do not see."""
 
 
-def test_a_kill_while_dvc_tries_to_clone_a_file_leaves_no_empty_object_in_its_cache(
+def test_a_kill_while_dvc_clones_a_file_leaves_no_empty_object_in_its_cache(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: object) -> None:
@@ -158,13 +156,13 @@ def test_a_kill_while_dvc_tries_to_clone_a_file_leaves_no_empty_object_in_its_ca
         with pytest.raises(Killed):
             dvc.reproduce(project, stage)
     tried = [path for path in (project / ".dvc/cache").rglob("*.tmp") if path.stat().st_size == 0]
-    assert len(tried) == 1  # it was killed there
-    assert whole.damaged(project) == []
+    assert len(tried) == 1  # the kill happened here
+    assert state.damaged(project) == []
     assert dvc.reproduce(project, stage)
-    assert whole.damaged(project) == []
+    assert state.damaged(project) == []
 
 
-def test_a_kill_while_dvc_writes_its_list_of_locks_leaves_the_one_before(
+def test_a_kill_while_dvc_writes_its_locks_leaves_the_earlier_file(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def half(content: object, file: IO[str]) -> None:
@@ -176,22 +174,22 @@ def test_a_kill_while_dvc_writes_its_list_of_locks_leaves_the_one_before(
         patch.setattr("dvc.rwlock.json.dump", half)
         with pytest.raises(Killed):
             dvc.reproduce(project, "phantoms@breast_ultrasound")
-    assert whole.damaged(project) == [] and not list((project / ".dvc/tmp").glob(".rwlock*"))
+    assert state.damaged(project) == [] and not list((project / ".dvc/tmp").glob(".rwlock*"))
     assert dvc.reproduce(project, "phantoms@breast_ultrasound")
 
 
 @pytest.mark.parametrize("left", ["", "schema: '2.0'\nstages:\n  a:\n    cmd: 'pyt", "<<<<<<< ours\n"])
-def test_half_a_dvc_lock_is_set_aside_and_made_again(
+def test_a_damaged_dvc_lock_is_set_aside_and_written_again(
     project: Path, capsys: pytest.CaptureFixture[str], left: str
 ) -> None:
     stage = "phantoms@breast_ultrasound"
     assert dvc.reproduce(project, stage)
     lock = project / "dvc.lock"
-    whole = lock.read_bytes()
+    complete = lock.read_bytes()
     lock.write_text(left)
     (project / ".dvc/tmp/rwlock").write_text("")
     dvc.reproduce(project, stage)
-    assert lock.read_bytes() == whole
+    assert lock.read_bytes() == complete
     assert "dvc.lock was damaged, and is made again" in capsys.readouterr().err
     assert (project / "dvc.lock.damaged").read_text() == left
     assert not dvc.reproduce(project, stage)
@@ -217,7 +215,7 @@ def test_a_kill_while_dvc_writes_dvc_lock_leaves_the_one_before(
         with pytest.raises(Killed):
             dvc.reproduce(project, "ingest@phantom-breast")
     assert lock.read_bytes() == before and not list(project.glob(".dvc.lock*"))
-    assert whole.damaged(project) == []
+    assert state.damaged(project) == []
     assert dvc.reproduce(project, "ingest@phantom-breast")
 
 
@@ -244,7 +242,7 @@ def test_an_empty_object_that_a_killed_dvc_repro_left_is_made_again(project: Pat
     for path in objects:
         path.unlink()
         path.touch()  # writable: DVC trusts read-only objects alone
-    assert len(whole.damaged(project)) == len(objects)
+    assert len(state.damaged(project)) == len(objects)
     (project / "dvc.lock").unlink()
     dvc.reproduce(project, stage)
-    assert whole.damaged(project) == []
+    assert state.damaged(project) == []

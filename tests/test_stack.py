@@ -1,4 +1,4 @@
-"""`make up` really starts, its schedule fires, the run registers a model, and all of it ends again."""
+"""`make up` starts its servers, runs the schedule, registers a model, and stops cleanly."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ import yaml
 from mlflow.exceptions import MlflowException
 
 from flows.operations.notify import WEBHOOK
+from flows.servers.mlflow import mlflow_server
 from flows.servers.postgres import find_programs
-from flows.servers.servers import free_port, living, mlflow_server
+from flows.servers.processes import free_port, living
 from medfocus.tracking import registry, runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 @pytest.fixture
 def operation(project: Path) -> Path:
-    """A project whose study is one quick cell, and whose nights are twenty seconds apart."""
+    """A project with a study of one quick cell and a run every twenty seconds."""
     content = yaml.safe_load((project / "params.yaml").read_text())
     content["study"] |= {"methods": {"pixels": ["none"]}, "percents": [100], "seeds": [0]}
     content["validation"] |= {"methods": ["pixels"]}
@@ -53,41 +54,40 @@ def operation(project: Path) -> Path:
 
 @contextlib.contextmanager
 def started(home: Path, *options: str, **environment: str) -> Iterator[tuple[str, str]]:
-    """The addresses of MLflow and of Prefect's API; after the block everything has ended, and cleanly."""
+    """The addresses of MLflow and of Prefect's API; after the block, all processes have ended cleanly."""
     ports = free_port(), free_port()
     command = [sys.executable, "-m", "flows.operations.stack", *options]
     command += ["--mlflow-port", str(ports[0]), "--prefect-port", str(ports[1])]
     settings = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "2", **environment}
-    up = subprocess.Popen(
+    stack = subprocess.Popen(
         command, cwd=home, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     family: list[psutil.Process] = []
     try:
-        assert up.stdout is not None
-        for line in up.stdout:
+        assert stack.stdout is not None
+        for line in stack.stdout:
             if line.startswith("Ctrl-C"):
                 break
         else:
-            pytest.fail(up.communicate()[1])
+            pytest.fail(stack.communicate()[1])
         yield f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}/api"
     finally:
-        if up.poll() is None:
-            family = psutil.Process(up.pid).children(recursive=True)
-        up.send_signal(signal.SIGTERM)
-        out, errors = up.communicate(timeout=120)
+        if stack.poll() is None:
+            family = psutil.Process(stack.pid).children(recursive=True)
+        stack.send_signal(signal.SIGTERM)
+        out, errors = stack.communicate(timeout=120)
         left = [process.cmdline() for process in living(family)]
         for process in living(family):
             process.kill()
-    assert (up.returncode, errors) == (0, ""), out
+    assert (stack.returncode, errors) == (0, ""), out
     assert out.endswith("Stopped.\n") and len(family) > 3 and not left
 
 
-def wait_for(asked: Callable[[], T | None], seconds: float, home: Path) -> T:
+def wait_for(condition: Callable[[], T | None], seconds: float, home: Path) -> T:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        found = asked()
-        if found:
-            return found
+        if result := condition():
+            return result
         time.sleep(0.5)
     pytest.fail((home / ".cache/logs/worker.log").read_text()[-3000:])
 
@@ -107,24 +107,24 @@ def call(address: str, body: dict[str, Any] | None = None) -> Any:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
-            if error.code != 503:  # SQLite is locked for the moment
+            if error.code != 503:  # SQLite is locked for a moment
                 raise
             time.sleep(1)
-    raise AssertionError(f"{address} is unavailable for half a minute")
+    raise AssertionError(f"{address} was unavailable for half a minute")
 
 
 def test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported(operation: Path) -> None:
     completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-    told: list[dict[str, str]] = []
+    notices: list[dict[str, str]] = []
 
     class Webhook(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            notices.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(204)
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing on the terminal."""
+            """Write nothing to the terminal."""
 
     with HTTPServer(("127.0.0.1", 0), Webhook) as webhook:
         threading.Thread(target=webhook.serve_forever, daemon=True).start()
@@ -136,7 +136,7 @@ def test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported(operatio
             assert wait_for(lambda: champion(pages), 400, operation) == "1"
             runs = wait_for(lambda: call(f"{api}/flow_runs/filter", completed), 60, operation)
             assert all(run["auto_scheduled"] and run["deployment_id"] for run in runs)
-            (failure,) = wait_for(lambda: told, 60, operation)
+            (failure,) = wait_for(lambda: notices, 60, operation)
         webhook.shutdown()
     assert failure["flow"] == "retrain" and failure["error"] == "FileNotFoundError"
     assert failure["page"].startswith(api.removesuffix("/api")) and failure["run"] == "absent.yaml"
@@ -154,14 +154,14 @@ def test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported(operatio
     assert runs and all(run.info.status != "RUNNING" for run in runs)
 
 
-def test_the_same_on_postgresql_and_behind_a_password(
+def test_a_scheduled_run_registers_a_model_on_postgresql_behind_a_password(
     operation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     try:
         find_programs()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    # Not inside of pytest's own folder, which PostgreSQL's account may not enter where root runs the tests.
+    # Outside pytest's folder, which PostgreSQL's account may not enter if root runs the tests.
     folder = Path(tempfile.mkdtemp(prefix="medfocus-cluster-"))
     try:
         login = {"MLFLOW_AUTH_ADMIN_USERNAME": "keeper", "MLFLOW_AUTH_ADMIN_PASSWORD": secrets.token_hex(8)}
@@ -177,7 +177,7 @@ def test_the_same_on_postgresql_and_behind_a_password(
         shutil.rmtree(folder)
 
 
-def test_the_mlflow_page_answers_on_loopback_over_the_projects_database(tmp_path: Path) -> None:
+def test_the_mlflow_server_shows_the_projects_database_on_loopback(tmp_path: Path) -> None:
     runs.start(None, tmp_path, "medfocus")
     with mlflow_server(tmp_path, free_port()) as address:
         client = mlflow.MlflowClient(address)

@@ -1,4 +1,4 @@
-"""``medfocus convert``: collections in formats of their own -> folders that ``medfocus init`` reads."""
+"""``medfocus convert``: MedMNIST and COCO files become folders that ``medfocus init`` reads."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from flows.cli import terminal
 app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Make folders that medfocus init reads from MedMNIST and COCO files.",
-    epilog="Nothing is written over, and what is interrupted leaves no half folder.",
+    help="Convert MedMNIST and COCO files to folders of images.",
+    epilog="Existing files are never overwritten, and an interrupted command leaves no partial folder.",
 )
 
-_TOLD = 10  # faults that are printed; all are in the file
+_SHOWN_FAULTS = 10  # the file has all
 
-Out = Annotated[Path, typer.Argument(help="A folder that is not there yet.")]
+Out = Annotated[Path, typer.Argument(help="A new folder.")]
 
 
-@app.command()
-def medmnist(
-    source: Annotated[str, typer.Argument(help="An .npz, or the name of a set, which is then fetched.")],
+@app.command("medmnist")
+def convert_medmnist(
+    source: Annotated[str, typer.Argument(help="An .npz, or the name of a data set to download.")],
     out: Out,
-    size: Annotated[int, typer.Option(help="Pixels a side of a set that is fetched.")] = 28,
+    size: Annotated[int, typer.Option(help="Pixels per side of the downloaded images.")] = 28,
 ) -> None:
     """Write the images of MedMNIST to OUT/{train,val,test}/CLASS/NNNNN.png.
 
-    The classes are known by the name of the set, which is the file's up to the first _.
+    The name of the data set gives the names of its classes; it is the part of the file name before the first
+    underscore.
 
     \b
     Examples:
@@ -39,37 +40,40 @@ def medmnist(
       medfocus convert medmnist breastmnist --size 224 ../images/breastmnist
     """
     with terminal.at_work():
-        from medfocus.datasets import medmnist as work
+        from medfocus.datasets import medmnist
 
         file = Path(source)
         if not file.is_file() and file.suffix != ".npz":
-            with terminal.waiting("fetching"):
-                file = work.fetch(source, size)
+            with terminal.waiting("downloading"):
+                file = medmnist.fetch(source, size)
         with _bar() as progress:
-            counts = work.convert(file, out, progress)
-        labels = list(dict.fromkeys(label for of in counts.values() for label in of))
-        rows = [(label, *(str(of[label]) for of in counts.values())) for label in sorted(labels)]
+            counts = medmnist.convert(file, out, progress)
+        labels = list(dict.fromkeys(label for part in counts.values() for label in part))
+        rows = [(label, *(str(part[label]) for part in counts.values())) for label in sorted(labels)]
         terminal.table(("class", *counts), rows)
-        if work.guess_name(file) is None:
-            terminal.tell(f"{file.name}: is named after no set of MedMNIST, so its classes have no names.")
+        if medmnist.guess_name(file) is None:
+            terminal.tell(f"{file.name}: the name is no MedMNIST data set, so the classes get numbers.")
         print(f"written: {out}\nNext: medfocus init {out}")
 
 
-@app.command()
-def coco(
+@app.command("coco")
+def convert_coco(
     annotations: Annotated[Path, typer.Argument(help="A JSON of COCO instances.")],
     out: Out,
     images: Annotated[
-        Path | None, typer.Option(help="The folder of the images; the JSON's own without it.")
+        Path | None, typer.Option(help="The folder of the images; default: the JSON's folder.")
     ] = None,
     label_from: Annotated[
-        str, typer.Option(help="What a label is: category, supercategory, or folder (a file name's first).")
+        str,
+        typer.Option(
+            help="Source of the label: category, supercategory, or folder (the first in the file name)."
+        ),
     ] = "category",
 ) -> None:
     """Write the images of a COCO file, their known regions as masks, and a table of their labels.
 
-    An image whose instances are of several categories, or that has none, gets no label: fill it in, or leave
-    it out.
+    An image without instances, or with instances of several categories, gets no label. Fill it in or delete
+    the line.
 
     \b
     Examples:
@@ -79,19 +83,19 @@ def coco(
     with terminal.at_work():
         from typing import cast, get_args
 
-        from medfocus.datasets import coco as work
+        from medfocus.datasets import coco
         from medfocus.datasets.faults import write_faults
 
-        if label_from not in get_args(work.LabelFrom):
-            known = ", ".join(get_args(work.LabelFrom))
+        if label_from not in get_args(coco.LabelFrom):
+            known = ", ".join(get_args(coco.LabelFrom))
             raise typer.BadParameter(f"{label_from!r} is none of {known}.", param_hint="--label-from")
         with _bar() as progress:
-            done = work.convert(
-                annotations, out, images, label_from=cast("work.LabelFrom", label_from), progress=progress
+            done = coco.convert(
+                annotations, out, images, label_from=cast("coco.LabelFrom", label_from), progress=progress
             )
         rows = [(label or "(none)", str(count)) for label, count in sorted(done.labels.items())]
         terminal.table(("class", "images"), rows)
-        for fault in done.faults[:_TOLD]:
+        for fault in done.faults[:_SHOWN_FAULTS]:
             terminal.tell(f"{fault.path}: {fault.fault}. {fault.fix}")
         if done.faults:
             write_faults(done.faults, out / "faults.csv")
@@ -101,7 +105,7 @@ def coco(
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], object]]:
-    """What is called with the images done and all of them, and shows it."""
+    """Show a bar and yield a function that takes the number of finished images and of all images."""
     with terminal.bar(0, "images") as bar:
 
         def progress(done: int, total: int) -> None:

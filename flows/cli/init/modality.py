@@ -1,4 +1,4 @@
-"""What kind of images a data set may hold, by its words and by what the images look like: a guess."""
+"""A guess of the modality, from DICOM headers, or from names and the look of the images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image
 from medfocus.images import decode
 
 OTHER = "other"
-_SIDE = 128  # pixels; what a glance needs
-_DARK = 0.06  # of white; below it there is nothing but air, or the outside of the image
-_COLOUR = 0.05  # mean difference of the channels; in eight public sets of grey images 0.00
+_SIDE = 128  # pixels, enough for a first look
+_DARK = 0.06  # share of white; darker pixels are air or outside the body
+_COLOUR = 0.05  # mean range of a pixel's channels; 0.00 in eight public grey data sets
 # Medians over 16 images of eight public sets: dark share 0.02 to 0.09 in chest films, 0.32 in CT and 0.48
 # in MRI slices; mean brightness 0.50 to 0.57 in chest films, 0.17 to 0.28 in all others.
 _SLICE = 0.2
@@ -24,7 +24,7 @@ _FILM = 0.4
 
 @dataclass(frozen=True)
 class Look:
-    """What some images look like on the whole; medians, each in [0, 1]."""
+    """The look of some images: medians, each in [0, 1]."""
 
     colour: float
     dark: float
@@ -33,7 +33,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Guess:
-    """A modality of the params file, and why."""
+    """A modality of the params file, with the reason."""
 
     modality: str
     reason: str
@@ -41,14 +41,15 @@ class Guess:
 
 @dataclass(frozen=True)
 class _Kind:
-    technique: frozenset[str]  # how it is taken
-    subject: frozenset[str]  # what is taken, and findings that have their place there
+    technique: frozenset[str]  # words for the imaging technique
+    subject: frozenset[str]  # words for the body part and its findings
 
     def fits(self, words: frozenset[str], techniques: frozenset[str]) -> bool:
-        """It is spoken of, and no other technique alone is."""
+        """Return whether the words name the subject, with this technique or without any."""
         return bool(words & self.subject) and (bool(words & self.technique) or not words & techniques)
 
     def hits(self, words: frozenset[str]) -> list[str]:
+        """Return the words that name the technique or the subject."""
         return sorted(words & (self.technique | self.subject))
 
 
@@ -75,10 +76,9 @@ _KINDS = {
 }
 _TECHNIQUES = frozenset().union(*(kind.technique for kind in _KINDS.values()))
 
-
-# DICOM's words for how something is taken -> for what of the body, "" if not told -> the modality.
+# DICOM's Modality -> BodyPartExamined ("" if absent) -> our modality.
 _LUNGS = ("CHEST", "THORAX", "LUNG")
-_TOLD = {
+_BY_HEADER = {
     **dict.fromkeys(("CR", "DX", "DR"), dict.fromkeys(_LUNGS, "chest_xray")),
     "CT": dict.fromkeys((*_LUNGS, ""), "chest_ct"),
     "MR": dict.fromkeys(("BRAIN", "HEAD"), "brain_mri"),
@@ -86,26 +86,26 @@ _TOLD = {
 }
 
 
-def told(headers: Iterable[tuple[str, str]]) -> Guess | None:
-    """The modality by DICOM's tags Modality and BodyPartExamined; None where these do not decide.
+def by_headers(headers: Iterable[tuple[str, str]]) -> Guess | None:
+    """Return the modality by DICOM's Modality and BodyPartExamined, or None if they do not decide.
 
-    They do where all images have the same, and the part is one that is known here.
+    They decide if all images have the same tags and the body part is known here.
     """
-    several = set(headers)
-    if len(several) != 1:
+    distinct = set(headers)
+    if len(distinct) != 1:
         return None
-    [(modality, body_part)] = several
-    for word, meant in _TOLD.get(modality, {}).items():
+    [(dicom_modality, body_part)] = distinct
+    for word, modality in _BY_HEADER.get(dicom_modality, {}).items():
         if word == body_part or (word and word in body_part):
             part = f", BodyPartExamined {body_part}" if body_part else ""
-            return Guess(meant, f"by DICOM's Modality {modality}{part}")
-    if modality and body_part:
-        return Guess(OTHER, f"DICOM's Modality is {modality}, BodyPartExamined {body_part}")
+            return Guess(modality, f"by DICOM's Modality {dicom_modality}{part}")
+    if dicom_modality and body_part:
+        return Guess(OTHER, f"DICOM's Modality is {dicom_modality}, BodyPartExamined {body_part}")
     return None
 
 
 def look_at(files: Sequence[Path]) -> Look:
-    """What readable images look like; at least one is needed."""
+    """Return the median look of at least one readable image."""
     rows = []
     for file in files:
         image = Image.fromarray(decode.read(file))
@@ -118,7 +118,7 @@ def look_at(files: Sequence[Path]) -> Look:
 
 
 def guess(texts: Iterable[str], look: Look) -> Guess:
-    """The modality that the words of a data set name, if its images do not look otherwise; else "other"."""
+    """Return the modality that the names suggest, if the images look like it; otherwise "other"."""
     words = frozenset(
         word for text in texts for word in re.findall(r"[a-z]+\d*", _split_humps(text).casefold())
     )
@@ -126,16 +126,16 @@ def guess(texts: Iterable[str], look: Look) -> Guess:
         return Guess(OTHER, "the images are in colour")
     named = {name: kind.hits(words) for name, kind in _KINDS.items() if kind.fits(words, _TECHNIQUES)}
     if not named:
-        return Guess(OTHER, "no folder or class has a name that tells")
-    able = {name: hits for name, hits in named.items() if _looks_like(name, look)}
-    if not able:
-        told = " or ".join(named)
-        return Guess(OTHER, f"the names say {told}, but the images do not look like it")
-    best = max(map(len, able.values()))
-    first, *others = (name for name, hits in able.items() if len(hits) == best)
+        return Guess(OTHER, "no folder or class name suggests one")
+    likely = {name: hits for name, hits in named.items() if _looks_like(name, look)}
+    if not likely:
+        names = " or ".join(named)
+        return Guess(OTHER, f"the names suggest {names}, but the images do not look like it")
+    best = max(map(len, likely.values()))
+    first, *others = (name for name, hits in likely.items() if len(hits) == best)
     if others:
-        return Guess(OTHER, f"the names may say {first} or {' or '.join(others)}")
-    return Guess(first, f"by the words {', '.join(able[first])}, and the images look like it")
+        return Guess(OTHER, f"the names suggest {first} or {' or '.join(others)}")
+    return Guess(first, f"by the words {', '.join(likely[first])}, and the images look like it")
 
 
 def _split_humps(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a project has to be like after any fault: its outputs, what is finished in it, what is damaged."""
+"""The state of a project after a fault: its outputs, its finished work, its damaged files."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ from safetensors import SafetensorError, safe_open
 
 from medfocus.storage import atomic
 
-# What no two runs have in common: times and ids. They are held otherwise, or are notes of a moment.
+# Files with times and ids, which differ between runs; they are checked otherwise or not at all.
 _OWN = ("reports/costs.csv", "reports/index.html", "reports/study.csv", "data/.job.json", "data/.job.lock")
 
 
 def outputs(project: Path) -> dict[str, str]:
-    """Everything that a finished run leaves for its user: name -> sha256 of its content."""
-    found = {"dvc.lock": _sha256((project / "dvc.lock").read_bytes())}
+    """Return the outputs of a finished run as name -> sha256."""
+    digests = {"dvc.lock": _sha256((project / "dvc.lock").read_bytes())}
     for folder in ("data", "reports"):
         for path in sorted((project / folder).rglob("*")):
             name = path.relative_to(project).as_posix()
             if path.is_file() and name not in _OWN:
-                found[name] = _sha256(path.read_bytes())
+                digests[name] = _sha256(path.read_bytes())
     study = (project / "reports/study.csv").read_text(encoding="utf-8").splitlines()
-    found["reports/study.csv"] = _sha256("\n".join(line.rpartition(",")[0] for line in study).encode())
+    digests["reports/study.csv"] = _sha256("\n".join(line.rpartition(",")[0] for line in study).encode())
     page = (project / "reports/index.html").read_text(encoding="utf-8")
-    found["reports/index.html"] = "of this dvc.lock" if found["dvc.lock"] in page else "of another dvc.lock"
-    return found | registry(project)
+    digests["reports/index.html"] = (
+        "of this dvc.lock" if digests["dvc.lock"] in page else "of another dvc.lock"
+    )
+    return digests | registry(project)
 
 
 def registry(project: Path) -> dict[str, str]:
-    """The champions by their cell, every file that they are served from, and their cards.
+    """Return the champions with their cell, the digests of their files, and their model cards.
 
-    Their data sheets name the commit, which no two projects have in common.
+    Data sheets are left out, because they contain the commit, which differs between projects.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     champions = _rows(
         project,
         "select a.name, t.value, v.storage_location from registered_model_aliases a"
@@ -50,16 +52,16 @@ def registry(project: Path) -> dict[str, str]:
         " where a.alias = 'champion'",
     )
     for name, cell_key, place in champions:
-        found[f"champion of {name}"] = cell_key
+        digests[f"champion of {name}"] = cell_key
         kept = Path(place.removeprefix("file://"))
         for path in [kept / "card.md", *sorted((kept / "artifacts").rglob("*"))]:
             if path.is_file():
-                found[f"champion of {name}: {path.name}"] = _sha256(path.read_bytes())
-    return found
+                digests[f"champion of {name}: {path.name}"] = _sha256(path.read_bytes())
+    return digests
 
 
 def left_running(project: Path) -> int:
-    """MLflow's runs that are neither FINISHED, FAILED nor KILLED."""
+    """Return the number of MLflow's runs that are neither FINISHED, FAILED nor KILLED."""
     ((count,),) = _rows(
         project, "select count(*) from runs where status not in ('FINISHED', 'FAILED', 'KILLED')"
     )
@@ -68,7 +70,7 @@ def left_running(project: Path) -> int:
 
 @dataclass(frozen=True)
 class Finished:
-    """What must not be made a second time."""
+    """Finished work, which must not be repeated."""
 
     entries: frozenset[str]  # masks and features on disk, "folder key"
     cells: dict[str, tuple[int, int]]  # checkpoints of the cache by their file: inode and time of writing
@@ -76,19 +78,19 @@ class Finished:
 
 
 def finished(project: Path) -> Finished:
-    """What is finished in a project that nobody works in."""
+    """Return the finished work of a project without a running job."""
     entries = {f"{path.parent.name} {key}" for path in _shards(project) for key in _keys(path)}
     return Finished(frozenset(entries), cells(project), _locked(project))
 
 
 def cells(project: Path) -> dict[str, tuple[int, int]]:
-    """The checkpoints of the cache, by which a second fit shows."""
+    """Return the inode and time of each checkpoint in the cache, which a second fit would change."""
     stats = {path.name: path.stat() for path in (project / ".cache/cells").glob("*/[!.]*.safetensors")}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def damaged(project: Path) -> list[str]:
-    """Files that a cache, DVC or MLflow names and that are not whole."""
+    """Return the damaged files among those that a cache, DVC or MLflow names."""
     return [str(path.relative_to(project)) for path in _damaged(project)]
 
 
@@ -96,10 +98,10 @@ def _damaged(project: Path) -> Iterator[Path]:
     for path in _shards(project):
         try:
             with zipfile.ZipFile(path) as shard:
-                whole = shard.testzip() is None
+                intact = shard.testzip() is None
         except zipfile.BadZipFile:
-            whole = False
-        if not whole:
+            intact = False
+        if not intact:
             yield path
     for path in (project / ".cache/cells").glob("*/[!.]*.safetensors"):
         if not (atomic.is_sound(path) and _opens(path)):

@@ -1,0 +1,155 @@
+"""Attribution of the page's systems: where each system looks in the test images, and how well it hits."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flows.study.cells import Cell
+from flows.study.dataset import EncodedDataset
+from medfocus.datasets.records import spread_over_classes
+from medfocus.explain.explain import explain
+from medfocus.explain.maps import inside_share, pointing_hit
+from medfocus.focus.controls import CONTROLS
+from medfocus.images.geometry import letterbox_mask
+from medfocus.masks.quality import known_region
+from medfocus.reports.page_content import Example
+from medfocus.reports.rows import system_name
+from medfocus.serving import checkpoint
+from medfocus.storage import atomic
+
+_EXPLAINED = 24  # test images per data set and system
+_SHOWN = 6  # of these in the gallery
+_OTHERS = 2  # focus modes to explain besides the best cell's
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """A row of attribution.csv: where a system looked in one test image."""
+
+    dataset: str
+    system: str
+    image: str  # the first 12 hex digits of its sha256, because a file name may name a patient
+    label: str
+    predicted: str
+    way: str  # of the attribution
+    inside: float  # share of the attribution inside the mask
+    covered: float  # share of the view that the mask covers: the expected share of a blind attribution
+    pointing: str  # "hit" or "miss" of the known region; empty if none is known
+
+
+def explained_cells(best: Cell, cells: Sequence[Cell]) -> Iterator[Cell]:
+    """Yield the best cell and the first cells that differ from it only in the focus mode."""
+    others = (
+        cell
+        for cell in cells
+        if cell._replace(focus=best.focus) == best and cell.focus not in {best.focus, *CONTROLS}
+    )
+    yield best
+    yield from islice(others, _OTHERS)
+
+
+def explain_cell(
+    dataset: EncodedDataset, cell: Cell, probabilities: np.ndarray
+) -> tuple[list[Explained], list[Example]]:
+    """Explain a cell's answers on test images spread over the classes; return table rows and gallery images.
+
+    ``probabilities`` are the cell's (N, K) on the whole test set.
+    """
+    encoder = dataset.encoder_for(cell.focus)
+    method, _ = checkpoint.load(dataset.paths.checkpoint(cell), encoder)
+    test = dataset.splits.test
+    system = f"{system_name(cell.method, cell.focus)}, {cell.support} of train"
+    labels = [dataset.records[path].label for path in test]
+    shown = set(spread_over_classes(labels, _SHOWN))
+    rows, gallery = [], []
+    chosen = spread_over_classes(labels, _EXPLAINED)
+    for i in tqdm(chosen, desc=f"explain {cell.name}", unit="image", disable=None, leave=False):
+        record = dataset.records[test[i]]
+        view = dataset.shown(record, cell.focus)  # (S, S, C)
+        target = int(probabilities[i].argmax())
+        maps, way = explain(method, encoder, torch.from_numpy(view)[None], torch.tensor([target]))
+        heat = maps[0].numpy()
+        image, mask = dataset.image(record), dataset.mask(record, cell.focus)
+        framed = None if cell.focus == "crop" else _framed(mask, len(view))
+        region = None if cell.focus == "crop" else known_region(dataset.root, record.path, *image.shape[:2])
+        row = Explained(
+            dataset.name,
+            system,
+            record.sha256[:12],
+            record.label,
+            dataset.classes[target],
+            way,
+            inside_share(heat, framed) if framed is not None and framed.any() else float("nan"),
+            float(framed.mean()) if framed is not None else float("nan"),
+            _pointing(heat, _framed(region, len(view))),
+        )
+        rows.append(row)
+        if i in shown:
+            gallery.append(
+                Example(
+                    dataset.name,
+                    system,
+                    row.image,
+                    image,
+                    row.label,
+                    row.predicted,
+                    float(probabilities[i, target]),
+                    mask,
+                    view[..., -3:] if view.shape[2] == 6 else view[..., :3],
+                    heat,
+                    None if np.isnan(row.inside) else row.inside,
+                )
+            )
+    return rows, gallery
+
+
+def _framed(mask: np.ndarray | None, size: int) -> np.ndarray | None:
+    """Return a mask (H, W) in the frame of a view, (size, size) bool."""
+    return None if mask is None else letterbox_mask(mask, size) > 0.5
+
+
+def _pointing(heat: np.ndarray, region: np.ndarray | None) -> str:
+    if region is None:
+        return ""
+    return "hit" if pointing_hit(heat, region) else "miss"
+
+
+def write_attribution(rows: Sequence[Explained], path: Path) -> None:
+    """Write attribution.csv."""
+    table = io.StringIO()
+    names = [f.name for f in dataclasses.fields(Explained)]
+    writer = csv.DictWriter(table, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    atomic.write(path, table.getvalue())
+
+
+def sentences(rows: Sequence[Explained]) -> list[str]:
+    """Return one sentence on the attribution of each system."""
+    return [
+        _sentence(dataset, system, [row for row in rows if (row.dataset, row.system) == (dataset, system)])
+        for dataset, system in dict.fromkeys((row.dataset, row.system) for row in rows)
+        if any(np.isfinite(row.inside) for row in rows if (row.dataset, row.system) == (dataset, system))
+    ]
+
+
+def _sentence(dataset: str, system: str, rows: Sequence[Explained]) -> str:
+    inside = np.array([row.inside for row in rows])
+    known = np.isfinite(inside)
+    covered = np.array([row.covered for row in rows])[known].mean()
+    sentence = (
+        f"{dataset}, {system}: {100 * inside[known].mean():.0f} % of the attribution ({rows[0].way}) lies "
+        f"inside the mask, which covers {100 * covered:.0f} % of the view ({known.sum()} test images)"
+    )
+    if pointed := [row.pointing for row in rows if row.pointing]:
+        sentence += f"; its maximum hits the known region in {pointed.count('hit')} of {len(pointed)}"
+    return f"{sentence}."
