@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from flows.cli import models, terminal
-from medfocus.app.guard import Guard, door, is_loopback
+from medfocus.app.guard import Guard, access_to, is_loopback
 from medfocus.app.reading import Reader
 from medfocus.app.server import NOTICE, About, Workplace, build
 from medfocus.serving.predictor import Predictor
@@ -54,7 +54,7 @@ def load(home: Path, asked: str | None) -> tuple[Reader, About]:
     with models.opened(home, asked) as (told, folder):
         predictor = Predictor.load(folder)
         reader = Reader(predictor)
-        kind = "SAM2" if reader.is_pointed else "Otsu's threshold"
+        kind = "SAM2" if reader.takes_points else "Otsu's threshold"
         method = type(predictor.method).__name__
         if asked is not None and Path(asked).is_dir():
             return reader, About(Path(told).resolve().name, "", "", method, kind)
@@ -69,7 +69,7 @@ def serve(
     reader: Reader, about: About, bound: socket.socket, host: str, secret: str | None, *, browser: bool
 ) -> None:
     """Answer until Ctrl-C."""
-    server = configured(build(Workplace(reader), about, door(host, secret)))
+    server = configured(build(Workplace(reader), about, access_to(host, secret)))
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{bound.getsockname()[1]}/"
     print(url, flush=True)

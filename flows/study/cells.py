@@ -30,8 +30,8 @@ from medfocus.focus.view import crop_box
 from medfocus.images import decode
 from medfocus.learning.selection import LearningRates
 from medfocus.learning.validation import out_of_fold
+from medfocus.masks.published import PublishedMasks
 from medfocus.masks.quality import center_box
-from medfocus.masks.store import PublishedMasks
 from medfocus.methods import IMAGES, METHODS, Method, Support
 from medfocus.serving import checkpoint
 from medfocus.storage.fingerprint import fingerprint

@@ -80,7 +80,7 @@ class Study:
         elif masks.segmenter == "sam2" and masks.strategy == "adapter":
             path = adapter or self.folder / "data" / "masks" / dataset / ADAPTER
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: no adapter there; run the masks stage, which teaches one.")
+                raise FileNotFoundError(f"{path}: no adapter. Run the masks stage, which trains one.")
             from medfocus.storage import weights
 
             state = weights.load(path)
