@@ -33,8 +33,8 @@ from medfocus.focus.view import view, view_key
 from medfocus.images import decode
 from medfocus.learning import fitting
 from medfocus.learning.method import IMAGES, Method, Support
+from medfocus.masks.published import PublishedMasks
 from medfocus.masks.quality import center_box
-from medfocus.masks.store import PublishedMasks
 from medfocus.methods import METHODS
 from medfocus.storage.fingerprint import fingerprint
 
