@@ -56,6 +56,6 @@ def test_the_table_reads_back_as_written(tmp_path: Path) -> None:
         costs.CostRow("busi", "lp++", 5.0, 0, 0.01, None, 128, 5000.0, ""),
         costs.CostRow("busi", "resnet", 50.0, 1, 20.5, 812.25, 5_000_000, 70.0, "from scratch"),
     ]
-    costs.write_lines(lines, tmp_path / "costs.csv")
-    assert costs.read_lines(tmp_path / "costs.csv") == lines
-    assert costs.read_lines(tmp_path / "none.csv") == []
+    costs.write_rows(lines, tmp_path / "costs.csv")
+    assert costs.read_rows(tmp_path / "costs.csv") == lines
+    assert costs.read_rows(tmp_path / "none.csv") == []

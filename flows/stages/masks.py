@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from flows.study.runners import by_shards  # imports Prefect
 
             jobs = [
-                Shard(study.folder, study.version, dataset, tuple(part), adapter)
+                MaskShard(study.folder, study.version, dataset, tuple(part), adapter)
                 for part in chunks(_lacking(records, store, segmenter.key), scale.images)
             ]
             by_shards(mask_shard, jobs, scale, bar.update)
@@ -140,7 +140,7 @@ def _adapter(study: Study, dataset: str, taught: AdapterExamples) -> Path:
 
 
 @dataclass(frozen=True)
-class Shard:
+class MaskShard:
     """Some images of a data set whose masks a worker is to put into the cache."""
 
     folder: Path  # of the study
@@ -150,9 +150,9 @@ class Shard:
     adapter: Path | None
 
 
-def mask_shard(shard: Shard) -> int:
+def mask_shard(shard: MaskShard) -> int:
     """Have the cache hold a shard's masks; in a worker of ``flows.study.runners``."""
-    study, segmenter = _opened(
+    study, segmenter = _segmenter_of_thread(
         shard.folder, shard.version, shard.dataset, shard.adapter, threading.get_ident()
     )
     root = study.root(shard.dataset)
@@ -166,7 +166,7 @@ def mask_shard(shard: Shard) -> int:
 
 
 @lru_cache(maxsize=4)
-def _opened(
+def _segmenter_of_thread(
     folder: Path, version: str, dataset: str, adapter: Path | None, thread: int
 ) -> tuple[Study, Segmenter]:
     """A segmenter for the shards of one thread: it is for one at a time."""

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from flows.stages import evaluate, finetune
+from flows.stages import finetune, scoring
 from flows.study import models
 from flows.study.cells import Cell
 from flows.study.dataset import EncodedDataset
@@ -41,8 +41,9 @@ def rebuild(study: Study, cell: Cell) -> tuple[dict[str, float], str]:
     fitted = finetune.cached_path(dataset, cell)
     finetune.fit(finetune.prepare(dataset, cell, fitted))
     dataset.embed([cell.method], cell.focus, test, 1, "encode test")
-    probabilities, header, _ = evaluate.predict(dataset, cell, fitted)
-    return evaluate.numbers(header, evaluate.score(dataset, cell, header, probabilities)), header.facts["key"]
+    probabilities, header, _ = scoring.predict(dataset, cell, fitted)
+    rows = scoring.score(dataset, cell, header, probabilities)
+    return scoring.mlflow_metrics(header, rows), header.facts["key"]
 
 
 if __name__ == "__main__":

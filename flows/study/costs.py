@@ -74,16 +74,16 @@ def read(checkpoint: Path) -> Fit | None:
         return None
 
 
-def write_lines(lines: Iterable[CostRow], path: Path) -> None:
+def write_rows(rows: Iterable[CostRow], path: Path) -> None:
     """Write costs.csv."""
     table = io.StringIO()
     writer = csv.DictWriter(table, [f.name for f in fields(CostRow)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(line) for line in lines)
+    writer.writerows(asdict(row) for row in rows)
     atomic.write(path, table.getvalue())
 
 
-def read_lines(path: Path) -> list[CostRow]:
+def read_rows(path: Path) -> list[CostRow]:
     """Read costs.csv; nothing where it is not."""
     if not path.is_file():
         return []

@@ -125,7 +125,9 @@ class EncodedDataset:
 
             lacking = self._lacking(names, focus, wanted, views)
             jobs = [
-                Shard(self.study.folder, self.study.version, self.name, names, focus, tuple(part), views)
+                FeatureShard(
+                    self.study.folder, self.study.version, self.name, names, focus, tuple(part), views
+                )
                 for part in chunks(lacking, scale.images)
             ]
             if jobs:
@@ -278,7 +280,7 @@ class EncodedDataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class FeatureShard:
     """Some images of a data set whose features a worker is to put into the cache."""
 
     folder: Path  # of the study
@@ -290,15 +292,15 @@ class Shard:
     views: int
 
 
-def encode_shard(shard: Shard) -> int:
+def encode_shard(shard: FeatureShard) -> int:
     """Have the cache hold a shard's features; in a worker of ``flows.study.runners``."""
-    dataset = _opened(shard.folder, shard.version, shard.dataset, threading.get_ident())
+    dataset = _dataset_of_thread(shard.folder, shard.version, shard.dataset, threading.get_ident())
     dataset.encode(shard.methods, shard.focus, shard.paths, shard.views, None)
     return len(shard.paths)
 
 
 @lru_cache(maxsize=4)
-def _opened(folder: Path, version: str, dataset: str, thread: int) -> EncodedDataset:
+def _dataset_of_thread(folder: Path, version: str, dataset: str, thread: int) -> EncodedDataset:
     """A data set for the shards of one thread: towers are for one at a time."""
     study = study_in(folder)
     return EncodedDataset(study, dataset, models.build_encoder(study))
