@@ -106,8 +106,6 @@ def model_server(store: str, model: str, port: int, log: Path | None = None) -> 
     ]
     environment = {
         "MLFLOW_TRACKING_URI": store,
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
         "MLFLOW_LOGGING_LEVEL": "ERROR",  # warnings would log the names of unknown columns
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # MLflow runs `uvicorn`

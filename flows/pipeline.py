@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import csv
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from flows.study.study import Study, open_study
 from medfocus.reports import tables
 from medfocus.reports.rows import read_rows
 from medfocus.storage.redaction import redacted
+from medfocus.storage.tables import read_csv
 from medfocus.tracking.provenance import lock_digest
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def ingest(study: Study, dataset: str) -> None:
     """Write the manifest of a raw folder and a report of the files that are left out."""
     if _reproduce(study, f"ingest@{dataset}"):
         path = study.paths.report(dataset, "left_out.csv")
-        rows = [{"line": line, "fix": row["fix"]} for line, row in enumerate(_rows(path), start=2)]
+        rows = [{"line": line, "fix": row["fix"]} for line, row in enumerate(read_csv(path), start=2)]
         description = f"Files left out at ingestion, by line of {path.relative_to(study.folder)}"
         create_table_artifact(rows, key=_key(f"left-out-{dataset}"), description=description)
 
@@ -89,7 +89,7 @@ def cache_masks(study: Study, dataset: str) -> None:
     """Segment every image of the manifest and draw a contact sheet."""
     if _reproduce(study, f"masks@{dataset}"):
         create_table_artifact(
-            _rows(study.paths.report(dataset, "masks.csv")),
+            read_csv(study.paths.report(dataset, "masks.csv")),
             key=_key(f"masks-{dataset}"),
             description="Coverage, score and fallbacks of the masks of each class",
         )
@@ -190,11 +190,6 @@ def _page_is_current(study: Study) -> bool:
 def _key(name: str) -> str:
     """Return a name as an artifact key: Prefect allows lower case, digits and hyphens."""
     return name.lower().replace("_", "-")
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def print_registrations(registrations: Sequence[Registration]) -> None:

@@ -222,7 +222,7 @@ def test_a_saved_classifier_loads_with_the_same_predictions(fitted: MedFocusCLIP
     assert loaded.get_params() == fitted.get_params()
     np.testing.assert_allclose(loaded.predict_proba(images), fitted.predict_proba(images), atol=1e-6)
     (tmp_path / "model" / "estimator.json").unlink()
-    with pytest.raises(FileNotFoundError, match="give a folder that "):
+    with pytest.raises(FileNotFoundError, match="Give a folder that "):
         MedFocusCLIP.load(tmp_path / "model")
 
 
@@ -334,10 +334,10 @@ IMAGE = np.zeros((80, 80), np.uint8)
     [
         ([IMAGE, IMAGE], [0, 0], "y has 1 class"),
         ([IMAGE, IMAGE], [0, 1, 1], "inconsistent numbers of samples"),
-        ([IMAGE, IMAGE[0]], [0, 1], r"X\[1\] is uint8 of shape \(80,\); an image is uint8 of \(H, W\)"),
-        ([IMAGE / 255, IMAGE], [0, 1], r"X\[0\] is float64 .* Scale values to 0 to 255"),
+        ([IMAGE, IMAGE[0]], [0, 1], r"X\[1\] is uint8 of shape \(80,\), but an image is uint8 of \(H, W\)"),
+        ([IMAGE / 255, IMAGE], [0, 1], r"X\[0\] is float64 .* Scale the values to 0 to 255"),
         ([IMAGE, None], [0, 1], r"X\[1\] is of type NoneType. Give an array of uint8 or a path"),
-        (np.zeros((80, 80, 3), np.uint8), [0, 1], r"\[image\] for a single one"),
+        (np.zeros((80, 80, 3), np.uint8), [0, 1], r"for a single image, \[image\]"),
         ("image.png", [0, 1], "Give a list of images"),
         (7, [0, 1], "X is of type int. Give a list of images"),
         ([], [], "X has 0 images"),

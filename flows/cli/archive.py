@@ -90,7 +90,7 @@ def import_model(home: Path, path: Path, name: str) -> registry.Registration:
         return registry.register(
             runs.start(None, home, "medfocus"),
             name,
-            lambda target: _copy(folder, target),
+            lambda target: shutil.copytree(folder, target),
             cell_key=str(header.facts.get("key") or contents["files"]["cell.safetensors"]),
             judge=lambda champion: registry.Verdict(False, "imported, so the gate was not applied", {}),
             classes=header.classes,
@@ -160,7 +160,3 @@ def _refused(path: Path, fault: str) -> ValueError:
     return ValueError(
         f"{path}: {fault}. The file was refused; export the model again: medfocus models export."
     )
-
-
-def _copy(folder: Path, target: Path) -> None:
-    shutil.copytree(folder, target)

@@ -16,17 +16,11 @@ if TYPE_CHECKING:
 
 _BAR_AFTER = 2  # seconds; shorter work shows no bar
 _WIDTH = 160  # characters of a table in a file or a pipe
-_QUIET = {
-    "DVC_NO_ANALYTICS": "1",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-}
 
 
 @contextlib.contextmanager
 def at_work() -> Iterator[None]:
-    """Run a command's work with quiet libraries, and print a fault as one line instead of a traceback.
+    """Run a command's work and print a fault as one line instead of a traceback.
 
     The exit code is 1 after a fault and 130 after Ctrl-C. Typer handles wrong usage, with exit code 2.
     """
@@ -104,8 +98,6 @@ def project() -> Path:
 
 
 def _prepare() -> None:
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     # DVC runs the stages as `python -m flows...`, which must find this environment's Python.
     here = str(Path(sys.executable).parent)
     if here not in os.environ.get("PATH", "").split(os.pathsep):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from medfocus.evaluation.gate import Check
 from medfocus.reports import data_sheet, model_card
 from medfocus.serving import checkpoint
 from medfocus.storage import atomic
+from medfocus.storage.tables import read_csv
 from medfocus.tracking.provenance import made_from
 
 
@@ -98,19 +98,14 @@ def _data(
         records=list(dataset.records.values()),
         splits=dataset.splits,
         pairs=read_pairs(study.paths.report(name, "duplicates.csv")),
-        left_out=[line["kind"] for line in _lines(study.paths.report(name, "left_out.csv"))],
-        reported=[line["kind"] for line in _lines(study.paths.report(name, "reported.csv"))],
+        left_out=[line["kind"] for line in read_csv(study.paths.report(name, "left_out.csv"))],
+        reported=[line["kind"] for line in read_csv(study.paths.report(name, "reported.csv"))],
         statuses={path: line.status for path, line in dataset.masks.status.items()},
         coverage={path: line.coverage for path, line in dataset.masks.status.items()},
-        mask_lines=_lines(study.paths.report(name, "masks.csv")),
+        mask_lines=read_csv(study.paths.report(name, "masks.csv")),
         segmenter=sam2 if served["segmenter"] == "sam2" else "Otsu's threshold",
         drift=[check for check in checks if check.is_drift],
         new=new,
         provenance={name: made[name] for name in ("git.commit", "git.dirty", "dvc.lock.sha256", "seeds")}
         | {"params.yaml": f"sha256 {atomic.digest(study.paths.params)}"},
     )
-
-
-def _lines(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return list(csv.DictReader(file))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from tqdm import tqdm
 
 from flows.study.cells import Cell
 from flows.study.dataset import EncodedDataset
-from medfocus.datasets.records import spread_over_classes
+from medfocus.datasets.records import Record, spread_over_classes
 from medfocus.explain.explain import explain
 from medfocus.explain.maps import inside_share, pointing_hit
 from medfocus.focus.controls import CONTROLS
@@ -24,7 +22,7 @@ from medfocus.masks.quality import known_region
 from medfocus.reports.page_content import Example
 from medfocus.reports.rows import system_name
 from medfocus.serving import checkpoint
-from medfocus.storage import atomic
+from medfocus.storage.tables import write_csv
 
 _EXPLAINED = 24  # test images per data set and system
 _SHOWN = 6  # of these in the gallery
@@ -46,7 +44,7 @@ class Explained:
     pointing: str  # "hit" or "miss" of the known region; empty if none is known
 
 
-def explained_cells(best: Cell, cells: Sequence[Cell]) -> Iterator[Cell]:
+def explained_cells(best: Cell, cells: Iterable[Cell]) -> Iterator[Cell]:
     """Yield the best cell and the first cells that differ from it only in the focus mode."""
     others = (
         cell
@@ -66,71 +64,58 @@ def explain_cell(
     """
     encoder = dataset.encoder_for(cell.focus)
     method, _ = checkpoint.load(dataset.paths.checkpoint(cell), encoder)
-    test = dataset.splits.test
-    system = f"{system_name(cell.method, cell.focus)}, {cell.support} of train"
-    labels = [dataset.records[path].label for path in test]
+    records = [dataset.records[path] for path in dataset.splits.test]
+    labels = [record.label for record in records]
     shown = set(spread_over_classes(labels, _SHOWN))
     rows, gallery = [], []
     chosen = spread_over_classes(labels, _EXPLAINED)
     for i in tqdm(chosen, desc=f"explain {cell.name}", unit="image", disable=None, leave=False):
-        record = dataset.records[test[i]]
-        view = dataset.shown(record, cell.focus)  # (S, S, C)
-        target = int(probabilities[i].argmax())
-        maps, way = explain(method, encoder, torch.from_numpy(view)[None], torch.tensor([target]))
-        heat = maps[0].numpy()
-        image, mask = dataset.image(record), dataset.mask(record, cell.focus)
-        framed = None if cell.focus == "crop" else _framed(mask, len(view))
-        region = None if cell.focus == "crop" else known_region(dataset.root, record.path, *image.shape[:2])
-        row = Explained(
-            dataset.name,
-            system,
-            record.sha256[:12],
-            record.label,
-            dataset.classes[target],
-            way,
-            inside_share(heat, framed) if framed is not None and framed.any() else float("nan"),
-            float(framed.mean()) if framed is not None else float("nan"),
-            _pointing(heat, _framed(region, len(view))),
-        )
+        view = dataset.shown(records[i], cell.focus)  # (S, S, C)
+        target = torch.tensor([int(probabilities[i].argmax())])
+        maps, way = explain(method, encoder, torch.from_numpy(view)[None], target)
+        row, example = _explained(dataset, cell, records[i], probabilities[i], view, maps[0].numpy(), way)
         rows.append(row)
         if i in shown:
-            gallery.append(
-                Example(
-                    dataset.name,
-                    system,
-                    row.image,
-                    image,
-                    row.label,
-                    row.predicted,
-                    float(probabilities[i, target]),
-                    mask,
-                    view[..., -3:] if view.shape[2] == 6 else view[..., :3],
-                    heat,
-                    None if np.isnan(row.inside) else row.inside,
-                )
-            )
+            gallery.append(example)
     return rows, gallery
 
 
-def _framed(mask: np.ndarray | None, size: int) -> np.ndarray | None:
-    """Return a mask (H, W) in the frame of a view, (size, size) bool."""
-    return None if mask is None else letterbox_mask(mask, size) > 0.5
-
-
-def _pointing(heat: np.ndarray, region: np.ndarray | None) -> str:
-    if region is None:
-        return ""
-    return "hit" if pointing_hit(heat, region) else "miss"
+def _explained(
+    dataset: EncodedDataset,
+    cell: Cell,
+    record: Record,
+    probabilities: np.ndarray,
+    view: np.ndarray,
+    heat: np.ndarray,
+    way: str,
+) -> tuple[Explained, Example]:
+    """Compare an attribution with the mask and the known region; they do not fit the view of a crop."""
+    system = f"{system_name(cell.method, cell.focus)}, {cell.support} of train"
+    label, image_id, target = record.label, record.sha256[:12], int(probabilities.argmax())
+    image, mask = dataset.image(record), dataset.mask(record, cell.focus)
+    inside = covered = float("nan")
+    pointing = ""
+    if cell.focus != "crop":
+        if mask is not None:
+            framed = letterbox_mask(mask, len(view)) > 0.5
+            covered = float(framed.mean())
+            inside = inside_share(heat, framed) if framed.any() else inside
+        region = known_region(dataset.root, record.path, *image.shape[:2])
+        if region is not None:
+            pointing = "hit" if pointing_hit(heat, letterbox_mask(region, len(view)) > 0.5) else "miss"
+    answer, probability = dataset.classes[target], float(probabilities[target])
+    seen = view[..., -3:] if view.shape[2] == 6 else view[..., :3]
+    share = None if np.isnan(inside) else inside
+    return (
+        Explained(dataset.name, system, image_id, label, answer, way, inside, covered, pointing),
+        Example(dataset.name, system, image_id, image, label, answer, probability, mask, seen, heat, share),
+    )
 
 
 def write_attribution(rows: Sequence[Explained], path: Path) -> None:
     """Write attribution.csv."""
-    table = io.StringIO()
     names = [f.name for f in dataclasses.fields(Explained)]
-    writer = csv.DictWriter(table, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
-    atomic.write(path, table.getvalue())
+    write_csv(path, names, (dataclasses.astuple(row) for row in rows))
 
 
 def sentences(rows: Sequence[Explained]) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +17,7 @@ from medfocus.evaluation.comparison import Scored
 from medfocus.reports.data_warnings import data_warnings
 from medfocus.reports.page_content import Calibration, Confusion, Example, Recalls
 from medfocus.reports.rows import system_name
+from medfocus.storage.tables import read_csv
 
 _CALIBRATED = 4  # variants of MedFocusCLIP with a reliability curve, besides the baseline
 
@@ -42,8 +41,7 @@ class Facts:
     def add(self, dataset: EncodedDataset, cells: Sequence[Cell]) -> None:
         """Collect a data set's facts from the outputs of its stages."""
         name = dataset.name
-        with dataset.paths.report(name, "masks.csv").open(newline="", encoding="utf-8") as file:
-            self.masks[name] = [dict(line) for line in csv.DictReader(file)]
+        self.masks[name] = read_csv(dataset.paths.report(name, "masks.csv"))
         pairs = read_pairs(dataset.paths.report(name, "duplicates.csv"))
         self.warnings[name] = data_warnings(dataset.records.values(), dataset.splits, pairs)
         with np.load(dataset.paths.predictions(name), allow_pickle=False) as file:
@@ -54,16 +52,24 @@ class Facts:
             draws.setdefault((system, dataset.percent_of_train(cell)), []).append(probabilities)
         labels = dataset.labels(dataset.splits.test)
         self._add_tests(dataset, draws, labels)
-        with contextlib.suppress(ValueError):  # without validation there is no best cell
-            best = best_cell(dataset.study, name, cells)
-            counts = metrics.confusion(predicted[best].argmax(axis=1), labels, len(dataset.classes))
-            self.confusions.append(Confusion(name, best.name, dataset.classes, counts))
-            for cell in explained_cells(best, cells):
-                explained, examples = explain_cell(dataset, cell, predicted[cell])
-                self.explained += explained
-                self.gallery += examples
+        self._add_best(dataset, predicted, labels)
         self._add_calibrations(dataset, draws, labels)
         self.recalls.append(_recalls(dataset, draws, labels))
+
+    def _add_best(
+        self, dataset: EncodedDataset, predicted: dict[Cell, np.ndarray], labels: np.ndarray
+    ) -> None:
+        """Add the best cell's confusion matrix, and explanations of it and its neighbours."""
+        try:
+            best = best_cell(dataset.study, dataset.name, predicted)
+        except ValueError:  # no cell could be validated
+            return
+        counts = metrics.confusion(predicted[best].argmax(axis=1), labels, len(dataset.classes))
+        self.confusions.append(Confusion(dataset.name, best.name, dataset.classes, counts))
+        for cell in explained_cells(best, predicted):
+            rows, examples = explain_cell(dataset, cell, predicted[cell])
+            self.explained += rows
+            self.gallery += examples
 
     def _add_tests(self, dataset: EncodedDataset, draws: Draws, labels: np.ndarray) -> None:
         """Add the correct answers of all systems on each test set."""

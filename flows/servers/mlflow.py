@@ -48,13 +48,9 @@ def _mlflow(
         *(sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", store, *options),
     ]
-    quiet = {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 processes instead of 16
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
-    }
+    few_processes = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # 2 processes instead of 16
     health = f"http://{_local(host)}:{port}/health"
-    return server(command, {**quiet, **environment}, health, "MLflow's server", log)
+    return server(command, {**few_processes, **environment}, health, "MLflow's server", log)
 
 
 def _local(host: str) -> str:

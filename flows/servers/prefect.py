@@ -27,12 +27,7 @@ def prefect_server(
     """
     api = f"http://{HOST}:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    environment = {
-        "PREFECT_API_URL": api,
-        "PREFECT_UI_API_URL": api,
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "true",
-    }
+    environment = {"PREFECT_API_URL": api, "PREFECT_UI_API_URL": api}
     if database is not None:
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
     with contextlib.ExitStack() as stack:

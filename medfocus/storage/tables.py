@@ -79,6 +79,12 @@ def write_csv(path: Path, heading: Sequence[str], rows: Iterable[Iterable[object
     atomic.write(path, file.getvalue().encode(errors="backslashreplace"))
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file that ``write_csv`` wrote."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return list(csv.DictReader(file))
+
+
 def _separated(data: bytes, wanted: Set[str]) -> Table:
     try:
         text = data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")

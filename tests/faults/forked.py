@@ -38,10 +38,6 @@ def ready(folder: Path, port: int | None = None) -> Iterator[None]:
     """
     os.environ |= {
         "OMP_NUM_THREADS": "1",
-        "DVC_NO_ANALYTICS": "1",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_HOME": str(folder / "prefect"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
