@@ -139,7 +139,8 @@ def _segmenter(name: str) -> Segmenter:
 
 def _masks(folder: Path, segmenter: Segmenter, again: bool) -> dict[str, Any]:
     from medfocus.datasets.records import read_manifest
-    from medfocus.masks.store import MaskStore, cache_masks, publish
+    from medfocus.masks.published import publish
+    from medfocus.masks.store import MaskStore, cache_masks
 
     began = _clocks()
     records = read_manifest(folder / "manifest.csv")
@@ -160,7 +161,7 @@ def _features(folder: Path, again: bool) -> dict[str, Any]:
     from medfocus.datasets.records import read_manifest
     from medfocus.focus.view import view
     from medfocus.images import decode
-    from medfocus.masks.store import PublishedMasks
+    from medfocus.masks.published import PublishedMasks
 
     torch.set_num_threads(1)
     clip = build_clip("pocket", "random:0")

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="SAM2.1-tiny at 1024 px, too")
     options = parser.parse_args()
     reader, about = workstation.load(Path.cwd(), options.model)
-    segmenter = clicks.pointed(reader.predictor.segmenter)
+    segmenter = reader.predictor.segmenter.sam2
     if segmenter is None:
         parser.error(f"--model {about.model}: its segmenter is not SAM2. Give another model.")
     drawn = [
@@ -110,7 +110,7 @@ def timed(work: Steps, repeats: int) -> dict[str, float]:
     for number in range(repeats + 1):
         for name, step in work.items():
             start = time.perf_counter()
-            with contextlib.suppress(clicks.NothingThereError):  # random weights may find no mask
+            with contextlib.suppress(clicks.NoRegionError):  # random weights may find nothing
                 step()
             if number:
                 taken[name].append(1000 * (time.perf_counter() - start))

@@ -25,8 +25,9 @@ from medfocus.datasets.ingest import ingest
 from medfocus.focus.view import view
 from medfocus.images import decode
 from medfocus.masks.factory import build_sam2
+from medfocus.masks.published import PublishedMasks, publish
 from medfocus.masks.settings import Sam2Settings
-from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
+from medfocus.masks.store import MaskStore, cache_masks
 
 CHUNK = 32  # images before the other one runs
 FEATHER = 0.01

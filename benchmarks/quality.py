@@ -24,7 +24,7 @@ from tqdm import tqdm
 from medfocus.images import decode
 from medfocus.masks.factory import build_sam2
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.quality import center_box, dice, innermost, iou, known_region, parts, pointed
+from medfocus.masks.quality import center_box, dice, innermost, iou, known_region, masks_at_points, parts
 from medfocus.masks.settings import OtsuSettings, Sam2Settings
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     for label, image, region in tqdm(_images(options.root, options.per_class), unit="image", disable=None):
         masks = {
             "unprompted": sam2.segment([image])[0].region,
-            "points": pointed(sam2, image, [innermost(part) for part in parts(region)])[0],
+            "points": masks_at_points(sam2, image, [innermost(part) for part in parts(region)])[0],
             "otsu": otsu.segment([image])[0].region,
             "centre box": center_box(*region.shape),
         }

@@ -1,4 +1,4 @@
-"""The page of a workstation: what it says is what the model says, and nothing leaves the machine or stays."""
+"""Claims about the page of a workstation: it shows the model's predictions, and no upload leaves memory."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from medfocus import phantoms
 from medfocus.app import clicks
 from medfocus.app.clicks import Point
 from medfocus.app.desk import Desk
-from medfocus.app.guard import Refused, door
+from medfocus.app.guard import Refused, access_to
 from medfocus.app.reading import Reader
-from medfocus.app.server import About, Bounds, Workplace, build, calibration_note
-from medfocus.app.uploads import Limits, body
+from medfocus.app.server import About, ServerLimits, Workplace, build, calibration_note
+from medfocus.app.uploads import UploadLimits, body
 from medfocus.clip.build import build_clip
 from medfocus.explain.explain import explain
 from medfocus.focus.view import view
@@ -53,12 +53,12 @@ from medfocus.serving.predictor import probabilities_of
 HOME = "http://127.0.0.1:8600"
 ABOUT = About("medfocus-brain", "3 (champion)", "brain", "clip-linear-probe", "SAM2", {"ece": 0.0625})
 CLASSES = ("glioma", "no tumor")
-MISSED, LESION = 24, (0.36, 0.46)  # a glioma whose first mask is not on it, and where it is: x and y
+MISSED, LESION = 24, (0.36, 0.46)  # a glioma outside its first mask, and its position x, y
 SEGMENTER = Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=4, follow_edges=True)
 
 
 def drawn(number: int) -> np.ndarray:
-    """A phantom (192, 192, 3) of the class that the number's parity says."""
+    """Draw a phantom (192, 192, 3); the parity of the number gives the class."""
     label = CLASSES[number % 2]
     phantom = phantoms.draw("brain_mri", label, phantoms.generator(7, "brain_mri", "test", label, number))
     return np.repeat(phantom.image[..., None], 3, axis=2)
@@ -71,7 +71,7 @@ def encoded(number: int, kind: str = "PNG") -> bytes:
 
 
 def save(folder: Path, segmenter: Segmenter) -> Path:
-    """A model folder: a linear probe on eight phantoms, by the packaged networks."""
+    """Save a linear probe on eight phantoms, with the packaged networks, as a model folder."""
     encoder = build_clip("pocket", "pocket")
     method = ClipLinearProbe(encoder, folds=3)
     images = [drawn(number) for number in range(8)]
@@ -96,7 +96,7 @@ def save(folder: Path, segmenter: Segmenter) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder whose masks are SAM2's."""
+    """A model folder with masks from SAM2."""
     return save(tmp_path_factory.mktemp("sam2"), load_sam2(SEGMENTER))
 
 
@@ -116,11 +116,11 @@ Opener = Callable[..., TestClient]
 
 @pytest.fixture
 def opened(reader: Reader) -> Iterator[Opener]:
-    """Opens the page as a browser on this machine has it, with bounds of its own."""
+    """Opens the page as a browser on this machine does, with given limits."""
     clients: list[TestClient] = []
 
-    def open_page(bounds: Bounds | None = None, model: Reader = reader) -> TestClient:
-        app = build(Workplace(model, bounds), ABOUT, door("127.0.0.1", None))
+    def open_page(limits: ServerLimits | None = None, model: Reader = reader) -> TestClient:
+        app = build(Workplace(model, limits), ABOUT, access_to("127.0.0.1", None))
         client = TestClient(app, base_url=HOME, headers={"Origin": HOME})
         clients.append(client.__enter__())
         return client
@@ -146,22 +146,22 @@ def set_points(client: TestClient, name: str, *points: tuple[float, float, bool]
 
 
 def shown(layer: str) -> np.ndarray:
-    """A layer of the page -> its pixels."""
+    """Decode a layer of the page."""
     data = base64.b64decode(layer.removeprefix("data:image/png;base64,"), validate=True)
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def region_of(told: dict[str, Any]) -> np.ndarray:
-    return shown(told["layers"]["mask"])[..., 3] > 0
+def region_of(reading: dict[str, Any]) -> np.ndarray:
+    return shown(reading["layers"]["mask"])[..., 3] > 0
 
 
-# --- what it says -------------------------------------------------------------------------------
+# --- predictions -------------------------------------------------------------------------------
 
 
 def test_each_image_gets_the_models_probabilities_and_mask(opened: Opener, reader: Reader) -> None:
-    told = post(opened(), 20, 21, 22)
+    answers = post(opened(), 20, 21, 22)
     expected = reader.predictor.predict([encoded(number) for number in (20, 21, 22)])
-    for answer, prediction in zip(told, expected, strict=True):
+    for answer, prediction in zip(answers, expected, strict=True):
         first = answer["first"]
         assert first["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-6)
         assert first["label"] == prediction.label
@@ -169,43 +169,43 @@ def test_each_image_gets_the_models_probabilities_and_mask(opened: Opener, reade
         assert first["mask"]["score"] == pytest.approx(prediction.mask_score, abs=1e-6)
         assert np.array_equal(region_of(first), prediction.mask)
         assert shown(answer["shown"]["image"]).shape == (192, 192, 3)
-    assert np.ptp([answer["first"]["probabilities"]["glioma"] for answer in told]) > 0.1
+    assert np.ptp([answer["first"]["probabilities"]["glioma"] for answer in answers]) > 0.1
 
 
-def test_what_clip_sees_is_the_focus_with_the_mask(opened: Opener, reader: Reader) -> None:
+def test_the_input_of_clip_is_the_focus_with_the_mask(opened: Opener, reader: Reader) -> None:
     [answer] = post(opened(), 20)
     size = reader.predictor.view_size
     seen = view(drawn(20), region_of(answer["first"]), focus="multiply", size=size, feather=0.01)
     assert np.array_equal(shown(answer["first"]["layers"]["view"]), seen)
 
 
-def test_the_attribution_is_the_one_of_explain(opened: Opener, reader: Reader) -> None:
+def test_the_attribution_is_that_of_explain(opened: Opener, reader: Reader) -> None:
     client = opened()
     [answer] = post(client, 20)
-    told = client.get(f"/images/{answer['id']}/first/attribution").json()
+    result = client.get(f"/images/{answer['id']}/first/attribution").json()
     size = reader.predictor.view_size
     seen = view(drawn(20), region_of(answer["first"]), focus="multiply", size=size, feather=0.01)
     target = torch.tensor([CLASSES.index(answer["first"]["label"])])
     method = reader.predictor.method
     maps, way = explain(method, method.encoder, torch.from_numpy(seen)[None], target)
-    assert told["way"] == way
-    heat = shown(told["layer"])
+    assert result["way"] == way
+    heat = shown(result["layer"])
     assert heat.shape == (192, 192, 4)
     hottest = np.unravel_index(int(maps[0].argmax()), maps[0].shape)
     at = [int((place + 0.5) * 192 / size) for place in hottest]
     assert heat[at[0], at[1], 3] > 250
 
 
-def test_a_large_image_is_read_whole_and_shown_smaller(opened: Opener) -> None:
+def test_a_large_image_is_read_in_full_and_shown_smaller(opened: Opener) -> None:
     buffer = io.BytesIO()
     Image.fromarray(drawn(20)).resize((1500, 1200)).save(buffer, "JPEG")
     answer = opened().post("/images", files=given(("x.jpg", buffer.getvalue())))
-    [told] = answer.json()["images"]
-    assert (told["width"], told["height"], told["shown"]["size"]) == (1500, 1200, [1024, 819])
-    assert region_of(told["first"]).shape == (819, 1024)
+    [result] = answer.json()["images"]
+    assert (result["width"], result["height"], result["shown"]["size"]) == (1500, 1200, [1024, 819])
+    assert region_of(result["first"]).shape == (819, 1024)
 
 
-def test_the_page_names_the_model_and_says_what_it_is_not_for(opened: Opener) -> None:
+def test_the_page_names_the_model_and_excludes_clinical_use(opened: Opener) -> None:
     page = opened().get("/").text
     for part in (
         "For research; not for clinical use.",
@@ -218,8 +218,8 @@ def test_the_page_names_the_model_and_says_what_it_is_not_for(opened: Opener) ->
     assert "6.2 percentage points" in page
 
 
-def test_calibration_that_is_not_known_is_said_to_be_so() -> None:
-    assert calibration_note({"accuracy": 0.9}).endswith("is not known for this model.")
+def test_unknown_calibration_is_reported() -> None:
+    assert calibration_note({"accuracy": 0.9}).endswith("is unknown.")
     assert "12.5 percentage points" in calibration_note({"ece": 0.125, "accuracy": 0.5})
     assert "50.0\u00a0%" in calibration_note({"ece": 0.125, "accuracy": 0.5})
 
@@ -227,24 +227,22 @@ def test_calibration_that_is_not_known_is_said_to_be_so() -> None:
 # --- points -------------------------------------------------------------------------------------
 
 
-def test_a_click_changes_the_mask_and_the_prediction_is_that_of_the_new_mask(
-    opened: Opener, reader: Reader
-) -> None:
+def test_a_click_changes_the_mask_and_the_prediction_follows_it(opened: Opener, reader: Reader) -> None:
     client = opened()
     [answer] = post(client, MISSED)
-    told = set_points(client, answer["id"], (*LESION, True)).json()
-    region = region_of(told["edited"])
-    assert region[int(LESION[1] * 192), int(LESION[0] * 192)] and told["followed"] == 1
+    result = set_points(client, answer["id"], (*LESION, True)).json()
+    region = region_of(result["edited"])
+    assert region[int(LESION[1] * 192), int(LESION[0] * 192)] and result["followed"] == 1
     assert not np.array_equal(region, region_of(answer["first"]))
     predictor = reader.predictor
     seen = view(drawn(MISSED), region, focus="multiply", size=predictor.view_size, feather=0.01)
     expected = probabilities_of(predictor.method, predictor.method.embed(torch.from_numpy(seen)[None]))[0]
-    assert list(told["edited"]["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-6)
-    assert (answer["first"]["label"], told["edited"]["label"]) == ("no tumor", "glioma")
-    assert told["edited"]["mask"]["status"] == "edited"
+    assert list(result["edited"]["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-6)
+    assert (answer["first"]["label"], result["edited"]["label"]) == ("no tumor", "glioma")
+    assert result["edited"]["mask"]["status"] == "edited"
 
 
-def test_an_image_is_encoded_once_however_many_points_it_gets(
+def test_an_image_is_encoded_once_for_all_its_points(
     opened: Opener, reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segmenter: Any = reader.predictor.segmenter
@@ -257,8 +255,8 @@ def test_an_image_is_encoded_once_however_many_points_it_gets(
     assert len(calls) == 1
 
 
-def test_one_point_is_what_sam2s_own_predictor_makes_of_it(reader: Reader) -> None:
-    """``point_coords`` and ``point_labels`` of SAM2ImagePredictor; the best candidate by predicted IoU."""
+def test_a_point_gives_the_mask_of_sam2s_predictor(reader: Reader) -> None:
+    """SAM2ImagePredictor with ``point_coords`` and ``point_labels``; the best candidate by predicted IoU."""
     segmenter: Any = reader.predictor.segmenter
     image, point = drawn(20), Point(0.35, 0.6, True)
     predictor = segmenter.predictor
@@ -269,10 +267,10 @@ def test_one_point_is_what_sam2s_own_predictor_makes_of_it(reader: Reader) -> No
     made = clicks.mask_at(segmenter, image, clicks.encode(segmenter, image), [point])
     own = masks[int(iou.argmax())] > 0
     assert made.score == pytest.approx(float(iou.max()), abs=1e-4)
-    assert (made.region & own).sum() / (made.region | own).sum() > 0.9  # ours follows the edges besides
+    assert (made.region & own).sum() / (made.region | own).sum() > 0.9  # this mask also follows edges
 
 
-def test_a_point_outside_alone_keeps_the_middle_of_the_first_mask(opened: Opener, reader: Reader) -> None:
+def test_a_single_point_outside_keeps_the_middle_of_the_first_mask(opened: Opener, reader: Reader) -> None:
     client = opened()
     [answer] = post(client, 20)
     middle = clicks.deepest(region_of(answer["first"]))
@@ -284,7 +282,7 @@ def test_a_point_outside_alone_keeps_the_middle_of_the_first_mask(opened: Opener
 
 @dataclass(frozen=True)
 class Guided:
-    """As an adapter or a text stands on SAM2: other masks, from the same network."""
+    """Returns other masks than its SAM2, as with an adapter or a text."""
 
     sam2: Sam2Segmenter
     key = "guided"
@@ -294,17 +292,17 @@ class Guided:
         return [identity(*image.shape[:2]) for image in images]
 
 
-def test_masks_that_stand_on_sam2_are_edited_by_sam2_as_it_was(opened: Opener, reader: Reader) -> None:
+def test_points_edit_guided_masks_with_plain_sam2(opened: Opener, reader: Reader) -> None:
     plain: Any = reader.predictor.segmenter
     guided = Reader(replace(reader.predictor, segmenter=Guided(plain)))
     [answer] = post(client := opened(model=guided), MISSED)
     assert answer["first"]["mask"]["status"] == "identity"
-    told = set_points(client, answer["id"], (*LESION, True)).json()
+    result = set_points(client, answer["id"], (*LESION, True)).json()
     [own] = post(other := opened(), MISSED)
-    assert told == set_points(other, own["id"], (*LESION, True)).json()
+    assert result == set_points(other, own["id"], (*LESION, True)).json()
 
 
-def test_a_fast_segmenter_answers_points_inside_and_outside_as_the_plain_one_does(reader: Reader) -> None:
+def test_a_fast_segmenter_gives_the_plain_segmenters_mask_at_points(reader: Reader) -> None:
     plain: Any = reader.predictor.segmenter
     fast, image = FastSegmenter(plain), drawn(20)
     points = [Point(0.4, 0.5, True), Point(0.6, 0.4, True), Point(0.1, 0.1, False)]
@@ -315,7 +313,7 @@ def test_a_fast_segmenter_answers_points_inside_and_outside_as_the_plain_one_doe
     assert (made.region != expected.region).mean() < 0.001
 
 
-def test_of_the_candidates_the_one_that_follows_the_most_points_is_taken(reader: Reader) -> None:
+def test_a_candidate_is_judged_by_the_points_that_it_follows(reader: Reader) -> None:
     region = np.zeros((4, 4), bool)
     region[:2, :2] = True
     points = [Point(0.1, 0.1, True), Point(0.9, 0.9, False), Point(0.9, 0.1, True), Point(1.0, 1.0, True)]
@@ -342,7 +340,7 @@ def test_no_points_bring_the_first_mask_back(opened: Opener) -> None:
     assert gone.status_code == 404 and gone.json()["error"]["fault"] == "has no edited mask"
 
 
-def test_masks_that_are_not_sam2s_cannot_be_edited_and_it_is_said(opened: Opener, otsu: Reader) -> None:
+def test_without_sam2_masks_cannot_be_edited_and_the_page_says_why(opened: Opener, otsu: Reader) -> None:
     client = opened(model=otsu)
     [answer] = post(client, 20)
     refused = set_points(client, answer["id"], (0.5, 0.5, True))
@@ -360,17 +358,17 @@ def test_masks_that_are_not_sam2s_cannot_be_edited_and_it_is_said(opened: Opener
         json.dumps({"points": [{"x": 0, "y": 0, "inside": True}] * 65}).encode(),
     ],
 )
-def test_points_that_are_none_are_refused(opened: Opener, content: bytes) -> None:
+def test_invalid_points_are_refused(opened: Opener, content: bytes) -> None:
     client = opened()
     [answer] = post(client, 20)
     refused = client.post(f"/images/{answer['id']}/points", content=content)
     assert refused.status_code == 422 and refused.json()["error"]["place"] == "the points"
 
 
-# --- what comes in ------------------------------------------------------------------------------
+# --- uploads ------------------------------------------------------------------------------
 
 
-def test_a_broken_image_has_an_error_of_its_own_and_the_others_are_read(opened: Opener) -> None:
+def test_a_broken_image_gets_its_own_error_and_the_others_are_read(opened: Opener) -> None:
     files = given(("a.png", encoded(20)), ("b.png", b"no image"), ("c.png", encoded(21)[:300]))
     answer = opened().post("/images", files=files)
     assert answer.status_code == 200
@@ -385,12 +383,12 @@ def test_a_broken_image_has_an_error_of_its_own_and_the_others_are_read(opened: 
     assert third["error"]["place"] == "c.png" and "cannot be decoded" in third["error"]["fault"]
 
 
-def test_where_no_image_could_be_read_the_answer_is_an_error(opened: Opener) -> None:
+def test_without_a_readable_image_the_response_is_an_error(opened: Opener) -> None:
     answer = opened().post("/images", files=given(("b.png", b"no image")))
     assert answer.status_code == 422
 
 
-def test_an_image_of_too_many_pixels_is_413_by_its_header(opened: Opener) -> None:
+def test_an_image_with_too_many_pixels_is_refused_by_its_header(opened: Opener) -> None:
     header = io.BytesIO()
     Image.new("1", (8001, 8000)).save(header, "PNG")
     answer = opened().post("/images", files=given(("big.png", header.getvalue())))
@@ -398,22 +396,22 @@ def test_an_image_of_too_many_pixels_is_413_by_its_header(opened: Opener) -> Non
     assert "the limit is 64 megapixels" in answer.json()["images"][0]["error"]["fault"]
 
 
-def test_a_file_of_too_many_bytes_is_413(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_too_many_bytes_is_refused(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medfocus.images.decode.MOST_BYTES", 1000)
     answer = opened().post("/images", files=given(("big.png", encoded(20))))
     assert answer.status_code == 413
     assert "the limit" in answer.json()["images"][0]["error"]["fault"]
 
 
-def test_a_request_past_a_limit_is_413_with_the_limit(opened: Opener) -> None:
-    client = opened(Bounds(upload=Limits(files=2, bytes=40_000)))
+def test_a_request_beyond_a_limit_is_refused_with_the_limit(opened: Opener) -> None:
+    client = opened(ServerLimits(upload=UploadLimits(files=2, bytes=40_000)))
     many = client.post("/images", files=given(*((f"{i}.png", b"x") for i in range(3))))
     assert (many.status_code, many.json()["error"]["fault"]) == (413, "has more than 2 files")
     large = client.post("/images", files=given(("a.png", bytes(50_000))))
     assert (large.status_code, large.json()["error"]["place"]) == (413, "the request")
 
 
-def test_of_a_body_whose_length_is_not_announced_no_more_is_read_than_is_taken() -> None:
+def test_a_body_of_unknown_length_is_read_up_to_the_limit_only() -> None:
     pieces = 0
 
     async def receive() -> dict[str, Any]:
@@ -425,7 +423,7 @@ def test_of_a_body_whose_length_is_not_announced_no_more_is_read_than_is_taken()
         async for _ in body(Request({"type": "http", "headers": []}, receive), 40_000):
             pass
 
-    with pytest.raises(Refused, match="the request: is larger than 40 kB, the most that is taken"):
+    with pytest.raises(Refused, match="the request: is larger than 40 kB, the limit"):
         asyncio.run(read())
     assert pieces == 41
 
@@ -438,15 +436,15 @@ def test_of_a_body_whose_length_is_not_announced_no_more_is_read_than_is_taken()
         (b"", "multipart/form-data", 400),
     ],
 )
-def test_a_request_that_is_no_form_with_files_is_refused(
+def test_a_request_without_a_form_of_files_is_refused(
     opened: Opener, content: bytes, kind: str, status: int
 ) -> None:
     answer = opened().post("/images", content=content, headers={"Content-Type": kind})
     assert answer.status_code == status and answer.json()["error"]["place"] == "the request"
 
 
-def test_where_there_is_no_room_in_the_queue_the_answer_is_503(opened: Opener) -> None:
-    answer = opened(Bounds(jobs=0)).post("/images", files=given(("a.png", encoded(20))))
+def test_a_full_queue_gives_503(opened: Opener) -> None:
+    answer = opened(ServerLimits(jobs=0)).post("/images", files=given(("a.png", encoded(20))))
     assert answer.status_code == 503
     assert answer.json()["images"][0]["error"]["fix"] == "Try again in a moment."
 
@@ -456,7 +454,7 @@ WATCHING = threading.Event()
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook: every file that is opened for writing while it is watched, also a nameless one."""
+    """Audit hook that records every file opened for writing, also files without a name."""
     if event == "open" and WATCHING.is_set():
         flags = arguments[2] or 0
         if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -465,11 +463,11 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 def test_an_upload_is_never_written_to_a_file(opened: Opener) -> None:
     client = opened()
-    post(client, 20)  # what is loaded at the first image is loaded
+    post(client, 20)  # loads everything that the first image needs
     sys.addaudithook(watch)
     buffer = io.BytesIO()
     Image.fromarray(drawn(20)).resize((1000, 1000)).save(buffer, "BMP")
-    assert len(buffer.getvalue()) > 2_500_000  # Starlette's own form would spool it
+    assert len(buffer.getvalue()) > 2_500_000  # Starlette's parser would write it to a file
     WATCHING.set()
     try:
         answer = client.post("/images", files=given(("large.bmp", buffer.getvalue())))
@@ -477,13 +475,13 @@ def test_an_upload_is_never_written_to_a_file(opened: Opener) -> None:
         written = list(WATCHED)
         with tempfile.SpooledTemporaryFile(max_size=10) as spooled:
             spooled.write(bytes(11))
-        assert len(WATCHED) > len(written)  # the hook does see one
+        assert len(WATCHED) > len(written)  # the hook records files
     finally:
         WATCHING.clear()
     assert answer.status_code == 200 and written == []
 
 
-# --- what is kept -------------------------------------------------------------------------------
+# --- images in memory -------------------------------------------------------------------------------
 
 
 class Weight:
@@ -491,11 +489,11 @@ class Weight:
         self.nbytes = nbytes
 
 
-def test_images_make_room_by_number_bytes_and_time() -> None:
+def test_images_expire_by_number_bytes_and_time() -> None:
     now = [0.0]
     desk: Desk[Weight] = Desk(most=2, most_bytes=100, seconds=60, clock=lambda: now[0])
     first, second = desk.put(Weight()), desk.put(Weight())
-    assert desk.get(first) is not None  # used: the second one is the oldest now
+    assert desk.get(first) is not None  # now the second image is the least recently used
     third = desk.put(Weight())
     assert desk.get(second) is None and desk.get(first) and desk.get(third)
     heavy = desk.put(Weight(1000))
@@ -508,18 +506,21 @@ def test_images_make_room_by_number_bytes_and_time() -> None:
     assert desk.get(heavy) is None and len(desk) == 0
 
 
-def test_what_is_no_longer_kept_is_404_and_says_for_how_long_it_was(opened: Opener) -> None:
-    client = opened(Bounds(images=1))
+def test_an_expired_image_is_404_with_the_limits(opened: Opener) -> None:
+    client = opened(ServerLimits(images=1))
     first, second = post(client, 20, 21)
     gone = set_points(client, first["id"], (0.5, 0.5, True))
     assert gone.status_code == 404
-    assert gone.json()["error"]["fault"] == "is no longer kept (1 images are kept, each 30 minutes)"
+    assert (
+        gone.json()["error"]["fault"]
+        == "is no longer in memory (the server keeps 1 images, each for 30 minutes)"
+    )
     assert set_points(client, second["id"], (0.5, 0.5, True)).status_code == 200
 
 
-def test_time_runs_out_also_where_nobody_asks(reader: Reader) -> None:
-    workplace = Workplace(reader, Bounds(seconds=0.2))
-    app = build(workplace, ABOUT, door("127.0.0.1", None))
+def test_images_expire_without_requests(reader: Reader) -> None:
+    workplace = Workplace(reader, ServerLimits(seconds=0.2))
+    app = build(workplace, ABOUT, access_to("127.0.0.1", None))
     with TestClient(app, base_url=HOME, headers={"Origin": HOME}) as client:
         [answer] = post(client, 20)
         assert len(workplace.desk) == 1
@@ -530,27 +531,27 @@ def test_time_runs_out_also_where_nobody_asks(reader: Reader) -> None:
         assert set_points(client, answer["id"], (0.5, 0.5, True)).status_code == 404
 
 
-def test_an_image_that_is_removed_is_gone_at_once(opened: Opener) -> None:
+def test_a_removed_image_is_gone_at_once(opened: Opener) -> None:
     client = opened()
     [answer] = post(client, 20)
     assert client.delete(f"/images/{answer['id']}").status_code == 204
     assert set_points(client, answer["id"], (0.5, 0.5, True)).status_code == 404
 
 
-def test_nobody_can_guess_where_an_image_is() -> None:
+def test_nobody_can_guess_an_images_address() -> None:
     desk: Desk[Weight] = Desk(most=99, most_bytes=99, seconds=9)
     names = {desk.put(Weight()) for _ in range(50)}
     assert len(names) == 50 and all(len(base64.urlsafe_b64decode(name + "==")) == 16 for name in names)
 
 
-# --- who may ask --------------------------------------------------------------------------------
+# --- access --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8600", "127.0.0.1.evil.example", "192.168.0.5", ""]
 )
-def test_a_request_for_another_name_is_refused(opened: Opener, host: str) -> None:
-    """DNS rebinding brings a page of another site here, under its own name."""
+def test_a_request_for_another_host_is_refused(opened: Opener, host: str) -> None:
+    """With DNS rebinding, a page of another site sends requests here, with its own host."""
     client = opened()
     assert client.get("/", headers={"Host": host}).status_code == 421
     assert (
@@ -570,21 +571,23 @@ def test_a_request_from_another_origin_is_refused(opened: Opener, origin: str) -
 
 
 def test_a_change_without_an_origin_is_refused(reader: Reader) -> None:
-    with TestClient(build(Workplace(reader), ABOUT, door("127.0.0.1", None)), base_url=HOME) as client:
+    with TestClient(build(Workplace(reader), ABOUT, access_to("127.0.0.1", None)), base_url=HOME) as client:
         assert client.get("/").status_code == 200
         assert client.post("/images", files=given(("a.png", encoded(20)))).status_code == 403
 
 
-def test_beyond_loopback_addresses_are_known_and_names_of_others_are_not(reader: Reader) -> None:
-    with TestClient(build(Workplace(reader), ABOUT, door("0.0.0.0", "secret")), base_url=HOME) as client:
+def test_beyond_loopback_addresses_are_accepted_and_other_names_are_not(reader: Reader) -> None:
+    with TestClient(build(Workplace(reader), ABOUT, access_to("0.0.0.0", "secret")), base_url=HOME) as client:
         client.auth = ("", "secret")
         for host in ("192.168.0.5:8600", "[fe80::1]:8600", socket.gethostname()):
             assert client.get("/", headers={"Host": host}).status_code == 200
         assert client.get("/", headers={"Host": "evil.example"}).status_code == 421
 
 
-def test_a_password_is_asked_for_where_one_is_set(reader: Reader) -> None:
-    with TestClient(build(Workplace(reader), ABOUT, door("127.0.0.1", "geheim ü")), base_url=HOME) as client:
+def test_a_configured_password_is_required(reader: Reader) -> None:
+    with TestClient(
+        build(Workplace(reader), ABOUT, access_to("127.0.0.1", "geheim ü")), base_url=HOME
+    ) as client:
         answer = client.get("/")
         assert (answer.status_code, answer.headers["WWW-Authenticate"][:5]) == (401, "Basic")
         for path in ("/page.js", "/images/x/first/attribution"):
@@ -594,7 +597,7 @@ def test_a_password_is_asked_for_where_one_is_set(reader: Reader) -> None:
         assert client.get("/", auth=("anybody", "geheim ü")).status_code == 200
 
 
-def test_beyond_loopback_it_does_not_start_without_a_password_of_ones_own() -> None:
+def test_beyond_loopback_the_page_needs_a_password_to_start() -> None:
     with pytest.raises(ValueError, match=r"--host 0\.0\.0\.0 is beyond loopback.*Set MEDFOCUS_APP_PASSWORD"):
         workstation.password("0.0.0.0", {"MEDFOCUS_APP_PASSWORD": ""})
     assert workstation.password("0.0.0.0", {"MEDFOCUS_APP_PASSWORD": "x"}) == "x"
@@ -602,7 +605,7 @@ def test_beyond_loopback_it_does_not_start_without_a_password_of_ones_own() -> N
         assert workstation.password(host, {}) is None
 
 
-def test_a_port_that_is_taken_is_named_with_the_fix() -> None:
+def test_a_port_in_use_is_named_with_the_fix() -> None:
     with workstation.listening("127.0.0.1", 0) as bound:
         bound.listen()
         port = bound.getsockname()[1]
@@ -610,7 +613,7 @@ def test_a_port_that_is_taken_is_named_with_the_fix() -> None:
             workstation.listening("127.0.0.1", port)
 
 
-def test_every_answer_forbids_what_is_external_and_asks_not_to_be_kept(opened: Opener) -> None:
+def test_every_response_forbids_external_content_and_caching(opened: Opener) -> None:
     client = opened()
     for answer in (
         client.get("/"),
@@ -624,13 +627,13 @@ def test_every_answer_forbids_what_is_external_and_asks_not_to_be_kept(opened: O
         assert "http" not in policy and "*" not in policy and "unsafe" not in policy
 
 
-def test_no_path_leads_out_of_the_page(opened: Opener) -> None:
+def test_no_path_leads_outside_the_page(opened: Opener) -> None:
     client = opened()
     for path in ("/..%2fserver.py", "/index.html", "/server.py", "/docs", "/openapi.json", "/images"):
         assert client.get(path).status_code in (404, 405)
 
 
-def test_what_goes_wrong_inside_is_told_without_its_text(
+def test_an_internal_error_is_reported_without_its_text(
     opened: Opener, reader: Reader, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
@@ -638,25 +641,25 @@ def test_what_goes_wrong_inside_is_told_without_its_text(
 
     client, files = opened(), given(("Anna_Example.png", encoded(20)))
     monkeypatch.setattr(reader, "open", fail)
-    [told] = client.post("/images", files=files).json()["images"]
-    assert told["error"]["status"] == 500
-    assert told["error"]["fault"].startswith("cannot be read here (RuntimeError at ")
+    [result] = client.post("/images", files=files).json()["images"]
+    assert result["error"]["status"] == 500
+    assert result["error"]["fault"].startswith("cannot be read (RuntimeError at ")
     monkeypatch.setattr("medfocus.app.server.uploads", fail)
     answer = client.post("/images", files=files)
     assert answer.status_code == 500
-    assert answer.json()["error"]["fault"].startswith("went wrong here (RuntimeError at ")
+    assert answer.json()["error"]["fault"].startswith("failed (RuntimeError at ")
     output = capfd.readouterr()
     assert "RuntimeError at" in output.err
-    assert "Anna" not in json.dumps(told["error"]) + answer.text + output.out + output.err
+    assert "Anna" not in json.dumps(result["error"]) + answer.text + output.out + output.err
 
 
-def test_a_model_folder_is_named_and_nothing_is_claimed_of_it(folder: Path) -> None:
+def test_a_model_folder_is_shown_by_its_name_alone(folder: Path) -> None:
     _, about = workstation.load(Path.cwd(), str(folder))
     assert (about.model, about.version, about.dataset, about.measured) == ("model", "", "", {})
     assert about.segmenter == "SAM2"
 
 
-def test_no_browser_is_opened_where_there_is_no_display(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_display_no_browser_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
@@ -670,9 +673,9 @@ def test_no_browser_is_opened_where_there_is_no_display(monkeypatch: pytest.Monk
 
 @contextlib.contextmanager
 def served(model: Reader) -> Iterator[str]:
-    """The page as ``medfocus app`` serves it; its address."""
+    """Serve the page as ``medfocus app`` does; yield its address."""
     bound = workstation.listening("127.0.0.1", 0)
-    server = workstation.configured(build(Workplace(model), ABOUT, door("127.0.0.1", None)))
+    server = workstation.configured(build(Workplace(model), ABOUT, access_to("127.0.0.1", None)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
@@ -684,28 +687,28 @@ def served(model: Reader) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def looked_at(browser: Browser, model: Reader) -> Iterator[Page]:
-    """The page, opened; afterwards nothing but it was asked for, and its console is empty."""
-    asked, said = [], []
+def visited(browser: Browser, model: Reader) -> Iterator[Page]:
+    """Open the page; check that it requests nothing from elsewhere and writes nothing to the console."""
+    requests, console = [], []
     with served(model) as url, browser.new_context(viewport={"width": 1280, "height": 900}) as context:
-        context.on("request", lambda request: asked.append(request.url))
+        context.on("request", lambda request: requests.append(request.url))
         page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("console", lambda message: console.append(message.text))
+        page.on("pageerror", lambda error: console.append(str(error)))
         page.goto(url)
         yield page
-        elsewhere = [each for each in asked if not each.startswith((f"{url}/", "data:image/png;base64,"))]
-        assert len(asked) > 3 and elsewhere == [] and said == []
+        elsewhere = [each for each in requests if not each.startswith((f"{url}/", "data:image/png;base64,"))]
+        assert len(requests) > 3 and elsewhere == [] and console == []
 
 
 @pytest.fixture
 def page(browser: Browser, reader: Reader) -> Iterator[Page]:
-    with looked_at(browser, reader) as page:
+    with visited(browser, reader) as page:
         yield page
 
 
 def upload(page: Page, tmp_path: Path, number: int = MISSED) -> Locator:
-    """The card of an image that was chosen by its file."""
+    """Upload an image and return its card."""
     (tmp_path / "Anna_Example.png").write_bytes(encoded(number))
     page.locator("#files").set_input_files(tmp_path / "Anna_Example.png")
     card = page.locator(".card")
@@ -717,7 +720,7 @@ def chances(card: Locator) -> list[str]:
     return card.locator(".chances td.now").all_inner_texts()
 
 
-def test_a_reader_sees_probabilities_clicks_and_sees_them_change(
+def test_a_click_on_the_page_changes_the_probabilities(
     page: Page, reader: Reader, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     notice = page.get_by_text("For research; not for clinical use.")
@@ -759,7 +762,7 @@ def test_a_reader_sees_probabilities_clicks_and_sees_them_change(
     assert "Anna" not in output.out + output.err
 
 
-def test_the_page_can_be_used_by_keyboard_and_read_aloud(page: Page, tmp_path: Path) -> None:
+def test_the_page_works_with_keyboard_and_screen_reader(page: Page, tmp_path: Path) -> None:
     card = upload(page, tmp_path)
     card.locator(".frame").focus()
     for _ in range(3):
@@ -781,7 +784,7 @@ def test_the_page_can_be_used_by_keyboard_and_read_aloud(page: Page, tmp_path: P
     assert page.evaluate("document.activeElement.id") == "files"
 
 
-def test_on_a_narrow_screen_nothing_runs_out_of_it(page: Page, tmp_path: Path) -> None:
+def test_the_page_fits_a_narrow_screen(page: Page, tmp_path: Path) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     card = upload(page, tmp_path)
     card.locator(".frame").click()
@@ -790,7 +793,7 @@ def test_on_a_narrow_screen_nothing_runs_out_of_it(page: Page, tmp_path: Path) -
     assert page.locator("th[scope=row]").first.evaluate("e => e.getClientRects()[0].height") < 40
 
 
-def test_a_file_that_is_no_image_is_told_on_its_card(page: Page, tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_reported_on_its_card(page: Page, tmp_path: Path) -> None:
     page.route(
         "**/images",
         lambda route: route.fulfill(
@@ -808,7 +811,7 @@ def test_a_file_that_is_no_image_is_told_on_its_card(page: Page, tmp_path: Path)
                 ]
             }
         ),
-    )  # as the server says it, without the line on the console that a 4xx has
+    )  # a real 4xx response would write to the console
     (tmp_path / "x.png").write_bytes(b"no image")
     page.locator("#files").set_input_files(tmp_path / "x.png")
     error = page.locator(".card .error")
@@ -819,10 +822,8 @@ def test_a_file_that_is_no_image_is_told_on_its_card(page: Page, tmp_path: Path)
     ]
 
 
-def test_where_masks_cannot_be_edited_the_page_says_why(
-    browser: Browser, otsu: Reader, tmp_path: Path
-) -> None:
-    with looked_at(browser, otsu) as page:
+def test_the_page_says_why_masks_cannot_be_edited(browser: Browser, otsu: Reader, tmp_path: Path) -> None:
+    with visited(browser, otsu) as page:
         card = upload(page, tmp_path)
         assert "points need SAM2" in card.locator(".off").inner_text()
         card.locator(".frame").click()

@@ -38,10 +38,10 @@ def test_a_known_vulnerability_fails_the_check_and_names_the_fixed_version(
 ) -> None:
     answering(monkeypatch, [BAD], [CLEAN, BAD, SKIPPED])
     assert audit.main(["x.lock"]) == 1
-    told = capsys.readouterr().out
-    assert "x.lock: b 2: GHSA-1, fixed in 2.1" in told
-    assert "x.lock: NOT AUDITED, because the index does not know them: c" in told
-    assert "x.lock: 2 packages audited, 1 vulnerabilities" in told
+    printed = capsys.readouterr().out
+    assert "x.lock: b 2: GHSA-1, fixed in 2.1" in printed
+    assert "x.lock: NOT AUDITED, because the index does not know them: c" in printed
+    assert "x.lock: 2 packages audited, 1 vulnerabilities" in printed
 
 
 def test_an_audit_without_vulnerabilities_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,27 +97,27 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def test_every_test_set_has_its_scores_with_wilson_intervals(model: ModelFacts, data: DatasetFacts) -> None:
-    found = rows(model_card(model, data))
+    table = rows(model_card(model, data))
     low, high = (100 * end for end in metrics.wilson(50, 60))
-    assert found["accuracy"] == [f"83.3 % [{low:.1f}, {high:.1f}], 50 of 60", "75.0 % [59.8, 85.8], 30 of 40"]
-    assert found["solid"][:2] == ["66.7 % [48.8, 80.8], 20 of 30", "50.0 % [29.9, 70.1], 10 of 20"]
-    assert found["balanced accuracy"] == ["0.833", "0.750"]
+    assert table["accuracy"] == [f"83.3 % [{low:.1f}, {high:.1f}], 50 of 60", "75.0 % [59.8, 85.8], 30 of 40"]
+    assert table["solid"][:2] == ["66.7 % [48.8, 80.8], 20 of 30", "50.0 % [29.9, 70.1], 10 of 20"]
+    assert table["balanced accuracy"] == ["0.833", "0.750"]
     expected = metrics.score(PROBABILITIES, LABELS)
-    assert found["AUROC"][0] == f"{expected['auroc']:.3f}"
-    assert found["calibration error"][0] == f"{expected['ece']:.3f}"
+    assert table["AUROC"][0] == f"{expected['auroc']:.3f}"
+    assert table["calibration error"][0] == f"{expected['ece']:.3f}"
 
 
 def test_failures_are_grouped_by_mask_size_and_mode_and_small_groups_are_marked(
     model: ModelFacts, data: DatasetFacts
 ) -> None:
     card = model_card(model, data)
-    found = rows(card)
-    assert found["solid predicted as cyst"] == ["33.3 % [19.2, 51.2], 10 of 30"]
-    assert found["mask relaxed"] == ["50.0 % [18.8, 81.2], 3 of 6", "fewer than 20 images"]
-    assert found["mask chosen"][1] == ""
-    thirds = [found[f"mask covers {group}"] for group in ("up to 19.7 %", "19.7 % to 39.3 %", "above 39.3 %")]
+    table = rows(card)
+    assert table["solid predicted as cyst"] == ["33.3 % [19.2, 51.2], 10 of 30"]
+    assert table["mask relaxed"] == ["50.0 % [18.8, 81.2], 3 of 6", "fewer than 20 images"]
+    assert table["mask chosen"][1] == ""
+    thirds = [table[f"mask covers {group}"] for group in ("up to 19.7 %", "19.7 % to 39.3 %", "above 39.3 %")]
     assert [each[0].rpartition(", ")[2] for each in thirds] == ["10 of 20", "20 of 20", "20 of 20"]
-    assert {"size 128 x 96", "size 96 x 96"} <= set(found)
+    assert {"size 128 x 96", "size 96 x 96"} <= set(table)
     assert "The same for all test images: mode." in card
 
 
@@ -133,14 +133,14 @@ def test_a_class_without_a_test_image_has_no_recall_and_no_auroc(
         labels=LABELS * 2,
         learned_from={name: 1 for name in named},
     )
-    found = rows(model_card(without, data))
-    assert found["scar"] == ["no image", "no image"] and found["AUROC"][0] == "not defined"
+    table = rows(model_card(without, data))
+    assert table["scar"] == ["no image", "no image"] and table["AUROC"][0] == "not defined"
     assert "weakest class solid, recall 66.7 %" in headline("official", spread, LABELS * 2, named)
 
 
 def test_the_card_states_intended_use_and_its_limits(model: ModelFacts, data: DatasetFacts) -> None:
     card = model_card(model, data)
-    for told in (
+    for line in (
         "**Not for clinical use**",
         "refused: recall of solid: 0.667, required at least 0.7",
         "| recall of solid | 0.667 | at least 0.7 | **not met** |",
@@ -151,14 +151,14 @@ def test_the_card_states_intended_use_and_its_limits(model: ModelFacts, data: Da
         "Fewer than 20 training images: cyst (3)",
         "17 of 28 correct, out of fold",
     ):
-        assert told in card
+        assert line in card
     elsewhere = replace(model, pocket=False, validation="0 of 0", learned_from={"cyst": 20, "solid": 20})
     assert not re.search("phantoms|training images: |0 of 0", model_card(elsewhere, data))
 
 
 def test_the_sheet_counts_images_faults_twins_and_patients(data: DatasetFacts) -> None:
     sheet = data_sheet(data)
-    for told in (
+    for line in (
         "90 breast_ultrasound images in 2 classes. The test set is the official one.",
         "| cyst | 15 | 30 | 20 |",
         "Patients: 90 are known, for 90 of 90 images.",
@@ -171,7 +171,7 @@ def test_the_sheet_counts_images_faults_twins_and_patients(data: DatasetFacts) -
         "| git.commit | 0a1b |",
         "There was no champion",
     ):
-        assert told in sheet
+        assert line in sheet
     drift = Check("drift of coverage", False, "0.510, p 1e-05", "at most 0.4")
     later = data_sheet(replace(data, licence="CC BY 4.0", new=12, drift=[drift]))
     assert "Licence: CC BY 4.0." in later and "12 images were added since the present champion" in later

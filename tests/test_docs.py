@@ -219,7 +219,7 @@ NOT_RUN_HERE = {
     "test_pipeline.py::test_after_dvc_repro_the_flow_has_nothing_to_do": {
         "make repro": "minutes",
     },
-    "test_pocket.py::test_the_packaged_figures_hold_on_a_few_held_out_images": {
+    "test_pocket.py::test_a_few_held_out_images_confirm_the_packaged_figures": {
         "make pocket": "an hour",
     },
     RETRAINED: {
@@ -236,7 +236,7 @@ NOT_RUN_HERE = {
     "test_cli.py::test_explain_writes_a_sheet_and_a_row_for_each_image": {
         f"medfocus explain {MALIGNANT}/00000.png --out why --model medfocus-phantom-breast": "needs make run",
     },
-    "test_app.py::test_a_reader_sees_probabilities_clicks_and_sees_them_change": {
+    "test_app.py::test_a_click_on_the_page_changes_the_probabilities": {
         "medfocus app": "runs until Ctrl-C",
         "medfocus app --model medfocus-mine": "runs until Ctrl-C",
         "medfocus app --model medfocus-phantom-brain@1": "runs until Ctrl-C",

@@ -1,4 +1,4 @@
-"""Outlines that follow the image's edges, and what SAM2's encoder says of an image."""
+"""Claims about outlines along the image's edges and about the image features of SAM2."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NOISE = np.random.default_rng(0)
 
 
 def disc(height: int, width: int, y: float, x: float, radius: float) -> np.ndarray:
-    """(height, width) bool; centre and radius in pixels."""
+    """Return a disc (height, width) bool; centre and radius are in pixels."""
     rows, columns = np.mgrid[:height, :width] + 0.5
     return np.hypot(rows - y, columns - x) < radius
 
 
-def test_the_guided_filter_is_the_mean_of_the_lines_fitted_in_all_windows_around_a_pixel() -> None:
+def test_the_guided_filter_is_the_mean_of_the_linear_fits_in_all_windows_around_a_pixel() -> None:
     grey, inside = NOISE.random((2, 24, 22))
     radius = edges.RADIUS
     padded = [np.pad(plane, 2 * radius, mode="edge") for plane in (grey, inside)]
@@ -40,14 +40,14 @@ def test_the_guided_filter_is_the_mean_of_the_lines_fitted_in_all_windows_around
     np.testing.assert_allclose(found[inner, inner], expected[inner, inner], atol=1e-9)
 
 
-def test_an_outline_moves_to_the_edge_beside_it() -> None:
+def test_an_outline_moves_to_a_nearby_edge() -> None:
     truth = disc(64, 64, 32, 32, 18)
     grey = ndimage.gaussian_filter(0.3 + 0.4 * truth, 0.7) + 0.01 * NOISE.standard_normal((64, 64))
     loose = disc(64, 64, 32, 32, 20).astype(float)
     assert iou(edges.along_edges(loose, grey) > 0.5, truth) > iou(loose > 0.5, truth) + 0.1
 
 
-def test_without_an_edge_an_outline_stays_where_it_is() -> None:
+def test_without_an_edge_an_outline_stays() -> None:
     region = disc(64, 64, 32, 32, 18)
     assert iou(edges.along_edges(region.astype(float), np.full((64, 64), 0.5)) > 0.5, region) > 0.93
 
@@ -63,13 +63,13 @@ def segmenters() -> dict[bool, Sam2Segmenter]:
 
 
 def spot(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A dark image with a bright spot, (H, W, 3) uint8, and the spot (H, W) bool."""
+    """Return a dark image (H, W, 3) uint8 with a bright spot, and the spot (H, W) bool."""
     region = disc(height, width, 0.4 * height, 0.6 * width, 0.1 * min(height, width))
     grey = 60 + 110 * region + 6 * np.random.default_rng(1).standard_normal(region.shape)
     return _rgb(grey.clip(0, 255).astype(np.uint8)), region
 
 
-def test_lesions_are_outlined_better_along_edges(segmenters: dict[bool, Sam2Segmenter]) -> None:
+def test_following_edges_improves_the_outlines_of_lesions(segmenters: dict[bool, Sam2Segmenter]) -> None:
     drawn = [held_out("brain_mri", label, n) for label in ("glioma", "meningioma") for n in range(5)]
     drawn += [held_out("breast_ultrasound", label, n) for label in ("benign", "cyst") for n in range(5)]
     before, after = (
@@ -92,7 +92,7 @@ def _rgb(grey: np.ndarray) -> np.ndarray:
     return np.repeat(grey[..., None], 3, 2)
 
 
-def test_such_a_mask_does_not_depend_on_the_images_beside_it(
+def test_a_mask_along_edges_does_not_depend_on_other_images_of_the_batch(
     segmenters: dict[bool, Sam2Segmenter],
 ) -> None:
     images = [spot(*size)[0] for size in ((96, 96), (160, 200), (120, 80), (64, 64))]
@@ -104,11 +104,11 @@ def test_such_a_mask_does_not_depend_on_the_images_beside_it(
         assert iou(mask.region, alone.region) > 0.99, "a matrix product rounds by the size of its batch"
 
 
-def test_the_key_tells_such_masks_apart(segmenters: dict[bool, Sam2Segmenter]) -> None:
+def test_following_edges_changes_the_key(segmenters: dict[bool, Sam2Segmenter]) -> None:
     assert segmenters[False].key != segmenters[True].key
 
 
-def test_an_image_is_described_by_two_levels_of_the_encoder_whatever_stands_beside_it(
+def test_an_image_is_described_by_two_levels_of_the_encoder_in_any_batch(
     segmenters: dict[bool, Sam2Segmenter],
 ) -> None:
     images = [spot(*size)[0] for size in ((96, 96), (160, 200), (120, 80), (64, 64))]
@@ -119,7 +119,7 @@ def test_an_image_is_described_by_two_levels_of_the_encoder_whatever_stands_besi
         assert torch.allclose(segmenters[False].describe([image], 4)[0], one, atol=1e-3)
 
 
-def test_sam2s_own_generator_stays_as_it_is() -> None:
+def test_sam2s_generator_cannot_follow_edges() -> None:
     with pytest.raises(
         ValueError,
         match=r"follow_edges does not work with the strategy 'automatic'.* Set follow_edges to false",

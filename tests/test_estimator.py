@@ -144,8 +144,8 @@ def test_a_clone_has_the_parameters_and_nothing_learned(fitted: MedFocusCLIP) ->
 
 
 def test_every_parameter_can_be_set_and_read() -> None:
-    given = {"method": "lp++", "focus": "none", "settings": {"steps": 3}, "random_state": 7, "flip": True}
-    assert MedFocusCLIP().set_params(**given).get_params() == {**MedFocusCLIP().get_params(), **given}
+    changes = {"method": "lp++", "focus": "none", "settings": {"steps": 3}, "random_state": 7, "flip": True}
+    assert MedFocusCLIP().set_params(**changes).get_params() == {**MedFocusCLIP().get_params(), **changes}
 
 
 # --- fitting and predicting ----------------------------------------------------------------------
@@ -276,8 +276,8 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
         [dataset.records[path].label for path in paths],
         groups=[dataset.splits.groups[path] for path in paths],
     )
-    own = model.predict_proba([root / path for path in test])
-    np.testing.assert_allclose(own, next(iter(probabilities.values())), atol=1e-5)
+    predicted = model.predict_proba([root / path for path in test])
+    np.testing.assert_allclose(predicted, next(iter(probabilities.values())), atol=1e-5)
     if "lr" in changes:
         chosen = header.settings["lr"]
         assert chosen in changes["lr"] and cast("Any", model.method_).lr == chosen
@@ -288,39 +288,39 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
 
 def test_an_explanation_has_mask_focus_and_attribution_on_the_image(fitted: MedFocusCLIP) -> None:
     image = drawn(1)[0][0]
-    told = fitted.explain(image)
-    assert told.label == fitted.predict([image])[0]
-    assert (told.mask.shape, told.mask.dtype) == (image.shape, np.dtype(bool))
-    assert told.focus.shape == (fitted.encoder_.image_size,) * 2 + (3,)
-    assert told.attribution.shape == image.shape
-    assert told.attribution.sum() == pytest.approx(1, abs=1e-4)
-    other = fitted.explain(image, label=next(c for c in fitted.classes_ if c != told.label))
-    assert np.abs(other.attribution - told.attribution).max() > 0
+    explanation = fitted.explain(image)
+    assert explanation.label == fitted.predict([image])[0]
+    assert (explanation.mask.shape, explanation.mask.dtype) == (image.shape, np.dtype(bool))
+    assert explanation.focus.shape == (fitted.encoder_.image_size,) * 2 + (3,)
+    assert explanation.attribution.shape == image.shape
+    assert explanation.attribution.sum() == pytest.approx(1, abs=1e-4)
+    other = fitted.explain(image, label=next(c for c in fitted.classes_ if c != explanation.label))
+    assert np.abs(other.attribution - explanation.attribution).max() > 0
 
 
 def test_an_explanation_without_a_focus_still_has_a_mask() -> None:
     images, labels = drawn(2)
-    told = (
+    explanation = (
         small(method="clip-linear-probe", focus="none", settings=None).fit(images, labels).explain(images[0])
     )
-    assert 0 < told.mask.mean() < 1
+    assert 0 < explanation.mask.mean() < 1
 
 
 def test_the_area_outside_of_a_crop_has_no_attribution() -> None:
     mask = np.zeros((60, 100), bool)
     mask[5:15, 10:20] = True  # the crop is 40 x 40 around (10, 15), cut at the image's border
     heat = np.full((32, 32), 1 / 32**2, np.float32)
-    found = on_image(heat, mask, "crop")
-    assert found[:30, :35].min() > 0
-    assert found[30:].max() == found[:, 35:].max() == 0
-    assert found.sum() == pytest.approx(1, abs=1e-4)
+    placed = on_image(heat, mask, "crop")
+    assert placed[:30, :35].min() > 0
+    assert placed[30:].max() == placed[:, 35:].max() == 0
+    assert placed.sum() == pytest.approx(1, abs=1e-4)
 
 
 def test_attribution_maps_from_the_view_back_to_the_image() -> None:
     heat = np.zeros((32, 32), np.float32)
     heat[16, 24] = 1  # the view of a wide image has bars above and below
-    found = on_image(heat, np.ones((50, 100), bool), "multiply")
-    assert np.unravel_index(found.argmax(), found.shape) == pytest.approx((26, 76), abs=2)
+    placed = on_image(heat, np.ones((50, 100), bool), "multiply")
+    assert np.unravel_index(placed.argmax(), placed.shape) == pytest.approx((26, 76), abs=2)
 
 
 # --- refusing ------------------------------------------------------------------------------------

@@ -76,9 +76,11 @@ def cells(text: str, system: str) -> list[str]:
     """Return the cells of a system's first row as text, with asterisks around the best."""
     line = re.search(rf'<tr[^>]*><th scope="row">{re.escape(system)}[ <].*?</tr>', text, re.DOTALL)
     assert line
-    found = re.findall(r"<td(.*?)>(.*?)</td>", line[0], re.DOTALL)
-    plain = [" ".join(unescape(re.sub(r"<[^>]+>", " ", content)).split()) for _, content in found]
-    return [f"*{p}*" if "best" in attributes else p for p, (attributes, _) in zip(plain, found, strict=True)]
+    columns = re.findall(r"<td(.*?)>(.*?)</td>", line[0], re.DOTALL)
+    plain = [" ".join(unescape(re.sub(r"<[^>]+>", " ", content)).split()) for _, content in columns]
+    return [
+        f"*{p}*" if "best" in attributes else p for p, (attributes, _) in zip(plain, columns, strict=True)
+    ]
 
 
 def row(system: str, percent: float, accuracy: float, seed: int = 0, focus: str = "none") -> StudyRow:
@@ -126,7 +128,7 @@ SECTIONS = {
 
 
 def full(**changes: object) -> PageContent:
-    given = {
+    content = {
         **PARTS,
         "baseline": "clip",
         "differences": {("brain_mri", "official"): DIFFERENCES},
@@ -136,7 +138,7 @@ def full(**changes: object) -> PageContent:
             Published("brain-mri", "Other percents", 7.0, 97.0),
         ],
     }
-    return PageContent("study", **{**given, **changes})  # type: ignore[arg-type]
+    return PageContent("study", **{**content, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -336,7 +336,7 @@ def test_on_random_labels_the_method_is_at_chance(tiny_clip: TinyClip) -> None:
     """Held-out accuracy on random labels is at chance, so no label leaks into M or C."""
     correct = count = 0
     for seed in range(6):
-        method = MedFocusClip(tiny_clip, **SETTINGS["medfocusclip"])
+        method = MedFocusClip(tiny_clip, **SETTINGS["medfocusclip"])  # pyright: ignore[reportArgumentType]
         images, labels = coloured_images(60, seed)
         shuffled = labels[torch.randperm(60, generator=torch.Generator().manual_seed(seed))]
         support = support_of(method, images, shuffled)

@@ -25,8 +25,8 @@ def built(target: str, source: Path, out: Path) -> Path:
     """Build an sdist or a wheel with the locked hatchling."""
     command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(out)]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
-    (made,) = out.glob("*.whl" if target == "wheel" else "*.tar.gz")
-    return made
+    (package,) = out.glob("*.whl" if target == "wheel" else "*.tar.gz")
+    return package
 
 
 def tracked(*under: str) -> set[str]:
@@ -50,11 +50,11 @@ def test_the_sdist_is_complete_and_gives_the_same_wheel(tmp_path: Path) -> None:
     held = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     texts = {"README.md", "CHANGELOG.md", "LICENSE", "THIRD_PARTY.md", "requirements.lock", "params.yaml"}
     assert tracked("medfocus", "flows", "docs", "studies/*.yaml", "examples", "dvc.yaml") | texts <= held
-    beside = {name for name in held if not name.startswith(("medfocus/", "flows/", "docs/"))}
-    assert beside <= tracked() | {"PKG-INFO"}, "a checkout's own studies and data stay there"
+    others = {name for name in held if not name.startswith(("medfocus/", "flows/", "docs/"))}
+    assert others <= tracked() | {"PKG-INFO"}, "a checkout's own studies and data stay out of the sdist"
     wheels = [zipfile.ZipFile(built("wheel", folder, tmp_path / folder.name)) for folder in (ROOT, source)]
-    here, there = ({each.filename: each.CRC for each in wheel.infolist()} for wheel in wheels)
-    assert here == there
+    direct, from_sdist = ({each.filename: each.CRC for each in wheel.infolist()} for wheel in wheels)
+    assert direct == from_sdist
 
 
 def test_third_party_lists_the_licence_of_every_direct_dependency() -> None:

@@ -1,4 +1,4 @@
-"""Claims about the pocket models: how they are trained, and that the weights in the package see."""
+"""Claims about the training of the pocket models and about the packaged weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from medfocus import phantoms
 from medfocus.clip.build import build_clip
 from medfocus.masks.quality import iou
 from medfocus.masks.sam2.model import load_predictor
-from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, load_sam2
+from medfocus.masks.sam2.segmenter import PointPrompts, Sam2Segmenter, load_sam2
 from medfocus.masks.settings import Sam2Settings
 from medfocus.pocket import clip, loop, measure, pool, sam2
 from medfocus.storage import weights
@@ -46,7 +46,7 @@ def drawn_pool(tmp_path_factory: pytest.TempPathFactory) -> pool.Pool:
         folder = tmp_path_factory.mktemp("pool") / "0"
         folder.mkdir()
         pool._draw_shard((folder, RECIPE, 0, 0))
-    return pool.Pool(folder, TURN)  # every class, as often as in a turn
+    return pool.Pool(folder, TURN)  # one turn
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +54,14 @@ def batch(drawn_pool: pool.Pool) -> sam2.Batch:
     return sam2.Batches(drawn_pool, 0, TURN)[0]
 
 
-def test_the_name_pocket_stands_for_the_packaged_weights() -> None:
+def test_the_name_pocket_loads_the_packaged_weights() -> None:
     assert load_predictor("pocket", "pocket", 128)[1] == load_predictor("pocket", str(SAM2), 128)[1]
     assert load_predictor("pocket", "random:0", 128)[1] != load_predictor("pocket", "pocket", 128)[1]
     assert build_clip("pocket", "pocket").key == build_clip("pocket", str(CLIP)).key
     assert build_clip("pocket", "random:0").key != build_clip("pocket", "pocket").key
 
 
-def test_the_packaged_weights_are_small_halves_of_drawn_images() -> None:
+def test_the_packaged_weights_are_small_float16_and_trained_on_phantoms() -> None:
     assert SAM2.stat().st_size + CLIP.stat().st_size < 16e6
     for file in (SAM2, CLIP):
         assert {v.dtype for v in weights.load(file).values()} == {torch.float16}
@@ -71,12 +71,12 @@ def test_the_packaged_weights_are_small_halves_of_drawn_images() -> None:
     assert parts == {"image_encoder", "sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed"}
 
 
-def test_the_pocket_sam2_is_for_its_own_configuration() -> None:
+def test_the_pocket_sam2_fits_only_its_configuration() -> None:
     with pytest.raises(ValueError, match=r"SAM2 checkpoint pocket does not fit the config 'sam2.1_hiera_t'"):
         load_predictor("sam2.1_hiera_t", "pocket", 128)
 
 
-def test_open_clip_itself_loads_the_pocket_clip() -> None:
+def test_open_clip_loads_the_pocket_clip() -> None:
     build_clip("pocket", "pocket")  # registers the configuration
     bare: Any = open_clip.create_model("clip_pocket", pretrained=str(CLIP)).eval()
     ours: Any = build_clip("pocket", "pocket").model
@@ -86,7 +86,7 @@ def test_open_clip_itself_loads_the_pocket_clip() -> None:
     assert float(bare.logit_scale.exp().detach()) != pytest.approx(1 / 0.07, rel=1e-2), "it is learnt"
 
 
-def test_the_packaged_figures_hold_on_a_few_held_out_images() -> None:
+def test_a_few_held_out_images_confirm_the_packaged_figures() -> None:
     known = json.loads((DATA / "pocket.json").read_text())
     found = measure.measure_masks(SAM2, FEW)
     for modality in phantoms.MODALITIES:
@@ -100,7 +100,7 @@ def test_the_packaged_figures_hold_on_a_few_held_out_images() -> None:
             assert row[focus] > row["chance"] + SLACK, (modality, focus)
 
 
-def test_the_cards_hold_the_packaged_figures() -> None:
+def test_the_cards_contain_the_packaged_figures() -> None:
     known = json.loads((DATA / "pocket.json").read_text())
     for file in (SAM2, CLIP):
         text = measure.card(file.stem, file, known[file.stem], known["per_class"])
@@ -108,16 +108,16 @@ def test_the_cards_hold_the_packaged_figures() -> None:
         assert "Not for clinical use" in text
 
 
-def test_figures_apart_by_more_than_the_tolerance_are_named() -> None:
+def test_figures_that_differ_by_more_than_the_tolerance_are_listed() -> None:
     before = {"a": {"x": 0.5, "y": 0.5}}
-    assert measure.beyond_tolerance({"a": {"x": 0.58, "y": 0.42}}, before) == []
-    apart = measure.beyond_tolerance({"a": {"x": 0.61, "y": 0.5}}, before)
-    assert apart == ["a x: 0.61 where the package's has 0.5"]
-    new = measure.beyond_tolerance({"a": {"z": 0.5}}, before)
-    assert new == ["a z: the package's has no such figure"]
+    assert measure.differences({"a": {"x": 0.58, "y": 0.42}}, before) == []
+    apart = measure.differences({"a": {"x": 0.61, "y": 0.5}}, before)
+    assert apart == ["a x: 0.61, packaged: 0.5"]
+    new = measure.differences({"a": {"z": 0.5}}, before)
+    assert new == ["a z: not among the packaged figures"]
 
 
-def test_without_a_lesion_the_choice_is_anatomy_and_says_that_limits_were_relaxed(
+def test_without_a_lesion_the_mask_is_anatomy_with_status_relaxed(
     packaged: Sam2Segmenter,
 ) -> None:
     healthy = [pool.held_out("brain_mri", "no tumor", n) for n in range(8)]
@@ -128,26 +128,26 @@ def test_without_a_lesion_the_choice_is_anatomy_and_says_that_limits_were_relaxe
     assert np.mean(best) > 0.6
 
 
-def test_a_batch_has_a_number_and_no_memory(drawn_pool: pool.Pool, batch: sam2.Batch) -> None:
+def test_seed_and_index_determine_a_batch(drawn_pool: pool.Pool, batch: sam2.Batch) -> None:
     again, other = sam2.Batches(drawn_pool, 0, TURN)[0], sam2.Batches(drawn_pool, 1, TURN)[0]
     assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in vars(batch))
     assert not torch.equal(batch.images, other.images)
 
 
-def test_the_pool_keeps_images_and_regions_as_they_were_drawn(drawn_pool: pool.Pool) -> None:
+def test_the_pool_returns_images_and_regions_unchanged(drawn_pool: pool.Pool) -> None:
     for number in (0, 5, TURN - 1):
         kept, fresh = drawn_pool[number], pool.draw_one(RECIPE, 0, number)
         assert np.array_equal(kept.image, fresh.image) and np.array_equal(kept.regions, fresh.regions)
         assert kept.facts == fresh.facts
 
 
-def test_an_epoch_is_the_whole_pool_in_another_order(drawn_pool: pool.Pool) -> None:
+def test_each_epoch_is_the_whole_pool_in_another_order(drawn_pool: pool.Pool) -> None:
     first, second = ([drawn_pool.order(0, n + at) for n in range(TURN)] for at in (0, TURN))
     assert sorted(first) == sorted(second) == list(range(TURN))
     assert first != second
 
 
-def test_training_draws_from_a_seed_that_no_data_set_uses() -> None:
+def test_training_uses_a_seed_of_no_data_set() -> None:
     seen = {pool.draw_one(RECIPE, 0, n).image.tobytes() for n in range(TURN)}
     for modality, label in set(pool.classes(RECIPE)):
         for seed, split in ((0, "train"), (0, "test"), (pool.HELD_OUT_SEED, "held-out")):
@@ -155,7 +155,7 @@ def test_training_draws_from_a_seed_that_no_data_set_uses() -> None:
             assert phantoms.draw(modality, label, rng, RECIPE.size).image.tobytes() not in seen
 
 
-def test_a_point_lies_in_the_region_that_it_means(batch: sam2.Batch) -> None:
+def test_a_point_lies_in_its_region(batch: sam2.Batch) -> None:
     named = set()
     for b, k in np.ndindex(*batch.point_targets.shape):
         x, y = (int(v) for v in batch.points[b, k, 0].clamp(0, 127))
@@ -167,7 +167,7 @@ def test_a_point_lies_in_the_region_that_it_means(batch: sam2.Batch) -> None:
     assert named >= {-1, 0, 1}
 
 
-def test_a_box_encloses_its_region_but_for_its_jitter(batch: sam2.Batch) -> None:
+def test_a_box_encloses_its_region_up_to_jitter(batch: sam2.Batch) -> None:
     seen = 0
     for b, k in np.ndindex(*batch.box_targets.shape):
         meant = int(batch.box_targets[b, k])
@@ -200,7 +200,7 @@ def test_quality_is_iou_with_the_best_region_and_anatomy_counts_less() -> None:
     assert quality[0].tolist() == pytest.approx([1.0, 0.5, 0.5 * sam2.ANATOMY_WORTH, 0.0])
 
 
-def test_training_encodes_and_decodes_as_the_segmenter_does(packaged: Sam2Segmenter) -> None:
+def test_training_and_segmenter_encode_and_decode_alike(packaged: Sam2Segmenter) -> None:
     image = pool.held_out("brain_mri", "glioma", 0).image
     features = packaged.encode([np.repeat(image[..., None], 3, 2)])
     small = F.interpolate(
@@ -211,12 +211,12 @@ def test_training_encodes_and_decodes_as_the_segmenter_does(packaged: Sam2Segmen
         ours = sam2.encode(packaged.model, small[0])
         assert torch.allclose(ours[0], features.embedding, atol=1e-3)
         logits, quality = sam2.decode(packaged.model, ours, torch.from_numpy(point[None]) * 128, (1,))
-        theirs = packaged.decode(features, 0, Prompts(point, np.ones((1, 1), np.int32)))
+        theirs = packaged.decode(features, 0, PointPrompts(point, np.ones((1, 1), np.int32)))
     np.testing.assert_allclose(logits[0, 1:].numpy(), theirs[0], atol=2e-2)
     np.testing.assert_allclose(quality[0, 1:].numpy(), theirs[1], atol=1e-3)
 
 
-def test_steeper_logits_are_steadier_and_bound_the_same_masks() -> None:
+def test_steeper_logits_are_more_stable_and_give_the_same_masks() -> None:
     predictor, _ = load_predictor("pocket", "random:0", 128)
     images, point = torch.rand(1, 128, 128), torch.tensor([[[[40.0, 70.0]]]])
     with torch.inference_mode():
@@ -228,14 +228,14 @@ def test_steeper_logits_are_steadier_and_bound_the_same_masks() -> None:
     assert torch.equal(quality, same_quality)
 
 
-def test_a_caption_is_a_positive_of_every_image_that_it_is_true_of() -> None:
+def test_a_caption_is_a_positive_for_every_image_with_its_facts() -> None:
     facts = torch.tensor([[1, 7, 30], [1, 7, 40], [2, 7, 30]])
     named = torch.tensor([[1, 7, -1], [1, -1, 40], [-1, 7, 30]])
     expected = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     assert torch.equal(clip.positives(facts, named), expected)
 
 
-def test_with_a_positive_each_the_caption_loss_is_clips_own() -> None:
+def test_with_one_positive_each_the_caption_loss_equals_clips() -> None:
     images, texts = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
     theirs = open_clip.ClipLoss()(images, texts, torch.tensor(9.0))
     assert clip.caption_loss(images, texts, torch.eye(5) > 0, torch.tensor(9.0)) == pytest.approx(
@@ -243,15 +243,15 @@ def test_with_a_positive_each_the_caption_loss_is_clips_own() -> None:
     )
 
 
-def test_the_caption_loss_does_not_part_images_of_which_a_caption_is_true() -> None:
+def test_the_caption_loss_does_not_separate_images_with_a_shared_caption() -> None:
     images = F.normalize(torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]), dim=1)
     texts, scale = images[[0, 2]], torch.tensor(50.0)
     true = torch.tensor([[True, False], [True, False], [False, True]])
-    images_apart = -torch.log(torch.tensor(0.5)) / 4  # the floor: two images share their caption
+    images_apart = -torch.log(torch.tensor(0.5)) / 4  # the minimum, because two images share their caption
     assert clip.caption_loss(images, texts, true, scale) == pytest.approx(float(images_apart), abs=1e-4)
 
 
-def test_captions_say_what_is_true_and_name_every_field_in_the_end(drawn_pool: pool.Pool) -> None:
+def test_captions_are_true_and_cover_every_field(drawn_pool: pool.Pool) -> None:
     named = set()
     for number in range(TURN):
         drawn = drawn_pool[number]
@@ -264,7 +264,7 @@ def test_captions_say_what_is_true_and_name_every_field_in_the_end(drawn_pool: p
     assert named == set(clip.FIELDS)
 
 
-def test_a_mirrored_image_has_left_and_right_exchanged_in_its_caption(drawn_pool: pool.Pool) -> None:
+def test_the_caption_of_a_mirrored_image_exchanges_left_and_right(drawn_pool: pool.Pool) -> None:
     sides = [
         (clip.truths(drawn_pool[n], False).get("side"), clip.truths(drawn_pool[n], True).get("side"))
         for n in range(TURN)
@@ -274,13 +274,13 @@ def test_a_mirrored_image_has_left_and_right_exchanged_in_its_caption(drawn_pool
 
 
 @pytest.mark.parametrize("focus", ["none", "crop"])
-def test_the_outlines_that_the_tower_learns_are_those_of_the_view(
+def test_the_outlines_in_training_are_those_of_the_view(
     focus: str, drawn_pool: pool.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clip, "FOCUSED", {} if focus == "none" else {focus: 1.0})
     monkeypatch.setattr(clip, "attended", lambda drawn, rng: corner)
     corner = np.zeros((RECIPE.size, RECIPE.size), bool)
-    corner[: RECIPE.size // 2, : RECIPE.size // 2] = True  # a crop on it shows it and nothing else
+    corner[: RECIPE.size // 2, : RECIPE.size // 2] = True  # a crop to this region shows nothing else
     shown = RECIPE.size if focus == "none" else RECIPE.size // 2
     whole = clip.Crop(0, 0, 1, 1, False)
     for number in range(TURN):
@@ -306,7 +306,7 @@ def clip_loss(pool: pool.Pool) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("make", [sam2_loss, clip_loss])
-def test_the_loss_falls_on_a_batch_seen_again(make: Any, drawn_pool: pool.Pool) -> None:
+def test_the_loss_of_a_repeated_batch_falls(make: Any, drawn_pool: pool.Pool) -> None:
     model, loss = make(drawn_pool)
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4)
     losses = []
@@ -320,7 +320,7 @@ def test_the_loss_falls_on_a_batch_seen_again(make: Any, drawn_pool: pool.Pool) 
 
 
 class Line(torch.utils.data.Dataset[Tensor]):
-    """Numbers to learn a straight line from."""
+    """Points on a straight line."""
 
     stop: int | None = None
 
@@ -330,7 +330,7 @@ class Line(torch.utils.data.Dataset[Tensor]):
         return torch.randn(4, generator=torch.Generator().manual_seed(index))
 
 
-def test_training_taken_up_again_ends_with_the_same_weights(
+def test_a_resumed_training_ends_with_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = loop.Settings(
@@ -361,7 +361,7 @@ def test_training_taken_up_again_ends_with_the_same_weights(
         train(tmp_path / "broken.safetensors", broken)
     with pytest.raises(
         ValueError,
-        match=r"state: is of a training with .*'steps': 6.* Delete it, or train with its settings.",
+        match=r"state belongs to a training with .*'steps': 6.* Delete it, or train with its settings.",
     ):
         train(tmp_path / "broken.safetensors", Line(), steps=7)
     assert not (tmp_path / "broken.safetensors").exists()
@@ -370,7 +370,7 @@ def test_training_taken_up_again_ends_with_the_same_weights(
 
 
 @pytest.mark.parametrize("train", [sam2.train, clip.train])
-def test_a_training_ends_with_a_file_that_its_loader_takes(
+def test_a_training_writes_a_file_that_its_loader_accepts(
     train: Any, drawn_pool: pool.Pool, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.safetensors"
@@ -383,7 +383,7 @@ def test_a_training_ends_with_a_file_that_its_loader_takes(
         assert (file.metadata()["steps"], file.metadata()["seed"]) == ("2", "0")
 
 
-def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
+def test_the_learning_rate_rises_and_then_falls_to_zero() -> None:
     rates = [loop.schedule(step, 100, 10) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == 1 and max(rates) == 1
     assert all(a >= b for a, b in pairwise(rates[10:]))

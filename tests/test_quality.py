@@ -1,4 +1,4 @@
-"""How masks are measured against known regions."""
+"""Claims about the comparison of masks with known regions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def disc(size: int, x: float, y: float, radius: float) -> np.ndarray:
     return np.hypot(columns - x, rows - y) < radius
 
 
-def test_iou_and_dice_are_their_definitions() -> None:
+def test_iou_and_dice_follow_their_definitions() -> None:
     a, b = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
     a[0], b[:, :2] = True, True
     assert quality.iou(a, b) == pytest.approx(2 / 6)
@@ -35,13 +35,13 @@ def test_the_centre_box_covers_half_of_the_image() -> None:
     assert np.array_equal(region, region[::-1, ::-1])
 
 
-def test_the_innermost_point_of_a_disc_is_its_middle_and_the_image_s_rim_is_a_rim() -> None:
+def test_the_innermost_point_of_a_disc_is_its_centre_and_the_images_border_is_an_edge() -> None:
     assert quality.innermost(disc(100, 30, 60, 12)) == pytest.approx((0.305, 0.605), abs=0.01)
     x, y = quality.innermost(np.ones((100, 100), bool))
     assert (x, y) == pytest.approx((0.5, 0.5), abs=0.02)
 
 
-def test_two_lungs_are_two_parts_and_a_crumb_is_none() -> None:
+def test_two_lungs_are_two_parts_and_small_parts_are_dropped() -> None:
     lungs = disc(100, 25, 50, 15), disc(100, 75, 50, 12)
     found = quality.parts(lungs[0] | lungs[1] | disc(100, 50, 5, 3))
     assert len(found) == 2
@@ -49,20 +49,20 @@ def test_two_lungs_are_two_parts_and_a_crumb_is_none() -> None:
     assert quality.parts(np.zeros((9, 9), bool)) == []
 
 
-def test_points_find_the_union_of_what_each_finds() -> None:
+def test_the_mask_at_points_is_the_union_of_the_masks_at_each() -> None:
     segmenter = load_sam2(Sam2Settings("pocket", "pocket", 128, "grid"))
     discs = disc(96, 28, 48, 14), disc(96, 70, 50, 12)
     image = np.full((96, 96, 3), 40, np.uint8)
     image[discs[0] | discs[1]] = 190
     points = [quality.innermost(each) for each in discs]
-    both, three = quality.pointed(segmenter, image, points)
-    alone = [quality.pointed(segmenter, image, [point])[0] for point in points]
+    both, three = quality.masks_at_points(segmenter, image, points)
+    alone = [quality.masks_at_points(segmenter, image, [point])[0] for point in points]
     assert np.array_equal(both, alone[0] | alone[1])
     assert three.shape == (3, 96, 96)
     assert quality.iou(both, discs[0] | discs[1]) > 0.5
 
 
-def test_the_regions_of_an_image_are_united_and_an_empty_one_is_left_out(tmp_path: Path) -> None:
+def test_the_regions_of_an_image_are_united_and_an_empty_region_is_none(tmp_path: Path) -> None:
     names = {"lesion (1).png": 1, "lesion (2).png": 2, "clean.png": 0}
     for name, count in names.items():
         place = tmp_path / "all" / "kind" / name

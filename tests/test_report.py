@@ -252,22 +252,22 @@ def lower(by: float) -> dict[int, float]:
 
 
 def test_the_region_carries_the_class_if_every_control_is_below_the_focus() -> None:
-    said = controls.verdict(FOCUS, {"shuffled": lower(40), "inverse": lower(20)}, {})
-    assert said == (
+    sentence = controls.verdict(FOCUS, {"shuffled": lower(40), "inverse": lower(20)}, {})
+    assert sentence == (
         "every control is below the focus (inverse -20.1 ± 0.2, shuffled -40.1 ± 0.2): the region carries it"
     )
 
 
 def test_the_data_set_is_confounded_if_the_background_is_not_below_the_focus() -> None:
-    said = controls.verdict(FOCUS, {"inverse": {0: 81.0, 1: 81.0, 2: 80.0}, "shuffled": lower(40)}, {})
-    assert said == (
+    sentence = controls.verdict(FOCUS, {"inverse": {0: 81.0, 1: 81.0, 2: 80.0}, "shuffled": lower(40)}, {})
+    assert sentence == (
         "background alone is not significantly below the focus (-0.3 ± 2.9): take the data set as confounded"
     )
 
 
 def test_every_control_that_is_not_below_the_focus_is_named() -> None:
-    said = controls.verdict(FOCUS, {"shuffled": FOCUS, "center-box": FOCUS, "inverse": lower(-5)}, {})
-    assert said is not None and said.split("; ") == [
+    sentence = controls.verdict(FOCUS, {"shuffled": FOCUS, "center-box": FOCUS, "inverse": lower(-5)}, {})
+    assert sentence is not None and sentence.split("; ") == [
         "background alone is not significantly below the focus (+4.9 ± 0.2): take the data set as confounded",
         "another image's mask is not significantly below the focus (+0.0 ± 0.0): "
         "the mask's content does not matter",
@@ -276,20 +276,20 @@ def test_every_control_that_is_not_below_the_focus_is_named() -> None:
 
 
 def test_two_different_draws_are_too_few_for_a_verdict_and_the_interval_shows_it() -> None:
-    said = controls.verdict({0: 80.0, 1: 80.0}, {"inverse": {0: 30.0, 1: 50.0}}, {})
-    assert said is not None and "(-40.0 ± 127.1): take the data set as confounded" in said
+    sentence = controls.verdict({0: 80.0, 1: 80.0}, {"inverse": {0: 30.0, 1: 50.0}}, {})
+    assert sentence is not None and "(-40.0 ± 127.1): take the data set as confounded" in sentence
 
 
 def test_the_verdict_is_paired_by_draw() -> None:
     """The draws differ by far more than the control and the focus."""
     focus = {0: 30.0, 1: 60.0, 2: 90.0}
-    said = controls.verdict(focus, {"inverse": {2: 85.0, 0: 25.1, 1: 55.0, 7: 99.0}}, {})
-    assert said == "every control is below the focus (inverse -5.0 ± 0.1): the region carries it"
+    sentence = controls.verdict(focus, {"inverse": {2: 85.0, 0: 25.1, 1: 55.0, 7: 99.0}}, {})
+    assert sentence == "every control is below the focus (inverse -5.0 ± 0.1): the region carries it"
 
 
 def test_the_verdict_says_that_the_whole_image_is_above_the_focus() -> None:
-    said = controls.verdict(FOCUS, {"inverse": lower(20)}, lower(-6))
-    assert said is not None and said.endswith(
+    sentence = controls.verdict(FOCUS, {"inverse": lower(20)}, lower(-6))
+    assert sentence is not None and sentence.endswith(
         "the region carries it; the whole image is above the focus (+5.9 ± 0.2)"
     )
 
@@ -312,12 +312,12 @@ def controlled(**losses: float) -> list[StudyRow]:
 
 def test_the_tables_end_with_the_verdict_on_the_controls() -> None:
     rows = controlled(inverse=0.3, shuffled=0.4)
-    said = (
+    sentence = (
         "Controls of pixels (multiply), accuracy at 5 % of train, 3 draws: every control is below the focus "
         "(inverse -31.0 ± 2.5, shuffled -41.0 ± 2.5): the region carries it."
     )
-    assert tables.study_table(rows).splitlines()[-2:] == ["", said]
-    assert tables.markdown_table(rows).splitlines()[-2:] == ["", said]
+    assert tables.study_table(rows).splitlines()[-2:] == ["", sentence]
+    assert tables.markdown_table(rows).splitlines()[-2:] == ["", sentence]
     assert "confounded" in tables.study_table(controlled(inverse=-0.01, shuffled=0.4))
 
 

@@ -1,4 +1,4 @@
-"""Claims about masks by a SAM2 whose adapters were taught on known regions."""
+"""Claims about SAM2 with adapters trained on known regions."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from flows.study import models
 from flows.study.study import find_home, here
 from medfocus.datasets.records import Record, write_manifest
 from medfocus.datasets.splits import Splits, write_splits
+from medfocus.masks.published import PublishedMasks
 from medfocus.masks.quality import iou, known_region
 from medfocus.masks.sam2 import adapter
 from medfocus.masks.sam2.adapter import (
-    Adapters,
     AdapterSegmenter,
-    adapted,
+    EncoderAdapters,
     high_frequencies,
     outline_loss,
+    segment_pixels,
     train_adapter,
-    whole_image,
+    with_adapters,
 )
 from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
 from medfocus.masks.settings import Sam2Settings
-from medfocus.masks.store import PublishedMasks
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHING: dict[str, Any] = {"batch_size": 4, "lr": 1e-3, "weight_decay": 0.01, "reduction": 4, "seed": 0}
@@ -47,12 +47,12 @@ def plain() -> Sam2Segmenter:
 
 @pytest.fixture(scope="module")
 def state(plain: Sam2Segmenter) -> dict[str, Tensor]:
-    """Taught for 30 steps that the region is the dark one of two discs."""
+    """The state after 30 training steps with the dark disc of two discs as region."""
     return train_adapter([two_discs(i) for i in range(16)], plain, steps=30, **TEACHING)
 
 
 def two_discs(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
-    """A bright disc and a dark one on noise (size, size, 3) uint8; the region is the dark one."""
+    """Draw a bright and a dark disc on noise (size, size, 3) uint8; the region is the dark disc."""
     rng = np.random.default_rng(seed)
     rows, columns = (np.mgrid[:size, :size] + 0.5) / size
     side = rng.permutation([0.27, 0.73])
@@ -62,8 +62,8 @@ def two_discs(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     return image.clip(0, 255).astype(np.uint8)[:, :, None].repeat(3, 2), dark
 
 
-def untaught(plain: Sam2Segmenter) -> dict[str, Tensor]:
-    model = adapted(plain.model, INNER)
+def untrained(plain: Sam2Segmenter) -> dict[str, Tensor]:
+    model = with_adapters(plain.model, INNER)
     parts = {"adapters": model.image_encoder.trunk.adapters, "decoder": model.sam_mask_decoder}
     return {f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()}
 
@@ -77,9 +77,9 @@ def mean_iou(segmenter: AdapterSegmenter) -> float:
 # --- the adapters
 
 
-def test_adapters_whose_mlp_up_is_zero_leave_the_encoder_exactly_as_it_was(plain: Sam2Segmenter) -> None:
+def test_untrained_adapters_leave_the_encoder_unchanged(plain: Sam2Segmenter) -> None:
     pixels = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    model = adapted(plain.model, INNER)
+    model = with_adapters(plain.model, INNER)
     with torch.no_grad():
         expected = plain.model.forward_image(pixels)["backbone_fpn"]
         found = model.forward_image(pixels)["backbone_fpn"]
@@ -89,12 +89,12 @@ def test_adapters_whose_mlp_up_is_zero_leave_the_encoder_exactly_as_it_was(plain
         assert not torch.equal(model.forward_image(pixels)["backbone_fpn"][2], expected[2])
 
 
-def test_only_adapters_and_decoder_have_gradients(plain: Sam2Segmenter) -> None:
-    model = adapted(plain.model, INNER)
+def test_only_adapters_and_mask_decoder_have_gradients(plain: Sam2Segmenter) -> None:
+    model = with_adapters(plain.model, INNER)
     with torch.no_grad():
         for up in model.image_encoder.trunk.adapters.up:
             up.weight.fill_(0.01)  # at 0 nothing behind it would have one yet
-    logits, predicted = whole_image(model, torch.randn(2, 3, 128, 128))
+    logits, predicted = segment_pixels(model, torch.randn(2, 3, 128, 128))
     outline_loss(logits, predicted, torch.rand(2, 128, 128)).backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     allowed = ("image_encoder.trunk.adapters.", "sam_mask_decoder.")
@@ -104,9 +104,9 @@ def test_only_adapters_and_decoder_have_gradients(plain: Sam2Segmenter) -> None:
     assert {p.requires_grad for p in plain.model.parameters()} == {False}
 
 
-def test_a_prompt_is_mlp_up_of_gelu_of_the_blocks_own_mlp() -> None:
+def test_a_prompt_is_mlp_up_of_gelu_of_the_blocks_mlp() -> None:
     torch.manual_seed(0)
-    adapters = Adapters([4, 4, 8], [2, 3])
+    adapters = EncoderAdapters([4, 4, 8], [2, 3])
     for up in adapters.up:
         torch.nn.init.normal_(up.weight)  # pyright: ignore[reportArgumentType]
     weights = {name: value.numpy().astype(np.float64) for name, value in adapters.state_dict().items()}
@@ -119,11 +119,11 @@ def test_a_prompt_is_mlp_up_of_gelu_of_the_blocks_own_mlp() -> None:
 
 
 def test_the_pyramid_has_the_resolutions_of_the_stages() -> None:
-    levels = Adapters([32, 64, 128], INNER).pyramid(torch.randn(2, 3, 96, 96))
+    levels = EncoderAdapters([32, 64, 128], INNER).pyramid(torch.randn(2, 3, 96, 96))
     assert [tuple(level.shape) for level in levels] == [(2, 24, 24, 8), (2, 12, 12, 16), (2, 6, 6, 32)]
 
 
-def test_high_frequencies_are_what_a_filter_in_numpy_leaves() -> None:
+def test_high_frequencies_equal_those_of_numpy() -> None:
     plane = np.random.default_rng(0).normal(size=(32, 48))
     rows, columns = np.fft.fftfreq(32, 1 / 32), np.fft.fftfreq(48, 1 / 48)
     half = int((32 * 48 / 4) ** 0.5 // 2)
@@ -137,15 +137,13 @@ def test_high_frequencies_are_what_a_filter_in_numpy_leaves() -> None:
 # --- teaching
 
 
-def test_teaching_on_drawn_discs_raises_the_iou_clearly(
-    plain: Sam2Segmenter, state: dict[str, Tensor]
-) -> None:
-    before, after = (mean_iou(AdapterSegmenter(plain, taught)) for taught in (untaught(plain), state))
+def test_training_on_discs_raises_the_iou(plain: Sam2Segmenter, state: dict[str, Tensor]) -> None:
+    before, after = (mean_iou(AdapterSegmenter(plain, taught)) for taught in (untrained(plain), state))
     assert after > before + 0.3
     assert after > 0.6
 
 
-def test_teaching_leaves_sam2_as_it_was_and_repeats_itself(plain: Sam2Segmenter) -> None:
+def test_training_leaves_sam2_unchanged_and_is_repeatable(plain: Sam2Segmenter) -> None:
     before = {name: value.clone() for name, value in plain.model.state_dict().items()}
     pairs, seen = [two_discs(i) for i in range(3)], list[int]()
     torch.manual_seed(5)
@@ -162,12 +160,12 @@ def test_teaching_leaves_sam2_as_it_was_and_repeats_itself(plain: Sam2Segmenter)
     assert all(torch.equal(value, before[name]) for name, value in plain.model.state_dict().items())
 
 
-def test_what_cannot_be_taught_is_refused(plain: Sam2Segmenter) -> None:
+def test_unusable_training_data_and_settings_are_refused(plain: Sam2Segmenter) -> None:
     image, region = two_discs(0)
     for pairs, settings, message in (
-        ([], {}, "adapter: no image has a known region; put some under masks/ beside the images"),
+        ([], {}, "adapter: no image has a known region. Put some under masks/"),
         ([(image, region & False)], {}, r"of an image of \(96, 96\) is empty; .* blank masks can tell"),
-        ([(image, region[:5])], {}, r"region of an image of \(96, 96\) is of \(5, 96\); give a region"),
+        ([(image, region[:5])], {}, r"region of an image of \(96, 96\) has shape \(5, 96\)\. Use regions"),
         ([(image, region)], {"lr": 0, "steps": 0}, "adapter: steps is 0, lr is 0; use numbers above 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -189,7 +187,7 @@ def test_every_image_gets_one_sound_mask(plain: Sam2Segmenter, state: dict[str, 
         assert (mask.status == "identity") == (mask.score == 0)
 
 
-def test_a_mask_does_not_depend_on_the_images_beside_it(
+def test_a_mask_does_not_depend_on_other_images_of_the_batch(
     plain: Sam2Segmenter, state: dict[str, Tensor]
 ) -> None:
     images = [two_discs(seed)[0] for seed in range(5)]
@@ -198,7 +196,7 @@ def test_a_mask_does_not_depend_on_the_images_beside_it(
         assert (a.region != b.region).mean() < 0.001
 
 
-def test_the_ladder_goes_on_to_the_box_of_sam2_as_it_was(
+def test_the_ladder_falls_back_to_the_box_of_plain_sam2(
     plain: Sam2Segmenter, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segmenter, (image, dark) = AdapterSegmenter(plain, state), two_discs(0, 128)
@@ -208,7 +206,7 @@ def test_the_ladder_goes_on_to_the_box_of_sam2_as_it_was(
         def scripted(model: object, pixels: Tensor) -> tuple[Tensor, Tensor]:
             return logits.expand(len(pixels), -1, -1), torch.full((len(pixels),), quality)
 
-        monkeypatch.setattr(adapter, "whole_image", scripted)
+        monkeypatch.setattr(adapter, "segment_pixels", scripted)
         (mask,) = segmenter.segment([image])
         if mask.status in ("chosen", "relaxed"):
             assert iou(mask.region, dark) > 0.9
@@ -223,7 +221,7 @@ def test_the_ladder_goes_on_to_the_box_of_sam2_as_it_was(
         assert answering(bad, 0.9) == expected
 
 
-def test_the_key_changes_with_the_taught_weights_and_the_features_key_never(
+def test_the_trained_weights_change_the_key_but_not_the_features_key(
     plain: Sam2Segmenter, state: dict[str, Tensor]
 ) -> None:
     nudged = {**state, "adapters.up.0.bias": state["adapters.up.0.bias"] + 1e-3}
@@ -237,10 +235,12 @@ def test_the_key_changes_with_the_taught_weights_and_the_features_key_never(
 
 def test_a_state_of_another_sam2_is_refused(plain: Sam2Segmenter, state: dict[str, Tensor]) -> None:
     half = {name: value for name, value in state.items() if not name.startswith("decoder.iou")}
-    with pytest.raises(ValueError, match=r"the adapter's \d+ tensors are of another SAM2 \(.*Run the masks"):
+    with pytest.raises(
+        ValueError, match=r"The adapter's \d+ tensors belong to another SAM2 \(.*Run the masks"
+    ):
         AdapterSegmenter(plain, half)
     narrow = {name: value for name, value in state.items() if not name.startswith("adapters.up.2")}
-    with pytest.raises(ValueError, match="tensors are of another SAM2"):
+    with pytest.raises(ValueError, match="tensors belong to another SAM2"):
         AdapterSegmenter(plain, narrow)
 
 
@@ -249,7 +249,7 @@ def test_a_state_of_another_sam2_is_refused(plain: Sam2Segmenter, state: dict[st
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A study of six training images, two without a region and one with a blank one, and three for test."""
+    """A study of six training images, two without and one with a blank region, and three test images."""
     records = []
     for i in range(9):
         split, label = ("test", "a") if i >= 6 else ("train", "b" if i < 3 else "a")
@@ -281,44 +281,44 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_stage_teaches_on_training_images_with_a_region_and_masks_all(
+def test_the_stage_trains_on_training_images_with_a_region_and_segments_all_images(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    taught: list[int] = []
+    trained: list[int] = []
 
     def watched(root: Path, path: str, height: int, width: int) -> np.ndarray | None:
         opened.append(path)
         return known_region(root, path, height, width)
 
-    def teach(pairs: stage.AdapterExamples, *arguments: Any, **settings: Any) -> dict[str, Tensor]:
-        taught.append(len(pairs))
-        made = train_adapter(pairs, *arguments, **settings)
+    def train(pairs: stage.AdapterExamples, *arguments: Any, **settings: Any) -> dict[str, Tensor]:
+        trained.append(len(pairs))
+        state = train_adapter(pairs, *arguments, **settings)
         assert set(opened) <= {f"b/{i}.png" for i in range(3)} | {f"a/{i}.png" for i in range(3, 6)}
-        return made
+        return state
 
     monkeypatch.setattr(stage, "known_region", watched)
-    monkeypatch.setattr(adapter, "train_adapter", teach)
+    monkeypatch.setattr(adapter, "train_adapter", train)
     stage.main(["--dataset", "scans"])
-    assert taught == [3]
+    assert trained == [3]
     masks = PublishedMasks(folder / "data/masks/scans")
     assert len(masks.status) == 9
     with (folder / "reports/data/scans/masks.csv").open(newline="") as file:
         regions = {row["label"]: row["regions"] for row in csv.DictReader(file)}
-    assert regions == {"a": "3", "b": "0"}  # measured on what it was not taught
+    assert regions == {"a": "3", "b": "0"}  # measured on images outside the training set
 
     again = models.build_segmenter(here(), "scans")
     (mask,) = again.segment([np.asarray(Image.open(folder / "scans/a/7.png"))])
     assert iou(mask.region, masks[hashlib.sha256((folder / "scans/a/7.png").read_bytes()).hexdigest()]) > 0.99
     published = here().paths.adapter("scans").read_bytes()
     stage.main(["--dataset", "scans"])
-    assert taught == [3]  # out of the cache
+    assert trained == [3]  # from the cache
     assert here().paths.adapter("scans").read_bytes() == published
     assert models.build_segmenter(here(), "scans").key == again.key
 
 
-def test_a_study_without_a_taught_adapter_says_which_stage_makes_one(folder: Path) -> None:
+def test_without_a_trained_adapter_the_error_names_the_stage(folder: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"adapter.safetensors: no adapter there; run the masks stage"
+        FileNotFoundError, match=r"adapter.safetensors: there is no adapter\. Run the masks stage"
     ):
         models.build_segmenter(here(), "scans")

@@ -450,8 +450,8 @@ def test_every_json_form_of_mlflow_gets_the_evaluations_answers(
 ) -> None:
     status, answer = served.post({form: FORMS[form](base64_of(30, 31, 32))})
     assert status == 200
-    found = [[row["probability_blob"], row["probability_stripes"]] for row in answer["predictions"]]
-    np.testing.assert_allclose(found, fitted.evaluated([encoded(s) for s in (30, 31, 32)]), atol=1e-6)
+    rows = [[row["probability_blob"], row["probability_stripes"]] for row in answer["predictions"]]
+    np.testing.assert_allclose(rows, fitted.evaluated([encoded(s) for s in (30, 31, 32)]), atol=1e-6)
     overlay = base64.b64decode(answer["predictions"][2]["overlay"])
     assert decode.decode(overlay, "overlay").shape == (90, 110, 3)
 
@@ -483,7 +483,7 @@ NOT_BASE64 = r"image 1 of 1: is not base64 \(.+\)\. Encode the file's bytes\."
 
 
 @pytest.mark.parametrize(
-    ("values", "status", "told"),
+    ("values", "status", "message"),
     [
         (["not base64!"], 400, NOT_BASE64),
         (["ü"], 400, NOT_BASE64),
@@ -507,14 +507,14 @@ NOT_BASE64 = r"image 1 of 1: is not base64 \(.+\)\. Encode the file's bytes\."
     ],
 )
 def test_the_answer_to_a_faulty_image_has_place_fault_and_fix_alone(
-    served: Served, values: list[object], status: int, told: str
+    served: Served, values: list[object], status: int, message: str
 ) -> None:
     rows = [[value, f"{PATIENT}.png"] for value in values]
     names = [f"{PATIENT}/{i}" for i in range(len(rows))]
     request = {"columns": ["image", "file"], "data": rows, "index": names}
-    found, answer = served.post({"dataframe_split": request})
-    assert (found, set(answer)) == (status, {"error_code", "message"})
-    assert re.fullmatch(told, answer["message"])
+    answered, answer = served.post({"dataframe_split": request})
+    assert (answered, set(answer)) == (status, {"error_code", "message"})
+    assert re.fullmatch(message, answer["message"])
     assert PATIENT not in served.log.read_text()
 
 
@@ -530,8 +530,8 @@ def test_the_answer_to_a_faulty_image_has_place_fault_and_fix_alone(
     ],
 )
 def test_the_answer_to_a_request_without_the_column_names_it(served: Served, body: object) -> None:
-    told = "the request has no column 'image'. Send the images in this column, each in base64."
-    assert served.post(body) == (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": told})
+    fault = "the request has no column 'image'. Send the images in this column, each in base64."
+    assert served.post(body) == (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": fault})
 
 
 @pytest.mark.parametrize(
@@ -562,11 +562,11 @@ def test_concurrent_requests_get_the_same_answers_as_serial_requests(served: Ser
     assert len({repr(answer) for _, answer in serial}) == len(requests)
 
 
-@pytest.mark.parametrize(("path", "said"), [("ping", b""), ("health", b""), ("version", b"3.")])
-def test_the_server_reports_its_state(served: Served, path: str, said: bytes) -> None:
+@pytest.mark.parametrize(("path", "start"), [("ping", b""), ("health", b""), ("version", b"3.")])
+def test_the_server_reports_its_state(served: Served, path: str, start: bytes) -> None:
     with urlopen(f"{served.address}/{path}", timeout=10) as response:
         assert response.status == 200
-        assert response.read().strip().startswith(said)
+        assert response.read().strip().startswith(start)
 
 
 class Alone:
@@ -616,8 +616,8 @@ def test_an_internal_fault_is_status_500_with_kind_and_place_and_its_text_is_in_
     assert raised.value.get_http_status_code() == 500
     assert set(answer) == {"error_code", "message"}
     assert answer["error_code"] == "INTERNAL_ERROR"
-    told = r"the prediction failed in the server \(OSError at \S+:\d+\)\. Read the .+ log\."
-    assert re.fullmatch(told, answer["message"])
+    fault = r"the prediction failed in the server \(OSError at \S+:\d+\)\. Read the .+ log\."
+    assert re.fullmatch(fault, answer["message"])
     assert "no space left on device" in caplog.text
 
 
@@ -627,7 +627,7 @@ def test_a_served_request_is_bounded_in_bytes_and_a_call_in_the_same_process_is_
     assert len(answered(Alone(), [b"x"] * 65)) == 65
     monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
     monkeypatch.setattr(pyfunc, "MOST_BYTES", 2_000_000)
-    told = r"images have 3 MB, and the limit is 2\. Send several requests\."
-    with pytest.raises(ServedError, match=told) as raised:
+    fault = r"images have 3 MB, and the limit is 2\. Send several requests\."
+    with pytest.raises(ServedError, match=fault) as raised:
         answered(Alone(), ["A" * 1_000_000] * 4)
     assert raised.value.get_http_status_code() == 413

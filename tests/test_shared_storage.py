@@ -20,7 +20,8 @@ from PIL import Image
 from medfocus.clip import features
 from medfocus.datasets.records import Record
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.store import Cached, MaskStore, PublishedMasks, cache_masks, publish
+from medfocus.masks.published import PublishedMasks, publish
+from medfocus.masks.store import Cached, MaskStore, cache_masks
 from medfocus.storage.shards import Shards
 
 ENTRIES = {hashlib.sha256(bytes([i])).hexdigest(): bytes([i]) * 300 for i in range(30)}

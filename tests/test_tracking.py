@@ -124,9 +124,9 @@ def test_a_process_that_ends_normally_finishes_its_run(
 
 
 def test_a_reused_process_id_does_not_keep_a_run_alive(opened: Tracking) -> None:
-    own = owner_tags()
-    born = {**own, "owner.born": own["owner.born"] + "1"}  # this process id with another start
-    before = {name: value for name, value in own.items() if name != "owner.born"} | {"owner.started": "1.0"}
+    owner = owner_tags()
+    born = {**owner, "owner.born": owner["owner.born"] + "1"}  # this process id with another start
+    before = {name: value for name, value in owner.items() if name != "owner.born"} | {"owner.started": "1.0"}
     runs = [opened.client.create_run(opened.experiment_id, tags=tags).info.run_id for tags in (born, before)]
     assert sorted(opened.close_dead_runs()) == sorted(runs)
     assert {run_of(opened, run_id).info.status for run_id in runs} == {"FAILED"}
@@ -324,13 +324,13 @@ def register(opened: Tracking, tmp_path: Path, request: pytest.FixtureRequest) -
         (folder / "serve.json").write_text("{}")
 
     def register(cell_key: str, promoted: bool = True, judge: Any = None, run_id: str | None = None) -> Any:
-        said = Verdict(promoted, "promoted: better" if promoted else "refused: worse", {"accuracy": "0.8"})
+        verdict = Verdict(promoted, "promoted: better" if promoted else "refused: worse", {"accuracy": "0.8"})
         return registry.register(
             opened,
             request.node.name.replace(".", "_"),  # MLflow allows no dots
             write_model,
             cell_key=cell_key,
-            judge=judge or (lambda champion: said),
+            judge=judge or (lambda champion: verdict),
             classes=["covid", "normal"],
             example=b"png",
             tags={"dataset": "covid19"},
@@ -367,8 +367,8 @@ def test_a_version_has_the_metrics_of_its_run_if_there_is_one(
         run_id = study.log_cell(name="cell", params={}, metrics={"ece": 0.125, "accuracy": 0.5})
     name = register("a", run_id=run_id).name
     register("b")
-    imported, made = (each for each in registry.registered(home) if each.name == name)  # the newest first
-    assert made.metrics() == {"ece": 0.125, "accuracy": 0.5} and imported.metrics() == {}
+    imported, trained = (each for each in registry.registered(home) if each.name == name)  # the newest first
+    assert trained.metrics() == {"ece": 0.125, "accuracy": 0.5} and imported.metrics() == {}
 
 
 def test_a_refused_model_is_registered_without_the_alias(

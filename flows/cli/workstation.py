@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from flows.cli import models, terminal
-from medfocus.app.guard import Guard, door, is_loopback
+from medfocus.app.guard import Guard, access_to, is_loopback
 from medfocus.app.reading import Reader
 from medfocus.app.server import NOTICE, About, Workplace, build
 from medfocus.serving.model_folder import load_model
@@ -54,7 +54,7 @@ def load(home: Path, model: str | None) -> tuple[Reader, About]:
     with models.opened(home, model) as (name, folder):
         predictor = load_model(folder)
         reader = Reader(predictor)
-        kind = "SAM2" if reader.is_pointed else "Otsu's threshold"
+        kind = "SAM2" if reader.takes_points else "Otsu's threshold"
         method = type(predictor.method).__name__
         if model is not None and Path(model).is_dir():
             return reader, About(Path(name).resolve().name, "", "", method, kind)
@@ -69,7 +69,7 @@ def serve(
     reader: Reader, about: About, bound: socket.socket, host: str, secret: str | None, *, browser: bool
 ) -> None:
     """Serve the page until Ctrl-C."""
-    server = configured(build(Workplace(reader), about, door(host, secret)))
+    server = configured(build(Workplace(reader), about, access_to(host, secret)))
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     url = f"http://{name}:{bound.getsockname()[1]}/"
     print(url, flush=True)

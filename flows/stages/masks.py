@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +22,9 @@ from flows.study.study import Study, here, study_in
 from medfocus.datasets.records import Record, chunks, read_manifest, spread_over_classes
 from medfocus.datasets.splits import read_splits
 from medfocus.images import decode
+from medfocus.masks.published import PublishedMasks, publish
 from medfocus.masks.quality import iou, known_region
-from medfocus.masks.store import MaskStore, PublishedMasks, cache_masks, publish
+from medfocus.masks.store import MaskStore, cache_masks
 from medfocus.reports.figures import mask_sheet
 from medfocus.storage import atomic
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             jobs = [
                 MaskShard(study.folder, study.version, dataset, tuple(part), adapter)
-                for part in chunks(_missing(records, store, segmenter.key), scale.images)
+                for part in chunks(store.missing(records, segmenter.key), scale.images)
             ]
             by_shards(mask_shard, jobs, scale, bar.update)
             bar.reset()
@@ -175,17 +176,6 @@ def _segmenter_of_thread(
     return study, models.build_segmenter(study, dataset, adapter)
 
 
-def _missing(records: Iterable[Record], store: MaskStore, segmenter_key: str) -> Iterator[Record]:
-    """Yield the records without a mask in the cache, each image once."""
-    seen: set[str] = set()
-    for part in chunks(records, 1000):
-        seen |= {sha for sha, _ in store.encoded((record.sha256 for record in part), segmenter_key)}
-        for record in part:
-            if record.sha256 not in seen:
-                seen.add(record.sha256)
-                yield record
-
-
 def _overlaps(records: Sequence[Record], root: Path, masks: PublishedMasks) -> dict[str, list[float]]:
     """Return label -> IoU of each mask with its image's known region, for images with one in root/masks."""
     overlaps: dict[str, list[float]] = {}
@@ -202,7 +192,7 @@ def _write_summary(masks: PublishedMasks, overlaps: dict[str, list[float]], path
     if overlaps:
         for line in lines:
             values = overlaps.get(str(line["label"]), [])
-            line |= {"regions": len(values), "iou": float(np.mean(values)) if values else ""}
+            line |= {"regions": len(values), "iou": round(float(np.mean(values)), 3) if values else ""}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()

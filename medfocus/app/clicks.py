@@ -1,98 +1,76 @@
-"""A mask by a reader's points: SAM2 answers from an image that was encoded once.
+"""Masks from a reader's points: SAM2 decodes them on an image that it has encoded once.
 
-SAM2's own vocabulary (arXiv 2408.00714): point coords with labels, 1 inside of the region and 0 outside.
-Only the prompt encoder and the mask decoder run. All points are one prompt; of SAM2's three candidates the
-one counts that agrees with the most points, and of equals the one of the best predicted IoU.
+The vocabulary is SAM2's (arXiv 2408.00714): point coordinates with labels, 1 inside the region and 0 outside.
+All points form one prompt. Of SAM2's three candidates, the mask is the candidate that agrees with the most
+points; predicted IoU breaks ties.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import ndimage
+import torch
 
-from medfocus.masks.segmenter import Mask, Segmenter
-
-if TYPE_CHECKING:
-    from medfocus.masks.sam2.segmenter import Features, Sam2Segmenter
+from medfocus.masks.quality import innermost
+from medfocus.masks.sam2.segmenter import EncodedImages, PointPrompts, Sam2Segmenter
+from medfocus.masks.segmenter import Mask, Segmenter, check_image
 
 EDITED = "edited"  # a mask's status
 
 
-class NothingThereError(ValueError):
+class NoRegionError(ValueError):
     """SAM2 finds no region at the points."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place in an image, in shares of its width and height, that belongs to the region or does not."""
+    """A position in an image, as shares of its width and height, inside or outside the region."""
 
     x: float
     y: float
     inside: bool
 
 
-def pointed(segmenter: Segmenter) -> Sam2Segmenter | None:
-    """The SAM2 behind a segmenter, which takes points; None where there is none.
-
-    What an adapter or a text chose is edited by SAM2 as it was.
-    """
-    return segmenter.sam2
-
-
-def first_mask(segmenter: Segmenter, image: np.ndarray) -> tuple[Mask, Features | None]:
-    """The mask of ``segmenter.segment``, and SAM2's encoding of the image where that was at hand."""
-    import torch
-
-    from medfocus.masks.sam2.segmenter import Sam2Segmenter
-    from medfocus.masks.segmenter import check_image
-
+def first_mask(segmenter: Segmenter, image: np.ndarray) -> tuple[Mask, EncodedImages | None]:
+    """Segment an image (H, W, 3) uint8; also return SAM2's encoding of it, if the segmenter makes one."""
     if not isinstance(segmenter, Sam2Segmenter) or segmenter.settings.strategy == "automatic":
         return segmenter.segment([image])[0], None
-    image = check_image(image)
+    encoded = encode(segmenter, image)
     with torch.inference_mode():
-        features = segmenter.encode([image])
-        return segmenter._mask(image, segmenter._found(features, 0)), features
+        return segmenter.mask(check_image(image), segmenter.ladder(encoded, 0)), encoded
 
 
-def encode(segmenter: Sam2Segmenter, image: np.ndarray) -> Features:
-    """An image (H, W, 3) uint8 through the image encoder."""
-    import torch
-
-    from medfocus.masks.segmenter import check_image
-
+def encode(segmenter: Sam2Segmenter, image: np.ndarray) -> EncodedImages:
+    """Encode one image (H, W, 3) uint8 with SAM2."""
     with torch.inference_mode():
         return segmenter.encode([check_image(image)])
 
 
-def mask_at(segmenter: Sam2Segmenter, image: np.ndarray, features: Features, points: Sequence[Point]) -> Mask:
-    """What SAM2 finds at the points, at the image's resolution.
+def mask_at(
+    segmenter: Sam2Segmenter, image: np.ndarray, encoded: EncodedImages, points: Sequence[Point]
+) -> Mask:
+    """Return SAM2's mask for the points, at the image's resolution.
 
-    Raises NothingThereError, and ValueError where no point lies inside: see ``deepest``.
+    Raises NoRegionError if SAM2 finds none, and ValueError if no point lies inside; see ``deepest``.
     """
-    import torch
-
-    from medfocus.masks.sam2.segmenter import Prompts
-
     if not any(point.inside for point in points):
-        raise ValueError("points: none lies inside, and SAM2 needs one; put `deepest` of a mask before them.")
+        raise ValueError("points: SAM2 needs at least one inside. Put `deepest` of a mask before them.")
     coords = np.array([[(point.x, point.y) for point in points]], np.float32)  # (1, N, 2)
     labels = np.array([[int(point.inside) for point in points]], np.int32)  # (1, N)
     with torch.inference_mode():
-        logits, iou = segmenter.decode(features, 0, Prompts(coords, labels))  # (3, h, w), (3,)
-    sound = [i for i in range(len(iou)) if np.isfinite(logits[i]).all() and np.isfinite(iou[i])]
-    best = max(sound, key=lambda i: (agreeing(logits[i] > 0, points), iou[i]), default=None)
-    region = None if best is None else segmenter._region(image, logits[best])
+        logits, iou = segmenter.decode(encoded, 0, PointPrompts(coords, labels))  # (3, h, w), (3,)
+    finite = [i for i in range(len(iou)) if np.isfinite(logits[i]).all() and np.isfinite(iou[i])]
+    best = max(finite, key=lambda i: (agreeing(logits[i] > 0, points), iou[i]), default=None)
+    region = None if best is None else segmenter.region(image, logits[best])
     if best is None or region is None or not region.any():
-        raise NothingThereError("points: SAM2 finds no region there. Take the last one back, or set another.")
+        raise NoRegionError("points: SAM2 finds no region there. Take the last point back, or set another.")
     return Mask(region, float(np.clip(iou[best], 0, 1)), EDITED)
 
 
 def agreeing(region: np.ndarray, points: Sequence[Point]) -> int:
-    """How many points a region (h, w) bool has on their side."""
+    """Count the points on the correct side of a region (h, w) bool."""
     height, width = region.shape
     return sum(
         bool(region[min(int(p.y * height), height - 1), min(int(p.x * width), width - 1)]) == p.inside
@@ -101,7 +79,5 @@ def agreeing(region: np.ndarray, points: Sequence[Point]) -> int:
 
 
 def deepest(region: np.ndarray) -> Point:
-    """The point of a region (h, w) bool that is farthest from its edge; the frame is an edge, too."""
-    depth = np.asarray(ndimage.distance_transform_edt(np.pad(region, 1)))[1:-1, 1:-1]
-    row, column = np.unravel_index(int(depth.argmax()), region.shape)
-    return Point((int(column) + 0.5) / region.shape[1], (int(row) + 0.5) / region.shape[0], True)
+    """Return the point of a region (h, w) bool that is farthest from its edge and from the image's border."""
+    return Point(*innermost(region), inside=True)

@@ -1,4 +1,4 @@
-"""The images at hand, in memory alone: the oldest make room, and none stays longer than it is looked at."""
+"""The images in use, in memory: each expires some time after its last use, and new ones displace old ones."""
 
 from __future__ import annotations
 
@@ -11,75 +11,79 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Sized(Protocol):
-    """What is kept."""
+    """An object that knows its memory."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it holds."""
+        """Return the bytes of memory that it holds."""
         ...
 
 
-Kept = TypeVar("Kept", bound=Sized)
+Item = TypeVar("Item", bound=Sized)
 
 
 @dataclass
-class _Place(Generic[Kept]):
-    kept: Kept
+class _Entry(Generic[Item]):
+    item: Item
     used: float  # seconds of the clock
 
 
-class Desk(Generic[Kept]):
-    """Images by ids that nobody can guess. For one thread."""
+class Desk(Generic[Item]):
+    """A store of items by ids that nobody can guess. For one thread.
+
+    Unlike a cache with a fixed time to live, it counts time from the last use, and it measures items again
+    because they grow while they are in use.
+    """
 
     def __init__(
         self, *, most: int, most_bytes: int, seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Keep ``most`` at most, of ``most_bytes`` together, each for ``seconds`` after its last use.
+        """Keep at most ``most`` items of ``most_bytes`` in total, each for ``seconds`` after its last use.
 
-        The newest is kept whatever it weighs.
+        The newest item stays whatever its size.
         """
         self.most, self.most_bytes, self.seconds = most, most_bytes, seconds
         self._clock = clock
-        self._places: OrderedDict[str, _Place[Kept]] = OrderedDict()  # the least recently used first
+        self._entries: OrderedDict[str, _Entry[Item]] = OrderedDict()  # the least recently used first
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entries)
 
-    def put(self, kept: Kept) -> str:
-        """Keep one more; its id, 128 random bits."""
+    def put(self, item: Item) -> str:
+        """Add an item and return its id, 128 random bits."""
         name = secrets.token_urlsafe(16)
-        self._places[name] = _Place(kept, self._clock())
+        self._entries[name] = _Entry(item, self._clock())
         self.tidy()
         return name
 
-    def get(self, name: str) -> Kept | None:
-        """What has this id, if it is still there; its time begins anew."""
+    def get(self, name: str) -> Item | None:
+        """Return the item with this id, or None if it expired, and restart its time."""
         self.tidy()
-        place = self._places.get(name)
-        if place is None:
+        entry = self._entries.get(name)
+        if entry is None:
             return None
-        place.used = self._clock()
-        self._places.move_to_end(name)
-        return place.kept
+        entry.used = self._clock()
+        self._entries.move_to_end(name)
+        return entry.item
 
     def remove(self, name: str) -> bool:
-        """Forget one; whether it was there."""
-        return self._places.pop(name, None) is not None
+        """Remove an item; return whether it was present."""
+        return self._entries.pop(name, None) is not None
 
     def clear(self) -> None:
-        """Forget all."""
-        self._places.clear()
+        """Remove all items."""
+        self._entries.clear()
 
     def tidy(self) -> None:
-        """Forget what is over time, and the least recently used beyond the limits."""
-        while self._places and self._is_over(next(iter(self._places.values()))):
-            self._places.popitem(last=False)
-        while len(self._places) > 1 and self._is_full():
-            self._places.popitem(last=False)
+        """Remove expired items, and the least recently used items beyond the limits."""
+        while self._entries and self._is_expired(next(iter(self._entries.values()))):
+            self._entries.popitem(last=False)
+        while len(self._entries) > 1 and self._is_full():
+            self._entries.popitem(last=False)
 
-    def _is_over(self, place: _Place[Kept]) -> bool:
-        return self._clock() - place.used >= self.seconds
+    def _is_expired(self, entry: _Entry[Item]) -> bool:
+        return self._clock() - entry.used >= self.seconds
 
     def _is_full(self) -> bool:
-        held = sum(place.kept.nbytes for place in self._places.values())
-        return len(self._places) > self.most or held > self.most_bytes
+        total = sum(entry.item.nbytes for entry in self._entries.values())
+        return len(self._entries) > self.most or total > self.most_bytes

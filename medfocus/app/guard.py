@@ -1,8 +1,11 @@
-"""What stands before every request: whom it is for, where it comes from, and who asks.
+"""The checks of every request: its host, its origin and its password.
 
-A page of another site must not reach a server on loopback through the reader's browser. By DNS rebinding it
-would come under that site's own name, so the name is checked; by a form or a script it would come with that
-site's origin, so whatever changes something has to come from this page.
+No page of another site may reach a server on loopback through the reader's browser. With DNS rebinding, a
+request carries the name of that site, so the server checks the header Host. A form or script carries the
+origin of that site, so every request that changes something has to come from this server's page.
+
+Starlette's TrustedHostMiddleware is no replacement: it cannot admit all IP addresses, and it answers in
+plain text.
 """
 
 from __future__ import annotations
@@ -38,48 +41,48 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """A request that is not done: its status, and place, fault and fix."""
+    """A refused request: its status, and place, fault and fix."""
 
     def __init__(self, status: int, place: str, fault: str, fix: str) -> None:
         super().__init__(f"{place}: {fault}. {fix}")
         self.status, self.place, self.fault, self.fix = status, place, fault, fix
 
     def content(self) -> dict[str, str | int]:
-        """As a page gets it."""
+        """Return the content of the page's error message."""
         return {"status": self.status, "place": self.place, "fault": self.fault, "fix": self.fix}
 
     def response(self) -> Response:
-        """As JSON."""
+        """Return the refusal as JSON."""
         body = json.dumps({"error": self.content()})
         return Response(body, self.status, media_type="application/json")
 
 
 @dataclass(frozen=True)
-class Door:
-    """Whom a server answers."""
+class Access:
+    """The requests that a server accepts."""
 
-    names: frozenset[str]  # hosts, in small letters, that a request may be for
-    addresses: bool  # and whether it may be for any IP address, which no other site's name stands for
+    names: frozenset[str]  # accepted hosts, in lower case
+    addresses: bool  # accept every IP address as host: a name of another site is never one
     password: str | None = field(default=None, repr=False)
 
     def check(self, method: str, headers: Headers) -> None:
-        """Raises Refused."""
+        """Check a request. Raises Refused."""
         host = headers.get("host", "")
-        if not self._is_for_us(host):
-            fault = "is no name of this server"
+        if not self._is_known(host):
+            fault = "is not this server"
             raise Refused(421, "the header Host", fault, f"Open the page as {sorted(self.names)[0]}.")
         if self.password is not None and not _knows(headers.get("authorization", ""), self.password):
             raise Refused(
-                401, "the password", "is missing or wrong", "Give the one the server was started with."
+                401, "the password", "is missing or wrong", "Enter the password that the server started with."
             )
         site = headers.get("sec-fetch-site", "none")
         origin = headers.get("origin")
         foreign = origin is not None and urlsplit(origin).netloc.casefold() != host.casefold()
         if foreign or (method not in _SAFE and (origin is None or site == "cross-site")):
             fault = "does not come from this server's own page"
-            raise Refused(403, "the request", fault, "Open the page itself, and do it there.")
+            raise Refused(403, "the request", fault, "Use the page itself.")
 
-    def _is_for_us(self, host: str) -> bool:
+    def _is_known(self, host: str) -> bool:
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -88,19 +91,19 @@ class Door:
 
 
 class Guard:
-    """Checks every request at a ``Door``, and gives every answer the headers that keep it in."""
+    """An ASGI application that checks every request and adds the security headers to every response."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
-        self.app, self.door = app, door
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app, self.access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """An ASGI application."""
+        """Handle one request."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
 
-        async def sealed(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
@@ -108,29 +111,31 @@ class Guard:
             await send(message)
 
         try:
-            self.door.check(scope["method"], Headers(scope=scope))
+            self.access.check(scope["method"], Headers(scope=scope))
         except Refused as refused:
             response = refused.response()
             if refused.status == 401:
                 response.headers["WWW-Authenticate"] = 'Basic realm="MedFocusCLIP", charset="UTF-8"'
-            await response(scope, receive, sealed)
+            await response(scope, receive, send_with_headers)
             return
         try:
-            await self.app(scope, receive, sealed)
-        except Exception as error:  # it was answered; a log would have its text, and that may name a file
+            await self.app(scope, receive, send_with_headers)
+        except Exception as error:  # already answered; the text of the error may name a file
             print(f"medfocus: {kind_and_place(error)}", file=sys.stderr)
 
 
-def door(host: str, password: str | None) -> Door:
-    """The door of a server that listens on ``host``: on loopback for loopback's names alone."""
+def access_to(host: str, password: str | None) -> Access:
+    """Return the access to a server that listens on ``host``; on loopback only names of loopback."""
     if is_loopback(host):
-        return Door(frozenset({"localhost", "127.0.0.1", "::1", host.casefold()}), False, password)
-    own = {socket.gethostname().casefold(), "localhost"} | (set() if _is_address(host) else {host.casefold()})
-    return Door(frozenset(own), True, password)
+        return Access(frozenset({"localhost", "127.0.0.1", "::1", host.casefold()}), False, password)
+    names = {socket.gethostname().casefold(), "localhost"} | (
+        set() if _is_address(host) else {host.casefold()}
+    )
+    return Access(frozenset(names), True, password)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody beyond this machine reaches a server that listens there."""
+    """Check that only this machine reaches a server that listens on ``host``."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
@@ -147,7 +152,7 @@ def _knows(authorization: str, password: str) -> bool:
     if scheme.casefold() != "basic":
         return False
     try:
-        said = base64.b64decode(encoded, validate=True).partition(b":")[2]
+        given = base64.b64decode(encoded, validate=True).partition(b":")[2]
     except (binascii.Error, ValueError):
         return False
-    return hmac.compare_digest(said, password.encode())
+    return hmac.compare_digest(given, password.encode())

@@ -1,4 +1,4 @@
-"""The page's server: a few paths, each a step of the reader's work."""
+"""The web server of the page."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from medfocus.app.clicks import NothingThereError, Point, agreeing
+from medfocus.app.clicks import NoRegionError, Point, agreeing
 from medfocus.app.desk import Desk
-from medfocus.app.guard import Door, Guard, Refused
+from medfocus.app.guard import Access, Guard, Refused
 from medfocus.app.reading import Opened, Reader, Reading
-from medfocus.app.uploads import Limits, Upload, body, uploads
+from medfocus.app.uploads import Upload, UploadLimits, body, uploads
 from medfocus.app.worker import Busy, Worker
 from medfocus.images.decode import MOST_BYTES
 from medfocus.images.errors import ImageError, TooLargeError
@@ -34,54 +34,54 @@ _MOST_JSON = 64_000  # bytes
 _STATIC = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _PAGE = Path(__file__).parent / "page"
 
-Made = TypeVar("Made")
-Which = Literal["first", "edited"]
+Result = TypeVar("Result")
+Version = Literal["first", "edited"]
 
 
 @dataclass(frozen=True)
 class About:
-    """The model, as the page names it."""
+    """The description of the model on the page."""
 
     model: str
-    version: str  # "" of a folder
-    dataset: str  # "" where that is not known
+    version: str  # "" for a folder
+    dataset: str  # "" if unknown
     method: str
     segmenter: str
     measured: Mapping[str, float] = field(default_factory=dict)  # on test images: accuracy, ece
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """How much is taken and kept."""
+class ServerLimits:
+    """The limits of a server."""
 
-    upload: Limits = field(default_factory=Limits)
-    uploads: int = 2  # requests whose bodies are in memory at once
-    jobs: int = 32  # that run or wait
-    images: int = 32
-    bytes: int = 2_000_000_000  # of the kept images together
-    seconds: float = 1800  # after the last use
+    upload: UploadLimits = field(default_factory=UploadLimits)
+    uploads: int = 2  # uploads in memory at once
+    jobs: int = 32  # running or waiting
+    images: int = 32  # in memory
+    bytes: int = 2_000_000_000  # of these images in total
+    seconds: float = 1800  # that an image stays after its last use
 
 
-class _Given(BaseModel):
+class PagePoint(BaseModel):
+    """A point that the page sends."""
+
     model_config = ConfigDict(extra="forbid")
-
-
-class GivenPoint(_Given):
-    """A point as a page sends it."""
 
     x: Annotated[float, Field(ge=0, le=1)]
     y: Annotated[float, Field(ge=0, le=1)]
     inside: bool
 
 
-class GivenPoints(_Given):
-    """All points of an image; none takes the edit back."""
+class PagePoints(BaseModel):
+    """All points of an image; an empty list undoes the edit."""
 
-    points: Annotated[list[GivenPoint], Field(max_length=MOST_POINTS)]
+    model_config = ConfigDict(extra="forbid")
+
+    points: Annotated[list[PagePoint], Field(max_length=MOST_POINTS)]
 
 
-def build(desk: Workplace, about: About, door: Door) -> Guard:
-    """The ASGI application. What it is given it keeps in memory, and writes nowhere."""
+def build(desk: Workplace, about: About, access: Access) -> Guard:
+    """Build the ASGI application. It keeps uploads in memory and writes no file."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -90,11 +90,11 @@ def build(desk: Workplace, about: About, door: Door) -> Guard:
         tidying.cancel()
         desk.close()
 
-    # The documents that FastAPI makes would load their scripts from elsewhere.
+    # FastAPI's documentation pages would load scripts from other sites.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _not_found)
-    app.add_exception_handler(Exception, _went_wrong)
+    app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(404, _not_found)
     app.add_exception_handler(405, _not_found)
     page = _page(desk, about)
@@ -122,50 +122,50 @@ def build(desk: Workplace, about: About, door: Door) -> Guard:
     async def points(name: str, request: Request) -> Response:
         return await desk.edit(name, request)
 
-    @app.get("/images/{name}/{which}/attribution")
-    async def attribution(name: str, which: Which) -> Response:
-        return await desk.attribute(name, which)
+    @app.get("/images/{name}/{version}/attribution")
+    async def attribution(name: str, version: Version) -> Response:
+        return await desk.attribute(name, version)
 
-    return Guard(app, door)
+    return Guard(app, access)
 
 
 class Workplace:
-    """The images at hand and the one thread that reads them."""
+    """The images in memory and the one thread that reads them."""
 
-    def __init__(self, reader: Reader, bounds: Bounds | None = None) -> None:
+    def __init__(self, reader: Reader, limits: ServerLimits | None = None) -> None:
         self.reader = reader
-        self.bounds = bounds = bounds or Bounds()
-        self.desk: Desk[Opened] = Desk(most=bounds.images, most_bytes=bounds.bytes, seconds=bounds.seconds)
-        self.worker = Worker(bounds.jobs)
+        self.limits = limits = limits or ServerLimits()
+        self.desk: Desk[Opened] = Desk(most=limits.images, most_bytes=limits.bytes, seconds=limits.seconds)
+        self.worker = Worker(limits.jobs)
         self._uploading = 0
 
     async def keep_tidy(self) -> None:
-        """Forget what is over time, also where nobody asks any more."""
+        """Remove expired images, even without requests."""
         while True:
-            await asyncio.sleep(min(30.0, self.bounds.seconds))
+            await asyncio.sleep(min(30.0, self.limits.seconds))
             self.desk.tidy()
 
     def close(self) -> None:
-        """Forget everything."""
+        """Stop the thread and remove all images."""
         self.worker.stop()
         self.desk.clear()
 
     def opened(self, name: str) -> Opened:
-        """A kept image. Raises Refused where it is not there."""
+        """Return an image in memory. Raises Refused if it expired."""
         opened = self.desk.get(name)
         if opened is None:
-            kept = f"{self.desk.most} images are kept, each {self.desk.seconds / 60:g} minutes"
-            raise Refused(404, "this image", f"is no longer kept ({kept})", "Give it once more.")
+            limits = f"the server keeps {self.desk.most} images, each for {self.desk.seconds / 60:g} minutes"
+            raise Refused(404, "this image", f"is no longer in memory ({limits})", "Upload it again.")
         return opened
 
     async def take(self, request: Request) -> Response:
-        """Read the images of a request; each has an answer or an error of its own."""
-        if self._uploading >= self.bounds.uploads:
+        """Read the images of a request; each gets its own answer or error."""
+        if self._uploading >= self.limits.uploads:
             raise _busy()
         self._uploading += 1
         try:
-            given = await uploads(request, self.bounds.upload)
-            answers = [await self._take_one(upload) for upload in given]
+            files = await uploads(request, self.limits.upload)
+            answers = [await self._take_one(upload) for upload in files]
         finally:
             self._uploading -= 1
         errors = [answer["error"]["status"] for answer in answers if "error" in answer]
@@ -184,7 +184,7 @@ class Workplace:
             "width": width,
             "height": height,
             "shown": {"size": opened.shown_size, "image": _inline(opened.shown)},
-            "first": _told(opened.first),
+            "first": _content(opened.first),
         }
 
     def _open(self, upload: Upload) -> Opened:
@@ -195,41 +195,43 @@ class Workplace:
             raise Refused(status, error.name, error.fault, error.fix) from error
 
     async def edit(self, name: str, request: Request) -> Response:
-        """Answer all points of an image anew."""
-        if not self.reader.is_pointed:
+        """Read an image with the mask for all its points."""
+        if not self.reader.takes_points:
             fault = "cannot be edited: this model's masks are not SAM2's"
-            raise Refused(409, "the mask", fault, "Take a model whose masks SAM2 makes.")
+            raise Refused(409, "the mask", fault, "Use a model with masks from SAM2.")
         opened = self.opened(name)
-        sent = b"".join([piece async for piece in body(request, _MOST_JSON)])
+        content = b"".join([piece async for piece in body(request, _MOST_JSON)])
         try:
-            given = GivenPoints.model_validate_json(sent)
+            page_points = PagePoints.model_validate_json(content)
         except ValidationError as error:
-            fix = f"Send {MOST_POINTS} at most, each with x and y in [0, 1] and inside."
-            raise Refused(422, "the points", f"have {error.error_count()} fault(s)", fix) from error
-        points = [Point(each.x, each.y, each.inside) for each in given.points]
+            fix = f"Send at most {MOST_POINTS}, each with x and y in [0, 1] and inside."
+            raise Refused(422, "the points", f"are invalid ({error.error_count()} errors)", fix) from error
+        points = [Point(each.x, each.y, each.inside) for each in page_points.points]
         edited = await self._do(partial(self._edit, opened, points))
         if edited is None:
             return JSONResponse({"edited": None, "followed": 0})
-        return JSONResponse({"edited": _told(edited), "followed": agreeing(edited.shown_region, points)})
+        return JSONResponse({"edited": _content(edited), "followed": agreeing(edited.shown_region, points)})
 
     def _edit(self, opened: Opened, points: Sequence[Point]) -> Reading | None:
         try:
             return self.reader.edit(opened, points)
-        except NothingThereError as error:
-            fix = "Take back the last one, or set another."
-            raise Refused(422, "the points", "have no region that SAM2 finds", fix) from error
+        except NoRegionError as error:
+            fix = "Take the last point back, or set another."
+            raise Refused(422, "the points", "give no region", fix) from error
 
-    async def attribute(self, name: str, which: Which) -> Response:
-        """Where the answer of a reading came from."""
+    async def attribute(self, name: str, version: Version) -> Response:
+        """Return the attribution of a reading."""
         opened = self.opened(name)
-        reading = opened.first if which == "first" else opened.edited
+        reading = opened.first if version == "first" else opened.edited
         if reading is None:
             raise Refused(404, "this image", "has no edited mask", "Set a point first.")
-        made = await self._do(partial(self.reader.attribute, reading))
-        return JSONResponse({"way": made.way, "inside": made.inside, "layer": _inline(made.layer)})
+        attribution = await self._do(partial(self.reader.attribute, reading))
+        return JSONResponse(
+            {"way": attribution.way, "inside": attribution.inside, "layer": _inline(attribution.layer)}
+        )
 
-    async def _do(self, work: Callable[[], Made]) -> Made:
-        """Work in the one thread. Raises Refused where there is no room, or what went wrong is no fault."""
+    async def _do(self, work: Callable[[], Result]) -> Result:
+        """Run work in the one thread. Raises Refused if the queue is full or the work fails."""
         try:
             return await self.worker.do(work)
         except Busy as error:
@@ -237,11 +239,12 @@ class Workplace:
         except Refused:
             raise
         except Exception as error:  # its text may name a file
-            fault = f"cannot be read here ({kind_and_place(error)})"
-            raise Refused(500, "this image", fault, "Try another one; if it fails too, start anew.") from None
+            fault = f"cannot be read ({kind_and_place(error)})"
+            fix = "Try another image. If it fails too, restart the server."
+            raise Refused(500, "this image", fault, fix) from None
 
 
-def _told(reading: Reading) -> dict[str, Any]:
+def _content(reading: Reading) -> dict[str, Any]:
     mask = reading.mask
     return {
         "label": reading.label,
@@ -262,43 +265,43 @@ def _page(desk: Workplace, about: About) -> str:
         focus=predictor.focus,
         calibration=calibration_note(about.measured),
         calibration_short=calibration_short(about.measured),
-        is_pointed=desk.reader.is_pointed,
-        bounds=desk.bounds,
+        takes_points=desk.reader.takes_points,
+        limits=desk.limits,
         most_bytes=MOST_BYTES,
-        minutes=f"{desk.bounds.seconds / 60:g}",
+        minutes=f"{desk.limits.seconds / 60:g}",
         notice=NOTICE,
     )
 
 
 def calibration_note(measured: Mapping[str, float]) -> str:
-    """How far a model's probabilities can be believed, as far as its registration says."""
+    """Describe the calibration of a model's probabilities on its test images."""
     if "ece" not in measured:
-        return "How well calibrated these probabilities are is not known for this model."
-    right = f" Accuracy there: {100 * measured['accuracy']:.1f}\u00a0%." if "accuracy" in measured else ""
+        return "The calibration of this model's probabilities is unknown."
+    accuracy = f" Accuracy: {100 * measured['accuracy']:.1f}\u00a0%." if "accuracy" in measured else ""
     return (
-        "On its test images the probability that the model stated for its answer and its accuracy differed "
-        f"by {100 * measured['ece']:.1f} percentage points on average (expected calibration error).{right}"
+        "On the test images, the probability of the predicted class and the accuracy differed by "
+        f"{100 * measured['ece']:.1f} percentage points on average (expected calibration error).{accuracy}"
     )
 
 
 def calibration_short(measured: Mapping[str, float]) -> str:
-    """The same beside each answer."""
+    """Return the short form of ``calibration_note`` for each image."""
     if "ece" not in measured:
-        return "Calibration of this model: not known."
+        return "Calibration error of this model: unknown."
     return f"Calibration error of this model: {100 * measured['ece']:.1f} percentage points."
 
 
 def _inline(png: bytes) -> str:
-    """As an address of its own: what a card shows stays there when the server has forgotten the image."""
+    """Return a data URL, so that the page shows an image after the server removes it."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _busy() -> Refused:
-    return Refused(503, "the server", "has as much to do as it takes at once", "Try again in a moment.")
+    return Refused(503, "the server", "is busy", "Try again in a moment.")
 
 
 def _missing() -> Refused:
-    return Refused(404, "this address", "is none of the page's", "Open the page at /.")
+    return Refused(404, "this address", "does not exist", "Open the page at /.")
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -306,9 +309,9 @@ async def _refused(request: Request, error: Exception) -> Response:
     return error.response()
 
 
-async def _went_wrong(request: Request, error: Exception) -> Response:
-    fault = f"went wrong here ({kind_and_place(error)})"
-    return Refused(500, "the request", fault, "Try again, or start anew.").response()
+async def _failed(request: Request, error: Exception) -> Response:
+    fault = f"failed ({kind_and_place(error)})"
+    return Refused(500, "the request", fault, "Try again, or restart the server.").response()
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

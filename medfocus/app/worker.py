@@ -1,4 +1,4 @@
-"""One thread for everything heavy, and a queue that ends somewhere."""
+"""One thread for all heavy work, with a bounded queue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Busy(Exception):
@@ -16,17 +16,17 @@ class Busy(Exception):
 
 
 class Worker:
-    """Runs jobs one after the other, so that the page answers meanwhile and the memory is that of one job."""
+    """Runs jobs one after another, so that the server keeps answering and memory is that of one job."""
 
     def __init__(self, most: int) -> None:
-        """At most ``most`` jobs run or wait."""
+        """Allow at most ``most`` jobs, running or waiting."""
         self._most = most
         self._jobs = 0
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
-    async def do(self, work: Callable[[], Made]) -> Made:
-        """The job's result, or its error. Raises Busy, at once, where the queue is full."""
+    async def do(self, work: Callable[[], Result]) -> Result:
+        """Run a job and return its result, or raise its error. Raises Busy at once if the queue is full."""
         with self._lock:
             if self._jobs >= self._most:
                 raise Busy
@@ -36,7 +36,7 @@ class Worker:
         return await asyncio.wrap_future(job)
 
     def stop(self) -> None:
-        """Take no more jobs; those that wait are dropped."""
+        """Accept no more jobs and drop the waiting ones."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _done(self) -> None:

@@ -1,9 +1,8 @@
-"""Many candidate regions -> the one mask of an image, without labels.
+"""The choice of an image's mask among candidate regions, without labels. Arrays in, arrays out.
 
-Arrays in, arrays out. A candidate's score is predicted IoU x stability x centrality x
-(1 - share of the image's border that it covers); only candidates whose area lies between two
-limits count. Where the strict limits leave nothing, relaxed ones are tried; what comes after
-them (a box prompt, the whole image) is the segmenter's business.
+A candidate's score is predicted IoU x stability x centrality x (1 - share of the image's border that it
+covers). Only candidates within the limits count. If there are none, relaxed limits apply; the later rungs of
+the fallback ladder (a box prompt, the whole image) belong to the segmenters.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-ISLAND_SHARE = 0.05  # islands below this share of the largest one are dropped: a crop would frame them
+ISLAND_SHARE = 0.05  # of the largest part: ``tidy`` drops smaller ones, because a crop would include them
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a candidate has to fulfil to count."""
+    """Conditions that a candidate has to meet."""
 
     min_area: float  # share of the image
     max_area: float  # share of the image
@@ -26,13 +25,13 @@ class Limits:
     min_stability: float  # in [0, 1]
 
     def relaxed(self) -> Limits:
-        """The second rung: a quarter of the least area, half of the rest on top, any quality."""
+        """Return the limits of the second rung: a wider range of areas and any quality."""
         return Limits(self.min_area / 4, (1 + self.max_area) / 2, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which candidates make the mask."""
+    """The candidates that form the mask."""
 
     indices: tuple[int, ...]  # best first
     score: float  # mean over the indices, in [0, 1]
@@ -40,10 +39,10 @@ class Choice:
 
 
 def stability(logits: np.ndarray, offset: float = 1.0) -> np.ndarray:
-    """How little a region changes with its threshold: IoU of logits > offset and logits > -offset.
+    """Measure how stable regions are: IoU of logits > offset and logits > -offset.
 
-    SAM2's ``calculate_stability_score``, except that a candidate without a pixel gets 0, not NaN.
-    (M, h, w) float -> (M,) float in [0, 1].
+    Logits (M, h, w) -> (M,) in [0, 1]. This is SAM2's ``calculate_stability_score``, except that an empty
+    candidate gets 0 instead of NaN.
     """
     inner = (logits > offset).sum((1, 2))  # (M,)
     outer = (logits > -offset).sum((1, 2))  # (M,)
@@ -51,10 +50,10 @@ def stability(logits: np.ndarray, offset: float = 1.0) -> np.ndarray:
 
 
 def centrality(regions: np.ndarray) -> np.ndarray:
-    """1 for a region whose centre of mass is the image's centre, falling to 0 in a corner.
+    """Measure how central regions are: from 1 in the image's centre to 0 in a corner.
 
-    Distances are measured in sides of the image, so that its aspect ratio does not matter.
-    (M, h, w) bool -> (M,) float in [0, 1]; 0 for an empty region.
+    Regions (M, h, w) bool -> (M,) in [0, 1]; 0 for an empty region. Distances are shares of the image's
+    sides, so that its aspect ratio does not matter.
     """
     _, h, w = regions.shape
     area = regions.sum((1, 2))  # (M,)
@@ -66,7 +65,7 @@ def centrality(regions: np.ndarray) -> np.ndarray:
 
 
 def border_share(regions: np.ndarray) -> np.ndarray:
-    """Share of the image's outermost pixels that a region covers. (M, h, w) bool -> (M,) in [0, 1]."""
+    """Return the share of the image's outermost pixels that regions cover: (M, h, w) bool -> (M,)."""
     _, h, w = regions.shape
     frame = np.ones((h, w), dtype=bool)
     frame[1:-1, 1:-1] = False
@@ -74,9 +73,9 @@ def border_share(regions: np.ndarray) -> np.ndarray:
 
 
 def scores(regions: np.ndarray, predicted_iou: np.ndarray, steadiness: np.ndarray) -> np.ndarray:
-    """Candidates (M, h, w) bool, their predicted IoU (M,) and stability (M,) -> scores (M,) in [0, 1].
+    """Score candidates (M, h, w) bool by predicted IoU (M,) and stability (M,): (M,) in [0, 1].
 
-    A predicted IoU that is not a number, or lies outside of [0, 1], counts as 0 or is clipped.
+    A predicted IoU that is not finite counts as 0; others are clipped to [0, 1].
     """
     quality = np.clip(np.nan_to_num(predicted_iou, nan=0.0, posinf=0.0, neginf=0.0), 0, 1)
     steady = np.clip(np.nan_to_num(steadiness, nan=0.0), 0, 1)
@@ -92,11 +91,11 @@ def pick(
     keep: int,
     max_overlap: float,
 ) -> tuple[tuple[int, ...], float] | None:
-    """One rung: the best ``keep`` distinct candidates within the limits, best first, and their mean score.
+    """Pick the best ``keep`` distinct candidates within the limits: indices, best first, and mean score.
 
-    Two candidates are distinct when their intersection is at most ``max_overlap`` of the smaller one.
-    The area has to fit before and after ``tidy``, and that of the union too. Ties go to the first
-    candidate. None when no candidate fits.
+    Two candidates are distinct if their intersection is at most ``max_overlap`` of the smaller one. A
+    candidate's area has to lie within the limits before and after ``tidy``, and so does the area of the
+    union. Among equal scores the first candidate wins. Returns None if no candidate fits.
     """
     if len(regions) == 0:
         return None
@@ -130,9 +129,9 @@ def choose(
     keep: int,
     max_overlap: float,
 ) -> Choice | None:
-    """The first two rungs of the ladder: candidates within the limits, else within relaxed ones, else None.
+    """Try the first two rungs of the ladder: ``pick`` within the limits, then within relaxed limits.
 
-    ``regions`` (M, h, w) bool, ``predicted_iou`` (M,), ``steadiness`` (M,); see ``pick``.
+    ``regions`` (M, h, w) bool, ``predicted_iou`` (M,), ``steadiness`` (M,). Returns None if none fits.
     """
     for status, rung in (("chosen", limits), ("relaxed", limits.relaxed())):
         best = pick(regions, predicted_iou, steadiness, rung, keep=keep, max_overlap=max_overlap)
@@ -142,28 +141,28 @@ def choose(
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over the smaller of two regions (h, w) bool; 1 where one lies inside the other."""
+    """Return the intersection over the smaller of two regions (h, w) bool; 1 if one contains the other."""
     return float((a & b).sum() / max(1, min(a.sum(), b.sum())))
 
 
 def connected(region: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number the connected parts of a region (h, w) bool from 1: their map (h, w) int32, and how many."""
+    """Label the connected parts of a region (h, w) bool from 1: labels (h, w) int32 and their number."""
     labels = np.empty(region.shape, dtype=np.int32)
     return labels, int(ndimage.label(region, output=labels))  # pyright: ignore[reportArgumentType]
 
 
 def tidy(region: np.ndarray) -> np.ndarray:
-    """Fill the holes of a region (h, w) bool and drop islands far smaller than its largest part.
+    """Fill the holes of a region (h, w) bool and drop parts far smaller than its largest part.
 
-    SAM2 leaves both to a CUDA extension and skips them without it. Twice as fast here as
-    ``scipy.ndimage.binary_fill_holes``, with the same result.
+    SAM2 does this in a CUDA extension, and skips it without CUDA. It fills as
+    ``scipy.ndimage.binary_fill_holes`` does, in half the time.
     """
     outside, count = connected(~region)
-    open_air = np.zeros(count + 1, dtype=bool)  # the parts of the outside that reach the border
+    reaches_border = np.zeros(count + 1, dtype=bool)  # by part of the outside
     for side in (outside[0], outside[-1], outside[:, 0], outside[:, -1]):
-        open_air[side] = True
-    open_air[0] = False  # the region itself
-    filled = ~open_air[outside]
+        reaches_border[side] = True
+    reaches_border[0] = False  # the region itself
+    filled = ~reaches_border[outside]
     labels, count = connected(filled)
     if count < 2:
         return filled
@@ -173,5 +172,5 @@ def tidy(region: np.ndarray) -> np.ndarray:
 
 
 def unite(regions: np.ndarray) -> np.ndarray:
-    """The chosen candidates (M, h, w) bool -> their union (h, w) bool, each tidied first."""
+    """Tidy the chosen candidates (M, h, w) bool and return their union (h, w) bool."""
     return np.logical_or.reduce([tidy(region) for region in regions])

@@ -1,7 +1,7 @@
 """A segmenter without weights: Otsu's threshold and the largest parts near the centre.
 
-For machines and tests that have no SAM2 checkpoint. It knows nothing of anatomy: dark lungs, a bright
-head and a dark lesion are all "the large part that does not touch the border".
+It needs no SAM2 checkpoint, and it knows no anatomy: it treats dark lungs, a bright head and a dark lesion
+alike, as a large part that does not touch the border.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from medfocus.masks import candidates
 from medfocus.masks.segmenter import Mask, check_image, identity, segmenter_key
 from medfocus.masks.settings import OtsuSettings
 
-WORKING_SIZE = 256  # pixels of the longest side; regions are found here and enlarged
-MAX_PARTS = 32  # the largest connected parts of either side of the threshold become candidates
+WORKING_SIZE = 256  # pixels of the longest side while it looks for regions
+MAX_PARTS = 32  # candidates: the largest connected parts, half of them on each side of the threshold
 
 
 class OtsuSegmenter:
-    """One mask per image by thresholding; statuses "chosen", "relaxed" and "identity" (it has no box)."""
+    """One mask per image by thresholding. The fallback ladder has no rung "box"."""
 
     sam2 = None  # see ``Segmenter.sam2``
 
@@ -32,7 +32,7 @@ class OtsuSegmenter:
         self.key = segmenter_key(OtsuSegmenter, **asdict(settings))
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
-        """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
+        """Segment images (H, W, 3) uint8 RGB of any sizes: one mask per image, in their order."""
         return [self._mask(check_image(image)) for image in images]
 
     def _mask(self, image: np.ndarray) -> Mask:
@@ -41,7 +41,7 @@ class OtsuSegmenter:
         threshold, contrast = otsu_threshold(small)
         regions = _parts(small > threshold)  # (M, h, w)
         area = regions.sum((1, 2))  # (M,)
-        quality = contrast * np.sqrt(area / area.max(initial=1))  # (M,) prefers the largest
+        quality = contrast * np.sqrt(area / area.max(initial=1))  # (M,) the largest is best
         choice = candidates.choose(
             regions,
             quality,
@@ -59,10 +59,10 @@ class OtsuSegmenter:
 
 
 def otsu_threshold(values: np.ndarray) -> tuple[float, float]:
-    """The threshold that best parts grey values in [0, 1] into two classes, and how well it does.
+    """Find the threshold that best separates grey values in [0, 1] into two classes.
 
-    Returns the threshold and Otsu's separability, the between-class share of the variance, in [0, 1];
-    (the value, 0) for a constant image. Otsu 1979, doi 10.1109/TSMC.1979.4310076.
+    Returns the threshold and its separability, the between-class share of the variance, in [0, 1]; for a
+    constant image its value and 0. Otsu 1979, doi 10.1109/TSMC.1979.4310076.
     """
     histogram, edges = np.histogram(values, bins=256, range=(0, 1))
     share = histogram / histogram.sum()  # (256,)
@@ -80,7 +80,7 @@ def otsu_threshold(values: np.ndarray) -> tuple[float, float]:
 
 
 def _shrunk(values: np.ndarray) -> np.ndarray:
-    """(H, W) float32 -> longest side at most WORKING_SIZE, smoothed so that noise makes no parts."""
+    """Shrink (H, W) float32 to WORKING_SIZE and smooth it, so that noise forms no parts."""
     height, width = values.shape
     scale = min(1.0, WORKING_SIZE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -89,7 +89,7 @@ def _shrunk(values: np.ndarray) -> np.ndarray:
 
 
 def _parts(bright: np.ndarray) -> np.ndarray:
-    """The largest connected parts of a region (h, w) bool and of its complement -> (M, h, w) bool."""
+    """Return the largest connected parts (M, h, w) bool of a region (h, w) bool and of its complement."""
     parts: list[np.ndarray] = []
     for side in (bright, ~bright):
         labels, count = candidates.connected(side)

@@ -1,4 +1,4 @@
-"""How good masks are where the truth is known. The truth measures; it is never an input of anything."""
+"""Comparison of masks with known regions, which serve only to measure and to train adapters."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from medfocus.masks.candidates import connected
 if TYPE_CHECKING:
     from medfocus.masks.sam2.segmenter import Sam2Segmenter
 
-LEAST_PART = 0.1  # of the largest connected part: smaller ones get no point of their own
+LEAST_PART = 0.1  # of the largest connected part: ``parts`` drops smaller ones
 
 
 def known_region(root: Path, path: str, height: int, width: int) -> np.ndarray | None:
-    """The known region (H, W) bool of the image ``path`` below ``root``; None for none or an empty one.
+    """Read the known region (H, W) bool of the image ``path`` below ``root``; None if missing or empty.
 
-    ``root/masks/<path without suffix>.png`` is united with all ``root/masks/<path without
-    suffix>_mask*.png``, and with what lies beside the image as ``<its name>_mask.png`` or ``_mask_1.png``,
-    each brought to the image's size; those of ``x.dcm#07`` begin with ``x_07``. Where ``root`` only wraps
-    the data set, the folder ``masks`` may also be in there. Raises as ``medfocus.images.decode.read`` does.
+    The region is the union of ``root/masks/<path without suffix>.png``, of all ``root/masks/<path without
+    suffix>_mask*.png``, and of files in the image's folder named ``<its name>_mask.png`` or ``_mask_1.png``,
+    each resized to the image. For ``x.dcm#07`` the names begin with ``x_07``. If ``root`` only wraps the data
+    set's folder, ``masks`` may also be inside that folder. Raises as ``medfocus.images.decode.read`` does.
     """
     region = np.zeros((height, width), bool)
     for file in _files_of(root, path):
@@ -39,50 +39,50 @@ def known_region(root: Path, path: str, height: int, width: int) -> np.ndarray |
 
 
 def _files_of(root: Path, path: str) -> list[Path]:
-    """The files of an image's known region."""
+    """List the files of an image's known region."""
     image = root / path
     stem = stack.flat(image.name)
     tops = {root, unwrapped(root)} if root.is_dir() else {root}
     files: list[Path] = []
     for top in tops:
         if image.is_relative_to(top):
-            place = top / MASKS / image.relative_to(top).with_name(f"{stem}.png")
-            files += [place] if place.is_file() else []
-            files += place.parent.glob(f"{glob.escape(place.stem)}_mask*.png")
+            mask = top / MASKS / image.relative_to(top).with_name(f"{stem}.png")
+            files += [mask] if mask.is_file() else []
+            files += mask.parent.glob(f"{glob.escape(mask.stem)}_mask*.png")
     if image.parent.is_dir():
         folder = image.parent
-        files += _beside(folder, folder.stat().st_mtime_ns).get(stem.casefold(), [])
+        files += _masks_in(folder, folder.stat().st_mtime_ns).get(stem.casefold(), [])
     return files
 
 
 @lru_cache(maxsize=64)
-def _beside(folder: Path, changed: int) -> dict[str, list[Path]]:
-    """Name of an image, without suffix and case -> the masks of it in ``folder``, as that was ``changed``.
+def _masks_in(folder: Path, changed: int) -> dict[str, list[Path]]:
+    """Map the name of an image, without suffix and in lower case, to its masks in ``folder``.
 
-    So a folder is listed once and not once per image.
+    The cache lists a folder once, not once per image; ``changed``, its mtime, makes the cache list it again.
     """
-    found: dict[str, list[Path]] = defaultdict(list)
+    masks: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(folder.iterdir()):
         mask = MASK_STEM.fullmatch(stack.stem(file.name).casefold())
         if mask and file.name.casefold().endswith(SUFFIXES):
-            found[mask[1]].append(file)
-    return found
+            masks[mask[1]].append(file)
+    return masks
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two regions (H, W) bool; 1 where both are empty."""
+    """Return the intersection over union of two regions (H, W) bool; 1 if both are empty."""
     either = int((a | b).sum())
     return float((a & b).sum() / either) if either else 1.0
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Twice the intersection over the sum of two regions (H, W) bool; 1 where both are empty."""
+    """Return the Dice coefficient of two regions (H, W) bool; 1 if both are empty."""
     total = int(a.sum()) + int(b.sum())
     return float(2 * (a & b).sum() / total) if total else 1.0
 
 
 def center_box(height: int, width: int) -> np.ndarray:
-    """The box in the middle with half of the image's area, (H, W) bool: what knows nothing."""
+    """Return the centred box with half of the image's area, (H, W) bool: a mask that ignores the image."""
     region = np.zeros((height, width), bool)
     y, x = round(height * (1 - 0.5**0.5) / 2), round(width * (1 - 0.5**0.5) / 2)
     region[y : height - y, x : width - x] = True
@@ -90,7 +90,7 @@ def center_box(height: int, width: int) -> np.ndarray:
 
 
 def innermost(region: np.ndarray) -> tuple[float, float]:
-    """The middle of the pixel of a region (H, W) bool that lies deepest in it: (x, y) in sides."""
+    """Return the point of a region (H, W) bool farthest from its edge: (x, y) as shares of the sides."""
     depth = np.zeros(np.add(region.shape, 2))
     ndimage.distance_transform_edt(np.pad(region, 1), distances=depth)
     y, x = np.unravel_index(int(depth[1:-1, 1:-1].argmax()), region.shape)
@@ -98,20 +98,20 @@ def innermost(region: np.ndarray) -> tuple[float, float]:
 
 
 def parts(region: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of a region (H, W) bool, without crumbs: two lungs are two parts."""
+    """Return the connected parts of a region (H, W) bool, such as two lungs, without small ones."""
     labels, _ = connected(region)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return [labels == i for i in np.flatnonzero(sizes >= LEAST_PART * max(1, sizes.max()))]
 
 
-def pointed(
+def masks_at_points(
     segmenter: Sam2Segmenter, image: np.ndarray, points: Sequence[tuple[float, float]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What points (x, y), in sides of an image (H, W, 3) uint8, find: two regions (H, W) bool.
+    """Segment an image (H, W, 3) uint8 at points (x, y), given as shares of its sides.
 
-    First the union of the masks that the quality head picks, one a point; then of its first, second and third
-    choices, (3, H, W), of which ground truth could choose.
+    Returns the union (H, W) bool of the best mask of each point by predicted IoU, and the unions (3, H, W)
+    bool of the best, second and third masks, so that ground truth can select one.
     """
     regions = segmenter.at_points(image, points)  # (P, 3, H, W)
     return np.logical_or.reduce(regions[:, 0]), np.logical_or.reduce(regions)

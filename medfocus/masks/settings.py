@@ -45,8 +45,8 @@ class Sam2Settings:
     keep: int = 1  # distinct regions that a mask unites: 2 for the lungs of a chest X-ray
     min_area: float = 0.01  # share of the image
     max_area: float = 0.70  # share of the image
-    # SAM2's generator uses 0.8 and 0.95 on photographs. Here the score ranks the candidates, and the
-    # thresholds only exclude those that are no region.
+    # SAM2's generator uses 0.8 and 0.95 for photographs. Here the score ranks the candidates, and the two
+    # thresholds only exclude noise.
     min_iou: float = 0.7
     min_stability: float = 0.85
     max_overlap: float = 0.3  # of the smaller of two distinct regions

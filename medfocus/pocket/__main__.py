@@ -1,8 +1,9 @@
 """Train the pocket models from a seed and measure them: ``python -m medfocus.pocket --out FOLDER``.
 
-Both train at once, a process and a share of the cores each (on a GPU one after the other), and go on where
-they were cut off. Into the folder go the weights, their cards and ``pocket.json`` with all figures, which are
-compared with the package's own. To ship them, copy all of these into medfocus/data/.
+On CPUs both train at once, each in a process with a share of the cores; on a GPU they train one after
+another. An interrupted training resumes. The folder receives the weights, their cards and ``pocket.json``
+with all figures, which are compared with the packaged figures. To ship the models, copy these files to
+medfocus/data/.
 """
 
 from __future__ import annotations
@@ -20,23 +21,31 @@ from medfocus.pocket import clip, measure, sam2
 from medfocus.pocket.pool import RECIPES, Pool, draw_pool, replace
 
 STEPS = {"sam2": 6300, "clip": 2050}
-PER_CLASS = 40  # held-out images of the measurements
+PER_CLASS = 40  # held-out images to measure
 PACKAGED = Path(__file__).parents[1] / "data"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw, train, measure, compare; exit with 1 where a figure is beyond the tolerance."""
+    """Draw, train, measure and compare; exit with 1 if a figure differs by more than the tolerance."""
     parser = argparse.ArgumentParser(
         prog="python -m medfocus.pocket", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of weights, cards and figures")
-    parser.add_argument("--cache", type=Path, help="folder of the drawn images, 3.3 GB; else OUT/pool")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, cards and figures")
+    parser.add_argument(
+        "--cache", type=Path, help="folder for the training images, 3.3 GB (default: OUT/pool)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, help="drawn for each to learn from, if not as many as shipped")
+    parser.add_argument(
+        "--images", type=int, help="training images per model (default: as for the packaged models)"
+    )
     parser.add_argument("--sam2-steps", type=int, default=STEPS["sam2"])
     parser.add_argument("--clip-steps", type=int, default=STEPS["clip"])
-    parser.add_argument("--per-class", type=int, default=PER_CLASS, help="held-out images measured")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also a contact sheet of unprompted masks")
+    parser.add_argument(
+        "--per-class", type=int, default=PER_CLASS, help="held-out images to measure per class"
+    )
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="also write a contact sheet of unprompted masks"
+    )
     options = parser.parse_args(arguments)
     cores = os.cpu_count() or 1
     files = {name: options.out / f"{name}_pocket.safetensors" for name in STEPS}
@@ -62,11 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with multiprocessing.get_context("spawn").Pool(at_once) as workers:
             workers.starmap(_train, tasks, chunksize=1)
 
-    masks = measure.measure_masks(files["sam2"], options.per_class)
-    words = measure.measure_zero_shot(files["clip"], files["sam2"], options.per_class)
-    figures = {"sam2_pocket": masks, "clip_pocket": words}
-    for name, found in figures.items():
-        text = measure.card(name, options.out / f"{name}.safetensors", found, options.per_class)
+    figures = {
+        "sam2_pocket": measure.measure_masks(files["sam2"], options.per_class),
+        "clip_pocket": measure.measure_zero_shot(files["clip"], files["sam2"], options.per_class),
+    }
+    for name, rows in figures.items():
+        text = measure.card(name, options.out / f"{name}.safetensors", rows, options.per_class)
         replace(options.out / f"{name}.md", lambda file, text=text: file.write_text(text))
         print(text)
     text = json.dumps({"per_class": options.per_class, **figures}, indent=1) + "\n"
@@ -75,10 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         png = measure.sheet(files["sam2"], per_modality=12, columns=6)
         replace(options.sheet, lambda file: file.write_bytes(png))
 
-    before = json.loads((PACKAGED / "pocket.json").read_text())
-    beyond = [line for name in figures for line in measure.beyond_tolerance(figures[name], before[name])]
-    print("\n".join(beyond) or f"Every figure is within {measure.TOLERANCE} of the package's.")
-    if beyond:
+    packaged = json.loads((PACKAGED / "pocket.json").read_text())
+    differences = [line for name in figures for line in measure.differences(figures[name], packaged[name])]
+    print("\n".join(differences) or f"Every figure is within {measure.TOLERANCE} of the packaged figure.")
+    if differences:
         raise SystemExit(1)
 
 
@@ -91,7 +101,7 @@ def _train(name: str, pool: Pool, seed: int, out: Path, steps: int, threads: int
 
 
 if __name__ == "__main__":
-    # The processes look ``_train`` up by its module's name, and that is not __main__ there.
+    # Worker processes import ``_train`` by its module's name, which must not be __main__.
     from medfocus.pocket.__main__ import main as run
 
     run()

@@ -1,8 +1,7 @@
-"""The pocket CLIP: drawn images and what is true of them -> one space for images and texts.
+"""Training of the pocket CLIP on phantoms and captions.
 
 The network is open_clip's, in the configuration ``configs/clip_pocket.json``. The loss is CLIP's (arXiv
-2103.00020), but a caption is a positive of every image of the batch that it is true of, not of its own
-alone.
+2103.00020), except that a caption is a positive for every image of the batch for which it is true.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from medfocus.images.geometry import letterbox_mask
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import Drawn, Pool
 
-FIELDS = ("modality", "finding", "region", "side", "size", "sequence")  # what a caption may name
-SHARES = {"region": 0.4, "side": 0.3, "size": 0.4, "sequence": 0.3}  # how often one does
+FIELDS = ("modality", "finding", "region", "side", "size", "sequence")  # facts that a caption may name
+SHARES = {"region": 0.4, "side": 0.3, "size": 0.4, "sequence": 0.3}  # probability that a caption names a fact
 FEATHER = 0.01
-# The visual prompts of most images; "multiply" is the method's own.
+# Probability of a visual prompt; the method uses "multiply".
 FOCUSED = {"multiply": 0.25, "crop": 0.25, "overlay": 0.04, "contour": 0.04, "blur": 0.04}
 ANATOMY = {
     "lesion": 0,
@@ -44,27 +43,27 @@ ANATOMY = {
     "ventricles": 4,
     "cisterns": 4,
 }
-_OUTLINED = 5  # channels of the outline's head: see ANATOMY
+_OUTLINED = 5  # channels of the outline head: see ANATOMY
 _SWAPPED = {"left": "right", "right": "left"}
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B images with a caption each, and what is true of both."""
+    """B images with a caption each, and their facts."""
 
     views: Tensor  # (B, S, S, 3) uint8
     tokens: Tensor  # (B, context) int64
-    facts: Tensor  # (B, F) int64: a hash of what is true of the image, by FIELDS; -1 for nothing
-    named: Tensor  # (B, F) int64: the same for what its caption names; -1 where it names nothing
-    outlines: Tensor  # (B, 5, G, G) float32: share of each patch that lesion and anatomy cover
+    facts: Tensor  # (B, F) int64: hashes of the image's facts, by FIELDS; -1 for none
+    named: Tensor  # (B, F) int64: likewise for the facts that the caption names
+    outlines: Tensor  # (B, 5, G, G) float32: the share of each patch inside lesion and anatomy
 
     def to(self, device: str) -> Batch:
-        """The same on a device."""
+        """Move the batch to a device."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class Batches(Dataset[Batch]):
-    """Batch n of the stream that ``seed`` names. The same n gives the same batch in every process."""
+    """The batches of a training. Seed and index determine a batch, in every process."""
 
     def __init__(self, pool: Pool, seed: int, batch_size: int, encoder: ClipEncoder) -> None:
         self.pool, self.seed, self.batch_size = pool, seed, batch_size
@@ -72,20 +71,20 @@ class Batches(Dataset[Batch]):
         self.grid: int = encoder.model.visual.grid_size[0]  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportAssignmentType]
 
     def __getitem__(self, index: int) -> Batch:
-        """View and caption ``batch_size`` images."""
+        """Make the views and captions of ``batch_size`` images."""
         views, captions, facts, named, outlines = [], [], [], [], []
         for number in range(index * self.batch_size, (index + 1) * self.batch_size):
             rng = np.random.default_rng([self.seed, 1, number])
             drawn = self.pool[self.pool.order(self.seed, number)]
             frame = framed(rng, mirror=drawn.facts.modality != "chest_xray")
-            seen, outline = show(drawn, frame, rng, self.size, self.grid)
+            image, outline = show(drawn, frame, rng, self.size, self.grid)
             true = truths(drawn, frame.mirrored)
-            said, text = caption(true, rng)
-            views.append(seen)
+            named_facts, text = caption(true, rng)
+            views.append(image)
             outlines.append(outline)
             captions.append(text)
             facts.append([_number(true.get(name)) for name in FIELDS])
-            named.append([_number(said.get(name)) for name in FIELDS])
+            named.append([_number(named_facts.get(name)) for name in FIELDS])
         return Batch(
             torch.from_numpy(np.stack(views)),
             self.tokenizer(captions),
@@ -96,7 +95,7 @@ class Batches(Dataset[Batch]):
 
 
 def truths(drawn: Drawn, mirrored: bool) -> dict[str, str]:
-    """What a caption may say of an image, by FIELDS; a mirrored one has left and right exchanged."""
+    """Return the facts of an image, by FIELDS, with left and right exchanged if it is mirrored."""
     findings = drawn.facts.findings
     known = {"modality": drawn.facts.modality, "finding": drawn.facts.label}
     known |= {name: findings[name] for name in FIELDS[2:] if name in findings}
@@ -109,27 +108,27 @@ def truths(drawn: Drawn, mirrored: bool) -> dict[str, str]:
 
 
 def caption(true: Mapping[str, str], rng: np.random.Generator) -> tuple[dict[str, str], str]:
-    """A sentence that says some of what is true, and what of it: always modality and finding."""
-    said = {name: value for name, value in true.items() if name not in SHARES or rng.random() < SHARES[name]}
-    thing = f"{said['size']} {said['finding']}" if "size" in said else said["finding"]
-    if "region" in said:
-        thing += f" in the {said['region']}"
-    if "side" in said:
-        thing += " in the middle" if said["side"] == "middle" else f" on the {said['side']} side"
-    if "sequence" in said:
-        thing += f", {said['sequence']}"
+    """Write a sentence about some facts, always modality and finding; return these facts and the sentence."""
+    named = {name: value for name, value in true.items() if name not in SHARES or rng.random() < SHARES[name]}
+    phrase = f"{named['size']} {named['finding']}" if "size" in named else named["finding"]
+    if "region" in named:
+        phrase += f" in the {named['region']}"
+    if "side" in named:
+        phrase += " in the middle" if named["side"] == "middle" else f" on the {named['side']} side"
+    if "sequence" in named:
+        phrase += f", {named['sequence']}"
     template = str(rng.choice(TEMPLATES[true["modality"]]))
-    return said, template.replace("{c}", thing)
+    return named, template.replace("{c}", phrase)
 
 
 def show(
     drawn: Drawn, frame: Crop, rng: np.random.Generator, size: int, grid: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A view of an image, often under a visual prompt: (S, S, 3) uint8; its outlines (5, G, G) float32."""
+    """Return a view (S, S, 3) uint8, often with a visual prompt, and its outlines (5, G, G) float32."""
     image = np.repeat(toned(drawn.image, rng)[..., None], 3, 2)
     mode = str(rng.choice(["none", *FOCUSED], p=[1 - sum(FOCUSED.values()), *FOCUSED.values()]))
     mask = None if mode == "none" else attended(drawn, rng)
-    # Cut here and not by ``view``, which would leave out a frame that halves the mask.
+    # ``view`` would reject a frame that halves the mask, so cut the image here.
     image, regions = cut(image, frame), [cut(region, frame) for region in drawn.regions]
     mask = None if mask is None else cut(mask, frame)
     if mask is None or not mask.any():
@@ -149,7 +148,7 @@ def show(
 
 
 def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another exposure, contrast, sharpness and grain of an image (S, S) uint8."""
+    """Vary exposure, contrast, sharpness and grain of an image (S, S) uint8."""
     if rng.random() < 0.3:
         image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6))))
     tone = (image.astype(np.float32) / 255) ** np.float32(np.exp(rng.normal(0, 0.35)))
@@ -159,9 +158,10 @@ def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def attended(drawn: Drawn, rng: np.random.Generator) -> np.ndarray:
-    """A mask such as an unprompted segmenter gives: the lesion or some anatomy, seldom exact -> (S, S) bool.
+    """Draw a rough mask (S, S) bool, such as an unprompted segmenter gives.
 
-    Of a lesion three in four times; else, and for a healthy image, anatomy or an ellipse anywhere.
+    With a lesion, the mask is the lesion in three of four images. Otherwise it is anatomy or an ellipse
+    anywhere.
     """
     size = len(drawn.image)
     anatomy = [region for region in drawn.regions[1:] if region.any()]
@@ -181,7 +181,7 @@ def attended(drawn: Drawn, rng: np.random.Generator) -> np.ndarray:
 
 
 def framed(rng: np.random.Generator, *, mirror: bool) -> Crop:
-    """A part of an image; its width and height may be cut differently, as films of all shapes come."""
+    """Draw a crop of an image with its own width and height, because films have many shapes."""
     width = height = 1.0 if rng.random() < 0.4 else rng.uniform(0.75, 1.0)
     if rng.random() < 0.4:
         height = rng.uniform(0.75, 1.0)
@@ -190,19 +190,19 @@ def framed(rng: np.random.Generator, *, mirror: bool) -> Crop:
 
 
 def _number(value: str | None) -> int:
-    """A word as a number that is the same everywhere; -1 for none."""
+    """Hash a word, on every machine to the same number; -1 for none."""
     return -1 if value is None else zlib.crc32(value.encode())
 
 
 def positives(facts: Tensor, named: Tensor) -> Tensor:
-    """Whether caption j is true of image i: facts (B, F), named (C, F) -> (B, C) bool."""
+    """Check which captions are true for which images: facts (B, F), named (C, F) -> (B, C) bool."""
     return ((named[None] == facts[:, None]) | (named[None] < 0)).all(2)
 
 
 def caption_loss(images: Tensor, texts: Tensor, true: Tensor, logit_scale: Tensor) -> Tensor:
-    """Half of each direction's cross-entropy, a row's target spread over all that is true of it.
+    """Return the mean cross-entropy of both directions, with targets spread over all positives.
 
-    images (B, D) and texts (C, D) of length one, true (B, C) bool, each row and column with one True.
+    images (B, D) and texts (C, D) are unit vectors; true (B, C) bool has a True in each row and column.
     """
     logits = logit_scale * images @ texts.T  # (B, C)
     share = true.to(logits.dtype)
@@ -212,7 +212,7 @@ def caption_loss(images: Tensor, texts: Tensor, true: Tensor, logit_scale: Tenso
 
 
 class Pupil(nn.Module):
-    """The CLIP that learns, and a head for this time alone: where lesion and anatomy lie, patch by patch."""
+    """The CLIP in training, with a head that predicts lesion and anatomy by patch; the head is not kept."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class Pupil(nn.Module):
         self.outline = nn.Linear(clip.visual.ln_post.normalized_shape[0], _OUTLINED)
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (B, 3, S, S), tokens (B, n) -> images (B, D), texts (B, D), outlines (B, 5, G, G)."""
+        """Encode pixels (B, 3, S, S) and tokens (B, n): images, texts (B, D), outlines (B, 5, G, G)."""
         pooled, patches = self.clip.visual(pixels)  # (B, D), (B, G·G, W)
         grid = self.clip.visual.grid_size
         outlines = self.outline(patches).transpose(1, 2).unflatten(2, grid)
@@ -229,18 +229,18 @@ class Pupil(nn.Module):
 
 
 def loss(pupil: Pupil, encoder: ClipEncoder, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Loss of a batch and what to watch: captions and outlines, and how often the best caption is true."""
+    """Return a batch's loss, its two parts and the share of images with a true caption as the best."""
     images, texts, outlines = pupil(encoder.preprocess(batch.views), batch.tokens)
     true = positives(batch.facts, batch.named)
     captions = caption_loss(images, texts, true, pupil.clip.logit_scale.exp())
-    where = F.binary_cross_entropy_with_logits(outlines, batch.outlines)
+    outline = F.binary_cross_entropy_with_logits(outlines, batch.outlines)
     best = (images @ texts.T).argmax(1, keepdim=True)
     watched = {
         "captions": float(captions.detach()),
-        "outlines": float(where.detach()),
+        "outlines": float(outline.detach()),
         "true": float(true.gather(1, best).float().mean()),
     }
-    return captions + 5 * where, watched
+    return captions + 5 * outline, watched
 
 
 def train(
@@ -259,7 +259,7 @@ def train(
 ) -> None:
     """Train from random weights and write the model to ``out`` as safetensors, float16.
 
-    Raises ValueError where the state beside ``out`` is of other settings; see ``loop.train_and_write``.
+    Raises ValueError if an interrupted training has other settings; see ``loop.train_and_write``.
     """
     encoder = build_clip("pocket", f"random:{seed}", device)
     with torch.random.fork_rng(devices=[]):

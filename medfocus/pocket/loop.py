@@ -23,7 +23,7 @@ _SAVE_EVERY = 60.0  # seconds
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training's result depends on, beside the code."""
+    """The settings that, with the code, determine a training."""
 
     seed: int
     images: int  # of the pool
@@ -49,24 +49,24 @@ def train_and_write(
     workers: int,
     line: int = 0,
 ) -> None:
-    """AdamW with a warm-up, a cosine to 0 and clipped gradients; the last iterate goes to ``out``.
+    """Train with AdamW, warm-up, a cosine to 0 and clipped gradients, and write the last step's weights.
 
     Args:
-        title: Beside the progress bar.
-        out: A safetensors file with the settings as metadata. Until it is there, the state of the training
-            goes every minute to a file beside it, from which a new call with the same settings goes on.
-        settings: See there.
-        data: What names the images, for the metadata.
-        model: Whose state is kept.
-        trained: Its parameters that train; vectors among them do not decay.
-        batches: Batch n, the same in every process.
-        loss: A batch's loss and what to show of it; what is not a number is left out.
-        finished: The tensors to write, once the model is trained.
-        workers: Processes that make batches ahead; 0 makes them here.
-        line: Of the terminal, from the cursor down, for the progress bar: several may train at once.
+        title: Title of the progress bar. out: Safetensors file to write, with the settings as metadata.
+        Every minute the state of the training goes
+            to ``out``.state, from which a call with the same settings resumes.
+        settings: See ``Settings``.
+        data: Description of the images, for the metadata.
+        model: Model in training.
+        trained: Parameters to train; vectors among them do not decay.
+        batches: The batches by step, equal in every process.
+        loss: Returns a batch's loss and values for the progress bar, which leaves NaN out.
+        finished: Returns the tensors to write after training.
+        workers: Processes that prepare batches; 0 for this process.
+        line: Line of the progress bar, from the cursor down, because several models may train at once.
 
     Raises:
-        ValueError: The state there is of other settings.
+        ValueError: The saved state has other settings.
     """
     state_file = out.with_name(out.name + ".state")
     seconds = _optimise(title, settings, state_file, model, trained, batches, loss, workers, line)
@@ -85,7 +85,7 @@ def _optimise(
     workers: int,
     line: int,
 ) -> float:
-    """Train ``model`` in place; the seconds that it took, all its pieces together."""
+    """Train ``model`` in place and return the seconds, including those of interrupted runs."""
     groups = [
         {"params": [v for v in trained.values() if v.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [v for v in trained.values() if v.ndim <= 1], "weight_decay": 0.0},
@@ -93,15 +93,15 @@ def _optimise(
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     start, before = 0, 0.0
     if state_file.is_file():
-        kept = torch.load(state_file, weights_only=True)
-        if kept["settings"] != asdict(settings):
+        saved = torch.load(state_file, weights_only=True)
+        if saved["settings"] != asdict(settings):
             raise ValueError(
-                f"{state_file}: is of a training with {kept['settings']}, not {asdict(settings)}. "
+                f"{state_file} belongs to a training with {saved['settings']}, not {asdict(settings)}. "
                 "Delete it, or train with its settings."
             )
-        model.load_state_dict(kept["model"])
-        optimizer.load_state_dict(kept["optimizer"])
-        start, before = kept["step"], kept["seconds"]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start, before = saved["step"], saved["seconds"]
 
     stream: Iterable[BatchT] = DataLoader(
         batches,
@@ -110,7 +110,7 @@ def _optimise(
         num_workers=workers,
         prefetch_factor=8 if workers else None,
     )
-    began = saved = time.monotonic()
+    began = last_save = time.monotonic()
     running: dict[str, float] = {}
     with tqdm(
         total=settings.steps, initial=start, desc=title, unit="step", mininterval=5, position=line
@@ -128,22 +128,26 @@ def _optimise(
                     running[name] = 0.98 * running.get(name, value) + 0.02 * value
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in running.items()}, refresh=False)
-            if time.monotonic() - saved > _SAVE_EVERY:
-                saved = time.monotonic()
-                kept = {"settings": asdict(settings), "step": step + 1, "seconds": before + saved - began}
-                kept |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                replace(state_file, lambda file, kept=kept: torch.save(kept, file))
+            if time.monotonic() - last_save > _SAVE_EVERY:
+                last_save = time.monotonic()
+                state = {
+                    "settings": asdict(settings),
+                    "step": step + 1,
+                    "seconds": before + last_save - began,
+                }
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                replace(state_file, lambda file, state=state: torch.save(state, file))
     return before + time.monotonic() - began
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the learning rate: a linear rise over ``warmup`` steps, then a cosine to 0."""
+    """Return the factor of the learning rate: a linear rise over ``warmup`` steps, then a cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
 def _write_weights(out: Path, state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-    """Write tensors as float16 safetensors with ``notes`` as metadata; all of the file or nothing appears."""
+    """Write tensors as float16 safetensors with ``notes`` as metadata."""
     halves = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
     replace(out, lambda file: file.write_bytes(save(halves, {k: str(v) for k, v in notes.items()})))

@@ -1,8 +1,8 @@
-"""The drawn images that the pocket models learn from: drawn once, kept on disk, read at random.
+"""The training images of the pocket models: phantoms, drawn once and read in random order.
 
-A shard holds ``SHARD`` images: ``NNN.npy``, (SHARD, 2, S, S) uint8, where plane 0 is the image and bit r
-of plane 1 its region r; and ``NNN.json``, their facts. Each image depends on the seed and its number alone,
-so a pool that was cut off goes on where it stopped, and a larger one begins with the same images.
+A shard holds ``SHARD`` images: ``NNN.npy``, (SHARD, 2, S, S) uint8, with the image in plane 0 and its
+region r in bit r of plane 1, and ``NNN.json``, their facts. Seed and number alone determine an image, so
+that an interrupted pool resumes and a larger pool begins with the same images.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from tqdm import tqdm
 from medfocus import phantoms
 
 SHARD = 500  # images
-TRAIN_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000  # of phantoms.generator; data sets use small ones
+TRAIN_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000  # of phantoms.generator; data sets use small seeds
 MOST_REGIONS = 4  # the lesion first, then the anatomy
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the pool of a model holds."""
+    """The composition of a model's pool."""
 
     count: int  # images
-    size: int  # pixels a side as drawn, from which the model's views are cut
-    weights: Mapping[str, tuple[int, ...]]  # modality -> how often each of its classes is drawn in a turn
+    size: int  # pixels a side as drawn; the model's views are crops
+    weights: Mapping[str, tuple[int, ...]]  # modality -> images of each class in a turn
 
 
-# Lesions are what is hard, and of them the faint ones of chest and brain. CLIP is to know crops, which show
-# less than half of an image's side: its images are larger.
+# Faint lesions of chest and brain are the hardest and the most frequent. CLIP's images are larger, because it
+# also sees crops of less than half of an image's side.
 RECIPES = {
     "sam2": Recipe(
         34_000, 144, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (1, 1, 1)}
@@ -49,17 +49,17 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an image beside its pixels."""
+    """The facts of an image."""
 
     modality: str
     label: str
     findings: dict[str, str]
-    regions: tuple[str, ...]  # names, by their bit; the first is always "lesion"
+    regions: tuple[str, ...]  # names by bit; the first is always "lesion"
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """An image of the pool."""
+    """One image of the pool."""
 
     image: np.ndarray  # (S, S) uint8
     regions: np.ndarray  # (R, S, S) bool, in the order of ``facts.regions``
@@ -67,7 +67,7 @@ class Drawn:
 
 
 class Pool:
-    """A pool on disk, read image by image."""
+    """A pool on disk."""
 
     def __init__(self, folder: Path, count: int) -> None:
         """Open the first ``count`` images of a pool that ``draw_pool`` made."""
@@ -75,7 +75,7 @@ class Pool:
 
     @property
     def name(self) -> str:
-        """What names its images, for a model card."""
+        """Return the description of its images, for a model card."""
         return (
             f"phantoms, generator seed {TRAIN_SEED + int(self.folder.name.partition('-')[0])}, name 'pocket'"
         )
@@ -84,15 +84,15 @@ class Pool:
         return self.count
 
     def __getitem__(self, number: int) -> Drawn:
-        """Image ``number``."""
+        """Read image ``number``."""
         planes, facts = _shard(self.folder, number // SHARD)
         image, bits = planes[number % SHARD]
-        one = facts[number % SHARD]
-        planes_of = np.uint8(1) << np.arange(len(one.regions), dtype=np.uint8)
-        return Drawn(image, (bits & planes_of[:, None, None]).astype(bool), one)
+        image_facts = facts[number % SHARD]
+        masks = np.uint8(1) << np.arange(len(image_facts.regions), dtype=np.uint8)
+        return Drawn(image, (bits & masks[:, None, None]).astype(bool), image_facts)
 
     def order(self, seed: int, number: int) -> int:
-        """Which image the ``number``-th of a training is: each epoch is the pool in another order."""
+        """Return the image at step ``number`` of a training; each epoch has its own order."""
         return int(_permutation(seed, number // self.count, self.count)[number % self.count])
 
 
@@ -110,7 +110,7 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def classes(recipe: Recipe) -> list[tuple[str, str]]:
-    """Modality and label of the images of one turn, as often as the recipe says."""
+    """List modality and label of the images of one turn of a recipe."""
     turn = []
     for modality, labels in phantoms.MODALITIES.items():
         for label, weight in zip(labels, recipe.weights[modality], strict=True):
@@ -119,14 +119,14 @@ def classes(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def drawn(phantom: phantoms.Phantom) -> Drawn:
-    """A phantom as the pool keeps it: the lesion and the anatomy, at most ``MOST_REGIONS``."""
+    """Convert a phantom: the lesion and the anatomy, at most ``MOST_REGIONS``."""
     names = ("lesion", *phantom.parts)[:MOST_REGIONS]
     regions = np.stack([phantom.region, *phantom.parts.values()][:MOST_REGIONS])
     return Drawn(phantom.image, regions, Facts(phantom.modality, phantom.label, phantom.findings, names))
 
 
 def draw_one(recipe: Recipe, seed: int, number: int) -> Drawn:
-    """Image ``number`` of the pool that ``seed`` names."""
+    """Draw image ``number`` of the pool of a seed."""
     turn = classes(recipe)
     modality, label = turn[number % len(turn)]
     rng = phantoms.generator(TRAIN_SEED + seed, modality, "pocket", label, number)
@@ -134,14 +134,14 @@ def draw_one(recipe: Recipe, seed: int, number: int) -> Drawn:
 
 
 def held_out(modality: str, label: str, index: int, size: int = 192) -> phantoms.Phantom:
-    """Image ``index`` of a class that no training and no data set sees."""
+    """Draw image ``index`` of a class outside all trainings and data sets."""
     return phantoms.draw(
         modality, label, phantoms.generator(HELD_OUT_SEED, modality, "held-out", label, index), size
     )
 
 
 def draw_pool(folder: Path, model: str, seed: int, count: int, processes: int) -> Pool:
-    """Draw what is missing of the first ``count`` images for a key of RECIPES below ``folder``."""
+    """Draw the missing shards of a model's first ``count`` images; ``model`` is a key of RECIPES."""
     folder = folder / f"{seed}-{model}"
     folder.mkdir(parents=True, exist_ok=True)
     shards = -(-count // SHARD)
@@ -170,20 +170,22 @@ def _draw_shard(task: tuple[Path, Recipe, int, int]) -> None:
         )
     replace(folder / f"{index:03d}.npy", lambda file: _save(file, planes))
     facts = json.dumps([asdict(row.facts) for row in rows])
-    replace(folder / f"{index:03d}.json", lambda file: file.write_text(facts))  # last: the shard is whole
+    replace(
+        folder / f"{index:03d}.json", lambda file: file.write_text(facts)
+    )  # last, because it marks the shard as complete
 
 
 def _save(file: Path, planes: np.ndarray) -> None:
-    with file.open("wb") as stream:  # np.save would add a suffix to a path
+    with file.open("wb") as stream:  # with a path, np.save would add a suffix
         np.save(stream, planes)
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside ``path`` and move it there when it is whole."""
+    """Write a temporary file and move it to ``path``, so that the file is complete whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(beside)
-        beside.replace(path)
+        write(temporary)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""The pocket SAM2: points and boxes in lesions and anatomy -> their outlines.
+"""Training of the pocket SAM2: points and boxes prompt it for the outlines of lesions and anatomy.
 
-The network is the sam2 package's own (arXiv 2408.00714), as ``medfocus.masks.sam2.segmenter`` builds it from
-the configuration "pocket", without the modules for video.
+The network is the sam2 package's (arXiv 2408.00714) in the configuration "pocket", without the modules for
+video.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import MOST_REGIONS, Drawn, Pool
 
 IMAGE_SIZE = 128  # pixels a side that the model sees
-POINTS, BOXES = 4, 1  # prompts per image: they share its encoding
-LESION_SHARE = 0.65  # of the prompts that mean a region; anatomy is easier to learn
-# The quality head learns IoU x this. Anatomy stays under the least quality of a chosen mask (0.7), so an
-# unprompted choice takes a lesion wherever it finds one, and anatomy, as "relaxed", only where it does not.
+POINTS, BOXES = 4, 1  # prompts per image, which share its encoding
+LESION_SHARE = 0.65  # of the prompts with a region; anatomy is easier to learn
+# Factors of the IoU that the quality head learns. Anatomy stays below the limit of a chosen mask (0.7), so
+# that an unprompted segmenter chooses a lesion if it finds any, and anatomy, as "relaxed", only otherwise.
 LESION_WORTH, ANATOMY_WORTH = 1.0, 0.45
-# Stability compares logits > 1 with logits > -1. SAM2's masks have 256 px a side, these 32: most of a lesion
-# is rim. Logits this much steeper leave every mask as it is; a power of two also every digit of a weight.
+# Factor of the mask logits. Stability compares logits > 1 with logits > -1, and at 32 px a side (SAM2: 256)
+# most of a lesion is rim. The factor changes no mask; as a power of two it keeps every digit of a weight.
 STEEPNESS = 4.0
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as SAM2's transforms
 
@@ -46,12 +46,12 @@ class Batch:
     box_targets: torch.Tensor  # (B, Q) int64
 
     def to(self, device: str) -> Batch:
-        """The same on a device."""
+        """Move the batch to a device."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class Batches(Dataset[Batch]):
-    """Batch n of the stream that ``seed`` names. The same n gives the same batch in every process."""
+    """The batches of a training. Seed and index determine a batch, in every process."""
 
     def __init__(self, pool: Pool, seed: int, batch_size: int) -> None:
         self.pool, self.seed, self.batch_size = pool, seed, batch_size
@@ -66,7 +66,7 @@ class Batches(Dataset[Batch]):
 
 
 def sample(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """One row of a ``Batch``."""
+    """Make one row of a ``Batch``."""
     size, whole = IMAGE_SIZE, len(drawn.image)
     side = whole if rng.random() < 0.5 else int(rng.uniform(0.7, 1.0) * whole)
     left, top = (int(v) for v in rng.integers(0, whole - side + 1, 2))
@@ -84,13 +84,13 @@ def sample(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     worth = np.zeros(MOST_REGIONS, np.float32)
     for i, plane in enumerate(drawn.regions):
         region = view(plane.astype(np.uint8) * np.uint8(255)) > 0.5
-        if region.sum() >= 32:  # what a crop leaves of less is no region
+        if region.sum() >= 32:  # a smaller rest of a crop is no region
             regions[i], worth[i] = region, ANATOMY_WORTH if i else LESION_WORTH
 
     points = rng.uniform(0, size, (POINTS, 1, 2)).astype(np.float32)
     point_targets = np.zeros(POINTS, np.int64)
     for k in range(POINTS):
-        meant = _meant(worth, rng) if k < POINTS - 1 else -1  # the last one falls anywhere
+        meant = _meant(worth, rng) if k < POINTS - 1 else -1  # the last point is anywhere
         inside = regions[meant] & ~regions[0] if meant > 0 else regions[meant]
         if meant >= 0 and inside.any():
             place = rng.choice(np.flatnonzero(inside))
@@ -113,7 +113,7 @@ def sample(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 
 def _meant(worth: np.ndarray, rng: np.random.Generator) -> int:
-    """The region of a prompt: the lesion in ``LESION_SHARE`` of all, where there is both; -1 for nothing."""
+    """Draw the region of a prompt: the lesion in ``LESION_SHARE`` of images with both; -1 for none."""
     anatomy = np.flatnonzero(worth[1:]) + 1
     if worth[0] and (not len(anatomy) or rng.random() < LESION_SHARE):
         return 0
@@ -121,9 +121,9 @@ def _meant(worth: np.ndarray, rng: np.random.Generator) -> int:
 
 
 def encode(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Images (B, S, S) in [0, 1] -> embedding (B, d, S/16, S/16), finer levels at S/4 and S/8.
+    """Encode images (B, S, S) in [0, 1]: embedding (B, d, S/16, S/16), finer levels at S/4 and S/8.
 
-    As ``SAM2ImagePredictor.set_image_batch`` does, but with gradients.
+    This is ``SAM2ImagePredictor.set_image_batch`` with gradients.
     """
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (_MEAN, _STD))
     pixels = ((images[:, None] - mean) / std).contiguous(memory_format=torch.channels_last)  # (B, 3, S, S)
@@ -139,10 +139,10 @@ def encode(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.T
 def decode(
     model: Any, features: tuple[torch.Tensor, list[torch.Tensor]], coords: torch.Tensor, labels: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K prompts of each of B images, ``coords`` (B, K, N, 2) and ``labels`` of their N points.
+    """Decode K prompts for each of B images, with ``coords`` (B, K, N, 2) and ``labels`` of their N points.
 
-    Returns logits (BK, 4, S/4, S/4) and predicted quality (BK, 4): the mask for unambiguous prompts, then
-    the three for ambiguous ones.
+    Returns logits (BK, 4, S/4, S/4) and predicted quality (BK, 4): the single mask, then the three masks for
+    ambiguous prompts.
     """
     embedding, fine = features
     count = coords.shape[1]
@@ -161,10 +161,10 @@ def decode(
 
 
 def outline_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """20 x focal + dice, SAM's loss. logits (..., h, w), target (..., h, w) in [0, 1] -> (...)."""
+    """Return 20 x focal + dice, as SAM: logits (..., h, w), target (..., h, w) in [0, 1] -> (...)."""
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     inside = logits.sigmoid()
-    missed = inside + target - 2 * inside * target  # 1 - the probability of the truth
+    missed = inside + target - 2 * inside * target  # 1 - probability of the truth
     share = 0.25 * target + 0.75 * (1 - target)
     focal = (share * missed.square() * entropy).mean((-2, -1))
     both = (inside * target).sum((-2, -1))
@@ -173,7 +173,7 @@ def outline_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def true_quality(masks: torch.Tensor, regions: torch.Tensor, worth: torch.Tensor) -> torch.Tensor:
-    """The best IoU x worth over regions. masks (n, M, h, w), regions (n, R, h, w), worth (n, R) -> (n, M)."""
+    """Return the best IoU x worth: masks (n, M, h, w), regions (n, R, h, w), worth (n, R) -> (n, M)."""
     a, b = masks.flatten(2).float(), regions.flatten(2).float()
     both = a @ b.mT  # (n, M, h·w) @ (n, h·w, R) -> (n, M, R)
     either = a.sum(2)[:, :, None] + b.sum(2)[:, None] - both
@@ -181,10 +181,10 @@ def true_quality(masks: torch.Tensor, regions: torch.Tensor, worth: torch.Tensor
 
 
 def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss of a batch and what to watch: outline and quality loss, quality of the best and the picked mask.
+    """Return a batch's loss, and its outline loss, quality error and quality of the best and the picked mask.
 
-    The outline of the best of the three masks is trained (and, for boxes, the single mask too); the quality
-    of all four. A prompt is credited with every region that it lies in, one in none has a quality of 0.
+    The outline loss trains the best of the three masks and, for boxes, the single mask; the quality loss
+    trains all four. The quality of a point's mask counts every region that contains the point.
     """
     features = encode(model, batch.images)
     halves = F.avg_pool2d(batch.regions.float(), 2) >= 0.5  # (B, R, S/2, S/2)
@@ -248,7 +248,7 @@ def train(
 ) -> None:
     """Train from random weights and write the image modules to ``out`` as safetensors, float16.
 
-    Raises ValueError where the state beside ``out`` is of other settings; see ``loop.train_and_write``.
+    Raises ValueError if an interrupted training has other settings; see ``loop.train_and_write``.
     """
     model = load_predictor("pocket", f"random:{seed}", IMAGE_SIZE, device=device)[0].model.train()
     trained = {k: v for k, v in model.named_parameters() if k.startswith(IMAGE_MODULES)}
@@ -275,7 +275,7 @@ def train(
 
 
 def steepen(model: Any, factor: float) -> None:
-    """Multiply all mask logits of a model by ``factor``, in place: the last layers that make them."""
+    """Multiply all mask logits of a model by ``factor``, through its last layers and in place."""
     with torch.no_grad():
         for network in model.sam_mask_decoder.output_hypernetworks_mlps:
             network.layers[-1].weight *= factor

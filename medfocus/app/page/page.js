@@ -6,55 +6,55 @@ const isPointed = settings.pointed === "yes";
 const SVG = "http://www.w3.org/2000/svg";
 const STATUSES = {
   chosen: "chosen",
-  relaxed: "within wider limits",
-  box: "from the box around the image",
-  identity: "none found: the whole image",
+  relaxed: "chosen within relaxed limits",
+  box: "from a box around the image",
+  identity: "no region found: the whole image",
   edited: "edited",
 };
-const STEP = 0.01; // of the keyboard's cross, in sides of the image; five times with Shift
+const STEP = 0.01; // of the keyboard's cross, as a share of the image's sides; five times with Shift
 
 const all = document.getElementById("images");
-const said = document.getElementById("said");
+const announcer = document.getElementById("status");
 const input = document.getElementById("files");
 const drop = document.getElementById("drop");
 const forget = document.getElementById("forget");
-let line = Promise.resolve(); // images are sent one after the other
+let queue = Promise.resolve(); // sends images one after another
 let count = 0;
 
 const percent = (share) => (100 * share).toFixed(1) + "\u00a0%";
 
-function say(text) { said.textContent = text; }
+function say(text) { announcer.textContent = text; }
 
-/** A request's JSON; what goes wrong is thrown as {fault, fix}. */
+/** Send a request and return its JSON. Throws errors as {fault, fix}. */
 async function ask(path, options) {
   let answer;
   try {
     answer = await fetch(path, options);
   } catch {
-    throw { fault: "The server does not answer.", fix: "Look whether medfocus app still runs, and start it again." };
+    throw { fault: "The server does not answer.", fix: "Check that medfocus app is running, and start it again if needed." };
   }
   if (answer.status === 204) return null;
   const content = await answer.json().catch(() => null);
   if (!answer.ok && !(content && content.images)) {
-    throw (content && content.error) || { fault: `The server answered ${answer.status}.`, fix: "Try again." };
+    throw (content && content.error) || { fault: `The server responded with status ${answer.status}.`, fix: "Try again." };
   }
   return content;
 }
 
 const sentence = (text) => text[0].toUpperCase() + text.slice(1).replace(/\.?$/, ".");
 
-/** What went wrong, in a sentence; the card has the file's name already. */
+/** Return an error as a sentence, without the file's name, which the card shows. */
 function fault(error, name) {
   if (!error.place || error.fault.startsWith("the ")) return sentence(error.fault);
   return sentence(`${error.place === name ? "this file" : error.place} ${error.fault}`);
 }
 
-/** One image: its card, what the model says of it, and the points set in it. */
+/** One image: its card, its prediction and its points. */
 class Card {
   constructor(file) {
     this.file = file;
     this.points = [];
-    this.edits = 0; // how often the mask has changed
+    this.edits = 0; // number of mask edits
     this.cross = { x: 0.5, y: 0.5 };
     this.ways = {};
     this.root = document.getElementById("card").content.firstElementChild.cloneNode(true);
@@ -70,7 +70,7 @@ class Card {
     drop.classList.remove("empty");
   }
 
-  find(what) { return this.root.querySelector(what); }
+  find(selector) { return this.root.querySelector(selector); }
 
   fail(error) {
     this.find(".waiting").hidden = true;
@@ -83,13 +83,13 @@ class Card {
     if (this.gone) return;
     if (this.file.size > mostBytes) {
       const most = Math.floor(mostBytes / 1e6);
-      this.fail({ fault: `The file is larger than ${most} MB, the most that is read.`, fix: "Export it smaller." });
+      this.fail({ fault: `The file is larger than ${most} MB, the limit.`, fix: "Export a smaller image." });
       return;
     }
     try {
       await this.file.slice(0, 1).arrayBuffer();
     } catch {
-      this.fail({ fault: "The browser cannot read this file.", fix: "Choose the files of a folder, not the folder." });
+      this.fail({ fault: "The browser cannot read this file.", fix: "Choose files, not a folder." });
       return;
     }
     this.find(".doing").textContent = "Reading";
@@ -103,7 +103,7 @@ class Card {
       this.fail(error);
       say(`${this.file.name}: not read.`);
     }
-    this.file = { name: this.file.name }; // the browser may forget the bytes
+    this.file = { name: this.file.name }; // let the browser free the bytes
   }
 
   open(answer) {
@@ -115,7 +115,7 @@ class Card {
     const image = this.find(".image");
     const [width, height] = answer.shown.size;
     image.src = answer.shown.image;
-    image.alt = `${this.file.name}, as it was given`;
+    image.alt = `${this.file.name}, the uploaded image`;
     this.frame = this.find(".frame");
     this.frame.style.aspectRatio = `${width} / ${height}`;
     this.frame.style.maxWidth = `${Math.round(72 * width / height)}vh`;
@@ -136,11 +136,11 @@ class Card {
     this.frame.removeAttribute("tabindex");
     this.find(".off").hidden = false;
     this.find(".off").textContent =
-      `The mask cannot be edited: this model's masks come from ${settings.segmenter}, and points need SAM2.`;
+      `Points cannot edit this mask: it comes from ${settings.segmenter}, and points need SAM2.`;
   }
 
-  slide(which, layer) {
-    const slider = this.find(which);
+  slide(selector, layer) {
+    const slider = this.find(selector);
     const set = () => {
       layer.style.opacity = slider.value / 100;
       slider.nextElementSibling.textContent = `${slider.value} %`;
@@ -150,17 +150,17 @@ class Card {
     set();
   }
 
-  get which() { return this.edited ? "edited" : "first"; }
+  get version() { return this.edited ? "edited" : "first"; }
 
   get now() { return this.edited || this.first; }
 
-  /** Everything that depends on the mask. */
+  /** Update everything that depends on the mask. */
   show() {
     this.mask.src = this.now.layers.mask;
     this.root.classList.toggle("edited", Boolean(this.edited));
     this.mask.alt = `Mask, ${percent(this.now.mask.coverage)} of the image`;
     this.showAnswer();
-    this.showChances();
+    this.showProbabilities();
     this.showMask();
     this.showViews();
     this.heat.hidden = true;
@@ -182,7 +182,7 @@ class Card {
       : `With the edited mask. Before: ${this.first.label}, ${percent(before)}.`;
   }
 
-  showChances() {
+  showProbabilities() {
     for (const head of [".after-head", ".delta-head"]) this.find(head).hidden = !this.edited;
     this.find(".before-head").textContent = this.edited ? "first" : "probability";
     const rows = Object.entries(this.first.probabilities).map(([name, before]) => this.row(name, before));
@@ -197,20 +197,20 @@ class Card {
     head.scope = "row";
     head.textContent = name;
     const cell = (text, kind) => {
-      const made = document.createElement("td");
-      made.className = `number ${kind}`;
-      made.textContent = text;
-      return made;
+      const data = document.createElement("td");
+      data.className = `number ${kind}`;
+      data.textContent = text;
+      return data;
     };
     const bars = document.createElement("td");
     bars.className = "bars";
     row.append(head, bars, cell(percent(before), this.edited ? "before" : "before now"));
     if (!this.edited) {
-      bars.append(drawn([["now", before]]));
+      bars.append(drawBars([["now", before]]));
       return row;
     }
     const after = this.edited.probabilities[name];
-    bars.append(drawn([["first", before], ["now", after]]));
+    bars.append(drawBars([["first", before], ["now", after]]));
     const points = 100 * (after - before);
     const sign = points > 0.05 ? "+" : points < -0.05 ? "−" : "±";
     row.append(cell(percent(after), "after now"), cell(sign + Math.abs(points).toFixed(1), "delta"));
@@ -224,10 +224,10 @@ class Card {
     this.find(".mask-facts").replaceChildren(...facts.map(([name, value]) => {
       const pair = document.createElement("div");
       const term = document.createElement("dt");
-      const told = document.createElement("dd");
+      const description = document.createElement("dd");
       term.textContent = name;
-      told.textContent = value;
-      pair.append(term, told);
+      description.textContent = value;
+      pair.append(term, description);
       return pair;
     }));
   }
@@ -235,12 +235,12 @@ class Card {
   showViews() {
     const [before, after] = [this.find("figure.before img"), this.find("figure.after img")];
     before.src = this.first.layers.view;
-    before.alt = `What CLIP sees of ${this.file.name}: the focus ${settings.focus} with the first mask`;
+    before.alt = `Input of CLIP for ${this.file.name}: the focus ${settings.focus} with the first mask`;
     this.find("figure.after").hidden = !this.edited;
-    this.find("figure.before figcaption").textContent = this.edited ? "What CLIP sees: first" : "What CLIP sees";
+    this.find("figure.before figcaption").textContent = this.edited ? "Input of CLIP: first mask" : "Input of CLIP";
     if (!this.edited) return;
     after.src = this.edited.layers.view;
-    after.alt = `What CLIP sees of ${this.file.name} with the edited mask`;
+    after.alt = `Input of CLIP for ${this.file.name} with the edited mask`;
   }
 
   async attribute() {
@@ -248,9 +248,9 @@ class Card {
     if (this.attributed === key) return;
     this.attributed = key;
     const label = this.now.label;
-    this.find(".way").textContent = "Computing where the answer came from …";
+    this.find(".way").textContent = "Computing the attribution …";
     try {
-      const { way, inside, layer } = await ask(`/images/${this.id}/${this.which}/attribution`);
+      const { way, inside, layer } = await ask(`/images/${this.id}/${this.version}/attribution`);
       if (this.attributed !== key) return;
       this.heat.src = layer;
       this.heat.alt = `Attribution of ${label} by ${way}`;
@@ -266,7 +266,7 @@ class Card {
     const frame = this.frame;
     frame.classList.add("editable");
     frame.setAttribute("aria-label", "The image with its mask. Arrow keys move a cross, Enter sets a point inside, " +
-      "Shift and Enter one outside, Backspace takes the last one back.");
+      "Shift and Enter a point outside, Backspace removes the last point.");
     const place = (event) => {
       const box = frame.getBoundingClientRect();
       const share = (value, from, size) => Math.min(1, Math.max(0, (value - from) / size));
@@ -310,7 +310,7 @@ class Card {
     this.edit();
   }
 
-  /** Ask for the mask of all points; what is set meanwhile is asked for afterwards, together. */
+  /** Request the mask for all points; points set in the meantime go into one further request. */
   async edit() {
     this.mark();
     this.isStale = true;
@@ -319,13 +319,13 @@ class Card {
     this.find(".working").hidden = false;
     while (this.isStale && !this.gone) {
       this.isStale = false;
-      await this.answer();
+      await this.requestMask();
     }
     this.find(".working").hidden = true;
     this.isEditing = false;
   }
 
-  async answer() {
+  async requestMask() {
     const points = [...this.points];
     this.find(".error").hidden = true;
     try {
@@ -337,17 +337,17 @@ class Card {
       this.edits += 1;
       this.edited = answer.edited;
       this.show();
-      this.tell(points.length - answer.followed, points.length);
+      this.report(points.length - answer.followed, points.length);
     } catch (error) {
       this.fail(error);
     }
   }
 
-  tell(missed, count) {
+  report(missed, count) {
     if (!this.edited) { say("The first mask is back."); return; }
-    const short = missed ? ` The mask does not follow ${missed} of ${count} points.` : "";
-    this.find(".change").textContent += short;
-    say(`Edited: ${this.edited.label}, ${percent(this.edited.probabilities[this.edited.label])}.${short}`);
+    const warning = missed ? ` The mask does not follow ${missed} of ${count} points.` : "";
+    this.find(".change").textContent += warning;
+    say(`Edited: ${this.edited.label}, ${percent(this.edited.probabilities[this.edited.label])}.${warning}`);
   }
 
   mark() {
@@ -374,8 +374,8 @@ class Card {
   }
 }
 
-/** Bars of a width of 100, one above the other. */
-function drawn(bars) {
+/** Draw bars on a width of 100, one above another. */
+function drawBars(bars) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 100 16");
   svg.setAttribute("preserveAspectRatio", "none");
@@ -401,7 +401,7 @@ function take(files) {
   for (const file of files) {
     const card = new Card(file);
     cards.add(card);
-    line = line.then(() => card.send());
+    queue = queue.then(() => card.send());
   }
 }
 

@@ -1,10 +1,11 @@
-"""SAM2 with adapters that were taught on known regions: SAM-Adapter, arXiv 2304.09148.
+"""SAM2 with adapters trained on known regions: SAM-Adapter, arXiv 2304.09148.
 
-Before each block of the Hiera encoder its stage's stream gains P_i = MLP_up(GELU(MLP_i(F_patch + F_hfc))):
-F_patch is the stream where it enters the stage, F_hfc the embedded high frequencies of the image, both
-narrowed; MLP_i is the block's own, MLP_up its stage's. The stages are those of the authors' SAM2 version
-(arXiv 2408.04579), blocks of the same width at their entrance. The encoder stays frozen, adapters and mask
-decoder train. MLP_up starts at 0, so that training starts from SAM2 itself [ours].
+The adapters add P_i = MLP_up(GELU(MLP_i(F_patch + F_hfc))) to the input of each block i of the Hiera
+encoder. F_patch is the input of the block's stage and F_hfc the embedded high frequencies of the image,
+both projected to fewer channels. Each block has its own MLP_i, each stage its own MLP_up. A stage is a run
+of blocks with inputs of the same width, as in the authors' version for SAM2 (arXiv 2408.04579). The encoder
+is frozen; adapters and mask decoder train. MLP_up starts at 0, so that training starts from SAM2 itself
+[ours].
 """
 
 from __future__ import annotations
@@ -19,31 +20,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medfocus.masks import candidates
-from medfocus.masks.sam2.segmenter import Found, Sam2Segmenter
+from medfocus.masks.sam2.segmenter import Rung, Sam2Segmenter
 from medfocus.masks.segmenter import Mask, check_image, segmenter_key
 from medfocus.storage import weights
 from medfocus.storage.fingerprint import fingerprint
 
-LOW_SHARE = 0.25  # of the spectrum's area: the low frequencies that F_hfc lacks, as in the authors' code
+LOW_SHARE = 0.25  # share of the spectrum's area that F_hfc removes, as in the authors' code
 
 
 class Pairs(Protocol):
-    """Images (H, W, 3) uint8 RGB of any sizes with their regions (H, W) bool; a list of them, or lazier."""
+    """A sequence of images (H, W, 3) uint8 RGB of any sizes with their regions (H, W) bool."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-class Adapters(nn.Module):
-    """P_i of every block."""
+class EncoderAdapters(nn.Module):
+    """The adapters of all blocks."""
 
     def __init__(self, widths: Sequence[int], inner: Sequence[int]) -> None:
-        """``widths``: of each block's entrance, in their order; ``inner``: of each stage's narrow MLPs."""
+        """Build untrained adapters for blocks of input ``widths``, with ``inner`` channels a stage."""
         super().__init__()
-        stages = sorted(set(widths))  # a stage is wider than the one before
+        stages = sorted(set(widths))  # each stage is wider than the previous stage
         self.stages = [stages.index(width) for width in widths]  # of each block
-        # The image's high frequencies at a quarter of its sides, an eighth, ...
+        # F_hfc at a quarter of the image's sides, an eighth, ...
         self.high = nn.ModuleList(
             nn.Conv2d(3, n, 7, stride=4, padding=3)
             if i == 0
@@ -58,7 +59,7 @@ class Adapters(nn.Module):
             nn.init.zeros_(up.bias)
 
     def pyramid(self, pixels: Tensor) -> list[Tensor]:
-        """Pixels (B, 3, S, S) -> F_hfc of each stage, (B, S/4, S/4, n), (B, S/8, S/8, n'), ..."""
+        """Compute F_hfc of each stage from pixels (B, 3, S, S): (B, S/4, S/4, n), (B, S/8, S/8, n'), ..."""
         level, levels = high_frequencies(pixels), []
         for embed in self.high:
             level = embed(level)
@@ -66,20 +67,20 @@ class Adapters(nn.Module):
         return levels
 
     def prompt(self, block: int, features: Tensor) -> Tensor:
-        """F_patch + F_hfc of a block's stage (B, h, w, n) -> P_i (B, h, w, W)."""
+        """Compute P_i (B, h, w, W) of a block from F_patch + F_hfc of its stage (B, h, w, n)."""
         return self.up[self.stages[block]](F.gelu(self.tune[block](features)))
 
 
 class AdaptedTrunk(nn.Module):
-    """SAM2's Hiera with adapters: pixels (B, 3, S, S) -> its levels (B, W, S/4, S/4) and so on."""
+    """SAM2's Hiera with adapters."""
 
-    def __init__(self, trunk: Any, adapters: Adapters) -> None:
-        """``trunk``: the sam2 package's ``Hiera``, whose own ``forward`` this one repeats."""
+    def __init__(self, trunk: Any, adapters: EncoderAdapters) -> None:
+        """Add adapters to ``trunk``, a ``Hiera`` of the sam2 package."""
         super().__init__()
         self.trunk, self.adapters = trunk, adapters
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """See the class."""
+        """Repeat ``Hiera.forward`` with adapters: pixels (B, 3, S, S) -> levels (B, W, S/4, S/4), ..."""
         x = self.trunk.patch_embed(pixels)  # (B, h, w, W)
         x = x + self.trunk._get_pos_embed(x.shape[1:3])
         high, stages = self.adapters.pyramid(pixels), self.adapters.stages
@@ -94,9 +95,9 @@ class AdaptedTrunk(nn.Module):
 
 
 def high_frequencies(pixels: Tensor) -> Tensor:
-    """Pixels (B, C, H, W) -> the absolute value of what low frequencies do not explain, (B, C, H, W).
+    """Remove the low frequencies of pixels (B, C, H, W) and return absolute values (B, C, H, W).
 
-    SAM-Adapter's "fft": a square around the spectrum's centre, ``LOW_SHARE`` of its area, is set to 0.
+    As SAM-Adapter's "fft" does, set a square of ``LOW_SHARE`` of the spectrum's area around its centre to 0.
     """
     height, width = pixels.shape[-2:]
     half = int((height * width * LOW_SHARE) ** 0.5 // 2)
@@ -107,21 +108,21 @@ def high_frequencies(pixels: Tensor) -> Tensor:
     return torch.fft.ifft2(torch.fft.ifftshift(spectrum * keep, dim=(-2, -1))).real.abs()
 
 
-def adapted(model: Any, inner: Sequence[int], seed: int = 0) -> Any:
-    """A copy of a SAM2 with untrained adapters, ``inner`` wide a stage: only they and its decoder train."""
+def with_adapters(model: Any, inner: Sequence[int], seed: int = 0) -> Any:
+    """Copy a SAM2 and add untrained adapters, with ``inner`` channels a stage; they and the decoder train."""
     model = copy.deepcopy(model)
     trunk = model.image_encoder.trunk
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapters = Adapters([block.dim for block in trunk.blocks], inner)
+        adapters = EncoderAdapters([block.dim for block in trunk.blocks], inner)
     adapters.to(next(trunk.parameters()).device)
     model.image_encoder.trunk = AdaptedTrunk(trunk, adapters)
     model.sam_mask_decoder.requires_grad_(True)
     return model.eval()
 
 
-def whole_image(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """SAM2's single mask for no prompt. Pixels (B, 3, S, S) -> logits (B, S/4, S/4), predicted IoU (B,)."""
+def segment_pixels(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Predict SAM2's single mask of pixels (B, 3, S, S) without a prompt: logits (B, S/4, S/4), IoU (B,)."""
     *fine, embedding = model.forward_image(pixels)["backbone_fpn"]  # the last: (B, d, S/16, S/16)
     if model.directly_add_no_mem_embed:
         embedding = embedding + model.no_mem_embed.view(1, -1, 1, 1)
@@ -134,21 +135,21 @@ def whole_image(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         dense_prompt_embeddings=dense.expand(count, -1, -1, -1),
         repeat_image=False,
         high_res_features=fine,
-    )  # (B, 4, S/4, S/4), (B, 4): the first is the single mask's
+    )  # (B, 4, S/4, S/4), (B, 4): the single mask comes first
     return logits[:, 0], iou[:, 0]
 
 
 def outline_loss(logits: Tensor, predicted_iou: Tensor, target: Tensor) -> Tensor:
-    """SAM-Adapter's cross entropy + (1 - soft IoU), and SAM's error of the predicted IoU -> scalar.
+    """Return cross entropy + (1 - soft IoU), as SAM-Adapter, + squared error of the predicted IoU, as SAM.
 
-    ``logits`` (B, h, w), ``predicted_iou`` (B,), ``target`` (B, S, S) in [0, 1].
+    ``logits`` (B, h, w), ``predicted_iou`` (B,), ``target`` (B, S, S) in [0, 1] -> scalar.
     """
     full = F.interpolate(logits[:, None], target.shape[1:], mode="bilinear")[:, 0]  # (B, S, S)
     inside = full.sigmoid()
     both, either = (inside * target).sum((1, 2)), (inside + target - inside * target).sum((1, 2))
     with torch.no_grad():
-        found, truth = full > 0, target > 0.5
-        shared, covered = (found & truth).sum((1, 2)), (found | truth).sum((1, 2))
+        mask, truth = full > 0, target > 0.5
+        shared, covered = (mask & truth).sum((1, 2)), (mask | truth).sum((1, 2))
         iou = shared / covered.clamp(min=1)  # (B,)
     entropy = F.binary_cross_entropy_with_logits(full, target)
     return entropy + (1 - both / either.clamp(min=1)).mean() + F.mse_loss(predicted_iou, iou)
@@ -166,23 +167,22 @@ def train_adapter(
     seed: int,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> dict[str, Tensor]:
-    """Teach adapters and a copy of the mask decoder known regions; the last iterate is kept.
+    """Train adapters and a copy of the mask decoder on known regions; return the last step's state.
 
     Args:
-        pairs: Asked for again whenever they are drawn, so that reading files then costs no memory. An
-            image without a region has no place here: where only one class has none, blank masks would
-            tell it.
-        plain: The SAM2 to start from; it stays as it is.
-        steps: Of AdamW, on a cosine from ``lr`` to 0.
-        batch_size: Images a step; every image is drawn once before any is drawn again.
-        lr: Learning rate at the start.
-        weight_decay: AdamW's.
-        reduction: What the widths of the encoder's stages are divided by inside the adapters.
-        seed: Of the adapters' first weights and the order of the images.
-        progress: Called with the number of steps done since its last call, as ``tqdm.update`` takes it.
+        pairs: Training images and regions. Each draw reads a pair anew, so that a lazy sequence saves memory.
+            Leave out images without a region: if only one class has none, blank masks would reveal it.
+        plain: SAM2 to start from; training does not change it.
+        steps: Steps of AdamW, with a cosine schedule from ``lr`` to 0.
+        batch_size: Images a step. Every image is drawn once before any is drawn again.
+        lr: Initial learning rate.
+        weight_decay: Weight decay of AdamW.
+        reduction: Divisor of the stages' widths inside the adapters.
+        seed: Seed of the adapters' initial weights and of the order of the images.
+        progress: Receives the number of steps since its last call, as ``tqdm.update`` does.
 
     Returns:
-        Tensors on the CPU for ``AdapterSegmenter``, their names "adapters..." and "decoder...".
+        Tensors on the CPU for ``AdapterSegmenter``, named "adapters..." and "decoder...".
 
     Raises:
         ValueError: There is no pair, a region is empty, or a number is out of range.
@@ -191,10 +191,10 @@ def train_adapter(
     if bad := [f"{name} is {value}" for name, value in numbers.items() if value <= 0]:
         raise ValueError(f"adapter: {', '.join(bad)}; use numbers above 0.")
     if len(pairs) == 0:
-        raise ValueError("adapter: no image has a known region; put some under masks/ beside the images.")
+        raise ValueError("adapter: no image has a known region. Put some under masks/ in the images' folder.")
     trunk: Any = plain.model.image_encoder.trunk
     widths = sorted({block.dim for block in trunk.blocks})
-    model = adapted(plain.model, [max(1, width // reduction) for width in widths], seed)
+    model = with_adapters(plain.model, [max(1, width // reduction) for width in widths], seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
@@ -206,7 +206,7 @@ def train_adapter(
         drawn, order = order[:batch_size], order[batch_size:]
         pixels, target = _batch([pairs[i] for i in drawn], plain)
         optimizer.zero_grad(set_to_none=True)
-        outline_loss(*whole_image(model, pixels), target).backward()
+        outline_loss(*segment_pixels(model, pixels), target).backward()
         optimizer.step()
         schedule.step()
         progress(1)
@@ -214,22 +214,21 @@ def train_adapter(
 
 
 def adapter_key(plain: Sam2Segmenter, pairs: str, settings: Mapping[str, object]) -> str:
-    """sha256 hex: equal keys teach equally. ``pairs`` names them, ``settings`` are ``train_adapter``'s."""
+    """Return the sha256 hex of a training; ``pairs`` identifies the pairs, ``settings`` are the arguments."""
     return fingerprint(train_adapter, model=plain.features_key, pairs=pairs, **settings)
 
 
 class AdapterSegmenter:
-    """One mask per image from a taught SAM2, without any prompt, after the others' ladder.
+    """One mask per image from SAM2 with trained adapters, without a prompt. For one thread at a time.
 
-    The mask within the limits (status "chosen"), else within relaxed ones ("relaxed"), else what SAM2 as it
-    was makes of the box around the image ("box"), else the whole image ("identity"). Every image,
-    with or without a known region, is treated the same. For one thread at a time.
+    The fallback ladder is that of ``Sam2Segmenter`` with one candidate; the plain SAM2 runs its last two
+    rungs. Images with and without a known region are treated alike.
     """
 
     def __init__(self, plain: Sam2Segmenter, state: Mapping[str, Tensor]) -> None:
-        """Take limits and edges of ``plain``, whose strategy does not matter; ``state`` of ``train_adapter``.
+        """Add the adapters of ``state``, from ``train_adapter``, to ``plain``, which ignores its strategy.
 
-        Raises ValueError where the state is not of this SAM2.
+        Raises ValueError if the state belongs to another SAM2.
         """
         self.sam2 = plain
         self.settings = plain.settings
@@ -237,82 +236,78 @@ class AdapterSegmenter:
         self.model = _with_state(plain.model, state).requires_grad_(False)
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
-        """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
+        """Segment images (H, W, 3) uint8 RGB of any sizes: one mask per image, in their order."""
         masks: list[Mask] = []
         size = self.sam2.batch_size
         with torch.inference_mode():
             for start in range(0, len(images), size):
                 batch = [check_image(image) for image in images[start : start + size]]
-                logits, iou = whole_image(self.model, _pixels(batch, self.sam2))
+                logits, iou = segment_pixels(self.model, self.sam2.pixels(batch))
                 for i, image in enumerate(batch):
-                    found = self._found(image, logits[i].float().cpu().numpy(), float(iou[i]))
-                    masks.append(self.sam2._mask(image, found))
+                    rung = self._rung(image, logits[i].float().cpu().numpy(), float(iou[i]))
+                    masks.append(self.sam2.mask(image, rung))
         return masks
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What ``train_adapter`` gave, on the CPU."""
+        """Return the state that ``train_adapter`` returned, on the CPU."""
         return _state(self.model)
 
-    def _found(self, image: np.ndarray, logits: np.ndarray, predicted_iou: float) -> Found:
-        """The ladder for one image and its logits (h, w), up to the box around the whole of it."""
-        one = logits[None]  # (1, h, w)
+    def _rung(self, image: np.ndarray, logits: np.ndarray, predicted_iou: float) -> Rung:
+        """Run the ladder for one image with logits (h, w) and predicted IoU."""
+        candidate = logits[None]  # (1, h, w)
         choice = None
-        if np.isfinite(one).all() and np.isfinite(predicted_iou):
-            quality, steady = np.array([predicted_iou]), candidates.stability(one)
+        if np.isfinite(candidate).all() and np.isfinite(predicted_iou):
+            quality, steady = np.array([predicted_iou]), candidates.stability(candidate)
             choice = candidates.choose(
-                one > 0, quality, steady, self.settings.limits, keep=1, max_overlap=1.0
+                candidate > 0, quality, steady, self.settings.limits, keep=1, max_overlap=1.0
             )
         if choice is None:
-            return self.sam2._boxed(self.sam2.encode([image]), 0)
-        return Found(one, choice.score, choice.status)
+            return self.sam2.box_rung(self.sam2.encode([image]), 0)
+        return Rung(candidate, choice.score, choice.status)
 
 
 def _with_state(model: Any, state: Mapping[str, Tensor]) -> Any:
-    """A copy of SAM2 with what ``train_adapter`` taught. Raises ValueError where it does not fit."""
+    """Copy SAM2 and load the state of ``train_adapter``. Raises ValueError if it does not fit."""
     ups = [name for name in state if name.startswith("adapters.up.") and name.endswith(".weight")]
     inner = [state[f"adapters.up.{i}.weight"].shape[1] for i in range(len(ups))]
     try:
-        made = adapted(model, inner)
-        for part, prefix in zip(_taught_parts(made), ("adapters.", "decoder."), strict=True):
-            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            part.load_state_dict(own)
+        adapted = with_adapters(model, inner)
+        for part, prefix in zip(_trained_parts(adapted), ("adapters.", "decoder."), strict=True):
+            part.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
     except (RuntimeError, ValueError) as error:
         fault = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"the adapter's {len(state)} tensors are of another SAM2 ({fault} ...). Run the masks stage, "
-            "which teaches one for the present masks.config."
+            f"The adapter's {len(state)} tensors belong to another SAM2 ({fault} ...). Run the masks stage, "
+            "which trains an adapter for the present masks.config."
         ) from error
-    return made
+    return adapted
 
 
 def _state(model: Any) -> dict[str, Tensor]:
-    """Copies on the CPU of all that was taught, by names that safetensors takes."""
+    """Copy the trained tensors to the CPU, by names for safetensors."""
     state: dict[str, Tensor] = {}
-    for prefix, part in zip(("adapters.", "decoder."), _taught_parts(model), strict=True):
+    for prefix, part in zip(("adapters.", "decoder."), _trained_parts(model), strict=True):
         state |= {prefix + name: value for name, value in part.state_dict().items()}
     return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
 
 
-def _taught_parts(model: Any) -> tuple[nn.Module, nn.Module]:
+def _trained_parts(model: Any) -> tuple[nn.Module, nn.Module]:
     return model.image_encoder.trunk.adapters, model.sam_mask_decoder
 
 
-def _pixels(images: Sequence[np.ndarray], plain: Sam2Segmenter) -> Tensor:
-    """Images of any sizes as SAM2's own transforms give them to it: (B, 3, S, S)."""
-    return plain.predictor._transforms.forward_batch(list(images)).to(plain.predictor.device)
-
-
 def _batch(pairs: Sequence[tuple[np.ndarray, np.ndarray]], plain: Sam2Segmenter) -> tuple[Tensor, Tensor]:
-    """Pairs -> pixels (B, 3, S, S) and shares of a pixel inside the region (B, S, S)."""
+    """Return pixels (B, 3, S, S) of pairs and, by pixel, the share inside the region (B, S, S)."""
     for image, region in pairs:
         if region.shape != image.shape[:2] or not region.any():
-            what = "empty" if region.shape == image.shape[:2] else f"of {region.shape}"
+            fault = "is empty" if region.shape == image.shape[:2] else f"has shape {region.shape}"
             raise ValueError(
-                f"adapter: the region of an image of {image.shape[:2]} is {what}; give a region of the "
-                "image's size, and leave images without one out: blank masks can tell a class."
+                f"adapter: the region of an image of {image.shape[:2]} {fault}. Use regions of the image's "
+                "size and leave out images without one, because blank masks can reveal a class."
             )
-    pixels = _pixels([check_image(image) for image, _ in pairs], plain)
+    pixels = plain.pixels([check_image(image) for image, _ in pairs])
     size = pixels.shape[-2:]
     targets = [
         F.interpolate(torch.from_numpy(region)[None, None].float(), size, mode="area")[0, 0]

@@ -1,6 +1,6 @@
-"""A coarse outline, moved to where the image changes. Arrays in, arrays out.
+"""Refinement of a coarse outline by the image's edges. Arrays in, arrays out.
 
-SAM2's masks have a quarter of its image's sides, so of a small lesion most is rim.
+SAM2's masks have a quarter of the resolution that it sees, so most of a small lesion's mask is its rim.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-RADIUS = 4  # pixels of the windows: one cell of the masks, at the resolution that SAM2 sees
-FLATNESS = 1e-3  # variance of brightness in [0, 1] under which a window has no edge
+RADIUS = 4  # pixels, at the resolution that SAM2 sees: one pixel of its masks
+FLATNESS = 1e-3  # variance of brightness in [0, 1]; a window with less has no edge
 
 
 def along_edges(inside: np.ndarray, grey: np.ndarray) -> np.ndarray:
-    """The guided filter: ``inside`` (h, w) in [0, 1] smoothed, but not across edges of ``grey`` (h, w).
+    """Smooth ``inside`` (h, w) in [0, 1], but not across edges of ``grey`` (h, w) in [0, 1].
 
-    In every window of 2 ``RADIUS`` + 1 pixels the result is a line in the brightness, which is in [0, 1];
-    windows whose variance is under ``FLATNESS`` are smoothed. He et al., "Guided Image Filtering", ECCV 2010,
-    equations 5, 6 and 8.
+    This is the guided filter: in every window of 2 ``RADIUS`` + 1 pixels the result is a linear function of
+    the brightness, and it smooths windows with a variance below ``FLATNESS``. He et al., "Guided Image
+    Filtering", ECCV 2010, equations 5, 6 and 8.
     """
 
     def mean(plane: np.ndarray) -> np.ndarray:

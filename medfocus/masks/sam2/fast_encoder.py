@@ -1,9 +1,9 @@
-"""SAM2's image encoder without what only video reads, and with what no image changes made once.
+"""SAM2's image encoder with less work per image. Its output is the same up to rounding.
 
-The encoder (arXiv 2408.00714) also gives every level a positional encoding, which the mask decoder for
-images never reads, enlarges the same embedding of positions for every image, and brings its finest levels
-to the width d only to have the decoder narrow them again: two convolutions of one pixel in a row, which are
-one. Up to rounding nothing changes.
+SAM2's encoder (arXiv 2408.00714) computes a positional encoding of every level, which only video uses, and
+enlarges the same positional embedding for every image. It also projects its finest levels to d channels,
+and the decoder projects them to fewer. Here the embedding is computed once, and one 1x1 convolution
+replaces the two.
 """
 
 from __future__ import annotations
@@ -14,24 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medfocus.masks.sam2.segmenter import Features
+from medfocus.masks.sam2.segmenter import EncodedImages
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
 
-FOLDED = 2  # the levels at S/4 and S/8, which the mask decoder narrows
+FOLDED = 2  # levels with the two projections in one: S/4 and S/8
 
 
 class FastEncoder:
-    """Pixels -> what the mask decoder takes, as ``Sam2Segmenter.encode`` has it from ``model``."""
+    """Encodes pixels for the mask decoder, as ``Sam2Segmenter.encode`` does."""
 
     def __init__(self, model: SAM2Base) -> None:
-        """``model`` is trained and on its device; ``segmenter.fits`` says which will do.
-
-        On a GPU it runs in bfloat16.
-        """
+        """Prepare a trained ``model`` on its device for which ``fits`` holds; a GPU runs it in bfloat16."""
         self.model = model
-        # Typed Any: the sam2 package's modules declare their parts as plain nn.Module.
+        # Typed Any, because the sam2 package declares these parts as plain nn.Module.
         encoder: Any = model.image_encoder
         decoder: Any = model.sam_mask_decoder
         self._trunk, self._neck = encoder.trunk, encoder.neck
@@ -39,12 +36,12 @@ class FastEncoder:
         with torch.inference_mode():
             self._position = self._trunk._get_pos_embed((side, side))  # (1, S/4, S/4, W)
             self._narrow = [
-                _in_a_row(self._neck.convs[len(self._neck.convs) - 1 - level].conv, narrow)
+                _merged(self._neck.convs[len(self._neck.convs) - 1 - level].conv, narrow)
                 for level, narrow in enumerate((decoder.conv_s0, decoder.conv_s1))
             ]
 
-    def __call__(self, pixels: Tensor) -> Features:
-        """Normalised pixels (B, 3, S, S), as the predictor's transforms give them."""
+    def __call__(self, pixels: Tensor) -> EncodedImages:
+        """Encode normalised pixels (B, 3, S, S) of the predictor's transforms."""
         half = pixels.device.type == "cuda"
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
             levels = self._levels(pixels)
@@ -56,10 +53,10 @@ class FastEncoder:
         embedding = coarse.float()  # (B, d, S/16, S/16)
         if self.model.directly_add_no_mem_embed:
             embedding = embedding + self.model.no_mem_embed.view(1, -1, 1, 1)
-        return Features(embedding, tuple(level.float().permute(0, 3, 1, 2) for level in fine))
+        return EncodedImages(embedding, tuple(level.float().permute(0, 3, 1, 2) for level in fine))
 
     def _levels(self, pixels: Tensor) -> list[Tensor]:
-        """The stages' ends, (B, S/4, S/4, W), (B, S/8, S/8, 2W), ..."""
+        """Return the output of each stage: (B, S/4, S/4, W), (B, S/8, S/8, 2W), ..."""
         x = self._trunk.patch_embed(pixels) + self._position
         levels = []
         for i, block in enumerate(self._trunk.blocks):
@@ -69,18 +66,18 @@ class FastEncoder:
         return levels
 
     def _mixed(self, level: int, x: Tensor, above: Tensor | None) -> Tensor:
-        """The neck's level (B, d, h, w) of a stage's end (B, h, w, W) and the level above it."""
-        own = self._neck.convs[len(self._neck.convs) - 1 - level](x.permute(0, 3, 1, 2))
+        """Return the neck's level (B, d, h, w) of a stage's output (B, h, w, W) and the level above."""
+        lateral = self._neck.convs[len(self._neck.convs) - 1 - level](x.permute(0, 3, 1, 2))
         if above is None or level not in self._neck.fpn_top_down_levels:
-            return own
+            return lateral
         mode = self._neck.fpn_interp_model
         corners = None if mode == "nearest" else False
-        mixed = own + F.interpolate(above.float(), scale_factor=2.0, mode=mode, align_corners=corners)
+        mixed = lateral + F.interpolate(above.float(), scale_factor=2.0, mode=mode, align_corners=corners)
         return mixed / 2 if self._neck.fuse_type == "avg" else mixed
 
 
-def _in_a_row(first: Any, second: Any) -> tuple[Tensor, Tensor]:
-    """Two convolutions of one pixel, W -> d -> c, as one: weights (c, W), bias (c,)."""
+def _merged(first: Any, second: Any) -> tuple[Tensor, Tensor]:
+    """Merge two 1x1 convolutions, W -> d -> c, into one: weights (c, W), bias (c,)."""
     narrow = second.weight.flatten(1).double()  # (c, d)
     weight = narrow @ first.weight.flatten(1).double()
     bias = narrow @ first.bias.double() + second.bias.double()

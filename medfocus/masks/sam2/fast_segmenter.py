@@ -1,8 +1,8 @@
 """The segmenter of large images: the masks of ``Sam2Segmenter``, up to rounding, for less work.
 
-Encoder and decoder do the same in fewer steps (``fast_encoder``, ``fast_decoder``), and a point's masks are
-drawn only where its predicted IoU leaves them a chance: a candidate's score is that times three factors in
-[0, 1].
+Encoder and decoder take fewer steps (``fast_encoder``, ``fast_decoder``). The masks of a point are
+decoded only if its predicted IoU leaves them a chance to win, because a candidate's score is at most its
+predicted IoU.
 """
 
 from __future__ import annotations
@@ -16,119 +16,112 @@ import torch
 from medfocus.masks import candidates
 from medfocus.masks.sam2.fast_decoder import Answer, FastDecoder, Scene
 from medfocus.masks.sam2.fast_encoder import FOLDED, FastEncoder
-from medfocus.masks.sam2.segmenter import Features, Found, Prompts, Sam2Segmenter
+from medfocus.masks.sam2.segmenter import EncodedImages, PointPrompts, Rung, Sam2Segmenter
 from medfocus.masks.segmenter import segmenter_key
 
-LEAST_SIZE = 512  # pixels a side that the model sees; below it decoding is cheap, and old masks stay valid
+LEAST_SIZE = 512  # pixels a side that the model sees; decoding smaller images is cheap
 
 
 def fits(plain: Sam2Segmenter) -> bool:
-    """Whether a fast segmenter can stand in: not for SAM2's own generator.
+    """Check that ``FastSegmenter`` supports a segmenter: its strategy is not "automatic", and its model fits.
 
-    And for models as all published ones are: the mask decoder reads the encoder's two finest levels, and
-    into these no coarser one is mixed.
+    As in all published models, the mask decoder has to use the encoder's two finest levels, and the neck must
+    not add coarser levels to them.
     """
     model: Any = plain.model
     neck, levels = model.image_encoder.neck, len(model.image_encoder.neck.convs) - model.image_encoder.scalp
-    apart = min(neck.fpn_top_down_levels) >= FOLDED and levels == FOLDED + 1
-    return plain.settings.strategy != "automatic" and model.use_high_res_features_in_sam and apart
+    are_separate = min(neck.fpn_top_down_levels) >= FOLDED and levels == FOLDED + 1
+    return plain.settings.strategy != "automatic" and model.use_high_res_features_in_sam and are_separate
 
 
 class FastSegmenter(Sam2Segmenter):
-    """As a ``Sam2Segmenter`` chooses, from the same candidates; its key differs, for rounding may decide."""
+    """Chooses as ``Sam2Segmenter`` does. Its key differs, because rounding may change a mask."""
 
     def __init__(self, plain: Sam2Segmenter) -> None:
-        """Take model, strategy and limits of ``plain``. Raises ValueError unless it ``fits``."""
+        """Take model and settings of ``plain``. Raises ValueError unless ``fits(plain)``."""
         if not fits(plain):
             raise ValueError(
-                f"no fast segmenter for the strategy {plain.settings.strategy!r} and this SAM2: it does "
-                "'grid', 'center' and 'box' on models of the published kind. Take the plain one."
+                "FastSegmenter supports neither the strategy 'automatic' nor SAM2 models that differ from "
+                "the published ones. Use Sam2Segmenter."
             )
         super().__init__(plain.predictor, "", plain.settings, plain.batch_size)
         self.encoder, self.decoder = FastEncoder(self.model), FastDecoder(self.model)
-        half = self.predictor.device.type == "cuda"  # the encoder's blocks, see there
-        precision = "bfloat16" if half else "float32"
+        precision = "bfloat16" if self.predictor.device.type == "cuda" else "float32"  # of the encoder
         self.features_key = segmenter_key(type(self), features_of=plain.features_key, precision=precision)
         self.key = segmenter_key(type(self), plain=plain.key, precision=precision)
 
-    def encode(self, images: Sequence[np.ndarray]) -> Features:
-        """Images of any sizes, squeezed to (S, S), through the image encoder as one batch of B."""
-        pixels = self.predictor._transforms.forward_batch(list(images))
-        if self.predictor.device.type == "cuda":
-            pixels = pixels.pin_memory()
+    def encode(self, images: Sequence[np.ndarray]) -> EncodedImages:
+        """Resize images of any sizes to (S, S) and encode them as one batch of B."""
         with torch.inference_mode():
-            return self.encoder(pixels.to(self.predictor.device, non_blocking=True))
+            return self.encoder(self.pixels(images))
 
-    def decode(self, features: Features, index: int, prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
-        """All prompts of image ``index`` of the batch -> three candidates a prompt, M = 3P.
-
-        Returns their logits (M, S/4, S/4) float32 (> 0 inside) and predicted IoU (M,) float32.
-        """
-        scene = self._scene(features, index)
-        drawn = [
-            self._drawn(scene, self._answer(scene, prompts, some))
-            for some in self._chunks(range(len(prompts.coords)))
+    def decode(
+        self, encoded: EncodedImages, index: int, prompts: PointPrompts
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Decode all prompts of image ``index``; see ``Sam2Segmenter.decode``."""
+        scene = self._scene(encoded, index)
+        chunks = [
+            self._candidates(scene, self._answer(scene, prompts, chunk))
+            for chunk in self._chunks(range(len(prompts.coords)))
         ]
-        logits, iou = zip(*drawn, strict=True)
+        logits, iou = zip(*chunks, strict=True)
         return np.concatenate(logits), np.concatenate(iou)
 
-    def _found(self, features: Features, index: int) -> Found:
-        """The ladder for one encoded image, up to the box around the whole of it.
-
-        What is not drawn could not have been chosen: see ``_Seen.bar``.
-        """
-        scene = self._scene(features, index)
-        seen = _Seen(self)
-        # From the middle outwards, for a central region scores higher.
-        away = np.abs(self.prompts.coords - 0.5).mean(1).max(1)  # (P,)
-        for some in self._chunks(np.argsort(away, kind="stable").tolist()):
-            answer = self._answer(scene, self.prompts, some)
+    def ladder(self, encoded: EncodedImages, index: int) -> Rung:
+        """Run the ladder for image ``index`` without masks that cannot win; see ``_Decoded.bar``."""
+        scene = self._scene(encoded, index)
+        decoded = _Decoded(self)
+        # Central points first, because central regions score higher.
+        distance = np.abs(self.prompts.coords - 0.5).mean(1).max(1)  # (P,)
+        for chunk in self._chunks(np.argsort(distance, kind="stable").tolist()):
+            answer = self._answer(scene, self.prompts, chunk)
             bound = answer.predicted_iou.float().cpu().numpy().max(1)  # (p,)
-            hopeful = np.flatnonzero(~(bound < seen.bar))
+            hopeful = np.flatnonzero(~(bound < decoded.bar))
             if len(hopeful):
-                seen.add([some[i] for i in hopeful], *self._drawn(scene, answer.only(hopeful)))
-        return seen.choice() or self._boxed(features, index)
+                decoded.add([chunk[i] for i in hopeful], *self._candidates(scene, answer.only(hopeful)))
+        return decoded.rung() or self.box_rung(encoded, index)
 
-    def _scene(self, features: Features, index: int) -> Scene:
+    def _scene(self, encoded: EncodedImages, index: int) -> Scene:
         one = slice(index, index + 1)
-        return self.decoder.scene(features.embedding[one], tuple(level[one] for level in features.fine))
+        return self.decoder.scene(encoded.embedding[one], tuple(level[one] for level in encoded.fine))
 
     def _chunks(self, prompts: Sequence[int]) -> list[list[int]]:
         size = self.decoder.chunk
         return [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
 
-    def _answer(self, scene: Scene, prompts: Prompts, some: list[int]) -> Answer:
-        device = scene.places.device
-        coords = torch.from_numpy(prompts.coords[some]).to(device)
-        labels = torch.from_numpy(prompts.labels[some]).to(device)
+    def _answer(self, scene: Scene, prompts: PointPrompts, indices: list[int]) -> Answer:
+        device = scene.positions.device
+        coords = torch.from_numpy(prompts.coords[indices]).to(device)
+        labels = torch.from_numpy(prompts.labels[indices]).to(device)
         return self.decoder.answer(scene, self.predictor._transforms.transform_coords(coords), labels)
 
-    def _drawn(self, scene: Scene, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
-        """The candidates of p prompts: logits (3p, S/4, S/4) and predicted IoU (3p,)."""
+    def _candidates(self, scene: Scene, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
+        """Return the candidates of p prompts: logits (3p, S/4, S/4) and predicted IoU (3p,)."""
         logits = self.decoder.logits(scene, answer).flatten(0, 1).float().cpu().numpy()
         return logits, answer.predicted_iou.flatten().float().cpu().numpy()
 
 
-class _Seen:
-    """Candidates in the order in which they were drawn, and what the best of them leave to the others."""
+class _Decoded:
+    """The candidates decoded so far, and the predicted IoU that a further prompt needs."""
 
     def __init__(self, segmenter: FastSegmenter) -> None:
         self.segmenter = segmenter
-        # A prompt whose predicted IoU lies below changes nothing any more. ``candidates.pick`` takes
-        # candidates by their score, which is at most that, and it has ``keep`` better ones here, or, with
-        # fewer, at least one, so that the relaxed limits will not be asked for.
+        # A prompt with a lower predicted IoU cannot change the mask. ``candidates.pick`` sorts candidates
+        # by score, which is at most the predicted IoU, and it already has ``keep`` better candidates. With
+        # fewer, the bar is the limit of the predicted IoU: one candidate suffices to rule the relaxed
+        # limits out.
         self.bar = 0.0
-        self.best = 0.0  # score of the last of those ``keep``, or 0
-        self.prompts: list[int] = []  # of each candidate
+        self.best = 0.0  # lowest score of ``keep`` picked candidates; 0 with fewer
+        self.prompts: list[int] = []  # the prompt of each candidate
         self.logits: list[np.ndarray] = []  # (h, w) each
         self.iou: list[float] = []
         self.steady: list[float] = []
 
     def add(self, prompts: list[int], logits: np.ndarray, iou: np.ndarray) -> None:
-        """Three candidates a prompt, (3p, h, w) and (3p,); those with a number that is none are left out."""
+        """Add three candidates a prompt, (3p, h, w) and (3p,), without those that are not finite."""
         owner = np.repeat(prompts, 3)
-        sound = np.isfinite(logits).all((1, 2)) & np.isfinite(iou)
-        owner, logits, iou = owner[sound], logits[sound], iou[sound]
+        is_finite = np.isfinite(logits).all((1, 2)) & np.isfinite(iou)
+        owner, logits, iou = owner[is_finite], logits[is_finite], iou[is_finite]
         steady = candidates.stability(logits)
         self.prompts += owner.tolist()
         self.logits += list(logits)
@@ -139,15 +132,15 @@ class _Seen:
         if fit.any() and candidates.scores(logits[fit] > 0, iou[fit], steady[fit]).max() > self.best:
             self._raise_bar()
 
-    def choice(self) -> Found | None:
-        """What ``candidates.choose`` makes of all candidates; None where it finds nothing."""
+    def rung(self) -> Rung | None:
+        """Return the rung that ``candidates.choose`` finds among all candidates; None if it finds none."""
         for status, limits in (
             ("chosen", self.segmenter.settings.limits),
             ("relaxed", self.segmenter.settings.limits.relaxed()),
         ):
             picked = self._picked(limits)
             if picked is not None:
-                return Found(np.stack([self.logits[i] for i in picked[0]]), picked[1], status)
+                return Rung(np.stack([self.logits[i] for i in picked[0]]), picked[1], status)
         return None
 
     def _raise_bar(self) -> None:
@@ -163,7 +156,7 @@ class _Seen:
         self.bar = max(limits.min_iou, self.best)
 
     def _picked(self, limits: candidates.Limits) -> tuple[list[int], float] | None:
-        """``candidates.pick`` in the order of the prompts, which decides ties: indices, best first; score."""
+        """Pick in the order of the prompts, which decides ties: indices, best first, and score."""
         if not self.logits:
             return None
         order = np.argsort(self.prompts, kind="stable")

@@ -1,7 +1,4 @@
-"""SAM2's network out of a configuration and a checkpoint: the image modules and its predictor.
-
-The sam2 package's configurations and modules, without those for video (arXiv 2408.00714).
-"""
+"""Loading of SAM2 (arXiv 2408.00714): the sam2 package's image modules, without those for video."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-SIZE_STEP = 32  # pixels: patches of 4 in windows of 8
+SIZE_STEP = 32  # pixels: windows of 8 patches of 4 pixels
 
-# What an image needs of a checkpoint; the rest serves video, and may be absent.
+# The modules that segment images. The others serve video and may be missing from a checkpoint.
 IMAGE_MODULES = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
-# As sam2.build_sam does: an unstable single mask gives way to the best of the three.
+# As sam2.build_sam sets them: the best of the three masks replaces an unstable single mask.
 _DYNAMIC_MULTIMASK = {
     "dynamic_multimask_via_stability": True,
     "dynamic_multimask_stability_delta": 0.05,
@@ -39,33 +36,31 @@ _SIZE_LETTERS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 def load_predictor(
     config: str, checkpoint: str, image_size: int, *, device: str = "cpu"
 ) -> tuple[SAM2ImagePredictor, str]:
-    """Build SAM2's image modules and its image predictor; also its key, which names weights and config.
+    """Build SAM2's image predictor. Also return a key that names its weights and configuration.
 
     Args:
         config: "pocket", a configuration of the sam2 package ("configs/sam2.1/sam2.1_hiera_t.yaml",
-            "sam2.1_hiera_t" or "sam2.1_hiera_tiny"), or the path of a YAML file of the same shape.
-        checkpoint: "pocket", the packaged weights of the configuration "pocket"; a local path; a hub id such
-            as "facebook/sam2.1-hiera-tiny"; or "random:SEED", which is weights that have learnt NOTHING: for
-            clocks and tests, its masks mean nothing at all.
-        image_size: Pixels a side that the model sees, a multiple of 32; it needs not be the config's own.
-        device: Where the model runs. It is no part of the key.
+            "sam2.1_hiera_t" or "sam2.1_hiera_tiny"), or the path of a YAML file in the same format.
+        checkpoint: "pocket" for the packaged weights, a local path, a hub id such as
+            "facebook/sam2.1-hiera-tiny", or "random:SEED". Random weights are untrained: they serve timing
+            and tests, and their masks are meaningless.
+        image_size: Pixels a side that the model sees, a multiple of 32. It may differ from the config's.
+        device: Device of the model. It is no part of the key.
 
     Raises:
-        FileNotFoundError: There is no such configuration or checkpoint.
-        ValueError: The image size does not fit, the checkpoint is not one of this configuration, or the
-            configuration names anything but the sam2 package's own modules; nothing of it was called then.
+        FileNotFoundError: The configuration or checkpoint does not exist.
+        ValueError: The image size is no multiple of 32, the checkpoint does not fit the configuration, or the
+            configuration names anything but modules of the sam2 package; it is then rejected before any call.
     """
     if image_size < SIZE_STEP or image_size % SIZE_STEP:
         near = max(SIZE_STEP, round(image_size / SIZE_STEP) * SIZE_STEP)
         raise ValueError(
-            f"image_size is {image_size}; SAM2 takes multiples of {SIZE_STEP} pixels, {near} for one."
+            f"image_size is {image_size}; SAM2 takes multiples of {SIZE_STEP} pixels. Use {near}."
         )
     seed, state = 0, None
     if checkpoint.startswith("random:"):
         if not checkpoint.removeprefix("random:").isdigit():
-            raise ValueError(
-                f"checkpoint is {checkpoint!r}; random weights are spelt random:0, random:1, ..."
-            )
+            raise ValueError(f"checkpoint is {checkpoint!r}. For random weights use random:0, random:1, ...")
         seed = int(checkpoint.removeprefix("random:"))
     else:
         hub_id = checkpoint if checkpoint.count("/") == 1 else None
@@ -78,7 +73,7 @@ def load_predictor(
     from omegaconf import OmegaConf
 
     settings = _read_config(config, image_size)
-    # Building draws random numbers; the caller's generators stay as they are.
+    # Building draws random numbers; fork_rng keeps the state of the caller's generators.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model: SAM2Base = instantiate(settings, _recursive_=True)
@@ -89,9 +84,9 @@ def load_predictor(
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # its transforms call torch.jit.script
+        warnings.simplefilter("ignore", FutureWarning)  # SAM2's transforms call torch.jit.script
         predictor = SAM2ImagePredictor(model)
-    # The class has the sizes of 1024 px written in. Strides 4, 8 and 16:
+    # The class assumes 1024 px. Strides 4, 8 and 16:
     predictor._bb_feat_sizes = [(image_size // stride, image_size // stride) for stride in (4, 8, 16)]
     image_modules = {k: v for k, v in model.state_dict().items() if k.startswith(IMAGE_MODULES)}
     parts = (OmegaConf.to_yaml(settings), weights.digest(image_modules), version("sam2"))
@@ -99,14 +94,14 @@ def load_predictor(
 
 
 def _read_config(config: str, image_size: int) -> DictConfig:
-    """The model's settings of a configuration, for images of ``image_size`` and without video."""
+    """Read a configuration and return its model's settings for ``image_size`` and without video."""
     from omegaconf import DictConfig, OmegaConf
 
     content = OmegaConf.load(config_path(config))
     model = content.get("model") if isinstance(content, DictConfig) else None
     if not isinstance(model, DictConfig) or "_target_" not in model:
         raise ValueError(
-            f"SAM2 config {config!r}: it has no section 'model' with a '_target_'. "
+            f"SAM2 config {config!r} has no section 'model' with a '_target_'. "
             "Start from one of the sam2 package's configs/."
         )
     model.image_size = image_size
@@ -120,14 +115,14 @@ def _read_config(config: str, image_size: int) -> DictConfig:
     for target in _targets(OmegaConf.to_container(model)):
         if not _is_of_sam2(target):
             raise ValueError(
-                f"SAM2 config {config!r}: it asks to build {target!r}, which is no module of sam2.modeling. "
-                "That could run any code, so it was refused. Start from one of the sam2 package's configs/."
+                f"SAM2 config {config!r} asks to build {target!r}, which is no module of sam2.modeling; "
+                "it was refused because it could run any code. Start from one of the sam2 package's configs/."
             )
     return model
 
 
 def _targets(content: object) -> Iterator[object]:
-    """What a configuration would have called, at any depth, and what is still to be filled in."""
+    """Yield everything that a configuration would call, at any depth, and every unresolved string."""
     if isinstance(content, dict):
         if "_target_" in content:
             yield content["_target_"]
@@ -135,24 +130,26 @@ def _targets(content: object) -> Iterator[object]:
     if isinstance(content, list):
         for value in content:
             yield from _targets(value)
-    elif isinstance(content, str) and "${" in content:  # escaped once, it would become anything later on
+    elif (
+        isinstance(content, str) and "${" in content
+    ):  # an escaped interpolation: Hydra would resolve it later
         yield content
 
 
 def _is_of_sam2(target: object) -> bool:
-    """Whether ``target`` is a network's class where it is written, and nothing that its file imports."""
+    """Check that ``target`` is a network class of sam2.modeling, named in the module that defines it."""
     module, _, name = str(target).rpartition(".")
     if not f"{module}.".startswith("sam2.modeling."):
         return False
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        value = getattr(importlib.import_module(module), name, None)
     except ImportError:  # a.b.os.system: b.os is no module
         return False
-    return isinstance(found, type) and issubclass(found, torch.nn.Module) and found.__module__ == module
+    return isinstance(value, type) and issubclass(value, torch.nn.Module) and value.__module__ == module
 
 
 def config_path(config: str) -> Path:
-    """The file of a configuration's name; see ``load_predictor``. FileNotFoundError lists the names."""
+    """Return the file of a configuration; see ``load_predictor``. FileNotFoundError lists the known names."""
     if config == "pocket":
         return _packaged("configs/sam2_pocket.yaml")
     local = Path(config).expanduser()
@@ -168,32 +165,32 @@ def config_path(config: str) -> Path:
     known = {path.stem: path for folder in folders for path in package.glob(f"configs/{folder}/*.yaml")}
     if short not in known:
         raise FileNotFoundError(
-            f"SAM2 config {config!r} is no file and no configuration of the sam2 package. "
+            f"SAM2 config {config!r} is neither a file nor a configuration of the sam2 package. "
             f"Known: pocket, {', '.join(sorted(known))}."
         )
     return known[short]
 
 
 def _packaged(name: str) -> Path:
-    """A file that travels in the package."""
+    """Return a file of this package."""
     return Path(str(importlib.resources.files("medfocus").joinpath(name)))
 
 
 def _load_image_modules(model: SAM2Base, state: dict[str, torch.Tensor], place: str, config: str) -> None:
-    """Load what an image needs of a checkpoint, all of it; what serves video may be absent or there."""
+    """Load all image modules from a checkpoint and ignore its video modules."""
     wanted = {k: v.shape for k, v in model.state_dict().items() if k.startswith(IMAGE_MODULES)}
-    given = {k: v for k, v in state.items() if k.startswith(IMAGE_MODULES)}
-    faults = [f"{k} is missing" for k in wanted if k not in given]
-    faults += [f"{k} is not known" for k in given if k not in wanted]
+    tensors = {k: v for k, v in state.items() if k.startswith(IMAGE_MODULES)}
+    faults = [f"{k} is missing" for k in wanted if k not in tensors]
+    faults += [f"{k} is unknown" for k in tensors if k not in wanted]
     faults += [
-        f"{k} has shape {tuple(given[k].shape)}, not {tuple(shape)}"
+        f"{k} has shape {tuple(tensors[k].shape)}, not {tuple(shape)}"
         for k, shape in wanted.items()
-        if k in given and given[k].shape != shape
+        if k in tensors and tensors[k].shape != shape
     ]
     if faults:
         raise ValueError(
             f"{place} does not fit the config {config!r}: {len(faults)} of {len(wanted)} tensors differ "
             f"({'; '.join(faults[:3])}{'; ...' if len(faults) > 3 else ''}). "
-            "Name the config that the weights were made for."
+            "Set masks.config to the configuration of these weights."
         )
-    model.load_state_dict(given, strict=False)
+    model.load_state_dict(tensors, strict=False)

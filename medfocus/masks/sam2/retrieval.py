@@ -1,8 +1,8 @@
-"""SAM2 proposes regions and a text about anatomy retrieves the mask among them: SaLIP, arXiv 2404.06362.
+"""Retrieval of a mask among SAM2's proposals by a text about anatomy: SaLIP, arXiv 2404.06362.
 
-The text says what to look at ("the lungs", "a lesion"), never what an image is. As in SaLIP a proposal is
-shown to CLIP as its box, black outside of the region. Unlike SaLIP, which asks SAM again with the boxes, the
-retrieved proposals themselves are the mask, as with the other strategies [ours].
+The text names anatomy to look at ("the lungs", "a lesion"), never a class. As in SaLIP, CLIP sees a
+proposal as its bounding box, black outside the region. SaLIP prompts SAM again with the boxes; here the
+retrieved proposals form the mask, as with the other strategies [ours].
 """
 
 from __future__ import annotations
@@ -17,91 +17,90 @@ from torch.nn import functional as F
 
 from medfocus.images.geometry import letterbox
 from medfocus.masks import candidates
-from medfocus.masks.sam2.segmenter import Features, Found, Sam2Segmenter
+from medfocus.masks.sam2.segmenter import EncodedImages, Rung, Sam2Segmenter, finite
 from medfocus.masks.segmenter import Mask, check_image, segmenter_key
 from medfocus.storage.fingerprint import fingerprint
 
-# Proposals of a larger IoU are one and the same: SAM2's generator removes boxes above it (box_nms_thresh).
+# IoU above which two proposals count as the same, as box_nms_thresh of SAM2's generator.
 SAME = 0.7
 
 
 class Rank(Protocol):
-    """What says which crop shows what is looked for."""
+    """A score of crops: the highest for the crop that best shows the anatomy."""
 
     @property
     def key(self) -> str:
-        """Names what it looks for and by which weights: equal keys score equally."""
+        """Return the key of anatomy and weights: equal keys score equally."""
         ...
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """M crops (h, w, 3) uint8 RGB, of any sizes -> scores (M,), the best the highest."""
+        """Score M crops (h, w, 3) uint8 RGB of any sizes: (M,)."""
         ...
 
 
-class Towers(Protocol):
-    """What ``TextRank`` needs of CLIP; see ``medfocus.clip.encoder.ClipEncoder``."""
+class Clip(Protocol):
+    """The part of ``medfocus.clip.encoder.ClipEncoder`` that ``TextRank`` needs."""
 
     @property
     def key(self) -> str:
-        """Names the weights."""
+        """Return the key of the weights."""
         ...
 
     @property
     def image_size(self) -> int:
-        """S, pixels a side."""
+        """Return S, the pixels a side."""
         ...
 
     def preprocess(self, views: np.ndarray) -> torch.Tensor:
-        """(B, S, S, 3) uint8 RGB -> pixels (B, 3, S, S)."""
+        """Turn views (B, S, S, 3) uint8 RGB into pixels (B, 3, S, S)."""
         ...
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> (B, D), each of length one."""
+        """Encode pixels (B, 3, S, S) as unit vectors (B, D)."""
         ...
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
-        """Texts (N) -> (N, D), each of length one."""
+        """Encode N texts as unit vectors (N, D)."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class TextRank:
-    """CLIP's similarity of a crop to a text."""
+    """CLIP's similarity of crops to a text."""
 
-    towers: Towers
+    clip: Clip
     text: torch.Tensor  # (D,) of length one
     key: str
 
     @classmethod
-    def of(cls, towers: Towers, texts: Sequence[str]) -> TextRank:
-        """Rank by the mean of several texts, as SaLIP does. Raises ValueError for no text."""
+    def of(cls, clip: Clip, texts: Sequence[str]) -> TextRank:
+        """Rank by the mean of several texts, as SaLIP does. Raises ValueError without a text."""
         if not texts:
-            raise ValueError("no text to rank proposals by; give at least one, such as 'a lesion'.")
-        text = F.normalize(towers.encode_texts(list(texts)).mean(0), dim=0)  # (D,)
-        code = (type(towers), "medfocus.clip.build")
-        return cls(towers, text, fingerprint(*code, towers=towers.key, texts=list(texts)))
+            raise ValueError("No text to rank proposals by. Give at least one, such as 'a lesion'.")
+        text = F.normalize(clip.encode_texts(list(texts)).mean(0), dim=0)  # (D,)
+        code = (type(clip), "medfocus.clip.build")
+        return cls(clip, text, fingerprint(*code, clip=clip.key, texts=list(texts)))
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """M crops (h, w, 3) uint8 RGB -> cosines (M,) in [-1, 1]; a crop keeps its aspect, on black."""
-        views = np.stack([letterbox(p, self.towers.image_size, (0, 0, 0)) for p in images])
-        features = self.towers.encode_images(self.towers.preprocess(views))  # (M, D)
+        """Return cosines (M,) in [-1, 1] of M crops (h, w, 3) uint8 RGB, letterboxed on black."""
+        views = np.stack([letterbox(p, self.clip.image_size, (0, 0, 0)) for p in images])
+        features = self.clip.encode_images(self.clip.preprocess(views))  # (M, D)
         return (features @ self.text).cpu().numpy()
 
 
 class RetrievalSegmenter:
-    """One mask per image: of the proposals of a grid of points, those that a rank likes best.
+    """One mask per image: the best-ranked proposals of a grid of points.
 
-    The ladder is that of ``Sam2Segmenter``: proposals within the limits (status "chosen"), else within
-    relaxed ones, else the box around the image, else the whole of it. The rank chooses on the first two
-    rungs; a mask's score stays SAM2's, so that it means the same as with the other strategies.
+    The fallback ladder is that of ``Sam2Segmenter``, and the rank chooses on the first two rungs. The score
+    of a mask is SAM2's, so that it means the same as with the other strategies.
     """
 
     def __init__(self, plain: Sam2Segmenter, rank: Rank) -> None:
-        """Take the proposals, limits and ``keep`` of ``plain``; ValueError unless its strategy is "grid"."""
+        """Rank the proposals of ``plain``. Raises ValueError unless its strategy is "grid"."""
         if plain.settings.strategy != "grid":
             raise ValueError(
-                f"proposals come from the strategy {plain.settings.strategy!r}; "
-                "build that segmenter with 'grid'."
+                f"Retrieval needs SAM2 with the strategy 'grid', not {plain.settings.strategy!r}. "
+                "Build it with 'grid'."
             )
         self.sam2 = plain
         self.rank = rank
@@ -109,51 +108,50 @@ class RetrievalSegmenter:
         self.key = segmenter_key(RetrievalSegmenter, plain=plain.key, rank=rank.key)
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
-        """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
+        """Segment images (H, W, 3) uint8 RGB of any sizes: one mask per image, in their order."""
         masks: list[Mask] = []
         size = self.sam2.batch_size
         with torch.inference_mode():
             for start in range(0, len(images), size):
                 batch = [check_image(image) for image in images[start : start + size]]
-                features = self.sam2.encode(batch)
+                encoded = self.sam2.encode(batch)
                 for i, image in enumerate(batch):
-                    masks.append(self.sam2._mask(image, self._found(features, i, image)))
+                    masks.append(self.sam2.mask(image, self._rung(encoded, i, image)))
         return masks
 
-    def _found(self, features: Features, index: int, image: np.ndarray) -> Found:
-        """The ladder for one encoded image, up to the box around the whole of it."""
+    def _rung(self, encoded: EncodedImages, index: int, image: np.ndarray) -> Rung:
+        """Run the fallback ladder for image ``index`` of the batch."""
         plain, settings = self.sam2, self.settings
-        logits, iou = plain.decode(features, index, plain.prompts)  # (M, h, w), (M,)
-        sound = np.isfinite(logits).all((1, 2)) & np.isfinite(iou)
-        logits, iou = logits[sound], iou[sound]
+        logits, iou = finite(*plain.decode(encoded, index, plain.prompts))  # (M, h, w), (M,)
         regions, steady = logits > 0, candidates.stability(logits)
         for status, limits in (("chosen", settings.limits), ("relaxed", settings.limits.relaxed())):
             indices, quality = distinct(regions, iou, steady, limits)
             if not indices:
                 continue
-            liking = self.rank([crop(image, regions[i]) for i in indices])  # (n,)
-            if liking.shape != (len(indices),):
+            ranking = self.rank([crop(image, regions[i]) for i in indices])  # (n,)
+            if ranking.shape != (len(indices),):
                 raise ValueError(
-                    f"the rank gave scores {liking.shape} for {len(indices)} crops; it owes one a crop."
+                    f"The rank returned scores of shape {ranking.shape} for {len(indices)} crops. "
+                    "Return one score per crop."
                 )
             best = retrieve(
                 regions[indices],
-                liking,
+                ranking,
                 max_area=limits.max_area,
                 keep=settings.keep,
                 max_overlap=settings.max_overlap,
             )
-            return Found(logits[[indices[i] for i in best]], float(quality[best].mean()), status)
-        return plain._boxed(features, index)
+            return Rung(logits[[indices[i] for i in best]], float(quality[best].mean()), status)
+        return plain.box_rung(encoded, index)
 
 
 def distinct(
     regions: np.ndarray, predicted_iou: np.ndarray, steadiness: np.ndarray, limits: candidates.Limits
 ) -> tuple[list[int], np.ndarray]:
-    """The candidates within the limits, without doubles: their indices, best first, and scores (n,).
+    """Select the distinct candidates within the limits: their indices, best first, and scores (n,).
 
-    ``regions`` (M, h, w) bool, ``predicted_iou`` and ``steadiness`` (M,); ``candidates.pick`` says what fits
-    and how good it is. Of two whose IoU is above ``SAME`` the better one stays.
+    ``regions`` (M, h, w) bool, ``predicted_iou`` and ``steadiness`` (M,); limits and scores are those of
+    ``candidates.pick``. If the IoU of two candidates is above ``SAME``, the better candidate stays.
     """
     scores: dict[int, float] = {}
     for i in range(len(regions)):
@@ -173,15 +171,14 @@ def distinct(
 
 
 def retrieve(
-    regions: np.ndarray, liking: np.ndarray, *, max_area: float, keep: int, max_overlap: float
+    regions: np.ndarray, ranking: np.ndarray, *, max_area: float, keep: int, max_overlap: float
 ) -> list[int]:
-    """The best ``keep`` of proposals (n, h, w) bool by a rank's scores (n,), as indices, best first.
+    """Retrieve the best ``keep`` of proposals (n, h, w) bool by ranking scores (n,): indices, best first.
 
-    As with ``candidates.pick`` two of them share at most ``max_overlap`` of the smaller one, and the union
-    covers at most ``max_area`` of the image; the best one is always taken. A score that is no number comes
-    last.
+    As in ``candidates.pick``, two of them share at most ``max_overlap`` of the smaller one, and their union
+    covers at most ``max_area`` of the image. The best proposal is always among them. NaN scores come last.
     """
-    order = np.argsort(-np.nan_to_num(liking, nan=-np.inf), kind="stable")
+    order = np.argsort(-np.nan_to_num(ranking, nan=-np.inf), kind="stable")
     taken = [int(order[0])]
     tidied = [candidates.tidy(regions[order[0]])]
     for index in order[1:]:
@@ -196,9 +193,9 @@ def retrieve(
 
 
 def crop(image: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """A region (h, w) bool of an image (H, W, 3) uint8, in its box and black outside of it: (a, b, 3) uint8.
+    """Crop an image (H, W, 3) uint8 to the box of a region (h, w) bool, black outside the region.
 
-    The region, seldom as fine as the image, is enlarged as it is; an empty one gives the whole image.
+    The region is enlarged to the image by nearest neighbours. An empty region gives the whole image.
     """
     height, width = image.shape[:2]
     rows = np.arange(height) * region.shape[0] // height

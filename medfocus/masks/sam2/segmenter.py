@@ -1,10 +1,9 @@
-"""SAM2 as a zero-shot segmenter: point and box prompts that need no label -> one mask per image.
+"""SAM2 as a zero-shot segmenter: point and box prompts without labels give one mask per image.
 
-An image is encoded once (in batches), all its prompts are decoded together, candidates are scored on
-the low-resolution logits, and the winners alone are brought to the image's resolution, where their
-outlines may follow its edges (``medfocus.masks.sam2.edges``). Everything goes through the sam2 package
-(arXiv 2408.00714): its ``SAM2ImagePredictor`` for encoding, its decoder, and for the
-strategy ``automatic`` its ``SAM2AutomaticMaskGenerator``.
+SAM2 encodes an image once (in batches) and decodes all its prompts together. Candidates are scored on their
+low-resolution logits, and only the winners are resized to the image, where their outlines may follow its
+edges (``medfocus.masks.sam2.edges``). The network is the sam2 package's (arXiv 2408.00714): its
+``SAM2ImagePredictor`` encodes, and its ``SAM2AutomaticMaskGenerator`` runs the strategy "automatic".
 """
 
 from __future__ import annotations
@@ -31,43 +30,44 @@ if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-# Fewer point prompts at once cost overhead, more fall out of the processor's cache: at 1024 px four at
-# once took 40 ms a point and sixteen 80 ms. This bounds the decoder's largest tensor.
+# Size of the decoder's largest tensor. Few prompts at once cost overhead, and many exceed the processor's
+# cache: at 1024 px a point took 40 ms in chunks of four and 80 ms in chunks of sixteen.
 _DECODE_BYTES = 32 * 2**20
-# The generator brings every candidate to full resolution as float32 before it filters.
+# The generator resizes every candidate to the image as float32 before it filters.
 _GENERATE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
-class Features:
-    """A batch of B encoded images, as the mask decoder takes them; S is the model's image size."""
+class EncodedImages:
+    """A batch of B images as encoded for the mask decoder; S is the model's image size."""
 
     embedding: torch.Tensor  # (B, d, S/16, S/16)
     fine: tuple[torch.Tensor, ...]  # (B, d/8, S/4, S/4), (B, d/4, S/8, S/8)
 
 
 @dataclass(frozen=True, eq=False)
-class Prompts:
-    """P prompts of N points each, in sides of the image, so that (0.5, 0.5) is its centre."""
+class PointPrompts:
+    """P prompts of N points each, as shares of the image's sides: (0.5, 0.5) is its centre."""
 
     coords: np.ndarray  # (P, N, 2) float32, (x, y)
     labels: np.ndarray  # (P, N) int32: 1 inside, 0 outside, 2 and 3 a box's top left and bottom right
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What an image's ladder ended with: candidates whose union is its mask, none for the whole image."""
+class Rung:
+    """The rung of the fallback ladder that an image ends on, with the candidates that form its mask."""
 
-    logits: np.ndarray  # (n, S/4, S/4) float32, > 0 inside
+    logits: np.ndarray  # (n, S/4, S/4) float32, > 0 inside; n is 0 for the whole image
     score: float
     status: str
 
 
 class Sam2Segmenter:
-    """One mask per image from SAM2 by one of ``STRATEGIES``, with the fallback ladder.
+    """One mask per image from SAM2's proposals. For one thread at a time.
 
-    Candidates within the limits (status "chosen"), else within relaxed limits ("relaxed"), else what the
-    box around the whole image gives ("box"), else the whole image ("identity"). For one thread at a time.
+    The mask comes from the first rung of the fallback ladder that has candidates: candidates within the
+    limits (status "chosen"), candidates within relaxed limits ("relaxed"), SAM2's mask for a box around the
+    whole image ("box"), or the whole image ("identity").
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class Sam2Segmenter:
 
     @property
     def model(self) -> SAM2Base:
-        """The network."""
+        """Return the network."""
         return self.predictor.model
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
-        """Images, (H, W, 3) uint8 RGB each and of any sizes -> one mask each, in their order."""
+        """Segment images (H, W, 3) uint8 RGB of any sizes: one mask per image, in their order."""
         masks: list[Mask] = []
         with torch.inference_mode():
             for start in range(0, len(images), self.batch_size):
@@ -108,55 +108,63 @@ class Sam2Segmenter:
                 if self.settings.strategy == "automatic":
                     masks += [self._generated(image) for image in batch]
                     continue
-                features = self.encode(batch)
-                masks += [self._mask(image, self._found(features, i)) for i, image in enumerate(batch)]
+                encoded = self.encode(batch)
+                masks += [self.mask(image, self.ladder(encoded, i)) for i, image in enumerate(batch)]
         return masks
 
     def at_points(self, image: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:
-        """What one point prompt each, (x, y) in sides of an image (H, W, 3) uint8, finds: (P, 3, H, W) bool.
+        """Segment an image (H, W, 3) uint8 at each point (x, y), as shares of its sides: (P, 3, H, W) bool.
 
-        The three candidates of a point stand in the order of their predicted IoU, the best first.
+        The three candidates of a point are sorted by predicted IoU, the best first.
         """
-        prompts = Prompts(
-            np.array(points, np.float32)[:, None], np.ones((len(points), 1), np.int32)
-        )  # (P, 1, 2)
+        coords = np.array(points, np.float32)[:, None]  # (P, 1, 2)
+        prompts = PointPrompts(coords, np.ones((len(points), 1), np.int32))
         with torch.inference_mode():
             logits, iou = self.decode(self.encode([check_image(image)]), 0, prompts)  # (3P, h, w), (3P,)
         order = (-iou.reshape(-1, 3)).argsort(1, kind="stable") + 3 * np.arange(len(points))[:, None]
-        regions = np.stack([self._region(image, logits[i]) for i in order.ravel()])
+        regions = np.stack([self.region(image, logits[i]) for i in order.ravel()])
         return regions.reshape(len(points), 3, *image.shape[:2])
 
     @torch.no_grad()
     def describe(self, images: Sequence[np.ndarray], grid: int) -> torch.Tensor:
-        """What the image encoder knows of images (H, W, 3) uint8, on ``grid`` x ``grid`` cells: (B, P).
+        """Encode images (H, W, 3) uint8 as image features, averaged on ``grid`` x ``grid`` cells: (B, P).
 
-        Of its levels at a sixteenth and an eighth of S. No prompt, label or text enters.
+        The features are the encoder's levels at S/16 and S/8, without prompt, label or text.
         """
-        found = []
+        features = []
         for start in range(0, len(images), self.batch_size):
-            features = self.encode([check_image(p) for p in images[start : start + self.batch_size]])
-            levels = (features.embedding, features.fine[1])  # (b, d, S/16, S/16), (b, d/4, S/8, S/8)
-            found.append(torch.cat([F.adaptive_avg_pool2d(level, grid).flatten(1) for level in levels], 1))
-        return torch.cat(found)
+            encoded = self.encode([check_image(p) for p in images[start : start + self.batch_size]])
+            levels = (encoded.embedding, encoded.fine[1])  # (b, d, S/16, S/16), (b, d/4, S/8, S/8)
+            features.append(torch.cat([F.adaptive_avg_pool2d(level, grid).flatten(1) for level in levels], 1))
+        return torch.cat(features)
 
-    def encode(self, images: Sequence[np.ndarray]) -> Features:
-        """Images of any sizes, squeezed to (S, S), through the image encoder as one batch of B."""
+    def pixels(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """Apply SAM2's own transforms to images of any sizes: (B, 3, S, S) on the model's device."""
+        pixels = self.predictor._transforms.forward_batch(list(images))
+        if self.predictor.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return pixels.to(self.predictor.device, non_blocking=True)
+
+    def encode(self, images: Sequence[np.ndarray]) -> EncodedImages:
+        """Resize images of any sizes to (S, S) and encode them as one batch of B."""
         self.predictor.set_image_batch(list(images))
-        kept: Any = self.predictor._features  # what predict() itself reads; there is no public door
+        kept: Any = self.predictor._features  # predict() reads it; there is no public access
         self.predictor.reset_predictor()
-        return Features(kept["image_embed"], tuple(kept["high_res_feats"]))
+        return EncodedImages(kept["image_embed"], tuple(kept["high_res_feats"]))
 
-    def decode(self, features: Features, index: int, prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
-        """All prompts of image ``index`` of the batch -> three candidates a prompt, M = 3P.
+    def decode(
+        self, encoded: EncodedImages, index: int, prompts: PointPrompts
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Decode all prompts of image ``index`` of the batch, in chunks that bound the memory.
 
-        Returns their logits (M, S/4, S/4) float32 (> 0 inside) and predicted IoU (M,) float32. They are
-        decoded in chunks that bound the memory.
+        Returns three candidates a prompt, M = 3P: logits (M, S/4, S/4) float32 (> 0 inside) and predicted IoU
+        (M,) float32.
         """
-        device = features.embedding.device
+        device = encoded.embedding.device
         coords = self.predictor._transforms.transform_coords(torch.from_numpy(prompts.coords).to(device))
         labels = torch.from_numpy(prompts.labels).to(device)
-        embedding = features.embedding[index : index + 1]  # (1, d, S/16, S/16)
-        fine = [level[index : index + 1] for level in features.fine]
+        embedding = encoded.embedding[index : index + 1]  # (1, d, S/16, S/16)
+        fine = [level[index : index + 1] for level in encoded.fine]
         position = self.model.sam_prompt_encoder.get_dense_pe()  # (1, d, S/16, S/16)
         chunk = max(1, _DECODE_BYTES // (4 * fine[0].numel()))
         logits, predicted_iou = [], []
@@ -176,9 +184,9 @@ class Sam2Segmenter:
             predicted_iou.append(iou.flatten().float().cpu())
         return torch.cat(logits).numpy(), torch.cat(predicted_iou).numpy()
 
-    def _found(self, features: Features, index: int) -> Found:
-        """The ladder for one encoded image, up to the box around the whole of it."""
-        logits, iou = _finite(*self.decode(features, index, self.prompts))
+    def ladder(self, encoded: EncodedImages, index: int) -> Rung:
+        """Run the fallback ladder for image ``index`` of the batch."""
+        logits, iou = finite(*self.decode(encoded, index, self.prompts))
         choice = candidates.choose(
             logits > 0,
             iou,
@@ -188,12 +196,12 @@ class Sam2Segmenter:
             max_overlap=self.settings.max_overlap,
         )
         if choice is None:
-            return self._boxed(features, index)
-        return Found(logits[list(choice.indices)], choice.score, choice.status)
+            return self.box_rung(encoded, index)
+        return Rung(logits[list(choice.indices)], choice.score, choice.status)
 
-    def _boxed(self, features: Features, index: int) -> Found:
-        """The rung before the last: what the box around the whole image gives, or nothing."""
-        logits, iou = _finite(*self.decode(features, index, box_prompt(1.0)))
+    def box_rung(self, encoded: EncodedImages, index: int) -> Rung:
+        """Run the last two rungs for image ``index``: a box around the whole image, or the whole image."""
+        logits, iou = finite(*self.decode(encoded, index, box_prompt(1.0)))
         steady = candidates.stability(logits)
         best = candidates.pick(
             logits > 0,
@@ -204,19 +212,19 @@ class Sam2Segmenter:
             max_overlap=self.settings.max_overlap,
         )
         if best is None:
-            return Found(logits[:0], 0.0, "identity")
-        return Found(logits[list(best[0])], best[1], "box")
+            return Rung(logits[:0], 0.0, "identity")
+        return Rung(logits[list(best[0])], best[1], "box")
 
-    def _mask(self, image: np.ndarray, found: Found) -> Mask:
-        """What was found, at the image's resolution; the whole image where nothing is left of it."""
-        parts = [self._region(image, logits) for logits in found.logits]
+    def mask(self, image: np.ndarray, rung: Rung) -> Mask:
+        """Resize a rung's candidates to the image and unite them; the whole image if none is left."""
+        parts = [self.region(image, logits) for logits in rung.logits]
         union = np.logical_or.reduce([np.zeros(image.shape[:2], bool), *parts])
-        return Mask(union, found.score, found.status) if union.any() else identity(*union.shape)
+        return Mask(union, rung.score, rung.status) if union.any() else identity(*union.shape)
 
-    def _region(self, image: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        """A candidate's logits (h, w) -> its tidied region (H, W) bool at the resolution of its image.
+    def region(self, image: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """Return a candidate's tidied region (H, W) bool at the image's resolution from its logits (h, w).
 
-        The edges are looked for at the resolution that the model saw, four times that of the logits.
+        Edges come from the resolution that the model sees, four times that of the logits.
         """
         size = image.shape[:2]
         if not self.settings.follow_edges:
@@ -227,10 +235,10 @@ class Sam2Segmenter:
         return candidates.tidy(_resized(followed.astype(np.float32), size) > 0)
 
     def _generated(self, image: np.ndarray) -> Mask:
-        """The whole ladder for one image, its candidates from SAM2's own generator.
+        """Run the ladder on the candidates of SAM2's own generator.
 
-        The generator filters by its thresholds before it removes duplicates, so relaxed thresholds need
-        a second run of it.
+        The generator filters by its thresholds before it removes duplicates, so relaxed thresholds need a
+        second run.
         """
         for status, limits in (("chosen", self.settings.limits), ("relaxed", self.settings.limits.relaxed())):
             regions, iou, steady = self._proposals(image, limits)
@@ -239,28 +247,28 @@ class Sam2Segmenter:
             )
             if best is not None:
                 return Mask(candidates.unite(regions[list(best[0])]), best[1], status)
-        return self._mask(image, self._boxed(self.encode([image]), 0))
+        return self.mask(image, self.box_rung(self.encode([image]), 0))
 
     def _proposals(
         self, image: np.ndarray, limits: candidates.Limits
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the generator finds: regions (M, H, W) bool, predicted IoU (M,), stability (M,)."""
+        """Run the generator: regions (M, H, W) bool, predicted IoU (M,) and stability (M,)."""
         height, width = image.shape[:2]
         generator = self._generator
         generator.pred_iou_thresh = limits.min_iou
         generator.stability_score_thresh = limits.min_stability
         generator.points_per_batch = max(1, min(64, _GENERATE_BYTES // (3 * 4 * height * width)))
-        found = generator.generate(image)
-        regions = [one["segmentation"] for one in found]
+        proposals = generator.generate(image)
+        regions = [proposal["segmentation"] for proposal in proposals]
         return (
             np.stack(regions) if regions else np.zeros((0, height, width), dtype=bool),
-            np.array([one["predicted_iou"] for one in found]),
-            np.array([one["stability_score"] for one in found]),
+            np.array([proposal["predicted_iou"] for proposal in proposals]),
+            np.array([proposal["stability_score"] for proposal in proposals]),
         )
 
     @cached_property
     def _generator(self) -> SAM2AutomaticMaskGenerator:
-        """SAM2's own generator around this predictor; its own would believe in 1024 px."""
+        """Return SAM2's own generator with this predictor, because its own assumes 1024 px."""
         from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
         with warnings.catch_warnings():
@@ -271,35 +279,35 @@ class Sam2Segmenter:
 
 
 def load_sam2(settings: Sam2Settings, *, batch_size: int = 4, device: str = "cpu") -> Sam2Segmenter:
-    """Load SAM2 and wrap it as a segmenter; see ``load_predictor`` for the errors."""
+    """Load SAM2 and wrap it as a segmenter. Raises as ``load_predictor`` does."""
     predictor, model_key = load_predictor(
         settings.config, settings.checkpoint, settings.image_size, device=device
     )
     return Sam2Segmenter(predictor, model_key, settings, batch_size)
 
 
-def grid_prompts(points_per_side: int) -> Prompts:
-    """One point a prompt, on a regular grid in the cells' centres: P = points_per_side², N = 1."""
+def grid_prompts(points_per_side: int) -> PointPrompts:
+    """Return one point a prompt, in the centres of a regular grid: P = points_per_side², N = 1."""
     ticks = (np.arange(points_per_side, dtype=np.float32) + 0.5) / points_per_side
     x, y = np.meshgrid(ticks, ticks)
     coords = np.stack([x, y], axis=-1).reshape(-1, 1, 2)  # (P, 1, 2)
-    return Prompts(coords, np.ones((len(coords), 1), dtype=np.int32))
+    return PointPrompts(coords, np.ones((len(coords), 1), dtype=np.int32))
 
 
-def box_prompt(side: float) -> Prompts:
-    """One box in the centre whose sides are ``side`` of the image's: P = 1, N = 2 (its corners)."""
+def box_prompt(side: float) -> PointPrompts:
+    """Return one centred box with ``side`` of the image's sides: P = 1, N = 2 (its corners)."""
     low, high = (1 - side) / 2, (1 + side) / 2
     coords = np.array([[[low, low], [high, high]]], dtype=np.float32)  # (1, 2, 2)
-    return Prompts(coords, np.array([[2, 3]], dtype=np.int32))
+    return PointPrompts(coords, np.array([[2, 3]], dtype=np.int32))
 
 
-def _finite(logits: np.ndarray, predicted_iou: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Only the candidates (M, h, w) and (M,) whose every number is finite: a broken one must not win."""
-    sound = np.isfinite(logits).all((1, 2)) & np.isfinite(predicted_iou)
-    return (logits, predicted_iou) if sound.all() else (logits[sound], predicted_iou[sound])
+def finite(logits: np.ndarray, predicted_iou: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drop the candidates (M, h, w), (M,) with a number that is not finite."""
+    is_finite = np.isfinite(logits).all((1, 2)) & np.isfinite(predicted_iou)
+    return logits[is_finite], predicted_iou[is_finite]
 
 
 def _resized(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A plane (h, w) float32 -> (H, W), bilinear."""
-    whole = torch.from_numpy(plane)[None, None]
-    return F.interpolate(whole, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+    """Resize a plane (h, w) float32 to (H, W), bilinear."""
+    batch = torch.from_numpy(plane)[None, None]
+    return F.interpolate(batch, size, mode="bilinear", align_corners=False)[0, 0].numpy()

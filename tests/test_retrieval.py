@@ -1,4 +1,4 @@
-"""Claims about masks that a text retrieves among SAM2's proposals."""
+"""Claims about the retrieval of masks among SAM2's proposals by a text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from medfocus.masks.sam2.retrieval import (
     distinct,
     retrieve,
 )
-from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, load_sam2
+from medfocus.masks.sam2.segmenter import PointPrompts, Sam2Segmenter, load_sam2
 from medfocus.masks.settings import Sam2Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ LIMITS = Limits(min_area=0.01, max_area=0.70, min_iou=0.7, min_stability=0.85)
 
 
 def disc(y: float, x: float, radius: float, size: int = 32) -> np.ndarray:
-    """A disc (size, size) bool; centre and radius as shares of the side."""
+    """Return a disc (size, size) bool; centre and radius are shares of the side."""
     rows, columns = (np.mgrid[:size, :size] + 0.5) / size
     return np.hypot(rows - y, columns - x) < radius
 
@@ -42,7 +42,7 @@ LEFT, RIGHT, SMALL = disc(0.5, 0.28, 0.18), disc(0.5, 0.72, 0.18), disc(0.15, 0.
 
 
 def painted() -> np.ndarray:
-    """An image (64, 64, 3) uint8 whose left, right and small disc are of brightness 60, 120 and 240."""
+    """Draw an image (64, 64, 3) uint8 with a left, right and small disc of brightness 60, 120 and 240."""
     image = np.full((64, 64, 3), 10, dtype=np.uint8)
     for region, tone in ((LEFT, 60), (RIGHT, 120), (SMALL, 240)):
         image[region.repeat(2, 0).repeat(2, 1)] = tone
@@ -50,7 +50,7 @@ def painted() -> np.ndarray:
 
 
 class Tone:
-    """Likes crops whose brightest pixel is near a tone, and remembers what it was shown."""
+    """Ranks crops by the distance of their brightest pixel to a tone, and records them."""
 
     def __init__(self, tone: int) -> None:
         self.tone, self.key = tone, f"tone {tone}"
@@ -67,11 +67,11 @@ def pocket() -> Sam2Segmenter:
 
 
 def proposing(*regions: np.ndarray, iou: float = 0.9, keep: int = 1) -> Sam2Segmenter:
-    """A segmenter whose decoder is scripted: it finds these regions wherever it is asked."""
+    """Build a segmenter with a scripted decoder that returns these regions for every prompt."""
     logits = np.where(np.stack(regions), 8.0, -8.0).astype(np.float32)
     scripted = load_sam2(Sam2Settings("pocket", "random:0", 128, "grid", points_per_side=2, keep=keep))
 
-    def decode(features: object, index: int, prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
+    def decode(features: object, index: int, prompts: PointPrompts) -> tuple[np.ndarray, np.ndarray]:
         return logits, np.full(len(logits), iou)
 
     scripted.decode = decode  # pyright: ignore[reportAttributeAccessIssue]
@@ -83,7 +83,7 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("tone", "region"), [(60, LEFT), (120, RIGHT), (240, SMALL)])
-def test_the_proposal_that_the_rank_likes_is_the_mask(tone: int, region: np.ndarray) -> None:
+def test_the_best_ranked_proposal_is_the_mask(tone: int, region: np.ndarray) -> None:
     rank = Tone(tone)
     (mask,) = RetrievalSegmenter(proposing(LEFT, RIGHT, SMALL), rank).segment([painted()])
     assert mask.status == "chosen"
@@ -91,13 +91,13 @@ def test_the_proposal_that_the_rank_likes_is_the_mask(tone: int, region: np.ndar
     assert len(rank.shown) == 3
 
 
-def test_the_best_two_are_united_where_two_are_to_be_kept() -> None:
+def test_with_keep_two_the_best_two_proposals_are_united() -> None:
     segmenter = RetrievalSegmenter(proposing(LEFT, RIGHT, SMALL, keep=2), Tone(90))
     (mask,) = segmenter.segment([painted()])
     assert agreement(mask.region, (LEFT | RIGHT).repeat(2, 0).repeat(2, 1)) > 0.9
 
 
-def test_the_ladder_is_sam2s() -> None:
+def test_the_fallback_ladder_is_that_of_sam2() -> None:
     nothing, flood = np.zeros_like(LEFT), np.ones_like(LEFT)
     for regions, iou, status in (
         ((LEFT, RIGHT), 0.3, "relaxed"),
@@ -111,7 +111,7 @@ def test_the_ladder_is_sam2s() -> None:
         assert (mask.score == 0) == (status == "identity")
 
 
-def test_the_score_of_a_mask_is_sam2s_own() -> None:
+def test_the_score_of_a_mask_is_that_of_sam2() -> None:
     plain = proposing(LEFT)
     (own,) = plain.segment([painted()])
     (retrieved,) = RetrievalSegmenter(plain, Tone(0)).segment([painted()])
@@ -119,7 +119,7 @@ def test_the_score_of_a_mask_is_sam2s_own() -> None:
     assert np.array_equal(retrieved.region, own.region)
 
 
-def test_one_region_is_shown_once_however_many_points_found_it() -> None:
+def test_a_region_found_by_several_points_is_ranked_once() -> None:
     almost = disc(0.5, 0.29, 0.18)
     regions = np.stack([almost, LEFT, RIGHT, SMALL])
     indices, scores = distinct(regions, np.array([0.8, 0.9, 0.8, 0.75]), np.ones(4), LIMITS)
@@ -127,7 +127,7 @@ def test_one_region_is_shown_once_however_many_points_found_it() -> None:
     assert list(scores) == sorted(scores, reverse=True)
 
 
-def test_what_overlaps_the_best_or_overfills_the_image_is_not_united() -> None:
+def test_overlapping_or_too_large_proposals_are_not_united() -> None:
     whole, part, far, large = disc(0.5, 0.3, 0.2), disc(0.5, 0.35, 0.1), SMALL, disc(0.6, 0.75, 0.24)
     regions = np.stack([whole, part, far, large])
     liking = np.array([4.0, 3.0, 1.0, 2.0])
@@ -137,7 +137,7 @@ def test_what_overlaps_the_best_or_overfills_the_image_is_not_united() -> None:
     assert retrieve(regions, np.array([np.nan, 1, 2, 0]), max_area=0.9, keep=1, max_overlap=0.3) == [2]
 
 
-def test_a_crop_is_the_regions_box_and_black_outside_of_the_region() -> None:
+def test_a_crop_is_the_regions_box_with_black_outside_the_region() -> None:
     image = np.random.default_rng(0).integers(1, 255, (60, 80, 3), dtype=np.uint8)
     region = np.zeros((6, 8), dtype=bool)
     region[1:3, 2:5] = True
@@ -149,22 +149,24 @@ def test_a_crop_is_the_regions_box_and_black_outside_of_the_region() -> None:
     assert crop(image, np.zeros((6, 8), dtype=bool)) is image
 
 
-def test_a_rank_that_owes_a_score_is_refused() -> None:
+def test_a_rank_with_a_missing_score_is_refused() -> None:
     class Lazy(Tone):
         def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
             return np.zeros(1)
 
-    with pytest.raises(ValueError, match=r"the rank gave scores \(1,\) for 2 crops; it owes one a crop"):
+    with pytest.raises(
+        ValueError, match=r"The rank returned scores of shape \(1,\) for 2 crops\. Return one"
+    ):
         RetrievalSegmenter(proposing(LEFT, RIGHT), Lazy(0)).segment([painted()])
 
 
-def test_only_a_grid_proposes() -> None:
+def test_retrieval_needs_the_strategy_grid() -> None:
     boxed = load_sam2(Sam2Settings("pocket", "random:0", 128, "box"))
-    with pytest.raises(ValueError, match="proposals come from the strategy 'box'; build that segmenter with"):
+    with pytest.raises(ValueError, match="needs SAM2 with the strategy 'grid', not 'box'"):
         RetrievalSegmenter(boxed, Tone(0))
 
 
-def test_the_key_tells_ranks_and_proposals_apart_and_the_features_key_neither(pocket: Sam2Segmenter) -> None:
+def test_rank_and_proposals_change_the_key_but_not_the_features_key(pocket: Sam2Segmenter) -> None:
     other = load_sam2(Sam2Settings("pocket", "random:0", 128, "grid", points_per_side=3, min_iou=0.1))
     made = [RetrievalSegmenter(p, Tone(t)) for p, t in ((pocket, 1), (pocket, 2), (other, 1), (pocket, 1))]
     keys = [segmenter.key for segmenter in made]
@@ -174,7 +176,7 @@ def test_the_key_tells_ranks_and_proposals_apart_and_the_features_key_neither(po
 
 
 class Halves:
-    """Towers of two dimensions: how bright an image is and how dark; texts "bright" and "dark"."""
+    """A CLIP of two dimensions, the brightness and darkness of an image, with texts "bright" and "dark"."""
 
     key = "halves"
     image_size = 8
@@ -191,7 +193,7 @@ class Halves:
         return torch.tensor([[1.0, 0.0] if text == "bright" else [0.0, 1.0] for text in texts])
 
 
-def test_a_text_retrieves_what_it_says() -> None:
+def test_a_text_retrieves_the_crop_that_it_describes() -> None:
     for text, region in (("bright", SMALL), ("dark", LEFT)):
         segmenter = RetrievalSegmenter(proposing(LEFT, RIGHT, SMALL), TextRank.of(Halves(), [text]))
         (mask,) = segmenter.segment([painted()])
@@ -204,12 +206,12 @@ def test_several_texts_rank_by_their_mean() -> None:
     assert scores.argmax() == 1
     assert scores[0] == pytest.approx(0.5**0.5, abs=1e-5)
     assert TextRank.of(Halves(), ["bright"]).key != TextRank.of(Halves(), ["dark"]).key
-    with pytest.raises(ValueError, match="no text to rank proposals by; give at least one"):
+    with pytest.raises(ValueError, match=r"No text to rank proposals by\. Give at least one"):
         TextRank.of(Halves(), [])
 
 
 def study(folder: Path, anatomy: dict[str, list[str]], **described: object) -> Study:
-    """A study of one ultrasound data set with the strategy "retrieved"."""
+    """Build a study of one ultrasound data set with the strategy "retrieved"."""
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     content["masks"] |= {"segmenter": "sam2", "strategy": "retrieved", "anatomy": anatomy}
     (folder / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -228,7 +230,7 @@ def test_a_text_that_names_a_class_is_refused(tmp_path: Path, text: str) -> None
         models.build_segmenter(named, "scans")
 
 
-def test_a_class_that_only_the_manifest_names_is_refused_too(tmp_path: Path) -> None:
+def test_a_text_that_names_a_class_of_the_manifest_is_refused(tmp_path: Path) -> None:
     record = Record("cyst/1.png", "0" * 64, 4, 4, "L", "simple_cyst", "train", "")
     (tmp_path / "data" / "manifests").mkdir(parents=True)
     write_manifest([record], tmp_path / "data" / "manifests" / "scans.csv")
@@ -244,7 +246,7 @@ def test_a_modality_without_a_text_is_named(tmp_path: Path) -> None:
         models.build_segmenter(study(tmp_path, {"chest_xray": ["the lungs"]}), "scans")
 
 
-def test_a_study_ranks_by_its_own_clip(tmp_path: Path) -> None:
+def test_a_study_ranks_with_its_clip(tmp_path: Path) -> None:
     named = study(tmp_path, {"breast_ultrasound": ["a lesion"]})
     segmenter = models.build_segmenter(named, "scans")
     assert isinstance(segmenter, RetrievalSegmenter)

@@ -1,4 +1,4 @@
-"""Claims about the fast segmenter of large images: it finds what the plain one finds, by less work."""
+"""Claims about the fast segmenter of large images: it gives the plain segmenter's masks."""
 
 from __future__ import annotations
 
@@ -13,27 +13,20 @@ from medfocus import phantoms
 from medfocus.masks.factory import build_sam2
 from medfocus.masks.sam2.fast_segmenter import LEAST_SIZE, FastSegmenter, fits
 from medfocus.masks.sam2.model import load_predictor
-from medfocus.masks.sam2.segmenter import Prompts, Sam2Segmenter, box_prompt, grid_prompts, load_sam2
+from medfocus.masks.sam2.segmenter import PointPrompts, Sam2Segmenter, box_prompt, grid_prompts, load_sam2
 from medfocus.masks.settings import Sam2Settings
+from tests.segmenters import amplify
 
-SIZE = 256  # pixels: fast segmenters are for larger ones, but do the same at every size
-
-
-def speak_up(model: Any) -> None:
-    """Raise the mask logits of random weights, so that masks have edges."""
-    with torch.no_grad():
-        for mlp in model.sam_mask_decoder.output_hypernetworks_mlps:
-            mlp.layers[-1].weight.mul_(100)
-            mlp.layers[-1].bias.mul_(100)
+SIZE = 256  # pixels: fast segmenters serve larger images, but work at every size
 
 
 @pytest.fixture(scope="module", params=["pocket", "sam2.1_hiera_t", "sam2.1_hiera_b+"])
 def pair(request: pytest.FixtureRequest) -> tuple[Sam2Segmenter, FastSegmenter]:
-    """A plain segmenter and the fast one that stands on it; the packaged weights or random ones."""
+    """A plain segmenter and the fast segmenter of the same model, with packaged or random weights."""
     weights = "pocket" if request.param == "pocket" else "random:0"
     predictor, key = load_predictor(request.param, weights, SIZE)
     if weights != "pocket":
-        speak_up(predictor.model)
+        amplify(predictor.model)
     settings = Sam2Settings(
         request.param, weights, SIZE, "grid", points_per_side=3, min_iou=0.1, min_stability=0.1
     )
@@ -42,19 +35,19 @@ def pair(request: pytest.FixtureRequest) -> tuple[Sam2Segmenter, FastSegmenter]:
 
 
 def drawn(modality: str, label: str, seed: int = 0) -> np.ndarray:
-    """A phantom (192, 192, 3) uint8."""
+    """Draw a phantom (192, 192, 3) uint8."""
     image = phantoms.draw(modality, label, np.random.default_rng(seed), 192).image
     return np.repeat(image[..., None], 3, 2)
 
 
 def images() -> list[np.ndarray]:
-    """One phantom of every class."""
+    """Draw one phantom of every class."""
     return [drawn(modality, label) for modality, labels in phantoms.MODALITIES.items() for label in labels]
 
 
 @pytest.mark.parametrize("prompts", [grid_prompts(3), box_prompt(0.5)], ids=["points", "box"])
-def test_the_fast_decoder_draws_the_same_masks(
-    pair: tuple[Sam2Segmenter, FastSegmenter], prompts: Prompts
+def test_the_fast_decoder_returns_the_same_logits(
+    pair: tuple[Sam2Segmenter, FastSegmenter], prompts: PointPrompts
 ) -> None:
     plain, fast = pair
     features = plain.encode(images()[:2])
@@ -66,7 +59,7 @@ def test_the_fast_decoder_draws_the_same_masks(
     assert np.allclose(iou, expected_iou, atol=1e-5)
 
 
-def test_the_fast_encoder_sees_the_same(pair: tuple[Sam2Segmenter, FastSegmenter]) -> None:
+def test_the_fast_encoder_returns_the_same_features(pair: tuple[Sam2Segmenter, FastSegmenter]) -> None:
     plain, fast = pair
     expected, features = (one.encode(images()[:2]) for one in pair)
     levels = zip((features.embedding, *features.fine), (expected.embedding, *expected.fine), strict=True)
@@ -77,7 +70,9 @@ def test_the_fast_encoder_sees_the_same(pair: tuple[Sam2Segmenter, FastSegmenter
     assert torch.allclose(described, other, atol=1e-4)
 
 
-def test_a_prompt_is_answered_alike_beside_any_others(pair: tuple[Sam2Segmenter, FastSegmenter]) -> None:
+def test_the_logits_of_a_prompt_do_not_depend_on_other_prompts(
+    pair: tuple[Sam2Segmenter, FastSegmenter],
+) -> None:
     _, fast = pair
     features = fast.encode(images()[:1])
     whole, iou = fast.decode(features, 0, grid_prompts(3))
@@ -88,7 +83,7 @@ def test_a_prompt_is_answered_alike_beside_any_others(pair: tuple[Sam2Segmenter,
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 @pytest.mark.parametrize(("min_iou", "min_stability"), [(0.1, 0.1), (0.7, 0.85), (2.0, 0.1)])
-def test_not_drawing_what_cannot_win_changes_no_choice(
+def test_skipping_masks_that_cannot_win_changes_no_choice(
     keep: int, min_iou: float, min_stability: float
 ) -> None:
     plain = load_sam2(
@@ -104,7 +99,7 @@ def test_not_drawing_what_cannot_win_changes_no_choice(
         assert (one.region != other.region).mean() < 1e-3
 
 
-def test_few_points_are_drawn_once_a_good_region_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_good_region_few_points_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=8))
     fast, count = FastSegmenter(plain), 0
     monkeypatch.setattr(
@@ -114,7 +109,7 @@ def test_few_points_are_drawn_once_a_good_region_was_found(monkeypatch: pytest.M
 
     def counted(scene: Any, answer: Any) -> Tensor:
         nonlocal count
-        count += len(answer.places)
+        count += len(answer.positions)
         return draw(scene, answer)
 
     monkeypatch.setattr(fast.decoder, "logits", counted)
@@ -123,7 +118,7 @@ def test_few_points_are_drawn_once_a_good_region_was_found(monkeypatch: pytest.M
     assert count < 48
 
 
-def test_answers_that_are_no_numbers_never_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_never_win(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Sam2Settings(
         "pocket", "pocket", 128, "grid", points_per_side=2, min_iou=0.1, min_stability=0.1
     )
@@ -134,7 +129,7 @@ def test_answers_that_are_no_numbers_never_win(monkeypatch: pytest.MonkeyPatch) 
     assert mask.status == "identity"
 
 
-def test_small_images_and_sam2s_own_generator_keep_the_plain_segmenter_and_its_key() -> None:
+def test_small_images_and_sam2s_generator_use_the_plain_segmenter() -> None:
     for size, strategy in ((128, "grid"), (256, "box"), (LEAST_SIZE, "automatic")):
         plain = load_sam2(Sam2Settings("pocket", "random:0", size, strategy))
         built = build_sam2(Sam2Settings("pocket", "random:0", size, strategy))
@@ -142,7 +137,7 @@ def test_small_images_and_sam2s_own_generator_keep_the_plain_segmenter_and_its_k
         assert (built.key, built.features_key) == (plain.key, plain.features_key)
 
 
-def test_the_key_differs_where_rounding_may_and_with_every_setting() -> None:
+def test_every_setting_and_the_fast_segmenter_change_the_key() -> None:
     def built(batch_size: int = 4, **changed: Any) -> Sam2Segmenter:
         settings = {"image_size": LEAST_SIZE, "strategy": "grid", **changed}
         return build_sam2(Sam2Settings("pocket", "random:0", **settings), batch_size=batch_size)
@@ -159,16 +154,16 @@ def test_the_key_differs_where_rounding_may_and_with_every_setting() -> None:
     assert built(batch_size=1).key == segmenters[0].key
 
 
-def test_a_box_in_the_middle_stays_the_box_that_was_asked_for() -> None:
+def test_the_fast_segmenter_uses_the_same_box() -> None:
     plain = load_sam2(Sam2Settings("pocket", "pocket", 128, "box", box_side=0.4))
     image = drawn("brain_mri", "glioma")
     one, other = (each.segment([image])[0] for each in (FastSegmenter(plain), plain))
     assert (one.status, one.score) == (other.status, pytest.approx(other.score, abs=1e-5))
 
 
-def test_a_model_of_another_kind_is_refused_with_what_to_take_instead() -> None:
+def test_an_unsupported_model_is_refused_with_the_fix() -> None:
     plain = load_sam2(Sam2Settings("pocket", "random:0", 128, "grid"))
     plain.model.image_encoder.neck.fpn_top_down_levels = [0, 1, 2, 3]  # pyright: ignore
     assert not fits(plain)
-    with pytest.raises(ValueError, match=r"no fast segmenter for .* Take the plain one"):
+    with pytest.raises(ValueError, match=r"FastSegmenter supports neither .* Use Sam2Segmenter"):
         FastSegmenter(plain)
