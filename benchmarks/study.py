@@ -122,7 +122,7 @@ def _measure() -> dict[str, Any]:
         for name, part in (("clip", clip), ("sam2", sam2))
     }
     fits: dict[str, list[float]] = {}
-    for line in costs.read_lines(here().paths.costs):
+    for line in costs.read_rows(here().paths.costs):
         name = line.system.split(" ")[0]
         if name not in FINE_TUNED:
             fits.setdefault(name, []).append(1000 * line.fit_seconds)

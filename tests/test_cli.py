@@ -195,7 +195,10 @@ def test_the_stage_reads_through_a_wrapping_folder_and_reports_it(
     draw_classes(home / "archive" / "Dataset_BUSI_with_GT", a=3, b=3)
     monkeypatch.chdir(home)
     stage.main(["--dataset", "phantom-breast"])
-    assert "phantom-breast: archive only wraps Dataset_BUSI_with_GT: read there" in capsys.readouterr().err
+    assert (
+        "phantom-breast: archive only wraps Dataset_BUSI_with_GT, which is read instead"
+        in capsys.readouterr().err
+    )
     records = read_manifest(Path("data/manifests/phantom-breast.csv"))
     assert records[0].path == "Dataset_BUSI_with_GT/a/0.png" and len(records) == 6
 

@@ -22,9 +22,9 @@ def hungry():
     time.sleep(0.05)
     del block
 
-_, _, idle = costs.measured(lambda: None)
-_, seconds, peak = costs.measured(hungry)
-_, _, again = costs.measured(lambda: None)
+_, _, idle = costs.measure(lambda: None)
+_, seconds, peak = costs.measure(hungry)
+_, _, again = costs.measure(lambda: None)
 print(seconds, idle, peak, again)
 """
 
@@ -46,7 +46,7 @@ def test_seconds_and_peak_memory_are_those_of_the_fit_alone() -> None:
 def test_the_cost_of_a_fit_is_saved_next_to_its_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "ab" / "abc.safetensors"
     assert costs.read(path) is None
-    fit = costs.Fit(1.25, 700.5, 4096, "from scratch")
+    fit = costs.FitCost(1.25, 700.5, 4096, "from scratch")
     costs.write(fit, path)
     assert costs.read(path) == fit
 
@@ -56,6 +56,6 @@ def test_the_table_reads_back_as_written(tmp_path: Path) -> None:
         costs.CostRow("busi", "lp++", 5.0, 0, 0.01, None, 128, 5000.0, ""),
         costs.CostRow("busi", "resnet", 50.0, 1, 20.5, 812.25, 5_000_000, 70.0, "from scratch"),
     ]
-    costs.write_lines(lines, tmp_path / "costs.csv")
-    assert costs.read_lines(tmp_path / "costs.csv") == lines
-    assert costs.read_lines(tmp_path / "none.csv") == []
+    costs.write_rows(lines, tmp_path / "costs.csv")
+    assert costs.read_rows(tmp_path / "costs.csv") == lines
+    assert costs.read_rows(tmp_path / "none.csv") == []

@@ -131,7 +131,7 @@ def parts_of(command: str) -> list[list[str]]:
     return parts
 
 
-MAIN_JOB = "test_pipeline.py::test_flow_and_repro_share_their_stages"
+MAIN_JOB = "test_pipeline.py::test_the_flow_runs_every_stage_in_order"
 OPERATION = "test_stack.py::test_a_scheduled_run_registers_a_model_and_a_failed_one_is_reported"
 TEAM = "test_team.py::test_a_fresh_clone_pulls_the_pushed_outputs_and_is_up_to_date"
 EXPERIMENT = "test_team.py::test_an_experiment_with_another_parameter_is_shown_next_to_the_study"
@@ -216,7 +216,7 @@ NOT_RUN_HERE = {
     "test_docs.py::test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere": {
         "make docs": "the same by python -m",
     },
-    "test_pipeline.py::test_after_a_repro_the_flow_runs_nothing": {
+    "test_pipeline.py::test_after_dvc_repro_the_flow_has_nothing_to_do": {
         "make repro": "minutes",
     },
     "test_pocket.py::test_a_few_held_out_images_confirm_the_packaged_figures": {

@@ -237,7 +237,7 @@ def test_a_saved_classifier_loads_with_the_same_predictions(fitted: MedFocusCLIP
 def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any], segmenter: str
 ) -> None:
-    from flows.stages import duplicates, evaluate, finetune, ingest, masks, splits
+    from flows.stages import duplicates, finetune, ingest, masks, scoring, splits
     from flows.study import cells, methods, models, study
     from flows.study import dataset as datasets
 
@@ -265,7 +265,7 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     dataset.embed([name], "crop", test, 1, "test")
     monkeypatch.setattr(finetune, "_end_with_parent", lambda: None)  # no worker here
     finetune.fit(finetune.prepare(dataset, cell, tmp_path / "cell.safetensors"))
-    probabilities, header, _ = evaluate.predict(dataset, cell, tmp_path / "cell.safetensors")
+    probabilities, header, _ = scoring.predict(dataset, cell, tmp_path / "cell.safetensors")
 
     settings = defaults.method_settings(name) | changes
     model = MedFocusCLIP(

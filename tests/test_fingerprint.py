@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def project(tmp_path: Path, **sources: str) -> Path:
-    """A project whose modules, by dotted name with __ for the dots, hold the given sources."""
+    """Create a project from sources by module name, with __ for each dot."""
     for name, source in sources.items():
         file = tmp_path.joinpath(*name.split("__")).with_suffix(".py")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def names(files: list[Path], root: Path) -> set[str]:
     return {file.relative_to(root).with_suffix("").as_posix().replace("/", ".") for file in files}
 
 
-def test_a_closure_follows_imports_in_functions_and_relative_ones(tmp_path: Path) -> None:
+def test_a_closure_follows_imports_in_functions_and_relative_imports(tmp_path: Path) -> None:
     root = project(
         tmp_path,
         medfocus__a="def f():\n    from medfocus.b import x\n    import medfocus.c\n",
@@ -103,7 +103,7 @@ def test_a_closure_holds_every_module_that_an_import_loads() -> None:
 
 
 def facts_key(folder: Path) -> str:
-    """The name of the folder in which ingestion keeps the facts of decoded images."""
+    """Return the name of the folder in which ingestion caches facts about images."""
     for label in "ab":
         (folder / "images" / label).mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), ord(label)).save(folder / "images" / label / "x.png")
@@ -114,7 +114,7 @@ def facts_key(folder: Path) -> str:
 
 
 def thumbnails_key(folder: Path) -> str:
-    """The name of the folder in which the search for duplicates keeps thumbnails."""
+    """Return the name of the folder in which the search for duplicates caches thumbnails."""
     find_duplicates(ingest(folder / "images").records, folder / "images", cache=folder / "thumbnails")
     (key,) = os.listdir(folder / "thumbnails")
     shutil.rmtree(folder / "thumbnails")
@@ -123,7 +123,7 @@ def thumbnails_key(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], str]]:
-    """Cache -> its key, as the project's own code computes it now."""
+    """Return cache -> function that computes its key from the project's present code."""
     folder = tmp_path_factory.mktemp("caches")
     encoder = build_clip("pocket", "pocket")
     method = build_method(load_params(ROOT / "params.yaml"), "coop", encoder)
@@ -153,7 +153,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], s
     }
 
 
-# Cache -> some modules that count, and some that do not.
+# Cache -> some modules that change its key, and some that do not.
 COUNTS = {
     "facts": ("datasets.scan images.decode images.dicom images.gdcm_worker", "masks.otsu clip.encoder"),
     "thumbnails": ("datasets.duplicates images.nifti", "datasets.ingest masks.otsu"),
@@ -181,7 +181,7 @@ COUNTS = {
 
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of this project's sources that fingerprints are taken of."""
+    """Copy this project's sources, and take fingerprints of the copy."""
     for package in ("medfocus", "flows"):
         for file in (ROOT / package).rglob("*.py"):
             copied = tmp_path / file.relative_to(ROOT)
@@ -197,7 +197,7 @@ MODULES = sorted({module for counts in COUNTS.values() for part in counts for mo
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_cache_s_key_changes_with_the_code_behind_it_and_with_no_other(
+def test_a_cache_s_key_changes_only_with_the_code_behind_it(
     module: str, copy: Path, caches: dict[str, Callable[[], str]]
 ) -> None:
     assert COUNTS.keys() == caches.keys()
@@ -210,7 +210,7 @@ def test_a_cache_s_key_changes_with_the_code_behind_it_and_with_no_other(
     assert not changed & {name for name, (_, outside) in COUNTS.items() if module in outside.split()}
 
 
-def test_another_open_clip_changes_the_keys_of_features_and_not_those_of_masks(
+def test_another_open_clip_changes_the_keys_of_features_but_not_of_masks(
     copy: Path, caches: dict[str, Callable[[], str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {name: key() for name, key in caches.items()}

@@ -1,4 +1,4 @@
-"""params.yaml: what is wrong is said at once, whole, and by name."""
+"""Claims about params.yaml: all faults are reported together, each with its place, value and fix."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def test_the_default_params_load() -> None:
     assert set(params.study.methods) <= set(params.methods)
 
 
-def test_a_plan_takes_every_focus_and_every_control_and_no_other() -> None:
+def test_a_plan_accepts_exactly_the_known_focus_modes_and_controls() -> None:
     params = load_params(DEFAULT)
     known = (*FOCUS, *REGIONS, *CONTROLS)
     params = replace(params, report=replace(params.report, baseline="clip-zero-shot"))
 
-    def studied(*modes: str) -> Params:
+    def with_modes(*modes: str) -> Params:
         methods = {"clip-zero-shot": ("none",), "medfocusclip": modes}
         return replace(params, study=replace(params.study, methods=methods))
 
-    assert {cell.focus for cell in plan(studied(*known))} == set(known)
+    assert {cell.focus for cell in plan(with_modes(*known))} == set(known)
     with pytest.raises(ValueError, match=r"study\.methods\.medfocusclip has the focus 'crpo'; use one"):
-        plan(studied("none", "crpo"))
+        plan(with_modes("none", "crpo"))
     assert {control.mode for control in CONTROLS.values()} <= set(FOCUS)
 
 
@@ -55,7 +55,7 @@ def test_every_fault_is_reported_with_its_place_and_value(tmp_path: Path) -> Non
     assert "splits.test_fractoin is not a known field" in text
 
 
-def test_slices_may_be_left_out_and_are_checked(tmp_path: Path) -> None:
+def test_slices_are_optional_and_checked(tmp_path: Path) -> None:
     content = yaml.safe_load(DEFAULT.read_text())
     dataset = content["datasets"]["phantom-chest"]
     path = tmp_path / "params.yaml"
@@ -63,8 +63,8 @@ def test_slices_may_be_left_out_and_are_checked(tmp_path: Path) -> None:
         if slices:
             dataset["slices"] = slices
         path.write_text(yaml.safe_dump(content))
-        found = load_params(path).datasets["phantom-chest"].slices
-        assert (found.axis, found.every) == expected
+        loaded = load_params(path).datasets["phantom-chest"].slices
+        assert (loaded.axis, loaded.every) == expected
     dataset["slices"] = {"axis": 3, "every": 0}
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"slices\.axis is 3: (?s:.*)slices\.every is 0: "):
@@ -80,11 +80,11 @@ def test_a_study_of_an_unknown_method_lists_the_known_ones(tmp_path: Path) -> No
         load_params(path)
 
 
-def test_a_missing_or_empty_file_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such params file; copy the project's"):
+def test_a_missing_empty_or_invalid_file_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such params file\. Copy the project's"):
         load_params(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("")
-    with pytest.raises(ValueError, match="holds NoneType, not the sections"):
+    with pytest.raises(ValueError, match="contains NoneType, not the sections"):
         load_params(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("study: [")
     with pytest.raises(ValueError, match="not valid YAML"):
@@ -97,7 +97,7 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def test_a_file_that_extends_another_has_what_it_leaves_out(tmp_path: Path) -> None:
+def test_a_file_inherits_what_it_omits_from_the_file_that_it_extends(tmp_path: Path) -> None:
     base = yaml.safe_load(DEFAULT.read_text())
     (tmp_path / "w.safetensors").touch()
     base["clip"]["pretrained"] = "w.safetensors"
@@ -119,10 +119,10 @@ def test_a_file_that_extends_another_has_what_it_leaves_out(tmp_path: Path) -> N
     assert params.phantoms == {}
     assert params.method("lp++") == ("lp++", {"steps": 5})
     assert params.method("pixels") == ("pixels", base["methods"]["pixels"])
-    assert params.clip.pretrained == "../w.safetensors"  # as this file's folder sees it
+    assert params.clip.pretrained == "../w.safetensors"  # relative to this file's folder
 
 
-def test_a_row_like_another_takes_over_what_it_leaves_out(tmp_path: Path) -> None:
+def test_a_row_like_another_inherits_the_settings_that_it_omits(tmp_path: Path) -> None:
     content = yaml.safe_load(DEFAULT.read_text())
     content["methods"]["gentle"] = {"like": "clip-few-shot", "lr": 1e-5}
     params = load_params(write(tmp_path / "params.yaml", content))
@@ -130,11 +130,11 @@ def test_a_row_like_another_takes_over_what_it_leaves_out(tmp_path: Path) -> Non
     assert kind == "clip-few-shot"
     assert settings == {**content["methods"]["clip-few-shot"], "lr": 1e-5}
     content["methods"]["gentle"] = {"like": "clip-fewshot"}
-    with pytest.raises(ValueError, match=r"methods\.gentle\.like is 'clip-fewshot', which is no section"):
+    with pytest.raises(ValueError, match=r"methods\.gentle\.like is 'clip-fewshot', which is no method"):
         load_params(write(tmp_path / "params.yaml", content))
 
 
-def test_a_method_may_be_held_to_a_part_of_the_study(tmp_path: Path) -> None:
+def test_a_method_may_run_on_a_part_of_the_study(tmp_path: Path) -> None:
     content = yaml.safe_load(DEFAULT.read_text())
     content["study"]["only"] = {"medfocusclip": {"percents": [5], "shots": [], "seeds": [1]}}
     cells = plan(load_params(write(tmp_path / "params.yaml", content)))
@@ -148,17 +148,20 @@ def test_a_method_may_be_held_to_a_part_of_the_study(tmp_path: Path) -> None:
         load_params(write(tmp_path / "params.yaml", content))
 
 
-def test_the_baseline_has_to_be_run_without_focus(tmp_path: Path) -> None:
+def test_the_baseline_must_run_without_focus(tmp_path: Path) -> None:
     content = yaml.safe_load(DEFAULT.read_text())
     content["report"]["baseline"] = "lp++"
     with pytest.raises(ValueError, match=r"report\.baseline is 'lp\+\+', which study\.methods does not run"):
         load_params(write(tmp_path / "params.yaml", content))
 
 
-def test_a_scale_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_scale_is_rejected(tmp_path: Path) -> None:
     content = yaml.safe_load(DEFAULT.read_text())
     for change, message in (
-        ({"runner": "processes", "address": "tcp://a:1"}, r"runner is 'processes'; only dask has one"),
+        (
+            {"runner": "processes", "address": "tcp://a:1"},
+            r"runner is 'processes'; use dask or null",
+        ),
         ({"cache": "cache"}, r"cache is 'cache'; give a URL such as s3://bucket/folder, or an absolute path"),
         (
             {"runner": "ray"},

@@ -20,13 +20,13 @@ STAGES = {
 
 
 def modules_in(path: Path) -> set[Path]:
-    """The modules of a file or a room, without those that hold a docstring alone."""
+    """Return the modules of a file or a room, except modules with only a docstring."""
     files = path.rglob("*.py") if path.is_dir() else [path] if path.suffix == ".py" else []
     return {file for file in files if len(ast.parse(file.read_bytes()).body) > 1}
 
 
 def listed(files: set[Path]) -> list[str]:
-    """Files as dvc.yaml should list them: a room's folder if all of its modules count."""
+    """Return files as dvc.yaml should list them: a room's folder if the stage runs all of its modules."""
     rooms = {room for file in files for room in file.parents if (room / "__init__.py").exists()}
     whole = [room for room in rooms if len(modules_in(room)) > 1 and modules_in(room) <= files]
     paths = [room for room in whole if not set(room.parents) & set(whole)]
@@ -35,7 +35,7 @@ def listed(files: set[Path]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_depends_on_the_import_closure_of_its_command_and_on_no_other_code(name: str) -> None:
+def test_a_stage_depends_on_exactly_the_import_closure_of_its_command(name: str) -> None:
     python, flag, module, *_ = shlex.split(STAGES[name]["cmd"])
     assert (python, flag) == ("python", "-m")
     code = [dep for dep in STAGES[name]["deps"] if dep.startswith(CODE)]

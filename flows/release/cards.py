@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flows.stages.evaluate import test_sets
+from flows.stages.scoring import test_sets
 from flows.study.cells import Cell
 from flows.study.dataset import EncodedDataset
 from medfocus.datasets.duplicates import read_pairs

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flows.release.explanations import Explained, explain_cell, explained_cells
-from flows.stages.evaluate import test_sets
+from flows.stages.scoring import test_sets
 from flows.study.cells import Cell, best_cell
 from flows.study.dataset import EncodedDataset
 from medfocus.datasets.duplicates import read_pairs

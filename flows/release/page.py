@@ -87,7 +87,7 @@ def _report(study: Study, rows: Sequence[StudyRow], facts: Facts) -> PageContent
 
 def _costs(study: Study, rows: Sequence[StudyRow]) -> list[Cost]:
     """Return the mean costs of each system's cells at its largest support, in the order of the table."""
-    lines = costs.read_lines(study.paths.costs)
+    lines = costs.read_rows(study.paths.costs)
     means = []
     for system in dict.fromkeys(row.system for row in rows):
         of_system = [line for line in lines if line.system == system]

@@ -1,4 +1,5 @@
-"""The stages of dvc.yaml, each a command, and DVC.
+"""The stages of dvc.yaml, one module and one command each, and the calls to DVC.
 
-It may import flows.study, flows.servers and medfocus.
+``dvc.reproduce`` brings a stage up to date, ``scoring`` scores checkpoints, and ``rebuild`` fits and scores
+one cell again. The room may import flows.study, flows.servers and medfocus.
 """

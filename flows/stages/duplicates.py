@@ -1,4 +1,4 @@
-"""Stage: manifest -> pairs of images that are one, by bytes, hash and thumbnails over flips and turns."""
+"""Stage: manifest -> pairs of images that show the same, also flipped or rotated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medfocus.datasets.records import read_manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare every two images of ``--dataset``."""
+    """Find the duplicates in ``--dataset``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     dataset = parser.parse_args(arguments).dataset

@@ -1,7 +1,6 @@
 """Run a DVC stage inside this process.
 
-DVC alone decides whether a stage is stale, locks its paths, keeps its run cache and writes dvc.lock.
-A test holds that a stage run here leaves `dvc status` clean.
+DVC itself decides whether a stage is stale, locks its paths, keeps its run cache and writes dvc.lock.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from flows.stages.dvc_patches import in_this_process, open_repo
 
 
 class StageBusyError(RuntimeError):
-    """Another process holds the stage's files or the repository's lock."""
+    """Another process holds a lock on the stage's files or the repository."""
 
 
 def reproduce(folder: Path, stage: str) -> bool:
-    """Bring one stage of ``folder``/dvc.yaml up to date and say whether it had to run.
+    """Bring one stage of ``folder``/dvc.yaml up to date; return whether it had to run.
 
     Raises:
-        StageBusyError: Another run works on the same files; trying again later helps.
-        Exception: Whatever the stage itself raised, with the stage's name as a note.
+        StageBusyError: Another run works on the same files; try again later.
+        Exception: The stage's own error, with the stage's name as a note.
     """
-    logging.getLogger("dvc").setLevel(logging.WARNING)  # at INFO it advises on git at every stage
+    logging.getLogger("dvc").setLevel(logging.WARNING)  # INFO prints advice about git at every stage
     with contextlib.chdir(folder), open_repo() as repo, in_this_process():
         for _ in ("dvc.lock", "rwlock"):
             try:
@@ -60,10 +59,10 @@ def _reproduce(repo: Repo, stage: str) -> bool:
 
 
 def _set_aside(damaged: Path) -> None:
-    """Move a half-written file of DVC's out of the way, so that DVC writes it again.
+    """Rename a file that a killed `dvc repro` left half written, so that DVC writes it again.
 
-    A killed `dvc repro` leaves one. The stages of a dvc.lock come back from the run cache.
+    DVC restores the stages of a dvc.lock from its run cache.
     """
-    aside = damaged.with_name(damaged.name + ".damaged").absolute()
-    damaged.replace(aside)
-    print(f"{damaged.absolute()} was damaged, and is made again; see {aside}", file=sys.stderr, flush=True)
+    old = damaged.with_name(damaged.name + ".damaged").absolute()
+    damaged.replace(old)
+    print(f"{damaged.absolute()} was damaged and is written again; see {old}", file=sys.stderr, flush=True)

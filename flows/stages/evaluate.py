@@ -1,4 +1,4 @@
-"""Stage: checkpoints -> test scores. Only here are test images predicted, and nothing is chosen here."""
+"""Stage: checkpoints -> scores. Only here are test images predicted; nothing is selected by their scores."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from flows.stages import scoring
 from flows.study import costs, models
 from flows.study.cells import Cell, best_cell, methods_of, plan
 from flows.study.dataset import EncodedDataset
@@ -26,17 +28,18 @@ from medfocus.serving import checkpoint
 from medfocus.tracking import runs
 from medfocus.tracking.provenance import made_from
 
-INPUTS = ("params.yaml", "dvc.lock")  # with the commit all that it takes to have a run again
+INPUTS = ("params.yaml", "dvc.lock")  # with the commit, enough to reproduce a run
+Probabilities = dict[str, np.ndarray]  # classifier -> (N, K) on the whole test set; the main one is first
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Score every checkpoint on the official and the clean test set; one MLflow run a cell."""
+    """Score every checkpoint on the official and the clean test set, and log one MLflow run per cell."""
     argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     study = here()
-    params, paths = study.params, study.paths
+    params = study.params
     encoder = models.build_encoder(study)
     cells = plan(params)
-    paths.figures.mkdir(parents=True, exist_ok=True)
+    study.paths.figures.mkdir(parents=True, exist_ok=True)
     store = runs.start(None, study.home, params.tracking.experiment)
     provenance = {
         "study": params.study.name,
@@ -45,66 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "mlflow.source.name": "flows/stages/evaluate.py",
         **made_from(study.folder, params.study.seeds),
     }
-    rows: list[StudyRow] = []  # by cell key
-    run_ids: dict[str, str] = {}
-    spent: list[costs.CostRow] = []
-    headline: dict[str, dict[str, object]] = {}  # by data set
     with (
         store.study(params.study.name, _settings(study), provenance) as run,
         tqdm(total=len(cells), desc="evaluate", unit="cell", disable=None) as bar,
     ):
-        for name, own in groupby(cells, key=lambda cell: cell.dataset):
-            dataset = EncodedDataset(study, name, encoder)
-            own = list(own)
-            for focus in dict.fromkeys(cell.focus for cell in own):
-                methods = methods_of(cell for cell in own if cell.focus == focus)
-                dataset.embed(methods, focus, dataset.splits.test, 1, "encode test")
-            predicted: dict[Cell, dict[str, np.ndarray]] = {}  # -> classifier -> (N, K) probabilities
-            measured: dict[Cell, dict[str, float]] = {}
-            for _, of_system in groupby(own, key=lambda cell: (cell.method, cell.focus)):
-                first: list[StudyRow] = []  # of each cell: its own classifier on the whole test set
-                for cell in of_system:
-                    fitted = paths.checkpoint(cell)
-                    predicted[cell], header, rate = predict(dataset, cell, fitted)
-                    scored = score(dataset, cell, header, predicted[cell])
-                    measured[cell] = numbers(header, scored)
-                    first.append(next(iter(scored.values())))
-                    spent += _cost(dataset, cell, header, first[-1], rate)
-                    key = header.facts["key"]
-                    run_ids[key] = _log(run, dataset, cell, header, measured[cell], provenance)
-                    rows += scored.values()
-                    bar.update()
-                if not bar.disable:
-                    bar.write(tables.progress_line(first), file=sys.stderr)
-            _save_predictions(paths.predictions(name), dataset, predicted)
-            best = best_cell(study, name, predicted)
-            headline[name] = {"best": best.name, **measured[best]}
-            values = next(iter(predicted[best].values()))  # (N, K) of its own classifier
-            drawn = _figures_of(dataset, best, values)
-            for kind, figure in drawn.items():
-                (paths.figures / f"{kind}-{name}.png").write_bytes(figure)
-                run.log_figure(f"{kind}-{name}", figure)
-            best_run = run_ids[checkpoint.read_header(paths.checkpoint(best)).facts["key"]]
-            told = f"The cell of {name} that validation inside its support chose, on the test set."
-            run.describe(told, drawn, best_run)
-            run.log_figure(f"masks-{name}", paths.report(name, "masks.png").read_bytes())
-        accuracy = accuracy_figure(rows)
-        (paths.figures / "accuracy.png").write_bytes(accuracy)
-        run.log_figure("accuracy", accuracy)
-        write_results(rows, paths.results)
-        paths.plots.write_text(tables.plot_table(rows), encoding="utf-8")
-        run.describe(_described(headline), {"accuracy": accuracy})
-        paths.metrics.write_text(json.dumps(headline, indent=2) + "\n", encoding="utf-8")
-        costs.write_lines(spent, paths.costs)
-        _write_study_csv(study, run_ids)
-        run.log_table("study", paths.study.read_text(encoding="utf-8"))
-        for name in INPUTS:
-            if (study.folder / name).exists():
-                run.log_input(study.folder / name)
+        evaluation = _Evaluation(study, run, provenance, bar)
+        for name, of_dataset in groupby(cells, key=lambda cell: cell.dataset):
+            evaluation.add(EncodedDataset(study, name, encoder), list(of_dataset))
+        evaluation.write()
 
 
 def restore_study_csv(study: Study) -> None:
-    """Write study.csv anew where DVC brought the results back from its cache and nothing was run."""
+    """Write study.csv again after DVC restored the results from its cache without running the stage."""
     store = runs.start(None, study.home, study.params.tracking.experiment)
     _write_study_csv(study, store.runs_by_cell())
 
@@ -116,19 +71,119 @@ def _write_study_csv(study: Study, run_ids: dict[str, str]) -> None:
 
 
 def _settings(study: Study) -> dict[str, object]:
-    """The sections that all cells share, flat, as MLflow's parameters."""
+    """Return the settings that all cells of a study share."""
     sections = {"clip": study.params.clip, "masks": study.params.masks, "views": study.params.views}
     return {
         f"{name}.{k}": v for name, section in sections.items() for k, v in dataclasses.asdict(section).items()
     }
 
 
-def _cost(
-    dataset: EncodedDataset, cell: Cell, header: checkpoint.Header, row: StudyRow, rate: float
-) -> list[costs.CostRow]:
-    """What a cell cost; nothing where its checkpoint came out of DVC's cache and not of a fit here."""
-    key = header.facts["key"]
-    fit = costs.read(dataset.study.cell_cache(key))
+@dataclass(frozen=True)
+class _Evaluation:
+    """An open MLflow run of a study and the results of its cells so far."""
+
+    study: Study
+    run: runs.StudyRun
+    provenance: dict[str, str]
+    bar: tqdm[Any]
+    rows: list[StudyRow] = field(default_factory=list)
+    cost_rows: list[costs.CostRow] = field(default_factory=list)
+    run_ids: dict[str, str] = field(default_factory=dict)  # cell key -> MLflow run
+    best: dict[Cell, dict[str, float]] = field(default_factory=dict)  # each data set's best cell: its metrics
+
+    def add(self, dataset: EncodedDataset, cells: Sequence[Cell]) -> None:
+        """Score and log the cells of one data set, and save their predictions."""
+        for focus in dict.fromkeys(cell.focus for cell in cells):
+            methods = methods_of(cell for cell in cells if cell.focus == focus)
+            dataset.embed(methods, focus, dataset.splits.test, 1, "encode test")
+        predicted: dict[Cell, Probabilities] = {}
+        measured: dict[Cell, dict[str, float]] = {}
+        for _, of_system in groupby(cells, key=lambda cell: (cell.method, cell.focus)):
+            main_rows = []  # of the main classifier on the whole test set
+            for cell in of_system:
+                predicted[cell], measured[cell], row = self._add_cell(dataset, cell)
+                main_rows.append(row)
+                self.bar.update()
+            if not self.bar.disable:
+                self.bar.write(tables.progress_line(main_rows), file=sys.stderr)
+        _save_predictions(self.study.paths.predictions(dataset.name), dataset, predicted)
+        best = best_cell(self.study, dataset.name, cells)
+        self.best[best] = measured[best]
+        self._log_figures(dataset, best, next(iter(predicted[best].values())))
+
+    def _add_cell(
+        self, dataset: EncodedDataset, cell: Cell
+    ) -> tuple[Probabilities, dict[str, float], StudyRow]:
+        """Return a cell's probabilities, its metrics, and its main classifier's row on the whole test set."""
+        probabilities, header, rate = scoring.predict(dataset, cell, self.study.paths.checkpoint(cell))
+        rows = scoring.score(dataset, cell, header, probabilities)
+        measured, row = scoring.mlflow_metrics(header, rows), next(iter(rows.values()))
+        self.rows.extend(rows.values())
+        self.cost_rows.extend(_cost_rows(dataset, cell, row, rate))
+        self.run_ids[row.cell_key] = self._log_cell(dataset, cell, header, measured)
+        return probabilities, measured, row
+
+    def _log_cell(
+        self, dataset: EncodedDataset, cell: Cell, header: checkpoint.Header, measured: dict[str, float]
+    ) -> str:
+        """Log a cell as a child run of MLflow; return its id."""
+        settings = {f"method.{name}": value for name, value in header.settings.items()}
+        support, root = dataset.support_paths(cell), dataset.params.root
+        return self.run.log_cell(
+            name=cell.name,
+            params={**cell._asdict(), "n_train": header.facts["n_train"], **settings},
+            metrics=measured,
+            tags={
+                **self.provenance,
+                **cell._asdict(),
+                "test_set": next(iter(scoring.test_sets(dataset))),
+                "cell_key": header.facts["key"],
+            },
+            datasets=[
+                *([runs.DataInput(dataset.name, dataset.digest(support), root)] if support else []),
+                runs.DataInput(dataset.name, dataset.test_digest, root, "testing"),
+            ],
+        )
+
+    def _log_figures(self, dataset: EncodedDataset, best: Cell, probabilities: np.ndarray) -> None:
+        """Draw the best cell's confusion matrix and reliability from (N, K), and log them with the masks."""
+        paths, name = self.study.paths, dataset.name
+        labels = dataset.labels(dataset.splits.test)
+        counts = metrics.confusion(probabilities.argmax(axis=1), labels, len(dataset.classes))
+        curve = metrics.reliability(probabilities, labels)
+        figures = {
+            "confusion": confusion_figure(counts, dataset.classes, best.name),
+            "reliability": reliability_panel(curve, LIGHT, transparent=False),
+        }
+        for kind, figure in figures.items():
+            (paths.figures / f"{kind}-{name}.png").write_bytes(figure)
+            self.run.log_figure(f"{kind}-{name}", figure)
+        text = f"The best cell of {name} by validation inside its support, scored on the test set."
+        key = checkpoint.read_header(paths.checkpoint(best)).facts["key"]
+        self.run.describe(text, figures, self.run_ids[key])
+        self.run.log_figure(f"masks-{name}", paths.report(name, "masks.png").read_bytes())
+
+    def write(self) -> None:
+        """Write the outputs of the whole study and log them."""
+        paths, run = self.study.paths, self.run
+        accuracy = accuracy_figure(self.rows)
+        (paths.figures / "accuracy.png").write_bytes(accuracy)
+        run.log_figure("accuracy", accuracy)
+        write_results(self.rows, paths.results)
+        paths.plots.write_text(tables.plot_table(self.rows), encoding="utf-8")
+        run.describe(_best_table(self.best), {"accuracy": accuracy})
+        paths.metrics.write_text(_metrics_json(self.best), encoding="utf-8")
+        costs.write_rows(self.cost_rows, paths.costs)
+        _write_study_csv(self.study, self.run_ids)
+        run.log_table("study", paths.study.read_text(encoding="utf-8"))
+        for name in INPUTS:
+            if (self.study.folder / name).exists():
+                run.log_input(self.study.folder / name)
+
+
+def _cost_rows(dataset: EncodedDataset, cell: Cell, row: StudyRow, rate: float) -> list[costs.CostRow]:
+    """Return a cell's cost; nothing if DVC's cache, and no fit on this machine, gave its checkpoint."""
+    fit = costs.read(dataset.study.cell_cache(row.cell_key))
     if fit is None:
         return []
     percent, seconds = row.percent_of_train, round(fit.seconds, 3)
@@ -139,134 +194,37 @@ def _cost(
     ]
 
 
-def predict(
-    dataset: EncodedDataset, cell: Cell, fitted: Path
-) -> tuple[dict[str, np.ndarray], checkpoint.Header, float]:
-    """Probabilities (N, K) of every classifier of a checkpoint on the whole test set, in its order.
+def _save_predictions(path: Path, dataset: EncodedDataset, predicted: dict[Cell, Probabilities]) -> None:
+    """Save the paths and labels of the test images, and every classifier's probabilities with 6 decimals.
 
-    The last is the rate, in images per second, at which its own part predicted them.
+    The last digits of a probability differ between CPUs.
     """
-    method, header = checkpoint.load(fitted, dataset.encoder_for(cell.focus))
-    inputs = dataset.inputs(method, cell.focus, dataset.splits.test, 1)[0]  # (N, ...)
-    began = time.perf_counter()
-    logits = method.logits(inputs)
-    rate = len(inputs) / (time.perf_counter() - began)
-    probabilities = {name: metrics.softmax(values.double().numpy()) for name, values in logits.items()}
-    return probabilities, header, rate
-
-
-def score(
-    dataset: EncodedDataset, cell: Cell, header: checkpoint.Header, probabilities: dict[str, np.ndarray]
-) -> dict[tuple[str, str], StudyRow]:
-    """(classifier, test set) -> its row. The first classifier is the method's own, others have their name."""
-    splits = dataset.splits
-    labels = dataset.labels(splits.test)
-    rows = {}
-    for place, (classifier, values) in enumerate(probabilities.items()):
-        for test_set, members in test_sets(dataset).items():
-            at = np.isin(splits.test, members)
-            rows[classifier, test_set] = StudyRow(
-                dataset=dataset.name,
-                method=cell.method if place == 0 else f"{cell.method}-{classifier}",
-                focus=cell.focus,
-                percent_of_train=dataset.percent_of_train(cell),
-                seed=cell.seed,
-                **metrics.score(values[at], labels[at]),
-                test_set=test_set,
-                n_train=header.facts["n_train"],
-                n_test=len(members),
-                cell_key=header.facts["key"],
-                mlflow_run_id="",
-            )
-    return rows
-
-
-def test_sets(dataset: EncodedDataset) -> dict[str, list[str]]:
-    """Name -> test images: the official ones and, where some of them have twins in train, those without.
-
-    A test set drawn here has no twins in train by its making: it is "clean" and there is no other.
-    """
-    splits = dataset.splits
-    if all(record.split != "test" for record in dataset.records.values()):
-        return {"clean": splits.test}
-    return {"official": splits.test} | (
-        {} if splits.clean_test == splits.test else {"clean": splits.clean_test}
-    )
-
-
-def numbers(header: checkpoint.Header, rows: dict[tuple[str, str], StudyRow]) -> dict[str, float]:
-    """A cell's metrics by MLflow's names, the same for every cell, without those that are not finite."""
-    main_classifier, main_set = next(iter(rows))
-    found: dict[str, float] = {}
-    for (classifier, test_set), row in rows.items():
-        prefix = "" if classifier == main_classifier else f"{classifier}."
-        prefix += "" if test_set == main_set else f"{test_set}."
-        for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"):
-            found[prefix + name] = getattr(row, name)
-    if header.validation_count:
-        found["validation_accuracy"] = header.validation_correct / header.validation_count
-    return {name: value for name, value in found.items() if np.isfinite(value)}
-
-
-def _log(
-    run: runs.StudyRun,
-    dataset: EncodedDataset,
-    cell: Cell,
-    header: checkpoint.Header,
-    measured: dict[str, float],
-    provenance: dict[str, str],
-) -> str:
-    """One child run of MLflow."""
-    settings = {f"method.{name}": value for name, value in header.settings.items()}
-    support, root = dataset.support_paths(cell), dataset.params.root
-    return run.log_cell(
-        name=cell.name,
-        params={**cell._asdict(), "n_train": header.facts["n_train"], **settings},
-        metrics=measured,
-        tags={
-            **provenance,
-            **cell._asdict(),
-            "test_set": next(iter(test_sets(dataset))),
-            "cell_key": header.facts["key"],
-        },
-        datasets=[
-            *([runs.DataInput(dataset.name, dataset.digest(support), root, "training")] if support else []),
-            runs.DataInput(dataset.name, dataset.test_digest, root, "testing"),
-        ],
-    )
-
-
-def _described(headline: dict[str, dict[str, object]]) -> str:
-    """The cell of each data set that validation chose, in Markdown."""
-    names = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
-    lines = [f"| chosen by validation | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for measured in headline.values():
-        values = [f"{measured[name]:.3f}" if name in measured else "–" for name in names]
-        lines.append(f"| {measured['best']} | {' | '.join(values)} |")
-    return "\n".join(lines)
-
-
-def _save_predictions(
-    path: Path, dataset: EncodedDataset, predicted: dict[Cell, dict[str, np.ndarray]]
-) -> None:
-    """Every classifier's probabilities beside the test images' paths and labels, for paired comparisons."""
     path.parent.mkdir(parents=True, exist_ok=True)
     test = dataset.splits.test
     arrays = {"paths": np.array(test), "labels": dataset.labels(test), "classes": np.array(dataset.classes)}
     for cell, classifiers in predicted.items():
-        arrays |= {f"{cell.name} {name}": values.astype(np.float32) for name, values in classifiers.items()}
+        for name, values in classifiers.items():
+            arrays[f"{cell.name} {name}"] = np.round(values, 6).astype(np.float32)
     np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
-def _figures_of(dataset: EncodedDataset, cell: Cell, probabilities: np.ndarray) -> dict[str, bytes]:
-    """A cell's confusion matrix and reliability curve, (N, K) on the whole test set, as PNGs."""
-    labels = dataset.labels(dataset.splits.test)
-    counts = metrics.confusion(probabilities.argmax(axis=1), labels, len(dataset.classes))
-    curve = metrics.reliability(probabilities, labels)
-    return {
-        "confusion": confusion_figure(counts, dataset.classes, cell.name),
-        "reliability": reliability_panel(curve, LIGHT, transparent=False),
+def _best_table(best: dict[Cell, dict[str, float]]) -> str:
+    """Return a Markdown table of the best cells."""
+    columns = ("best by validation", *scoring.METRICS)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for cell, measured in best.items():
+        values = [f"{measured[name]:.3f}" if name in measured else "–" for name in scoring.METRICS]
+        lines.append(f"| {cell.name} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def _metrics_json(best: dict[Cell, dict[str, float]]) -> str:
+    """Return the best cells' metrics as JSON, with 4 decimals as in results.csv."""
+    content = {
+        cell.dataset: {"best": cell.name, **{name: round(value, 4) for name, value in measured.items()}}
+        for cell, measured in best.items()
     }
+    return json.dumps(content, indent=2) + "\n"
 
 
 if __name__ == "__main__":

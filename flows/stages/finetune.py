@@ -1,4 +1,4 @@
-"""Stage: every cell of the study -> a checkpoint. Only training images are read here."""
+"""Stage: cells of the study -> checkpoints. This stage reads only training images."""
 
 from __future__ import annotations
 
@@ -43,60 +43,58 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A cell made ready for a worker."""
+class FitJob:
+    """A cell, ready for a worker."""
 
     method: Method
     support: Support
-    header: checkpoint.Header  # its validation still to be filled in
-    rates: LearningRates | None  # one is chosen; None where there is nothing to choose
-    folds: int  # of the validation; 0 for none
+    header: checkpoint.Header  # without its validation
+    rates: LearningRates | None  # to select from; None if there is only one
+    folds: int  # of the validation; 0 to skip it
     path: Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit what the cache lacks and publish exactly this study's checkpoints to data/checkpoints."""
+    """Fit the cells that the cache lacks; publish exactly this study's checkpoints to data/checkpoints."""
     argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     study = here()
-    cells = plan(study.params)  # before anything slow: a typo in a method's settings fails here
+    cells = plan(study.params)  # finds a typo in a method's settings before anything slow
     encoder = models.build_encoder(study)
     published = study.paths.checkpoints
-    for unfinished in published.parent.glob(
-        ".checkpoints.*"
-    ):  # left by a killed run: DVC lets in one at a time
+    for unfinished in published.parent.glob(".checkpoints.*"):  # of a killed run; DVC's lock allows one run
         shutil.rmtree(unfinished)
-    beside = published.with_name(f".checkpoints.{os.getpid()}")
-    # One thread a fit, a process a core: the fits are many and small.
+    temporary = published.with_name(f".checkpoints.{os.getpid()}")
+    # The fits are many and small, so each takes one thread, and each core one process.
     with (
         warnings.catch_warnings(),
         _workers_that_end(),
         parallel_config("loky", n_jobs=os.cpu_count(), inner_max_num_threads=1),
         tqdm(total=len(cells), desc="fine-tune", unit="cell", disable=None) as bar,
     ):
-        # loky restarts a worker whose memory has grown, which tokens of many images do; nothing is lost.
+        # loky restarts a worker with much memory, such as tokens of many images; no work is lost.
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs", category=UserWarning)
-        for name, own in groupby(cells, key=lambda cell: cell.dataset):
+        for name, of_dataset in groupby(cells, key=lambda cell: cell.dataset):
             dataset = EncodedDataset(study, name, encoder)
-            paths = {cell: cached_path(dataset, cell) for cell in own}
+            paths = {cell: cached_path(dataset, cell) for cell in of_dataset}
             missing = [cell for cell, path in paths.items() if not atomic.is_sound(path)]
             bar.update(len(paths) - len(missing))
-            todo = (delayed(fit)(job) for job in _prepared(dataset, {c: paths[c] for c in missing}))
-            for _ in Parallel(return_as="generator_unordered")(todo):
+            fits = (delayed(fit)(job) for job in _prepared(dataset, {c: paths[c] for c in missing}))
+            for _ in Parallel(return_as="generator_unordered")(fits):
                 bar.update()
             for cell, path in paths.items():
-                (beside / cell.path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, beside / cell.path)
+                (temporary / cell.path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, temporary / cell.path)
     shutil.rmtree(published, ignore_errors=True)
-    beside.rename(published)
+    temporary.rename(published)
 
 
-def fit(job: Fit) -> None:
-    """Validate and fit one cell, and keep its checkpoint; runs in a worker process."""
+def fit(job: FitJob) -> None:
+    """Validate and fit one cell and write its checkpoint, in a worker process."""
     torch.set_num_threads(1)
     _end_with_parent()
     seed = job.header.facts["seed"]
     validation = fitting.validate(job.method, job.support, job.rates, folds=job.folds, seed=seed)
-    method, seconds, peak_mib = costs.measured(lambda: fitting.fit(job.method, job.support, job.rates, seed))
+    method, seconds, peak_mib = costs.measure(lambda: fitting.fit(job.method, job.support, job.rates, seed))
     header = dataclasses.replace(
         job.header,
         validation_correct=validation.correct,
@@ -104,15 +102,15 @@ def fit(job: Fit) -> None:
         settings=method.settings,
     )
     learnt = sum(value.numel() for value in method.state().values())
-    costs.write(costs.Fit(seconds, peak_mib, learnt, method.note), job.path)
-    beside = job.path.with_name(f".{job.path.name}.{os.getpid()}.finished")
-    checkpoint.save(method, header, beside)
-    atomic.seal(beside, job.path)
+    costs.write(costs.FitCost(seconds, peak_mib, learnt, method.note), job.path)
+    temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}.finished")
+    checkpoint.save(method, header, temporary)
+    atomic.seal(temporary, job.path)
 
 
 @contextlib.contextmanager
 def _workers_that_end() -> Iterator[None]:
-    """Let the worker processes go after the block: idle ones would keep memory, and a caller from exiting."""
+    """End the worker processes after the block; idle ones keep memory and stop the caller from exiting."""
     try:
         yield
     finally:
@@ -121,9 +119,9 @@ def _workers_that_end() -> Iterator[None]:
 
 @cache
 def _end_with_parent() -> None:
-    """Have this worker end when the stage that started it is killed; loky's own would wait for minutes.
+    """End this worker when its stage is killed; loky would wait for minutes.
 
-    Ctrl-C reaches it as well as the stage, which ends it: it has nothing to say of its own.
+    The worker ignores Ctrl-C, because the stage receives it too and ends the worker.
     """
     if multiprocessing.current_process().name.startswith("Loky"):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -138,30 +136,30 @@ def _end_with_parent() -> None:
 
 
 def cached_path(dataset: EncodedDataset, cell: Cell) -> Path:
-    """Where the cache keeps a cell's checkpoint: named by everything that it depends on."""
+    """Return the path of a cell's checkpoint in the cache, under a key of all that it depends on."""
     params = dataset.study.params
     settings, views = params.method(cell.method)[1], support_views(params, cell.method)
     key = dataset.key(cell, settings, views, _folds(dataset, cell))
     return dataset.study.cell_cache(key)
 
 
-def _prepared(dataset: EncodedDataset, cells: Mapping[Cell, Path]) -> Iterator[Fit]:
-    """Cells made ready one by one, their images encoded before the first of a focus mode."""
+def _prepared(dataset: EncodedDataset, cells: Mapping[Cell, Path]) -> Iterator[FitJob]:
+    """Yield the fits of cells; encode the images of a focus mode before its first cell."""
     params = dataset.study.params
-    alike: dict[tuple[str, int], list[Cell]] = {}  # by what they see
+    by_views: dict[tuple[str, int], list[Cell]] = {}  # (focus, number of views) -> cells
     for cell in cells:
         if METHODS[params.method(cell.method)[0]].learns:
-            alike.setdefault((cell.focus, support_views(params, cell.method)), []).append(cell)
+            by_views.setdefault((cell.focus, support_views(params, cell.method)), []).append(cell)
     images = _all_support_paths(dataset)
     for cell, path in cells.items():
         views = support_views(params, cell.method)
-        if seen_alike := alike.get((cell.focus, views)):
-            dataset.embed(methods_of(seen_alike), cell.focus, images, views, "encode")
+        if same_views := by_views.get((cell.focus, views)):
+            dataset.embed(methods_of(same_views), cell.focus, images, views, "encode")
         yield prepare(dataset, cell, path)
 
 
-def prepare(dataset: EncodedDataset, cell: Cell, path: Path) -> Fit:
-    """A cell whose support is embedded, made ready for ``fit``, which writes ``path``."""
+def prepare(dataset: EncodedDataset, cell: Cell, path: Path) -> FitJob:
+    """Return the fit of a cell, whose support is already embedded; its checkpoint will be ``path``."""
     params = dataset.study.params
     encoder = dataset.encoder_for(cell.focus)
     kind, settings = params.method(cell.method)
@@ -185,11 +183,11 @@ def prepare(dataset: EncodedDataset, cell: Cell, path: Path) -> Fit:
     support = dataset.support(method, cell, views)
     method.encoder = encoder_to_fit(method, encoder)
     choice = choice_of_rate(params, cell.method)
-    return Fit(method, support, header, choice, _folds(dataset, cell), path)
+    return FitJob(method, support, header, choice, _folds(dataset, cell), path)
 
 
 def encoder_to_fit(method: Method, encoder: ClipEncoder) -> ClipEncoder:
-    """Return the encoder with only the parts that the method's ``fit`` runs: small enough for a worker."""
+    """Return the encoder with only the parts that ``fit`` uses, because they are copied to a worker."""
     if method.needs_towers:
         return dataclasses.replace(encoder, segmenter=None)
     model = nn.Module()
@@ -199,9 +197,9 @@ def encoder_to_fit(method: Method, encoder: ClipEncoder) -> ClipEncoder:
 
 
 def _folds(dataset: EncodedDataset, cell: Cell) -> int:
-    """Folds of the cell's validation: only of what may be registered, at the largest support.
+    """Return the folds of a cell's validation; 0 unless the cell may be registered.
 
-    There the best cell is looked for, and there alone validation is worth its cost.
+    Only cells at the largest support may, because validation is costly.
     """
     params = dataset.study.params
     learns = METHODS[params.method(cell.method)[0]].learns
@@ -216,13 +214,13 @@ def _is_largest(dataset: EncodedDataset, cell: Cell) -> bool:
 
 
 def _all_support_paths(dataset: EncodedDataset) -> list[str]:
-    """Every image that any cell learns from, sorted."""
+    """Return the images of all supports, sorted."""
     supports = dataset.splits.supports.values()
     return sorted({path for by_name in supports for paths in by_name.values() for path in paths})
 
 
 if __name__ == "__main__":
-    # The workers look the job's classes up by their module's name, and that is not __main__ there.
+    # Workers import the job's classes from this module, which must not be named __main__.
     from flows.stages.finetune import main as run
 
     run()

@@ -1,4 +1,4 @@
-"""Stage: a data set's folder or CSV -> one manifest, and what was left out or is worth knowing."""
+"""Stage: a data set's folder or table -> its manifest, and reports of faulty files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from medfocus.datasets.records import write_manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Check every image of ``--dataset`` and write data/manifests and reports/data."""
+    """Check every image of ``--dataset``; write its manifest and reports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     dataset = parser.parse_args(arguments).dataset
     study = here()
     params, root = study.params.datasets[dataset], study.root(dataset)
     if params.manifest is None and root.is_dir() and (top := unwrapped(root)) != root:
-        print(f"{dataset}: {params.root} only wraps {top.relative_to(root)}: read there", file=sys.stderr)
-    found = ingest(
+        print(
+            f"{dataset}: {params.root} only wraps {top.relative_to(root)}, which is read instead",
+            file=sys.stderr,
+        )
+    ingested = ingest(
         root,
         manifest=params.manifest,
         columns=params.columns,
@@ -35,14 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     left_out, reported = (study.paths.report(dataset, f"{name}.csv") for name in ("left_out", "reported"))
     left_out.parent.mkdir(parents=True, exist_ok=True)
-    write_faults(found.left_out, left_out)
-    write_faults(found.reported, reported)
+    write_faults(ingested.left_out, left_out)
+    write_faults(ingested.reported, reported)
     manifest = study.paths.manifest(dataset)
     manifest.parent.mkdir(parents=True, exist_ok=True)
-    write_manifest(found.records, manifest)
+    write_manifest(ingested.records, manifest)
     for report, faults, words in (
-        (left_out, found.left_out, "left out"),
-        (reported, found.reported, "kept, with a fault"),
+        (left_out, ingested.left_out, "left out"),
+        (reported, ingested.reported, "kept, with a fault"),
     ):
         if faults:
             place = report.relative_to(study.folder)

@@ -1,4 +1,4 @@
-"""Stage: one mask per image, cached by content; the output holds exactly this manifest's masks."""
+"""Stage: manifest and images -> exactly one mask per image of the manifest, cached by content."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ _SHEET_IMAGES = 24
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Segment what the cache lacks, publish, and show coverage, scores and fallbacks a class."""
+    """Segment the images that the cache lacks; publish the masks, a summary per class and a contact sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     dataset = parser.parse_args(arguments).dataset
     study = here()
     params, scale, root = study.params.masks, study.params.scale, study.root(dataset)
     records = read_manifest(study.paths.manifest(dataset))
-    taught, adapter = AdapterExamples((), root), None
+    examples, adapter = AdapterExamples((), root), None
     if params.segmenter == "sam2" and params.strategy == "adapter":
-        taught = AdapterExamples.of(records, set(read_splits(study.paths.splits(dataset)).train), root)
-        adapter = _adapter(study, dataset, taught)
+        examples = AdapterExamples.of(records, set(read_splits(study.paths.splits(dataset)).train), root)
+        adapter = _adapter(study, dataset, examples)
     segmenter = models.build_segmenter(study, dataset, adapter)
     store = MaskStore(study.shared_cache("masks"))
     with tqdm(total=len(records), desc=f"masks {dataset}", unit="image", disable=None) as bar:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from flows.study.runners import by_shards  # imports Prefect
 
             jobs = [
-                Shard(study.folder, study.version, dataset, tuple(part), adapter)
+                MaskShard(study.folder, study.version, dataset, tuple(part), adapter)
                 for part in chunks(store.missing(records, segmenter.key), scale.images)
             ]
             by_shards(mask_shard, jobs, scale, bar.update)
@@ -61,17 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images = ((record, root / record.path) for record in records)
         cache_masks(images, segmenter, store, batch_size=params.batch_size, progress=bar.update)
     folder = study.paths.masks(dataset)
-    for left in folder.parent.glob(f".{dataset}.????????*"):  # by a killed run; DVC would take it for masks
-        shutil.rmtree(left)
+    for unfinished in folder.parent.glob(f".{dataset}.????????*"):  # of a killed run; DVC would hash it
+        shutil.rmtree(unfinished)
     publish(records, store, segmenter.key, folder)
     if adapter:
         shutil.copyfile(adapter, study.paths.adapter(dataset))
 
     masks, sheet = PublishedMasks(folder), study.paths.report(dataset, "masks.png")
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    known = set(taught.records)  # an adapter's masks of these would flatter it
-    measured = [record for record in records if record not in known]
-    _write_summary(masks, _truths(measured, root, masks), sheet.with_suffix(".csv"))
+    learned = set(examples.records)  # the adapter has seen the known regions of these
+    measured = [record for record in records if record not in learned]
+    _write_summary(masks, _overlaps(measured, root, masks), sheet.with_suffix(".csv"))
     shown = [records[i] for i in spread_over_classes([r.label for r in records], _SHEET_IMAGES)]
     sheet.write_bytes(
         mask_sheet(
@@ -84,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class AdapterExamples:
-    """Training images (H, W, 3) uint8 and their known regions (H, W) bool, read when they are asked for.
+    """Training images (H, W, 3) uint8 and their known regions (H, W) bool, read on demand.
 
-    Few-shot cells see masks by an adapter that was taught on all training images: it knows more regions,
-    though no more labels, than their support.
+    The adapter learns from all training images. So the masks of a few-shot cell depend on more regions than
+    its support contains, but not on more labels.
     """
 
     records: tuple[Record, ...]
@@ -95,16 +95,17 @@ class AdapterExamples:
 
     @classmethod
     def of(cls, records: Iterable[Record], train: Collection[str], root: Path) -> AdapterExamples:
-        """Those of the paths ``train`` that have a region; no file of another image's region is opened.
+        """Select the training images with a known region; no other image's region file is opened.
 
-        A blank region counts as none: where only one class has blank ones, they would tell it.
+        A blank region does not count, because blank regions of only one class would reveal the class.
         """
-        found = (record for record in records if record.path in train)
-        return cls(tuple(r for r in found if known_region(root, r.path, r.height, r.width) is not None), root)
+        training = (record for record in records if record.path in train)
+        with_region = (r for r in training if known_region(root, r.path, r.height, r.width) is not None)
+        return cls(tuple(with_region), root)
 
     @property
     def digest(self) -> str:
-        """sha256 hex over images and regions."""
+        """sha256 hex of the images and regions."""
         sha = hashlib.sha256()
         for i, record in enumerate(self.records):
             sha.update(record.sha256.encode() + np.packbits(self[i][1]).tobytes())
@@ -116,44 +117,44 @@ class AdapterExamples:
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]:
         record = self.records[index]
         region = known_region(self.root, record.path, record.height, record.width)
-        assert region is not None  # of() lets no other in
+        assert region is not None  # by construction in ``of``
         return decode.read(self.root / record.path), region
 
 
-def _adapter(study: Study, dataset: str, taught: AdapterExamples) -> Path:
-    """The file of the taught adapter, out of the cache where the same was taught before."""
+def _adapter(study: Study, dataset: str, examples: AdapterExamples) -> Path:
+    """Return the file of the trained adapter; train it if the cache lacks it."""
     from safetensors.torch import save_file
 
     from medfocus.masks.sam2.adapter import adapter_key, train_adapter  # takes seconds
 
     params, plain = study.params.masks.adapter, models.build_sam2(study, dataset)
     settings = asdict(params)
-    path = study.cache / "adapters" / f"{adapter_key(plain, taught.digest, settings)}.safetensors"
+    path = study.cache / "adapters" / f"{adapter_key(plain, examples.digest, settings)}.safetensors"
     if atomic.is_sound(path):
         return path
     with tqdm(total=params.steps, desc=f"adapter {dataset}", unit="step", disable=None) as bar:
-        state = train_adapter(taught, plain, **settings, progress=bar.update)
+        state = train_adapter(examples, plain, **settings, progress=bar.update)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    save_file(state, beside)
-    atomic.seal(beside, path)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    save_file(state, temporary)
+    atomic.seal(temporary, path)
     return path
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Some images of a data set whose masks a worker is to put into the cache."""
+class MaskShard:
+    """Images of a data set; a worker computes their masks."""
 
     folder: Path  # of the study
-    version: str  # see ``Study.version``
+    version: str  # ``Study.version``
     dataset: str
     records: tuple[Record, ...]
     adapter: Path | None
 
 
-def mask_shard(shard: Shard) -> int:
-    """Have the cache hold a shard's masks; in a worker of ``flows.study.runners``."""
-    study, segmenter = _opened(
+def mask_shard(shard: MaskShard) -> int:
+    """Write a shard's masks to the cache, in a worker of ``flows.study.runners``."""
+    study, segmenter = _segmenter_of_thread(
         shard.folder, shard.version, shard.dataset, shard.adapter, threading.get_ident()
     )
     root = study.root(shard.dataset)
@@ -167,30 +168,30 @@ def mask_shard(shard: Shard) -> int:
 
 
 @lru_cache(maxsize=4)
-def _opened(
+def _segmenter_of_thread(
     folder: Path, version: str, dataset: str, adapter: Path | None, thread: int
 ) -> tuple[Study, Segmenter]:
-    """A segmenter for the shards of one thread: it is for one at a time."""
+    """Build a segmenter for one thread, because threads cannot share one."""
     study = study_in(folder)
     return study, models.build_segmenter(study, dataset, adapter)
 
 
-def _truths(records: Sequence[Record], root: Path, masks: PublishedMasks) -> dict[str, list[float]]:
-    """Label -> IoU of each mask with the known region, where root/masks has one. It measures and no more."""
-    found: dict[str, list[float]] = {}
+def _overlaps(records: Sequence[Record], root: Path, masks: PublishedMasks) -> dict[str, list[float]]:
+    """Return label -> IoU of each mask with its image's known region, for images with one in root/masks."""
+    overlaps: dict[str, list[float]] = {}
     for record in records:
         mask = masks[record.sha256]
         region = known_region(root, record.path, *mask.shape)
         if region is not None:
-            found.setdefault(record.label, []).append(iou(mask, region))
-    return found
+            overlaps.setdefault(record.label, []).append(iou(mask, region))
+    return overlaps
 
 
-def _write_summary(masks: PublishedMasks, truths: dict[str, list[float]], path: Path) -> None:
+def _write_summary(masks: PublishedMasks, overlaps: dict[str, list[float]], path: Path) -> None:
     lines = masks.summary()
-    if truths:
+    if overlaps:
         for line in lines:
-            values = truths.get(str(line["label"]), [])
+            values = overlaps.get(str(line["label"]), [])
             line |= {"regions": len(values), "iou": round(float(np.mean(values)), 3) if values else ""}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
@@ -199,7 +200,7 @@ def _write_summary(masks: PublishedMasks, truths: dict[str, list[float]], path: 
 
 
 if __name__ == "__main__":
-    # The workers look a job's class up by its module's name, and that is not __main__ there.
+    # Workers import the job's class from this module, which must not be named __main__.
     from flows.stages.masks import main as run
 
     run()

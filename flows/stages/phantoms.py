@@ -1,4 +1,4 @@
-"""Stage: draw one procedural data set into data/phantoms/."""
+"""Stage: parameters -> a procedural data set in data/phantoms/."""
 
 from __future__ import annotations
 

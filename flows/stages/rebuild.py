@@ -1,4 +1,4 @@
-"""Fit one cell of the working directory's study again, out of no cache, and print what it scores as JSON."""
+"""Fit one cell of the current study again, without the cache of cells, and print its scores as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from flows.stages import evaluate, finetune
+from flows.stages import finetune, scoring
 from flows.study import models
 from flows.study.cells import Cell
 from flows.study.dataset import EncodedDataset
@@ -16,7 +16,7 @@ from medfocus.images import decode
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the metrics and the key of the cell that the options name."""
+    """Rebuild the cell that the options name; print its metrics and key."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in Cell._fields:
         parser.add_argument(f"--{name}", required=True, type=int if name == "seed" else str)
@@ -26,23 +26,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def rebuild(study: Study, cell: Cell) -> tuple[dict[str, float], str]:
-    """A cell's metrics, as ``evaluate`` logs them, and its key; from the splits and masks that lie there.
+    """Fit and score a cell from the study's splits and masks; return its metrics in MLflow and its key.
 
-    Raises ValueError for an image that is not the one of the manifest any more.
+    Raises ValueError if an image has changed since ingestion.
     """
     dataset = EncodedDataset(study, cell.dataset, models.build_encoder(study))
     support, test = dataset.support_paths(cell), dataset.splits.test
     for path in (*support, *test):
         if decode.read_named(dataset.root / path)[0] != dataset.records[path].sha256:
-            raise ValueError(f"{dataset.root / path}: changed since the run; bring back the image of then.")
+            raise ValueError(f"{dataset.root / path}: the image has changed since the run. Restore it.")
     if support:
         views = support_views(study.params, cell.method)
         dataset.embed([cell.method], cell.focus, support, views, "encode")
     fitted = finetune.cached_path(dataset, cell)
     finetune.fit(finetune.prepare(dataset, cell, fitted))
     dataset.embed([cell.method], cell.focus, test, 1, "encode test")
-    probabilities, header, _ = evaluate.predict(dataset, cell, fitted)
-    return evaluate.numbers(header, evaluate.score(dataset, cell, header, probabilities)), header.facts["key"]
+    probabilities, header, _ = scoring.predict(dataset, cell, fitted)
+    rows = scoring.score(dataset, cell, header, probabilities)
+    return scoring.mlflow_metrics(header, rows), header.facts["key"]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage: manifest and twins -> test sets and nested support sets."""
+"""Stage: manifest and duplicates -> test sets and nested supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cells of a study: which there are, and the best of them."""
+"""The cells of a study, and the selection of the best one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from medfocus.focus.modes import FOCUS
 from medfocus.methods import METHODS
 from medfocus.serving import checkpoint
 
-NOTHING = "0%"  # the support of a method that learns nothing
+NOTHING = "0%"  # support of a method that does not learn
 
 
 class Cell(NamedTuple):
-    """One fit and its test: what a child run of MLflow and a checkpoint stand for."""
+    """One fit and its test. Each cell has one checkpoint and one child run of MLflow."""
 
     dataset: str
     method: str
@@ -30,12 +30,12 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As a run, a checkpoint and a log line call it."""
+        """Name in MLflow, predictions and reports."""
         return f"{self.dataset} {self.method} {self.focus} {self.support} seed {self.seed}"
 
     @property
     def path(self) -> Path:
-        """Of the checkpoint, below data/checkpoints."""
+        """Path of the checkpoint below data/checkpoints."""
         support = self.support.replace("%", "pc")
         return Path(self.dataset, f"{self.method}_{self.focus}_{support}_{self.seed}.safetensors")
 
@@ -43,7 +43,7 @@ class Cell(NamedTuple):
 def plan(params: Params) -> list[Cell]:
     """Return every cell of the study, in order.
 
-    Raises ValueError for an unknown setting or focus of a method, so that a typo fails before any work.
+    Raises ValueError for an unknown setting or focus of a method, so that a typo is found before any work.
     """
     known = (*FOCUS, *REGIONS, *CONTROLS)
     for name, modes in params.study.methods.items():
@@ -56,35 +56,35 @@ def plan(params: Params) -> list[Cell]:
     cells: list[Cell] = []
     for dataset in params.datasets:
         for method, modes in params.study.methods.items():
-            only = params.study.only.get(method, params.study)
-            for focus in modes:
-                if not METHODS[params.method(method)[0]].learns:
-                    cells.append(Cell(dataset, method, focus, NOTHING, params.study.seeds[0]))
-                    continue
-                cells += [
-                    Cell(dataset, method, focus, support, seed)
-                    for support in _supports(only)
-                    for seed in only.seeds
-                ]
+            part = params.study.only.get(method, params.study)
+            supports, seeds = _supports(part), part.seeds
+            if not METHODS[params.method(method)[0]].learns:
+                supports, seeds = [NOTHING], params.study.seeds[:1]
+            cells += [
+                Cell(dataset, method, focus, support, seed)
+                for focus in modes
+                for support in supports
+                for seed in seeds
+            ]
     return cells
 
 
 def methods_of(cells: Iterable[Cell]) -> list[str]:
-    """The methods of cells, each once: for ``EncodedDataset.embed``."""
+    """Return the methods of cells, each once."""
     return list(dict.fromkeys(cell.method for cell in cells))
 
 
-def _supports(of: StudyParams | OnlyParams) -> list[str]:
-    return [*(f"{p:g}%" for p in of.percents), *(f"{n}-shot" for n in of.shots)]
+def _supports(part: StudyParams | OnlyParams) -> list[str]:
+    return [*(f"{p:g}%" for p in part.percents), *(f"{n}-shot" for n in part.shots)]
 
 
 def best_cell(study: Study, dataset: str, cells: Iterable[Cell]) -> Cell:
-    """The cell with the best validation: the highest lower end of its out-of-fold accuracy's interval.
+    """Return the cell with the best validation, by the lower bound of its out-of-fold accuracy's interval.
 
-    The test split has no say. Among equals the first in the order of the params file wins.
+    The test set is not used. Of equal cells, the first in the params file wins.
 
     Raises:
-        ValueError: No cell of the data set could be validated.
+        ValueError: No cell of the data set was validated.
     """
     methods = study.params.validation.methods
     candidates = [
@@ -93,15 +93,15 @@ def best_cell(study: Study, dataset: str, cells: Iterable[Cell]) -> Cell:
         if cell.dataset == dataset and cell.method in methods and cell.focus not in CONTROLS
     ]
 
-    def worth(cell: Cell) -> float:
+    def lower_bound(cell: Cell) -> float:
         header = checkpoint.read_header(study.paths.checkpoint(cell))
         return wilson_lower(header.validation_correct, header.validation_count)
 
-    best = max(candidates, key=worth, default=None)
-    if best is None or worth(best) == 0:
+    best = max(candidates, key=lower_bound, default=None)
+    if best is None or lower_bound(best) == 0:
         raise ValueError(
-            f"params.yaml: no cell of {dataset} could be validated, so none can be registered; name a "
-            "method of study.methods in validation.methods, and give every class two images or more in "
-            "the largest support."
+            f"params.yaml: no cell of {dataset} was validated, so none can be registered. Name a method of "
+            "study.methods in validation.methods, and give every class at least two images in the largest "
+            "support."
         )
     return best

@@ -1,4 +1,4 @@
-"""What a fit and a prediction cost: measured beside the results, as no two runs repeat it exactly."""
+"""The costs of fits and predictions. They differ between runs, so DVC does not track them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import TypeVar
 
 from medfocus.storage import atomic
 
-Done = TypeVar("Done")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Fit:
-    """The cost of one fit; it stays beside its checkpoint in the cache."""
+class FitCost:
+    """The cost of one fit; the cache keeps it next to the checkpoint."""
 
     seconds: float
-    peak_mib: float | None  # of the whole worker while it fitted; None where the system does not tell
-    learnt: int  # numbers that the checkpoint keeps
-    note: str  # where the weights came from, for a method that says so
+    peak_mib: float | None  # of the worker during the fit; None if the system does not report it
+    learnt: int  # numbers in the checkpoint
+    note: str  # the method's note, such as the source of its weights
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """A line of costs.csv: one cell."""
+    """A line of costs.csv, for one cell."""
 
     dataset: str
     system: str
@@ -37,54 +37,54 @@ class CostRow:
     fit_seconds: float
     peak_mib: float | None
     learnt: int
-    images_per_second: float  # predicted, from what its frozen part made of them
+    images_per_second: float  # predicted by the trained part, from the output of the frozen part
     note: str
 
 
-def measured(work: Callable[[], Done]) -> tuple[Done, float, float | None]:
-    """Do some work: what it gave, its seconds, and the most memory in MiB that the process held during it.
+def measure(work: Callable[[], Result]) -> tuple[Result, float, float | None]:
+    """Call ``work``; return its result, its seconds, and the process's peak memory in MiB during the call.
 
-    Linux alone lets a process set its peak back; elsewhere it is None.
+    Only Linux lets a process reset its peak memory; on other systems the peak is None.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")
         resettable = True
     except OSError:
         resettable = False
-    began = time.perf_counter()
-    done = work()
-    seconds = time.perf_counter() - began
+    start = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - start
     if not resettable:
-        return done, seconds, None
+        return result, seconds, None
     status = Path("/proc/self/status").read_text()
     peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
-    return done, seconds, None if peak is None else int(peak.split()[1]) / 1024
+    return result, seconds, None if peak is None else int(peak.split()[1]) / 1024
 
 
-def write(fit: Fit, checkpoint: Path) -> None:
-    """Keep a fit's cost beside its checkpoint."""
-    atomic.write(checkpoint.with_suffix(".json"), json.dumps(asdict(fit)))
+def write(cost: FitCost, checkpoint: Path) -> None:
+    """Write a fit's cost next to its checkpoint."""
+    atomic.write(checkpoint.with_suffix(".json"), json.dumps(asdict(cost)))
 
 
-def read(checkpoint: Path) -> Fit | None:
-    """What ``write`` kept; None where nothing was, or it is damaged."""
+def read(checkpoint: Path) -> FitCost | None:
+    """Read a fit's cost; return None if the file is missing or damaged."""
     try:
-        return Fit(**json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):  # a fit's cost is worth no second fit
+        return FitCost(**json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):  # not worth a second fit
         return None
 
 
-def write_lines(lines: Iterable[CostRow], path: Path) -> None:
+def write_rows(rows: Iterable[CostRow], path: Path) -> None:
     """Write costs.csv."""
     table = io.StringIO()
     writer = csv.DictWriter(table, [f.name for f in fields(CostRow)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(line) for line in lines)
+    writer.writerows(asdict(row) for row in rows)
     atomic.write(path, table.getvalue())
 
 
-def read_lines(path: Path) -> list[CostRow]:
-    """Read costs.csv; nothing where it is not."""
+def read_rows(path: Path) -> list[CostRow]:
+    """Read costs.csv; return no rows if it does not exist."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:

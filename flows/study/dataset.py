@@ -1,4 +1,4 @@
-"""A data set opened for the cells of a study: its records, splits and masks, seen through one encoder."""
+"""The features of a data set's images, computed with one encoder."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 
 
 class EncodedDataset:
-    """A data set after ingestion, splitting and masking, seen through one encoder."""
+    """A data set after ingestion, splitting and segmentation, with one encoder."""
 
     def __init__(self, study: Study, name: str, encoder: ClipEncoder) -> None:
-        """Read what the earlier stages made in the study's folder."""
+        """Read the data set's manifest, splits and masks from the study's folder."""
         self.name = name
         self.study = study
         self.encoder = encoder
@@ -57,40 +57,41 @@ class EncodedDataset:
         self.splits: Splits = read_splits(self.paths.splits(name))
         self.masks = PublishedMasks(self.paths.masks(name))
         self.classes: tuple[str, ...] = tuple(self.splits.classes)
-        self._regional: dict[str, ClipEncoder] = {}  # by focus
-        self._embedded: dict[tuple[str, str, int], dict[str, Tensor]] = {}  # -> path -> (V, ...)
+        self._region_encoders: dict[str, ClipEncoder] = {}  # focus -> encoder
+        # (embedding, focus, V) -> path -> (V, ...)
+        self._embedded: dict[tuple[str, str, int], dict[str, Tensor]] = {}
 
     @cached_property
     def text_features(self) -> Tensor:
-        """(K, D) class embeddings of the data set's prompts."""
+        """Class embeddings (K, D) of the data set's text prompts."""
         return class_embeddings(self.encoder, self.prompts)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """(K,) the words for each class."""
+        """Each class's name in text prompts (K,)."""
         return tuple(self.params.names.get(label, label) for label in self.classes)
 
     @cached_property
     def prompts(self) -> tuple[tuple[str, ...], ...]:
-        """(K, templates) the texts of each class."""
-        written = text_prompts(self.class_names, self.params.modality, self.params.templates)
-        return tuple(map(tuple, written))
+        """Each class's text prompts (K, templates)."""
+        prompts = text_prompts(self.class_names, self.params.modality, self.params.templates)
+        return tuple(map(tuple, prompts))
 
     def encoder_for(self, focus: str) -> ClipEncoder:
-        """The encoder as a focus mode needs it: with an eye for a region beside the image, or without."""
+        """Return the encoder for a focus mode, with an input for the region if the mode needs one."""
         if focus not in REGIONS:
             return self.encoder
-        if focus not in self._regional:
+        if focus not in self._region_encoders:
             bias = self.study.params.views.attention_bias
-            self._regional[focus] = self.encoder.with_region(focus, bias)
-        return self._regional[focus]
+            self._region_encoders[focus] = self.encoder.with_region(focus, bias)
+        return self._region_encoders[focus]
 
     def labels(self, paths: Sequence[str]) -> np.ndarray:
-        """(N,) int64 class indices of images."""
+        """Return the class indices of images, (N,) int64."""
         return np.array([self.classes.index(self.records[path].label) for path in paths], dtype=np.int64)
 
     def digest(self, paths: Iterable[str]) -> str:
-        """sha256 hex over the bytes and the labels of images."""
+        """Return the sha256 hex of images' bytes and labels."""
         content = sorted((self.records[path].sha256, self.records[path].label) for path in paths)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -100,48 +101,50 @@ class EncodedDataset:
         return self.digest(self.splits.test)
 
     def support_paths(self, cell: Cell) -> list[str]:
-        """The images a cell may learn from; for a method that learns nothing, none."""
+        """Return the images of a cell's support; none for a method that does not learn."""
         return [] if cell.support == NOTHING else self.splits.supports[cell.seed][cell.support]
 
     def embed(self, methods: Iterable[str], focus: str, paths: Iterable[str], views: int, label: str) -> None:
-        """Have the frozen parts' output for ``views`` views of images at hand, computing each once.
+        """Compute the output of the methods' frozen parts for images, for ``inputs`` to return.
 
         Args:
-            methods: Whose frozen parts are run, all of them in one pass of the images through the tower.
-            focus: The visual prompt.
+            methods: Names of methods; each view passes the image encoder once for all of them.
+            focus: Visual prompt.
             paths: Images of the manifest.
-            views: View 0 is the whole image, the others are random crops.
-            label: Beside the progress bar.
+            views: Number of views of each image: the whole image, then random crops.
+            label: Label of the progress bar.
         """
-        one_each = {build_method(self.study.params, name, None).embedding: name for name in methods}
-        known = {name: self._embedded.setdefault((name, focus, views), {}) for name in one_each}
-        wanted = [path for path in dict.fromkeys(paths) if any(path not in rows for rows in known.values())]
+        by_embedding = {build_method(self.study.params, name, None).embedding: name for name in methods}
+        known = [self._embedded.setdefault((embedding, focus, views), {}) for embedding in by_embedding]
+        wanted = [path for path in dict.fromkeys(paths) if any(path not in rows for rows in known)]
         if not wanted:
             return
-        names, label = tuple(one_each.values()), f"{label} {self.name} {focus}"
+        names, label = tuple(by_embedding.values()), f"{label} {self.name} {focus}"
         scale = self.study.params.scale
         if scale.runner != "here":
             from flows.study.runners import by_shards  # imports Prefect
 
-            lacking = self._lacking(names, focus, wanted, views)
+            missing = self._missing(names, focus, wanted, views)
             jobs = [
-                Shard(self.study.folder, self.study.version, self.name, names, focus, tuple(part), views)
-                for part in chunks(lacking, scale.images)
+                FeatureShard(
+                    self.study.folder, self.study.version, self.name, names, focus, tuple(part), views
+                )
+                for part in chunks(missing, scale.images)
             ]
             if jobs:
-                with tqdm(total=len(lacking), desc=label, unit="image", disable=None, leave=False) as bar:
+                with tqdm(total=len(missing), desc=label, unit="image", disable=None, leave=False) as bar:
                     by_shards(encode_shard, jobs, scale, bar.update)
         tables = self.encode(names, focus, wanted, views, label)
-        for rows, table in zip(known.values(), tables, strict=True):
+        for rows, table in zip(known, tables, strict=True):
             rows.update(zip(wanted, table, strict=True))
 
     def encode(
         self, methods: Sequence[str], focus: str, paths: Sequence[str], views: int, label: str | None
     ) -> list[Tensor]:
-        """The output of each method's frozen part for N paths, (N, V, ...); without a label no bar shows."""
+        """Return each method's frozen output (N, V, ...); without a label, no progress bar is shown."""
         size, feather = self.encoder.image_size, self.study.params.views.feather
         items = [(self.records[path], number) for path in paths for number in range(views)]
-        hidden = True if label is None else None
+        hidden = label is None or None  # None: only if there is no terminal
         with tqdm(total=len(items), desc=label, unit="view", disable=hidden, leave=False) as bar:
             encoded = features.encode_together(
                 items,
@@ -164,41 +167,37 @@ class EncodedDataset:
 
         return [kind(name) for name in methods]
 
-    def _lacking(self, methods: Sequence[str], focus: str, paths: Sequence[str], views: int) -> list[str]:
-        """Of the paths those whose features are not in the cache."""
+    def _missing(self, methods: Sequence[str], focus: str, paths: Sequence[str], views: int) -> list[str]:
+        """Return the paths without features in the cache."""
         names = [self._view_name(self.records[path], focus, i) for path in paths for i in range(views)]
         missing = features.lacking(names, self._kinds(methods, focus), self.study.shared_cache("features"))
         return [path for i, path in enumerate(paths) if any(missing[i * views : (i + 1) * views])]
 
     def inputs(self, method: Method, focus: str, paths: Sequence[str], views: int) -> Tensor:
-        """What ``embed`` computed of ``method``'s frozen part for ``paths``: (V, N, ...)."""
+        """Return the output of the method's frozen part (V, N, ...), which ``embed`` has computed."""
         known = self._embedded[method.embedding, focus, views]
         return torch.stack([known[path] for path in paths], dim=1)
 
     def percent_of_train(self, cell: Cell) -> float:
-        """How much of the training images a cell may learn from; as written, where that is a percentage."""
+        """Return the size of a cell's support in percent of the training images."""
         if cell.support.endswith("%"):
             return float(cell.support[:-1])
         return 100 * len(self.support_paths(cell)) / len(self.splits.train)
 
     def support(self, method: Method, cell: Cell, views: int) -> Support:
-        """A cell's support, embedded before; empty for a method that learns nothing."""
+        """Return a cell's support, which ``embed`` has computed; it is empty if the method does not learn."""
         paths = self.support_paths(cell)
-        if not paths:
-            nothing = torch.empty(0, dtype=torch.int64)
-            inputs = torch.empty(1, 0)
-            return Support(inputs, nothing, nothing, self.text_features, self.class_names, self.prompts)
         return Support(
-            self.inputs(method, cell.focus, paths, views),
+            self.inputs(method, cell.focus, paths, views) if paths else torch.empty(1, 0),
             torch.from_numpy(self.labels(paths)),
-            torch.tensor([self.splits.groups[path] for path in paths]),
+            torch.tensor([self.splits.groups[path] for path in paths], dtype=torch.int64),
             self.text_features,
             self.class_names,
             self.prompts,
         )
 
     def key(self, cell: Cell, settings: dict[str, Any], views: int, folds: int) -> str:
-        """sha256 hex over everything that a cell's checkpoint depends on, the code included."""
+        """Return the sha256 hex of all that a cell's checkpoint depends on, including the code."""
         paths = self.support_paths(cell)
         choice = choice_of_rate(self.study.params, cell.method)
         content = {
@@ -226,24 +225,26 @@ class EncodedDataset:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def image(self, record: Record) -> np.ndarray:
-        """(H, W, 3) uint8, decoded."""
+        """Decode an image, (H, W, 3) uint8."""
         return decode.read(self.root / record.path)
 
     def mask(self, record: Record, focus: str) -> np.ndarray | None:
-        """(H, W) bool, what a focus mode takes for the region; for "none" the image's own mask."""
-        which = "own" if focus == "none" else mask_source_of(focus)
-        mask = self._mask(record.sha256, which)
+        """Return the mask (H, W) that a focus mode uses, or the image's own if the mode uses none.
+
+        Another image's mask of another size gives None.
+        """
+        mask = self._mask(record.sha256, "own" if focus == "none" else mask_source_of(focus))
         return mask if mask.shape == (record.height, record.width) else None
 
     def shown(self, record: Record, focus: str) -> np.ndarray:
-        """(S, S, C) uint8, the whole image as a focus mode shows it."""
+        """Return the view (S, S, C) uint8 of the whole image under a focus mode."""
         size, feather = self.encoder.image_size, self.study.params.views.feather
         return self._view(record, 0, focus=focus, size=size, feather=feather)
 
     def _view(self, record: Record, number: int, *, focus: str, size: int, feather: float) -> np.ndarray:
         image = decode.read(self.root / record.path)
         mask = None if focus == "none" else self._mask(record.sha256, mask_source_of(focus))
-        if mask is not None and mask.shape != image.shape[:2]:  # another image's
+        if mask is not None and mask.shape != image.shape[:2]:  # another image's mask
             height, width = image.shape[:2]
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
         crop = crop_box(record.sha256, number, mirror=self.params.flip)
@@ -257,32 +258,32 @@ class EncodedDataset:
         mask = "" if focus == "none" else self._mask_digest(record.sha256, mask_source_of(focus))
         return f"{record.sha256} {mask} {number} {self.params.flip and number > 0}"
 
-    def _mask(self, sha256: str, which: MaskSource) -> np.ndarray:
-        """(H, W) bool, at the resolution of the image that it was made for."""
-        mask = self.masks[self._partner[sha256] if which == "another image's" else sha256]
-        return center_box(*mask.shape) if which == "center box" else mask
+    def _mask(self, sha256: str, source: MaskSource) -> np.ndarray:
+        """Return a mask (H, W) bool at the size of the image from which it was computed."""
+        mask = self.masks[self._partner[sha256] if source == "another image's" else sha256]
+        return center_box(*mask.shape) if source == "center box" else mask
 
     @cached_property
     def _partner(self) -> dict[str, str]:
-        """Every image's successor on one random ring through all of them, drawn without their labels."""
+        """Each image's successor on a random ring of all images, drawn without their labels."""
         ring = sorted(
             {record.sha256 for record in self.records.values()},
             key=lambda sha: hashlib.sha256(f"shuffled {sha}".encode()).digest(),
         )
         return dict(zip(ring, [*ring[1:], ring[0]], strict=True))
 
-    @cache  # noqa: B019  # lives as long as the stage that made the data set
-    def _mask_digest(self, sha256: str, which: MaskSource) -> str:
-        mask = self._mask(sha256, which)
+    @cache  # noqa: B019  # the stage keeps the data set until it ends
+    def _mask_digest(self, sha256: str, source: MaskSource) -> str:
+        mask = self._mask(sha256, source)
         return hashlib.sha256(f"{mask.shape}".encode() + np.packbits(mask).tobytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """Some images of a data set whose features a worker is to put into the cache."""
+class FeatureShard:
+    """Images of a data set; a worker computes their features."""
 
     folder: Path  # of the study
-    version: str  # see ``Study.version``
+    version: str  # ``Study.version``
     dataset: str
     methods: tuple[str, ...]
     focus: str
@@ -290,16 +291,16 @@ class Shard:
     views: int
 
 
-def encode_shard(shard: Shard) -> int:
-    """Have the cache hold a shard's features; in a worker of ``flows.study.runners``."""
-    dataset = _opened(shard.folder, shard.version, shard.dataset, threading.get_ident())
+def encode_shard(shard: FeatureShard) -> int:
+    """Write a shard's features to the cache, in a worker of ``flows.study.runners``."""
+    dataset = _dataset_of_thread(shard.folder, shard.version, shard.dataset, threading.get_ident())
     dataset.encode(shard.methods, shard.focus, shard.paths, shard.views, None)
     return len(shard.paths)
 
 
 @lru_cache(maxsize=4)
-def _opened(folder: Path, version: str, dataset: str, thread: int) -> EncodedDataset:
-    """A data set for the shards of one thread: towers are for one at a time."""
+def _dataset_of_thread(folder: Path, version: str, dataset: str, thread: int) -> EncodedDataset:
+    """Open a data set for one thread, because threads cannot share an encoder."""
     study = study_in(folder)
     return EncodedDataset(study, dataset, models.build_encoder(study))
 
@@ -322,7 +323,7 @@ def cell_code(method: type[Method], encoder: ClipEncoder) -> str:
 
 
 def _dtype(embedding: str) -> torch.dtype:
-    """As which rows are kept: images as they are, tokens in half of the room."""
+    """Return the dtype that the cache uses for an embedding."""
     if embedding == IMAGES:
         return torch.uint8
     return torch.float16 if embedding.startswith("tokens") else torch.float32

@@ -1,4 +1,4 @@
-"""A study's methods: their settings in params.yaml, checked, and the methods built from them."""
+"""The methods of a study, built from their checked settings in params.yaml."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Method:
-    """An unfitted method with its hyperparameters; without an encoder it serves only to check them.
+    """Build an unfitted method; without an encoder this only checks the hyperparameters.
 
-    Of several learning rates it has the first; see ``learning_rates``.
+    If params.yaml lists several learning rates, the method has the first one.
 
     Raises:
         ValueError: The name or a hyperparameter is unknown, missing or out of range.
@@ -25,8 +25,8 @@ def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Meth
     kind, settings = params.method(name)
     if kind not in METHODS:
         raise ValueError(
-            f"params.yaml: methods.{name} is not a method; known are {', '.join(METHODS)}. For a further row "
-            "of one of them write like: and its name."
+            f"params.yaml: methods.{name} is not a method; use one of {', '.join(METHODS)}, or add "
+            "'like: METHOD' for another row of one of them."
         )
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     if rates := learning_rates(params, name):
@@ -38,9 +38,9 @@ def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Meth
 
 
 def learning_rates(params: Params, name: str) -> tuple[float, ...]:
-    """The rates of which a method's is chosen inside its support; () for a method that has none.
+    """Return the learning rates to select from inside the support; () for a method without a rate.
 
-    Raises ValueError for anything but numbers above 0.
+    Raises ValueError unless all are numbers above 0.
     """
     settings = params.method(name)[1]
     if "lr" not in settings:
@@ -49,18 +49,18 @@ def learning_rates(params: Params, name: str) -> tuple[float, ...]:
     rates = tuple(written) if isinstance(written, list) else (written,)
     if not rates or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
         raise ValueError(
-            f"params.yaml: methods.{name}.lr is {written!r}; give a number above 0, or a list of them, of "
-            "which one is then chosen by cross-validation inside the support."
+            f"params.yaml: methods.{name}.lr is {written!r}; give a number above 0, or a list of numbers "
+            "from which cross-validation inside the support selects."
         )
     return rates
 
 
 def choice_of_rate(params: Params, name: str) -> LearningRates | None:
-    """How a method's learning rate is chosen; None where there is nothing to choose."""
+    """Return the settings by which a learning rate is selected; None if there are not several."""
     rates = learning_rates(params, name)
     return LearningRates(rates, **dataclasses.asdict(params.learning_rates)) if len(rates) > 1 else None
 
 
 def support_views(params: Params, method: str) -> int:
-    """How many views of each training image a method takes."""
+    """Return the number of views that a method takes of each training image."""
     return 1 + params.views.augmented if METHODS[params.method(method)[0]].takes_views else 1

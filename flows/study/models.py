@@ -46,7 +46,7 @@ def build_segmenter(study: Study, dataset: str, adapter: Path | None = None) -> 
     """
     masks, state, rank = study.params.masks, None, None
     if masks.segmenter == "sam2" and masks.strategy == "retrieved":
-        texts = anatomy_texts(study, dataset)  # a fault in them is reported before seconds of loading
+        texts = anatomy_texts(study, dataset)  # reports a fault before seconds of loading
         from medfocus.clip.build import build_clip
         from medfocus.masks.sam2.retrieval import TextRank
 
@@ -78,7 +78,7 @@ def build_sam2(study: Study, dataset: str) -> Sam2Segmenter:
 def anatomy_texts(study: Study, dataset: str) -> tuple[str, ...]:
     """Return the texts by which the strategy "retrieved" chooses a data set's masks.
 
-    Raises ValueError if there is none, or if one names a class: the mask would then give the label away.
+    Raises ValueError if there is none, or if one names a class, because the mask would then reveal the label.
     """
     settings = study.params.datasets[dataset]
     texts = study.params.masks.anatomy.get(settings.modality, ())

@@ -1,8 +1,7 @@
-"""params.yaml -> frozen dataclasses, one a section; every fault of the file is reported at once.
+"""params.yaml -> frozen dataclasses, one per section; all faults of the file are reported together.
 
-No field has a default but ``slices`` and ``columns`` of a data set, which most have no use for: every
-number of a study stands in its params.yaml. What depends on the
-data (enough images per class, files that exist) is checked where the data is.
+Every number of a study is in its params.yaml: only ``licence``, ``slices`` and ``columns`` of a data set have
+defaults, because few data sets need them. The stages check facts that depend on the data.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files, DVC stages, MLflow models
 
-# Fields that may be paths, beside names of what is found elsewhere.
+# Fields that may be paths; others are names of packaged or downloaded files.
 _PATHS = (("masks", "config"), ("masks", "checkpoint"), ("clip", "pretrained"), ("report", "published"))
 
-DRIFT_BY = "clip-zero-shot"  # the method whose features say how unlike two sets of images are
+DRIFT_BY = "clip-zero-shot"  # the method that gives the features for measuring drift
 
 _strict = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, config=_strict)
 class OnlyParams:
-    """What a method is held to, where all of the study would take it too long."""
+    """The part of a study's supports and seeds on which a slow method runs."""
 
     percents: tuple[Annotated[float, Field(gt=0, le=100)], ...]
     shots: tuple[Positive, ...]
@@ -42,14 +41,14 @@ class OnlyParams:
 
 @dataclass(frozen=True, config=_strict)
 class StudyParams:
-    """Which cells are run: every method with its focus modes, on every data set, support and seed."""
+    """The cells: every method with its focus modes, on every data set, support and seed."""
 
     name: Name
-    methods: dict[str, tuple[str, ...]]  # method -> focus modes to run it with
+    methods: dict[str, tuple[str, ...]]  # method -> its focus modes
     percents: tuple[Annotated[float, Field(gt=0, le=100)], ...]  # of the training images
     shots: tuple[Positive, ...]  # images per class
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]  # a support set each
-    only: dict[str, OnlyParams]  # method -> the part of percents, shots and seeds that it is run at
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]  # one support set per seed
+    only: dict[str, OnlyParams]  # method -> its part of percents, shots and seeds
 
     @model_validator(mode="after")
     def _has_a_support(self) -> StudyParams:
@@ -70,36 +69,33 @@ class StudyParams:
 
 @dataclass(frozen=True, config=_strict)
 class SlicesParams:
-    """Which slices of a NIfTI volume are images."""
+    """The slices of a NIfTI volume that are images."""
 
     axis: Annotated[int, Field(ge=0, le=2)]  # of the patient: 0 sagittal, 1 coronal, 2 axial slices
-    every: Positive  # so many'th slice
+    every: Positive  # 3 takes every third slice
 
 
 @dataclass(frozen=True, config=_strict)
 class DatasetParams:
-    """One data set: where its images are and how they are spoken of."""
+    """One data set: its images and their names in text prompts."""
 
-    root: (
-        str  # folder of split/class/*.png|jpg, class/*.png|jpg, or of the CSV below; relative to params.yaml
-    )
+    root: str  # folder of split/class/*, class/* or the table below; relative to params.yaml
     manifest: str | None  # table (CSV, Parquet) inside root: path, label and optional split, patient
-    patient_pattern: str | None  # regular expression over the path, its one group is the patient
-    modality: Modality  # chooses the text templates and how many segments a mask unites
-    names: dict[str, str]  # label -> the words for it in a text prompt; the label itself where absent
-    templates: tuple[str, ...]  # text prompts with {c} for the class; empty: the modality's own
-    flip: bool  # whether views may be mirrored; never for chest films
-    # These may be left out, as most have no need of them.
-    licence: str = ""  # of the images, as their source states it; for the data sheet
-    slices: SlicesParams = SlicesParams(2, 1)  # of volumes
-    columns: dict[str, str] = Field(default_factory=dict)  # what the manifest calls path, label, ...
+    patient_pattern: str | None  # regular expression for paths; its one group is the patient
+    modality: Modality  # selects the text templates and the number of segments in a mask
+    names: dict[str, str]  # label -> its name in text prompts, by default the label
+    templates: tuple[str, ...]  # text prompts with {c} for the class; empty: the modality's templates
+    flip: bool  # mirror some views; false for chest films
+    licence: str = ""  # of the images, for the data sheet
+    slices: SlicesParams = SlicesParams(2, 1)  # of NIfTI volumes
+    columns: dict[str, str] = Field(default_factory=dict)  # path, label, ... -> its column in the manifest
 
     @model_validator(mode="after")
     def _columns_are_of_a_manifest(self) -> DatasetParams:
         if unknown := sorted(self.columns.keys() - COLUMNS):
-            raise ValueError(f"columns has {unknown[0]!r}, which is none of {', '.join(COLUMNS)}")
+            raise ValueError(f"columns has {unknown[0]!r}, which is not one of {', '.join(COLUMNS)}")
         if self.columns and self.manifest is None:
-            raise ValueError("columns is given, but manifest is null: name the table, or leave columns out")
+            raise ValueError("columns is given, but manifest is null; name the table, or remove columns")
         return self
 
 
@@ -110,68 +106,70 @@ class PhantomParams:
     seed: Annotated[int, Field(ge=0)]
     train_per_class: Positive
     test_per_class: Positive
-    size: Annotated[int, Field(ge=64)]  # pixels a side
+    size: Annotated[int, Field(ge=64)]  # pixels per side
 
 
 @dataclass(frozen=True, config=_strict)
 class SplitsParams:
-    """How support sets, and a test split where the data set has none, are drawn."""
+    """How supports are drawn, and a test set if the data set has none."""
 
     test_fraction: Share
 
 
 @dataclass(frozen=True, config=_strict)
 class AdapterParams:
-    """How the strategy adapter is taught known regions of training images; see ``train_adapter``."""
+    """How the strategy "adapter" learns known regions of training images; see ``train_adapter``."""
 
     steps: Positive
     batch_size: Positive  # images per step
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
-    reduction: Positive  # the encoder's widths over the adapters'
+    reduction: Positive  # width of the encoder divided by the width of the adapters
     seed: Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, config=_strict)
 class MasksParams:
-    """How one mask per image is found without labels."""
+    """How each image is segmented, without its label."""
 
     segmenter: Literal["sam2", "otsu"]
     config: str  # "pocket", a configuration of the sam2 package, or a YAML path
     checkpoint: str  # "pocket", "random:SEED", a path, or a hub id
-    image_size: Positive  # pixels a side that SAM2 sees
+    image_size: Positive  # pixels per side of SAM2's input
     strategy: Literal["automatic", "grid", "center", "box", "retrieved", "adapter"]
     points_per_side: Positive  # of the automatic, grid and retrieved strategies
-    follow_edges: bool  # move the outline of SAM2's mask to the image's edges
+    follow_edges: bool  # move the outline of SAM2's mask to edges of the image
     min_area: Share  # of the image
     max_area: Share
-    keep: dict[Modality, Positive]  # how many of the best segments are united; 1 where absent
+    keep: dict[Modality, Positive]  # number of best segments to unite; 1 by default
     batch_size: Positive
-    anatomy: dict[Modality, tuple[str, ...]]  # texts by which "retrieved" chooses; never a class
-    adapter: AdapterParams  # how "adapter" is taught
+    anatomy: dict[Modality, tuple[str, ...]]  # texts by which "retrieved" selects segments; never a class
+    adapter: AdapterParams
 
     @model_validator(mode="after")
     def _fields_agree(self) -> MasksParams:
         if self.min_area >= self.max_area:
             raise ValueError(f"min_area {self.min_area} is not below max_area {self.max_area}")
         if self.follow_edges and self.strategy == "automatic" and self.segmenter == "sam2":
-            raise ValueError("follow_edges is for every strategy but automatic, which is SAM2's own")
+            raise ValueError(
+                "follow_edges is true, but SAM2's strategy automatic cannot follow edges; set it to false"
+            )
         return self
 
 
 @dataclass(frozen=True, config=_strict)
 class ViewsParams:
-    """How an image and its mask become what CLIP sees."""
+    """How an image and its mask become CLIP's input."""
 
-    feather: Annotated[float, Field(ge=0, lt=0.5)]  # width of the soft edge, share of the longest side
-    attention_bias: Annotated[float, Field(ge=0)]  # β of the focus "attention"; 0 leaves it without effect
-    augmented: Annotated[int, Field(ge=0)]  # random resized crops a support image, beside the whole one
+    feather: Annotated[float, Field(ge=0, lt=0.5)]  # width of the soft edge, in shares of the longest side
+    attention_bias: Annotated[float, Field(ge=0)]  # β of the focus "attention"; 0 has no effect
+    augmented: Annotated[int, Field(ge=0)]  # random resized crops per support image, besides the whole image
     batch_size: Positive
 
 
 @dataclass(frozen=True, config=_strict)
 class ClipParams:
-    """The frozen towers."""
+    """The frozen encoders."""
 
     model: str  # "pocket", an open_clip model name, or an hf-hub: id
     pretrained: str  # "random:SEED", a pretrained tag, or a checkpoint path
@@ -179,75 +177,75 @@ class ClipParams:
 
 @dataclass(frozen=True, config=_strict)
 class LearningRatesParams:
-    """How a learning rate is chosen where a method lists several."""
+    """How one learning rate is selected if a method lists several."""
 
     folds: Annotated[int, Field(ge=2)]  # of the cross-validation inside the support
-    images: Positive  # of the support, at most, that it trains and measures on
+    images: Positive  # largest number of support images that the selection uses
 
 
 @dataclass(frozen=True, config=_strict)
 class ValidationParams:
-    """Out-of-fold validation inside the support, by which the best cell is chosen."""
+    """Out-of-fold validation inside the support, which selects the best cell."""
 
     folds: Annotated[int, Field(ge=2)]
-    methods: tuple[str, ...]  # the methods whose best cell may be registered
+    methods: tuple[str, ...]  # methods that may be registered
 
 
 @dataclass(frozen=True, config=_strict)
 class TrackingParams:
-    """MLflow."""
+    """Names in MLflow."""
 
     experiment: Name
 
 
 @dataclass(frozen=True, config=_strict)
 class GateParams:
-    """What a model has to fulfil to become champion; see ``medfocus.evaluation.gate``."""
+    """The conditions for a new champion; see ``medfocus.evaluation.gate``."""
 
-    margin: Annotated[float, Field(gt=-1, lt=1)]  # of accuracy above the champion; below 0: so much worse
-    p: Annotated[float, Field(gt=0, le=1)]  # at most, of the paired test; 1 asks for none
-    images: Positive  # at least, of the test set, that the champion has not learnt from
-    recall: dict[str, Annotated[float, Field(ge=0, le=1)]]  # floors by class; "all" for classes not named
-    calibration: Annotated[float, Field(gt=0, le=1)]  # expected calibration error at most
+    margin: Annotated[float, Field(gt=-1, lt=1)]  # least gain of accuracy; below 0 allows a loss
+    p: Annotated[float, Field(gt=0, le=1)]  # largest p of the paired test; 1 disables it
+    images: Positive  # least number of test images that the champion has not learned from
+    recall: dict[str, Annotated[float, Field(ge=0, le=1)]]  # class -> least recall; "all" for other classes
+    calibration: Annotated[float, Field(gt=0, le=1)]  # largest expected calibration error
 
 
 @dataclass(frozen=True, config=_strict)
 class DriftParams:
-    """From when on new images are too unlike the champion's to promote.
+    """The differences from the champion's images above which no model is promoted.
 
     See ``medfocus.evaluation.drift``.
     """
 
-    embedding: Annotated[float, Field(gt=0.5, le=1)]  # AUROC of telling new from old by CLIP's features
-    coverage: Annotated[float, Field(gt=0, le=1)]  # distance of the distributions of mask coverage
+    embedding: Annotated[float, Field(gt=0.5, le=1)]  # AUROC of separating new from old by features
+    coverage: Annotated[float, Field(gt=0, le=1)]  # distance between the distributions of mask coverage
     classes: Annotated[float, Field(gt=0, le=1)]  # total variation of the class shares
-    statistics: Annotated[float, Field(gt=0, le=1)]  # as coverage; of brightness, contrast, sharpness, size
-    p: Annotated[float, Field(gt=0, lt=1)]  # below which chance does not explain it
-    images: Positive  # old and new ones compared, at most
+    statistics: Annotated[float, Field(gt=0, le=1)]  # same for brightness, contrast, sharpness, size
+    p: Annotated[float, Field(gt=0, lt=1)]  # significance level
+    images: Positive  # largest number of old and of new images to compare
 
 
 @dataclass(frozen=True, config=_strict)
 class ReportParams:
-    """What the page of a study compares."""
+    """The comparisons on the page of a study."""
 
-    baseline: str  # the system, a method without focus, that all others are compared with
+    baseline: str  # the method with which all systems are compared, without focus
     published: str | None  # CSV dataset,method,percent,accuracy of published rows; relative to params.yaml
 
 
 @dataclass(frozen=True, config=_strict)
 class ScaleParams:
-    """Who makes masks and features, and where they are kept; it changes no byte of them."""
+    """The workers and the cache of masks and features; neither changes the results."""
 
-    runner: Literal["here", "threads", "processes", "dask"]  # here: this process, without shards
+    runner: Literal["here", "threads", "processes", "dask"]  # here: in this process
     workers: Positive
-    images: Positive  # a shard
+    images: Positive  # per shard
     address: str | None  # of a Dask scheduler; None starts a cluster on this machine
-    cache: str | None  # URL for fsspec of the cache of masks and features; None: .cache in the project
+    cache: str | None  # fsspec URL of the cache; None: .cache in the project
 
     @model_validator(mode="after")
     def _fits(self) -> ScaleParams:
         if self.address and self.runner != "dask":
-            raise ValueError(f"address is {self.address!r}, but runner is {self.runner!r}; only dask has one")
+            raise ValueError(f"address is {self.address!r}, but runner is {self.runner!r}; use dask or null")
         if self.cache and "://" not in self.cache and not Path(self.cache).is_absolute():
             raise ValueError(
                 f"cache is {self.cache!r}; give a URL such as s3://bucket/folder, or an absolute path"
@@ -266,7 +264,7 @@ class Params:
     masks: MasksParams
     views: ViewsParams
     clip: ClipParams
-    methods: dict[str, dict[str, Any]]  # hyperparameters; each method checks its own
+    methods: dict[str, dict[str, Any]]  # method -> hyperparameters, which the method checks
     learning_rates: LearningRatesParams
     validation: ValidationParams
     tracking: TrackingParams
@@ -274,16 +272,16 @@ class Params:
     drift: DriftParams
     report: ReportParams
     scale: ScaleParams
-    device: Literal["auto", "cpu", "cuda"]  # auto: CUDA where there is one
+    device: Literal["auto", "cpu", "cuda"]  # auto: CUDA if available
 
     def method(self, name: str) -> tuple[str, dict[str, Any]]:
-        """What kind of method a name of the section methods stands for, and its hyperparameters.
+        """Return the method and the hyperparameters behind a name in the section methods.
 
-        A section with ``like`` is another row of the kind that it names, and takes over what it leaves out.
+        A section with ``like`` is another row of that method, and inherits the hyperparameters that it omits.
         """
-        own = dict(self.methods[name])
-        kind = own.pop("like", name)
-        return kind, own if kind == name else {**self.methods[kind], **own}
+        settings = dict(self.methods[name])
+        kind = settings.pop("like", name)
+        return kind, settings if kind == name else {**self.methods[kind], **settings}
 
     @model_validator(mode="after")
     def _names_agree(self) -> Params:
@@ -291,11 +289,9 @@ class Params:
             kind = section.get("like", name)
             if kind not in self.methods or ("like" in self.methods[kind] and kind != name):
                 kinds = ", ".join(n for n, s in self.methods.items() if "like" not in s)
-                raise ValueError(f"methods.{name}.like is {kind!r}, which is no section; use one of {kinds}")
+                raise ValueError(f"methods.{name}.like is {kind!r}, which is no method; use one of {kinds}")
         if DRIFT_BY not in self.methods:
-            raise ValueError(
-                f"methods has no {DRIFT_BY}, by whose features drift is measured; add {DRIFT_BY}: {{}}"
-            )
+            raise ValueError(f"methods lacks {DRIFT_BY}, which measures drift; add {DRIFT_BY}: {{}}")
         if "none" not in self.study.methods.get(self.report.baseline, ()):
             plain = ", ".join(method for method, modes in self.study.methods.items() if "none" in modes)
             raise ValueError(
@@ -307,7 +303,7 @@ class Params:
             for name in names:
                 if name not in self.methods:
                     raise ValueError(
-                        f"{section}.methods names {name!r}, but the section methods has only {known}"
+                        f"{section}.methods names {name!r}, which is no method; use one of {known}"
                     )
         return self
 
@@ -316,8 +312,8 @@ def load_params(path: Path) -> Params:
     """Read and check a params.yaml.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: One line a fault, each naming the field, what stands there and what may.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file has faults; each has a line with the field, its value and the valid values.
     """
     content = read_content(path)
     try:
@@ -328,38 +324,39 @@ def load_params(path: Path) -> Params:
 
 
 def read_content(path: Path) -> dict[str, Any]:
-    """The sections of a params file, those of the file that it ``extends`` filled in.
+    """Return the sections of a params file, completed from the file that it ``extends``.
 
-    Of that one (a path relative to this one) it takes every section that it leaves out, and of a section that
-    both have the fields that it leaves out; below methods that goes for each method's. The data sets and
-    phantoms of a file that names some are its own alone. Paths are as this file's folder sees them.
+    ``extends`` is a path relative to this file. The other file gives each section that this file omits, each
+    field that a section omits, and each hyperparameter that a method omits; it does not complete the sections
+    datasets and phantoms. Its relative paths are rewritten for this file's folder.
 
     Raises FileNotFoundError and ValueError as ``load_params`` does.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such params file; copy the project's params.yaml and edit it.")
+        raise FileNotFoundError(f"{path}: no such params file. Copy the project's params.yaml and edit it.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {type(content).__name__}, not the sections of a params file.")
+        raise ValueError(f"{path}: contains {type(content).__name__}, not the sections of a params file.")
     if "extends" not in content:
         return content
     base_path = path.parent / str(content.pop("extends"))
     base = moved_paths(read_content(base_path), base_path.parent, path.parent)
     for name, section in base.items():
-        own = content.setdefault(name, section)
-        if name in ("datasets", "phantoms") or not isinstance(own, dict) or not isinstance(section, dict):
+        extension = content.setdefault(name, section)
+        mappings = isinstance(extension, dict) and isinstance(section, dict)
+        if name in ("datasets", "phantoms") or not mappings:
             continue
         if name == "methods":
-            own = {key: {**section.get(key, {}), **value} for key, value in own.items()}
-        content[name] = {**section, **own}
+            extension = {key: {**section.get(key, {}), **value} for key, value in extension.items()}
+        content[name] = {**section, **extension}
     return content
 
 
 def moved_paths(content: dict[str, Any], before: Path, after: Path) -> dict[str, Any]:
-    """The content of a params file of folder ``before``, its paths written as in folder ``after``."""
+    """Return a params file's content with paths relative to folder ``after`` instead of ``before``."""
     moved = copy.deepcopy(content)
     for dataset in moved.get("datasets", {}).values():
         if not Path(dataset["root"]).is_absolute():
@@ -376,12 +373,12 @@ def _moved(path: str, before: Path, after: Path) -> str:
 
 
 def _describe(fault: Any) -> str:
-    """One pydantic error as `section.field is VALUE: what may stand there`."""
+    """Return a pydantic error as `section.field is VALUE: valid values`."""
     place = ".".join(str(part) for part in fault["loc"] if part != "[key]") or "the file"
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{place} is not a known field; check its spelling or remove it"
     if fault["type"] in ("missing", "missing_argument"):
-        return f"{place} is missing; every field has to stand in the file"
+        return f"{place} is missing; add it"
     if fault["type"] == "value_error":
         return f"{place}: {fault['ctx']['error']}"
     return f"{place} is {fault['input']!r}: {fault['msg'][0].lower() + fault['msg'][1:]}"

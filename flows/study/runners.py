@@ -1,8 +1,8 @@
-"""Masks and features by shards of images: on threads, processes or a Dask cluster, by Prefect.
+"""Compute masks and features in shards of images, on threads, processes or a Dask cluster, with Prefect.
 
-A worker puts what it makes into the shared cache and returns how many images it has seen to; the stage then
-goes on as if all had been there before. So every runner and every size of shards gives the same bytes, and a
-worker that dies loses nothing but what it was at.
+A worker writes its results to the shared cache and returns the number of images. The stage then reads all
+results from the cache. So every runner and every shard size gives the same bytes, and a killed worker loses
+only its current shard.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Job = TypeVar("Job")
 @task(cache_policy=NO_CACHE, task_run_name="{work.__name__} {number}")
 @redacted
 def shard(work: Callable[[Any], int], job: object, number: int, threads: int) -> int:
-    """One shard: ``work`` on ``job``, in whatever thread or process the runner has for it.
+    """Call ``work`` with ``job`` in a thread or process of the runner.
 
-    Its torch computes with so many ``threads``; 0 leaves that as it is.
+    PyTorch then computes with ``threads`` threads; 0 leaves its number of threads unchanged.
     """
     if threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # for a torch that is still to be imported
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # in case torch is not imported yet
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
     return work(job)
@@ -43,20 +43,19 @@ def shard(work: Callable[[Any], int], job: object, number: int, threads: int) ->
 def by_shards(
     work: Callable[[Job], int], jobs: Sequence[Job], scale: ScaleParams, progress: Callable[[int], object]
 ) -> None:
-    """Do ``work`` on every job, each on its own, and again once where it failed or its worker died.
+    """Call ``work`` with every job, and once more with each job that failed or lost its worker.
 
     Args:
-        work: A function of a module; returns the number of images seen to. What it makes lies in a cache
-            that all workers share.
-        jobs: What it is called with; pickled for another process.
-        scale: Which runner, and how many workers.
-        progress: Called with the number of images seen to since its last call.
+        work: A module's function that writes to the shared cache and returns the number of images.
+        jobs: Its arguments, which are pickled for another process.
+        scale: The runner and the number of workers.
+        progress: Called with the number of images of each finished job.
 
-    Raises the first error of a second attempt.
+    Raises the first error of the second attempt.
     """
     failed = _attempt(work, jobs, scale, progress)
     for error in failed.values():
-        print(f"a shard is done again: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"a shard failed and runs again: {type(error).__name__}: {error}", file=sys.stderr)
     for error in _attempt(work, [jobs[number] for number in failed], scale, progress).values():
         raise error
 
@@ -64,11 +63,11 @@ def by_shards(
 def _attempt(
     work: Callable[[Job], int], jobs: Sequence[Job], scale: ScaleParams, progress: Callable[[int], object]
 ) -> dict[int, BaseException]:
-    """Every job once; number -> what went wrong. Without a job no server is started."""
+    """Run every job once; return number -> error. Without jobs, no server starts."""
     if not jobs:
         return {}
     failed: dict[int, BaseException] = {}
-    # As many as here: the last bits of a mask's score depend on it.
+    # The last bits of a mask's score depend on the number of threads, so workers use this process's number.
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules and not scale.address else 0
 
     @flow(name=f"shards of {work.__name__}", task_runner=_runner(scale))
@@ -95,11 +94,11 @@ def _runner(scale: ScaleParams) -> TaskRunner[Any]:
         from prefect_dask.task_runners import DaskTaskRunner
     except ImportError as error:
         raise ImportError(
-            "params.yaml: scale.runner is 'dask', and the package prefect-dask is not installed; run "
-            "pip install 'medfocusclip[dask]', or take another runner."
+            "params.yaml: scale.runner is 'dask', but the package prefect-dask is not installed. Run "
+            "pip install 'medfocusclip[dask]', or use another runner."
         ) from error
     if scale.address:
         return DaskTaskRunner(address=scale.address)
-    # By itself the page of a cluster would answer to the whole network.
-    own = {"n_workers": scale.workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
-    return DaskTaskRunner(cluster_kwargs=own)
+    # By default, the cluster's dashboard accepts connections from the whole network.
+    settings = {"n_workers": scale.workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+    return DaskTaskRunner(cluster_kwargs=settings)

@@ -1,4 +1,4 @@
-"""A study is a folder with a params.yaml and a dvc.yaml; the project's root is the default one."""
+"""A study is a folder with a params.yaml and a dvc.yaml. The project's root is the default study."""
 
 from __future__ import annotations
 
@@ -8,37 +8,36 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from flows.study.layout import Layout
 from flows.study.params import Params, load_params, moved_paths, read_content
 
-CODE_HERE = "  - code: .\n"  # the line of the project's dvc.yaml that says where the code of the stages is
-_GENERATED = "# Made from the project's dvc.yaml by `make run PARAMS=...`; change that one.\n"
+CODE_HERE = "  - code: .\n"  # line of the project's dvc.yaml that locates the code of the stages
+_GENERATED = "# Made from the project's dvc.yaml by `make run PARAMS=...`; edit that file instead.\n"
 
 
 @dataclass(frozen=True)
 class Study:
-    """An opened study: its checked parameters and where its files live."""
+    """An opened study: its checked parameters and its folders."""
 
     folder: Path  # holds params.yaml, dvc.yaml, dvc.lock, data/ and reports/
-    home: Path  # the project: .dvc/, .cache/ and MLflow's default database, shared by its studies
+    home: Path  # the project: its studies share .dvc/, .cache/ and MLflow's default database
     params: Params
 
     @property
     def paths(self) -> Layout:
-        """Where the study's stages read and write."""
+        """Paths of the study's files."""
         return Layout(self.folder)
 
     def root(self, dataset: str) -> Path:
-        """The folder of a data set's images."""
+        """Return the folder of a data set's images."""
         return self.folder / self.params.datasets[dataset].root
 
     @property
     def stages(self) -> list[str]:
-        """The names of the study's DVC stages, in the order in which the flow runs them."""
+        """Names of the study's DVC stages, in the order in which the flow runs them."""
         each = ("ingest", "duplicates", "splits", "masks")
         return [
             *(f"phantoms@{modality}" for modality in self.params.phantoms),
@@ -49,56 +48,56 @@ class Study:
 
     @property
     def cache(self) -> Path:
-        """Content-keyed scratch space, shared by all studies; deleting it costs time and nothing else."""
+        """Cache of all studies, keyed by content; it may be deleted, and costs only time to rebuild."""
         return self.home / ".cache"
 
     def shared_cache(self, kind: str) -> str:
-        """The folder or URL for "masks" or "features", which machines may share."""
+        """Return the folder or URL of the cache of a kind such as "masks", which machines may share."""
         return f"{self.params.scale.cache or self.cache}/{kind}"
 
     def cell_cache(self, key: str) -> Path:
-        """The cached checkpoint of a cell, by its key."""
+        """Return the path of a cell's cached checkpoint, by the cell's key."""
         return self.cache / "cells" / key[:2] / f"{key}.safetensors"
 
     @cached_property
     def version(self) -> str:
-        """sha256 hex over the parameters and the manifests: what a process that lives on may not mix up."""
+        """sha256 hex of the parameters and manifests; if it changes, a worker opens the study again."""
         manifests = sorted(self.paths.manifest("x").parent.glob("*.csv"))
         content = b"\0".join(path.read_bytes() for path in manifests)
         return hashlib.sha256(repr(self.params).encode() + content).hexdigest()
 
 
 def find_home(start: Path) -> Path:
-    """The project around ``start``: the nearest folder upwards that DVC was initialised in."""
+    """Return the project around ``start``: the nearest folder, upwards, that contains .dvc/."""
     for folder in (start.resolve(), *start.resolve().parents):
         if (folder / ".dvc").is_dir():
             return folder
     raise FileNotFoundError(
-        f"{start.resolve()} is in no project; go into one, or begin one with `medfocus new FOLDER`."
+        f"{start.resolve()} is not in a project. Change to one, or create one with `medfocus new FOLDER`."
     )
 
 
 def params_files(home: Path) -> list[Path]:
-    """The params files of a project's studies, the embedded one first."""
+    """Return the params files of a project's studies, the default study's first."""
     return [home / "params.yaml", *sorted((home / "studies").glob("*.yaml"))]
 
 
 def here() -> Study:
-    """The study of the working directory, as the stages see it."""
+    """Open the study of the working directory, as a stage does."""
     return study_in(Path.cwd())
 
 
 def study_in(folder: Path) -> Study:
-    """The study of a folder, as it stands."""
+    """Open the study of a folder without changing its files."""
     return Study(folder, find_home(folder), load_params(folder / "params.yaml"))
 
 
 def open_study(params_file: Path, home: Path | None = None) -> Study:
-    """Make ready the study that a params file describes.
+    """Open the study that a params file describes, and prepare its folder.
 
-    A ``params.yaml`` inside the project is a study where it stands. Any other file is copied to
-    ``studies/<its name>/params.yaml``, the paths in it kept pointing to what they pointed to. A
-    study folder without a current dvc.yaml gets the project's.
+    A ``params.yaml`` inside the project makes its own folder a study. Any other file is copied to
+    ``studies/<its name>/params.yaml``, with its paths rewritten to the same targets. A study outside the
+    project's root gets a copy of the project's dvc.yaml.
     """
     params = load_params(params_file)
     home = home or find_home(Path.cwd())
@@ -107,8 +106,8 @@ def open_study(params_file: Path, home: Path | None = None) -> Study:
         folder = source.parent
         if "extends" in yaml.safe_load(source.read_text(encoding="utf-8")):
             raise ValueError(
-                f"{params_file}: extends another file, but DVC reads a study's params.yaml as it stands. "
-                "Give it another name, such as study.yaml: it is then copied, whole, to a study of its own."
+                f"{params_file}: extends another file, but DVC cannot follow `extends` in a params.yaml. "
+                "Rename the file, for example to study.yaml; its parameters are then copied to studies/."
             )
     else:
         folder = home / "studies" / (source.parent.name if source.name == "params.yaml" else source.stem)
@@ -121,24 +120,21 @@ def open_study(params_file: Path, home: Path | None = None) -> Study:
 
 def _stages_for(home: Path, folder: Path) -> str:
     text = (home / "dvc.yaml").read_text(encoding="utf-8")
-    found = re.search(r"^  - code: (.+)\n", text, re.MULTILINE)
-    if found is None:
-        raise ValueError(f"{home / 'dvc.yaml'}: the line '- code: .' under vars is gone; put it back.")
-    if Path(found[1]).is_absolute():  # of packages that are installed
+    match = re.search(r"^  - code: (.+)\n", text, re.MULTILINE)
+    if match is None:
+        raise ValueError(f"{home / 'dvc.yaml'}: the line '- code: .' under vars is missing. Restore it.")
+    if Path(match[1]).is_absolute():  # installed packages
         return _GENERATED + text
-    there = Path(os.path.relpath(home / found[1], folder)).as_posix()
-    return _GENERATED + text.replace(found[0], f"  - code: {there}\n", 1)
+    code = Path(os.path.relpath(home / match[1], folder)).as_posix()
+    return _GENERATED + text.replace(match[0], f"  - code: {code}\n", 1)
 
 
 def _adopt(source: Path, folder: Path) -> None:
     content = moved_paths(read_content(source), source.parent, folder)
-    head = f"# A copy of {source.name}, brought up to date from it at every run.\n"
+    head = f"# A copy of {source.name}; every run updates it.\n"
     folder.mkdir(parents=True, exist_ok=True)
-    _write_if_changed(folder / "params.yaml", head + _dump(content))
-
-
-def _dump(content: dict[str, Any]) -> str:
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    _write_if_changed(folder / "params.yaml", head + text)
 
 
 def _write_if_changed(path: Path, text: str) -> None:

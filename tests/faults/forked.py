@@ -195,7 +195,7 @@ def _job(report: int, made: int) -> int:
         (finetune, "parallel_config", lambda *_, **__: contextlib.nullcontext()),
         (finetune, "_workers_that_end", contextlib.nullcontext),
         (finetune, "_end_with_parent", lambda: None),
-        (evaluate, "_cost", reported("evaluate", evaluate._cost)),
+        (evaluate, "_cost_rows", reported("evaluate", evaluate._cost_rows)),
         (page, "write_page", reported("page", page.write_page)),
         (register, "register_best", reported("registry", register.register_best)),
     ):

@@ -59,9 +59,9 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_damaged_cost_file_counts_as_missing(tmp_path: Path) -> None:
-    costs.write(costs.Fit(1.5, None, 7, ""), tmp_path / "cell.safetensors")
+    costs.write(costs.FitCost(1.5, None, 7, ""), tmp_path / "cell.safetensors")
     note = tmp_path / "cell.json"
-    assert costs.read(tmp_path / "cell.safetensors") == costs.Fit(1.5, None, 7, "")
+    assert costs.read(tmp_path / "cell.safetensors") == costs.FitCost(1.5, None, 7, "")
     for content in ("", note.read_text()[:20], "{}"):
         note.write_text(content)
         assert costs.read(tmp_path / "cell.safetensors") is None
@@ -73,7 +73,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     fitted: list[Path] = []
     fit = finetune.fit
 
-    def noted(job: finetune.Fit) -> None:
+    def noted(job: finetune.FitJob) -> None:
         fitted.append(job.path)
         fit(job)
 
@@ -190,7 +190,7 @@ def test_a_damaged_dvc_lock_is_set_aside_and_written_again(
     (project / ".dvc/tmp/rwlock").write_text("")
     dvc.reproduce(project, stage)
     assert lock.read_bytes() == complete
-    assert "dvc.lock was damaged, and is made again" in capsys.readouterr().err
+    assert "dvc.lock was damaged and is written again" in capsys.readouterr().err
     assert (project / "dvc.lock.damaged").read_text() == left
     assert not dvc.reproduce(project, stage)
 

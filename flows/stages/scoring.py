@@ -1,0 +1,84 @@
+"""Score checkpoints on the test sets of their data set."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from flows.study.cells import Cell
+from flows.study.dataset import EncodedDataset
+from medfocus.evaluation import metrics
+from medfocus.reports.rows import StudyRow
+from medfocus.serving import checkpoint
+
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
+
+
+def predict(
+    dataset: EncodedDataset, cell: Cell, path: Path
+) -> tuple[dict[str, np.ndarray], checkpoint.Header, float]:
+    """Load the checkpoint at ``path`` and predict the whole test set, which is embedded already.
+
+    Returns:
+        Each classifier's probabilities (N, K), the checkpoint's header, and the images per second that the
+        method's own part predicts.
+    """
+    method, header = checkpoint.load(path, dataset.encoder_for(cell.focus))
+    inputs = dataset.inputs(method, cell.focus, dataset.splits.test, 1)[0]  # (N, ...)
+    start = time.perf_counter()
+    logits = method.logits(inputs)
+    images_per_second = len(inputs) / (time.perf_counter() - start)
+    probabilities = {name: metrics.softmax(values.double().numpy()) for name, values in logits.items()}
+    return probabilities, header, images_per_second
+
+
+def score(
+    dataset: EncodedDataset, cell: Cell, header: checkpoint.Header, probabilities: dict[str, np.ndarray]
+) -> dict[tuple[str, str], StudyRow]:
+    """Return one row for each (classifier, test set); the first classifier is the method's main one."""
+    test, labels = dataset.splits.test, dataset.labels(dataset.splits.test)
+    main_classifier = next(iter(probabilities))
+    rows = {}
+    for classifier, values in probabilities.items():
+        for test_set, members in test_sets(dataset).items():
+            at = np.isin(test, members)
+            rows[classifier, test_set] = StudyRow(
+                dataset=dataset.name,
+                method=cell.method if classifier == main_classifier else f"{cell.method}-{classifier}",
+                focus=cell.focus,
+                percent_of_train=dataset.percent_of_train(cell),
+                seed=cell.seed,
+                **metrics.score(values[at], labels[at]),
+                test_set=test_set,
+                n_train=header.facts["n_train"],
+                n_test=len(members),
+                cell_key=header.facts["key"],
+            )
+    return rows
+
+
+def test_sets(dataset: EncodedDataset) -> dict[str, list[str]]:
+    """Return the paths of each test set: "official", and "clean" if some official images have twins in train.
+
+    A test set that the study draws itself has no twins in train: it is "clean", and the only one.
+    """
+    splits = dataset.splits
+    if all(record.split != "test" for record in dataset.records.values()):
+        return {"clean": splits.test}
+    clean = {} if splits.clean_test == splits.test else {"clean": splits.clean_test}
+    return {"official": splits.test} | clean
+
+
+def mlflow_metrics(header: checkpoint.Header, rows: dict[tuple[str, str], StudyRow]) -> dict[str, float]:
+    """Return a cell's finite metrics under their names in MLflow, such as "accuracy" or "clean.accuracy"."""
+    main_classifier, main_set = next(iter(rows))
+    values: dict[str, float] = {}
+    for (classifier, test_set), row in rows.items():
+        prefix = "" if classifier == main_classifier else f"{classifier}."
+        prefix += "" if test_set == main_set else f"{test_set}."
+        values |= {prefix + name: getattr(row, name) for name in METRICS}
+    if header.validation_count:
+        values["validation_accuracy"] = header.validation_correct / header.validation_count
+    return {name: value for name, value in values.items() if np.isfinite(value)}
