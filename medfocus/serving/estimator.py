@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -21,8 +19,6 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from torch import Tensor
 
 from medfocus.clip import features
-from medfocus.clip.build import build_clip
-from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.explain.explain import explain, on_image
@@ -32,13 +28,13 @@ from medfocus.focus.view import view
 from medfocus.learning import fitting
 from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.learning.selection import LearningRates
-from medfocus.masks.factory import build_segmenter
 from medfocus.masks.segmenter import Mask, Segmenter
-from medfocus.masks.settings import SETTINGS, SegmenterSettings
+from medfocus.masks.settings import SETTINGS
 from medfocus.methods import METHODS
 from medfocus.serving import checkpoint, defaults
 from medfocus.serving.inputs import Images, InputImage, open_images, segment
 from medfocus.serving.model_folder import load_model, save_model
+from medfocus.serving.networks import shared_clip, shared_segmenter
 from medfocus.serving.predictor import probabilities_of
 
 if TYPE_CHECKING:
@@ -247,7 +243,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         assert mask is not None
         view = self._view(images[0], mask, 0)
         if label is None:
-            label = self.classes_[probabilities_of(self.method_, self._embedded(view)).argmax()]
+            embedded = self.method_.embed(torch.from_numpy(view)[None]).cpu()
+            label = self.classes_[probabilities_of(self.method_, embedded).argmax()]
         place = np.flatnonzero(self.classes_ == label)
         if not len(place):
             known = ", ".join(map(str, self.classes_))
@@ -329,7 +326,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in {**known, **changes}.items()}
 
     def _build(self, settings: Mapping[str, Any]) -> None:
-        encoder = _towers(self.clip, self.pretrained, self.device, threading.get_ident())
+        encoder = shared_clip(self.clip, self.pretrained, self.device)
         describes = bool(settings.get("segmenter_grid"))
         self.segmenter_ = self._segmenter() if self.focus != "none" or describes else None
         if describes:
@@ -347,7 +344,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     def _segmenter(self) -> Segmenter:
         changes = self.segmenter_settings or {}
         settings = defaults.segmenter_settings(self.segmenter, self.modality, changes)
-        return _built_segmenter(settings, self.device, threading.get_ident())
+        return shared_segmenter(settings, self.device)
 
     def _class_names(self) -> tuple[str, ...]:
         return tuple((self.names or {}).get(str(label), str(label)) for label in self.classes_)
@@ -368,9 +365,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             crop=crop_box(image.sha256, number, mirror=self.flip),
         )
 
-    def _embedded(self, view: np.ndarray) -> Tensor:
-        return self.method_.embed(torch.from_numpy(view)[None]).cpu()
-
     def _inputs(
         self, method: Method, images: Sequence[InputImage], masks: Sequence[Mask | None], views: int
     ) -> Tensor:
@@ -387,19 +381,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             dtype=torch.uint8 if method.embedding == IMAGES else torch.float32,
         )
         return encoded.unflatten(0, (len(images), views)).transpose(0, 1)
-
-
-@lru_cache(maxsize=4)
-def _towers(clip: str, pretrained: str, device: str, thread: int) -> ClipEncoder:
-    """Build CLIP once for all fits of a cross-validation, and once for each thread."""
-    return build_clip(clip, pretrained, device)
-
-
-@lru_cache(maxsize=4)
-def _built_segmenter(settings: SegmenterSettings, device: str, thread: int) -> Segmenter:
-    """Build a segmenter once, as ``_towers``."""
-    batch_size = defaults.default_params()["masks"]["batch_size"]
-    return build_segmenter(settings, batch_size=batch_size, device=device)
 
 
 def _rates(settings: Mapping[str, Any]) -> tuple[float, ...]:
