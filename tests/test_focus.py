@@ -327,11 +327,7 @@ def test_a_single_row_of_pixels_can_be_focused() -> None:
 
 
 def test_an_unknown_mode_fails_with_the_known_modes(image: np.ndarray, mask: np.ndarray) -> None:
-    message = (
-        "focus 'multipy' is not known. Use one of none, multiply, inverse, overlay, binary, crop, blur, "
-        "contour, circle, box, arrow."
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"focus 'multipy' is not known\. Use one of {', '.join(FOCUS)}\."):
         focus(image, mask, "multipy", feather=0)
 
 

@@ -29,16 +29,14 @@ from medfocus.methods import METHODS
 from medfocus.methods.clip import ClipFewShot
 from medfocus.methods.fusion import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
 from medfocus.methods.medfocusclip import MedFocusClip
-from medfocus.serving import checkpoint
+from medfocus.serving import checkpoint, defaults
 from tests.conftest import TinyClip
 
-SETTINGS: dict[str, dict[str, Any]] = {
+# Hyperparameters for a small encoder and few images; all others are those of params.yaml.
+SMALL: dict[str, dict[str, Any]] = {
     "pixels": {"side": 8, "folds": 3},
     "pixels-svm": {"side": 8, "costs": (1.0, 10.0), "gammas": (0.3, 1.0), "folds": 3},
-    "nearest-class-mean": {},
     "k-nn": {"neighbours": (1, 3, 5), "folds": 3},
-    "clip-zero-shot": {},
-    "clip-linear-probe": {"folds": 3},
     "clip-few-shot": {
         "blocks": 1,
         "epochs": 60,
@@ -66,8 +64,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "weight_decay": 1e-2,
         "folds": 3,
     },
-    "lp++": {"steps": 300},
-    "ss-text": {},
     "resnet": {
         "model": "resnet10t",
         "pretrained": "",
@@ -144,6 +140,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "folds": 3,
     },
 }
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """A method's hyperparameters, with tuples in place of YAML's lists."""
+    settings = {**defaults.method_settings(name), **SMALL.get(name, {})}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+SETTINGS = {name: settings_of(name) for name in METHODS}
 CLASSES = 3
 TOWERS = ("clip-lora", "coop", "cocoop")  # methods that need an encoder with a text tower
 NAMES = ("red", "green", "blue")
