@@ -55,6 +55,7 @@ def score(
                 n_train=header.facts["n_train"],
                 n_test=len(members),
                 cell_key=header.facts["key"],
+                mlflow_run_id="",
             )
     return rows
 
