@@ -10,7 +10,7 @@ import argparse
 import base64
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,15 +199,22 @@ def print_registrations(registrations: Sequence[Registration]) -> None:
         print(f"model {each.name} version {each.version} {alias}: {each.reason}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the flow on a params file; print the scores and the registered models."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def run_job(
+    job: Callable[[Path], list[Registration]], description: str | None, arguments: Sequence[str] | None
+) -> tuple[Study, list[Registration]]:
+    """Run a flow on the params file that the arguments name; return its study and the registered models."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
     params_file = parser.parse_args(arguments).params
     with faults_in_one_line():
         study = open_study(params_file)  # reports a fault in the params file before a server starts
         with only_job(study), prefect_api():
-            registrations = pipeline(params_file)
+            return study, job(params_file)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the flow on a params file; print the scores and the registered models."""
+    study, registrations = run_job(pipeline, __doc__, arguments)
     print()
     print(tables.study_table(read_rows(study.paths.study)))
     print_registrations(registrations)

@@ -6,18 +6,15 @@ support are not fitted again, and the champion changes only by the gate.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect import flow
 
-from flows.operations.failures import faults_in_one_line
-from flows.operations.locks import only_job, only_retraining
+from flows.operations.locks import only_retraining
 from flows.operations.notify import report_failure
-from flows.pipeline import print_registrations, steps
-from flows.servers.prefect import prefect_api
+from flows.pipeline import print_registrations, run_job, steps
 from flows.study.study import open_study
 from medfocus.storage.redaction import redacted
 
@@ -46,13 +43,7 @@ def retrain(params_file: Path = Path("params.yaml")) -> list[Registration]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Retrain once, now, and print the gate's decisions."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="a study's params.yaml")
-    params_file = parser.parse_args(arguments).params
-    with faults_in_one_line():
-        study = open_study(params_file)  # reports a fault in the params file before a server starts
-        with only_job(study), prefect_api():
-            registrations = retrain(params_file)
+    _, registrations = run_job(retrain, __doc__, arguments)
     print_registrations(registrations)
 
 

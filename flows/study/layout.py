@@ -19,13 +19,9 @@ class Layout:
         self.checkpoints = self.data / "checkpoints"
         self.reports = folder / "reports"  # outputs for people
         self.results = self.reports / "results.csv"  # scores by cell key: equal in every run
-        self.study = (
-            self.reports / "study.csv"
-        )  # the same scores by MLflow run, which differs between machines
+        self.study = self.reports / "study.csv"  # the same scores by this machine's MLflow runs
         self.plots = self.reports / "plots.csv"  # points of ``dvc plots``
-        self.metrics = (
-            self.reports / "metrics.json"
-        )  # scores of each data set's best cell, for ``dvc exp show``
+        self.metrics = self.reports / "metrics.json"  # scores of the best cells, for ``dvc exp show``
         self.figures = self.reports / "figures"
         self.costs = self.reports / "costs.csv"
         self.attribution = self.reports / "attribution.csv"

@@ -22,14 +22,12 @@ from torch.nn import functional
 from medfocus.clip.prompt_learning import (
     ContextTexts,
     ContextTower,
-    check_prompt_learning,
     start_contexts,
-    train_sgd,
     write_texts,
 )
-from medfocus.learning.frozen import FeatureMethod
+from medfocus.learning.contexts import ContextMethod
 from medfocus.learning.method import Support, with_prefix
-from medfocus.learning.training import Schedule, seeded
+from medfocus.learning.training import seeded
 
 _TEXTS = 64  # prompts per pass through the text tower without gradients
 
@@ -52,35 +50,17 @@ class ConditionalContexts(nn.Module):
 
 
 @dataclass
-class CoCoOp(Schedule, FeatureMethod):
+class CoCoOp(ContextMethod):
     """Trains the contexts, which all classes share, and the small network that shifts them."""
 
-    takes_views: ClassVar[bool] = True
-    contexts: int  # M
-    start: str  # text of M tokens that initialises the contexts; empty: N(0, 0.02)
+    name: ClassVar[str] = "cocoop"
     reduction: int  # of h: D to D / reduction
     chunk: int  # images per pass through the text tower in training
-    max_steps: int  # upper bound on optimisation steps
-    warmup: int  # epochs at 1e-5
     network_: ConditionalContexts = field(init=False, repr=False)
     tower_: ContextTower = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_prompt_learning(
-            "cocoop",
-            contexts=self.contexts,
-            reduction=self.reduction,
-            chunk=self.chunk,
-            epochs=self.epochs,
-            warmup=self.warmup,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-        )
-
-    @property
-    def needs_towers(self) -> bool:
-        """See ``Method.needs_towers``."""
-        return True
+        self.check(reduction=self.reduction, chunk=self.chunk)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Train contexts and network on frozen image features.
@@ -93,19 +73,11 @@ class CoCoOp(Schedule, FeatureMethod):
         start = start_contexts("cocoop", self.encoder, self.contexts, self.start, generator)
         with seeded(generator.initial_seed()):  # for the initial h
             self.network_ = ConditionalContexts(start, features.shape[-1], self.reduction)
-        train_sgd(
-            self.network_.parameters(),
-            lambda index, view: self.accumulate(features[view, index], labels[index]),
-            len(labels),
-            views=len(features),
-            epochs=self.epochs,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            generator=generator,
-        )
+
+        def accumulate(index: Tensor, view: Tensor) -> None:
+            self.accumulate(features[view, index], labels[index])
+
+        self.train(self.network_.parameters(), accumulate, features, generator)
         self.network_.eval().requires_grad_(False)
         return self
 

@@ -22,48 +22,29 @@ from torch.nn import functional
 from medfocus.clip.prompt_learning import (
     CLASS_TOKENS,
     ContextTower,
-    check_prompt_learning,
     start_contexts,
-    train_sgd,
     write_texts,
 )
-from medfocus.learning.frozen import FeatureMethod
+from medfocus.learning.contexts import ContextMethod
 from medfocus.learning.method import Support
-from medfocus.learning.training import Schedule
 
 
 @dataclass
-class CoOp(Schedule, FeatureMethod):
+class CoOp(ContextMethod):
     """Trains the contexts only, which are shared by all classes or separate for each class."""
 
-    takes_views: ClassVar[bool] = True
-    contexts: int  # M
-    start: str  # text of M tokens that initialises the contexts; empty: N(0, 0.02)
+    name: ClassVar[str] = "coop"
     class_token: str  # position of the class name: "end", "middle" or "front"
     class_specific: bool  # separate contexts for each class
-    max_steps: int  # upper bound on optimisation steps
-    warmup: int  # epochs at 1e-5
     contexts_: Tensor = field(init=False, repr=False)  # (1, M, W), or (K, M, W) where class-specific
     text_features_: Tensor = field(init=False, repr=False)  # (K, D)
 
     def __post_init__(self) -> None:
-        check_prompt_learning(
-            "coop",
-            contexts=self.contexts,
-            epochs=self.epochs,
-            warmup=self.warmup,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-        )
+        self.check()
         if self.class_token not in CLASS_TOKENS:
             raise ValueError(
                 f"coop: class_token '{self.class_token}' is not known; use one of {', '.join(CLASS_TOKENS)}."
             )
-
-    @property
-    def needs_towers(self) -> bool:
-        """See ``Method.needs_towers``."""
-        return True
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Train the contexts on frozen image features.
@@ -83,19 +64,7 @@ class CoOp(Schedule, FeatureMethod):
             logits = self._classify(features[view, index], tower(contexts[None])[0])  # (B, K)
             functional.cross_entropy(logits, labels[index]).backward()
 
-        train_sgd(
-            [contexts],
-            accumulate,
-            len(labels),
-            views=len(features),
-            epochs=self.epochs,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            generator=generator,
-        )
+        self.train([contexts], accumulate, features, generator)
         self.contexts_ = contexts.detach()
         with torch.no_grad():
             self.text_features_ = tower(self.contexts_[None])[0]
