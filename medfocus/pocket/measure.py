@@ -190,9 +190,8 @@ CARDS: dict[str, tuple[str, str]] = {
     "sam2_pocket": (
         "Pocket SAM2",
         """This model has the `sam2` package's modules in the configuration
-`medfocus/configs/sam2_pocket.yaml`. The modules keep SAM2's published names, and the modules for video are left
-out.
-`medfocus.masks.sam2.segmenter` loads the model as checkpoint `pocket`.
+`medfocus/configs/sam2_pocket.yaml`. The modules keep SAM2's published names, and the modules for video are
+left out. `medfocus.masks.sam2.segmenter` loads the model as checkpoint `pocket`.
 
 The model differs from the published SAM2 in two ways. The quality head predicts IoU x 1 for a lesion and
 IoU x 0.45 for anatomy, so that the unprompted segmenter reports a lesion as "chosen" and anatomy only as
