@@ -196,8 +196,8 @@ left out. `medfocus.masks.sam2.segmenter` loads the model as checkpoint `pocket`
 The model differs from the published SAM2 in two ways. The quality head predicts IoU x 1 for a lesion and
 IoU x 0.45 for anatomy, so that the unprompted segmenter reports a lesion as "chosen" and anatomy only as
 "relaxed". After training, the mask logits are multiplied by 4, which changes no mask. The factor is for the
-stability score: stability compares logits > 1 with logits > -1, and most of a lesion in a mask of 32 px is
-rim.
+stability score. Stability compares logits > 1 with logits > -1, and in a mask of 32 px, most of a lesion is
+its rim.
 
 The loss is 20 x focal + dice on the best of three masks (for boxes also on the single mask), plus twice the
 L1 error of the quality of all four masks. Each image has four point prompts and one box prompt. One of the
