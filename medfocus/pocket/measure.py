@@ -166,16 +166,17 @@ trained on phantoms alone.
 
 ## Training
 
-AdamW, a linear warm-up and a cosine to 0, clipped gradients, float32, one thread:
+The training uses AdamW, a linear warm-up, a cosine schedule to 0, clipped gradients, float32 and one thread:
 
 {trained}
 
-`make pocket` trains it again from the seed and compares its figures with these; on another machine they
-differ by less than {TOLERANCE}. The training images contain no image of any data set, phantoms included.
+`make pocket` trains the model again from the seed and compares the new figures with the figures below. On
+another machine, the figures differ by less than {TOLERANCE}. No training image is in any data set, not even
+in a data set of phantoms.
 
 ## Measured
 
-On {per_class} held-out phantoms a class, from a generator seed of their own.
+The figures are from {per_class} held-out phantoms per class. These phantoms have their own generator seed.
 
 {table}
 """
@@ -188,46 +189,52 @@ def _cell(value: float | None) -> str:
 CARDS: dict[str, tuple[str, str]] = {
     "sam2_pocket": (
         "Pocket SAM2",
-        """The `sam2` package's modules in the configuration `medfocus/configs/sam2_pocket.yaml`, with
-SAM2's published names and without the modules for video. `medfocus.masks.sam2.segmenter` loads
-it as checkpoint `pocket`.
+        """This model has the `sam2` package's modules in the configuration
+`medfocus/configs/sam2_pocket.yaml`. The modules keep SAM2's published names, and the modules for video are
+left out. `medfocus.masks.sam2.segmenter` loads the model as checkpoint `pocket`.
 
-It differs from the published SAM2 in two ways. The quality head predicts IoU x 1 for a lesion and IoU x
-0.45 for anatomy, so that the unprompted segmenter reports a lesion as "chosen" and anatomy only as
-"relaxed". After training, the mask logits are multiplied by 4, which changes no mask: stability compares
-logits > 1 with logits > -1, and most of a lesion in a mask of 32 px is rim.
+The model differs from the published SAM2 in two ways. The quality head predicts IoU x 1 for a lesion and
+IoU x 0.45 for anatomy, so that the unprompted segmenter reports a lesion as "chosen" and anatomy only as
+"relaxed". After training, the mask logits are multiplied by 4, which changes no mask. The factor is for the
+stability score. Stability compares logits > 1 with logits > -1, and in a mask of 32 px, most of a lesion is
+its rim.
 
-Loss: 20 x focal + dice on the best of three masks (for boxes also on the single mask), and twice the L1
-error of the quality of all four masks. An image has four points, one of them anywhere, and one box; 65 % of
-the prompts with a region show a lesion.
+The loss is 20 x focal + dice on the best of three masks (for boxes also on the single mask), plus twice the
+L1 error of the quality of all four masks. Each image has four point prompts and one box prompt. One of the
+four points lies anywhere in the image. Of the prompts with a region, 65 % show a lesion.
 
 The outlines of the measured masks follow the image's edges (`follow_edges: true`, the default).
 
-The table shows mean IoU with the lesion. `point`: the mask with the best predicted quality at the innermost
-point. `best`: the best of the three masks at this point. `anywhere`: as `point`, at a random point.
-`unprompted`: the unprompted mask from 8 x 8 points. `anatomy`: as `point`, for lungs, heart, brain and
-ventricles. `chosen`, `relaxed`, `box`, `identity`: the share of unprompted masks from each rung of the
-fallback ladder.
+The table shows the mean IoU of these masks with the lesion:
+
+- `point`: the mask with the best predicted quality at the innermost point of the lesion
+- `best`: the best of the three masks at this point
+- `anywhere`: as `point`, but at a random point of the lesion
+- `unprompted`: the unprompted mask from 8 x 8 points
+- `anatomy`: as `point`, but for lungs, heart, brain and ventricles instead of the lesion
+
+The columns `chosen`, `relaxed`, `box` and `identity` show the share of unprompted masks from each step of the
+fallback.
 
 Limits: masks are 32 px a side before they are enlarged, and regions below 1 % of an image are not reliable.
 Faint lesions in a lung have the worst masks.""",
     ),
     "clip_pocket": (
         "Pocket CLIP",
-        """An open_clip model in the configuration `medfocus/configs/clip_pocket.json` (96 px) with its own
-tokenizer (`bpe_pocket.txt.gz`). `medfocus.clip.encoder` loads it as `pocket`. With open_clip,
+        """This open_clip model has the configuration `medfocus/configs/clip_pocket.json` (96 px) and its own
+tokenizer (`bpe_pocket.txt.gz`). `medfocus.clip.encoder` loads the model as `pocket`. With open_clip,
 register the configuration by `open_clip.add_model_config`, then call
 `open_clip.create_model("clip_pocket", pretrained=FILE)`.
 
-It is trained on phantoms with captions that name modality, finding, region, side and size. A caption is a
-positive for every image of the batch for which it is true. Most images have a visual prompt (25 %
-`multiply`, 25 % `crop`, 12 % `overlay`, `contour` or `blur`) with a rough and partly wrong mask. During
-training, a linear head on the patches also predicts lesion and anatomy; the head is not kept.
+It is trained on phantoms with captions that name modality, finding, region, side and size. Each caption
+is a positive for every image in the batch that the caption describes correctly. Most images have a visual
+prompt (25 % `multiply`, 25 % `crop`, 12 % `overlay`, `contour` or `blur`) with a rough and partly wrong mask.
+During training, a linear head on the patches also predicts lesion and anatomy; the head is not kept.
 
 The table shows zero-shot accuracy with the templates of `medfocus.clip.prompts`: on the whole image
 (`none`), and with `multiply` and `crop` on the unprompted masks of the pocket SAM2.
 
-Limits: it knows three kinds of phantoms and eleven classes. On real images its texts mean little; the
-README's tables show the value of its image encoder there.""",
+Limits: the model knows three kinds of phantoms and eleven classes. On real images its texts mean little. The
+README's tables show the value of its image encoder on real images.""",
     ),
 }
