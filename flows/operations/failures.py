@@ -1,4 +1,4 @@
-"""Failures of a program in one line: the error, the place of a disk's or a server's fault, and the fix."""
+"""Failures of a program in one line: the error and, for a disk or a server, the place and the fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Bases of methods by their frozen part. Cache keys cover the module that defines a method's ``embed``."""
+"""Base classes of methods, by the frozen part that computes their inputs.
+
+The cache key of these inputs covers the source of the module that defines ``embed``.
+"""
 
 from __future__ import annotations
 
