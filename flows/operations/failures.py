@@ -84,7 +84,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _place(error: BaseException) -> str:
-    """Return the file that could not be written or, if no error names one, the folders on full disks."""
+    """Return the file that could not be written or, if no error names it, the folders on full disks."""
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.filename:
             return str(Path(str(cause.filename)).absolute())

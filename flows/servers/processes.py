@@ -75,7 +75,7 @@ def answers(health: str) -> bool:
 def server(
     command: list[str], environment: Mapping[str, str], health: str, name: str, log: Path | None
 ) -> Iterator[None]:
-    """Run a server for the ``with`` block, unless one already answers at ``health``.
+    """Run a server for the ``with`` block, unless a server already answers at ``health``.
 
     Raises RuntimeError as ``running`` does.
     """

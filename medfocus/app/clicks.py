@@ -56,7 +56,7 @@ def mask_at(
     Raises NoRegionError if SAM2 finds none, and ValueError if no point lies inside; see ``deepest``.
     """
     if not any(point.inside for point in points):
-        raise ValueError("points: SAM2 needs at least one inside. Put `deepest` of a mask before them.")
+        raise ValueError("points: SAM2 needs at least one point inside. Add the point `deepest` of a mask.")
     coords = np.array([[(point.x, point.y) for point in points]], np.float32)  # (1, N, 2)
     labels = np.array([[int(point.inside) for point in points]], np.int32)  # (1, N)
     with torch.inference_mode():

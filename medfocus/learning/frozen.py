@@ -14,7 +14,7 @@ from medfocus.learning.method import IMAGES, Method
 
 @dataclass
 class FeatureMethod(Method):
-    """A method whose inputs are CLIP's frozen image features."""
+    """A method on CLIP's frozen image features."""
 
     @property
     def embedding(self) -> str:
@@ -28,7 +28,7 @@ class FeatureMethod(Method):
 
 @dataclass
 class ImageMethod(Method):
-    """A method whose inputs are the images: nothing before ``fit`` is frozen."""
+    """A method on the images themselves, without a frozen part."""
 
     @property
     def embedding(self) -> str:

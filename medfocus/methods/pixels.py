@@ -56,7 +56,7 @@ class Standardisation:
 
 @dataclass
 class ThumbnailMethod(Method):
-    """A method whose inputs are grey thumbnails."""
+    """A method on grey thumbnails."""
 
     side: int  # pixels a side of the thumbnail
 

@@ -48,7 +48,7 @@ def measure_masks(weights_file: Path, per_class: int) -> dict[str, dict[str, flo
     """Measure masks on held-out phantoms of 192 px: "modality/class" -> figure -> value.
 
     Four figures are mean IoU with the lesion, and classes without a lesion lack them. "point" is the mask
-    with the best predicted quality at the innermost point, and "best" the best of the three masks there.
+    with the best predicted quality at the innermost point, and "best" is the best of the three masks there.
     "anywhere" is like "point" at a random point of the lesion. "unprompted" is the mask without points.
 
     Other figures are the share of each rung of the fallback ladder, and "anatomy", the mean IoU of parts of

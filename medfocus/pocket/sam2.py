@@ -25,7 +25,7 @@ IMAGE_SIZE = 128  # pixels a side of the model's input
 POINTS, BOXES = 4, 1  # prompts per image, which share its encoding
 LESION_SHARE = 0.65  # of the prompts with a region; anatomy is easier to learn
 # Factors of the IoU that the quality head learns. Anatomy stays below the limit of a chosen mask (0.7). An
-# unprompted segmenter therefore chooses a lesion if it finds one, and otherwise anatomy, as "relaxed".
+# unprompted segmenter therefore chooses a lesion if it finds any, and otherwise anatomy, as "relaxed".
 LESION_WORTH, ANATOMY_WORTH = 1.0, 0.45
 # Factor of the mask logits. Stability compares logits > 1 with logits > -1, and at 32 px a side (SAM2: 256)
 # most of a lesion is rim. The factor changes no mask; as a power of two it keeps every digit of a weight.

@@ -25,8 +25,8 @@ def verdict(
     """Return a sentence on a focus and its controls, or None if no control shares two draws with the focus.
 
     A control is below the focus if the 95 % t-interval of its difference, paired by draw, lies below 0. The
-    sentence shows the intervals, because a wide one means too few draws. If the focus itself is at chance
-    level, the verdict is meaningless; this function does not know the level.
+    sentence shows the intervals, because a wide interval means too few draws. If the focus itself is at
+    chance level, the verdict is meaningless; this function does not know the level.
 
     Args:
         focus: Draw -> accuracy in %.

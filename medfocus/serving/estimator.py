@@ -231,7 +231,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return self.classes_[probabilities.argmax(axis=1)]
 
     def explain(self, image: Any, label: Any = None) -> Explanation:
-        """Explain one image for a label or, without one, for the predicted class.
+        """Explain one image for a label or, without a label, for the predicted class.
 
         Raises ValueError for a label that is not one of ``classes_``.
         """

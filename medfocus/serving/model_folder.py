@@ -152,7 +152,7 @@ def load_model(folder: Path) -> Predictor:
         encoder,
         name=content["clip"],
         key=content["clip_key"],  # the saved configuration has another form, so its key would differ
-        tokenizer=None,  # the checkpoint has the class texts; a tokenizer could only be the wrong one
+        tokenizer=None,  # the checkpoint has the class texts, so no tokenizer is needed
         segmenter=segmenter.sam2,
     )
     method, header = checkpoint.load(folder / _CELL, encoder)

@@ -94,7 +94,7 @@ def describe(
     patient_pattern: str | None = None,
     test_fraction: float,
 ) -> Described:
-    """Read every image of ``data`` as the stages of a study do, and fill their caches.
+    """Read every image of ``data`` as the stages of a study do, and fill the same caches.
 
     Args:
         data: A folder of classes or of splits, a folder that contains only such a folder, or a table.
@@ -104,7 +104,7 @@ def describe(
         columns: The table's names for path, label, split and patient, as far as they are known.
         modality: The modality; default: a guess.
         patient_pattern: A regular expression with one group, the patient.
-        test_fraction: Size of the test set if there is no official one.
+        test_fraction: Size of the test set if there is no official test set.
 
     Raises:
         FileNotFoundError: There is no such folder or table.

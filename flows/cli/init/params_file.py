@@ -84,7 +84,7 @@ def _head(described: Described) -> list[str]:
 
 def _study(described: Described, folder: Path, base: Path) -> list[str]:
     return [
-        "# Settings that are not here come from the file that this one extends, with comments.",
+        "# The following file has all settings that are not here, with comments.",
         f"extends: {_yaml(_relative(base, folder))}",
         "",
         "study:",
