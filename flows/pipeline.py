@@ -72,7 +72,7 @@ def ingest(study: Study, dataset: str) -> None:
 @task(task_run_name="duplicates {dataset}", **PATIENT)
 @redacted
 def find_duplicates(study: Study, dataset: str) -> None:
-    """Find the twins among a manifest's images."""
+    """Find the pairs of equal or nearly equal images in a manifest."""
     _reproduce(study, f"duplicates@{dataset}")
 
 
@@ -163,7 +163,7 @@ def steps(study: Study) -> list[Registration]:
 
 
 def _reproduce(study: Study, stage: str) -> bool:
-    """Bring a stage up to date and print whether it ran; return it too."""
+    """Bring a stage up to date; print and return whether the stage ran."""
     ran = reproduce(study.folder, stage)
     done = 100 * (study.stages.index(stage) + 1) / len(study.stages)
     create_progress_artifact(done, key=_key(f"progress-{study.params.study.name}"), description=stage)
@@ -172,7 +172,7 @@ def _reproduce(study: Study, stage: str) -> bool:
 
 
 def _shows_results(study: Study) -> bool:
-    """Return whether study.csv has the rows of the results, apart from the last column, the runs' ids."""
+    """Return whether study.csv and results.csv have the same rows, except for their last columns."""
 
     def rows(path: Path) -> list[str]:
         return [line.rpartition(",")[0] for line in path.read_text(encoding="utf-8").splitlines()]
@@ -182,7 +182,7 @@ def _shows_results(study: Study) -> bool:
 
 
 def _page_is_current(study: Study) -> bool:
-    """Return whether the page exists and shows the data of dvc.lock; a killed run leaves an older page."""
+    """Return whether the page exists and shows dvc.lock's digest; a killed run leaves an older page."""
     page = study.paths.page
     return page.exists() and lock_digest(study.folder) in page.read_text(encoding="utf-8")
 

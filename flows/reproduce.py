@@ -1,4 +1,4 @@
-"""Rebuild a cell's run from its tags (commit, data, one fit), then compare every metric exactly.
+"""Fit the cell of a run again from the run's commit and data, then compare every metric exactly.
 
 The commit is cloned into a temporary folder, with the run's params.yaml and dvc.lock. DVC restores the
 manifest, the splits and the masks from its cache or a remote. The commit's own code then fits and scores the
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def reproduce_run(study: Study, run_id: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Rebuild a cell's run; return its metrics as MLflow has them and as they are now.
+    """Rebuild a cell's run; return the metrics in MLflow and the metrics of the new fit.
 
     Raises:
         ValueError: The run is not a cell's, or its files are in no commit.
@@ -89,7 +89,7 @@ def _cell(run_id: str, tags: Mapping[str, str]) -> Cell:
 
 
 def _changed_versions(tags: Mapping[str, str]) -> list[str]:
-    """Return the run's versions of the packages that have another version now."""
+    """Return each package whose version has changed, with the version of the run."""
     then = {name: tags.get(f"version.{name}") for name in PACKAGES}
     return [f"{name} {then[name]}" for name, now in installed(PACKAGES) if then[name] != now]
 
@@ -106,7 +106,7 @@ def _restore_inputs(store: runs.Tracking, tags: Mapping[str, str], folder: Path,
 
 
 def _restore_data(home: Path, clone: Path, folder: str, dataset: str) -> None:
-    """Restore the outputs that the clone's dvc.lock names for a data set; its images stay in their folder."""
+    """Restore a data set's outputs by the clone's dvc.lock; images of the user stay in their folder."""
     source, target = home / folder, clone / folder
     if not (target / "dvc.yaml").exists():  # git does not track the study's folder
         text = (source / "dvc.yaml").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Retraining as a scheduled operation: the pipeline's tasks on a data set that grows.
 
 The caches keep decoded images, masks and features, so only new images cost time. Cells with an unchanged
-support are not fitted again, and the champion changes only by the gate.
+support are not fitted again. Only the gate can change the champion.
 """
 
 from __future__ import annotations

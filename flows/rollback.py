@@ -1,4 +1,4 @@
-"""Roll a data set's model back to the champion before the present one."""
+"""Roll a data set's model back to the previous champion."""
 
 from __future__ import annotations
 

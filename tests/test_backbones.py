@@ -320,7 +320,7 @@ def test_the_loss_is_cross_entropy_of_the_drawn_view() -> None:
         ({"tuning": "head"}, "tuning is 'head'; use one of full, linear"),
         ({"max_steps": 0}, "max_steps is 0; use 1 or more"),
         ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
-        ({"options": {"num_classes": 4}}, "options has num_classes, which other fields .*Remove it"),
+        ({"options": {"num_classes": 4}}, "options has num_classes, set by other fields .*Remove it"),
     ],
 )
 def test_invalid_settings_are_refused(changed: dict[str, Any], message: str) -> None:

@@ -1,7 +1,7 @@
 """The command ``medfocus``.
 
-It is the topmost room and may import everything. ``commands`` declares the commands and prints their results;
-the other modules do the work and are imported only when a command runs, so that help is quick.
+This is the topmost room and may import everything. ``commands`` declares the commands and prints their
+results; the other modules do the work and are imported only when a command runs, so that help is quick.
 """
 
 from flows.cli.commands.app import app

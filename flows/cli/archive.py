@@ -2,7 +2,7 @@
 
 A zip has the parts of a model folder (``medfocus.serving``) and ``contents.json``, which lists each part with
 its sha256. Zips are not trusted: file names come from PARTS, sizes are limited while unpacking, and the model
-is loaded once before it is registered. The list of the images that the model was made with is not exported.
+is loaded once before it is registered. A zip does not list the images that the model was made with.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ PARTS = (
     "sam2.safetensors",
     "adapter.safetensors",
     "text.safetensors",
-)  # of a model folder that are exported
+)  # files of a model folder that are exported
 CONTENTS = "contents.json"
-MOST_BYTES = 16_000_000_000  # that an archive may unpack to
+MOST_BYTES = 16_000_000_000  # limit on the unpacked size of an archive
 _MOST_TEXT = 10_000_000  # bytes of a part without tensors
 _CHUNK = 2**20
 
@@ -62,8 +62,8 @@ def export(home: Path, model: str | None, path: Path) -> str:
 def import_model(home: Path, path: Path, name: str) -> registry.Registration:
     """Check an exported model, load it once, and register it as ``name``.
 
-    The model does not become champion, because the gate needs the list of the images it was made with, which
-    is not in the zip.
+    The model does not become champion: the gate needs the list of the images that the model was made with,
+    but a zip has no such list.
 
     Raises:
         FileNotFoundError: There is no such file.

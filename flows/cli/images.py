@@ -35,7 +35,7 @@ PREDICTIONS, EXPLANATIONS, MASKS = "predictions.csv", "explanations.csv", "masks
 class UserImage:
     """A user's decoded image."""
 
-    path: Path  # for a frame or a slice, with its name after a #
+    path: Path  # of the file; a frame or a slice adds # and its name
     sha256: str  # as in a record
     pixels: np.ndarray  # (H, W, 3) uint8 RGB
 
@@ -45,7 +45,7 @@ class Images:
     """A user's files and folders; unreadable files are reported and counted."""
 
     paths: Sequence[Path]
-    work: str  # in a word, for the progress bar
+    work: str  # a word for the work, for the progress bar
     failed: int = 0
 
     def batches(self) -> Iterator[list[UserImage]]:
@@ -143,7 +143,7 @@ def _predictions(predictor: Predictor, images: Images) -> Iterator[tuple[UserIma
 
 
 def explain(predictor: Predictor, images: Images, out: OutputFolder) -> int:
-    """Write each image's attribution inside the mask and a sheet; return the number of images.
+    """Write a sheet and the attribution's share inside the mask for each image; return the number of images.
 
     The sheet shows the image with its mask, CLIP's view, and the attribution.
     """
@@ -168,7 +168,7 @@ def explain(predictor: Predictor, images: Images, out: OutputFolder) -> int:
 def _explanation(
     predictor: Predictor, image: UserImage, prediction: Prediction
 ) -> tuple[np.ndarray, str, str]:
-    """Return the sheet, the way of the attribution, and its share inside the mask ("" if unknown)."""
+    """Return the sheet, the attribution's method, and its share inside the mask ("" if unknown)."""
     import torch
 
     from medfocus.explain.explain import explain as attribute

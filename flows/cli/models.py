@@ -12,9 +12,10 @@ from medfocus.tracking.registry import Registered
 
 
 def choose(home: Path, model: str | None) -> Registered:
-    """Return a registered version: NAME, NAME@VERSION or, if only one model is registered, None.
+    """Return a registered version of a model.
 
-    Without a version it is the champion or, if there is none, the newest version.
+    ``model`` is NAME, NAME@VERSION or, if only one model is registered, None. Without a version, return the
+    champion or, if there is none, the newest version.
 
     Raises ValueError, with a list of the models or versions, if there is no such version.
     """
@@ -38,7 +39,7 @@ def choose(home: Path, model: str | None) -> Registered:
 
 
 def _chosen(versions: Sequence[Registered], number: str) -> Registered | None:
-    """Return the version of this number, or the champion, or without a number the newest version."""
+    """Return the version with this number; without a number, the champion or else the newest version."""
     if number and number != registry.CHAMPION:
         return next((each for each in versions if each.version == number), None)
     champion = next((each for each in versions if each.alias), None)
@@ -47,7 +48,7 @@ def _chosen(versions: Sequence[Registered], number: str) -> Registered | None:
 
 @contextmanager
 def opened(home: Path, model: str | None) -> Iterator[tuple[str, Path]]:
-    """Yield a model's name and folder for the ``with`` block; ``model`` is a folder, or as in ``choose``."""
+    """Yield a model's name and folder for the ``with`` block. ``model`` is a folder or as in ``choose``."""
     if model is not None and Path(model).is_dir():
         yield model, Path(model)
         return

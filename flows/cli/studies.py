@@ -19,7 +19,7 @@ class Row(NamedTuple):
     file: str
     datasets: str
     cells: str
-    page: str  # of the last run; "" before the first
+    page: str  # path of the page of the last run; "" before the first run
 
 
 def run(params: Path) -> None:
@@ -40,7 +40,7 @@ def params_file(home: Path, name: str) -> Path:
 
 
 def rows(home: Path) -> Iterator[Row]:
-    """Yield every study of a project; the last column shows a fault of the params file."""
+    """Yield every study of a project. If its params file has a fault, the last column shows the fault."""
     for path in params_files(home):
         file = Path(os.path.relpath(path)).as_posix()
         try:

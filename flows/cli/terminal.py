@@ -60,7 +60,7 @@ def sentence(error: Exception) -> str:
 
 
 def bar(total: int, work: str, unit: str = "image") -> tqdm[NoReturn]:
-    """Return a progress bar; short work and output to a file or a pipe show none."""
+    """Return a progress bar. It stays hidden during short work, and in a file or a pipe."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=work, unit=unit, delay=_BAR_AFTER, disable=None, dynamic_ncols=True)

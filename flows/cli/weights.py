@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 def rows(home: Path) -> list[Row]:
-    """List the weights in the package, those of this project's studies, and other published weights."""
+    """List the package's weights, the weights of this project's studies, and other published weights."""
     used = list(of_studies(home))
     lines = [Row("pocket", setting, _IN_PACKAGE) for setting in ("masks.checkpoint", "clip.pretrained")]
     for name in dict.fromkeys([*used, *_SAM2, *_CLIP]):
@@ -53,7 +53,7 @@ def of_studies(home: Path) -> Iterator[str]:
 
 
 def fetch(name: str) -> str:
-    """Download weights to the hub cache unless they are there, load them once, and return their place.
+    """Download weights to the hub cache if they are not there, load them once, and return their place.
 
     Args:
         name: A hub id of SAM2 (facebook/sam2.1-hiera-tiny), a CLIP on the hub (hf-hub:ORG/NAME), or a model

@@ -1,4 +1,4 @@
-"""``medfocus app``: a registered model behind a page on this machine."""
+"""``medfocus app``: a model in a web page on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PASSWORD = "MEDFOCUS_APP_PASSWORD"
 
 
 def password(host: str, environment: Mapping[str, str]) -> str | None:
-    """Return the page's password, or None without one, which loopback allows.
+    """Return the page's password; on loopback, None if the environment has no password.
 
     Raises ValueError if the page should listen beyond loopback and the environment has no password.
     """
@@ -35,7 +35,7 @@ def password(host: str, environment: Mapping[str, str]) -> str | None:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address; port 0 means a free port. Raises OSError if the port is taken."""
+    """Return a socket on this address; port 0 means a free port. Raises OSError if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Failures of a program in one line: the error, the place of a disk's or a server's fault, and the fix."""
+"""Failures of a program in one line: the error and, for a disk or a server, the place and the fix."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _place(error: BaseException) -> str:
-    """Return the file that could not be written or, if no error names one, the folders on full disks."""
+    """Return the file that could not be written or, if no error names it, the folders on full disks."""
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.filename:
             return str(Path(str(cause.filename)).absolute())

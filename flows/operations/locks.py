@@ -24,7 +24,7 @@ class JobRunningError(RuntimeError):
 def only_job(study: Study) -> contextlib.AbstractContextManager[None]:
     """Lock a study for one main job; the process that holds the lock may take it again.
 
-    The operating system releases the lock when the process ends, in whatever way.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Raises JobRunningError at once, naming the holder, if another process has the lock.
     """
@@ -32,7 +32,7 @@ def only_job(study: Study) -> contextlib.AbstractContextManager[None]:
 
 
 def only_retraining(home: Path) -> contextlib.AbstractContextManager[None]:
-    """Lock a checkout for one retraining or back-fill of any study; otherwise like ``only_job``."""
+    """Lock a checkout for one retraining or back-fill of any study, as ``only_job`` locks a study."""
     return _locked(home / ".cache", "retraining", f"{home}: another retraining or back-fill")
 
 

@@ -25,7 +25,7 @@ def report_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -
 
 
 def report(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
-    """Post a failure to MEDFOCUS_WEBHOOK as JSON; without it or if it fails, write one line to stderr.
+    """Post a failure as JSON to MEDFOCUS_WEBHOOK. If it is not set or fails, write one line to stderr.
 
     The notice has only the error's class, because the text may contain a patient's file name. Never raises.
     """
@@ -41,7 +41,7 @@ def report(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
     if not address or fault:
         suffix = f"; {WEBHOOK} failed ({fault})" if fault else ""
         line = "{flow}, run {run}: {state}, {error}, {page}".format(**notice)
-        # Not by Prefect's console handler, which shows only Prefect's own faults.
+        # Print, because the console handler of Prefect shows only Prefect's own faults.
         print(line + suffix, file=sys.stderr, flush=True)
 
 
@@ -61,7 +61,7 @@ def _page(flow_run: FlowRun) -> str | None:
 
 
 def _post(address: str, notice: dict[str, str | None]) -> str | None:
-    """Post the notice and return the fault, if any, within ``LIMIT`` seconds."""
+    """Post the notice within ``LIMIT`` seconds; return the fault, or None."""
     if not address.startswith(("http://", "https://")):
         return "not an http:// or https:// address"
     request = urllib.request.Request(

@@ -1,4 +1,4 @@
-"""Retries of tasks, for faults that pass: another run holds a stage, or a server does not answer."""
+"""Retries of tasks after temporary faults: another run holds a stage, or a server does not answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_passing(error: BaseException) -> bool:
     import httpx
     import requests
 
-    # Without TimeoutError, which Prefect also raises when a flow exceeds its time limit.
+    # TimeoutError is not here, because Prefect also raises it when a flow exceeds its time limit.
     passing = (
         *(StageBusyError, ConnectionError, httpx.TransportError),
         *(requests.ConnectionError, requests.Timeout),

@@ -1,7 +1,7 @@
 """Operation on one machine: databases, MLflow, Prefect, a worker and the schedule.
 
-All are child processes of this process and end with it, in reverse order. Prefect's server can run code
-here, so it listens only on loopback. MLflow may listen elsewhere and then asks for a password.
+All are child processes of this process and end with it, in reverse order. Prefect's server can run code on
+this machine, so it listens only on loopback. MLflow may also listen beyond loopback, with a password.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Stores:
     """The SQLAlchemy URLs of the three databases."""
 
     mlflow: str
-    users: str  # of MLflow
+    users: str  # the users of MLflow
     prefect: str | None  # None: Prefect's own file in PREFECT_HOME
 
 
@@ -112,7 +112,7 @@ def _check_port(port: int, option: str) -> None:
 
 
 def credentials(host: str, environment: Mapping[str, str]) -> Login | None:
-    """Return the login of MLflow's administrator, or None without a password, which loopback allows.
+    """Return the login of MLflow's administrator; on loopback, None if the environment has no password.
 
     Raises ValueError if the server should listen beyond loopback and the environment has no password.
     """
@@ -128,7 +128,9 @@ def credentials(host: str, environment: Mapping[str, str]) -> Login | None:
 
 
 def auth_settings(login: Login, users: str, home: Path) -> dict[str, str]:
-    """Return the variables that make MLflow's server ask for a password; ``users`` is its users' database.
+    """Return the variables that make MLflow's server ask for a password.
+
+    ``users`` is the URL of the database of its users.
 
     Raises RuntimeError if Flask-WTF, which MLflow needs for this, is missing.
     """
@@ -181,7 +183,7 @@ def _worker(prefect: str, mlflow: str, login: Login | None, log: Path) -> Iterat
         lambda: _is_online(prefect, name),
         "Prefect's worker does not start.",
         log=log,
-        children_first=True,  # so that the runs still record how they ended
+        children_first=True,  # so that the runs can still record their end
     ):
         yield
 

@@ -27,7 +27,7 @@ from flows.servers.prefect import POOL
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Create the pool, register the deployments, and replace this process by Prefect's worker."""
+    """Create the pool, register the deployments, and replace this process with Prefect's worker."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True, help="the worker's name on Prefect's pages")
     parser.add_argument("--healthcheck", action="store_true", help="answer health checks at port 8080")
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make_pool(client: SyncPrefectClient) -> None:
-    """Create a pool for processes on this machine that runs one flow at a time; the next one waits."""
+    """Create a pool for processes on this machine that runs one flow at a time; further flows wait."""
     pool = WorkPoolCreate(
         name=POOL,
         type="process",

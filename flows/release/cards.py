@@ -35,14 +35,14 @@ def of_version(
     """Return the texts of a version's cards by file name.
 
     Args:
-        dataset: The data set, with the study's folder as the working directory.
+        dataset: The data set. The working directory must be the study's folder.
         cell: The cell of the version.
         header: The header of its checkpoint.
         probabilities: (N, K) of the cell's main classifier on the whole test set.
         model_folder: The version's model folder.
         reason: The gate's decision in one line.
         checks: The gate's checks.
-        new: Number of images that the present champion was made without; None without a champion.
+        new: Number of images added since the present champion was made; None without a champion.
     """
     served: dict[str, Any] = json.loads((model_folder / "serve.json").read_text(encoding="utf-8"))
     data = _data(dataset, served, checks, new)

@@ -1,4 +1,4 @@
-"""A fitted cell that wants to become champion: its model folder, its cards and its way through the gate."""
+"""A fitted cell that may become champion: its model folder, its cards and the gate's decision."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from medfocus.storage import atomic
 from medfocus.storage.fingerprint import fingerprint
 from medfocus.tracking import registry
 
-_KNOWN = "images.npz"  # in the model's folder: the images that the model was made with
+_KNOWN = "images.npz"  # file in the model folder that describes the images that the model was made with
 _CHUNK = 16  # images at once; each prediction holds an overlay
 
 
 class Challenger:
-    """A fitted cell on its way through the gate.
+    """A fitted cell that may become champion.
 
     Attributes:
         checks: The gate's checks; empty before ``judge``.
         reason: The gate's decision in one line; empty before ``judge``.
-        new: Number of images that the present champion was made without; None without a champion.
+        new: Number of images added since the present champion was made; None without a champion.
     """
 
     def __init__(self, dataset: EncodedDataset, cell: Cell) -> None:
@@ -97,7 +97,7 @@ class Challenger:
         return cards.headline(self.dataset, self.probabilities)
 
     def _rival(self, champion: registry.Champion, folder: Path) -> tuple[gate.Champion, drift.Known]:
-        """Return the present champion's predictions on the test images and the images it was made with."""
+        """Return the champion with its predictions on the test images, and the images that it knows."""
         try:
             model = champion.model_folder(folder)
             known = drift.Known.load(model / _KNOWN)
@@ -113,7 +113,7 @@ class Challenger:
         return gate.Champion(champion.version, predictor.classes, predicted, fair), known
 
     def _predicted(self, champion: registry.Champion, predictor: Predictor) -> np.ndarray:
-        """Return the champion's labels (N,) of the test images, cached by champion and test set."""
+        """Return the champion's predictions (N,) on the test images, cached by champion and test set."""
         test = [record.sha256 for record in self.test]
         key = fingerprint(Predictor, cell=champion.cell_key, test=test)
         path = self.study.cache / "champions" / f"{key}.npy"
@@ -139,7 +139,7 @@ class Challenger:
         return np.array([component[record.path] not in seen for record in self.test], bool)
 
     def _shifts(self, known: drift.Known) -> list[drift.Shift]:
-        """Compare the images that came after the champion with those it was made with."""
+        """Compare the images that are new to the champion with the images that it knows."""
         new = [record for record in self.dataset.records.values() if record.sha256 not in known.names]
         self.new = len(new)
         if not new:
@@ -149,7 +149,7 @@ class Challenger:
         return drift.measure(known.sample, self._sample(new), bounds, limits.p)
 
     def _sample(self, records: Iterable[Record]) -> drift.Images:
-        """Describe at most ``drift.images`` of the images; the choice depends only on the images."""
+        """Describe at most ``drift.images`` images; the choice depends only on the content of the images."""
         chosen = sorted(records, key=lambda record: record.sha256)[: self.study.params.drift.images]
         paths = [record.path for record in chosen]
         ((embeddings,),) = (self.dataset.encode((DRIFT_BY,), "none", paths, 1, "encode for drift"),)

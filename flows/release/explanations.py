@@ -1,4 +1,4 @@
-"""Attribution of the page's systems: where each system looks in the test images, and how well it hits."""
+"""Attribution of the page's systems: where each system looks in the test images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from medfocus.storage.tables import write_csv
 
 _EXPLAINED = 24  # test images per data set and system
 _SHOWN = 6  # of these in the gallery
-_OTHERS = 2  # focus modes to explain besides the best cell's
+_OTHERS = 2  # focus modes to explain in addition to the best cell's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Explained:
     predicted: str
     way: str  # of the attribution
     inside: float  # share of the attribution inside the mask
-    covered: float  # share of the view that the mask covers: the expected share of a blind attribution
+    covered: float  # share of the view inside the mask; a blind attribution has this share inside
     pointing: str  # "hit" or "miss" of the known region; empty if none is known
 
 
@@ -60,7 +60,7 @@ def explain_cell(
 ) -> tuple[list[Explained], list[Example]]:
     """Explain a cell's answers on test images spread over the classes; return table rows and gallery images.
 
-    ``probabilities`` are the cell's (N, K) on the whole test set.
+    ``probabilities`` (N, K) are the cell's answers on the whole test set.
     """
     encoder = dataset.encoder_for(cell.focus)
     method, _ = checkpoint.load(dataset.paths.checkpoint(cell), encoder)
@@ -89,7 +89,7 @@ def _explained(
     heat: np.ndarray,
     way: str,
 ) -> tuple[Explained, Example]:
-    """Compare an attribution with the mask and the known region; they do not fit the view of a crop."""
+    """Compare an attribution with the mask and the known region, unless the view is a crop."""
     system = f"{system_name(cell.method, cell.focus)}, {cell.support} of train"
     label, image_id, target = record.label, record.sha256[:12], int(probabilities.argmax())
     image, mask = dataset.image(record), dataset.mask(record, cell.focus)

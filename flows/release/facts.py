@@ -19,14 +19,14 @@ from medfocus.reports.page_content import Calibration, Confusion, Example, Recal
 from medfocus.reports.rows import system_name
 from medfocus.storage.tables import read_csv
 
-_CALIBRATED = 4  # variants of MedFocusCLIP with a reliability curve, besides the baseline
+_CALIBRATED = 4  # variants of MedFocusCLIP with a reliability curve, in addition to the baseline
 
 Draws = dict[tuple[str, float], list[np.ndarray]]  # (system, percent of train) -> (N, K) for each draw
 
 
 @dataclass
 class Facts:
-    """The page's facts, collected from one data set after the other."""
+    """The page's facts. ``add`` collects the facts of one data set after the other."""
 
     blocks: list[tuple[str, str]] = field(default_factory=list)  # (data set, test set)
     tests: list[Scored] = field(default_factory=list)  # one for each block
@@ -59,7 +59,7 @@ class Facts:
     def _add_best(
         self, dataset: EncodedDataset, predicted: dict[Cell, np.ndarray], labels: np.ndarray
     ) -> None:
-        """Add the best cell's confusion matrix, and explanations of it and its neighbours."""
+        """Add the confusion matrix of the best cell, and explanations of ``explained_cells``."""
         try:
             best = best_cell(dataset.study, dataset.name, predicted)
         except ValueError:  # no cell could be validated
@@ -114,5 +114,5 @@ def _recalls(dataset: EncodedDataset, draws: Draws, labels: np.ndarray) -> Recal
 
 
 def _main_classifier(file: np.lib.npyio.NpzFile, cell: Cell) -> np.ndarray:
-    """Return the probabilities (N, K) of a cell's own classifier on the whole test set."""
+    """Return the probabilities (N, K) of a cell's main classifier on the whole test set."""
     return file[next(name for name in file.files if name.startswith(f"{cell.name} "))].astype(np.float64)

@@ -1,4 +1,4 @@
-"""The page of an evaluated study, reports/index.html: one file to read and to send. It fits nothing."""
+"""The page of an evaluated study, reports/index.html: one self-contained file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_page(study: Study) -> Path:
             temporary.write_text(text, encoding="utf-8")
             if run_id := rows[0].mlflow_run_id:
                 store.log_page(run_id, temporary)
-            atomic.write(paths.page, temporary.read_bytes())  # last: its presence means that all is done
+            atomic.write(paths.page, temporary.read_bytes())  # last, because it marks the work as complete
     return paths.page
 
 

@@ -1,4 +1,4 @@
-"""Registration: the best cell by validation enters the model registry and becomes champion by the gate."""
+"""Registration of the best cell by validation. The gate decides whether the cell becomes champion."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Outcome:
 
     registration: registry.Registration
     checks: tuple[gate.Check, ...]  # empty if there was nothing to decide
-    new: int | None  # images that the present champion was made without; None without a comparison
+    new: int | None  # images added since the present champion was made; None without a comparison
 
     @property
     def text(self) -> str:

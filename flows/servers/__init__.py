@@ -1,4 +1,4 @@
 """Servers as child processes: MLflow's, Prefect's and PostgreSQL's.
 
-It imports no other room. ``processes`` starts a child process and ends it with all its descendants.
+This room imports no other room. ``processes`` starts a child process and ends it with all its descendants.
 """

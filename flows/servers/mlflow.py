@@ -14,7 +14,7 @@ MLFLOW_PORT = 5000
 
 @contextlib.contextmanager
 def mlflow_server(home: Path, port: int = MLFLOW_PORT) -> Iterator[str]:
-    """Run MLflow's server on loopback over the project's own database; yield its address."""
+    """Run MLflow's server on loopback with the project's own database; yield the server's address."""
     options = ["--default-artifact-root", (home / "mlruns").as_uri()]
     with _mlflow(HOST, port, f"sqlite:///{home / 'mlflow.db'}", options, {}, None):
         yield f"http://{HOST}:{port}"
@@ -24,14 +24,14 @@ def mlflow_server(home: Path, port: int = MLFLOW_PORT) -> Iterator[str]:
 def mlflow_artifact_server(
     home: Path, host: str, port: int, store: str, environment: Mapping[str, str], log: Path
 ) -> Iterator[str]:
-    """Run MLflow's server over a database, with the artifacts behind the server; yield its local address.
+    """Run MLflow's server with a database, and serve the artifacts too; yield the server's local address.
 
     Args:
         home: The project; its folder ``mlruns`` holds the artifacts.
         host: The address on which the server listens.
         port: The port.
         store: SQLAlchemy URL of the database.
-        environment: Variables for the server; with MLFLOW_AUTH_CONFIG_PATH it asks for a password.
+        environment: Variables for the server. With MLFLOW_AUTH_CONFIG_PATH, the server asks for a password.
         log: The server's log file.
     """
     options = ["--serve-artifacts", "--artifacts-destination", (home / "mlruns").as_uri()]

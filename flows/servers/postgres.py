@@ -28,7 +28,7 @@ class Postgres:
     socket: Path  # the folder of its socket
 
     def url(self, database: str, driver: str) -> str:
-        """The SQLAlchemy URL of a database, for ``psycopg2`` or ``asyncpg``."""
+        """Return the SQLAlchemy URL of a database, for ``psycopg2`` or ``asyncpg``."""
         return f"postgresql+{driver}://{ROLE}@/{database}?host={self.socket}"
 
 
@@ -36,7 +36,8 @@ class Postgres:
 def postgres(folder: Path, databases: Sequence[str], log: Path) -> Iterator[Postgres]:
     """Run the cluster in ``folder`` for the ``with`` block; create the cluster and databases if missing.
 
-    PostgreSQL refuses to run as root; for root it runs as the account ``postgres``, or ``nobody``.
+    PostgreSQL refuses to run as root. If this process runs as root, the cluster runs as the account
+    ``postgres`` or, if there is no such account, as ``nobody``.
 
     Raises RuntimeError, with PostgreSQL's last output, if it does not start.
     """
@@ -71,7 +72,7 @@ def postgres(folder: Path, databases: Sequence[str], log: Path) -> Iterator[Post
 
 
 def find_programs() -> Path:
-    """Return the folder of PostgreSQL's programs: from PATH, or the newest of Debian's.
+    """Return the folder of PostgreSQL's programs: from PATH, or of the newest version from Debian.
 
     Raises FileNotFoundError, with the command that installs PostgreSQL, if there is none.
     """

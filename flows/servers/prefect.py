@@ -1,4 +1,4 @@
-"""Prefect's server on loopback: the server of the environment, a running one, or a child process."""
+"""Prefect's server: the server that the environment names, a server on loopback, or a child process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def prefect_server(
 
 @contextlib.contextmanager
 def whole_database(home: Path) -> Iterator[None]:
-    """Delete a database whose creation was interrupted, so that the server in the block makes a new one."""
+    """Delete a partly created database, so that the server in the ``with`` block creates it again."""
     database, making = home / "prefect.db", home / "prefect.db.making"
     if making.exists():
         for part in home.glob("prefect.db*"):
@@ -55,11 +55,11 @@ def whole_database(home: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def prefect_api() -> Iterator[None]:
-    """Use the Prefect server of the environment, or run one on loopback for the ``with`` block.
+    """Use the Prefect server that the environment names, or run a server on loopback for the ``with`` block.
 
-    Prefect would start a server itself, but loses the last records when the process ends.
+    Prefect would start a server itself, but lose the last records when the process ends.
 
-    Raises ConnectionError if the environment names a server and none answers.
+    Raises ConnectionError if the environment names a server that does not answer.
     """
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
@@ -73,7 +73,7 @@ def prefect_api() -> Iterator[None]:
     with prefect_server(port) as api, temporary_settings({PREFECT_API_URL: api}):
         try:
             yield
-        finally:  # otherwise Prefect would send them at exit, when the server is gone
+        finally:  # otherwise Prefect would send the last records at exit, when the server is gone
             EventsWorker.drain_all(timeout=15)
             APILogWorker.drain_all(timeout=15)
 

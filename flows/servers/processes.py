@@ -1,4 +1,4 @@
-"""Child processes that end with their starter, and the addresses at which servers answer."""
+"""Child processes that end with the process that started them, and checks of the servers' addresses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def must_answer(url: str, setting: str, without: str, seconds: float = 10) -> No
     Args:
         url: The address.
         setting: The environment variable that names the address.
-        without: What happens if the variable is unset; the message ends with it.
+        without: The effect of unsetting the variable, as the end of the message.
         seconds: The time limit.
     """
     end, reason = time.monotonic() + seconds, ""
@@ -75,7 +75,7 @@ def answers(health: str) -> bool:
 def server(
     command: list[str], environment: Mapping[str, str], health: str, name: str, log: Path | None
 ) -> Iterator[None]:
-    """Run a server for the ``with`` block, unless one already answers at ``health``.
+    """Run a server for the ``with`` block, unless a server already answers at ``health``.
 
     Raises RuntimeError as ``running`` does.
     """
@@ -104,12 +104,12 @@ def running(
     Args:
         command: Program and arguments.
         environment: Variables added to those of this process.
-        ready: Return whether the process is ready for work.
+        ready: Returns whether the process is ready for work.
         fault: The message of the error if the process does not become ready.
         log: The process's log file; without it, only an error shows the last output.
-        user: The account of the process; only root may choose one.
+        user: The account of the process; only root may choose an account.
         stop_signal: The signal that asks the process to end.
-        children_first: Whether its children get SIGTERM before it gets its signal.
+        children_first: Whether the children of the process get SIGTERM before the process gets a signal.
 
     Raises RuntimeError if the process ends before it is ready or is not ready within five minutes.
     """
@@ -124,7 +124,7 @@ def running(
             user=user,
             group=None if user is None else _group(user),
             extra_groups=None if user is None else [],
-            process_group=0,  # Ctrl-C reaches only the starter, which ends its children in order
+            process_group=0,  # Ctrl-C reaches only this process, which then ends its children in order
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         try:

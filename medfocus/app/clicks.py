@@ -1,8 +1,8 @@
-"""Masks from a reader's points: SAM2 decodes them on an image that it has encoded once.
+"""Masks from a reader's points: SAM2 encodes an image once and decodes a mask for every change of points.
 
 The vocabulary is SAM2's (arXiv 2408.00714): point coordinates with labels, 1 inside the region and 0 outside.
-All points form one prompt. Of SAM2's three candidates, the mask is the candidate that agrees with the most
-points; predicted IoU breaks ties.
+All points form one prompt, and SAM2 returns three candidates. The candidate that agrees with the most points
+becomes the mask; predicted IoU breaks ties.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from medfocus.masks.quality import innermost
 from medfocus.masks.sam2.segmenter import EncodedImages, PointPrompts, Sam2Segmenter
 from medfocus.masks.segmenter import Mask, Segmenter, check_image
 
-EDITED = "edited"  # a mask's status
+EDITED = "edited"  # the status of these masks
 
 
 class NoRegionError(ValueError):
@@ -34,7 +34,7 @@ class Point:
 
 
 def first_mask(segmenter: Segmenter, image: np.ndarray) -> tuple[Mask, EncodedImages | None]:
-    """Segment an image (H, W, 3) uint8; also return SAM2's encoding of it, if the segmenter makes one."""
+    """Segment an image (H, W, 3) uint8; also return its encoding by SAM2, if the segmenter makes one."""
     if not isinstance(segmenter, Sam2Segmenter) or segmenter.settings.strategy == "automatic":
         return segmenter.segment([image])[0], None
     encoded = encode(segmenter, image)
@@ -56,7 +56,7 @@ def mask_at(
     Raises NoRegionError if SAM2 finds none, and ValueError if no point lies inside; see ``deepest``.
     """
     if not any(point.inside for point in points):
-        raise ValueError("points: SAM2 needs at least one inside. Put `deepest` of a mask before them.")
+        raise ValueError("points: SAM2 needs at least one point inside. Add the point `deepest` of a mask.")
     coords = np.array([[(point.x, point.y) for point in points]], np.float32)  # (1, N, 2)
     labels = np.array([[int(point.inside) for point in points]], np.int32)  # (1, N)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The images in use, in memory: each expires some time after its last use, and new ones displace old ones."""
+"""The images in memory: an image expires some time after its last use, and new images displace old images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Sized(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of memory that it holds."""
+        """Return the size of the object in memory, in bytes."""
         ...
 
 
@@ -31,8 +31,8 @@ class _Entry(Generic[Item]):
 class Desk(Generic[Item]):
     """A store of items by ids that nobody can guess. For one thread.
 
-    Unlike a cache with a fixed time to live, it counts time from the last use, and it measures items again
-    because they grow while they are in use.
+    Unlike a cache with a fixed time to live, the store counts time from the last use. It measures items
+    again, because they grow while they are in use.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Desk(Generic[Item]):
     ) -> None:
         """Keep at most ``most`` items of ``most_bytes`` in total, each for ``seconds`` after its last use.
 
-        The newest item stays whatever its size.
+        The newest item stays, however large it is.
         """
         self.most, self.most_bytes, self.seconds = most, most_bytes, seconds
         self._clock = clock

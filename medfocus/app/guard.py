@@ -41,7 +41,7 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """A refused request: its status, and place, fault and fix."""
+    """A refused request, with its HTTP status, the place of the fault, the fault and the fix."""
 
     def __init__(self, status: int, place: str, fault: str, fix: str) -> None:
         super().__init__(f"{place}: {fault}. {fix}")
@@ -62,7 +62,7 @@ class Access:
     """The requests that a server accepts."""
 
     names: frozenset[str]  # accepted hosts, in lower case
-    addresses: bool  # accept every IP address as host: a name of another site is never one
+    addresses: bool  # accept every IP address as host, because no name of another site is an address
     password: str | None = field(default=None, repr=False)
 
     def check(self, method: str, headers: Headers) -> None:
@@ -125,7 +125,7 @@ class Guard:
 
 
 def access_to(host: str, password: str | None) -> Access:
-    """Return the access to a server that listens on ``host``; on loopback only names of loopback."""
+    """Return the access to a server that listens on ``host``. On loopback, accept only names of loopback."""
     if is_loopback(host):
         return Access(frozenset({"localhost", "127.0.0.1", "::1", host.casefold()}), False, password)
     names = {socket.gethostname().casefold(), "localhost"} | (
@@ -135,7 +135,7 @@ def access_to(host: str, password: str | None) -> Access:
 
 
 def is_loopback(host: str) -> bool:
-    """Check that only this machine reaches a server that listens on ``host``."""
+    """Return whether only this machine can reach a server that listens on ``host``."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 

@@ -1,4 +1,4 @@
-"""Predictions for one image, and the layers that the page shows: PNG of one size."""
+"""Predictions for one image, and the layers that the page shows, as PNG."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Reading:
     view: np.ndarray  # (S, S, C) uint8, the input of CLIP
     probabilities: dict[str, float]  # by class, in the model's order
     layers: dict[str, bytes]  # "mask", with alpha, and "view"; PNG
-    attribution: Attribution | None = None  # on first use
+    attribution: Attribution | None = None  # computed on first use
 
     @property
     def label(self) -> str:
@@ -61,12 +61,12 @@ class Opened:
     shown: bytes  # PNG
     shown_size: tuple[int, int]  # width, height
     first: Reading
-    encoded: EncodedImages | None  # by SAM2, on first use
+    encoded: EncodedImages | None  # by SAM2; None until the first mask or an edit needs it
     edited: Reading | None = None
 
     @property
     def nbytes(self) -> int:
-        """Return approximately the bytes of memory that it holds."""
+        """Return the approximate size of the object in memory, in bytes."""
         total = self.pixels.nbytes + len(self.shown)
         for reading in (self.first, self.edited):
             if reading is not None:
@@ -101,11 +101,11 @@ class Reader:
     def edit(self, opened: Opened, points: Sequence[Point]) -> Reading | None:
         """Read the image with SAM2's mask for all ``points``; without points, drop the edited mask.
 
-        If every point is outside, the deepest point of the first mask is added as a point inside. SAM2 edits
-        the mask without adapter or text.
+        If every point is outside, the deepest point of the first mask is added as a point inside. An edit
+        does not use the segmenter's adapter or text.
 
-        Raises NoRegionError if SAM2 finds no region, and ValueError if the masks are not SAM2's. The image
-        then keeps its last edit.
+        Raises NoRegionError if SAM2 finds no region, and ValueError if the masks are not SAM2's. After an
+        error, the image keeps its last edit.
         """
         if self._sam2 is None:
             raise ValueError("This model's masks are not SAM2's. Edit masks with a model that uses SAM2.")
@@ -154,7 +154,7 @@ class Reader:
 
 
 def _visible(view: np.ndarray) -> np.ndarray:
-    """Return the visible channels of a view (S, S, C); of two images, the focused image."""
+    """Return the channels to show of a view (S, S, C): RGB, or the focused image if the view has two."""
     return view[..., -3:] if view.shape[2] == 6 else view[..., :3]
 
 

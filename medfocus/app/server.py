@@ -58,8 +58,8 @@ class ServerLimits:
     uploads: int = 2  # uploads in memory at once
     jobs: int = 32  # running or waiting
     images: int = 32  # in memory
-    bytes: int = 2_000_000_000  # of these images in total
-    seconds: float = 1800  # that an image stays after its last use
+    bytes: int = 2_000_000_000  # total size of these images
+    seconds: float = 1800  # how long an image stays after its last use
 
 
 class PagePoint(BaseModel):
@@ -292,7 +292,7 @@ def calibration_short(measured: Mapping[str, float]) -> str:
 
 
 def _inline(png: bytes) -> str:
-    """Return a data URL, so that the page shows an image after the server removes it."""
+    """Return a data URL, so that the page can still show an image after the server removes it."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 

@@ -33,7 +33,7 @@ class Upload:
 
 
 async def uploads(request: Request, limits: UploadLimits) -> list[Upload]:
-    """Read the files of a multipart form. Raises Refused for another body, or one beyond a limit."""
+    """Read the files of a multipart form. Raises Refused for another body, or a form beyond a limit."""
     if not request.headers.get("content-type", "").casefold().startswith("multipart/form-data"):
         raise Refused(415, "the request", "is no form with files", _FIX)
     parser = _InMemory(request.headers, body(request, limits.bytes), max_files=limits.files, max_fields=0)
@@ -55,7 +55,7 @@ async def uploads(request: Request, limits: UploadLimits) -> list[Upload]:
 
 
 async def body(request: Request, most: int) -> AsyncGenerator[bytes, None]:
-    """Yield a request's body in pieces. Raises Refused before it holds more than ``most`` bytes."""
+    """Yield a request's body in pieces. Raises Refused instead of yielding more than ``most`` bytes."""
     too_large = Refused(413, "the request", f"is larger than {_size(most)}, the limit", "Send less at once.")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > most:

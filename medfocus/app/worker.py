@@ -16,7 +16,7 @@ class Busy(Exception):
 
 
 class Worker:
-    """Runs jobs one after another, so that the server keeps answering and memory is that of one job."""
+    """Runs jobs one after another, so that the server keeps answering and only one job needs memory."""
 
     def __init__(self, most: int) -> None:
         """Allow at most ``most`` jobs, running or waiting."""
@@ -36,7 +36,7 @@ class Worker:
         return await asyncio.wrap_future(job)
 
     def stop(self) -> None:
-        """Accept no more jobs and drop the waiting ones."""
+        """Accept no more jobs, drop the waiting jobs, and wait for the running job."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _done(self) -> None:

@@ -27,7 +27,7 @@ _SQUARES = 8  # per side in an occlusion; each overlaps half of the next
 
 
 def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor) -> tuple[Tensor, str]:
-    """Compute a map of each image for one class and the method's main classifier.
+    """Map the parts of each image that the method's main classifier uses for its target class.
 
     Args:
         method: A fitted method.
@@ -60,7 +60,7 @@ def on_image(heat: np.ndarray, mask: np.ndarray, focus: str) -> np.ndarray:
     """Return the map of an image (H, W), with sum one, from the map of its view (S, S).
 
     Args:
-        heat: A map of ``explain``, of view 0.
+        heat: A map (S, S) from ``explain`` for view 0.
         mask: (H, W) bool, the mask of the view; an empty mask stands for the whole image.
         focus: The focus of the view. "crop" shows a part of the image; the rest of the map is 0.
     """

@@ -19,12 +19,13 @@ def grad_cam(model: nn.Module, pixels: Tensor, score: Score) -> Tensor:
         model: A model of timm in eval mode. Its ``forward_features`` returns the feature maps A, and its
             ``forward_head`` the output.
         pixels: (B, C, S, S), preprocessed.
-        score: Output of ``model``, such as logits (B, K) -> (B,), each from its own image alone.
+        score: Maps the output of ``model``, such as logits (B, K), to a number for each image (B,). Each
+            number depends only on its own image.
 
     Returns:
         (B, S, S). Source: Selvaraju et al., arXiv 1610.02391.
 
-    Raises ValueError for another model, a model in training mode or without feature maps, or as
+    Raises ValueError if the model lacks these two methods, is in training mode or has no feature maps, and as
     ``score_gradients`` does.
     """
     net: Any = model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-# The pointing game's 15 pixels as a share of the longest side: most of PASCAL VOC's images have 500.
+# The pointing game's 15 pixels, as a share of 500: the longest side of most images of PASCAL VOC.
 TOLERANCE = 15 / 500
 
 

@@ -28,7 +28,7 @@ def occlusion(
     The heat of a pixel is the mean fall over all squares that hide the pixel; a rise counts as 0.
 
     Args:
-        predict: Images (N, S, S, 3) uint8 -> (N, K), probabilities in the paper.
+        predict: Maps images (N, S, S, 3) uint8 to (N, K); the paper uses probabilities.
         image: (S, S, 3) uint8.
         target: The column of ``predict`` to explain.
         patch: Pixels a side of the square.

@@ -34,7 +34,7 @@ def attended(
     Returns:
         Image features (B, D) of length one, and attention (B, H, L, L) of each block with rows of sum one.
 
-    Raises ValueError for another image encoder.
+    Raises ValueError for an image encoder of another kind.
     """
     _check_encoder(visual)
     tokens = visual._embeds(pixels)  # (B, L, W)
@@ -72,7 +72,8 @@ def gradient_attention(
     Args:
         visual: See ``attended``.
         pixels: See ``attended``.
-        score: Image features (B, D) of length one -> (B,), each from its own image alone.
+        score: Maps image features (B, D) of length one to a number for each image (B,). Each number depends
+            only on its own image.
         mask: See ``attended``.
 
     Raises ValueError as ``attended`` and ``score_gradients`` do.
@@ -87,7 +88,7 @@ def gradient_attention(
 
 def _attention(attn: Any, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Normalised tokens (B, L, W) -> attention (B, H, L, L) and its output (B, L, W)."""
-    frozen = getattr(attn, "frozen", attn)  # of a LoraAttention
+    frozen = getattr(attn, "frozen", attn)  # the layer inside a LoraAttention
     qkv = linear(tokens, frozen.in_proj_weight, frozen.in_proj_bias)
     if frozen is not attn:
         qkv = qkv + attn.low_rank(tokens)
@@ -118,5 +119,5 @@ def _check_encoder(visual: nn.Module) -> None:
 
 
 def _class_token_map(joint: Tensor, visual: VisionTransformer, pixels: Tensor) -> Tensor:
-    """The class token's relevances of the patches, from (B, L, L) -> maps (B, S, S)."""
+    """Map the relevance of each patch to the class token: (B, L, L) -> (B, S, S)."""
     return to_maps(joint[:, 0, 1:].unflatten(1, visual.grid_size), pixels.shape[-1])

@@ -14,14 +14,14 @@ from medfocus.learning.selection import LearningRates
 
 @dataclass(frozen=True)
 class Validation:
-    """Correct out-of-fold predictions, and their number; both are 0 if no fold could be made."""
+    """The numbers of correct and of all out-of-fold predictions; both are 0 if no fold could be made."""
 
     correct: int
     count: int
 
 
 def fit(method: Method, support: Support, rates: LearningRates | None, seed: int) -> Method:
-    """Return a fitted copy of ``method``; with ``rates``, its learning rate is chosen inside the support."""
+    """Return a fitted copy of ``method``. With ``rates``, cross-validation in the support chooses ``lr``."""
     generator = torch.Generator().manual_seed(seed)
     if rates:
         return rates.fit(method, support, generator)
@@ -31,16 +31,16 @@ def fit(method: Method, support: Support, rates: LearningRates | None, seed: int
 def validate(
     method: Method, support: Support, rates: LearningRates | None, *, folds: int, seed: int
 ) -> Validation:
-    """Fit the method without each fold and predict the fold by its main classifier.
+    """Predict each fold by the main classifier of the method, fitted on the other folds.
 
-    Each refit repeats every choice (λ, C, the learning rate) without the held-out images, and no patient or
-    group of duplicates is on both sides, so the accuracy is an honest estimate.
+    Each fit makes every choice (λ, C, the learning rate) again without the held-out images. No patient and no
+    group of duplicates is in both parts. The accuracy is therefore an honest estimate.
 
     Args:
         method: The unfitted method.
         support: The labelled images.
         rates: Candidate learning rates; None to keep the method's own.
-        folds: The wanted number of folds, 0 for no validation; small classes bound it.
+        folds: The wanted number of folds; 0 skips the validation. Small classes allow fewer folds.
         seed: Seed of the folds and of every refit.
     """
     if folds == 0:

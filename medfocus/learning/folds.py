@@ -17,13 +17,13 @@ def stratified_folds(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split a support set into (fit, held-out) index pairs that keep classes balanced and groups whole.
 
-    A fold whose fitting part lacks a class cannot be scored, so it is left out. If a class has a single
-    group, the list is empty and nothing can be validated.
+    A fold is left out if its fitting part lacks a class, because such a fold cannot be scored. If a class has
+    a single group, the list is empty and nothing can be validated.
 
     Args:
         labels: (N,) integer labels.
         groups: (N,) integers; images of one patient or of one group of duplicates share a number.
-        folds: The wanted number of folds; the number of groups in the smallest class bounds it.
+        folds: The wanted number of folds; reduced to the number of groups in the smallest class.
         seed: Seed of the shuffle.
 
     Returns:

@@ -1,4 +1,7 @@
-"""Bases of methods by their frozen part. Cache keys cover the module that defines a method's ``embed``."""
+"""Base classes of methods, by the frozen part that computes their inputs.
+
+The cache key of these inputs covers the source of the module that defines ``embed``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from medfocus.learning.method import IMAGES, Method
 
 @dataclass
 class FeatureMethod(Method):
-    """A method whose inputs are CLIP's frozen image features."""
+    """A method on CLIP's frozen image features."""
 
     @property
     def embedding(self) -> str:
@@ -25,7 +28,7 @@ class FeatureMethod(Method):
 
 @dataclass
 class ImageMethod(Method):
-    """A method whose inputs are the images: nothing before ``fit`` is frozen."""
+    """A method on the images themselves, without a frozen part."""
 
     @property
     def embedding(self) -> str:

@@ -37,7 +37,10 @@ class Support:
 
 @dataclass
 class Method(ABC):
-    """A classifier that is built from hyperparameters and fitted on a support set; learned names end in _."""
+    """A classifier that is built from hyperparameters and fitted on a support set.
+
+    The names of learned attributes end in an underscore.
+    """
 
     learns: ClassVar[bool] = True  # False: ``fit`` ignores the labels
     takes_views: ClassVar[bool] = False  # True: ``fit`` trains on augmented views too
@@ -60,13 +63,13 @@ class Method(ABC):
 
     @property
     def note(self) -> str:
-        """The source of pretrained weights other than CLIP's, for the tables; empty for none."""
+        """The source of pretrained weights other than CLIP's, for the tables; empty if there are none."""
         return ""
 
     @property
     @abstractmethod
     def embedding(self) -> str:
-        """Name of the frozen part, for cache keys: with one encoder, equal names embed equally."""
+        """Name of the frozen part, for cache keys: equal names on one encoder mean equal inputs."""
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
@@ -82,11 +85,11 @@ class Method(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Return all tensors that ``load`` needs to predict without ``fit``."""
+        """Return all tensors that ``load`` needs to restore the fitted method."""
 
     @abstractmethod
     def load(self, state: dict[str, Tensor]) -> Self:
-        """Restore the state of a method with the same settings."""
+        """Restore the fitted method from the ``state`` of a method with the same settings."""
 
 
 def with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

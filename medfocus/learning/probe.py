@@ -32,7 +32,7 @@ class Probe:
         return np.asarray(features, dtype=np.float64) @ self.coef.T + self.intercept
 
     def state(self) -> dict[str, Tensor]:
-        """Return its parameters, by their names in a checkpoint."""
+        """Return the parameters by their names in a checkpoint."""
         return {
             "coef": torch.from_numpy(self.coef),
             "intercept": torch.from_numpy(self.intercept),
@@ -85,8 +85,8 @@ def _best_c(
 ) -> float:
     """Return the C with the highest held-out log-likelihood.
 
-    C runs upwards and each fit starts at the previous solution. The likelihood has one maximum over C, so the
-    search stops after two decreases and skips the slowest fits.
+    The search tries C in ascending order and starts each fit at the previous solution. The likelihood has one
+    maximum over C, so the search stops after two decreases and skips the slowest fits.
     """
     fits: list[Probe | None] = [None] * len(pairs)
     scores: list[float] = []
@@ -107,7 +107,7 @@ def _best_c(
 
 
 def _rotated(features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rotate features (N, D) into their span (N, N), and return the rotation back (N, D); None if N >= D.
+    """Rotate features (N, D) into their span (N, N); also return the rotation back (N, D), or None if N >= D.
 
     L2-regularised logistic regression is invariant to rotation, and its weights lie in that span.
     """
@@ -125,7 +125,7 @@ def _fit(features: np.ndarray, labels: np.ndarray, c: float, start: Probe | None
         model.coef_ = start.coef[1:] - start.coef[:1] if two else start.coef.copy()
         model.intercept_ = start.intercept[1:] - start.intercept[:1] if two else start.intercept.copy()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # at C = 1e4 separable data has no optimum
+        warnings.simplefilter("ignore", ConvergenceWarning)  # expected at C = 1e4
         model.fit(features, labels)
     coef, intercept = np.ascontiguousarray(model.coef_), np.asarray(model.intercept_)
     if len(model.classes_) == 2:

@@ -23,7 +23,7 @@ class LearningRates:
     """Candidate values for a method's ``lr``, and the cross-validation that chooses among them."""
 
     values: tuple[float, ...]
-    folds: int  # of the cross-validation; small classes bound it
+    folds: int  # wanted number of folds; small classes allow fewer
     images: int  # upper bound on the images used, because each fold trains every candidate
 
     def fit(self, method: Method, support: Support, generator: torch.Generator) -> Method:
@@ -67,16 +67,16 @@ def choose(
 ) -> Candidate:
     """Return the candidate with the highest log-likelihood on the held-out folds of the support.
 
-    With a handful of images, accuracies are often equal, so log-likelihood decides. Of equal candidates the
-    first wins.
+    With a handful of images, accuracies are often equal, so log-likelihood decides. If candidates are equal,
+    the first wins.
 
     Args:
-        candidates: One or more; a single candidate is returned without cross-validation. support: The
-        labelled images. held_out_logits: Maps the part to fit on and the held-out part, M images, to one
-        tensor of logits (M, K)
-            per candidate, in the order of the candidates. It runs once per fold, so that candidates can share
-            computation.
-        folds: The wanted number of folds; small classes bound it.
+        candidates: One or more; a single candidate is returned without cross-validation.
+        support: The labelled images.
+        held_out_logits: Maps the part to fit on and the held-out part (M images) to one tensor of logits
+            (M, K) per candidate, in the order of the candidates. It runs once per fold, so that candidates
+            can share computation.
+        folds: The wanted number of folds; small classes allow fewer.
         seed: Seed of the folds' shuffle.
         otherwise: The value to return if no fold can be made.
     """

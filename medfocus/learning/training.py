@@ -18,7 +18,7 @@ class Schedule:
     """Hyperparameters of training; a method inherits them as its own."""
 
     epochs: int  # passes over the support
-    batch_size: int  # images a step; the last batch of an epoch may be smaller
+    batch_size: int  # images per step; the last batch of an epoch may be smaller
     lr: float  # learning rate at the start of the cosine
     weight_decay: float
 
@@ -44,7 +44,7 @@ def train(
         schedule: Epochs, batch size, learning rate and weight decay.
         views: Number of cached views of each image; each step draws one view per image.
         generator: The source of batch order and view draws.
-        max_steps: Upper bound on optimisation steps; the first epoch always runs whole.
+        max_steps: Upper bound on optimisation steps; the first epoch always runs in full.
 
     Returns:
         The mean loss of every epoch.

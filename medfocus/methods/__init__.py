@@ -1,8 +1,8 @@
-"""The classification methods that a study can name, one paper a module.
+"""The classification methods that a study can name, with one paper per module.
 
-``METHODS`` maps the name in params.yaml to the class; ``fusion`` holds the equations of MedFocusCLIP. A new
-method is a module that cites its paper, and a line here. The room imports ``learning``, ``clip`` and
-``storage``; methods never import each other, nor the segmenters of ``masks``.
+``METHODS`` maps the name in params.yaml to the class, and ``fusion`` holds the equations of MedFocusCLIP. To
+add a method, write a module that cites its paper, and add a line here. The room imports ``learning``,
+``clip`` and ``storage``. Methods import neither each other nor the segmenters of ``masks``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Supervised backbones: any of timm's image models, trained on the support's images without text.
 
-ResNet (He et al., arXiv 1512.03385), Res2Net (Gao et al., arXiv 1904.01169), ViT (Dosovitskiy et al.,
-arXiv 2010.11929), Swin (Liu et al., arXiv 2103.14030) and every other model name of timm.
+Among them are ResNet (He et al., arXiv 1512.03385), Res2Net (Gao et al., arXiv 1904.01169), ViT (Dosovitskiy
+et al., arXiv 2010.11929) and Swin (Liu et al., arXiv 2103.14030).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from medfocus.storage import weights
 
 TUNINGS = ("full", "linear")
 CACHE = "cache"  # value of ``pretrained`` for timm's published weights, from the local download cache
-HUB_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")  # in timm's order
+HUB_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")  # as timm tries them
 HEADS = ("head.fc", "head", "fc")  # names of the classifier in checkpoints of older timm versions
 SET_ELSEWHERE = ("pretrained", "num_classes", "in_chans", "img_size", "features_only", "checkpoint_path")
 BATCH = 64  # images per pass without gradients
@@ -38,11 +38,11 @@ class Backbone(Schedule, ImageMethod):
 
     takes_views: ClassVar[bool] = True
     model: str  # a name of timm.list_models(), with or without a tag of weights: "resnet18.a1_in1k"
-    pretrained: str  # "" for training from scratch, a checkpoint in timm's format, or "cache"
+    pretrained: str  # "" to train from scratch, a checkpoint in timm's format, or "cache"
     options: dict[str, Any]  # more arguments of timm.create_model: {"window_size": 3}
     image_size: int  # pixels a side of the resized images
     tuning: str  # "full", or "linear": the body stays frozen
-    max_steps: int  # upper bound on optimisation steps; the first epoch always runs whole
+    max_steps: int  # upper bound on optimisation steps; the first epoch always runs in full
     model_: nn.Module = field(init=False, repr=False)  # in eval mode
     channels_: int = field(init=False)  # C of the training images
     classes_: int = field(init=False)  # K
@@ -55,7 +55,7 @@ class Backbone(Schedule, ImageMethod):
                 raise ValueError(f"backbone: {name} is {value}; use 1 or more.")
         if taken := [name for name in self.options if name in SET_ELSEWHERE]:
             raise ValueError(
-                f"backbone: options has {', '.join(taken)}, which other fields or the images set. Remove it."
+                f"backbone: options has {', '.join(taken)}, set by other fields or by the images. Remove it."
             )
         import timm  # slow to import, and only backbones need it
 
@@ -264,5 +264,5 @@ def at_least_two(index: Tensor, view: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def _tupled(value: Any) -> Any:
-    """Convert lists, which YAML and JSON give, to the tuples that timm's models expect."""
+    """Convert the lists of YAML and JSON to the tuples that timm's models expect."""
     return tuple(map(_tupled, value)) if isinstance(value, list) else value

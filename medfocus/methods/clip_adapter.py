@@ -43,7 +43,7 @@ class Adapter(nn.Module):
 
 @dataclass
 class ClipAdapter(Schedule, FeatureMethod):
-    """The adapter learns by cross-entropy against frozen text features."""
+    """Trains the adapter by cross-entropy against frozen text features."""
 
     takes_views: ClassVar[bool] = True
     ratios: tuple[float, ...]  # candidates for r, the share of A(f) in f'

@@ -3,7 +3,7 @@
 The logits are s I Tᵀ of the updated towers; the loss is their cross-entropy. As in the public code, the
 prompts are those of the first template, every step encodes them again, and the number of steps grows with the
 shots. The published settings are the same for every dataset. If ``max_steps`` stops training early, the
-published learning rate may be too small to have an effect; give several candidates then.
+published learning rate may be too small to have an effect; in this case, give several candidates.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ClipLora(ImageMethod):
     rank: int  # r
     alpha: float  # α
     dropout: float  # on the input of the low-rank path
-    steps_per_shot: int  # optimisation steps per image of a class on average
-    max_steps: int  # upper bound on optimisation steps; the first epoch always runs whole
+    steps_per_shot: int  # optimisation steps per training image of an average class
+    max_steps: int  # upper bound on optimisation steps; the first epoch always runs in full
     batch_size: int
     lr: float
     weight_decay: float

@@ -1,10 +1,10 @@
 """CoCoOp (Zhou et al., arXiv 2203.05557): CoOp's contexts, shifted by the features of the image.
 
 v_m(x) = v_m + h(f), h = Linear(D, D/16)-ReLU-Linear(D/16, W), and the logits are s f t_k(x) for frozen image
-features f. Every image has its own K prompts, so a batch of B images is B K passes through the text tower.
-They run in chunks of images with accumulated gradients, so that memory depends on the chunk and not on the
-batch. Published: M = 4 from "a photo of a", SGD of 2e-3 with a cosine after one epoch at 1e-5, and 10 epochs
-of single images.
+features f. Every image has its own K prompts, so a batch of B images takes B K passes through the text tower.
+The passes run in chunks of images with accumulated gradients, so that memory depends on the chunk and not on
+the batch. The published settings are M = 4 contexts that start at "a photo of a"; SGD with learning rate 2e-3
+and a cosine, after one epoch at 1e-5; and 10 epochs with batches of one image.
 
 Deviations from the paper: ``max_steps`` bounds the training, and the schedule then covers the same epochs in
 fewer steps. Each step draws its views from a few cached views.

@@ -1,9 +1,9 @@
 """CoOp (Zhou et al., arXiv 2109.01134): learned context vectors around the class name in a prompt.
 
 t_k = g([v_1..v_M][class_k]), and the logits are s f t_k for frozen image features f; the contexts v learn by
-cross-entropy through the frozen text tower g. Published: M = 16 from N(0, 0.02), or M = 4 from "a photo of
-a"; SGD of 2e-3 with a cosine after one epoch at 1e-5, batches of 32, and 50, 100 or 200 epochs for 1, 2 to 4
-or 8 to 16 shots.
+cross-entropy through the frozen text tower g. The published settings are M = 16 contexts from N(0, 0.02), or
+M = 4 that start at "a photo of a"; SGD with learning rate 2e-3 and a cosine, after one epoch at 1e-5; batches
+of 32; and 50 epochs for 1 shot, 100 for 2 to 4, 200 for 8 to 16.
 
 Deviations from the paper: ``max_steps`` bounds the training, because 200 epochs of 5,700 images would be
 36,000 steps of the text tower; the schedule then covers the same epochs in fewer steps. Each step draws its
@@ -31,7 +31,7 @@ from medfocus.learning.method import Support
 
 @dataclass
 class CoOp(ContextMethod):
-    """Trains the contexts only, which are shared by all classes or separate for each class."""
+    """Trains only the contexts. All classes share them, or each class has its own."""
 
     name: ClassVar[str] = "coop"
     class_token: str  # position of the class name: "end", "middle" or "front"

@@ -16,9 +16,9 @@ def contrastive_loss(
 ) -> Tensor:
     """Return L_c, InfoNCE over the unique classes of the batch.
 
-    i2t = -mean_i log softmax_k(s I_i·T_k)[y_i] over the classes present; t2i = the mean over those classes of
-    the mean over their images i of -log softmax_j(s I_j·T_k)[i]. The diagonal form of CLIP's training would
-    make images of one class negatives of each other.
+    Over the classes k of the batch, i2t = -mean_i log softmax_k(s I_i·T_k)[y_i] and
+    t2i = -mean_k mean_{i∈k} log softmax_j(s I_j·T_k)[i]. The diagonal form of CLIP's training would make
+    images of one class negatives of each other.
 
     Args:
         image_features: (B, D) L2-normalised.
@@ -182,7 +182,7 @@ class FusedClassifier(nn.Module):
         self.register_buffer("patch_scale", torch.ones(patches))
 
     def scale_patches(self, inputs: Tensor) -> None:
-        """Fit the standardisation of patch features on inputs (N, D + P): a mean length of one."""
+        """Fit the standardisation of patch features on inputs (N, D + P), to a mean length of one."""
         if self.patches:
             features = inputs[:, -self.patches :].float()
             self.patch_mean.copy_(features.mean(dim=0))

@@ -1,11 +1,12 @@
 """LP++ (Huang et al., CVPR 2024, arXiv 2404.02285): a linear probe blended with the text features.
 
 Logits l_ik = f_i·(w_k + α_k t_k), cross-entropy; w and α learn on the full batch with step sizes computed
-from the data. Deviations where paper and public code differ, or where the code does what no equation states:
+from the data. This module deviates where the paper and the public code differ, or where the code does
+something that no equation states:
 
 - The code keeps the step that is best on a validation set. Here the last iterate is kept.
-- The code gives the classifier a bias that starts at random. The equation has no bias, and neither has this.
-- The code never clears the gradient of α between its updates. Here it is the gradient at the current iterate.
+- The code gives the classifier a bias that starts at random. Here there is no bias, as in the equation.
+- The code never clears the gradient of α between its updates. Here each update uses the current gradient.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch.nn import functional
 from medfocus.learning.frozen import FeatureMethod
 from medfocus.learning.method import Support
 
-ALPHA_SCALE = 250.0  # published: α starts at this times the mean cosine between image and its class's text
-MOMENTUM = 0.9  # published, of w
+ALPHA_SCALE = 250.0  # published: initial α for a mean cosine of 1 between image and class text
+MOMENTUM = 0.9  # published, for the steps of w
 STEPS_OF_W = 10  # published: steps of w per step of α
 
 
@@ -73,7 +74,7 @@ def minimise(features: Tensor, labels: Tensor, text_features: Tensor, steps: int
 
 @dataclass
 class LpPlusPlus(FeatureMethod):
-    """LP++ has no other hyperparameter, because initial values and step sizes come from the support."""
+    """LP++. The only hyperparameter is ``steps``; initial values and step sizes come from the support."""
 
     steps: int  # full-batch steps of w
     weight_: Tensor = field(init=False, repr=False)  # (K, D) w

@@ -30,9 +30,9 @@ class MedFocusClip(Schedule, Method):
     """Adapters, fusion and head always train; ``tuning`` sets the trained part of the towers.
 
     "adapter": the towers are frozen, and training uses cached views of their features. The adapters on I and
-    T give the contrastive term a gradient. With ``layers``, patch features of the frozen image encoder join
-    M; with ``segmenter_grid``, those of SAM2's image encoder. Both restore the positions that the pooled I
-    has lost.
+    T give the contrastive term a gradient. ``layers`` adds patch features of the frozen image encoder to M,
+    and ``segmenter_grid`` adds patch features of SAM2's image encoder. Both restore the positions that the
+    pooled I has lost.
 
     "lora": low-rank updates train in every attention of both towers, on images. Every step encodes T again,
     from all templates, so the whole loss has a gradient in both towers. The adapters follow the towers.
@@ -56,7 +56,7 @@ class MedFocusClip(Schedule, Method):
     grid: int  # cells a side to which the patch features of each layer are averaged
     segmenter_grid: int  # cells a side to which SAM2's image features are averaged; 0: not in M
     hidden: int  # width of the adapters' bottleneck
-    max_steps: int  # upper bound on optimisation steps; the first epoch always runs whole
+    max_steps: int  # upper bound on optimisation steps; the first epoch always runs in full
     folds: int  # of the cross-validations that choose λ and C
     contrastive_weight_: float = field(init=False)
     classifier_: FusedClassifier = field(init=False, repr=False)
@@ -104,7 +104,7 @@ class MedFocusClip(Schedule, Method):
 
     @property
     def embedding(self) -> str:
-        """Image features with patch features; in "full" tokens, in "lora" the images."""
+        """Image features, with patch features if set; tokens for "full", the images for "lora"."""
         if self.tuning == "lora":
             return IMAGES
         if self.tuning == "full":
@@ -188,7 +188,7 @@ class MedFocusClip(Schedule, Method):
 
     @staticmethod
     def _texts(classifier: FusedClassifier, support: Support) -> Tensor:
-        """Return T (K, D) of the updated text tower, with a gradient, or of the frozen text tower."""
+        """Return T (K, D): with a gradient from the updated text tower, or from the frozen text tower."""
         if isinstance(classifier.tower, LoraTowers):
             return class_embeddings(classifier.tower, support.prompts)
         return support.text_features
@@ -218,7 +218,7 @@ class MedFocusClip(Schedule, Method):
 
     @torch.no_grad()
     def _fused(self, classifier: FusedClassifier, inputs: Tensor, text_features: Tensor) -> Tensor:
-        """Return M of inputs (N, ...), batch by batch -> (N, D')."""
+        """Compute M batch by batch: inputs (N, ...) -> (N, D')."""
         parts = inputs.split(64 if self.tuning == "lora" else 256)
         return torch.cat([classifier.fuse(part.float(), text_features) for part in parts])
 

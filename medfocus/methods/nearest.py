@@ -17,7 +17,7 @@ from medfocus.learning.frozen import FeatureMethod
 from medfocus.learning.method import Support
 from medfocus.learning.selection import choose
 
-NEARER = 1e-3  # weight of being nearer: below one vote, so it decides ties only
+NEARER = 1e-3  # extra votes of the nearest image; in all less than one vote, so they only break ties
 
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -27,10 +27,10 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def vote_shares(cosines: Tensor, labels: Tensor, classes: int, neighbours: int) -> Tensor:
-    """Return each class's share of the votes of the k nearest, plus one vote spread evenly over the classes.
+    """Return each class's share of the votes of the k nearest images and of one vote that all classes share.
 
-    The j-th nearest has 1 + 0.001 / j votes: of two classes with equally many neighbours, the nearer class
-    wins.
+    The j-th nearest image has 1 + 0.001 / j votes, so of two classes with equally many neighbours, the nearer
+    class wins.
 
     Args:
         cosines: (B, N) to the support.

@@ -45,7 +45,7 @@ class Standardisation:
         return (pixels - self.mean) / self.scale / len(self.mean) ** 0.5
 
     def state(self) -> dict[str, Tensor]:
-        """Return its arrays as tensors, by their names in a checkpoint."""
+        """Return the arrays as tensors, by their names in a checkpoint."""
         return {"mean": torch.from_numpy(self.mean), "scale": torch.from_numpy(self.scale)}
 
     @classmethod
@@ -56,7 +56,7 @@ class Standardisation:
 
 @dataclass
 class ThumbnailMethod(Method):
-    """A method whose inputs are grey thumbnails."""
+    """A method on grey thumbnails."""
 
     side: int  # pixels a side of the thumbnail
 
@@ -112,7 +112,7 @@ class RbfMachine:
 
     vectors: np.ndarray  # (M, P) support vectors, ordered by class
     counts: np.ndarray  # (K,) int64, number of support vectors of each class
-    dual_coef: np.ndarray  # (K - 1, M) weights of a vector against the other classes, in their order
+    dual_coef: np.ndarray  # (K - 1, M) weights of each vector against the other classes, in class order
     intercept: np.ndarray  # (K (K - 1) / 2,) of the class pairs (0, 1), (0, 2), ... (1, 2), ...
     gamma: float  # of exp(-γ |x - x'|²)
 
@@ -120,7 +120,7 @@ class RbfMachine:
     def fit(
         cls, pixels: np.ndarray, labels: np.ndarray, cost: float, gamma: float
     ) -> tuple[Self, np.ndarray]:
-        """Fit pixels (N, P), labels (N,) covering 0..K-1; also return the support vectors' index (M,)."""
+        """Fit pixels (N, P), labels (N,) covering 0..K-1; also return the support vectors' indices (M,)."""
         model = SVC(C=cost, gamma=gamma, kernel="rbf")  # pyright: ignore[reportArgumentType]
         model.fit(pixels, labels)
         machine = cls(
@@ -133,10 +133,11 @@ class RbfMachine:
         return machine, np.asarray(model.support_)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """(N, P) -> (N, K): ∓d/2 for two classes, else scikit-learn's ``decision_function_shape="ovr"``.
+        """Return the logits (N, K) of pixels (N, P), as scikit-learn's ``decision_function_shape="ovr"``.
 
-        The latter is the number of pairs that a class wins plus c / (3 (|c| + 1)), with c the sum of its
-        margins: less than half a vote, so it only orders classes with equal votes.
+        Two classes have the logits -d/2 and d/2 for the margin d. With more classes, a logit is the number of
+        pairs that the class wins plus c / (3 (|c| + 1)), with c the sum of its margins. The second term is
+        less than half a vote, so it only orders classes with equal votes.
         """
         kernel = np.exp(-self.gamma * cdist(pixels, self.vectors, "sqeuclidean"))  # (N, M)
         classes = len(self.counts)

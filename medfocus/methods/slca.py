@@ -1,7 +1,7 @@
 """SAM with Spatially Localized Channel Attention (arXiv 2505.06217): gates on SAM2's frozen image features.
 
-The equations are a reconstruction from the paper's description and may differ from the authors' where it is
-silent. For the features S of an image,
+The equations are a reconstruction from the paper's description. Where the description is silent, they may
+differ from the authors' equations. For the features S of an image,
 
     z = AvgPool_{k x k}(S), with stride k          one descriptor per window instead of one per image
     a = σ(W2 ReLU(W1 z)), 1 x 1 convolutions       squeeze and excitation (arXiv 1709.01507), reduction r
@@ -82,7 +82,7 @@ class Slca(Schedule, Method):
     """The attention and the head learn by cross-entropy; SAM2's image encoder stays frozen.
 
     S concatenates the segmenter's two feature levels, averaged to one grid: d + d/4 channels. The deep level
-    carries content and the finer level edges, and a gate that sees both can weigh them against each other.
+    shows content and the fine level shows edges. A gate that sees both can weigh them against each other.
     """
 
     takes_views: ClassVar[bool] = True

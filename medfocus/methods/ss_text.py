@@ -2,9 +2,9 @@
 
 A linear probe in closed form: w_k is pulled towards the images of class k and held near its text features.
 The minimum of -(s / N) Σ_i f_i·w_{y_i} + ½ Σ_k λ_k |w_k - t_k|² is w_k = t_k + (s / (N λ_k)) Σ_{i∈k} f_i. λ_k
-is 1/N as published; the successor SS-Text+ takes 1/N_k, with N_k the images of class k. As in the public
-code, w_k is L2-normalised before it classifies, so a larger class has no advantage. The public code's lower
-bound of 1e-3 on λ_k, which matters above 1,000 images, is left out.
+is 1/N as published; the successor SS-Text+ takes 1/N_k, with N_k the number of images of class k. As in the
+public code, w_k is L2-normalised before it classifies, so a larger class has no advantage. The public code
+has a lower bound of 1e-3 on λ_k, which matters above 1,000 images; this module has none.
 """
 
 from __future__ import annotations

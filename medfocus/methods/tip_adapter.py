@@ -1,10 +1,10 @@
 """Tip-Adapter and Tip-Adapter-F (Zhang et al., arXiv 2111.03930): CLIP with a cache of the support.
 
 logits = s f Tᵀ + α exp(-β (1 - f Kᵀ)) V, with K the support's features and V its one-hot labels. The public
-code searches α and β on a separate validation set, for -F again after training at values set by hand for each
-dataset, and takes the epoch that is best on test. Here α and β are chosen once, by cross-validation of the
-untrained cache inside the support; the keys of -F train at this pair, from Tip-Adapter on, and the last
-iterate is kept.
+code searches α and β on a separate validation set. Its Tip-Adapter-F trains at values that are set by hand
+for each dataset, takes the epoch that is best on test, and searches α and β again. Here, cross-validation of
+the untrained cache inside the support chooses α and β once. The keys of Tip-Adapter-F start at the untrained
+cache, train at this α and β, and keep the last iterate.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Cache:
             yield zero_shot + alpha * known[beta]
 
     def state(self) -> dict[str, Tensor]:
-        """Return its tensors, by their names in a checkpoint."""
+        """Return the tensors by their names in a checkpoint."""
         return {"keys": self.keys, "values": self.values, "text_features": self.text_features}
 
     @classmethod

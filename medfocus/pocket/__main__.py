@@ -1,9 +1,9 @@
 """Train the pocket models from a seed and measure them: ``python -m medfocus.pocket --out FOLDER``.
 
 On CPUs both train at once, each in a process with a share of the cores; on a GPU they train one after
-another. An interrupted training resumes. The folder receives the weights, their cards and ``pocket.json``
-with all figures, which are compared with the packaged figures. To ship the models, copy these files to
-medfocus/data/.
+another. An interrupted training resumes. The command writes the weights, their cards and all figures
+(``pocket.json``) to the folder, and compares the figures with the packaged figures. To ship the models, copy
+these files to medfocus/data/.
 """
 
 from __future__ import annotations

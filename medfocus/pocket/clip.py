@@ -32,9 +32,9 @@ from medfocus.pocket.pool import Drawn, Pool
 FIELDS = ("modality", "finding", "region", "side", "size", "sequence")  # facts that a caption may name
 SHARES = {"region": 0.4, "side": 0.3, "size": 0.4, "sequence": 0.3}  # probability that a caption names a fact
 FEATHER = 0.01
-# Probability of a visual prompt; the method uses "multiply".
+# Probability of each visual prompt. The paper's method uses "multiply".
 FOCUSED = {"multiply": 0.25, "crop": 0.25, "overlay": 0.04, "contour": 0.04, "blur": 0.04}
-ANATOMY = {
+ANATOMY = {  # region -> channel of the outline head
     "lesion": 0,
     "left lung": 1,
     "right lung": 1,
@@ -43,7 +43,7 @@ ANATOMY = {
     "ventricles": 4,
     "cisterns": 4,
 }
-_OUTLINED = 5  # channels of the outline head: see ANATOMY
+_OUTLINED = 5  # channels of the outline head
 _SWAPPED = {"left": "right", "right": "left"}
 
 
@@ -108,7 +108,7 @@ def truths(drawn: Drawn, mirrored: bool) -> dict[str, str]:
 
 
 def caption(true: Mapping[str, str], rng: np.random.Generator) -> tuple[dict[str, str], str]:
-    """Write a sentence about some facts, always modality and finding; return these facts and the sentence."""
+    """Write a sentence with modality, finding and some other facts; return these facts and the sentence."""
     named = {name: value for name, value in true.items() if name not in SHARES or rng.random() < SHARES[name]}
     phrase = f"{named['size']} {named['finding']}" if "size" in named else named["finding"]
     if "region" in named:
@@ -160,8 +160,8 @@ def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def attended(drawn: Drawn, rng: np.random.Generator) -> np.ndarray:
     """Draw a rough mask (S, S) bool, such as an unprompted segmenter gives.
 
-    With a lesion, the mask is the lesion in three of four images. Otherwise it is anatomy or an ellipse
-    anywhere.
+    If the image has a lesion, the mask is the lesion with probability 0.75. Otherwise the mask is anatomy or
+    an ellipse anywhere.
     """
     size = len(drawn.image)
     anatomy = [region for region in drawn.regions[1:] if region.any()]
@@ -181,7 +181,7 @@ def attended(drawn: Drawn, rng: np.random.Generator) -> np.ndarray:
 
 
 def framed(rng: np.random.Generator, *, mirror: bool) -> Crop:
-    """Draw a crop of an image with its own width and height, because films have many shapes."""
+    """Draw a crop that need not be square, because films have many shapes."""
     width = height = 1.0 if rng.random() < 0.4 else rng.uniform(0.75, 1.0)
     if rng.random() < 0.4:
         height = rng.uniform(0.75, 1.0)
@@ -190,12 +190,12 @@ def framed(rng: np.random.Generator, *, mirror: bool) -> Crop:
 
 
 def _number(value: str | None) -> int:
-    """Hash a word, on every machine to the same number; -1 for none."""
+    """Hash a word to a number that is the same on every machine; return -1 for None."""
     return -1 if value is None else zlib.crc32(value.encode())
 
 
 def positives(facts: Tensor, named: Tensor) -> Tensor:
-    """Check which captions are true for which images: facts (B, F), named (C, F) -> (B, C) bool."""
+    """Return which caption is true for which image: facts (B, F), named (C, F) -> (B, C) bool."""
     return ((named[None] == facts[:, None]) | (named[None] < 0)).all(2)
 
 
@@ -229,7 +229,7 @@ class Pupil(nn.Module):
 
 
 def loss(pupil: Pupil, encoder: ClipEncoder, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Return a batch's loss, its two parts and the share of images with a true caption as the best."""
+    """Return a batch's loss, its two parts, and the share of images with a true caption as the best."""
     images, texts, outlines = pupil(encoder.preprocess(batch.views), batch.tokens)
     true = positives(batch.facts, batch.named)
     captions = caption_loss(images, texts, true, pupil.clip.logit_scale.exp())

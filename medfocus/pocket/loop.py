@@ -23,7 +23,7 @@ _SAVE_EVERY = 60.0  # seconds
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that, with the code, determine a training."""
+    """The settings that determine a training, together with the code."""
 
     seed: int
     images: int  # of the pool
@@ -52,18 +52,18 @@ def train_and_write(
     """Train with AdamW, warm-up, a cosine to 0 and clipped gradients, and write the last step's weights.
 
     Args:
-        title: Title of the progress bar. out: Safetensors file to write, with the settings as metadata.
-        Every minute the state of the training goes
-            to ``out``.state, from which a call with the same settings resumes.
+        title: Title of the progress bar.
+        out: Safetensors file to write, with the settings as metadata. Every minute, the state of the training
+            goes to ``out``.state, and a call with the same settings resumes from this file.
         settings: See ``Settings``.
         data: Description of the images, for the metadata.
         model: Model in training.
-        trained: Parameters to train; vectors among them do not decay.
-        batches: The batches by step, equal in every process.
-        loss: Returns a batch's loss and values for the progress bar, which leaves NaN out.
+        trained: Parameters to train; weight decay leaves vectors out.
+        batches: The batches by step; every process makes the same batches.
+        loss: Returns a batch's loss, and values for the progress bar. The bar leaves NaN out.
         finished: Returns the tensors to write after training.
         workers: Processes that prepare batches; 0 for this process.
-        line: Line of the progress bar, from the cursor down, because several models may train at once.
+        line: Line of the progress bar, counted down from the cursor; several models may train at once.
 
     Raises:
         ValueError: The saved state has other settings.

@@ -27,7 +27,7 @@ from medfocus.pocket.sam2 import IMAGE_SIZE
 from medfocus.reports.figures import mask_sheet
 
 POINTS_PER_SIDE = 8  # of the unprompted segmenter, as in params.yaml
-TOLERANCE = 0.1  # of a figure between trainings from one seed on different machines
+TOLERANCE = 0.1  # largest difference of a figure between trainings from one seed on different machines
 FOCUSES = ("none", "multiply", "crop")
 _SHEET_COLOURS = 32
 
@@ -47,11 +47,12 @@ def segmenter(weights_file: Path) -> Sam2Segmenter:
 def measure_masks(weights_file: Path, per_class: int) -> dict[str, dict[str, float]]:
     """Measure masks on held-out phantoms of 192 px: "modality/class" -> figure -> value.
 
-    Figures of mean IoU with the lesion: "point", for the mask with the best predicted quality at the
-    innermost point; "best", for the best of the three masks there; "anywhere", for a random point;
-    "unprompted", without points. Other figures: the share of each rung of the fallback ladder, and
-    "anatomy", the mean IoU of parts of the anatomy at their innermost points. Classes without a lesion have
-    only the last two.
+    Four figures are mean IoU with the lesion, and classes without a lesion lack them. "point" is the mask
+    with the best predicted quality at the innermost point, and "best" is the best of the three masks there.
+    "anywhere" is like "point" at a random point of the lesion. "unprompted" is the mask without points.
+
+    Other figures are the share of each rung of the fallback ladder, and "anatomy", the mean IoU of parts of
+    the anatomy at their innermost points.
     """
     sam2 = segmenter(weights_file)
     figures: dict[str, dict[str, float]] = {}
@@ -115,7 +116,7 @@ def _mean(values: Any) -> float:
 
 
 def differences(new: Mapping[str, Any], packaged: Mapping[str, Any], place: str = "") -> list[str]:
-    """List the figures that differ from the packaged figures by more than ``TOLERANCE``, a line each."""
+    """Return a line for each figure that differs from the packaged figure by more than ``TOLERANCE``."""
     lines = []
     for name, value in new.items():
         if name not in packaged:

@@ -1,6 +1,7 @@
 """Learn the byte-pair merges of the pocket tokenizer.
 
-``medfocus/configs/bpe_pocket.txt.gz`` holds those of the words in ``medfocus/configs/words_pocket.txt``.
+``medfocus/configs/bpe_pocket.txt.gz`` holds the merges for the words in
+``medfocus/configs/words_pocket.txt``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The training images of the pocket models: phantoms, drawn once and read in random order.
 
-A shard holds ``SHARD`` images: ``NNN.npy``, (SHARD, 2, S, S) uint8, with the image in plane 0 and its
-region r in bit r of plane 1, and ``NNN.json``, their facts. Seed and number alone determine an image, so
-that an interrupted pool resumes and a larger pool begins with the same images.
+A shard holds ``SHARD`` images. Its ``NNN.npy``, (SHARD, 2, S, S) uint8, has the image in plane 0 and region r
+of the image in bit r of plane 1. Its ``NNN.json`` has the facts of the images. Seed and number alone
+determine an image, so that an interrupted pool resumes and a larger pool begins with the same images.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Recipe:
 
     count: int  # images
     size: int  # pixels a side as drawn; the model's views are crops
-    weights: Mapping[str, tuple[int, ...]]  # modality -> images of each class in a turn
+    weights: Mapping[str, tuple[int, ...]]  # modality -> images of each class in a turn of all classes
 
 
-# Faint lesions of chest and brain are the hardest and the most frequent. CLIP's images are larger, because it
-# also sees crops of less than half of an image's side.
+# Faint lesions of chest and brain are the hardest, so they have the most images. CLIP's images are larger,
+# because CLIP also sees crops of less than half of an image's side.
 RECIPES = {
     "sam2": Recipe(
         34_000, 144, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (1, 1, 1)}
@@ -75,7 +75,7 @@ class Pool:
 
     @property
     def name(self) -> str:
-        """Return the description of its images, for a model card."""
+        """Return the description of the images, for a model card."""
         return (
             f"phantoms, generator seed {TRAIN_SEED + int(self.folder.name.partition('-')[0])}, name 'pocket'"
         )
@@ -92,7 +92,7 @@ class Pool:
         return Drawn(image, (bits & masks[:, None, None]).astype(bool), image_facts)
 
     def order(self, seed: int, number: int) -> int:
-        """Return the image at step ``number`` of a training; each epoch has its own order."""
+        """Return the number of the image at a training's step ``number``; each epoch has its own order."""
         return int(_permutation(seed, number // self.count, self.count)[number % self.count])
 
 
@@ -119,7 +119,7 @@ def classes(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def drawn(phantom: phantoms.Phantom) -> Drawn:
-    """Convert a phantom: the lesion and the anatomy, at most ``MOST_REGIONS``."""
+    """Convert a phantom; keep the lesion and the first parts of the anatomy, at most ``MOST_REGIONS``."""
     names = ("lesion", *phantom.parts)[:MOST_REGIONS]
     regions = np.stack([phantom.region, *phantom.parts.values()][:MOST_REGIONS])
     return Drawn(phantom.image, regions, Facts(phantom.modality, phantom.label, phantom.findings, names))
@@ -134,7 +134,7 @@ def draw_one(recipe: Recipe, seed: int, number: int) -> Drawn:
 
 
 def held_out(modality: str, label: str, index: int, size: int = 192) -> phantoms.Phantom:
-    """Draw image ``index`` of a class outside all trainings and data sets."""
+    """Draw image ``index`` of a class, from a seed that no training and no data set uses."""
     return phantoms.draw(
         modality, label, phantoms.generator(HELD_OUT_SEED, modality, "held-out", label, index), size
     )

@@ -21,11 +21,11 @@ from medfocus.masks.sam2.model import IMAGE_MODULES, load_predictor
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import MOST_REGIONS, Drawn, Pool
 
-IMAGE_SIZE = 128  # pixels a side that the model sees
+IMAGE_SIZE = 128  # pixels a side of the model's input
 POINTS, BOXES = 4, 1  # prompts per image, which share its encoding
 LESION_SHARE = 0.65  # of the prompts with a region; anatomy is easier to learn
-# Factors of the IoU that the quality head learns. Anatomy stays below the limit of a chosen mask (0.7), so
-# that an unprompted segmenter chooses a lesion if it finds any, and anatomy, as "relaxed", only otherwise.
+# Factors of the IoU that the quality head learns. Anatomy stays below the limit of a chosen mask (0.7). An
+# unprompted segmenter therefore chooses a lesion if it finds any, and otherwise anatomy, as "relaxed".
 LESION_WORTH, ANATOMY_WORTH = 1.0, 0.45
 # Factor of the mask logits. Stability compares logits > 1 with logits > -1, and at 32 px a side (SAM2: 256)
 # most of a lesion is rim. The factor changes no mask; as a power of two it keeps every digit of a weight.
@@ -84,7 +84,7 @@ def sample(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     worth = np.zeros(MOST_REGIONS, np.float32)
     for i, plane in enumerate(drawn.regions):
         region = view(plane.astype(np.uint8) * np.uint8(255)) > 0.5
-        if region.sum() >= 32:  # a smaller rest of a crop is no region
+        if region.sum() >= 32:  # a crop may leave a few pixels, which are no region
             regions[i], worth[i] = region, ANATOMY_WORTH if i else LESION_WORTH
 
     points = rng.uniform(0, size, (POINTS, 1, 2)).astype(np.float32)
@@ -113,7 +113,10 @@ def sample(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 
 def _meant(worth: np.ndarray, rng: np.random.Generator) -> int:
-    """Draw the region of a prompt: the lesion in ``LESION_SHARE`` of images with both; -1 for none."""
+    """Draw the region of a prompt, or return -1 if there is no region.
+
+    In an image with a lesion and anatomy, the lesion has the probability ``LESION_SHARE``.
+    """
     anatomy = np.flatnonzero(worth[1:]) + 1
     if worth[0] and (not len(anatomy) or rng.random() < LESION_SHARE):
         return 0
@@ -161,7 +164,7 @@ def decode(
 
 
 def outline_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return 20 x focal + dice, as SAM: logits (..., h, w), target (..., h, w) in [0, 1] -> (...)."""
+    """Return SAM's loss, 20 x focal + dice: logits (..., h, w), target (..., h, w) in [0, 1] -> (...)."""
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     inside = logits.sigmoid()
     missed = inside + target - 2 * inside * target  # 1 - probability of the truth
@@ -181,10 +184,14 @@ def true_quality(masks: torch.Tensor, regions: torch.Tensor, worth: torch.Tensor
 
 
 def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return a batch's loss, and its outline loss, quality error and quality of the best and the picked mask.
+    """Return a batch's loss, and the values to watch: "outline", "off", "best" and "picked".
 
-    The outline loss trains the best of the three masks and, for boxes, the single mask; the quality loss
-    trains all four. The quality of a point's mask counts every region that contains the point.
+    These are the outline loss, the error of the predicted quality, and the true quality of the best mask and
+    of the mask with the highest predicted quality.
+
+    The outline loss trains the best of the three masks and, for boxes, the single mask. The quality loss
+    trains all four masks. The true quality of a point's mask is the best over all regions that contain the
+    point.
     """
     features = encode(model, batch.images)
     halves = F.avg_pool2d(batch.regions.float(), 2) >= 0.5  # (B, R, S/2, S/2)

@@ -22,15 +22,15 @@ CONTROLS = tuple(FINDINGS)
 def verdict(
     focus: Mapping[int, float], controls: Mapping[str, Mapping[int, float]], none: Mapping[int, float]
 ) -> str | None:
-    """Return a sentence on a focus and its controls, or None if no control has two draws in common with it.
+    """Return a sentence on a focus and its controls, or None if no control shares two draws with the focus.
 
     A control is below the focus if the 95 % t-interval of its difference, paired by draw, lies below 0. The
-    sentence shows the intervals, because a wide one means too few draws. If the focus itself is at chance
-    level, the verdict is meaningless; this function does not know the level.
+    sentence shows the intervals, because a wide interval means too few draws. If the focus itself is at
+    chance level, the verdict is meaningless; this function does not know the level.
 
     Args:
         focus: Draw -> accuracy in %.
-        controls: Control that was run ("inverse", "shuffled", "center-box") -> draw -> accuracy in %.
+        controls: Name of a control ("inverse", "shuffled", "center-box") -> draw -> accuracy in %.
         none: Draw -> accuracy in % of the whole image; empty if it was not run.
     """
     differences = ((name, paired(controls[name], focus)) for name in FINDINGS if name in controls)

@@ -20,7 +20,7 @@ from medfocus.evaluation.gate import Check
 from medfocus.reports.data_warnings import data_warnings, mask_warnings
 from medfocus.reports.markdown import checks_table, counted, table
 
-SHEET = "datasheet.md"  # file name of the sheet, with a version and with its run
+SHEET = "datasheet.md"  # file name of the sheet among the files of a version and of its run
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class DatasetFacts:
     records: Sequence[Record]
     splits: Splits
     pairs: Sequence[Pair]  # of duplicates
-    left_out: Sequence[str]  # the kinds of ingestion's faults, one per fault
-    reported: Sequence[str]
+    left_out: Sequence[str]  # kinds of the faults of files that ingestion left out, one per fault
+    reported: Sequence[str]  # likewise for files that ingestion kept
     statuses: Mapping[str, str]  # path -> rung of the fallback ladder that made the mask
     coverage: Mapping[str, float]  # path -> share of the image inside its mask
     mask_lines: Sequence[Mapping[str, object]]  # of masks.csv
     segmenter: str  # description of the segmenter
-    drift: Sequence[Check]  # of new images against the champion's; empty if there are none
+    drift: Sequence[Check]  # of new images against the champion's; empty if there are no new images
     new: int | None  # images added since the champion was made; None if there is no champion
     provenance: Mapping[str, str]  # commit, digests, seeds
 

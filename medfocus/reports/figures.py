@@ -1,4 +1,4 @@
-"""The figures of a study as PNG bytes. Those of the page exist for light and for dark mode."""
+"""The figures of a study as PNG bytes. The page's figures exist for light and for dark mode."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_HIGHLIGHTED = 7  # systems in colour; all others are grey
 
 _CONTOUR = (255, 140, 0)  # orange contrasts with light and dark greys
 _TILE = 176  # pixels a side of a contact sheet's tile
-_LABEL_GAP = 0.062  # of the panel's height, between two labels of lines
+_LABEL_GAP = 0.062  # share of the panel's height between the labels of two lines
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def accuracy_panel(curves: Sequence[Curve], highlighted: Sequence[str], ink: Ink
     """Draw accuracy over the percent of train on one test set.
 
     Highlighted systems are in colour, with 95 % intervals over draws and their names at the ends of their
-    lines. All others are grey. Panels with the same list of highlighted systems give each the same colour,
-    even if one of them has no curve.
+    lines. All others are grey. A system has the same colour in all panels with the same list of highlighted
+    systems, even if some of these systems have no curve.
 
     Raises ValueError if there is no curve, or more highlighted systems than colours.
     """
@@ -225,7 +225,7 @@ def mask_sheet(
 
 
 def attribution_overlay(image: np.ndarray, attribution: np.ndarray) -> np.ndarray:
-    """Draw the heat of an attribution (H, W) over an image (H, W, 3) uint8 in grey. Negative values are 0.
+    """Draw the heat of an attribution (H, W), without negative values, over a grey image (H, W, 3) uint8.
 
     The maximum of each attribution scales its heat, so colours of different images are not comparable.
     Raises ValueError if the sizes differ.
@@ -246,7 +246,7 @@ def attribution_overlay(image: np.ndarray, attribution: np.ndarray) -> np.ndarra
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move heights in [0, 1] as little as necessary, so that any two are ``gap`` apart in the same order."""
+    """Move heights in [0, 1] as little as necessary, so that they are ``gap`` apart, in the same order."""
     order = np.argsort(heights, kind="stable")
     moved = [heights[i] for i in order]
     for i in range(1, len(moved)):

@@ -12,7 +12,7 @@ from medfocus.evaluation.gate import Check
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return the lines of a table; a "|" inside of a value is escaped."""
+    """Return the lines of a table; a "|" inside a value is escaped."""
     escaped = [[str(value).replace("|", "\\|") for value in row] for row in (head, *rows)]
     first, *others = (f"| {' | '.join(row)} |" for row in escaped)
     return [first, "|---" * len(head) + "|", *others]

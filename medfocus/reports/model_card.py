@@ -18,7 +18,7 @@ from medfocus.evaluation.gate import Check
 from medfocus.reports.data_sheet import SHEET, DatasetFacts
 from medfocus.reports.markdown import checks_table, share, share_of, table
 
-CARD = "card.md"  # file name of the card, with a version and with its run
+CARD = "card.md"  # file name of the card among the files of a version and of its run
 FEW = 20  # images; the accuracy of a smaller group is unreliable
 _CONFUSIONS = 5
 _SIZES = 4  # groups by size; more sizes are grouped by number of pixels
@@ -119,7 +119,7 @@ def model_card(model: ModelFacts, data: DatasetFacts) -> str:
 
 
 def headline(test_set: str, probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> str:
-    """Summarize the card for a version's page: probabilities (N, K), labels (N,) in [0, K), classes (K,)."""
+    """Summarise the card for a version's page: probabilities (N, K), labels (N,) in [0, K), classes (K,)."""
     right = probabilities.argmax(axis=1) == labels
     weakest = int(np.nanargmin(metrics.per_class_recall(probabilities, labels)))
     return (

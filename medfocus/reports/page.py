@@ -149,7 +149,7 @@ def _accuracy(interval: Interval | None, best: float) -> dict[str, Any] | None:
     if interval is None:
         return None
     half = "" if math.isnan(interval.half_width) else f"± {interval.half_width:.1f}"
-    # Every system whose rounded mean equals the best is marked.
+    # All systems with the best rounded mean are marked.
     return {"mean": f"{interval.mean:.1f}", "half": half, "best": f"{interval.mean:.1f}" == f"{best:.1f}"}
 
 
@@ -211,7 +211,7 @@ def _example(example: Example) -> dict[str, Any]:
     if example.focus is not None:
         tiles.append(("focus", "The system's view", example.focus))
     if example.attribution is not None:
-        # A crop has another geometry than its image, so its heat is drawn over the view.
+        # The geometry of a crop differs from its image's, so its heat is drawn over the view.
         seen = example.image if example.focus is None else example.focus
         fits = example.attribution.shape == seen.shape[:2]
         heat = figures.attribution_overlay(seen if fits else example.image, example.attribution)

@@ -90,8 +90,8 @@ class PageContent:
     baseline: str = ""  # the system that all others are compared with
     differences: Mapping[Block, Mapping[CurvePoint, Difference]] = field(default_factory=dict)
     published: Sequence[Published] = ()
-    highlighted: Sequence[str] = ()  # systems in colour; if empty, the baseline and the best
-    verdicts: Sequence[str] = ()  # sentences above those that follow from the rows
+    highlighted: Sequence[str] = ()  # systems in colour; if empty, the baseline and the best systems
+    verdicts: Sequence[str] = ()  # sentences to show above the sentences on the rows
     gallery: Sequence[Example] = ()
     confusions: Sequence[Confusion] = ()
     calibrations: Sequence[Calibration] = ()

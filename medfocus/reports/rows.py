@@ -47,7 +47,7 @@ def system_name(method: str, focus: str) -> str:
 
 
 def write_results(rows: Sequence[StudyRow], path: Path) -> None:
-    """Write results.csv: one line a row, in the given order, scores with 4 decimals."""
+    """Write results.csv: one line per row, in the given order, with 4 decimals in scores."""
     _write(rows, path, without="mlflow_run_id")
 
 

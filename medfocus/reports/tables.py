@@ -41,7 +41,7 @@ def plot_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
 
 
 def progress_line(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
-    """Write one line on a system and a test set, for the progress of a study; see ``study_table``."""
+    """Write one line on a system and a test set, to show a study's progress; see ``study_table``."""
     intervals = intervals_of(rows, metric)
     values = (
         f"{percent_text(percent)}%: {interval_text(interval)}" for (_, percent), interval in intervals.items()
@@ -52,9 +52,9 @@ def progress_line(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
 def study_table(rows: Sequence[StudyRow], metric: str = "accuracy") -> str:
     """Write a plain-text table for each test set: system x percent of train, mean ± half width in %.
 
-    The half width is that of the 95 % t-interval over draws; one draw has none. Below the systems, each focus
-    has its ``gain``. Below the table, each method with controls in at least two draws has their ``verdict``.
-    Raises ValueError if there is no row.
+    The half width is that of the 95 % t-interval over draws; a single draw has none. The last lines of a
+    table show the ``gain`` of each focus. A ``verdict`` follows for each method with controls in at least two
+    draws. Raises ValueError if there is no row.
     """
     blocks = []
     for block in blocks_of(rows):

@@ -43,7 +43,7 @@ def save(method: Method, header: Header, path: Path) -> None:
         save_file(tensors, unfinished, metadata={"medfocus": json.dumps(asdict(header), sort_keys=True)})
         unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)  # the disk may be full
+        unfinished.unlink(missing_ok=True)  # a full disk leaves an unfinished file
 
 
 def read_header(path: Path) -> Header:

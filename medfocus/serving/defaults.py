@@ -1,4 +1,4 @@
-"""The default hyperparameters: those of the embedded study's params.yaml, which the wheel contains."""
+"""The default hyperparameters, from the embedded study's params.yaml. The wheel contains this file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def packaged_params() -> Path:
 
 @cache
 def default_params() -> dict[str, Any]:
-    """Return the content of params.yaml. Nobody may change it."""
+    """Return the content of params.yaml. Callers share it and must not change it."""
     return yaml.safe_load(packaged_params().read_text(encoding="utf-8"))
 
 
@@ -35,7 +35,7 @@ def method_settings(name: str) -> dict[str, Any]:
 
 
 def segmenter_settings(kind: str, modality: str, changes: Mapping[str, Any]) -> SegmenterSettings:
-    """Return a segmenter's settings for a modality: those of params.yaml with ``changes``."""
+    """Return a segmenter's settings for a modality, from params.yaml with ``changes``."""
     masks = default_params()["masks"]
     masks = masks | {"keep": masks["keep"].get(modality, 1)}
     defaults = {field.name: masks[field.name] for field in fields(SETTINGS[kind]) if field.name in masks}

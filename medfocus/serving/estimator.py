@@ -79,7 +79,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     modality : str, default="other"
         A key of ``medfocus.clip.prompts.TEMPLATES``.
     names : dict or None, default=None
-        ``str(label)`` -> the class name in text prompts; the default name is the label itself.
+        ``str(label)`` -> the class name in text prompts; by default, the label itself.
     templates : sequence of str or None, default=None
         Text prompts with "{c}" for the class name, in place of the modality's templates.
     augmented : int, default=2
@@ -231,7 +231,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return self.classes_[probabilities.argmax(axis=1)]
 
     def explain(self, image: Any, label: Any = None) -> Explanation:
-        """Explain one image for a label or, without one, for the predicted class.
+        """Explain one image for a label or, without a label, for the predicted class.
 
         Raises ValueError for a label that is not one of ``classes_``.
         """
@@ -255,9 +255,9 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return Explanation(label, mask.region, mask.status, view[..., :3].copy(), heat, way)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the fitted classifier to ``folder``, without pickles, and replace what is there.
+        """Write the fitted classifier to ``folder``, without pickles, and replace the content of the folder.
 
-        ``medfocus.serving.model_folder.load_model`` can load this folder, too.
+        ``medfocus.serving.model_folder.load_model`` can load this folder too.
         """
         check_is_fitted(self)
         folder = Path(folder)

@@ -1,4 +1,4 @@
-"""The folder of a served model: raw image bytes in, probabilities and a mask out, from these files alone.
+"""The folder of a served model: all files that turn an encoded image into probabilities and a mask.
 
 ``cell.safetensors``
     The fitted method, see ``checkpoint``.
@@ -7,7 +7,8 @@
 ``sam2.safetensors``, ``sam2.yaml``
     SAM2, if it makes the masks.
 ``adapter.safetensors``, ``text.safetensors``
-    The trained adapter, or the embedded text that chooses among SAM2's candidates, if the segmenter has one.
+    The trained adapter, and the embedded text that chooses among SAM2's candidates. Each file exists only if
+    the segmenter uses it.
 ``serve.json``
     Everything else.
 
@@ -48,14 +49,14 @@ def save_model(
     segmenter: Segmenter,
     feather: float,
 ) -> None:
-    """Write everything that ``load_model`` needs to ``folder``, and replace what is there.
+    """Write all files of a model to ``folder``, and replace the content of the folder.
 
     Args:
-        folder: The model folder. It appears complete or not at all.
+        folder: The model folder. The new content appears complete or not at all.
         checkpoint: A file of ``checkpoint.save``: the method, its classes and its focus.
         encoder: The CLIP that the method was fitted on.
         segmenter: The segmenter of the training images.
-        feather: Of the views.
+        feather: The feather of the views.
 
     Raises:
         ValueError: The checkpoint was fitted on another CLIP.
@@ -125,10 +126,10 @@ def _write_segmenter(segmenter: Segmenter, folder: Path) -> dict[str, object]:
 
 
 def load_model(folder: Path) -> Predictor:
-    """Load a folder that ``save_model`` wrote, on the CPU, from nothing outside of ``folder``.
+    """Load a folder that ``save_model`` wrote, on the CPU, without any file outside ``folder``.
 
-    Raises FileNotFoundError if it is not a model folder. Raises ValueError if its parts do not fit together,
-    or if one of them could run code when it is opened; in that case none is opened.
+    Raises FileNotFoundError if it is not a model folder. Raises ValueError if its parts do not fit together.
+    Also raises ValueError, before it opens any file, if a file could run code when it is opened.
     """
     _refuse_pickles(folder)
     from medfocus.clip.build import build_clip
@@ -151,7 +152,7 @@ def load_model(folder: Path) -> Predictor:
         encoder,
         name=content["clip"],
         key=content["clip_key"],  # the saved configuration has another form, so its key would differ
-        tokenizer=None,  # the checkpoint has the class texts; a tokenizer could only be the wrong one
+        tokenizer=None,  # the checkpoint has the class texts, so no tokenizer is needed
         segmenter=segmenter.sam2,
     )
     method, header = checkpoint.load(folder / _CELL, encoder)

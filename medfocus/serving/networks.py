@@ -1,4 +1,4 @@
-"""CLIP and segmenters, built once for all fits of a cross-validation, and once for each thread."""
+"""CLIP and segmenters: each thread builds them once for all fits of a cross-validation."""
 
 from __future__ import annotations
 

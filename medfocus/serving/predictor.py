@@ -1,4 +1,4 @@
-"""A fitted method with its segmenter: raw image bytes in, probabilities and a mask out."""
+"""A fitted method with its segmenter: they turn encoded images into probabilities and masks."""
 
 from __future__ import annotations
 

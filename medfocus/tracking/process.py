@@ -1,4 +1,4 @@
-"""The process around MLflow: its silence, its lock, and the owner of a run."""
+"""MLflow in this process: a quiet import, the lock of a store, and the process that owns a run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def quieten() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It warns that pip is missing, as in every environment of uv.
+    # This logger warns if pip is missing, but an environment of uv has no pip.
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
 
 
 def lock(home: Path) -> FileLock:
-    """Return the lock of a store. One process holds it at a time; its thread may acquire it again."""
+    """Return the lock of a store. The thread that holds the lock may acquire it again."""
     return FileLock(home / "mlflow.lock", is_singleton=True)
 
 
@@ -61,9 +61,9 @@ def is_alive(owner: Mapping[str, str]) -> bool:
 
 
 def _born(pid: int) -> str:
-    """Return an identity that no other process of this host ever has: the boot and the start within it.
+    """Return an identity that no other process of this host ever has: the boot's id and the start time.
 
-    Return "" if the system is not Linux or has no such process.
+    Return "" if the system is not Linux or there is no such process.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

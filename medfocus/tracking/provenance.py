@@ -20,7 +20,7 @@ def made_from(repo: Path, seeds: Sequence[int]) -> dict[str, str]:
     commit. Outside a git repository, or before its first commit, ``git.commit`` is "none".
     """
     commit = _git(repo, "rev-parse", "--verify", "--quiet", "HEAD")
-    # Every study keeps these two files, and a run changes the lock.
+    # MLflow keeps these two files with every study, and a run itself changes dvc.lock.
     code = (":/", ":(top,exclude)*dvc.lock", ":(top,exclude)*params.yaml")
     return {
         "git.commit": commit or "none",

@@ -71,7 +71,7 @@ class Registered:
 
 
 def registered(home: Path) -> list[Registered]:
-    """Return every version in the registry, by name and newest first. Does not create a store.
+    """Return every version in the registry, sorted by name, the newest first. Create no store.
 
     The store is that of ``runs.start``: MLFLOW_TRACKING_URI, or ``home``/mlflow.db.
     """
@@ -128,7 +128,7 @@ def register(
         cell_key: Identifies the fitted model by content.
         judge: Maps the present champion, if any, to the verdict on the challenger. It may download the
             champion's files.
-        classes: In the order of the model's output.
+        classes: The classes in the order of the model's output.
         example: An encoded image, logged as the model's input example; never a patient's image.
         tags: Further tags of the version.
         run_id: The run that fitted the model, if any.
@@ -168,9 +168,9 @@ def register(
 
 
 def rollback(store: Tracking, name: str) -> tuple[str, str]:
-    """Give the alias back to the previous champion; return the present and the previous version.
+    """Give the alias back to the previous champion; return the version rolled back and the version restored.
 
-    The version that is rolled back keeps its files, and gets a tag that prevents another promotion.
+    The version rolled back keeps its files and gets a tag that prevents another promotion.
 
     Raises ValueError if the model has no champion or no previous champion.
     """
@@ -204,7 +204,7 @@ def _champion(store: Tracking, name: str) -> ModelVersion | None:
     try:
         return store.client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
-        # The two stores have different codes for a missing alias.
+        # MLflow's stores report a missing alias by different codes.
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
@@ -250,9 +250,9 @@ def _log_model(
         ColSpec("double", "mask_score"),
         ColSpec("string", "overlay", required=False),
     ]
-    # With type "binary", MLflow decodes base64 itself and accepts malformed input. If a required column is
-    # missing, MLflow's error prints the rest of the request. Here the model reports every fault itself. The
-    # column may also contain bytes.
+    # The column is optional text, so that the model reports every fault itself. With type "binary", MLflow
+    # decodes base64 itself and accepts malformed input. If a required column is missing, MLflow's error
+    # prints the rest of the request. A column of text may also contain bytes.
     image = ColSpec("string", "image", required=False)
     overlay = ParamSpec("overlay", DataType.boolean, True)
     with tempfile.TemporaryDirectory() as folder:
@@ -292,8 +292,8 @@ def _create_version(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     texts = {key: str(value) for key, value in tags.items()}
-    # The registry's store looks the model up through the process-wide URI. The context manager restores that
-    # URI, which would otherwise remain in the environment and override the next start's.
+    # The registry's store looks the model up through the process-wide URI. The context manager restores this
+    # URI, which would otherwise remain in the environment and override the URI of the next ``runs.start``.
     with _use_tracking_uri(store.uri):
         version = store.client.create_model_version(
             name, f"models:/{model_id}", run_id, texts, model_id=model_id
@@ -323,7 +323,7 @@ def _measured(client: MlflowClient, run_id: str | None) -> Callable[[], Mapping[
         try:
             return dict(client.get_run(run_id).data.metrics) if run_id else {}
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # the run was deleted
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # otherwise the run was deleted
                 raise
             return {}
 

@@ -43,7 +43,7 @@ class DataInput:
 def start(uri: str | None, home: Path, experiment: str) -> Tracking:
     """Open the tracking store, and close the runs that dead processes of this host left RUNNING.
 
-    This uses the network only if the URI is that of a server.
+    The network is used only if the URI names a server.
 
     Args:
         uri: MLflow tracking URI; None means ``home``/mlflow.db. MLFLOW_TRACKING_URI overrides it.
@@ -136,7 +136,7 @@ class Tracking:
         return newest
 
     def log_page(self, cell_run: str, page: Path) -> None:
-        """Log a study's page with the parent of a cell's run, if the store has this run."""
+        """Log a study's page with the parent of a cell's run, if the store has the cell's run."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -179,7 +179,7 @@ class Tracking:
 
     @contextmanager
     def _closing(self, run_id: str) -> Iterator[None]:
-        """End the run after the block: FINISHED, FAILED, or KILLED by the keyboard or an exit."""
+        """End the run after the block as FINISHED, as FAILED, or, after Ctrl-C or an exit, as KILLED."""
         try:
             yield
         except BaseException as error:
@@ -286,8 +286,9 @@ def _create(path: Path) -> None:
     engine = sqlalchemy.create_engine(f"sqlite:///{unfinished}")
     _initialize_tables(engine)
     with engine.connect() as connection:
-        # WAL is a property of the file. A cell then takes 40 % of the time on a disk with slow syncs, and the
-        # pages are readable while a study writes. On a file system without WAL, SQLite keeps its default.
+        # The file keeps this mode. With WAL, writing a cell takes 40 % of the time on a disk with slow syncs,
+        # and the pages are readable while a study writes. On a file system without WAL, SQLite keeps its
+        # default.
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     engine.dispose()
     unfinished.replace(path)
@@ -301,7 +302,7 @@ def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
         try:
             return client.create_experiment(name, location, _KIND)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process created it on the server
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # otherwise another process created it
                 raise
             experiment = client.get_experiment_by_name(name)
     if experiment is None or experiment.lifecycle_stage != "active":
@@ -313,5 +314,5 @@ def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
 
 
 def _tags(tags: Mapping[str, object]) -> dict[str, Any]:
-    """Return tags as text, with those of the run's owner."""
+    """Return tags as text, together with the tags of the run's owner."""
     return {key: str(value)[:LONGEST_TAG] for key, value in {**tags, **owner_tags()}.items()}

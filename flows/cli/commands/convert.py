@@ -18,7 +18,7 @@ app = typer.Typer(
     epilog="Existing files are never overwritten, and an interrupted command leaves no partial folder.",
 )
 
-_SHOWN_FAULTS = 10  # the file has all
+_SHOWN_FAULTS = 10  # faults to print; faults.csv has all
 
 Out = Annotated[Path, typer.Argument(help="A new folder.")]
 
@@ -31,8 +31,8 @@ def convert_medmnist(
 ) -> None:
     """Write the images of MedMNIST to OUT/{train,val,test}/CLASS/NNNNN.png.
 
-    The name of the data set gives the names of its classes; it is the part of the file name before the first
-    underscore.
+    The part of the file name before the first underscore is the name of the data set, which gives the names
+    of the classes.
 
     \b
     Examples:

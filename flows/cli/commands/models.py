@@ -12,8 +12,8 @@ from flows.cli import terminal
 app = typer.Typer(
     rich_markup_mode=None,
     help="List, fetch, export and import models and weights.",
-    epilog="Without a command, they are listed. For a machine without a network: run medfocus models fetch "
-    "and export elsewhere, copy the hub cache and the zip, and run medfocus models import here.",
+    epilog="Without a command, models and weights are listed. For a machine without a network: run medfocus "
+    "models fetch and export elsewhere, copy the hub cache and the zip, and run medfocus models import here.",
     invoke_without_command=True,
 )
 

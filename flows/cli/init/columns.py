@@ -1,4 +1,4 @@
-"""A table's columns path, label, split and patient: by option, by heading, or guessed from the values."""
+"""Find a table's columns for path, label, split and patient by option, by heading, or by their values."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from medfocus.datasets.listing import SPLITS, inside
 from medfocus.storage.tables import COLUMNS, Table, TableError, folded, read_table
 
 _SAMPLE = 200  # rows to check for paths; half of them must name files
-_CLASSES = (2, 50)  # fewest and most distinct values of a label
-_GRADES = 10  # most distinct values of a numeric label; more are ages, sizes, counts
+_CLASSES = (2, 50)  # smallest and largest number of distinct values of a label
+_GRADES = 10  # largest number of distinct values of a numeric label; ages, sizes and counts have more
 _HEADINGS = {  # beginnings of words in headings, as clinics write them
     "label": "label class diagnos finding befund categor target klasse classe kategorie pathology dx",
     "patient": "patient subject pid proband person",
@@ -34,7 +34,9 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def propose(file: Path, root: Path, known: Mapping[str, str]) -> dict[str, str]:
-    """Return our name -> the table's name where they differ; empty if the heading has path and label.
+    """Return the columns as our name -> the table's name, if the names differ.
+
+    If the heading and ``known`` have path and label, return only ``known``.
 
     Args:
         file: The table, inside ``root``.
@@ -89,7 +91,7 @@ def _path(file: Path, root: Path, columns: Mapping[str, list[str]]) -> str:
 
 
 def _label(file: Path, columns: Mapping[str, list[str]]) -> str:
-    """Return the column with few distinct values and a heading for classes, or the only column with few."""
+    """Return the column with few distinct values, by its heading if several columns have few."""
     few = [name for name, values in columns.items() if _is_few(values)]
     choice = [name for name in few if _is_named(name, "label")] or few
     if len(choice) != 1:
@@ -103,7 +105,7 @@ def _label(file: Path, columns: Mapping[str, list[str]]) -> str:
 
 
 def _is_few(values: Sequence[str]) -> bool:
-    """Return whether values may be classes: 2 to 50 distinct values (numbers: 10), most more than once."""
+    """Return whether values may be classes: 2 to 50 distinct values (10 for numbers), mostly repeated."""
     counts = Counter(values)
     often = sum(count > 1 for count in counts.values())
     fewest, most = _CLASSES

@@ -1,4 +1,4 @@
-"""A data set as ``medfocus init`` describes it, checked with the same code as in the pipeline."""
+"""The description of a data set for ``medfocus init``, by the same code as in the pipeline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from medfocus.images import decode
 from medfocus.reports.data_warnings import data_warnings
 from medfocus.storage import tables
 
-GIVEN = "given by --modality"  # the reason of a modality that is no guess
+GIVEN = "given by --modality"  # the reason for a modality that is not a guess
 _PERCENTS = (5, 10, 20, 50, 100)
 _GLANCED = 16  # images for the guess of the modality
 _FAULTS = 10  # faults to print
@@ -47,7 +47,7 @@ class Described:
     patient_pattern: str | None
     ingested: Ingested
     splits: Splits
-    warnings: list[str]  # without file names, because the params file contains them
+    warnings: list[str]  # for the params file, so they contain no file name
     modality: Guess
     names: dict[str, str]  # label -> words
 
@@ -62,7 +62,7 @@ class Described:
 
     @property
     def percents(self) -> list[int]:
-        """Percents that leave each class an image, each with more images than the one before."""
+        """The percents for a study: every class keeps an image, and each percent adds images."""
         smallest = min(train for train, _ in self.counts.values())
         sizes: dict[int, int] = {}
         for percent in _PERCENTS:
@@ -94,7 +94,7 @@ def describe(
     patient_pattern: str | None = None,
     test_fraction: float,
 ) -> Described:
-    """Read every image of ``data`` as the stages of a study do, and fill their caches.
+    """Read every image of ``data`` as the stages of a study do, and fill the same caches.
 
     Args:
         data: A folder of classes or of splits, a folder that contains only such a folder, or a table.
@@ -104,7 +104,7 @@ def describe(
         columns: The table's names for path, label, split and patient, as far as they are known.
         modality: The modality; default: a guess.
         patient_pattern: A regular expression with one group, the patient.
-        test_fraction: Size of the test set if there is no official one.
+        test_fraction: Size of the test set if there is no official test set.
 
     Raises:
         FileNotFoundError: There is no such folder or table.

@@ -89,7 +89,7 @@ _BY_HEADER = {
 def by_headers(headers: Iterable[tuple[str, str]]) -> Guess | None:
     """Return the modality by DICOM's Modality and BodyPartExamined, or None if they do not decide.
 
-    They decide if all images have the same tags and the body part is known here.
+    The headers decide if all images have the same tags and name the body part.
     """
     distinct = set(headers)
     if len(distinct) != 1:
@@ -105,7 +105,7 @@ def by_headers(headers: Iterable[tuple[str, str]]) -> Guess | None:
 
 
 def look_at(files: Sequence[Path]) -> Look:
-    """Return the median look of at least one readable image."""
+    """Return the median look of one or more readable images."""
     rows = []
     for file in files:
         image = Image.fromarray(decode.read(file))

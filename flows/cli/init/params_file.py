@@ -36,7 +36,7 @@ _FLIP = {
 
 
 def write(described: Described, path: Path, base: Path, *, force: bool = False) -> None:
-    """Write a study's params file that extends ``base``, after loading it from a temporary file.
+    """Write a study's params file that extends ``base``. A temporary file is loaded first, as a check.
 
     Raises:
         FileExistsError: The file exists and ``force`` is False.
@@ -60,7 +60,7 @@ def write(described: Described, path: Path, base: Path, *, force: bool = False) 
 
 
 def text(described: Described, folder: Path, base: Path) -> str:
-    """Return the params file for ``folder``, with a reason for every choice."""
+    """Return the text of a params file in ``folder``, with a reason for every choice."""
     lines = [*_head(described), *_study(described, folder, base), *_dataset(described, folder, base.parent)]
     return "\n".join([*lines, *_TAIL]) + "\n"
 
@@ -84,7 +84,7 @@ def _head(described: Described) -> list[str]:
 
 def _study(described: Described, folder: Path, base: Path) -> list[str]:
     return [
-        "# Settings that are not here come from the file that this one extends, with comments.",
+        "# The following file has all settings that are not here, with comments.",
         f"extends: {_yaml(_relative(base, folder))}",
         "",
         "study:",
