@@ -105,10 +105,9 @@ class _Decoded:
 
     def __init__(self, segmenter: FastSegmenter) -> None:
         self.segmenter = segmenter
-        # A prompt with a predicted IoU below the bar cannot change the mask. ``candidates.pick`` sorts
-        # candidates by score, and a score is at most the predicted IoU. With ``keep`` picked candidates, the
-        # bar is their lowest score. With fewer, but at least one, it is the limit of the predicted IoU,
-        # because the relaxed limits no longer apply.
+        # A prompt with a predicted IoU below the bar cannot change the mask. After the first pick the bar is
+        # at least the limit of the predicted IoU, because the relaxed limits no longer apply. After ``keep``
+        # picks it is also at least their lowest score, because a score is at most the predicted IoU.
         self.bar = 0.0
         self.best = 0.0  # lowest score of ``keep`` picked candidates; 0 if fewer are picked
         self.prompts: list[int] = []  # the prompt of each candidate
