@@ -29,11 +29,11 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
     """Build a frozen CLIP.
 
     Args:
-        model: "pocket", a model name of open_clip, or "hf-hub:ORG/NAME" or "local-dir:FOLDER", which contain
-            an open_clip_config.json and weights.
+        model: "pocket", a model name of open_clip, "hf-hub:ORG/NAME" or "local-dir:FOLDER". The last two have
+            to contain an open_clip_config.json and weights.
         pretrained: A checkpoint path, a pretrained tag of the model, or "random:SEED". The model "pocket"
-            also accepts "pocket", the weights in this package. "hf-hub:" and "local-dir:" need an empty
-            string.
+            also accepts "pocket", the weights in this package. With "hf-hub:" and "local-dir:" it has to be
+            empty.
         device: Device of both encoders.
 
     Raises FileNotFoundError if the weights do not exist; ValueError for an unknown model or tag, an unsafe
@@ -78,7 +78,7 @@ def _create(
     device: str | torch.device,
     options: dict[str, Any],
 ) -> Any:
-    """Build open_clip's model ``name``, frozen, from a checkpoint, or with random weights if it is None."""
+    """Build open_clip's model ``name``, frozen. Without a checkpoint, weights are random from ``seed``."""
     import open_clip
 
     try:
@@ -104,7 +104,7 @@ def _create(
 
 
 def _side(model: str, size: int | tuple[int, int]) -> int:
-    """Return the image size S from open_clip's, which is an int for ResNets and (S, S) for others."""
+    """Return the image size S. open_clip gives an int for ResNets and (S, S) for other models."""
     if isinstance(size, int):
         return size
     if size[0] != size[1]:
@@ -113,7 +113,7 @@ def _side(model: str, size: int | tuple[int, int]) -> int:
 
 
 def built_config(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the configuration of ``model`` as built: a pretrained tag may add QuickGELU to ``config``."""
+    """Return the configuration of ``model`` as built, because a tag may add QuickGELU to ``config``."""
     from open_clip.transformer import QuickGELU
 
     quick = any(isinstance(module, QuickGELU) for module in model.modules())
@@ -148,7 +148,7 @@ def _locate(model: str, pretrained: str) -> tuple[str, Path | None, dict[str, An
         pretrained = str(CONFIGS.parent / "data" / f"{_POCKET}.safetensors")
     if re.fullmatch(r"random:\d+", pretrained):
         return _registered(model), None, {}
-    if "." in pretrained or "/" in pretrained or os.sep in pretrained:  # a path: tags have none of these
+    if "." in pretrained or "/" in pretrained or os.sep in pretrained:  # a path: no tag has one of these
         checkpoint = weights.resolve(pretrained, hub_id=None, filename=None, what=caller)
         return _registered(model), checkpoint, {}
 
@@ -190,7 +190,7 @@ def _locate_folder(model: str) -> tuple[str, Path, dict[str, Any]]:
 
 
 def _registered(model: str) -> str:
-    """Return the model's name in open_clip's registry, after adding the pocket model to the registry."""
+    """Return the model's name in open_clip's registry; add the pocket model to the registry if needed."""
     import open_clip
 
     if model == "pocket":
@@ -208,7 +208,7 @@ def _registered(model: str) -> str:
 
 
 def _tokenizer_name(model: str) -> str:
-    """Return ViT-B-32 for OpenAI's spelling ViT-B/32; keep the slashes of hub ids and folders."""
+    """Turn OpenAI's spelling ViT-B/32 into ViT-B-32; keep the slashes of hub ids and folders."""
     return model if ":" in model else model.replace("/", "-")
 
 

@@ -1,4 +1,4 @@
-"""CLIP through open_clip: images and texts become features, and the end of the image encoder can train."""
+"""Encode images and texts with open_clip's CLIP, and prepare the end of the image encoder for training."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TEXT_BATCH = 256  # texts per forward pass; bounds the memory of a thousand cla
 
 
 class Describer(Protocol):
-    """A segmenter with image features of its own."""
+    """A segmenter that also computes image features."""
 
     features_key: str  # sha256 hex of its weights and code, which names the features in caches
 
     def describe(self, images: Sequence[np.ndarray], grid: int) -> Tensor:
-        """Images (H, W, 3) uint8 RGB -> features on ``grid`` x ``grid`` cells, (B, P)."""
+        """Encode images (H, W, 3) uint8 RGB as features (B, P) on ``grid`` x ``grid`` cells."""
         ...
 
 
@@ -42,29 +42,29 @@ class ClipEncoder:
     model: nn.Module  # open_clip's, frozen, in eval mode
     tokenizer: Any  # list of texts -> (N, context) int64
     dim: int  # D, of the space that images and texts share
-    image_size: int  # S, pixels a side
+    image_size: int  # S, pixels per side
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
     logit_scale: float  # s, after the exponential: logits = s * I @ T.T
     device: torch.device
     segmenter: Describer | None = None  # adds its image features to CLIP's
     region: Region = field(default_factory=Region)  # how the image encoder uses the channels after RGB
-    cache: ActivationCache | None = None  # of the last batch; None caches nothing
+    cache: ActivationCache | None = None  # activations of the last batch; None caches nothing
 
     def with_activation_cache(self) -> ClipEncoder:
-        """Return a copy of this encoder that caches activations, so that a batch passes the blocks once.
+        """Return a copy of this encoder that caches activations, so that a batch passes each block once.
 
-        The cache serves consecutive calls with the same tensor of views.
+        The cache works for consecutive calls with the same views object.
         """
         return replace(self, cache=ActivationCache())
 
     def with_segmenter(self, segmenter: Describer) -> ClipEncoder:
-        """Return a copy of this encoder with a segmenter's image features, and a key that names both."""
+        """Return a copy of this encoder with a segmenter's image features, and a key of both."""
         key = hashlib.sha256(f"{self.key} {segmenter.features_key}".encode()).hexdigest()
         return replace(self, key=key, segmenter=segmenter)
 
     def with_region(self, region: str, attention_bias: float) -> ClipEncoder:
-        """Return a copy of this encoder that uses a region in the views' further channels, with another key.
+        """Return a copy of this encoder, with another key, that uses a region in the channels after RGB.
 
         Args:
             region: A key of REGIONS; ``medfocus.focus.view.view`` makes the views.
@@ -82,7 +82,7 @@ class ClipEncoder:
         return replace(self, key=key, model=kind.adapt(self.model), region=kind)
 
     def describe(self, views: np.ndarray | Tensor, grid: int) -> Tensor:
-        """Views (B, S, S, C) uint8 -> the segmenter's features on ``grid`` x ``grid`` cells, (B, P).
+        """Encode views (B, S, S, C) uint8 as the segmenter's features (B, P) on ``grid`` x ``grid`` cells.
 
         Raises ValueError for an encoder without a segmenter.
         """
@@ -99,9 +99,9 @@ class ClipEncoder:
         return cache.described[grid]
 
     def preprocess(self, views: np.ndarray | Tensor) -> Tensor:
-        """Views (B, S, S, C) uint8 -> pixels (B, C, S, S) float32 on the device.
+        """Turn views (B, S, S, C) uint8 into pixels (B, C, S, S) float32 on the device.
 
-        Each three RGB channels are normalised; a fourth channel, the region, is scaled to [0, 1].
+        Groups of three channels are normalised as RGB. A fourth channel, the region, is scaled to [0, 1].
         """
         cache = self.cache or ActivationCache()
         cache.turn_to(views)
@@ -119,7 +119,7 @@ class ClipEncoder:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, S, S) -> image features (B, D), each of length one."""
+        """Encode pixels (B, C, S, S) as image features (B, D), each of length one."""
         visual = as_vit(self.model.visual)
         if self.cache and visual is not None:
             deepest = len(visual.transformer.resblocks)
@@ -128,7 +128,7 @@ class ClipEncoder:
         return self.image_features(pixels)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Compute ``encode_images`` with a gradient, for a copy of the model that trains."""
+        """Encode like ``encode_images``, but with a gradient, for a copy of the model that trains."""
         pixels = pixels.to(self.device)
         visual = as_vit(self.model.visual)
         images = self.region.images(pixels)
@@ -141,7 +141,7 @@ class ClipEncoder:
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Texts (N) -> text features (N, D), each of length one.
+        """Encode N texts as text features (N, D), each of length one.
 
         Raises ValueError for a text longer than the context, because two truncated texts could be equal.
         """
@@ -165,11 +165,11 @@ class ClipEncoder:
 
     @torch.no_grad()
     def encode_layers(self, pixels: Tensor, layers: tuple[int, ...], grid: int) -> Tensor:
-        """Pixels (B, C, S, S) -> image features, followed by the patch tokens of ``layers``: (B, D + P).
+        """Encode pixels (B, C, S, S) as image features followed by patch tokens of ``layers``: (B, D + P).
 
-        Layer 0 is the embedding and layer n the output of block n. Its patch tokens are averaged over
-        ``grid`` x ``grid`` cells, and over the images of the region "dual". Raises ValueError as ``trunk``
-        does, or for a layer or a grid that the image encoder does not have.
+        Layer 0 is the embedding, and layer n the output of block n. Patch tokens are averaged over
+        ``grid`` x ``grid`` cells and, with the region "dual", over both images. Raises ValueError as
+        ``trunk`` does, or for a layer or a grid that the image encoder does not have.
         """
         visual, _ = self._cut(1)
         deepest, side = len(visual.transformer.resblocks), visual.grid_size[0]
@@ -182,7 +182,7 @@ class ClipEncoder:
         features = self.region.merge([pooled(visual, image) for image in tokens[deepest]])
 
         def patches(layer: int) -> Tensor:
-            """Tokens (B, L, W) of each image -> (B, W * grid * grid)."""
+            """Average the tokens (B, L, W) of each image to (B, W * grid * grid)."""
             maps = [image[:, 1:].mT.unflatten(2, visual.grid_size) for image in tokens[layer]]
             cells = [adaptive_avg_pool2d(map_, grid).flatten(1) for map_ in maps]
             return torch.stack(cells).mean(dim=0)
@@ -191,7 +191,7 @@ class ClipEncoder:
 
     @torch.no_grad()
     def trunk(self, pixels: Tensor, blocks: int) -> Tensor:
-        """Pixels (B, C, S, S) -> the input of the last ``blocks`` blocks, for ``tail``.
+        """Compute the input of the last ``blocks`` blocks, for ``tail``, from pixels (B, C, S, S).
 
         The result is tokens (B, L, W). With the region "dual" it has the tokens of both images, (B, 2 L, W);
         with "attention" it has one more token with the coverage of the patches, (B, L + 1, W).
@@ -202,7 +202,7 @@ class ClipEncoder:
         return self.region.pack(tokens, visual, pixels.to(self.device))
 
     def _tokens(self, visual: VisionTransformer, pixels: Tensor, depths: set[int]) -> dict[int, list[Tensor]]:
-        """The tokens (B, L, W) of each image, at least at the given depths; see ``ActivationCache``."""
+        """Return depth -> tokens (B, L, W) of each image for ``depths``, or more; see ``ActivationCache``."""
         cache = self.cache or ActivationCache()
         cache.depths |= depths
         if cache.pixels is not pixels or not depths <= cache.tokens.keys():
@@ -217,14 +217,14 @@ class ClipEncoder:
         return cache.tokens
 
     def tail(self, blocks: int) -> nn.Module:
-        """Return a trainable copy of the last ``blocks`` blocks and the projection: (B, L, W) -> (B, D).
+        """Return a trainable copy of the last ``blocks`` blocks and the projection, (B, L, W) -> (B, D).
 
         ``tail(n)(trunk(x, n))`` equals ``encode_images(x)`` until the copy trains. Raises as ``trunk`` does.
         """
         visual, cut = self._cut(blocks)
         embedding = ("conv1", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre")
         unused = [*(getattr(visual, name) for name in embedding), *visual.transformer.resblocks[:cut]]
-        tower = copy.deepcopy(visual, {id(part): part for part in unused})  # without copies of unused parts
+        tower = copy.deepcopy(visual, {id(part): part for part in unused})  # does not copy the unused parts
         for name in embedding:
             setattr(tower, name, None)
         tower.transformer.resblocks = tower.transformer.resblocks[cut:]

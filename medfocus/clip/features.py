@@ -1,4 +1,4 @@
-"""Encode images to features: threads make the views while the model runs, and a cache keeps the features.
+"""Encode images as features. Threads make views while the model runs, and a cache keeps the features.
 
 The cache has one folder of shards for each kind of feature (see ``medfocus.storage.shards``), with one entry
 in NumPy's file format for each row. Two concurrent processes can at worst write the same rows twice.
@@ -32,7 +32,7 @@ class Kind:
     """One kind of features: its function and its name in the cache."""
 
     encode_batch: Callable[[Tensor], Tensor]  # views (B, S, S, C) uint8 -> (B, D), tokens, or any B rows
-    settings: str  # the key of the encoder and of the views, equal for all items
+    settings: str  # the keys of the encoder and of the views, equal for all items
     dtype: torch.dtype = torch.float32  # of the result and of the cache
 
 
@@ -49,7 +49,7 @@ def encode(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
-    """Encode items (N) to features (N, ...) of one kind; see ``encode_together`` and ``Kind``."""
+    """Encode N items as features (N, ...) of one kind; see ``encode_together`` and ``Kind``."""
     (features,) = encode_together(
         items,
         keys,
@@ -74,24 +74,24 @@ def encode_together(
     workers: int = 2,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Tensor]:
-    """Encode items (N) to features (N, ...) of every kind, on the CPU and in the order of the items.
+    """Encode N items as features (N, ...) of every kind, on the CPU and in the order of the items.
 
     Each view is made once for all kinds, which encode it in the same batch.
 
     Args:
         items: Arguments of ``make_view``.
-        keys: One key for each item, for the content of its view (image, mask, crop). Items with equal keys
-            are encoded once.
-        make_view: Item -> view (S, S, C) uint8. It runs in ``workers`` threads.
+        keys: One key for each item, which identifies the content of its view (image, mask, crop). Items with
+            equal keys are encoded once.
+        make_view: Returns the view (S, S, C) uint8 of an item. It runs in ``workers`` threads.
         kinds: One or more.
-        cache: Folder, or URL for fsspec, that keeps rows between runs; None keeps nothing.
+        cache: A folder or fsspec URL that keeps rows between runs; None keeps nothing.
         batch_size: Views per forward pass. The last batch is padded to this size, because the last bits of a
             row can depend on the size of its batch, and must not depend on the content of the cache.
         workers: Threads that make views, one batch ahead of the model.
         progress: Called after every batch with the number of encoded items and N.
 
     Raises:
-        ValueError: No items, another number of keys, or features that are not finite in their ``dtype``.
+        ValueError: There are no items, not one key for each item, or features not finite in their ``dtype``.
         Anything that ``make_view`` raises; the cache keeps the features of earlier batches.
     """
     if not items or len(items) != len(keys):
@@ -124,13 +124,13 @@ def encode_together(
 
 
 def lacking(keys: Sequence[str], kinds: Sequence[Kind], cache: str | Path) -> list[bool]:
-    """Return for each of the keys (N) whether the cache lacks its row of at least one kind."""
+    """Return for each of N keys whether the cache lacks its row of at least one kind."""
     missing = set().union(*(_Table(kind, {key: [] for key in keys}, 0, cache).missing for kind in kinds))
     return [key in missing for key in keys]
 
 
 class _Table:
-    """The features of one kind: first the rows in the cache, then the others batch by batch."""
+    """The features of one kind, filled with the rows in the cache and then with the others by batch."""
 
     def __init__(
         self, kind: Kind, places: Mapping[str, list[int]], count: int, cache: str | Path | None
@@ -139,7 +139,7 @@ class _Table:
         self.missing = set(places)  # keys without a row
         self._places = places
         self._count = count
-        self._rows: Tensor | None = None  # (N, ...), made with the first row
+        self._rows: Tensor | None = None  # (N, ...), created with the first row
         self._shards: Shards | None = None
         if cache:
             name = _hash(f"{kind.settings}\n{kind.dtype}")[:32]
@@ -151,7 +151,7 @@ class _Table:
     @property
     def result(self) -> Tensor:
         """All features, (N, ...)."""
-        assert self._rows is not None and not self.missing  # there is at least one item
+        assert self._rows is not None and not self.missing  # encode_together has at least one item
         return self._rows
 
     def encode(self, batch: Sequence[str], views: Tensor) -> None:
@@ -209,7 +209,7 @@ def _batches(
 
 @lru_cache(maxsize=32)
 def _opened(url: str, process: int) -> Shards:
-    """Return the open shards of a folder; a process keeps them, so that later calls read new entries only."""
+    """Return a folder's shards, kept open for each ``process``, so that later calls read new entries only."""
     return Shards(url, suffix=".npy")
 
 
@@ -224,7 +224,7 @@ def _packed(row: Tensor) -> bytes:
 
 
 def _unpacked(content: bytes) -> Tensor:
-    """Invert ``_packed``; the rows of a kind have equal headers, and each is parsed once."""
+    """Invert ``_packed``. All rows of a kind have the same header, which is parsed once."""
     start = 10 + int.from_bytes(content[8:10], "little")  # magic, version and length of the header
     shape, dtype = _header(content[:start])
     return torch.from_numpy(np.frombuffer(content, dtype, offset=start).reshape(shape).copy())

@@ -1,4 +1,4 @@
-"""Low-rank updates of CLIP's attention: CLIP-LoRA (Zanella and Ben Ayed, arXiv 2405.18541).
+"""Add low-rank updates to CLIP's attention: CLIP-LoRA (Zanella and Ben Ayed, arXiv 2405.18541).
 
 In every block of both towers the projections to q, k and v become W + (α/√r) B A, with r rows in A. W stays
 frozen; A and B train. As in the paper's public code, each of q, k and v has its own dropout on the input of
@@ -42,13 +42,13 @@ class LowRank(nn.Module):
         self.scale = alpha / rank**0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, W) -> the updates of their q, k and v, concatenated (B, L, 3 W)."""
+        """Compute the updates of q, k and v of tokens (B, L, W), concatenated: (B, L, 3 W)."""
         parts = [self.dropout(x) @ a.T @ b.T for a, b in zip(self.down, self.up, strict=True)]
         return self.scale * torch.cat(parts, dim=-1)
 
 
 class LoraAttention(nn.Module):
-    """A frozen ``nn.MultiheadAttention`` with low-rank updates, for the same place in open_clip's blocks."""
+    """A frozen ``nn.MultiheadAttention`` with low-rank updates, which replaces it in open_clip's blocks."""
 
     def __init__(self, frozen: nn.MultiheadAttention, low_rank: LowRank) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class LoraAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Self-attention of tokens (B, L, W) -> (B, L, W), and None instead of attention weights.
+        """Apply self-attention to tokens (B, L, W); return (B, L, W), and None instead of attention weights.
 
         Args:
             query: The tokens.
@@ -84,10 +84,10 @@ class LoraAttention(nn.Module):
 
 
 class LoraTowers(nn.Module):
-    """Both towers of a frozen CLIP with low-rank updates, which are its only parameters and state.
+    """Both towers of a frozen CLIP with low-rank updates.
 
-    With the region "alpha" the fourth channel of the patch embedding trains too. The towers are copies, which
-    share their frozen weights with the encoder.
+    Its parameters and state are the updates and, with the region "alpha", the fourth channel of the patch
+    embedding. The towers are copies that share their frozen weights with the encoder.
     """
 
     def __init__(self, encoder: ClipEncoder, *, rank: int, alpha: float, dropout: float) -> None:
@@ -111,11 +111,11 @@ class LoraTowers(nn.Module):
         self.encoder = replace(encoder, model=model)  # not an nn.Module, so the state excludes the towers
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, S, S, C) uint8 -> image features (B, D) on the CPU, each of length one."""
+        """Encode views (B, S, S, C) uint8 as image features (B, D) on the CPU, each of length one."""
         return self.encoder.image_features(self.encoder.preprocess(images)).cpu()
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Texts (N) -> text features (N, D) on the CPU, each of length one, with a gradient."""
+        """Encode N texts as text features (N, D) on the CPU, each of length one, with a gradient."""
         tokens = self.encoder.tokenizer(texts).to(self.encoder.device)  # (N, context)
         return self.encoder.model.encode_text(tokens, normalize=True).cpu()  # pyright: ignore[reportCallIssue]
 
@@ -123,7 +123,7 @@ class LoraTowers(nn.Module):
 def _blocks(name: str, model: nn.Module) -> list[nn.Module]:
     """Return the transformer blocks of the image encoder and then of the text tower."""
     all_blocks: list[nn.Module] = []
-    # CLIP holds the parts of its text tower itself; CustomTextCLIP holds a tower.
+    # CLIP itself holds the parts of its text tower; CustomTextCLIP holds them in ``text``.
     for name_of_tower, tower in (
         ("image encoder", model.visual),
         ("text tower", getattr(model, "text", model)),

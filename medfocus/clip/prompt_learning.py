@@ -1,4 +1,4 @@
-"""Prompt learning: open_clip's text tower encodes texts in which learned vectors replace some tokens.
+"""Learn prompts: open_clip's text tower encodes texts in which learned vectors replace some tokens.
 
 CoOp (Zhou et al., arXiv 2109.01134) and CoCoOp (arXiv 2203.05557) share this module. As in their public code,
 a text is the start token, M contexts, the class name, a full stop and the end token. The tokenizer sees M
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
 
 CLASS_TOKENS = ("end", "middle", "front")  # positions of the class name among the contexts
-WARMUP_LR = 1e-5  # published, independent of the learning rate
+WARMUP_LR = 1e-5  # the published value, which does not depend on the learning rate
 START_STD = 0.02  # of contexts that start from noise
 _PLACEHOLDER = "X"  # a letter is one token in every tokenizer
 
@@ -42,14 +42,14 @@ def check_prompt_learning(method: str, *, epochs: int, warmup: int, **counts: in
 
 
 class TextTower:
-    """A frozen CLIP's text tower after its token embedding: embedded texts -> text features.
+    """The text tower of a frozen CLIP without its token embedding: embedded texts -> text features.
 
     It runs open_clip's forward pass, so mask, pooling and projection are open_clip's in every variant. In a
     copy of its modules, which shares the frozen weights, the given embeddings replace the token embedding.
     """
 
     def __init__(self, encoder: ClipEncoder, length: int | None = None) -> None:
-        """Copy the tower for texts of ``length`` tokens; None is its context length.
+        """Copy the tower for texts of ``length`` tokens; None means its context length.
 
         Raises ValueError if the text tower is not open_clip's own.
         """
@@ -69,11 +69,11 @@ class TextTower:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, L) int64 -> their embeddings (N, L, W) on the CPU."""
+        """Return the embeddings (N, L, W) of tokens (N, L) int64 on the CPU."""
         return self._embedding(tokens.to(self._device)).cpu()
 
     def __call__(self, embedded: Tensor, tokens: Tensor) -> Tensor:
-        """Embedded texts -> text features (N, D) on the CPU, each of length one, with a gradient.
+        """Encode embedded texts as text features (N, D) on the CPU, each of length one, with a gradient.
 
         Args:
             embedded: (N, L, W), the embedding of each token without its position.
@@ -87,7 +87,7 @@ class TextTower:
 
 
 class _EmbeddingInput(nn.Module):
-    """Replaces the token embedding and returns ``embedded``."""
+    """A replacement of the token embedding that returns ``embedded``."""
 
     embedded: Tensor | None = None
 
@@ -97,7 +97,7 @@ class _EmbeddingInput(nn.Module):
 
 
 def _text_tower(encoder: ClipEncoder) -> Any:
-    """Return the text tower: CLIP holds its parts itself, CustomTextCLIP holds a module."""
+    """Return the object with the parts of the text tower: CLIP itself, or ``text`` of a CustomTextCLIP."""
     tower = getattr(encoder.model, "text", encoder.model)
     if not isinstance(getattr(tower, "token_embedding", None), nn.Embedding):
         raise ValueError(
@@ -118,7 +118,7 @@ class ContextTexts:
 def write_texts(
     method: str, encoder: ClipEncoder, class_names: Sequence[str], contexts: int, class_token: str = "end"
 ) -> ContextTexts:
-    """Write the texts of class names (K) with slots for ``contexts`` contexts, as short as possible.
+    """Write the texts of K class names with slots for ``contexts`` contexts, with little padding.
 
     The class name stands at the "end" of the contexts, in their "middle" (the smaller half of an odd number
     comes first) or in "front" of them.
@@ -160,7 +160,7 @@ def write_texts(
 def start_contexts(
     method: str, encoder: ClipEncoder, contexts: int, start: str, generator: torch.Generator
 ) -> Tensor:
-    """Return the initial contexts (M, W): the embedding of the words of ``start``, or noise if it is empty.
+    """Return initial contexts (M, W): embeddings of the words of ``start``, or noise if ``start`` is empty.
 
     Raises ValueError if ``start`` does not have M tokens; the message begins with ``method``.
     """
@@ -180,7 +180,7 @@ def start_contexts(
 
 
 def _tokenise(encoder: ClipEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Texts (N) -> all their tokens (N, L), and the number of tokens of each (N,)."""
+    """Return the tokens (N, L) of N texts, and the number (N,) of tokens before the padding."""
     most = max(len(text.encode()) for text in texts) + 3  # a text has at most as many tokens as bytes
     length = max(most, _text_tower(encoder).context_length)
     tokens = encoder.tokenizer(texts, context_length=length)  # (N, L)
@@ -203,7 +203,7 @@ def _find_placeholder(method: str, encoder: ClipEncoder) -> tuple[int, int]:
 
 
 def _ignores_padding(tower: Any) -> bool:
-    """Return whether the padding has no effect on the features of a text, so that it can be left out."""
+    """Return whether padding has no effect on text features, so that it can be left out."""
     pooling = getattr(tower, "pool_type", None) or tower.text_pool_type
     causal = tower.attn_mask is not None and getattr(tower, "cls_emb", None) is None
     return causal and pooling in ("argmax", "eos")
@@ -218,13 +218,13 @@ class ContextTower:
         self._embedded = self._tower.embed(texts.tokens)  # (K, L, W)
 
     def embedded(self, contexts: Tensor) -> Tensor:
-        """Contexts (B, K, M, W), or (B, 1, M, W) for all classes -> embedded texts (B, K, L, W)."""
+        """Put contexts (B, K, M, W), or (B, 1, M, W) for all classes, into embedded texts (B, K, L, W)."""
         images, width = len(contexts), contexts.shape[-1]
         at = self.texts.slots[..., None].expand(images, -1, -1, width)  # (B, K, M, W)
         return self._embedded.expand(images, -1, -1, -1).scatter(2, at, contexts.expand_as(at))
 
     def __call__(self, contexts: Tensor) -> Tensor:
-        """Contexts (B, K, M, W) or (B, 1, M, W) -> text features (B, K, D), each of length one."""
+        """Encode contexts (B, K, M, W) or (B, 1, M, W) as text features (B, K, D), each of length one."""
         images = len(contexts)
         tokens = self.texts.tokens.repeat(images, 1)  # (B K, L)
         features = self._tower(self.embedded(contexts).flatten(0, 1), tokens)
@@ -249,16 +249,16 @@ def train_sgd(
 
     Args:
         parameters: The parameters to train.
-        accumulate: Adds the gradient of a batch to them, from image indices (B,) and view indices (B,).
+        accumulate: Adds the gradient of a batch to the parameters; takes image and view indices (B,), (B,).
         count: N, images in the support.
         views: Number of cached views of each image; each step draws one of them.
         epochs: Passes over the support.
-        max_steps: Upper bound of the steps. If it applies, ``learning_rate`` runs through all epochs in this
-            number of steps.
+        max_steps: Upper bound of the steps. If the epochs need more, ``learning_rate`` runs through all
+            epochs in this number of steps.
         batch_size: Images per step; the last batch of an epoch may be smaller.
         lr: See ``learning_rate``.
         warmup: See ``learning_rate``.
-        weight_decay: Weight decay of SGD, a part of the gradient.
+        weight_decay: Weight decay of SGD, which adds it to the gradient.
         generator: Draws the batches and the views.
     """
     optimizer = torch.optim.SGD(list(parameters), lr=lr, momentum=0.9, weight_decay=weight_decay)

@@ -1,4 +1,4 @@
-"""Text prompts from class names and a modality, and class embeddings from text prompts."""
+"""Make text prompts from class names and a modality, and class embeddings from text prompts."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class TextEncoder(Protocol):
     """The part of CLIP that ``class_embeddings`` needs."""
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
-        """Texts (N) -> features (N, D), each of length one."""
+        """Encode N texts as features (N, D), each of length one."""
         ...
 
 
 def text_prompts(
     class_names: Sequence[str], modality: str, templates: Sequence[str] | None = None
 ) -> list[list[str]]:
-    """Class names (K) -> text prompts (K, T): every template with the class name in place of "{c}".
+    """Return text prompts (K, T) of K class names: every template with the class name in place of "{c}".
 
     ``templates`` replace the templates of ``modality`` unless they are None or empty. Underscores in a class
     name become spaces.
@@ -76,7 +76,7 @@ def text_prompts(
 
 
 def class_embeddings(encoder: TextEncoder, prompts: Sequence[Sequence[str]]) -> torch.Tensor:
-    """Text prompts (K, T) -> class embeddings (K, D): normalise, mean over templates, normalise.
+    """Encode text prompts (K, T) as class embeddings (K, D): normalise, mean over templates, normalise.
 
     The number of templates T may differ between classes. Source: Radford et al., "Learning Transferable
     Visual Models From Natural Language Supervision", section 3.1.4.

@@ -1,6 +1,6 @@
-"""The kinds of region that an image encoder can use in addition to the image: alpha, attention and dual.
+"""Define the kinds of region that an image encoder can use with the image: alpha, attention and dual.
 
-A kind of region is one object. It owns its channels of a view, its tokens and its merge of features.
+Each kind is a class, which defines its channels of a view, how it packs tokens and how it merges features.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Region:
 
     name: ClassVar[str | None] = None
     needs_vit: ClassVar[bool] = False
-    has_focused_image: ClassVar[bool] = False  # further channels: the focused image, else the mask
+    has_focused_image: ClassVar[bool] = False  # channels after RGB: the focused image if True, else the mask
     sees_one_rgb: ClassVar[bool] = True  # the patch embedding takes one RGB image
 
     @property
     def key(self) -> str:
-        """The part of a cache key that distinguishes the features of this region."""
+        """The part of cache keys that identifies this region."""
         return f"{self.name} 0.0"
 
     def adapt(self, model: nn.Module) -> nn.Module:
@@ -114,11 +114,11 @@ class AttentionRegion(Region):
         return class_token_bias(self._coverage(visual, pixels), self.attention_bias, _heads(visual))
 
     def pack(self, tokens: Sequence[Tensor], visual: VisionTransformer, pixels: Tensor) -> Tensor:
-        """Append the coverage of the patches to the tokens, (B, L + 1, W); not for β = 0."""
+        """Append the coverage of the patches to the tokens, (B, L + 1, W), unless β is 0."""
         return pack(tokens[0], self._coverage(visual, pixels)) if self.attention_bias else tokens[0]
 
     def unpack(self, packed: Tensor, visual: VisionTransformer) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Split the coverage from the tokens and make the mask of it."""
+        """Split the coverage from the tokens and turn it into the attention mask."""
         if not self.attention_bias:
             return (packed,), None
         tokens, coverage = unpack(packed)
@@ -170,12 +170,12 @@ class AlphaConv(nn.Module):
         self.alpha.to(conv.weight.device).requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 4, S, S) -> (B, W, G, G)."""
+        """Embed pixels (B, 4, S, S) as patches (B, W, G, G)."""
         return self.conv(pixels[:, :3]) + self.alpha(pixels[:, 3:])
 
 
 def patch_coverage(region: Tensor, patch: int) -> Tensor:
-    """Region (B, 1, S, S) in [0, 1] -> the share of each patch inside it, (B, L - 1) row by row."""
+    """Return the share (B, L - 1) of each patch, row by row, inside a region (B, 1, S, S) in [0, 1]."""
     return avg_pool2d(region, patch).flatten(1)
 
 
@@ -197,7 +197,7 @@ def class_token_bias(coverage: Tensor, strength: float, heads: int) -> Tensor:
 
 
 def pack(tokens: Tensor, coverage: Tensor) -> Tensor:
-    """Tokens (B, L, W), coverage (B, L - 1) -> (B, L + 1, W), the coverage as one more token."""
+    """Append coverage (B, L - 1) to tokens (B, L, W) as one more token: (B, L + 1, W)."""
     row = tokens.new_zeros(len(tokens), 1, tokens.shape[2])
     row[:, 0, : coverage.shape[1]] = coverage
     return torch.cat([tokens, row], dim=1)

@@ -1,4 +1,4 @@
-"""The tokenizer of the pocket CLIP."""
+"""Build the tokenizer of the pocket CLIP."""
 
 from __future__ import annotations
 

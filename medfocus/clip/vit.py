@@ -1,4 +1,4 @@
-"""The parts of open_clip's VisionTransformer: its trainable tail, and a cache of its activations."""
+"""Use parts of open_clip's VisionTransformer: its trainable tail, and a cache of its activations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class ActivationCache:
     """The activations of the last batch, for further calls with the same batch.
 
-    It keeps the tokens at requested depths only, so that not every layer of a deep encoder stays in memory.
-    A new depth costs one more pass of its first batch.
+    It keeps tokens only at depths that some call has requested, to save memory. The first request for a depth
+    costs one more pass of its batch.
     """
 
     depths: set[int] = field(default_factory=set)  # 0: before the first block; n: after block n
@@ -39,13 +39,13 @@ class Tail(nn.Module):
     """The end of open_clip's VisionTransformer: its last blocks, pooling and projection."""
 
     def __init__(self, tower: VisionTransformer, region: Region) -> None:
-        """Wrap a ``tower`` without patch embedding and earlier blocks, for the tokens of ``region``."""
+        """Wrap ``tower``, without patch embedding and earlier blocks, for the tokens of ``region``."""
         super().__init__()
         self.tower = tower
         self.region = region
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens of ``ClipEncoder.trunk`` (B, ...) -> image features (B, D), each of length one."""
+        """Turn tokens (B, ...) of ``ClipEncoder.trunk`` into image features (B, D), each of length one."""
         images, mask = self.region.unpack(tokens, self.tower)
         return self.region.merge(
             [pooled(self.tower, self.tower.transformer(image, attn_mask=mask)) for image in images]
@@ -53,7 +53,7 @@ class Tail(nn.Module):
 
 
 def pooled(visual: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Tokens (B, L, W) after the last block -> image features (B, D), each of length one."""
+    """Pool tokens (B, L, W) after the last block to image features (B, D), each of length one."""
     summary, _ = visual._pool(tokens)
     assert visual.proj is not None  # only open_clip's pruned towers have none
     return normalize(summary @ visual.proj, dim=-1)

@@ -37,7 +37,7 @@ class Converted:
     """The result of a conversion."""
 
     regions: int = 0  # images with a known region
-    labels: dict[str, int] = field(default_factory=dict)  # label -> number of images; "" without a label
+    labels: dict[str, int] = field(default_factory=dict)  # label -> number of images; "" if an image has none
     faults: list[Fault] = field(default_factory=list)
 
     def report(self, path: str, kind: FaultKind, fault: str, fix: str) -> None:
@@ -66,13 +66,13 @@ def convert(
     """Write ``out``/images, ``out``/masks/images and the manifest ``out``/list.csv, for ingestion.
 
     The label of an image is the label that all its instances share; otherwise it is "", and ingestion leaves
-    the image out. A broken instance is reported by its id and is no part of a region.
+    the image out. A broken instance is reported by its id and left out of the region.
 
     Args:
         annotations: The JSON file.
-        out: A new folder; it appears when it is complete.
-        images: The folder of the images, relative to which file names are resolved and which they must not
-            leave; None means the folder of the JSON file.
+        out: A new folder, which appears when it is complete.
+        images: The folder of the images. File names are relative to it and must not lead out of it. None
+            means the folder of the JSON file.
         label_from: ``category`` or ``supercategory`` of the instances, or ``folder``: the first folder in the
             file name.
         progress: Called with the number of finished images and the number of all images.
@@ -130,7 +130,7 @@ def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _id(entry: Mapping[str, Any], name: str) -> str:
-    """Return an id as text, because JSON distinguishes 1 and "1"."""
+    """Return an id as text, because files may mix 1 and "1"."""
     return str(entry.get(name))
 
 
@@ -140,7 +140,7 @@ def _images(
     instances: Mapping[str, object],
     done: Converted,
 ) -> list[_Image]:
-    """Return the usable entries: files inside ``root``, each once, and no two that would share a mask."""
+    """Return the usable entries: files inside ``root``, each with an id and a mask name of its own."""
     usable: dict[str, _Image] = {}
     ids: set[str] = set()
     for entry in content["images"]:
@@ -197,7 +197,7 @@ def _region(image: _Image, instances: Iterable[Mapping[str, Any]], done: Convert
 
 
 def instance(segmentation: object, height: int, width: int) -> np.ndarray:
-    """Return the region of an instance, (H, W) bool. Raises ValueError with the fault of a broken one."""
+    """Return the region of an instance, (H, W) bool. Raises ValueError with the fault if it is broken."""
     mask: Any = importlib.import_module("pycocotools.mask")  # its stubs are incomplete
     if isinstance(segmentation, list) and segmentation:
         polygons = [_polygon(each, height, width) for each in segmentation]
@@ -216,7 +216,7 @@ def instance(segmentation: object, height: int, width: int) -> np.ndarray:
 
 
 def _polygon(points: object, height: int, width: int) -> list[float]:
-    """Return x, y, x, y, ... clipped to the image; refuse far points, which fill pycocotools' memory."""
+    """Return x, y, x, y, ... clipped to the image; refuse far points, on which pycocotools wastes memory."""
     if not isinstance(points, list) or not all(
         isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in points
     ):

@@ -1,12 +1,13 @@
-"""Find duplicate images: the same bytes, re-encoded, mirrored, rotated, or a neighbouring frame.
+"""Find duplicate images: identical, re-encoded, mirrored and rotated copies, and neighbouring frames.
 
 Images are compared by grey thumbnails of 64 px without their coarse structure. Chest radiographs of two
 people share the coarse structure (a correlation of 0.95 is common); copies of one radiograph share the fine
 structure too. Two thumbnails are compared in all eight flips and rotations.
 
 The thresholds are measured. For radiographs of different people the fine correlation stays below 0.61 (five
-data sets, 1.06 million pairs, eight orientations each). For a copy as JPEG of quality 10, at 100 px,
-sharpened, with another gamma (0.5 to 2), or with arrows and callipers, it is above 0.9 in 95 of 100 cases.
+data sets, 1.06 million pairs, eight orientations each). It is above 0.9 for 95 of 100
+copies that are saved as JPEG of quality 10, reduced to 100 px, sharpened, given another gamma (0.5 to 2), or
+marked with arrows and callipers.
 Neighbouring ultrasound frames and neighbouring MRI or CT slices of a patient lie between 0.7 and 0.8. A crop
 or shift of more than 1 % of the side, or a rotation by a few degrees, is not detected.
 """
@@ -38,12 +39,12 @@ from medfocus.storage.tables import write_csv
 
 SAME = 0.8  # fine correlation from which two images are copies
 NEAR = 0.7  # correlation from which two images are at least neighbouring frames of one patient
-HASH_BITS = 6  # of 63 bits that may differ where only the coarse correlation is high
+HASH_BITS = 6  # most bits of 63 that may differ if only the coarse correlation is high
 NEAR_KIND = "near"
 
 _FINE, _COARSE = 64, 32  # pixels per side
-_CANDIDATE = 0.5  # coarse correlation; on real data it exceeds 0.7 wherever the fine one exceeds 0.7
-_BLANK = 0.5  # grey levels; texture with a smaller deviation is noise, so only equal bytes count
+_CANDIDATE = 0.5  # coarse correlation; on real data it exceeds 0.7 if the fine correlation does
+_BLANK = 0.5  # grey levels; texture with a smaller deviation is noise and matches no other image
 _BLOCK = 1024  # images or pairs per block
 
 # Kind of pair -> operation that turns image b into image a. Arrays (N, h, w).
@@ -97,7 +98,10 @@ def find_duplicates(
 
 
 def match(thumbnails: np.ndarray) -> list[tuple[int, int, str, float]]:
-    """Match thumbnails (N, 64, 64) uint8 grey: (i, j, kind, similarity), i < j, for the best orientation."""
+    """Return the similar pairs of thumbnails (N, 64, 64) uint8 grey as (i, j, kind, similarity), i < j.
+
+    ``kind`` and ``similarity`` are those of the best of eight orientations.
+    """
     fine = _textures(thumbnails.astype(np.float32), sigma=1.5)  # (N, 64, 64)
     halved = thumbnails.reshape(-1, _COARSE, 2, _COARSE, 2).mean((2, 4), dtype=np.float32)  # (N, 32, 32)
     coarse = _textures(halved, sigma=1.0)  # (N, 32, 32)
@@ -108,7 +112,7 @@ def match(thumbnails: np.ndarray) -> list[tuple[int, int, str, float]]:
         for i, j, rough in _candidates(coarse, turn(coarse)):
             exact = np.einsum("nhw,nhw->n", fine[i], turn(fine[j]))
             few_bits = (bits[i] != turned_bits[j]).sum(1) <= HASH_BITS
-            # Blur, noise and tiny sizes remove the fine structure; then coarse structure and hash must agree.
+            # Blur, noise and tiny sizes remove fine structure. Then coarse structure and hash must agree.
             kept = np.flatnonzero((exact >= NEAR) | ((rough >= NEAR) & few_bits))
             for k in kept:
                 similarity = float(exact[k] if exact[k] >= NEAR else rough[k])
@@ -124,7 +128,7 @@ def twins(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def groups(records: Iterable[Record], pairs: Iterable[Pair]) -> dict[str, int]:
-    """Return the connected components of pairs: path -> group, numbered by the first path of each group."""
+    """Return path -> connected component of pairs, numbered in the order of the first paths."""
     paths = sorted(record.path for record in records)
     index = {path: i for i, path in enumerate(paths)}
     edges = np.array([(index[p.path_a], index[p.path_b]) for p in pairs], dtype=np.int64).reshape(-1, 2)
@@ -189,13 +193,13 @@ def _thumbnails(
 
 
 def _textures(thumbnails: np.ndarray, sigma: float) -> np.ndarray:
-    """Return the structure finer than ``sigma`` pixels, (N, n, n) float32, with unit norm; 0 where blank."""
+    """Return the structure finer than ``sigma`` pixels, (N, n, n) float32 of unit norm; 0 if blank."""
     textures = np.empty_like(thumbnails)
     for start in range(0, len(thumbnails), _BLOCK):
         block = thumbnails[start : start + _BLOCK]
         fine = block - gaussian_filter(block, (0, sigma, sigma))
         spread = fine.std((1, 2), keepdims=True)
-        # Otherwise a label box or a bright border would outweigh the anatomy.
+        # Without clipping, a label box or a bright border would outweigh the anatomy.
         fine = np.clip(fine, -1.5 * spread, 1.5 * spread)
         fine -= fine.mean((1, 2), keepdims=True)
         norm = np.linalg.norm(fine, axis=(1, 2), keepdims=True)
@@ -204,7 +208,7 @@ def _textures(thumbnails: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """Return the pHash: (N, 32, 32) float32 -> (N, 63) bool, whether a low frequency exceeds the median."""
+    """Return the pHash (N, 63) bool of (N, 32, 32) float32: whether each low frequency exceeds the median."""
     lowest = np.asarray(dctn(thumbnails, axes=(1, 2)))[:, :8, :8].reshape(-1, 64)[:, 1:]
     return lowest > np.median(lowest, axis=1, keepdims=True)
 

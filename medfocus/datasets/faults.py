@@ -1,4 +1,4 @@
-"""Faults of a data set: their kinds, the report that ingestion fills, and their CSV file."""
+"""Define the faults of a data set, the report that ingestion fills, and the CSV file of faults."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Fault:
     """What is wrong with a file, a folder or a setting, and how to fix it."""
 
     path: str  # relative to the root of the data set
-    kind: FaultKind  # names no file and no patient, so reports may show it
+    kind: FaultKind  # never names a file or patient, so reports may show it
     fault: str
     fix: str
 

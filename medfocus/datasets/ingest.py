@@ -2,7 +2,7 @@
 
 Layouts of ``root``:
 
-    {split}/{class}/**/x.png   split is train, val (valid, validation), test, or all: no official split
+    {split}/{class}/**/x.png   split is train, val (valid, validation) or test, or all (no official split)
     {class}/**/x.png           no official split
     a manifest                 columns path, label, and optionally split and patient, or other names
                                mapped by ``columns``; CSV with commas, semicolons or tabs, or Parquet
@@ -16,8 +16,8 @@ If ``root`` only wraps a data set of folders (it holds one folder, possibly nest
 folder. A manifest comes with the images and is not trusted: its paths must not leave ``root`` through ``..``,
 an absolute path or a link. Links inside class folders belong to the owner of the data and are followed.
 
-Known regions for measuring masks are not images: the top folder ``masks``, and ``x_mask.png`` (or
-``x_mask_1.png``) next to ``x.png``. Hidden files and those of file managers are ignored.
+The top folder ``masks`` and ``x_mask.png`` (or ``x_mask_1.png``) next to ``x.png`` hold known regions for
+measuring masks; they are not listed as images. Hidden files and files of file managers are ignored.
 
 Faults have three severities. *Left out*: the image cannot be used, the data set can (broken bytes, not an
 image, no label, one image under two labels, ...). *Reported*: the image stays, but a reader of the results
@@ -47,8 +47,8 @@ class Ingested:
     """A usable data set."""
 
     records: list[Record]  # sorted by path
-    left_out: list[Fault]  # of files that are not among the records
-    reported: list[Fault]  # of records that stay; a reader of the results needs to know them
+    left_out: list[Fault]  # faults of files that are not among the records
+    reported: list[Fault]  # faults of records; a reader of the results needs to know them
 
 
 class IngestError(ValueError):
@@ -80,13 +80,13 @@ def ingest(
     Args:
         root: The folder of the data set; record paths are relative to it.
         manifest: A table inside ``root`` that lists the images; its paths are relative to its own folder.
-        columns: The manifest's names for path, label, split and patient, where they differ.
+        columns: Our names path, label, split and patient -> the manifest's names, where they differ.
         patient_pattern: A regular expression with one group, the patient, searched in each relative path. A
             patient in the manifest has precedence.
         workers: Threads that open images; None means one per core.
         progress: Whether to show a progress bar.
-        cache: A folder or fsspec URL that keeps the properties of decoded images by their bytes, so that
-            unchanged images are not decoded again.
+        cache: A folder or fsspec URL for the properties of decoded images, so that unchanged images are not
+            decoded again.
         slices: The axis along which volumes are cut (0 sagittal, 1 coronal, 2 axial), and the step between
             slices.
         salt_file: The secret for pseudonyms of patient ids in DICOM headers; see

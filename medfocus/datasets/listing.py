@@ -20,9 +20,9 @@ from medfocus.storage import tables
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom", ".nii", ".nii.gz")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLITS |= {"test": "test", "testing": "test", "all": ""}
-MASKS = "masks"  # the folder of known regions, which are no images of the data set
+MASKS = "masks"  # the folder of known regions, which are not images of the data set
 MASK_STEM = re.compile(r"(.+)_mask(_\d+)?")
-_CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # ignored, as are names that begin with a dot
+_CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # ignored, like names that begin with a dot
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Listed:
 def unwrapped(root: Path) -> Path:
     """Return the folder of the data set: ``root``, or the folder inside it if an archive was unpacked there.
 
-    A wrapper holds one folder, apart from a folder of masks, and no image. The folder inside it is not a
-    split, and holds folders but no image.
+    A folder is skipped if it holds no image and one folder (apart from ``masks``), and if that inner folder
+    is not a split and holds folders but no image.
     """
     inner = _only_folder(root)
     while inner is not None and not _is_split(inner) and not _has_images(inner) and _has_folders(inner):
@@ -75,7 +75,7 @@ def list_folders(root: Path, report: IngestReport) -> list[Listed]:
     splits = {folder: SPLITS[folder.name.casefold()] for folder in folders if _is_split(folder)}
     if "" in splits.values() and len(splits) > 1:
         names = ", ".join(folder.name for folder in splits)
-        report.stop("all", f"lies next to split folders ({names})", "Keep either all or the others.")
+        report.stop("all", f"lies next to split folders ({names})", 'Keep either "all" or the others.')
     _report_outsiders(root, top, folders, splits, report)
     if not splits:
         return [item for folder in folders for item in _list_class(root, folder, "", report)]
@@ -132,7 +132,7 @@ def _list_class(root: Path, folder: Path, split: str, report: IngestReport) -> l
 def list_manifest(
     root: Path, manifest: str, report: IngestReport, columns: Mapping[str, str] | None = None
 ) -> list[Listed]:
-    """List the images of a table inside ``root``; ``columns`` maps ``tables.COLUMNS`` to its own names.
+    """List the images of a table inside ``root``; ``columns`` maps ``tables.COLUMNS`` to the table's names.
 
     Raises FileNotFoundError if the table does not exist.
     """
@@ -170,7 +170,7 @@ def list_manifest(
 
 
 def _columns(heading: Sequence[str], named: Mapping[str, str], columns: Mapping[str, str]) -> dict[str, int]:
-    """Return the index of each column by our name. Raises tables.TableError if one is missing or repeated."""
+    """Return our name -> index of the column. Raises tables.TableError for a missing or repeated column."""
     names = [tables.folded(name) for name in heading]
     has = f"its columns: {', '.join(heading)}"
     missing = {ours for ours in ("path", "label", *columns) if named[ours] not in names}
@@ -232,9 +232,9 @@ def inside(root: Path, folder: Path, path: str) -> str | None:
     Returns None for a path that leads out of ``root``, whether or not a file exists there.
     """
     top, relative = Path(os.path.abspath(root)), None
-    for spelling in (path, path.replace("\\", "/")):  # the second for paths written on Windows
+    for spelling in (path, path.replace("\\", "/")):  # the second spelling is for paths written on Windows
         named = Path(os.path.abspath(folder / spelling))
-        file, _ = stack.split(named)  # the volume of a slice
+        file, _ = stack.split(named)  # the file of a frame or slice
         if not named.is_relative_to(top) or not _real(file).is_relative_to(_real(top)):
             relative = None
         elif _is_file(file):
@@ -245,7 +245,7 @@ def inside(root: Path, folder: Path, path: str) -> str | None:
 
 
 def _real(file: Path) -> Path:
-    """Resolve links; unlike Path.resolve, without an error for links in a circle."""
+    """Resolve links. Unlike Path.resolve, raise no error for links in a circle."""
     try:
         return Path(os.path.realpath(file))
     except ValueError:  # a null byte; no such file exists
@@ -279,7 +279,7 @@ def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file is an image by its suffix, or by DICOM's mark, because scanners omit the suffix."""
+    """Return whether a file has an image suffix, or DICOM's mark, because scanners may omit the suffix."""
     return not file.is_dir() and (file.name.casefold().endswith(SUFFIXES) or _is_marked(file))
 
 
@@ -294,7 +294,7 @@ def _is_marked(file: Path) -> bool:
 
 
 def _is_split(folder: Path) -> bool:
-    """Whether a folder is a split. Without folders in it, "all" is a class, a leukaemia."""
+    """Return whether a folder is a split. A folder "all" without subfolders is a class, a leukaemia."""
     name = folder.name.casefold()
     return name in SPLITS and (name != "all" or any(entry.is_dir() for entry in _entries(folder)))
 
@@ -305,7 +305,7 @@ def label_of(spelled: str) -> str:
 
 
 def with_patients(listed: list[Listed], pattern: str | None, report: IngestReport) -> list[Listed]:
-    """Return the files with the patients that ``pattern`` finds in the paths, if they have none yet."""
+    """Give each file without a patient the patient that ``pattern`` finds in its path."""
     if pattern is None:
         return listed
     try:
@@ -331,7 +331,7 @@ def with_patients(listed: list[Listed], pattern: str | None, report: IngestRepor
 
 
 def check_spellings(listed: Iterable[Listed], report: IngestReport) -> None:
-    """Report labels with several spellings that differ in case, spaces, hyphens or underscores as fatal."""
+    """Report as fatal each label with several spellings, by case, spaces, hyphens or underscores."""
     spellings: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for item in listed:
         folded = unicodedata.normalize("NFKC", item.label).casefold()

@@ -1,8 +1,8 @@
 """Convert a MedMNIST file (Yang et al., Scientific Data 10:41, 2023) to class folders of PNG images.
 
-In a file, ``{train,val,test}_images`` are (N, S, S) or (N, S, S, 3) uint8 and ``_labels`` are (N, 1)
-integers; S is 28, or 64, 128 or 224 in MedMNIST+. The images are read from the archive one at a time, because
-the largest file unpacks to 13 GB.
+In a file, ``{train,val,test}_images`` are (N, S, S) or (N, S, S, 3) uint8, and ``{train,val,test}_labels``
+are (N, 1) integers. S is 28; in MedMNIST+ it is 64, 128 or 224. The images are read from the archive one at a
+time, because the largest file unpacks to 13 GB.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
 _ORGANS = ("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver")
 _ORGANS += ("lung-left", "lung-right", "pancreas", "spleen")
-# The class names of the medmnist package 3.0.2, which need not be installed.
+# Class names as in the package medmnist 3.0.2, copied because the package is optional.
 CLASSES: dict[str, tuple[str, ...]] = {
     "pathmnist": (
         "adipose",
@@ -107,7 +107,7 @@ class _Array:
 
 
 def guess_name(file: Path) -> str | None:
-    """Return the data set of a file by its name; None for an unknown name."""
+    """Return the name of the data set according to the name of its file; None for an unknown name."""
     name = file.stem.casefold().partition("_")[0]
     return name if name in CLASSES or name in _MULTI_LABEL or name.endswith("mnist3d") else None
 
@@ -132,7 +132,7 @@ def convert(
 
     Args:
         file: An .npz file of MedMNIST; its name determines the class names.
-        out: A new folder; it appears when it is complete.
+        out: A new folder, which appears when it is complete.
         progress: Called with the number of written images and the number of all images.
 
     Returns the number of images by split and class.
@@ -182,7 +182,7 @@ def fetch(name: str, size: int) -> Path:
     file = f"{name}.npz" if size == 28 else f"{name}_{size}.npz"
     otherwise = f"or download {file} from medmnist.com and give the file instead of the name"
     try:
-        package: Any = importlib.import_module("medmnist")  # optional; the import creates its cache folder
+        package: Any = importlib.import_module("medmnist")  # optional; importing it creates its cache folder
     except ImportError as error:
         raise ValueError(
             f"{name}: downloading it needs the package medmnist. Install medfocusclip[medmnist], {otherwise}."
@@ -190,7 +190,7 @@ def fetch(name: str, size: int) -> Path:
     try:
         chosen = getattr(package, package.INFO[name]["python_class"])
         return Path(chosen(split="test", download=True, size=size).root) / file
-    except (OSError, RuntimeError) as error:  # of the network; the package raises RuntimeError
+    except (OSError, RuntimeError) as error:  # a network error; the package raises RuntimeError
         raise ValueError(
             f"{name}: cannot be downloaded ({type(error).__name__}). Check the network, {otherwise}."
         ) from error
@@ -219,7 +219,7 @@ def _checked(file: Path) -> dict[str, tuple[_Array, _Array]]:
         checked[split] = images, labels
     if "train" not in checked:
         raise _fault(
-            file, f"has no train_images (but {', '.join(arrays) or 'nothing'})", "Give a file of MedMNIST."
+            file, f"has no train_images; it has {', '.join(arrays) or 'nothing'}", "Give a file of MedMNIST."
         )
     return checked
 
@@ -276,7 +276,7 @@ def _arrays(file: Path) -> dict[str, _Array]:
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read shape, whether in Fortran order, and type; leave the stream at the values."""
+    """Read the shape, Fortran order and type of an array; leave the stream at its values."""
     try:
         version = np.lib.format.read_magic(stream)
         read = (

@@ -1,6 +1,6 @@
 """Replace patient ids by pseudonyms; a patient has the same pseudonym wherever the salt is the same.
 
-With the salt, anyone can compute the pseudonym of a guessed id, so the salt must stay where the images are.
+Anyone who has the salt can compute the pseudonym of a guessed id, so the salt must stay with the images.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Salt:
             if not self._file.exists():
                 _make(self._file)
             text = self._file.read_text(encoding="utf-8")
-        except OSError as error:  # callers treat an OSError as a fault of an image
+        except OSError as error:  # not OSError, which callers treat as a fault of an image
             raise ValueError(
                 f"{self._file}: the salt of patient pseudonyms cannot be read or created ({error.strerror}). "
                 f"Grant access to it, or set {VARIABLE}."
@@ -66,7 +66,7 @@ def _checked(salt: str, place: str) -> bytes:
 
 
 def _make(file: Path) -> None:
-    """Create a salt atomically, readable only for its owner; one of several processes wins."""
+    """Create a salt file atomically, readable by its owner only; the first of several processes wins."""
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.")  # mode 0600
     try:
         with open(descriptor, "w", encoding="utf-8") as opened:
@@ -81,7 +81,7 @@ def _make(file: Path) -> None:
 
 def _move(temporary: str, file: Path) -> None:
     try:
-        os.link(temporary, file)  # unlike a move, it fails if another process was first
+        os.link(temporary, file)  # unlike a move, a link fails if another process was first
     except FileExistsError:
         pass
     except OSError:  # a file system without links

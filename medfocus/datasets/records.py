@@ -61,7 +61,7 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def spread_over_classes(labels: Sequence[str], count: int) -> list[int]:
-    """Choose about ``count`` indices, equally many per class and at least one, spread over its images."""
+    """Choose about ``count`` indices: at least one and equally many of each class, spread over the class."""
     classes = sorted(set(labels))
     chosen: list[int] = []
     for label in classes:

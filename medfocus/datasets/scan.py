@@ -31,7 +31,7 @@ _volumes = threading.Semaphore(2)  # volumes in memory; one may take a gigabyte
 class Reading:
     """Settings for files of several images and the patients in their headers."""
 
-    axis: int  # of the patient, along which a volume is cut: 0 sagittal, 1 coronal, 2 axial
+    axis: int  # axis along which a volume is cut: 0 sagittal, 1 coronal, 2 axial
     every: int  # take every ``every``-th slice
     salt: Salt
 
@@ -46,16 +46,16 @@ class Reading:
 
 
 class _Facts(NamedTuple):
-    """The properties of a file that decoding it reveals."""
+    """The properties of a file that only decoding reveals."""
 
     sha256: str
     width: int
     height: int
     mode: str
     frames: int  # frames of a TIFF, volumes of a NIfTI file; only the first is used
-    names: Sequence[str] = ("",)  # of the images in the file
+    names: Sequence[str] = ("",)  # the name of each image in the file
     patient: str = ""  # a pseudonym
-    is_group: bool = False  # whether it holds several images of one patient
+    is_group: bool = False  # whether the file holds several images of one patient
     constant: int = 0  # constant slices, which are left out
     without_window: int = 0  # images displayed from their minimum to their maximum
     is_burnt_in: bool = False
@@ -70,7 +70,7 @@ def open_all(
     known: Shards | None,
     report: IngestReport,
 ) -> list[Record]:
-    """Return a record for each usable image, and report the others as left out."""
+    """Return a record for each usable image, and report each other image as left out."""
     records: list[Record] = []
     without_window = without_patient = 0
     with (
@@ -145,7 +145,7 @@ def _mention_totals(without_window: int, without_patient: int, report: IngestRep
 
 
 def _once_each(records: list[Record], report: IngestReport) -> list[Record]:
-    """Merge equal records of a slice that is listed by itself and with its file; leave out unequal ones."""
+    """Merge the records of an image listed by itself and with its file; leave it out if they differ."""
     by_path: dict[str, set[Record]] = defaultdict(set)
     for record in records:
         by_path[record.path].add(record)
@@ -157,7 +157,7 @@ def _once_each(records: list[Record], report: IngestReport) -> list[Record]:
 
 
 def _key(root: Path, item: Listed, reading: Reading) -> str | None:
-    """Return the key of a file's facts; None if it cannot be read, which ``_open`` will report."""
+    """Return the key of a file's facts; None if the file cannot be read, as ``_open`` will report."""
     try:
         file, frame = stack.split(root / item.path)
         return reading.key(decode.read_bytes(file, item.path), frame)
@@ -168,7 +168,7 @@ def _key(root: Path, item: Listed, reading: Reading) -> str | None:
 def _open(
     root: Path, item: Listed, reading: Reading, known: Mapping[str, _Facts]
 ) -> tuple[str, _Facts] | ImageError:
-    """Return a file's facts and their key, decoding it if its facts are not ``known``; or its error."""
+    """Return key and facts of a file, or its error. Decode the file only if its facts are not ``known``."""
     try:
         file, frame = stack.split(root / item.path)
         data = decode.read_bytes(file, item.path)
@@ -195,7 +195,7 @@ def _open(
 def _of_stack(data: bytes, name: str, frame: str, reading: Reading) -> _Facts:
     """Return the facts of a DICOM or NIfTI file, or of the image ``frame`` in it."""
     stack = decode.open_stack(data, name)
-    assert stack is not None  # the caller has checked its kind
+    assert stack is not None  # the caller has checked the kind
     names, constant, without_window, width, height = [], 0, 0, 0, 0
     for image in [stack.find(frame)] if frame else stack.names(reading.axis, reading.every):
         pixels = stack.pixels(image)

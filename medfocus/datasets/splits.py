@@ -1,7 +1,7 @@
 """Split a data set into train and test, and draw nested support sets from train.
 
-A digest of seed and path determines every random order, so that the place of an image depends on nothing
-else. A new or broken image does not reshuffle the others, and does not change the supports of other classes.
+A digest of seed and path determines the place of an image in a random order; nothing else does. A new or
+broken image does not reshuffle the others, and does not change the supports of other classes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Splits:
     train: list[str]  # includes an official val set, because validation happens inside train
     test: list[str]  # the official test set, unchanged, if there is one
     clean_test: list[str]  # test images without a twin or a patient in train; equals a drawn test set
-    conflicting: list[str]  # a twin has another label: left out of train, clean_test and a drawn test set
+    conflicting: list[str]  # have a twin with another label; not in train, clean_test or a drawn test set
     straddling_twins: list[str]  # official test images with a twin in train
     straddling_patients: list[str]  # patients in both official splits
-    groups: dict[str, int]  # train image -> group of its patient and duplicates, which folds keep together
+    groups: dict[str, int]  # train image -> group of patients and duplicates; folds keep groups whole
     supports: dict[int, dict[str, list[str]]]  # seed -> "5%", "10%", ..., "1-shot", ... -> train images
 
 
@@ -48,8 +48,9 @@ def draw_splits(
     """Keep the official test set or draw one, then draw support sets for each seed.
 
     Without a record of split "test", a test set is drawn: ``test_fraction`` of each class, as closely as
-    whole components over patients and ``groups`` allow. Supports are the first images of one order per seed
-    and class, so that they nest: n = max(1, round(fraction * N)) images per class, or the shots.
+    whole components over patients and ``groups`` allow. Each seed orders the images of each class once. A
+    support takes the first images of this order, so that supports nest: max(1, round(fraction * N)) images of
+    a class with N images, or a number of shots.
 
     Args:
         records: The data set.
@@ -70,7 +71,7 @@ def draw_splits(
     conflicting = _conflicting(records, twins)
     official = {record.path for record in records if record.split == "test"}
     if official:
-        # The same image or patient, directly or through other images.
+        # Images of a component share a twin or patient, directly or through other images.
         component = components(records, twins)
         train = label.keys() - official - conflicting
         test = official
@@ -187,7 +188,7 @@ def _draw_test(records: Sequence[Record], component: Mapping[str, int], fraction
     """Draw whole components in a random order until each class has its share.
 
     First take components that fit into the shares of all their classes, then components that bring the counts
-    closer to the shares, then the smallest component of each class that has none.
+    closer to the shares, then, for each class without test images, its smallest component.
     """
     members: dict[int, list[Record]] = defaultdict(list)
     for record in records:

@@ -2,8 +2,8 @@
 
 The unit is the image (or its patient), never the draw. All draws are tested on the same images, so that their
 discordant counts are not independent, and a sum or combination of their p-values would count every image
-several times. The tests concern the classifiers of the drawn supports on new images of the same kind; the
-interval over draws estimates the effect of another support.
+several times. The tests ask how the classifiers of the drawn supports differ on new images of the same kind.
+The interval over draws (``metrics.mean_interval``) shows how much the choice of the support matters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-CurvePoint = tuple[str, float]  # a system, and the percent of train that it was fitted on
+CurvePoint = tuple[str, float]  # a system, and the percent of train in its support
 
 _BLOCK = 2_000_000  # numbers per block of resamples
 
@@ -30,7 +30,7 @@ class Difference:
     bootstrap_p: float  # two-sided
     p: float  # exact, two-sided; see ``sign_flip``
     adjusted_p: float  # Holm's, over all differences of one ``compare``
-    draws: int  # of the system
+    draws: int  # number of draws of the system
     images: int
 
 
@@ -39,7 +39,7 @@ class Scored:
     """The results of all systems on one test set."""
 
     correct: Mapping[CurvePoint, np.ndarray]  # -> (R, N) bool: whether draw r classifies image n correctly
-    patients: np.ndarray | None = None  # (N,) equal for images of one patient; None: one patient per image
+    patients: np.ndarray | None = None  # (N,) equal for images of one patient; None if each image has its own
 
 
 def compare(
@@ -47,8 +47,8 @@ def compare(
 ) -> list[dict[CurvePoint, Difference]]:
     """Compare every system with the baseline at the same percent of train; correct all p-values by Holm.
 
-    A baseline without training, with a single result at 0 %, is compared at every percent. Results without a
-    baseline at their percent, and the baseline itself, are left out.
+    A baseline without training has results at 0 % only, and is compared at every percent. Results without a
+    baseline at their percent are left out, and so is the baseline itself.
 
     Args:
         tests: One entry per test set.
@@ -94,11 +94,11 @@ def paired_sums(
     Args:
         ours: (R, N) bool, whether each of R draws classifies each image correctly.
         theirs: (S, N) bool, the same for the baseline; S may differ from R.
-        patients: (N,) equal for images of one patient; None: one patient per image.
+        patients: (N,) equal for images of one patient; None if each image has its own patient.
 
     Returns:
-        sums (G,) int, sizes (G,) int and a scale: sums / scale is the difference of the mean number of
-        correct images of a patient, and sizes is the number of images.
+        sums (G,) int, sizes (G,) int and a scale. For each patient, sums / scale is the difference in the
+        number of correct images, averaged over draws, and sizes is the number of images.
 
     Raises ValueError if the numbers of images differ, or without a draw or an image.
     """
@@ -131,14 +131,14 @@ def bootstrap(
     """Bootstrap the mean difference over patients (or images): a 95 % interval and a two-sided p.
 
     The interval is the percentile interval. p is twice the smaller share of resampled differences on either
-    side of 0, with one added to count and number so that it is never 0 (Davison and Hinkley, Bootstrap
-    Methods and their Application, 1997, chapter 4; for paired systems Koehn, EMNLP 2004). With few differing
-    images p is too small; then use ``sign_flip``. Patients with equal differences are drawn together, as
-    counts of a multinomial: the same distribution, many times faster.
+    side of 0, with one added to both numbers of the share so that p is never 0 (Davison and Hinkley,
+    Bootstrap Methods and their Application, 1997, chapter 4; for paired systems Koehn, EMNLP 2004). With few
+    differing images p is too small; then use ``sign_flip``. Patients with equal differences are drawn
+    together, as counts of a multinomial, which gives the same distribution many times faster.
 
     Args:
-        sums: (G,) difference of the mean number of correct images per patient.
-        sizes: (G,) images per patient.
+        sums: (G,) difference in the mean number of correct images, for each patient.
+        sizes: (G,) number of images of each patient.
         generator: Two generators in the same state give the same result.
         resamples: 1 or more.
 
@@ -155,7 +155,7 @@ def bootstrap(
         total, images = (drawn @ kinds).T  # (B, V) @ (V, 2) -> (2, B)
         parts.append(total / images)
     means = np.concatenate(parts)  # (resamples,)
-    means[np.abs(means) < 1e-12] = 0  # rounding would otherwise move ties off 0
+    means[np.abs(means) < 1e-12] = 0  # undo rounding, which moves ties off 0
     low, high = np.quantile(means, [0.025, 0.975])
     sides = [(1 + (means <= 0).sum()) / (1 + resamples), (1 + (means >= 0).sum()) / (1 + resamples)]
     return float(low), float(high), float(min(1.0, 2 * min(sides)))
@@ -164,12 +164,12 @@ def bootstrap(
 def sign_flip(sums: np.ndarray) -> float:
     """Return the exact two-sided p of Fisher and Pitman's randomisation test on integer differences (G,).
 
-    Under the null hypothesis the systems' results of an image, over all draws, are exchangeable: both signs
-    of a difference are equally likely. p is the share of all 2^G sign assignments with a sum at least as far
-    from 0 as the observed sum; a convolution counts them without sampling. With one draw and one image per
-    patient this is McNemar's exact test; with several draws it is McNemar's test with the image as the unit.
-    The exchange is exact if both systems have the same number of draws, and nearly so for a baseline of one
-    draw.
+    Under the null hypothesis, the two systems' results on an image over all draws can be exchanged, so both
+    signs of a difference are equally likely. p is the share of all 2^G sign assignments with a sum at
+    least as far from 0 as the observed sum; a convolution counts them without sampling. With one draw and one
+    image per patient this is McNemar's exact test; with several draws it is McNemar's test with the image as
+    the unit.
+    p is exact if both systems have the same number of draws, and nearly exact if the baseline has one draw.
 
     Fisher, The Design of Experiments, 1935, section 21; Pitman, J. R. Stat. Soc. Suppl. 4, 1937; Yeh,
     COLING 2000, arXiv cs/0008005, for the accuracy of two systems.
@@ -192,8 +192,8 @@ def sign_flip(sums: np.ndarray) -> float:
 def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, int, float]:
     """Apply McNemar's exact test to one draw (Psychometrika 12, 1947): (N,) bool and (N,) bool.
 
-    Returns the number of images that only ``ours`` classifies correctly, the same for ``theirs``, and the
-    two-sided p.
+    Returns the number of images that only ``ours`` classifies correctly, the number that only ``theirs``
+    does, and the two-sided p.
     """
     only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     discordant = only_ours + only_theirs

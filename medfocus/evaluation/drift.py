@@ -1,4 +1,4 @@
-"""Measure whether new images differ from the images of a model, by four comparisons with a p each.
+"""Measure whether new images differ from the images of a model: four comparisons, each with a p-value.
 
 A shift counts if its size exceeds a bound *and* it is significant: with many images every difference is
 significant, and with few images a large difference may be chance.
@@ -17,16 +17,16 @@ from scipy import ndimage, stats
 
 STATISTICS = ("brightness", "contrast", "sharpness", "aspect", "pixels")
 LEAST = 5  # images per set; smaller sets are not compared
-MOST_BYTES = 1_000_000_000  # of the unpacked archive of a model; enough for millions of images
+MOST_BYTES = 1_000_000_000  # of an unpacked file of ``Known``; enough for millions of images
 _FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Images:
-    """The properties of N images that drift compares."""
+    """The properties of N images, for comparison with other images."""
 
     labels: np.ndarray  # (N,) str
-    embeddings: np.ndarray  # (N, D) of ``encoder``
+    embeddings: np.ndarray  # (N, D), image features of ``encoder``
     coverage: np.ndarray  # (N,) mask area / image area
     statistics: np.ndarray  # (N, 5), see ``statistics``
     encoder: str  # key of the image encoder; only embeddings of the same encoder are comparable
@@ -36,9 +36,9 @@ class Images:
 class Known:
     """The images known when a model was made, stored with the model."""
 
-    names: frozenset[str]  # sha256 hex of each
+    names: frozenset[str]  # sha256 hex of each image
     learnt: frozenset[str]  # the names of the training images
-    sample: Images  # all of the images, or some
+    sample: Images  # all of these images, or some
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file without pickles."""
@@ -59,7 +59,7 @@ class Known:
     def load(cls, path: Path) -> Known:
         """Read a file that ``save`` wrote.
 
-        Raises FileNotFoundError, and ValueError for an archive that unpacks to more than ``MOST_BYTES`` or
+        Raises FileNotFoundError, or ValueError if the file is damaged, unpacks to more than ``MOST_BYTES`` or
         holds a pickle.
         """
         file = _read_arrays(path)
@@ -114,11 +114,11 @@ def statistics(grey: np.ndarray) -> np.ndarray:
 
 
 def measure(old: Images, new: Images, bounds: Mapping[str, float], p: float) -> list[Shift]:
-    """Measure how new images differ from old ones.
+    """Measure how new images differ from old images.
 
     ``embedding`` is the out-of-fold AUROC in [0.5, 1] of a linear classifier of old against new images
     (Lopez-Paz and Oquab, arXiv 1610.06545). ``coverage`` and ``statistics`` are the Kolmogorov-Smirnov
-    distances in [0, 1]; of the statistics the largest counts, and its p is multiplied by their number.
+    distances in [0, 1]. The largest distance of a statistic counts, with p times the number of statistics.
     ``classes`` is the total variation of the class shares in [0, 1], with the p of a chi-square test.
 
     Args:

@@ -1,4 +1,4 @@
-"""Decide whether a challenger replaces the champion; check and report every condition."""
+"""Decide whether a challenger replaces the champion, and report the check of every condition."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Champion:
     version: str
     classes: tuple[str, ...]
     predicted: np.ndarray  # (N,) str, the predicted class of each test image
-    fair: np.ndarray  # (N,) bool: neither the image, a twin nor its patient was in the training set
+    fair: np.ndarray  # (N,) bool: the training set had neither the image, nor a twin, nor its patient
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ def judge(
     """Check a challenger against the rules and the present champion, if there is one.
 
     Args:
-        probabilities: (N, K) of the challenger on its test images, which are not in its training set.
+        probabilities: (N, K) of the challenger on its test images, none of which it was trained on.
         labels: (N,) integers in [0, K).
         classes: (K,) in the order of the columns.
         rules: The conditions.
-        champion: None if there is none; then no comparison is made.
+        champion: The present champion; with None, the challenger is not compared.
         shifts: Differences between new images and the images of the champion.
     """
     checks: list[Check] = []

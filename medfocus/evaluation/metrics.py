@@ -1,4 +1,4 @@
-"""Metrics of predictions on a test set, and intervals over draws."""
+"""Compute metrics of predictions on a test set, and intervals over draws."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         labels: (N,) integers in [0, K).
 
     Returns:
-        accuracy; balanced_accuracy and macro_f1, means over the classes with test images; auroc, one class
-        against the rest, macro mean, NaN if a class has no test image; and ece. All are in [0, 1].
+        accuracy, balanced_accuracy, macro_f1, auroc and ece, all in [0, 1]. balanced_accuracy and macro_f1
+        are means over the classes with test images. See ``auroc`` and ``Reliability.ece``.
     """
     from sklearn.metrics import f1_score  # imported here, because the import takes a second
 
@@ -40,7 +40,7 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the one-against-rest AUROC of (N, K), (N,), macro mean; NaN if a class is absent."""
+    """Return the mean AUROC of each class against the rest, from (N, K), (N,); NaN if a class is absent."""
     from sklearn.metrics import roc_auc_score
 
     classes = probabilities.shape[1]
@@ -56,7 +56,7 @@ def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
 class Reliability:
     """Accuracy by confidence, in equal-width bins of confidence in [0, 1]."""
 
-    confidence: np.ndarray  # (B,) mean of the bin; NaN if it is empty
+    confidence: np.ndarray  # (B,) mean confidence; NaN if the bin is empty
     accuracy: np.ndarray  # (B,) share of correct predictions; NaN if the bin is empty
     count: np.ndarray  # (B,) number of predictions
 
@@ -71,8 +71,8 @@ class Reliability:
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> Reliability:
     """Return the reliability curve of predictions (N, K), (N,) (Guo et al., arXiv 1706.04599).
 
-    A confidence at the edge of two bins belongs to the upper bin. For concatenated predictions of several
-    draws, the curve is that of a random draw. Raises ValueError for no bins.
+    A confidence at the edge of two bins belongs to the upper bin. Concatenated predictions of several draws
+    give the expected curve of one draw. Raises ValueError if ``bins`` is below 1.
     """
     if bins < 1:
         raise ValueError(f"reliability: {bins} bins; use 10 to 15.")
@@ -89,14 +89,14 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -
 
 
 def per_class_recall(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the recall of every class, (N, K), (N,) -> (K,); NaN if a class has no test image."""
+    """Return the recall (K,) of every class from (N, K), (N,); NaN for a class without test images."""
     counts = confusion(probabilities.argmax(axis=1), labels, probabilities.shape[1])  # (K, K)
     true = counts.sum(axis=1)
     return np.divide(counts.diagonal(), true, out=np.full(len(true), np.nan), where=true > 0)
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Return counts (K, K) by true class (rows) and predicted class; from (N,), (N,) integers in [0, K)."""
+    """Return counts (K, K) by true class (rows) and predicted class from (N,), (N,) integers in [0, K)."""
     from sklearn.metrics import confusion_matrix
 
     return confusion_matrix(labels, predicted, labels=list(range(classes)))
@@ -131,5 +131,5 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 
 
 def wilson_lower(correct: int, count: int) -> float:
-    """Return the lower end of the 95 % Wilson interval of a share; 5 of 5 ranks below 230 of 251."""
+    """Return the lower end of the 95 % Wilson interval of a share, which ranks 5 of 5 below 230 of 251."""
     return wilson(correct, count)[0]

@@ -1,4 +1,4 @@
-"""Controls: focus modes that show another region, to test whether the right region matters."""
+"""Define controls: focus modes that show another region, to test whether the right region matters."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CONTROLS = {
 
 
 def focus_of(focus: str) -> str:
-    """Return the focus of ``medfocus.focus.view.view`` for a study's focus, which may be a control."""
+    """Return the ``focus`` of ``medfocus.focus.view.view`` for the focus of a study or for a control."""
     return CONTROLS[focus].mode if focus in CONTROLS else focus
 
 
 def mask_source_of(focus: str) -> MaskSource:
-    """Return the source of the mask for a study's focus, which may be a control."""
+    """Return the source of the mask for the focus of a study or for a control."""
     return CONTROLS[focus].mask if focus in CONTROLS else "own"

@@ -1,4 +1,4 @@
-"""Parts of an image: the random crops of its views, and the bounding box of its mask."""
+"""Cut parts out of an image: random crops for its views, and the bounding box of its mask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 AREA = (0.5, 1.0)  # share of the image that a random crop keeps, as in the public code of the paper
-_KEPT = 0.5  # share of the mask that a crop has to keep
+_KEPT = 0.5  # share of the mask that a crop has to keep at least
 
 
 class Crop(NamedTuple):
@@ -36,7 +36,7 @@ def crop_box(sha256: str, view: int, *, mirror: bool = False) -> Crop:
 
 
 def cut(plane: np.ndarray, crop: Crop) -> np.ndarray:
-    """Cut a crop out of an image (H, W, 3) or a mask (H, W), mirrored if the crop is."""
+    """Cut a crop out of an image (H, W, 3) or a mask (H, W), and mirror it if the crop is mirrored."""
     rows, columns = _window(plane, crop)
     return np.ascontiguousarray(plane[rows, columns][:, :: -1 if crop.mirrored else 1])
 
@@ -51,13 +51,13 @@ def _window(plane: np.ndarray, crop: Crop) -> tuple[slice, slice]:
 
 
 def keep_region(crop: Crop, mask: np.ndarray) -> Crop:
-    """Return ``crop``, or the whole image if the crop keeps less than half of ``mask``."""
+    """Return ``crop``, or a crop of the whole image if ``crop`` keeps less than half of ``mask``."""
     if mask[_window(mask, crop)].sum() < _KEPT * mask.sum():
         return Crop(0, 0, 1, 1, crop.mirrored)
     return crop
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return top, bottom, left and right of a mask that is not empty; bottom and right are exclusive."""
+    """Return top, bottom, left and right of a non-empty mask; bottom and right are exclusive."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(ys[0]), int(ys[-1]) + 1, int(xs[0]), int(xs[-1]) + 1

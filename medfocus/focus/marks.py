@@ -1,7 +1,7 @@
-"""Visual prompts that draw a red mark around a region: contour, circle, box and arrow.
+"""Draw a red mark around a region as a visual prompt: contour, circle, box or arrow.
 
-A mark lies outside the region, so that it hides no part of it. It ends at the edges of the image. A region
-that fills the image has no visible mark.
+A mark lies outside the region, so that it hides no part of the region, and ends at the edges of the image. A
+region that fills the image has no visible mark.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from medfocus.masks.candidates import connected
 MARK_COLOUR = (255, 0, 0)  # red marks attract CLIP's attention, arXiv 2304.06712
 MARK_WIDTH = 3 / 224  # of the longest side: 3 pixels of CLIP's input
 ARROW_LENGTH, ARROW_HEAD = 12, 4  # in mark widths; the head is as broad as it is long
-# (down, right); of two directions with equal space, the first wins.
+# (down, right). Of two directions with equal space, the first wins.
 DIRECTIONS = ((-1, 0), (0, -1), (1, 0), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, -1))
 
 
@@ -27,12 +27,12 @@ def contour(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
 
 
 def circle(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
-    """Draw the smallest red ellipse around the mask with the centre and proportions of its bounding box."""
+    """Draw the smallest red ellipse that encloses the mask and has the centre and proportions of its box."""
     top, bottom, left, right = bounding_box(mask)
     y = np.abs(np.arange(mask.shape[0])[:, None] - (top + bottom - 1) / 2)  # (H, 1) from the centre
     x = np.abs(np.arange(mask.shape[1]) - (left + right - 1) / 2)  # (W,)
     down, across = (bottom - top) / 2, (right - left) / 2  # the half axes of the ellipse inside the box
-    farthest = (((y + 0.5) / down) ** 2 + ((x + 0.5) / across) ** 2)[mask].max()  # corner of a pixel
+    farthest = (((y + 0.5) / down) ** 2 + ((x + 0.5) / across) ** 2)[mask].max()  # outer corners of pixels
     return _marked(image, _line_around((y / down) ** 2 + (x / across) ** 2 <= farthest))
 
 
@@ -47,8 +47,8 @@ def box(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
 def arrow(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     """Draw a red arrow at the mask's border that points at the centre of the mask's largest part.
 
-    Of eight directions, it takes the direction with space for the largest arrow. It is 36 pixels long in
-    CLIP's input, and shorter if there is less space.
+    Of eight directions, choose the direction with space for the largest arrow. The arrow is 36 pixels long in
+    CLIP's input, or shorter if there is less space.
     """
     labels, _ = connected(mask)
     top, bottom, left, right = bounding_box(labels == 1 + np.bincount(labels.ravel())[1:].argmax())
@@ -69,7 +69,7 @@ def _mark_width(mask: np.ndarray) -> float:
 
 
 def _line_around(region: np.ndarray) -> np.ndarray:
-    """Region (H, W) bool -> the pixels outside it within the width of a mark, (H, W) bool."""
+    """Return the pixels (H, W) bool outside a region (H, W) bool within the width of a mark."""
     distance = np.asarray(ndimage.distance_transform_edt(~region))  # (H, W) pixels to the region, 0 inside
     return (distance > 0) & (distance <= _mark_width(region))
 

@@ -1,4 +1,4 @@
-"""Visual prompts: functions of an image and its mask, such as x_s = x ⊙ m.
+"""Apply visual prompts, which are functions of an image and its mask, such as x_s = x ⊙ m.
 
 The colour outside the mask is CLIP's mean colour, which is 0 after normalisation; black would be -1.8
 standard deviations. Soft edges lie outside the mask, so the region itself never changes.
@@ -27,8 +27,8 @@ BLUR_SIGMA = 0.04  # of the longest side; keeps shapes and removes texture
 def focus(image: np.ndarray, mask: np.ndarray, mode: str, *, feather: float) -> np.ndarray:
     """Apply one of ``FOCUS`` to an image at its own resolution.
 
-    An empty mask stands for the whole image, m = 1, because a blank image would show the class of an image
-    without a region by its mask alone. Only "inverse" then returns a blank image: the background is empty.
+    An empty mask stands for the whole image, m = 1. A blank image would instead show that the image has no
+    region, which can reveal its class. Only "inverse" returns a blank image, because the background is empty.
 
     Args:
         image: (H, W, 3) uint8 RGB; it is not modified.
@@ -54,7 +54,7 @@ def focus(image: np.ndarray, mask: np.ndarray, mode: str, *, feather: float) -> 
 
 
 def none(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
-    """Return the image itself, the baseline of every focus."""
+    """Return the image itself, the baseline for every focus."""
     return image
 
 
@@ -88,7 +88,10 @@ def binary(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
 
 
 def crop(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
-    """Cut out a square around the mask's box (w, h), half side max(.5w, .5h, .2W, .2H), within the image."""
+    """Cut out a square around the mask's bounding box (w, h), as far as it lies inside the image (W, H).
+
+    Half of the square's side is max(0.5 w, 0.5 h, 0.2 W, 0.2 H).
+    """
     height, width = mask.shape
     top, bottom, left, right = bounding_box(mask)
     half = max(0.5 * (right - left), 0.5 * (bottom - top), 0.2 * width, 0.2 * height)
@@ -99,7 +102,7 @@ def crop(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
 
 
 def blur(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
-    """Show the image inside the mask and a blurred image outside, which keeps the position of the region."""
+    """Show the image inside the mask and a blurred image outside, so that the region keeps its context."""
     blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(BLUR_SIGMA * max(mask.shape)))
     return _blend(image, blurred, soft_edge(mask, feather))
 
@@ -120,10 +123,11 @@ FOCUS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 
 
 def soft_edge(mask: np.ndarray, feather: float) -> np.ndarray:
-    """(H, W) bool -> (H, W) uint8: 255 inside, falling to 0 outside over ``feather`` times the longest side.
+    """Return weights (H, W) uint8 of a mask (H, W) bool: 255 inside, falling to 0 outside.
 
-    The value is twice the share of the mask in a square window, which is linear along a straight edge. The
-    count uses integers, so that a rotated image has the same bits.
+    The soft edge is ``feather`` times the longest side wide. A weight outside is twice the share of the mask
+    in a square window, so that it falls linearly away from a straight edge. The share is counted in integers,
+    so that a rotated mask gives the same bits.
     """
     radius = round(feather * max(mask.shape))
     if radius == 0:
@@ -139,5 +143,5 @@ def soft_edge(mask: np.ndarray, feather: float) -> np.ndarray:
 
 
 def _blend(inside: np.ndarray, outside: Image.Image, weight: np.ndarray) -> np.ndarray:
-    """Blend ``inside``, at ``weight`` 255, and ``outside``, at ``weight`` 0; ``weight`` is (H, W) uint8."""
+    """Blend two images by ``weight`` (H, W) uint8: 255 gives ``inside``, 0 gives ``outside``."""
     return np.array(Image.composite(Image.fromarray(inside), outside, Image.fromarray(weight)))

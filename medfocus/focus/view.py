@@ -1,4 +1,4 @@
-"""Views: the input of the encoder, made of an image and its mask by crop, focus and letterbox."""
+"""Make views, the input of the encoder, from an image and its mask by crop, focus and letterbox."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def view(
     feather: float,
     crop: Crop | None = None,
 ) -> np.ndarray:
-    """Image (H, W, 3) uint8 and mask (H, W) bool -> view (S, S, C) uint8.
+    """Make a view (S, S, C) uint8 from an image (H, W, 3) uint8 and a mask (H, W) bool.
 
-    A focus in FOCUS makes three channels. A focus in REGIONS adds the region to the image, in further
-    channels of the same frame: "alpha" and "attention" the mask, 255 inside (C = 4), and "dual" the image
-    with the focus "multiply" (C = 6).
+    A focus in FOCUS makes three channels. A focus in REGIONS adds the region in further channels of the same
+    frame: "alpha" and "attention" add the mask, 255 inside (C = 4), and "dual" adds the image with the focus
+    "multiply" (C = 6).
 
     Args:
         image: RGB, at its own resolution.
-        mask: True inside the region; None is allowed for focus "none".
+        mask: True inside the region. It may be None for the focus "none".
         focus: A key of ``medfocus.focus.modes.FOCUS`` or ``medfocus.clip.regions.REGIONS``.
-        size: S, pixels a side; the longest side fills it, the rest has CLIP's mean colour.
+        size: S, pixels per side. The longest side of the image fills it; the rest has CLIP's mean colour.
         feather: Width of the soft edge as a share of the longest side of the crop.
-        crop: A result of ``crop_box``; None is the whole image. If it keeps less than half of the mask, the
-            view shows the whole image, mirrored if the crop is.
+        crop: A result of ``crop_box``; None is the whole image. If the crop keeps less than half of the mask,
+            the view shows the whole image, mirrored if the crop is mirrored.
 
-    Raises ValueError for an absent mask, and as ``medfocus.focus.modes.focus`` does.
+    Raises ValueError for a missing mask, and as ``medfocus.focus.modes.focus`` does.
     """
     if focus == "none":
         return _focused_view(image, None, focus, size, feather, crop)
@@ -66,5 +66,5 @@ def _focused_view(
 
 
 def view_key(*, focus: str, size: int, feather: float) -> str:
-    """Return the cache's key of views: their settings and all code from the image file on."""
+    """Return the key of views in caches, from their settings and all code from the image file to the view."""
     return fingerprint(view, decode, focus=focus, size=size, feather=feather)

@@ -1,4 +1,4 @@
-"""Image files -> (H, W, 3) uint8 RGB. This room may import storage.
+"""Read image files as (H, W, 3) uint8 RGB. This room may import storage.
 
 ``decode`` reads an image file within limits of format, bytes and pixels; ``dicom`` and ``nifti`` read files
 of several images behind one interface, ``stack.Stack``. ``geometry`` resizes images with their masks,

@@ -1,4 +1,4 @@
-"""Several images on one sheet, with captions."""
+"""Arrange several images with captions on one sheet."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Decode image files to RGB arrays, within limits.
 
 Images come from untrusted sources, so three limits apply before any pixel is decoded: the format, the bytes
-of the file, and the pixels that its header declares. The limit of Pillow against decompression bombs is
-higher. DICOM and NIfTI files are recognised by their bytes, not by their names, and meet the same limits.
+of the file, and the pixels that its header declares. Pillow's own limit against decompression bombs is
+higher. DICOM and NIfTI files are recognised by their bytes, not by their names, and have the same limits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from medfocus.images import stack as stacks
 from medfocus.images.errors import ImageError, TooLargeError, not_finite, too_many_pixels
 from medfocus.images.stack import Stack
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; no other decoder of Pillow is used
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow's names; its other decoders are not used
 MOST_PIXELS = 64_000_000  # per image
 MOST_BYTES = 256_000_000  # per file
 _MOST_CACHED = 1_000_000_000  # bytes of open stacks
@@ -32,7 +32,7 @@ _EXPORT = "Export it again as PNG, or remove it."
 def read_bytes(path: Path, name: str | None = None) -> bytes:
     """Read an image file, up to MOST_BYTES.
 
-    Raises OSError, and ImageError with ``name`` (default: the path) if the file is too large or is not a
+    Raises OSError, or ImageError with ``name`` (default: the path) if the file is too large or is not a
     regular file, such as a pipe that never ends.
     """
     name = str(path) if name is None else name
@@ -68,13 +68,13 @@ def read_header(data: bytes, name: str, formats: tuple[str, ...] = FORMATS) -> I
 def open_image(data: bytes, name: str) -> Image.Image:
     """Decode the first frame of an encoded image in its own mode, and apply the EXIF orientation.
 
-    Raises ImageError with ``name`` if the bytes are empty, broken or truncated, or if the image is above a
-    limit; in the latter case no pixel is decoded.
+    Raises ImageError with ``name`` if the bytes are empty, broken or truncated, or if the image exceeds a
+    limit. An image above a limit is not decoded.
     """
     image = read_header(data, name)
     try:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # an upright image is not copied
+        ImageOps.exif_transpose(image, in_place=True)  # in place, so that an upright image is not copied
         return image
     except Exception as error:  # broken bytes: OSError, SyntaxError, struct.error, ...
         raise _undecodable(name, error) from error
@@ -96,9 +96,10 @@ def decode(data: bytes, name: str) -> np.ndarray:
     """Decode an encoded image to (H, W, 3) uint8 RGB.
 
     Grey values of more than 8 bits, and floats, are scaled from their minimum and maximum to 0 and 255. Alpha
-    is composited over black. The EXIF orientation is applied. A TIFF with several frames gives its first.
-    ``dicom`` and ``nifti`` define how their files are displayed; one with several images is refused, because
-    the caller must choose one. Raises ImageError with ``name``.
+    is composited over black. The EXIF orientation is applied. Only the first frame of a TIFF is decoded.
+
+    ``dicom`` and ``nifti`` define how their files are displayed. A file with several images is refused,
+    because the caller must choose one of them. Raises ImageError with ``name``.
     """
     stack = open_stack(data, name)
     if stack is None:
@@ -161,7 +162,7 @@ def frames_of(path: Path) -> list[Path]:
 
 
 def modality_and_body_part(path: Path) -> tuple[str, str]:
-    """Return the modality and body part in a DICOM header ("CR", "CHEST"); "" where unknown.
+    """Return the modality and body part from a DICOM header, such as "CR" and "CHEST"; "" where unknown.
 
     Raises FileNotFoundError or ImageError.
     """
@@ -182,7 +183,7 @@ _cache_lock = threading.Lock()
 
 
 def _open_cached(file: Path) -> Stack:
-    """Open a stack, or return it from the cache: the next frame usually comes from the same file.
+    """Open a stack, or return it from the cache, because the next frame usually comes from the same file.
 
     The cache always keeps the last stack, and earlier ones up to _MOST_CACHED bytes. Raises as ``read`` does.
     """
@@ -200,7 +201,7 @@ def _open_cached(file: Path) -> Stack:
 
 
 def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 -> (H, W, 3)."""
+    """Return pixels (H, W) or (H, W, 3) uint8 as (H, W, 3)."""
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels)
 
 
@@ -216,7 +217,7 @@ def _undecodable(name: str, error: Exception) -> ImageError:
 
 
 def _window(values: np.ndarray, name: str) -> np.ndarray:
-    """(H, W) float32 -> (H, W) uint8, the minimum to 0 and the maximum to 255; a constant image to 0."""
+    """Scale (H, W) float32 to uint8: the minimum to 0, the maximum to 255, and a constant image to 0."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise not_finite(name)

@@ -5,8 +5,8 @@ MONOCHROME1. Without a LUT or window, 8-bit values stay unchanged, and deeper va
 minimum to their maximum. Padding is black and does not influence the window. Colour images: palettes and YBR
 become RGB. Overlays are not drawn.
 
-Only the tags below are read from the header, so that no other text of it can appear in an error. pydicom's
-warnings are suppressed, because they show values.
+Only the tags below are read, so that no other text of the header can appear in an error. pydicom's warnings
+are suppressed, because they show values.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from medfocus.images.errors import ImageError, not_finite, too_many_pixels, unpa
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _NAMED = ("SOPClassUID", "Modality", "PatientID", "BodyPartExamined", *_PIXELS)
-_DERIVED = ("SEG", "RTDOSE")  # the pixels are regions or doses, not images
+_DERIVED = ("SEG", "RTDOSE")  # modalities with regions or doses as pixels, not images
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-# The group of tags that define how pixels are stored and displayed.
+# The tags that define how pixels are stored and displayed.
 _TAGS = [tag for tag in range(0x00280000, 0x00290000) if dictionary_has_tag(tag)]
 _BLOCK = 1 << 20  # bytes inflated at once
 _MOST_RUNS = 16_000_000  # bytes of an RLE frame; it may unpack to 64 times as many
@@ -91,7 +91,7 @@ class Dicom:
 
     @property
     def is_colour(self) -> bool:
-        """Whether its images are in colour."""
+        """Whether the images are in colour."""
         return self._data.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2")
 
     def names(self, axis: int = 2, every: int = 1) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ class Dicom:
 
     @property
     def only(self) -> str | None:
-        """ "" for a single frame; None for several."""
+        """The name of a single frame, which is ""; None if there are several frames."""
         return "" if self.frames == 1 else None
 
     def find(self, frame: str) -> str:
@@ -114,7 +114,7 @@ class Dicom:
         return self.names()[int(frame)]
 
     def has_window(self, frame: str) -> bool:
-        """Whether the frame needs no window (8 bits or colour) or the header has one."""
+        """Return whether the header has a window, or the frame needs none (8 bits or colour)."""
         with _as_image_error(self.name), _quiet():
             header = self._header(int(frame or 0))
             return self.is_colour or self._bits <= 8 or _is_windowed(header)
@@ -176,7 +176,7 @@ class Dicom:
             raise ImageError(self.name, "truncated file", fault, "Copy it again, or remove it.")
 
     def _stored(self, index: int) -> tuple[np.ndarray, str]:
-        """Return the stored values of a frame, YBR converted to RGB, and its photometric interpretation."""
+        """Decode a frame; return its values and their photometric interpretation (YBR may become RGB)."""
         syntax = self._data.file_meta.TransferSyntaxUID
         decoder, stream = get_decoder(syntax), b""
         if syntax.is_encapsulated:
@@ -188,7 +188,7 @@ class Dicom:
             array, meta = decoder.as_array(self._data, index=index, **options)
             return array, str(meta["photometric_interpretation"])
         if "pillow" in plugins:
-            with contextlib.suppress(Exception):  # GDCM reads more variants
+            with contextlib.suppress(Exception):  # if Pillow fails, GDCM may read the frame
                 array, meta = decoder.as_array(self._data, index=index, decoding_plugin="pillow", **options)
                 return array, str(meta["photometric_interpretation"])
         plain = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
@@ -211,7 +211,7 @@ class Dicom:
             raise ImageError(self.name, "cannot be decoded", fault, _FIX)
 
     def _header(self, index: int) -> Dataset:
-        """Return the header of a frame: that of the file, updated in enhanced files by the frame's own."""
+        """Return the header of a frame. In enhanced files, functional groups update the file's header."""
         shared, per_frame = (self._data.get(tag) or [] for tag in _GROUPS)
         groups = [*shared[:1], *per_frame[index:][:1]]
         if not groups:
@@ -284,7 +284,7 @@ def _unpacked_runs(stream: bytes) -> int:
 
 
 def _shown(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
-    """Stored grey values -> displayed values, (H, W) uint8."""
+    """Turn stored grey values into displayed values, (H, W) uint8."""
     padding = _padding(stored, header)
     values = apply_modality_lut(stored, header)
     share = _windowed(values, header)  # (H, W) float in [0, 1]
@@ -305,13 +305,13 @@ def _shown(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
 
 
 def _is_plain(stored: np.ndarray, header: Dataset) -> bool:
-    """Whether the values have at most 8 bits and are displayed unchanged, as in a PNG."""
+    """Return whether the values have at most 8 bits and are displayed unchanged, as in a PNG."""
     changed = "ModalityLUTSequence" in header or "RescaleSlope" in header
     return stored.dtype.kind in "ub" and int(header.get("BitsStored") or 64) <= 8 and not changed
 
 
 def _is_windowed(header: Dataset) -> bool:
-    """Whether the header has a VOI LUT or a valid window: width at least 1 if linear, otherwise above 0."""
+    """Return whether there is a VOI LUT or a valid window (width at least 1 if linear, otherwise above 0)."""
     if header.get("VOILUTSequence"):
         return True
     centre, width = (_first(header.get(tag)) for tag in ("WindowCenter", "WindowWidth"))
@@ -322,13 +322,13 @@ def _is_windowed(header: Dataset) -> bool:
 
 
 def _windowed(values: np.ndarray, header: Dataset) -> np.ndarray | None:
-    """Apply the first VOI LUT or window: values -> (H, W) in [0, 1]; None if there is no valid one."""
+    """Apply the first VOI LUT or window to values: (H, W) in [0, 1]; None if the header has neither."""
     if not _is_windowed(header):
         return None
     if header.get("VOILUTSequence"):
         item = header.VOILUTSequence[0]
         entries, first, bits = item.LUTDescriptor
-        item.LUTDescriptor = [entries, first, 16]  # otherwise pydicom masks the entries to their bits
+        item.LUTDescriptor = [entries, first, 16]  # otherwise pydicom cuts the entries to ``bits`` bits
         try:
             looked = apply_voi(np.rint(values).astype(np.int64), header)
         finally:
@@ -342,7 +342,7 @@ def _windowed(values: np.ndarray, header: Dataset) -> np.ndarray | None:
 
 
 def _first(values: Any) -> Any:
-    """Return the first value of an element with one or several; None if it has none."""
+    """Return the first value of an element; None if the element is missing or empty."""
     return values if values is None or np.isscalar(values) else next(iter(values), None)
 
 

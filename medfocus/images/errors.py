@@ -1,4 +1,4 @@
-"""Errors of files that hold no usable image."""
+"""Errors for files that hold no usable image."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ class TooLargeError(ImageError):
 
 
 def too_many_pixels(name: str, count: str, most: int) -> TooLargeError:
-    """Return the error of an image with ``count``, such as "9000 x 9000 pixels", above ``most`` pixels."""
+    """Return the error for an image with ``count``, such as "9000 x 9000 pixels", above ``most`` pixels."""
     fault = f"has {count}; the limit is {most // 1_000_000} megapixels"
     return TooLargeError(name, "too many pixels", fault, "Scale it down or cut it into tiles, or remove it.")
 
 
 def unpacks_too_large(name: str, most: int) -> TooLargeError:
-    """Return the error of a compressed file that unpacks to more than ``most`` bytes."""
+    """Return the error for a compressed file that unpacks to more than ``most`` bytes."""
     fault = f"unpacks to more than {most // 1_000_000} MB, the limit"
     return TooLargeError(name, "file too large", fault, "Export it smaller, or remove it.")
 
 
 def not_finite(name: str) -> ImageError:
-    """Return the error of an image with NaN or infinite values."""
+    """Return the error for an image with NaN or infinite values."""
     fix = "Replace them and export it again."
     return ImageError(name, "values not finite", "holds values that are not finite", fix)

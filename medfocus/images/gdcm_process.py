@@ -29,7 +29,7 @@ class Gdcm:
         atexit.register(self.close)
 
     def decode(self, stream: bytes, **options: Any) -> tuple[np.ndarray, str]:
-        """Decode a compressed frame to the pixels of pydicom's decoder and a photometric interpretation.
+        """Decode a compressed frame as pydicom's decoder does; return pixels and photometric interpretation.
 
         Raises ValueError if GDCM refuses the frame, and GdcmCrash if the process does not survive it.
         """
@@ -55,13 +55,13 @@ class Gdcm:
         return array, answer["interpretation"]
 
     def close(self) -> None:
-        """End the process, if this process started it."""
+        """End the GDCM process, unless it belongs to the parent of a fork."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return
         process.kill()
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # unsent input
+            with contextlib.suppress(OSError):  # the pipe may hold unsent input
                 if pipe is not None:
                     pipe.close()
         process.wait()

@@ -1,7 +1,7 @@
-"""Decode frames with GDCM, as a script in its own process, because some broken frames crash GDCM.
+"""Decode frames with GDCM. This script runs in its own process, because some broken frames crash GDCM.
 
-The script imports nothing of this project. A request is a line of JSON (options of pydicom's decoder) and a
-frame; an answer is a line of JSON and the pixels. The script ends when its input ends.
+It imports nothing of this project. A request is a line of JSON (options of pydicom's decoder) and a frame. An
+answer is a line of JSON and the pixels. The script ends when its input ends.
 """
 
 from __future__ import annotations

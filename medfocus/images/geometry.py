@@ -1,4 +1,4 @@
-"""Geometric steps that images and their masks share, and the grey image."""
+"""Resize images and their masks alike, and convert images to grey."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def letterbox_mask(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 def _placement(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Return height and width with the longest side ``size``, and the top left corner that centres them."""
+    """Return height and width scaled to a longest side of ``size``, and the top and left that centre them."""
     scale = size / max(height, width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     return new_height, new_width, (size - new_height) // 2, (size - new_width) // 2

@@ -5,7 +5,7 @@ displayed in the radiological convention: head or front up, the patient's right 
 resampled to squares.
 
 One window applies to the whole volume, from the 1st to the 99th percentile of its voxels. A window per slice
-would make all slices equally bright, and a single hot voxel or metal speck would set the minimum or maximum.
+would make all slices equally bright. A window from minimum to maximum would depend on a single hot voxel.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from medfocus.images.errors import ImageError, not_finite, too_many_pixels, unpa
 AXES = "xyz"
 MOST_BYTES = 1_000_000_000  # of an unpacked volume
 _WINDOW = (1, 99)  # percentiles
-_SAMPLE = 4_000_000  # at least so many voxels give the percentiles, if the volume has them
-_SILENT = logging.Logger("nibabel")  # its repairs of headers change no voxel
+_SAMPLE = 4_000_000  # the percentiles use at least this many voxels, or all voxels
+_SILENT = logging.Logger("nibabel")  # nibabel logs repairs of headers, which change no voxel
 _SILENT.addHandler(logging.NullHandler())
 _FIX = "Export it again as a NIfTI file of one volume, or remove it."
 
@@ -39,11 +39,11 @@ class Volume:
     """An open NIfTI file; see ``medfocus.images.stack.Stack``."""
 
     is_volume = True
-    patient_id = modality = body_part = ""  # not in a NIfTI header
+    patient_id = modality = body_part = ""  # a NIfTI header has none of them
     is_burnt_in = False
 
     def __init__(self, data: bytes, name: str, *, most_pixels: int) -> None:
-        """Unpack a volume and reorient it; a file with a fourth dimension gives its first volume.
+        """Unpack a volume and reorient it. In a file with a fourth dimension, this is the first volume.
 
         Raises ImageError with ``name`` for broken bytes, more than MOST_BYTES, slices of more than
         ``most_pixels``, fewer voxels than the header declares, and colours or complex numbers.

@@ -1,4 +1,4 @@
-"""Files of several images: recognise them, and name one image in them.
+"""Recognise files of several images, and name one image in such a file.
 
 ``x.dcm#07`` is a frame of a DICOM file, counted from 0; ``x.nii.gz#z=057`` is a slice of a NIfTI volume. The
 numbers are padded with zeros, so that names sort in order. An existing file may have a ``#`` in its name.
@@ -17,8 +17,8 @@ import numpy as np
 
 MARK = "#"
 _NIFTI_HEADERS = {348: (344, b"n+1\0"), 540: (4, b"n+2\0\r\n\x1a\n")}  # size -> offset, magic
-_PAIRED = (344, b"ni1\0")  # the same for a header with its voxels in another file
-_LONGEST = 256  # most bytes of the first element of a DICOM file without a preamble
+_PAIRED = (344, b"ni1\0")  # offset and magic of a header with its voxels in another file
+_LONGEST = 256  # upper bound of bytes of the first element in a DICOM file without preamble
 
 
 class Stack(Protocol):
@@ -29,7 +29,7 @@ class Stack(Protocol):
     size: int  # bytes in memory
     is_volume: bool  # whether the images are slices
     volumes: int  # number of volumes; only the first is used
-    patient_id: str  # of the header, only for ``medfocus.datasets.pseudonyms``; "" where unknown
+    patient_id: str  # from the header, only for ``medfocus.datasets.pseudonyms``; "" where unknown
     modality: str  # DICOM term: "CR", "DX", "CT", "MR", "US", ...; "" where unknown
     body_part: str  # DICOM term: "CHEST", "HEAD", ...; "" where unknown
     is_burnt_in: bool  # whether the pixels contain text, according to the header
@@ -40,7 +40,7 @@ class Stack(Protocol):
         ...
 
     def names(self, axis: int = 2, every: int = 1) -> tuple[str, ...]:
-        """Return the images' names in order; for a volume, of every ``every``-th slice along an axis."""
+        """Return the names of the images in order; in a volume, of every ``every``-th slice along an axis."""
         ...
 
     def find(self, frame: str) -> str:
@@ -48,7 +48,7 @@ class Stack(Protocol):
         ...
 
     def has_window(self, frame: str) -> bool:
-        """Whether the display range is known; otherwise it is the image's minimum to maximum."""
+        """Return whether the display range is known. If not, it is the image's minimum to maximum."""
         ...
 
     def pixels(self, frame: str) -> np.ndarray:
@@ -93,12 +93,12 @@ def flat(name: str) -> str:
 
 
 def digest(sha256: str, frame: str) -> str:
-    """Return the sha256 hex that identifies one image of a file; for a file of one image, the file's own."""
+    """Return the sha256 hex that identifies an image in a file; without ``frame``, the file's own sha256."""
     return hashlib.sha256(f"{sha256}{MARK}{frame}".encode()).hexdigest() if frame else sha256
 
 
 def _begins_as_dicom(data: bytes) -> bool:
-    """Whether the data begin with a DICOM element, without a preamble; no other image format does."""
+    """Return whether the data begin with a DICOM element without a preamble, as no other format does."""
     if len(data) < 12 or data[:2] not in (b"\x02\0", b"\x08\0") or data[3] != 0:
         return False
     explicit = data[4:6].isalpha() and data[4:6].isupper()

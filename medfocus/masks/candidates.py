@@ -1,4 +1,4 @@
-"""The choice of an image's mask among candidate regions, without labels. Arrays in, arrays out.
+"""Choose an image's mask among candidate regions, without labels. Functions take and return arrays.
 
 A candidate's score is predicted IoU x stability x centrality x (1 - share of the image's border that it
 covers). Only candidates within the limits count. If there are none, relaxed limits apply; the later rungs of
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-ISLAND_SHARE = 0.05  # of the largest part: ``tidy`` drops smaller ones, because a crop would include them
+ISLAND_SHARE = 0.05  # of the largest part; ``tidy`` drops smaller parts, because a crop would include them
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Choice:
 
 
 def stability(logits: np.ndarray, offset: float = 1.0) -> np.ndarray:
-    """Measure how stable regions are: IoU of logits > offset and logits > -offset.
+    """Measure how stable regions are, as the IoU of logits > offset and logits > -offset.
 
     Logits (M, h, w) -> (M,) in [0, 1]. This is SAM2's ``calculate_stability_score``, except that an empty
     candidate gets 0 instead of NaN.
@@ -91,11 +91,11 @@ def pick(
     keep: int,
     max_overlap: float,
 ) -> tuple[tuple[int, ...], float] | None:
-    """Pick the best ``keep`` distinct candidates within the limits: indices, best first, and mean score.
+    """Pick the best ``keep`` distinct candidates in the limits; return indices (best first) and mean score.
 
     Two candidates are distinct if their intersection is at most ``max_overlap`` of the smaller one. A
-    candidate's area has to lie within the limits before and after ``tidy``, and so does the area of the
-    union. Among equal scores the first candidate wins. Returns None if no candidate fits.
+    candidate's area has to lie within the limits before and after ``tidy``, and the area of the union must
+    not exceed them. Among equal scores the first candidate wins. Returns None if no candidate fits.
     """
     if len(regions) == 0:
         return None
@@ -131,7 +131,7 @@ def choose(
 ) -> Choice | None:
     """Try the first two rungs of the ladder: ``pick`` within the limits, then within relaxed limits.
 
-    ``regions`` (M, h, w) bool, ``predicted_iou`` (M,), ``steadiness`` (M,). Returns None if none fits.
+    ``regions`` are (M, h, w) bool; the other two arrays are (M,). Returns None if no candidate fits.
     """
     for status, rung in (("chosen", limits), ("relaxed", limits.relaxed())):
         best = pick(regions, predicted_iou, steadiness, rung, keep=keep, max_overlap=max_overlap)
@@ -146,7 +146,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def connected(region: np.ndarray) -> tuple[np.ndarray, int]:
-    """Label the connected parts of a region (h, w) bool from 1: labels (h, w) int32 and their number."""
+    """Number the connected parts of a region (h, w) bool from 1; return labels (h, w) int32 and count."""
     labels = np.empty(region.shape, dtype=np.int32)
     return labels, int(ndimage.label(region, output=labels))  # pyright: ignore[reportArgumentType]
 
@@ -154,11 +154,11 @@ def connected(region: np.ndarray) -> tuple[np.ndarray, int]:
 def tidy(region: np.ndarray) -> np.ndarray:
     """Fill the holes of a region (h, w) bool and drop parts far smaller than its largest part.
 
-    SAM2 does this in a CUDA extension, and skips it without CUDA. It fills as
+    SAM2 does this in a CUDA extension, and skips it without CUDA. This function fills holes as
     ``scipy.ndimage.binary_fill_holes`` does, in half the time.
     """
     outside, count = connected(~region)
-    reaches_border = np.zeros(count + 1, dtype=bool)  # by part of the outside
+    reaches_border = np.zeros(count + 1, dtype=bool)  # for each part of the outside
     for side in (outside[0], outside[-1], outside[:, 0], outside[:, -1]):
         reaches_border[side] = True
     reaches_border[0] = False  # the region itself

@@ -1,4 +1,4 @@
-"""The one place that builds segmenters from settings. Importing it loads no network library."""
+"""Build segmenters from settings. Importing this module loads no network library."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def build_segmenter(
         settings: Settings of Otsu's threshold or of SAM2.
         adapter: State of a trained adapter; SAM2 then segments with ``AdapterSegmenter``.
         rank: Ranking of proposals; SAM2 then segments with ``RetrievalSegmenter``.
-        batch_size: Images that SAM2 encodes at once. It is no part of the key.
-        device: Device of SAM2. It is no part of the key.
+        batch_size: Images that SAM2 encodes at once. It does not change the key.
+        device: Device of SAM2. It does not change the key.
 
     Raises:
         FileNotFoundError, ValueError: See ``load_predictor`` and the segmenters.
@@ -52,7 +52,7 @@ def build_segmenter(
 
 
 def build_sam2(settings: Sam2Settings, *, batch_size: int = 4, device: str = "cpu") -> Sam2Segmenter:
-    """Build SAM2's segmenter: the fast one for large images, if it supports model and strategy."""
+    """Build SAM2's segmenter; for large images a ``FastSegmenter``, if it supports model and strategy."""
     from medfocus.masks.sam2.fast_segmenter import LEAST_SIZE, FastSegmenter, fits
     from medfocus.masks.sam2.segmenter import load_sam2
 

@@ -18,7 +18,7 @@ from medfocus.masks import candidates
 from medfocus.masks.segmenter import Mask, check_image, identity, segmenter_key
 from medfocus.masks.settings import OtsuSettings
 
-WORKING_SIZE = 256  # pixels of the longest side while it looks for regions
+WORKING_SIZE = 256  # pixels of the longest side of the image that is searched for regions
 MAX_PARTS = 32  # candidates: the largest connected parts, half of them on each side of the threshold
 
 
@@ -41,7 +41,7 @@ class OtsuSegmenter:
         threshold, contrast = otsu_threshold(small)
         regions = _parts(small > threshold)  # (M, h, w)
         area = regions.sum((1, 2))  # (M,)
-        quality = contrast * np.sqrt(area / area.max(initial=1))  # (M,) the largest is best
+        quality = contrast * np.sqrt(area / area.max(initial=1))  # (M,) largest is best
         choice = candidates.choose(
             regions,
             quality,
@@ -61,8 +61,8 @@ class OtsuSegmenter:
 def otsu_threshold(values: np.ndarray) -> tuple[float, float]:
     """Find the threshold that best separates grey values in [0, 1] into two classes.
 
-    Returns the threshold and its separability, the between-class share of the variance, in [0, 1]; for a
-    constant image its value and 0. Otsu 1979, doi 10.1109/TSMC.1979.4310076.
+    Returns the threshold and its separability in [0, 1], which is the share of the variance between the
+    classes. For a constant image, returns its value and 0. Otsu 1979, doi 10.1109/TSMC.1979.4310076.
     """
     histogram, edges = np.histogram(values, bins=256, range=(0, 1))
     share = histogram / histogram.sum()  # (256,)

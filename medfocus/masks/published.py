@@ -1,4 +1,4 @@
-"""The published masks of one manifest: a few deterministic files, which DVC versions.
+"""Publish the masks of one manifest as a few deterministic files, which DVC versions.
 
 ``masks.zip`` holds the masks as PNG, uncompressed. Above ``SHARD_SIZE`` masks, ``masks-<prefix>.zip`` holds
 the masks of the images whose sha256 begins with the prefix, so that a new image changes one file.
@@ -26,7 +26,7 @@ from medfocus.masks.store import MaskFacts, MaskStore, decode_mask, read_facts
 from medfocus.storage.shards import entry, start_of
 
 STATUS_FILE = "mask_status.csv"
-SHARD_SIZE = 1000  # masks a file: DVC is slow with one file a mask
+SHARD_SIZE = 1000  # masks per file; DVC is slow with one file per mask
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def publish(records: Iterable[Record], store: MaskStore, segmenter_key: str, fol
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        temporary.chmod(0o755)  # mkdtemp gives access to its owner alone
+        temporary.chmod(0o755)  # mkdtemp gives access only to the owner
         for prefix, members in _shards(shas):
             with zipfile.ZipFile(temporary / _shard_name(prefix), "w", zipfile.ZIP_STORED) as shard:
                 masks = dict(store.encoded(members, segmenter_key))
@@ -72,10 +72,10 @@ def publish(records: Iterable[Record], store: MaskStore, segmenter_key: str, fol
 
 
 class PublishedMasks:
-    """Masks that ``publish`` wrote: ``masks[sha256]`` is a region, ``masks.status[path]`` its line."""
+    """Masks that ``publish`` wrote: ``masks[sha256]`` is a region, ``masks.status[path]`` a status line."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the status file; masks are read on demand. Raises FileNotFoundError."""
+        """Read the status file; masks are read on demand. Raises FileNotFoundError without it."""
         if not (folder / STATUS_FILE).is_file():
             raise FileNotFoundError(f"{folder} has no {STATUS_FILE}. Run the masks stage, which writes it.")
         self.folder = folder
@@ -89,7 +89,7 @@ class PublishedMasks:
         self._prefix_length = len(next(prefixes, ""))  # all prefixes have one length
 
     def __getitem__(self, sha256: str) -> np.ndarray:
-        """Return the region (H, W) bool of the image with this sha256. Raises KeyError without one."""
+        """Return the region (H, W) bool of the image with this sha256. Raises KeyError if it has no mask."""
         shard = self.folder / _shard_name(sha256[: self._prefix_length])
         position = _index(shard, shard.stat().st_mtime_ns).get(sha256) if shard.is_file() else None
         if position is None:
@@ -107,8 +107,8 @@ class PublishedMasks:
 def summarise(rows: Iterable[MaskStatus]) -> list[dict[str, str | int | float]]:
     """Return a line per class, sorted by label: images, mean coverage and score, share of each rung.
 
-    Numbers have four decimals, so that they do not depend on the CPU. If a rung goes with a class, the masks
-    reveal the class without the image: a shortcut.
+    Numbers have four decimals, so that they do not depend on the CPU. A rung that occurs mostly in one class
+    is a shortcut: the masks reveal the class without the image.
     """
     by_label: dict[str, list[MaskStatus]] = {}
     for row in rows:
@@ -130,7 +130,7 @@ def summarise(rows: Iterable[MaskStatus]) -> list[dict[str, str | int | float]]:
 
 
 def _shards(shas: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Group sorted sha256 by the shortest prefixes with at most SHARD_SIZE members: (prefix, members)."""
+    """Yield (prefix, members) of sorted sha256, with the shortest prefixes of at most SHARD_SIZE members."""
     length = 0
     while shas and max(Counter(sha[:length] for sha in shas).values()) > SHARD_SIZE:
         length += 1
@@ -164,7 +164,7 @@ def _replace(folder: Path, finished: Path) -> None:
 
 @lru_cache(maxsize=64)
 def _index(shard: Path, changed: int) -> dict[str, tuple[int, int]]:
-    """Map sha256 -> (offset, bytes) of a shard's masks; ``changed``, its mtime, makes the cache reread it."""
+    """Return sha256 -> (offset, bytes) of a shard's masks; with a new mtime ``changed``, read it again."""
     with zipfile.ZipFile(shard) as file:
         return {
             item.filename.removesuffix(".png"): (start_of(item), item.file_size) for item in file.infolist()

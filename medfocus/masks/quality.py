@@ -1,4 +1,4 @@
-"""Comparison of masks with known regions, which serve only to measure and to train adapters."""
+"""Compare masks with known regions. Known regions serve only to measure masks and to train adapters."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from medfocus.masks.candidates import connected
 if TYPE_CHECKING:
     from medfocus.masks.sam2.segmenter import Sam2Segmenter
 
-LEAST_PART = 0.1  # of the largest connected part: ``parts`` drops smaller ones
+LEAST_PART = 0.1  # of the largest connected part; ``parts`` drops smaller parts
 
 
 def known_region(root: Path, path: str, height: int, width: int) -> np.ndarray | None:
     """Read the known region (H, W) bool of the image ``path`` below ``root``; None if missing or empty.
 
-    The region is the union of ``root/masks/<path without suffix>.png``, of all ``root/masks/<path without
-    suffix>_mask*.png``, and of files in the image's folder named ``<its name>_mask.png`` or ``_mask_1.png``,
-    each resized to the image. For ``x.dcm#07`` the names begin with ``x_07``. If ``root`` only wraps the data
-    set's folder, ``masks`` may also be inside that folder. Raises as ``medfocus.images.decode.read`` does.
+    The region is the union of ``root/masks/<path without suffix>.png``, all ``root/masks/<path without
+    suffix>_mask*.png``, and all ``<name>_mask.png`` and ``<name>_mask_1.png`` (any number) next to the image
+    ``<name>``. Each file is resized to the image. For ``x.dcm#07`` the names begin with ``x_07``. If
+    ``root`` only wraps the folder of the data set, ``masks`` may also be inside that folder. Raises as
+    ``medfocus.images.decode.read`` does.
     """
     region = np.zeros((height, width), bool)
     for file in _files_of(root, path):
@@ -59,7 +60,7 @@ def _files_of(root: Path, path: str) -> list[Path]:
 def _masks_in(folder: Path, changed: int) -> dict[str, list[Path]]:
     """Map the name of an image, without suffix and in lower case, to its masks in ``folder``.
 
-    The cache lists a folder once, not once per image; ``changed``, its mtime, makes the cache list it again.
+    The folder is listed once for all of its images, and again if its mtime, ``changed``, is new.
     """
     masks: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(folder.iterdir()):
@@ -90,7 +91,7 @@ def center_box(height: int, width: int) -> np.ndarray:
 
 
 def innermost(region: np.ndarray) -> tuple[float, float]:
-    """Return the point of a region (H, W) bool farthest from its edge: (x, y) as shares of the sides."""
+    """Return the point (x, y) of a region (H, W) bool farthest from its edge, as shares of the sides."""
     depth = np.zeros(np.add(region.shape, 2))
     ndimage.distance_transform_edt(np.pad(region, 1), distances=depth)
     y, x = np.unravel_index(int(depth[1:-1, 1:-1].argmax()), region.shape)
@@ -98,7 +99,7 @@ def innermost(region: np.ndarray) -> tuple[float, float]:
 
 
 def parts(region: np.ndarray) -> list[np.ndarray]:
-    """Return the connected parts of a region (H, W) bool, such as two lungs, without small ones."""
+    """Return the connected parts of a region (H, W) bool, such as two lungs, without small parts."""
     labels, _ = connected(region)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0

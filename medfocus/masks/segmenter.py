@@ -1,4 +1,4 @@
-"""The protocol of all segmenters, and the mask that they return."""
+"""Define the protocol of all segmenters, and the mask that they return."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATUSES = ("chosen", "relaxed", "box", "identity")  # the rungs of the fallback
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The region of one image that the focus keeps, with its quality."""
+    """The region of an image that the focus keeps, with its quality."""
 
     region: np.ndarray  # (H, W) bool, at the image's own resolution
     score: float  # in [0, 1]; 0 for identity
@@ -35,7 +35,7 @@ class Mask:
 class Segmenter(Protocol):
     """An object that turns images into masks, one thread at a time."""
 
-    key: str  # sha256 hex of weights, settings and code: equal keys make equal masks
+    key: str  # sha256 hex of weights, settings and code; equal keys give equal masks
 
     @property
     def settings(self) -> SegmenterSettings:
@@ -63,7 +63,7 @@ def segmenter_key(segmenter: type, **settings: object) -> str:
 
 
 def check_image(image: np.ndarray) -> np.ndarray:
-    """Return ``image`` as a writeable array, as torch needs it. Raises ValueError unless (H, W, 3) uint8."""
+    """Return ``image`` as a writeable array for torch. Raises ValueError unless it is (H, W, 3) uint8."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ValueError(
             f"An image has shape {image.shape} and dtype {image.dtype}; segmenters take (H, W, 3) uint8 RGB. "

@@ -1,4 +1,4 @@
-"""Settings of the segmenters: everything that decides a mask, except weights and code."""
+"""Define the settings of the segmenters: everything that decides a mask, except weights and code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OtsuSettings:
     max_overlap: float = 0.3  # of the smaller of two distinct regions
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number out of range."""
+        """Raise ValueError for ``keep`` out of range."""
         _check_counts(keep=self.keep)
 
     @property
@@ -39,7 +39,7 @@ class Sam2Settings:
 
     config: str  # see ``load_predictor``
     checkpoint: str  # see ``load_predictor``
-    image_size: int  # pixels a side that the model sees
+    image_size: int  # pixels per side that the model sees
     strategy: str  # one of STRATEGIES
     points_per_side: int = 4  # of the strategies "automatic" and "grid"
     keep: int = 1  # distinct regions that a mask unites: 2 for the lungs of a chest X-ray
@@ -50,7 +50,7 @@ class Sam2Settings:
     min_iou: float = 0.7
     min_stability: float = 0.85
     max_overlap: float = 0.3  # of the smaller of two distinct regions
-    box_side: float = 1.0  # of the strategy "box": the box's side as a share of the image's
+    box_side: float = 1.0  # of the strategy "box": side of the box as a share of the image's side
     follow_edges: bool = False  # move the outline of a mask to the image's edges
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The cache of masks, shared by all studies: the image's sha256 and the segmenter's key name a mask.
+"""Cache masks for all studies. The image's sha256 and the segmenter's key name a mask.
 
 Masks of several settings and data sets exist side by side, and no entry is ever out of date.
 """
@@ -40,11 +40,11 @@ class MaskStore:
         self._shards: dict[str, Shards] = {}  # by the segmenter's key
 
     def encoded(self, shas: Iterable[str], segmenter_key: str) -> Iterator[tuple[str, bytes]]:
-        """Yield sha256 and PNG bytes of the images that have an undamaged mask."""
+        """Yield (sha256, PNG bytes) for each image with an undamaged mask in the cache."""
         return self._of(segmenter_key).read(shas)
 
     def missing(self, records: Iterable[Record], segmenter_key: str) -> Iterator[Record]:
-        """Yield the records whose mask is missing; of identical images, the first."""
+        """Yield the records without a mask in the cache; of identical images, only the first."""
         seen: set[str] = set()
         for chunk in chunks(records, _LOOKUP_SIZE):
             seen |= {sha for sha, _ in self.encoded((record.sha256 for record in chunk), segmenter_key)}
@@ -59,7 +59,7 @@ class MaskStore:
         return None if data is None else decode_mask(data)
 
     def put(self, masks: Mapping[str, Mask], segmenter_key: str) -> None:
-        """Store masks by their image's sha256; they reach the disk within half a second, or at ``close``."""
+        """Store masks by their image's sha256; a later ``put`` or ``close`` writes them to disk."""
         self._of(segmenter_key).put((sha, encode_mask(mask)) for sha, mask in masks.items())
 
     def close(self) -> None:
@@ -85,8 +85,8 @@ class MaskFacts(NamedTuple):
 def encode_mask(mask: Mask) -> bytes:
     """Encode a mask as a 1-bit PNG with its ``MaskFacts`` in text chunks.
 
-    Score and coverage have few decimals, because their last digits differ between CPUs and the bytes of a
-    mask should not.
+    Score and coverage have few decimals, because their last digits differ between CPUs but the bytes of a
+    mask must not.
     """
     text = PngInfo()
     facts = MaskFacts(mask.status, f"{mask.score:.3f}", f"{mask.coverage:.4f}")
@@ -111,7 +111,7 @@ def read_facts(data: bytes) -> MaskFacts:
 
 @dataclass(frozen=True)
 class Cached:
-    """Counts of a run of ``cache_masks``."""
+    """The counts of a run of ``cache_masks``."""
 
     computed: int  # images that the segmenter segmented
     reused: int  # images with a cached mask, and copies of the same bytes
@@ -130,7 +130,7 @@ def cache_masks(
 
     ``workers`` threads read and decode at most two batches ahead while the segmenter runs, so that memory
     does not grow with the number of images. The segmenter always gets ``batch_size`` images (its own batch
-    size, or a multiple), so that a mask does not depend on which others are missing. ``progress`` receives
+    size, or a multiple), so that a mask does not depend on the other missing masks. ``progress`` receives
     the number of images finished since its last call, as ``tqdm.update`` does.
 
     Raises:
@@ -139,12 +139,12 @@ def cache_masks(
     """
     computed = reused = 0
     waiting: deque[tuple[Record, Future[np.ndarray]]] = deque()
-    in_work: set[str] = set()  # sha256 of the images in waiting
+    in_work: set[str] = set()  # sha256 of the images in ``waiting``
 
     def run_batch() -> int:
         batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
         decoded = [image.result() for _, image in batch]
-        # Fill a short batch up: the last bits of a network's output can depend on the batch's size.
+        # Fill up a short batch, because the last bits of a network's output can depend on the batch size.
         filled = decoded + decoded[-1:] * (batch_size - len(decoded))
         masks = segmenter.segment(filled)[: len(decoded)]
         for (record, _), image, mask in zip(batch, decoded, masks, strict=True):

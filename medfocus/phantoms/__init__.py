@@ -28,7 +28,7 @@ DRAWERS = {
 }
 MODALITIES: dict[str, tuple[str, ...]] = {name: drawer.LABELS for name, drawer in DRAWERS.items()}
 SPLITS = ("train", "test")
-SMALLEST = 64  # pixels per side; below it the finest strokes vanish
+SMALLEST = 64  # pixels per side; in smaller images the finest strokes vanish
 
 
 def draw(modality: str, label: str, rng: np.random.Generator, size: int = 192) -> Phantom:
@@ -59,7 +59,7 @@ def write(
     """Write a data set of images and known regions, with the same bytes on every machine.
 
     Images go to ``folder/<split>/<label>/<number>.png``, regions (0 and 255; all 0 for a class without
-    lesion) to ``folder/masks/<split>/<label>/<number>.png``. A complete set replaces an earlier one at once,
+    lesion) to ``folder/masks/<split>/<label>/<number>.png``. A complete set replaces an earlier set at once,
     so that a reader never sees part of a set. Each image has its own ``generator``, so a larger set begins
     with the same images.
 
@@ -90,9 +90,9 @@ def write(
 
 @cache
 def _keep_memory() -> None:
-    """Make glibc keep freed memory; otherwise it maps and clears each array anew, which doubles the time.
+    """Make glibc keep freed memory. Otherwise it maps and clears memory for each array, in twice the time.
 
-    Freeing one large block raises the size from which malloc returns memory to the system (mallopt(3),
-    M_MMAP_THRESHOLD, "dynamic"). The block is never touched, so it costs nothing.
+    After one large block is freed, malloc keeps smaller blocks instead of returning them to the system
+    (mallopt(3), M_MMAP_THRESHOLD, "dynamic"). The block is never touched, so it costs nothing.
     """
     np.empty(24 * 2**20, np.uint8)

@@ -37,7 +37,7 @@ SEQUENCES = (
 
 @dataclass(frozen=True)
 class Site:
-    """The site of a tumor, also in slices without one; the anatomy is displaced there."""
+    """The site of a tumor, where the anatomy is displaced. A slice without a tumor has a site too."""
 
     centre: tuple[float, float]  # scene units
     radius: float
@@ -84,7 +84,7 @@ def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
 def choose_site(
     label: str, rng: np.random.Generator, view: View, inside: np.ndarray, x: np.ndarray, y: np.ndarray
 ) -> Site:
-    """Choose a site. Some other tumors lie at the sella too, so that the site does not reveal the class."""
+    """Choose a site. Other classes may have it at the sella too, so that it does not reveal the class."""
     area = np.exp(rng.uniform(np.log(0.013), np.log(0.045)))
     radius = float(np.sqrt(4 * area / np.pi / (view.zoom[0] * view.zoom[1])))
     middle = (rng.normal(0, 0.03), rng.uniform(-0.28, -0.02))
@@ -106,7 +106,7 @@ def choose_site(
 
 
 def choose_level(rng: np.random.Generator, site: Site) -> str:
-    """Choose a level of LEVELS: a low one for the sella, any for other sites."""
+    """Choose a level of LEVELS: one of the two lowest for the sella, any level for other sites."""
     return str(rng.choice(LEVELS, p=(0.6, 0.4, 0, 0) if site.place == "sella" else (0.25, 0.25, 0.25, 0.25)))
 
 
@@ -345,7 +345,7 @@ def add_orbits(
 ) -> np.ndarray:
     """Draw the face in a low slice: eyes in fat, optic nerves, muscles and the ethmoid cells.
 
-    Returns its region, (H, W) bool.
+    Returns the region of the face, (H, W) bool.
     """
     size, u = len(x), np.abs(x)
     line = -0.40 - 0.30 * u + rng.uniform(-0.04, 0.04)  # of the skull base

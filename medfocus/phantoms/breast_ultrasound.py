@@ -29,7 +29,7 @@ POSTERIOR = {
     "benign": (0.40, 0.30),
     "malignant": (0.30, 0.45),
     "cyst": (0.50, 0.25),
-}  # shares brighter, darker behind
+}  # label -> shares of masses with a brighter and with a darker band behind them
 
 
 def draw(label: str, rng: np.random.Generator, size: int) -> Phantom:
@@ -210,17 +210,17 @@ def scan(rng: np.random.Generator, echo: np.ndarray, x: np.ndarray, depth: np.nd
     along, across = rng.uniform(0.5, 0.8) * unit, rng.uniform(0.8, 1.7) * unit
     real, imaginary = (blur(rng.standard_normal(echo.shape), along, across) for _ in range(2))
     power = real * real + imaginary * imaginary
-    speckle = np.maximum(np.log(power * (1 / power.mean()) + 1e-6), -2.6)  # exponential power: mean -0.58
+    speckle = np.maximum(np.log(power * (1 / power.mean()) + 1e-6), -2.6)  # log power; its mean is -0.58
     loss = rng.uniform(0.0, 0.40) * depth * depth + rng.uniform(-0.1, 0.1) * depth
     gain = rng.normal(0, 0.05) + rng.uniform(0.02, 0.06) * cloud(rng, size, 3, 2)
     shown = echo - loss + gain + rng.uniform(0.035, 0.085) * (speckle + 0.58)
-    if rng.random() < 0.5:  # frames are averaged
+    if rng.random() < 0.5:  # average of frames
         shown = blur(shown, rng.uniform(0.3, 0.6) * unit)
     return np.clip(shown, 0, 1) ** rng.uniform(0.85, 1.4)
 
 
 def frame(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, top: float, bottom: float) -> np.ndarray:
-    """Return the pixels outside of the beam, (H, W) bool; it is straight for most probes, a fan for some."""
+    """Return the pixels outside of the beam, (H, W) bool. Most beams are straight, and some are fans."""
     outside = (y < top) | (y > bottom)
     if rng.random() < 0.25:
         spread = rng.uniform(0.05, 0.2)
@@ -234,7 +234,7 @@ def frame(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, top: float, bo
 def annotate(
     rng: np.random.Generator, image: np.ndarray, view: View, mass: tuple[float, float, float, float]
 ) -> None:
-    """Draw callipers at the mass or elsewhere, text, depth scale, grey bar and body mark in place."""
+    """Draw text, a depth scale, a grey bar, a body mark, and callipers at the mass or elsewhere, in place."""
     size = view.size
     unit = max(size // 192, 1)
     shine = rng.uniform(0.75, 1.0)

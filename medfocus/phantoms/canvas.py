@@ -1,4 +1,4 @@
-"""Drawing tools of the three modalities: a view, soft shapes, smooth noise, strokes, outlines and text.
+"""Draw soft shapes, smooth noise, strokes, outlines and text; the three modalities share these tools.
 
 Arrays are float64. An image spans -1 to 1 in x (to the right) and y (downwards). A scene has its own
 coordinates; a ``View`` rotates, scales and shifts them to image coordinates.
@@ -102,7 +102,8 @@ def ragged(
 ) -> np.ndarray:
     """Return the relative radius (1 on the outline, less inside) of an ellipse with a wavy outline.
 
-    ``lobes`` (K,) complex: lobe k adds k + 2 waves around the outline, with its modulus and phase.
+    ``lobes`` is (K,) complex: lobe k adds k + 2 waves around the outline, with its modulus as height and its
+    argument as phase.
     """
     dx, dy = (x - centre[0]) / radii[0], (y - centre[1]) / radii[1]
     distance = np.sqrt(dx * dx + dy * dy) + 1e-9
@@ -115,7 +116,7 @@ def ragged(
 
 
 def lobes(rng: np.random.Generator, heights: tuple[float, ...]) -> np.ndarray:
-    """Return waves for ``ragged`` with varied heights (shares of the radius) and random phases."""
+    """Return the ``lobes`` of ``ragged``, with varied heights (shares of the radius) and random phases."""
     count = len(heights)
     return np.array(heights) * rng.uniform(0.5, 1.2, count) * np.exp(1j * rng.uniform(0, 2 * np.pi, count))
 
@@ -149,7 +150,7 @@ def blur(image: np.ndarray, down: float, across: float | None = None) -> np.ndar
 
 
 def dots(view: View, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Draw scene points x, y (N,) as (size, size): each spreads its weight over the four nearest pixels."""
+    """Draw scene points x, y (N,) as (size, size); each weight spreads over the four nearest pixels."""
     size = view.size
     column, row = view.place(x, y)
     inside = (column >= 0) & (row >= 0) & (column < size - 1) & (row < size - 1)
@@ -166,8 +167,8 @@ def dots(view: View, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.nd
 def strokes(view: View, x: np.ndarray, y: np.ndarray, weights: np.ndarray, width: float) -> np.ndarray:
     """Draw lines through scene points x, y (N,) as (size, size) ridges with a deviation of ``width`` pixels.
 
-    ``weights`` (N,): the height of the ridge at a point times the distance to the next point in pixels, which
-    may be up to twice the width.
+    ``weights`` (N,) are the height of the ridge at a point times the distance in pixels to the next point.
+    Points may be up to two widths apart.
     """
     return blur(dots(view, x, y, weights), width) * (2.5066 * width)
 
@@ -184,17 +185,18 @@ def path(points: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lettering(word: str, scale: int) -> np.ndarray:
-    """Return ``word`` (of GLYPHS) as a (5 * scale, 4 * scale * letters) bool image."""
+    """Return ``word``, in letters of GLYPHS, as a (5 * scale, 4 * scale * letters) bool image."""
     rows = [[f"{int(GLYPHS[letter][row]):03b}0" for letter in word] for row in range(5)]
     bits = np.array([[bit == "1" for bit in "".join(row)] for row in rows])
     large = bits.repeat(scale, 0).repeat(scale, 1)
-    return large if scale < 3 else blur(large.astype(float), scale / 2.5) > 0.5  # rounds the corners
+    return large if scale < 3 else blur(large.astype(float), scale / 2.5) > 0.5  # round the corners
 
 
 def stamp(image: np.ndarray, word: str, corner: tuple[float, float], scale: int, value: float) -> None:
     """Write ``word`` into ``image`` (H, W) in place.
 
-    ``corner`` (x, y) is its top left, in shares of the image; a word that would stick out is moved inside.
+    ``corner`` (x, y) is the top left of the word, in shares of the image. A word that would stick out moves
+    inside.
     """
     letters = lettering(word, scale)
     height, width = letters.shape

@@ -56,14 +56,14 @@ class Chest:
     top: float  # y of the apices
     base: float  # y of the right dome of the diaphragm; high after a shallow breath
     wall: float  # soft tissue around the rib cage
-    outer: np.ndarray  # half width of the rib cage at the height of the pixel
-    inner: np.ndarray  # half width of mediastinum and heart on the side of the pixel
+    outer: np.ndarray  # half width of the rib cage in the row of the pixel
+    inner: np.ndarray  # half width of mediastinum and heart in the row and on the side of the pixel
     below: np.ndarray  # distance below the diaphragm
     lung: np.ndarray  # distance into the lungs, positive inside
 
 
 def build(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> Chest:
-    """Draw the measures of a patient and return the outlines."""
+    """Choose the measures of a patient at random and return the outlines."""
     top, base, left_base = rng.uniform(-0.80, -0.70), rng.uniform(0.36, 0.58), rng.uniform(-0.01, 0.06)
     heart, aorta = rng.uniform(0.7, 1.3), rng.uniform(0.02, 0.09)
     u, left_side = np.abs(x), x > 0
@@ -82,7 +82,7 @@ def build(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> Chest:
 
 
 def parts(chest: Chest, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the anatomy with an outline of its own, name -> (H, W) bool."""
+    """Return the lungs and the heart, name -> (H, W) bool."""
     lung = chest.lung > 0
     heart = (chest.inner > np.abs(x)) & (chest.below < 0) & (y > chest.base - 0.5)
     return {"right lung": lung & (x < 0), "left lung": lung & (x > 0), "heart": heart}

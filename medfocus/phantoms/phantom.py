@@ -1,4 +1,4 @@
-"""The phantom type."""
+"""Define the type of a phantom."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _stored(data: bytes) -> bytes:
-    """Return a zlib stream of stored blocks: flag of the last block, length, its complement, bytes."""
+    """Return a zlib stream of stored blocks, each of a flag (1 in the last), length, complement and bytes."""
     stream = bytearray(b"\x78\x01")
     for start in range(0, len(data), STORED_BLOCK):
         block = data[start : start + STORED_BLOCK]

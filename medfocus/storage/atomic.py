@@ -17,25 +17,25 @@ _log = logging.getLogger(__name__)
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: if the process is killed here, the earlier content stays."""
+    """Write a file atomically: if the process is killed meanwhile, the file keeps its earlier content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
-        with contextlib.suppress(OSError):  # the first error is more useful
+        with contextlib.suppress(OSError):  # do not hide the first error
             temporary.unlink(missing_ok=True)
 
 
 def seal(temporary: Path, path: Path) -> None:
-    """Move a finished file to its place in a cache, after writing its sha256 to ``path``.sha256."""
+    """Write the sha256 of a finished file to ``path``.sha256, then move the file to ``path`` in a cache."""
     write(_seal_of(path), digest(temporary))
     temporary.replace(path)
 
 
 def is_sound(path: Path) -> bool:
-    """Return whether a cached file exists and matches its seal; log a warning if it does not match."""
+    """Return whether a cached file exists and matches its seal, if there is one; log a mismatch."""
     if not path.is_file():
         return False
     seal = _seal_of(path)
@@ -57,9 +57,9 @@ def digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; without an error, it becomes ``path``.
+    """Yield a temporary folder to fill, and rename it to ``path`` if the block ends without an error.
 
-    Temporary folders of killed processes are removed. Raises FileExistsError if ``path`` exists.
+    Also remove the temporary folders that killed processes left. Raises FileExistsError if ``path`` exists.
     """
     if path.exists():
         raise FileExistsError(

@@ -1,8 +1,9 @@
 """The key of code: one sha256 over the sources and packages that a cached result depends on.
 
 A cache names its entries by their origin: data, settings, weights and code. The code of a function is its
-module and every module of this project that it imports, directly or indirectly. A change of any of them, or
-of a package whose numbers they rely on, changes the key, so that no cache returns a result of older code.
+module and every module of this project that this module imports, directly or indirectly. The key changes if
+one of these modules changes, or a package in ``_PACKAGES`` that they import. So no cache returns a result of
+older code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from types import ModuleType
 PROJECT = Path(__file__).parents[2]  # holds the packages medfocus and flows
 _OWN = ("medfocus", "flows")
 
-# Import name -> distributions behind its numbers. pydicom decodes through gdcm, open_clip builds with timm.
+# Import name -> distributions that can change results. pydicom decodes with gdcm; open_clip uses timm.
 _PACKAGES = {
     "PIL": ("pillow",),
     "gdcm": ("python-gdcm",),
@@ -41,8 +42,9 @@ def fingerprint(*code: Callable[..., object] | type | ModuleType | str, **settin
 
     Args:
         code: Functions, classes, modules or dotted names of modules. A function or class stands for its
-            module, and a module for its import closure. Code of other projects counts by its version.
-        settings: Everything else that tells results apart, as JSON types.
+            module, and a module for its import closure. Of other projects, the packages in ``_PACKAGES`` that
+            this code imports count by their versions.
+        settings: Everything else that changes the result, as JSON types.
     """
     modules = tuple(sorted({_module(item) for item in code}))
     content = {"code": code_key(modules, PROJECT), "settings": settings}
@@ -51,7 +53,7 @@ def fingerprint(*code: Callable[..., object] | type | ModuleType | str, **settin
 
 @cache
 def code_key(modules: tuple[str, ...], project: Path) -> str:
-    """Return the sha256 hex of the import closures of modules and of the packages that these use."""
+    """Return the sha256 hex of the import closures of modules and of the versions of their packages."""
     digest = hashlib.sha256()
     packages: set[str] = set()
     for file in closure(modules, project):
@@ -64,10 +66,11 @@ def code_key(modules: tuple[str, ...], project: Path) -> str:
 
 
 def closure(modules: tuple[str, ...], project: Path = PROJECT) -> list[Path]:
-    """Return the sorted source files of modules, by dotted name, and of all that they import.
+    """Return the sorted source files of modules, given by dotted name, and of all modules that they import.
 
-    Imports inside functions count; imports for type checkers do not. A package's ``__init__.py`` counts if a
-    name that it defines is imported. Raises FileNotFoundError for a module that the project lacks.
+    Imports inside functions count; imports for type checkers do not. A package's ``__init__.py`` counts if
+    the package itself, or a name that it defines, is imported. Raises FileNotFoundError for a module that the
+    project lacks.
     """
     found: set[Path] = set()
     waiting = []
@@ -84,7 +87,7 @@ def closure(modules: tuple[str, ...], project: Path = PROJECT) -> list[Path]:
         package = module if file.name == "__init__.py" else module.rpartition(".")[0]
         for name in _imported(file.read_bytes(), package):
             imported = _file(name, project)
-            if imported is None:  # ``name`` may be a name that the module before its last dot defines
+            if imported is None:  # the last part may be a class or function
                 name = name.rpartition(".")[0]
                 imported = _file(name, project)
             if imported is not None:
@@ -99,7 +102,7 @@ def _module(item: Callable[..., object] | type | ModuleType | str) -> str:
 
 
 def _file(module: str, project: Path) -> Path | None:
-    """The source of a module of this project; None for a module of another package and for a plain name."""
+    """Return the source file of a module, or None if this project has no module of that name."""
     parts = module.split(".")
     if parts[0] not in _OWN:
         return None
@@ -110,7 +113,7 @@ def _file(module: str, project: Path) -> Path | None:
 
 @cache
 def _imported(source: bytes, package: str) -> tuple[str, ...]:
-    """The dotted names that a source imports as it runs; ``from a import b`` gives a.b."""
+    """Return the dotted names that a source imports at run time; ``from a import b`` gives a.b."""
     return tuple(_names(ast.parse(source), package))
 
 

@@ -1,8 +1,8 @@
 """Redact errors before Prefect and MLflow store them.
 
-The text of an error names files, and the names of medical image files may name patients. The terminal of the
-person who runs a study shows the text. A database, which is backed up and shared, stores only the type and
-the place of the error.
+The text of an error names files, and the names of medical image files may name patients. So only the terminal
+of the person who runs a study shows the text. Databases, which are backed up and shared, store only the type
+and the place of the error.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def redacted(work: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:
             print(in_full(error), end="", file=sys.stderr)
             replacement = RedactedError(f"{kind_and_place(error)}; its text is on the terminal", error)
-        raise replacement  # outside of the except block it has no context, which a log would print
+        raise replacement  # outside the except block, so that no log prints the original error
 
     return wrapper
 

@@ -1,11 +1,11 @@
-"""A cache, key -> bytes, of many small entries in few files, in a folder or on shared storage.
+"""A cache from keys to bytes: many small entries in few files, in a folder or on shared storage.
 
 A shard is an uncompressed zip file that appears complete and never changes. About every half second, a
-process writes its new entries as a small shard. Now and then it merges its small shards, and it removes them
-only after the merged shard exists. Therefore a killed process loses at most half a second of entries;
-threads, processes and machines can write at the same time; and a reader that misses a shard looks again. The
-folder is any fsspec URL (``file``, ``s3``, ...). No file is appended to or locked, because an object store
-offers neither.
+process writes its new entries as a small shard. Now and then it merges its small shards, and removes them
+only after the merged shard exists. Therefore threads, processes and machines can write at the same time. A
+killed process loses only the entries that wait to be written, and a reader that misses a shard looks again.
+The folder is any fsspec URL (``file``, ``s3``, ...). No file is appended to or locked, because an object
+store offers neither.
 
 A process reads the directory of each shard once and then knows the place of every entry: a lookup is a
 dictionary lookup, and a read is one range of one file.
@@ -32,17 +32,17 @@ from typing import Any
 import fsspec
 from fsspec.utils import merge_offset_ranges
 
-FLUSH_SECONDS = 0.5  # a killed process loses the entries of at most this time
-FLUSH_BYTES = 32 * 2**20  # most bytes that wait in memory
+FLUSH_SECONDS = 0.5  # a ``put`` this long after the last write writes all waiting entries
+FLUSH_BYTES = 32 * 2**20  # waiting bytes that are written at once
 SHARD_BYTES = 32 * 2**20  # a larger shard is not merged
 SHARD_ENTRIES = 2_000  # a shard with more entries is not merged, because readers read its whole directory
-PIECES = 100  # small shards of a process before it merges them
-LOOK_SECONDS = 1.0  # least time between two searches for shards of other writers
+PIECES = 100  # a process merges its small shards when it has this many
+LOOK_SECONDS = 1.0  # minimum time between searches for other writers' shards
 
 _GAP, _BLOCK = 64 * 2**10, 8 * 2**20  # bytes; entries closer than a gap are read as one block
 _SHARD_BITS = 32  # a place is one number to save memory: shard << 32 | entry
 _ENTRY = (1 << _SHARD_BITS) - 1
-_OBJECT_STORES = {"s3", "gs", "abfs"}  # have no folders; making one could create a misspelt bucket
+_OBJECT_STORES = {"s3", "gs", "abfs"}  # no folders; makedirs could create a misspelt bucket
 _TRIES = 10  # reads of entries while other processes merge shards
 _DAMAGE = (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError)  # raised by zipfile
 _log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Shards:
         self._known: set[str] = set()  # paths of shards with a known directory
         self._places: dict[bytes, int] = {}  # key -> shard << _SHARD_BITS | entry
         self._waiting: dict[str, bytes] = {}  # entries not yet written
-        self._own: dict[str, int] = {}  # path -> bytes of the small shards of this object
+        self._own: dict[str, int] = {}  # path -> bytes of each small shard of this object
         self._written = self._looked = float("-inf")
         self._lock = threading.RLock()
 
@@ -110,7 +110,7 @@ class Shards:
                 return
 
     def put(self, entries: Iterable[tuple[str, bytes]]) -> None:
-        """Add entries, which are written within about half a second or at ``close``."""
+        """Add entries. The first ``put`` after ``FLUSH_SECONDS`` writes them, and so does ``close``."""
         with self._lock:
             self._waiting.update(entries)
             size = sum(map(len, self._waiting.values()))
@@ -140,9 +140,9 @@ class Shards:
         self._own = self._rewrite(small)
 
     def _rewrite(self, paths: Sequence[str]) -> dict[str, int]:
-        """Write the sound entries of shards to new shards, then remove the old ones; return the last new one.
+        """Write the sound entries of shards to new shards, remove the old ones, return the last new shard.
 
-        In between, an entry exists twice, which is harmless.
+        Meanwhile an entry may exist twice; this is harmless.
         """
         content: dict[str, bytes] = {}
         last: dict[str, int] = {}
@@ -174,7 +174,7 @@ class Shards:
             self._files.pipe_file(temporary, packed.getvalue())
             self._files.mv(temporary, path)
         except BaseException as error:
-            with contextlib.suppress(Exception):  # the first error is more useful
+            with contextlib.suppress(Exception):  # do not hide the first error
                 self._files.rm_file(temporary)
             if not isinstance(error, OSError):
                 raise
@@ -277,7 +277,7 @@ class Shards:
             self._files.rm_file(path)
 
     def _forget(self, path: str) -> None:
-        """Forget the places in a removed shard."""
+        """Forget a removed shard and the places of its entries."""
         numbers = {number for number, shard in enumerate(self._shards) if shard.path == path}
         self._known.discard(path)
         for name in [name for name, place in self._places.items() if place >> _SHARD_BITS in numbers]:

@@ -1,7 +1,7 @@
 """Read table files as text (separated values in UTF-8 or UTF-16, or Parquet), and write CSV files.
 
-The content of a file determines its format, not its name: Parquet begins with a magic number, and the first
-lines determine the separator (comma, semicolon or tab). Excel may write ``sep=;`` before them.
+The content of a file, not its name, determines its format. Parquet begins with a magic number. In other
+files, the first lines determine the separator: comma, semicolon or tab. Excel may write ``sep=;`` above them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Table:
     """The content of a table file; each cell is text without surrounding spaces."""
 
     heading: tuple[str, ...]
-    rows: list[tuple[str, list[str]]]  # "line 7" or "row 6", and its cells, as many as in the file
+    rows: list[tuple[str, list[str]]]  # ("line 7" or "row 6", cells); rows may differ in length
 
 
 def folded(name: str) -> str:
@@ -49,15 +49,16 @@ def folded(name: str) -> str:
 
 
 def read_table(file: Path, wanted: Set[str] = frozenset()) -> Table:
-    """Read a table. Lines count from 1, the heading; rows of a Parquet file count from 1 too.
+    """Read a table. Line 1 of a text file is its heading; row 1 of a Parquet file is its first row.
 
     Args:
         file: Values separated by commas, semicolons or tabs, or Parquet.
-        wanted: Folded names of columns. The separator that gives most of them is chosen. In a Parquet file
-            the cells of other columns are ""; without names, those of columns of neither text nor numbers.
+        wanted: Folded names of columns. They help to choose the separator. In a Parquet file, only these
+            columns are read; without names, all columns are read, except nested and binary columns. Cells
+            that are not read are "".
 
     Raises:
-        TableError: The file is no such table, or is larger than ``MOST_BYTES``.
+        TableError: The file is not such a table, or is larger than ``MOST_BYTES``.
         OSError: The file cannot be read.
     """
     if (size := file.stat().st_size) > MOST_BYTES:
@@ -153,7 +154,7 @@ def _cells(opened: Any, name: str) -> list[str]:
 
 
 def _text(cell: object) -> str:
-    """Return a cell as text: "" for null and NaN, "1" for 1 and for 1.0 (pandas: integers with nulls)."""
+    """Return a cell as text: "" for null and NaN, "1" for 1.0 (integers with nulls in pandas)."""
     if cell is None or cell != cell:  # NaN
         return ""
     if isinstance(cell, bool):

@@ -17,14 +17,14 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", "
 
 
 def resolve(name: str, *, hub_id: str | None, filename: str | Sequence[str] | None, what: str) -> Path:
-    """Find the weights file ``name``: a local path, else in the local hub cache, else on the hub.
+    """Find the weights file ``name`` as a local path, else in the local hub cache, else on the hub.
 
     ``filename`` is the name of the file in the hub repository ``hub_id``, or several in order of preference.
-    ``what`` begins the error message with the purpose of the weights, best as the setting that takes a path:
-    "params.yaml: masks.checkpoint". A name spelt as a path is never looked up on the hub, so that a typing
-    error does not fetch other weights.
+    ``what`` names the purpose of the weights at the start of an error message. Best is the setting that takes
+    their path, such as "params.yaml: masks.checkpoint". A name spelt as a path is never looked up
+    on the hub, so that a typing error does not fetch other weights.
 
-    Raises FileNotFoundError with the file, the hub id and where to put the file.
+    Raises FileNotFoundError, which names the file, the hub id and the place to put the file.
     """
     local = Path(name).expanduser()
     if local.is_file():
@@ -45,7 +45,7 @@ def resolve(name: str, *, hub_id: str | None, filename: str | Sequence[str] | No
     reason: Exception | None = None
     for candidate in names:
         try:
-            # Otherwise the download tries an unreachable hub six times, for 24 seconds.
+            # Fail at once: the download would try an unreachable hub six times, for 24 seconds.
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(hub_id, candidate))
             return Path(huggingface_hub.hf_hub_download(hub_id, candidate))
         except RemoteEntryNotFoundError as error:
@@ -97,9 +97,9 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def digest(weights: Path | Mapping[str, torch.Tensor]) -> str:
-    """Return the sha256 hex over name, type, shape and bytes of every tensor of a file or a state dict.
+    """Return the sha256 hex of the names, types, shapes and bytes of all tensors in a file or state dict.
 
-    Equal tensors have the same digest in every file format and in every order.
+    Equal tensors give the same digest in any file format and in any order.
     """
     import torch
 
@@ -138,7 +138,7 @@ def _unpickle(path: Path) -> object:
 
     try:
         with warnings.catch_warnings():
-            # Newer protocols are read, or refused below.
+            # torch reads a newer protocol, or raises an error that is handled below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:

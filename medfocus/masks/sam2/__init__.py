@@ -1,8 +1,8 @@
-"""Segmentation with SAM2 (arXiv 2408.00714).
+"""Segment images with SAM2 (arXiv 2408.00714).
 
 ``segmenter.Sam2Segmenter`` prompts SAM2 without labels; ``model`` loads the network and ``edges`` refines
-outlines. ``fast_segmenter`` gives the same masks of large images for less work. ``adapter`` trains SAM2 on
-known regions. ``retrieval`` chooses among SAM2's proposals by a text.
+outlines. ``fast_segmenter`` makes the same masks of large images, up to rounding, with less work.
+``adapter`` trains SAM2 on known regions. ``retrieval`` chooses a proposal of SAM2 by a text.
 
-The room may import the modules of ``medfocus.masks`` and the rooms that these may import.
+This room may import ``medfocus.masks`` and everything that ``medfocus.masks`` may import.
 """

@@ -1,11 +1,11 @@
-"""SAM2 with adapters trained on known regions: SAM-Adapter, arXiv 2304.09148.
+"""Train adapters of SAM2 on known regions: SAM-Adapter, arXiv 2304.09148.
 
 The adapters add P_i = MLP_up(GELU(MLP_i(F_patch + F_hfc))) to the input of each block i of the Hiera
 encoder. F_patch is the input of the block's stage and F_hfc the embedded high frequencies of the image,
-both projected to fewer channels. Each block has its own MLP_i, each stage its own MLP_up. A stage is a run
-of blocks with inputs of the same width, as in the authors' version for SAM2 (arXiv 2408.04579). The encoder
-is frozen; adapters and mask decoder train. MLP_up starts at 0, so that training starts from SAM2 itself
-[ours].
+both projected to fewer channels. Each block has its own MLP_i, and each stage its own MLP_up. A stage is a
+run of blocks with inputs of the same width, as in the authors' version for SAM2 (arXiv 2408.04579). The
+encoder is frozen; adapters and mask decoder train. Unlike in the paper, MLP_up starts at 0, so that training
+starts from SAM2 itself.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class EncoderAdapters(nn.Module):
     """The adapters of all blocks."""
 
     def __init__(self, widths: Sequence[int], inner: Sequence[int]) -> None:
-        """Build untrained adapters for blocks of input ``widths``, with ``inner`` channels a stage."""
+        """Build untrained adapters for blocks of input ``widths``, with ``inner`` channels per stage."""
         super().__init__()
         stages = sorted(set(widths))  # each stage is wider than the previous stage
-        self.stages = [stages.index(width) for width in widths]  # of each block
+        self.stages = [stages.index(width) for width in widths]  # the stage of each block
         # F_hfc at a quarter of the image's sides, an eighth, ...
         self.high = nn.ModuleList(
             nn.Conv2d(3, n, 7, stride=4, padding=3)
@@ -97,7 +97,7 @@ class AdaptedTrunk(nn.Module):
 def high_frequencies(pixels: Tensor) -> Tensor:
     """Remove the low frequencies of pixels (B, C, H, W) and return absolute values (B, C, H, W).
 
-    As SAM-Adapter's "fft" does, set a square of ``LOW_SHARE`` of the spectrum's area around its centre to 0.
+    As in SAM-Adapter's "fft", a square in the centre of the spectrum, ``LOW_SHARE`` of its area, becomes 0.
     """
     height, width = pixels.shape[-2:]
     half = int((height * width * LOW_SHARE) ** 0.5 // 2)
@@ -109,7 +109,7 @@ def high_frequencies(pixels: Tensor) -> Tensor:
 
 
 def with_adapters(model: Any, inner: Sequence[int], seed: int = 0) -> Any:
-    """Copy a SAM2 and add untrained adapters, with ``inner`` channels a stage; they and the decoder train."""
+    """Copy SAM2 with untrained adapters of ``inner`` channels per stage; adapters and decoder can train."""
     model = copy.deepcopy(model)
     trunk = model.image_encoder.trunk
     with torch.random.fork_rng(devices=[]):
@@ -140,9 +140,9 @@ def segment_pixels(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def outline_loss(logits: Tensor, predicted_iou: Tensor, target: Tensor) -> Tensor:
-    """Return cross entropy + (1 - soft IoU), as SAM-Adapter, + squared error of the predicted IoU, as SAM.
+    """Add cross entropy and 1 - soft IoU (SAM-Adapter) and the squared error of the predicted IoU (SAM).
 
-    ``logits`` (B, h, w), ``predicted_iou`` (B,), ``target`` (B, S, S) in [0, 1] -> scalar.
+    ``logits`` are (B, h, w), ``predicted_iou`` (B,) and ``target`` (B, S, S) in [0, 1]. Returns a scalar.
     """
     full = F.interpolate(logits[:, None], target.shape[1:], mode="bilinear")[:, 0]  # (B, S, S)
     inside = full.sigmoid()
@@ -171,10 +171,10 @@ def train_adapter(
 
     Args:
         pairs: Training images and regions. Each draw reads a pair anew, so that a lazy sequence saves memory.
-            Leave out images without a region: if only one class has none, blank masks would reveal it.
+            Leave out images without a region: if only one class has such images, blank masks reveal it.
         plain: SAM2 to start from; training does not change it.
         steps: Steps of AdamW, with a cosine schedule from ``lr`` to 0.
-        batch_size: Images a step. Every image is drawn once before any is drawn again.
+        batch_size: Images per step. Every image is drawn once before any is drawn again.
         lr: Initial learning rate.
         weight_decay: Weight decay of AdamW.
         reduction: Divisor of the stages' widths inside the adapters.
@@ -214,21 +214,21 @@ def train_adapter(
 
 
 def adapter_key(plain: Sam2Segmenter, pairs: str, settings: Mapping[str, object]) -> str:
-    """Return the sha256 hex of a training; ``pairs`` identifies the pairs, ``settings`` are the arguments."""
+    """Return the sha256 hex of a training on the pairs that ``pairs`` identifies, with these arguments."""
     return fingerprint(train_adapter, model=plain.features_key, pairs=pairs, **settings)
 
 
 class AdapterSegmenter:
     """One mask per image from SAM2 with trained adapters, without a prompt. For one thread at a time.
 
-    The fallback ladder is that of ``Sam2Segmenter`` with one candidate; the plain SAM2 runs its last two
+    It runs the fallback ladder of ``Sam2Segmenter`` with one candidate; the plain SAM2 runs the last two
     rungs. Images with and without a known region are treated alike.
     """
 
     def __init__(self, plain: Sam2Segmenter, state: Mapping[str, Tensor]) -> None:
-        """Add the adapters of ``state``, from ``train_adapter``, to ``plain``, which ignores its strategy.
+        """Add the adapters of ``state``, which ``train_adapter`` returned, to ``plain``.
 
-        Raises ValueError if the state belongs to another SAM2.
+        The strategy of ``plain`` has no effect. Raises ValueError if the state belongs to another SAM2.
         """
         self.sam2 = plain
         self.settings = plain.settings
@@ -268,7 +268,7 @@ class AdapterSegmenter:
 
 
 def _with_state(model: Any, state: Mapping[str, Tensor]) -> Any:
-    """Copy SAM2 and load the state of ``train_adapter``. Raises ValueError if it does not fit."""
+    """Copy SAM2 and load a state of ``train_adapter``. Raises ValueError if the state does not fit."""
     ups = [name for name in state if name.startswith("adapters.up.") and name.endswith(".weight")]
     inner = [state[f"adapters.up.{i}.weight"].shape[1] for i in range(len(ups))]
     try:
@@ -287,7 +287,7 @@ def _with_state(model: Any, state: Mapping[str, Tensor]) -> Any:
 
 
 def _state(model: Any) -> dict[str, Tensor]:
-    """Copy the trained tensors to the CPU, by names for safetensors."""
+    """Return copies of the trained tensors on the CPU, named for safetensors."""
     state: dict[str, Tensor] = {}
     for prefix, part in zip(("adapters.", "decoder."), _trained_parts(model), strict=True):
         state |= {prefix + name: value for name, value in part.state_dict().items()}
@@ -299,7 +299,7 @@ def _trained_parts(model: Any) -> tuple[nn.Module, nn.Module]:
 
 
 def _batch(pairs: Sequence[tuple[np.ndarray, np.ndarray]], plain: Sam2Segmenter) -> tuple[Tensor, Tensor]:
-    """Return pixels (B, 3, S, S) of pairs and, by pixel, the share inside the region (B, S, S)."""
+    """Return pixels (B, 3, S, S) of pairs, and the share of each pixel inside the region (B, S, S)."""
     for image, region in pairs:
         if region.shape != image.shape[:2] or not region.any():
             fault = "is empty" if region.shape == image.shape[:2] else f"has shape {region.shape}"

@@ -1,6 +1,6 @@
-"""Refinement of a coarse outline by the image's edges. Arrays in, arrays out.
+"""Refine a coarse outline by the edges of the image.
 
-SAM2's masks have a quarter of the resolution that it sees, so most of a small lesion's mask is its rim.
+SAM2's masks have a quarter of the resolution of its input, so most of a small lesion's mask is its rim.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import numpy as np
 from scipy import ndimage
 
 RADIUS = 4  # pixels, at the resolution that SAM2 sees: one pixel of its masks
-FLATNESS = 1e-3  # variance of brightness in [0, 1]; a window with less has no edge
+FLATNESS = 1e-3  # variance of brightness in [0, 1]; a window below it has no edge
 
 
 def along_edges(inside: np.ndarray, grey: np.ndarray) -> np.ndarray:
     """Smooth ``inside`` (h, w) in [0, 1], but not across edges of ``grey`` (h, w) in [0, 1].
 
     This is the guided filter: in every window of 2 ``RADIUS`` + 1 pixels the result is a linear function of
-    the brightness, and it smooths windows with a variance below ``FLATNESS``. He et al., "Guided Image
+    the brightness, and windows with a variance below ``FLATNESS`` are smoothed. He et al., "Guided Image
     Filtering", ECCV 2010, equations 5, 6 and 8.
     """
 

@@ -1,4 +1,4 @@
-"""SAM2's mask decoder for many prompts of one image: a quarter of the work, the same output up to rounding.
+"""Decode many prompts of one image as SAM2's mask decoder does, up to rounding, with a quarter of the work.
 
 For every prompt, SAM2's decoder (arXiv 2408.00714, the two-way transformer of arXiv 2304.02643) projects
 all N positions of the image, although they attend to only about eight tokens T. Matrix products are
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
 
-# Bytes of the positions (p, N, d) in a chunk of p prompts, to fit the cache: one prompt at 1024 px.
+# Bytes of the positions (p, N, d) of p prompts, to fit the processor's cache: one prompt at 1024 px.
 _CHUNK_BYTES = 4 * 2**20
 _CHUNK_BYTES_GPU = 512 * 2**20
 
@@ -31,9 +31,9 @@ class Scene:
 
     positions: Tensor  # (1, N, d)
     middle: Tensor  # (1, N, 4 (d/4)): the level at S/8 by position, plus the upscaling's bias
-    fine: Tensor  # (1, 4N, 4 (d/8)): the level at S/4, likewise
+    fine: Tensor  # (1, 4N, 4 (d/8)): the same for the level at S/4
     keys: Tensor  # (1, H, N, c): of the first layer, before a prompt changes the positions
-    queries: Tensor  # (1, H, N, c): likewise
+    queries: Tensor  # (1, H, N, c): of the first layer as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Answer:
 
     predicted_iou: Tensor  # (p, 3)
     positions: Tensor  # (p, N, d)
-    hyper: Tensor  # (p, 3, d/8): a mask is its product with the upscaled positions
+    hyper: Tensor  # (p, 3, d/8): times the upscaled positions, this gives the masks
 
     def only(self, prompts: np.ndarray) -> Answer:
         """Return the answers to the prompts with these indices."""
@@ -53,10 +53,10 @@ class Answer:
 
 
 class FastDecoder:
-    """Decodes three candidates a prompt, as the decoder of ``model`` does."""
+    """A decoder of three candidates per prompt, like the decoder of ``model``."""
 
     def __init__(self, model: SAM2Base) -> None:
-        """Prepare a trained ``model`` on its device for which ``fits`` holds."""
+        """Prepare a trained ``model`` on its device; ``fits`` must hold for the model."""
         self.model = model
         # Typed Any, because the sam2 package declares these parts as plain nn.Module.
         self._decoder: Any = model.sam_mask_decoder
@@ -64,7 +64,7 @@ class FastDecoder:
         self._side: int = model.sam_prompt_encoder.image_embedding_size[0]
         with torch.inference_mode():
             self._encoding = model.sam_prompt_encoder.get_dense_pe().flatten(2).mT  # (1, N, d)
-            # The keys and queries (1, H, N, c) of the positional encoding alone, by layer.
+            # For each layer, the keys and queries (1, H, N, c) of the positional encoding alone.
             self._encoded = [
                 (_heads(read.k_proj(self._encoding), read), _heads(write.q_proj(self._encoding), write))
                 for layer in self._transformer.layers
@@ -74,7 +74,7 @@ class FastDecoder:
             self._last_keys = _heads(last.k_proj(self._encoding), last)
 
     def scene(self, embedding: Tensor, fine: tuple[Tensor, ...]) -> Scene:
-        """Compute the tensors that all prompts of one image, encoded with B = 1, share."""
+        """Compute the tensors that all prompts of an image share; its encoding has B = 1."""
         first, _, _, second, _ = self._decoder.output_upscaling
         n = self._side
         dense = self.model.sam_prompt_encoder.no_mask_embed.weight  # (1, d)
@@ -94,12 +94,12 @@ class FastDecoder:
     @property
     def chunk(self) -> int:
         """Return the number of prompts to decode at once."""
-        size = 4 * self._side**2 * self._decoder.transformer_dim  # bytes of a prompt's positions
+        size = 4 * self._side**2 * self._decoder.transformer_dim  # bytes of the positions of a prompt
         on_cpu = self._encoding.device.type == "cpu"
         return max(1, (_CHUNK_BYTES if on_cpu else _CHUNK_BYTES_GPU) // size)
 
     def answer(self, scene: Scene, coords: Tensor, labels: Tensor) -> Answer:
-        """Run the transformer for p prompts, coords (p, n, 2) in pixels of S and labels (p, n)."""
+        """Run the transformer for p prompts, coords (p, n, 2) in pixels up to S and labels (p, n)."""
         decoder = self._decoder
         sparse, _ = self.model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
         heads = [decoder.iou_token.weight, decoder.mask_tokens.weight]
@@ -151,13 +151,13 @@ def _heads(x: Tensor, attention: Any) -> Tensor:
 def _read(attention: Any, tokens: Tensor, positions: Tensor, keys: Tensor, *, whole: bool = False) -> Tensor:
     """Attend from tokens (p, T, d) to positions (p or 1, N, d): (p, T, d).
 
-    ``keys`` (1, H, N, c) are the keys of the positions if ``whole``, else those of their encoding alone.
+    ``keys`` (1, H, N, c) are keys of the positions if ``whole``, else keys of their encoding alone.
     """
     q = _heads(attention.q_proj(tokens), attention)  # (p, H, T, c)
     scores = _scores(q, attention.k_proj, positions, keys, whole)  # (p, H, T, N)
     attended = (scores.softmax(-1).flatten(1, 2) @ positions).unflatten(1, q.shape[1:3])  # (p, H, T, d)
     values = attention.v_proj.weight.unflatten(0, (attention.num_heads, -1))  # (H, c, d)
-    bias = attention.v_proj.bias.unflatten(0, (attention.num_heads, 1, -1))  # the weights sum to 1
+    bias = attention.v_proj.bias.unflatten(0, (attention.num_heads, 1, -1))  # added once, as weights sum to 1
     return attention.out_proj((attended @ values.mT + bias).transpose(1, 2).flatten(2))
 
 
@@ -166,7 +166,8 @@ def _write(
 ) -> Tensor:
     """Attend from positions (p or 1, N, d) to tokens (p, T, d) and add the result: (p, N, d).
 
-    ``values`` (p, T, d) are the tokens without positional encoding; ``queries`` are as the keys of ``_read``.
+    ``values`` (p, T, d) are the tokens without positional encoding. ``queries`` (1, H, N, c) are queries of
+    the positions if ``whole``, else queries of their encoding alone.
     """
     k = _heads(attention.k_proj(tokens), attention)  # (p, H, T, c)
     v = _heads(attention.v_proj(values), attention)
@@ -177,7 +178,11 @@ def _write(
 
 
 def _scores(tokens: Tensor, projection: Any, positions: Tensor, projected: Tensor, whole: bool) -> Tensor:
-    """Multiply projected tokens (p, H, T, c) by positions (p or 1, N, d), to be projected: (p, H, T, N)."""
+    """Return the attention scores (p, H, T, N) of tokens (p, H, T, c) and positions (p or 1, N, d).
+
+    ``projected`` are the projected positions if ``whole``; else they are the projected encoding alone, and
+    ``projection`` projects the positions.
+    """
     tokens = tokens * tokens.shape[-1] ** -0.5
     scores = tokens @ projected.mT
     if whole:

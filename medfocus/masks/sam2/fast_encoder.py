@@ -1,9 +1,9 @@
-"""SAM2's image encoder with less work per image. Its output is the same up to rounding.
+"""Encode images as SAM2's image encoder does, up to rounding, with less work per image.
 
 SAM2's encoder (arXiv 2408.00714) computes a positional encoding of every level, which only video uses, and
-enlarges the same positional embedding for every image. It also projects its finest levels to d channels,
-and the decoder projects them to fewer. Here the embedding is computed once, and one 1x1 convolution
-replaces the two.
+enlarges the same positional embedding for every image. It also projects its finest levels to d channels, and
+the decoder projects the result to fewer channels. Here the embedding is computed once, and one 1x1
+convolution replaces both projections.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from medfocus.masks.sam2.segmenter import EncodedImages
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
 
-FOLDED = 2  # levels with the two projections in one: S/4 and S/8
+FOLDED = 2  # number of finest levels (S/4, S/8), whose two projections become one
 
 
 class FastEncoder:
-    """Encodes pixels for the mask decoder, as ``Sam2Segmenter.encode`` does."""
+    """An encoder of pixels for the mask decoder, like ``Sam2Segmenter.encode``."""
 
     def __init__(self, model: SAM2Base) -> None:
-        """Prepare a trained ``model`` on its device for which ``fits`` holds; a GPU runs it in bfloat16."""
+        """Prepare a trained ``model`` on its device; ``fits`` must hold for it. A GPU runs it in bfloat16."""
         self.model = model
         # Typed Any, because the sam2 package declares these parts as plain nn.Module.
         encoder: Any = model.image_encoder
@@ -66,7 +66,7 @@ class FastEncoder:
         return levels
 
     def _mixed(self, level: int, x: Tensor, above: Tensor | None) -> Tensor:
-        """Return the neck's level (B, d, h, w) of a stage's output (B, h, w, W) and the level above."""
+        """Compute a level (B, d, h, w) of the neck from a stage's output (B, h, w, W) and the level above."""
         lateral = self._neck.convs[len(self._neck.convs) - 1 - level](x.permute(0, 3, 1, 2))
         if above is None or level not in self._neck.fpn_top_down_levels:
             return lateral

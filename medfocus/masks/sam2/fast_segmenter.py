@@ -1,8 +1,7 @@
-"""The segmenter of large images: the masks of ``Sam2Segmenter``, up to rounding, for less work.
+"""Segment large images as ``Sam2Segmenter`` does, up to rounding, with less work.
 
-Encoder and decoder take fewer steps (``fast_encoder``, ``fast_decoder``). The masks of a point are
-decoded only if its predicted IoU leaves them a chance to win, because a candidate's score is at most its
-predicted IoU.
+Encoder and decoder take fewer steps (``fast_encoder``, ``fast_decoder``). The masks of a point are decoded
+only if their predicted IoU is high enough to win, because a candidate's score is at most its predicted IoU.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from medfocus.masks.sam2.fast_encoder import FOLDED, FastEncoder
 from medfocus.masks.sam2.segmenter import EncodedImages, PointPrompts, Rung, Sam2Segmenter
 from medfocus.masks.segmenter import segmenter_key
 
-LEAST_SIZE = 512  # pixels a side that the model sees; decoding smaller images is cheap
+LEAST_SIZE = 512  # pixels per side that the model sees; decoding smaller images is cheap
 
 
 def fits(plain: Sam2Segmenter) -> bool:
-    """Check that ``FastSegmenter`` supports a segmenter: its strategy is not "automatic", and its model fits.
+    """Return whether ``FastSegmenter`` supports a segmenter: its strategy (not "automatic") and its model.
 
-    As in all published models, the mask decoder has to use the encoder's two finest levels, and the neck must
-    not add coarser levels to them.
+    The mask decoder has to use the encoder's two finest levels, and the neck must not add coarser levels to
+    these two. This holds for all published models.
     """
     model: Any = plain.model
     neck, levels = model.image_encoder.neck, len(model.image_encoder.neck.convs) - model.image_encoder.scalp
@@ -35,10 +34,10 @@ def fits(plain: Sam2Segmenter) -> bool:
 
 
 class FastSegmenter(Sam2Segmenter):
-    """Chooses as ``Sam2Segmenter`` does. Its key differs, because rounding may change a mask."""
+    """A faster ``Sam2Segmenter`` with the same choices. Its key differs, as rounding may change a mask."""
 
     def __init__(self, plain: Sam2Segmenter) -> None:
-        """Take model and settings of ``plain``. Raises ValueError unless ``fits(plain)``."""
+        """Take the model and settings of ``plain``. Raises ValueError unless ``fits(plain)``."""
         if not fits(plain):
             raise ValueError(
                 "FastSegmenter supports neither the strategy 'automatic' nor SAM2 models that differ from "
@@ -102,23 +101,22 @@ class FastSegmenter(Sam2Segmenter):
 
 
 class _Decoded:
-    """The candidates decoded so far, and the predicted IoU that a further prompt needs."""
+    """The candidates decoded so far, and the lowest predicted IoU with which a prompt can change the mask."""
 
     def __init__(self, segmenter: FastSegmenter) -> None:
         self.segmenter = segmenter
-        # A prompt with a lower predicted IoU cannot change the mask. ``candidates.pick`` sorts candidates
-        # by score, which is at most the predicted IoU, and it already has ``keep`` better candidates. With
-        # fewer, the bar is the limit of the predicted IoU: one candidate suffices to rule the relaxed
-        # limits out.
+        # A prompt with a predicted IoU below the bar cannot change the mask. After the first pick the bar is
+        # at least the limit of the predicted IoU, because the relaxed limits no longer apply. After ``keep``
+        # picks it is also at least their lowest score, because a score is at most the predicted IoU.
         self.bar = 0.0
-        self.best = 0.0  # lowest score of ``keep`` picked candidates; 0 with fewer
+        self.best = 0.0  # lowest score of ``keep`` picked candidates; 0 if fewer are picked
         self.prompts: list[int] = []  # the prompt of each candidate
         self.logits: list[np.ndarray] = []  # (h, w) each
         self.iou: list[float] = []
         self.steady: list[float] = []
 
     def add(self, prompts: list[int], logits: np.ndarray, iou: np.ndarray) -> None:
-        """Add three candidates a prompt, (3p, h, w) and (3p,), without those that are not finite."""
+        """Add the finite candidates, from three per prompt: logits (3p, h, w) and predicted IoU (3p,)."""
         owner = np.repeat(prompts, 3)
         is_finite = np.isfinite(logits).all((1, 2)) & np.isfinite(iou)
         owner, logits, iou = owner[is_finite], logits[is_finite], iou[is_finite]
@@ -133,7 +131,7 @@ class _Decoded:
             self._raise_bar()
 
     def rung(self) -> Rung | None:
-        """Return the rung that ``candidates.choose`` finds among all candidates; None if it finds none."""
+        """Return the rung that ``candidates.choose`` would find among all candidates, or None."""
         for status, limits in (
             ("chosen", self.segmenter.settings.limits),
             ("relaxed", self.segmenter.settings.limits.relaxed()),
@@ -156,7 +154,7 @@ class _Decoded:
         self.bar = max(limits.min_iou, self.best)
 
     def _picked(self, limits: candidates.Limits) -> tuple[list[int], float] | None:
-        """Pick in the order of the prompts, which decides ties: indices, best first, and score."""
+        """Pick indices, best first, and a score. Among equal scores the earlier prompt wins."""
         if not self.logits:
             return None
         order = np.argsort(self.prompts, kind="stable")

@@ -1,4 +1,4 @@
-"""Loading of SAM2 (arXiv 2408.00714): the sam2 package's image modules, without those for video."""
+"""Load SAM2 (arXiv 2408.00714): the sam2 package's modules for images, without its modules for video."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZE_STEP = 32  # pixels: windows of 8 patches of 4 pixels
 
 # The modules that segment images. The others serve video and may be missing from a checkpoint.
 IMAGE_MODULES = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
-# As sam2.build_sam sets them: the best of the three masks replaces an unstable single mask.
+# As in sam2.build_sam: the best of the three masks replaces an unstable single mask.
 _DYNAMIC_MULTIMASK = {
     "dynamic_multimask_via_stability": True,
     "dynamic_multimask_stability_delta": 0.05,
@@ -36,7 +36,7 @@ _SIZE_LETTERS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 def load_predictor(
     config: str, checkpoint: str, image_size: int, *, device: str = "cpu"
 ) -> tuple[SAM2ImagePredictor, str]:
-    """Build SAM2's image predictor. Also return a key that names its weights and configuration.
+    """Build SAM2's image predictor; return it, and a key of its weights and configuration.
 
     Args:
         config: "pocket", a configuration of the sam2 package ("configs/sam2.1/sam2.1_hiera_t.yaml",
@@ -44,13 +44,14 @@ def load_predictor(
         checkpoint: "pocket" for the packaged weights, a local path, a hub id such as
             "facebook/sam2.1-hiera-tiny", or "random:SEED". Random weights are untrained: they serve timing
             and tests, and their masks are meaningless.
-        image_size: Pixels a side that the model sees, a multiple of 32. It may differ from the config's.
-        device: Device of the model. It is no part of the key.
+        image_size: Pixels per side that the model sees, a multiple of 32. It replaces the image size of
+            the configuration.
+        device: Device of the model. It does not change the key.
 
     Raises:
         FileNotFoundError: The configuration or checkpoint does not exist.
-        ValueError: The image size is no multiple of 32, the checkpoint does not fit the configuration, or the
-            configuration names anything but modules of the sam2 package; it is then rejected before any call.
+        ValueError: The image size is not a multiple of 32, the checkpoint does not fit the configuration, or
+            the configuration names anything but modules of the sam2 package (refused before any call).
     """
     if image_size < SIZE_STEP or image_size % SIZE_STEP:
         near = max(SIZE_STEP, round(image_size / SIZE_STEP) * SIZE_STEP)
@@ -64,7 +65,7 @@ def load_predictor(
         seed = int(checkpoint.removeprefix("random:"))
     else:
         hub_id = checkpoint if checkpoint.count("/") == 1 else None
-        hub_name = checkpoint.rpartition("/")[2].replace("-", "_") + ".pt"  # as facebook/sam2.1-hiera-* do
+        hub_name = checkpoint.rpartition("/")[2].replace("-", "_") + ".pt"  # as in facebook/sam2.1-hiera-*
         name = str(_packaged("data/sam2_pocket.safetensors")) if checkpoint == "pocket" else checkpoint
         path = weights.resolve(name, hub_id=hub_id, filename=hub_name, what="masks.checkpoint (SAM2)")
         state = weights.load(path)
@@ -86,7 +87,7 @@ def load_predictor(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # SAM2's transforms call torch.jit.script
         predictor = SAM2ImagePredictor(model)
-    # The class assumes 1024 px. Strides 4, 8 and 16:
+    # The predictor assumes 1024 px, so set the sizes of its levels: strides 4, 8 and 16.
     predictor._bb_feat_sizes = [(image_size // stride, image_size // stride) for stride in (4, 8, 16)]
     image_modules = {k: v for k, v in model.state_dict().items() if k.startswith(IMAGE_MODULES)}
     parts = (OmegaConf.to_yaml(settings), weights.digest(image_modules), version("sam2"))
@@ -94,7 +95,7 @@ def load_predictor(
 
 
 def _read_config(config: str, image_size: int) -> DictConfig:
-    """Read a configuration and return its model's settings for ``image_size`` and without video."""
+    """Read a configuration and return the settings of its model for ``image_size``, without video."""
     from omegaconf import DictConfig, OmegaConf
 
     content = OmegaConf.load(config_path(config))
@@ -137,19 +138,19 @@ def _targets(content: object) -> Iterator[object]:
 
 
 def _is_of_sam2(target: object) -> bool:
-    """Check that ``target`` is a network class of sam2.modeling, named in the module that defines it."""
+    """Return whether ``target`` is a network class of sam2.modeling, named by the module that defines it."""
     module, _, name = str(target).rpartition(".")
     if not f"{module}.".startswith("sam2.modeling."):
         return False
     try:
         value = getattr(importlib.import_module(module), name, None)
-    except ImportError:  # a.b.os.system: b.os is no module
+    except ImportError:  # a.b.os.system: b.os is not a module
         return False
     return isinstance(value, type) and issubclass(value, torch.nn.Module) and value.__module__ == module
 
 
 def config_path(config: str) -> Path:
-    """Return the file of a configuration; see ``load_predictor``. FileNotFoundError lists the known names."""
+    """Return the file of a configuration; see ``load_predictor``. FileNotFoundError lists known names."""
     if config == "pocket":
         return _packaged("configs/sam2_pocket.yaml")
     local = Path(config).expanduser()

@@ -1,8 +1,8 @@
-"""Retrieval of a mask among SAM2's proposals by a text about anatomy: SaLIP, arXiv 2404.06362.
+"""Retrieve a mask from SAM2's proposals by a text about anatomy: SaLIP, arXiv 2404.06362.
 
-The text names anatomy to look at ("the lungs", "a lesion"), never a class. As in SaLIP, CLIP sees a
-proposal as its bounding box, black outside the region. SaLIP prompts SAM again with the boxes; here the
-retrieved proposals form the mask, as with the other strategies [ours].
+The text names anatomy to look at ("the lungs", "a lesion"), never a class. As in SaLIP, CLIP sees the
+bounding box of a proposal, black outside the region. SaLIP prompts SAM again with the boxes; here the
+retrieved proposals themselves form the mask, as with the other strategies.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from medfocus.masks.sam2.segmenter import EncodedImages, Rung, Sam2Segmenter, fi
 from medfocus.masks.segmenter import Mask, check_image, segmenter_key
 from medfocus.storage.fingerprint import fingerprint
 
-# IoU above which two proposals count as the same, as box_nms_thresh of SAM2's generator.
+# IoU above which two proposals count as the same, like box_nms_thresh in SAM2's generator.
 SAME = 0.7
 
 
 class Rank(Protocol):
-    """A score of crops: the highest for the crop that best shows the anatomy."""
+    """A function that scores crops, highest for the crop that best shows the anatomy."""
 
     @property
     def key(self) -> str:
-        """Return the key of anatomy and weights: equal keys score equally."""
+        """Return the key of anatomy and weights; equal keys give equal scores."""
         ...
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -48,7 +48,7 @@ class Clip(Protocol):
 
     @property
     def image_size(self) -> int:
-        """Return S, the pixels a side."""
+        """Return S, the pixels per side."""
         ...
 
     def preprocess(self, views: np.ndarray) -> torch.Tensor:
@@ -91,8 +91,8 @@ class TextRank:
 class RetrievalSegmenter:
     """One mask per image: the best-ranked proposals of a grid of points.
 
-    The fallback ladder is that of ``Sam2Segmenter``, and the rank chooses on the first two rungs. The score
-    of a mask is SAM2's, so that it means the same as with the other strategies.
+    It runs the fallback ladder of ``Sam2Segmenter``; on the first two rungs the rank chooses. The score of a
+    mask is computed from SAM2's quality, so that it means the same as with the other strategies.
     """
 
     def __init__(self, plain: Sam2Segmenter, rank: Rank) -> None:
@@ -148,7 +148,7 @@ class RetrievalSegmenter:
 def distinct(
     regions: np.ndarray, predicted_iou: np.ndarray, steadiness: np.ndarray, limits: candidates.Limits
 ) -> tuple[list[int], np.ndarray]:
-    """Select the distinct candidates within the limits: their indices, best first, and scores (n,).
+    """Select the distinct candidates within the limits; return their indices, best first, and scores (n,).
 
     ``regions`` (M, h, w) bool, ``predicted_iou`` and ``steadiness`` (M,); limits and scores are those of
     ``candidates.pick``. If the IoU of two candidates is above ``SAME``, the better candidate stays.
@@ -173,10 +173,11 @@ def distinct(
 def retrieve(
     regions: np.ndarray, ranking: np.ndarray, *, max_area: float, keep: int, max_overlap: float
 ) -> list[int]:
-    """Retrieve the best ``keep`` of proposals (n, h, w) bool by ranking scores (n,): indices, best first.
+    """Return the indices of the best ``keep`` proposals (n, h, w) bool by ranking scores (n,), best first.
 
-    As in ``candidates.pick``, two of them share at most ``max_overlap`` of the smaller one, and their union
-    covers at most ``max_area`` of the image. The best proposal is always among them. NaN scores come last.
+    As in ``candidates.pick``, the intersection of two proposals is at most ``max_overlap`` of the smaller,
+    and the union covers at most ``max_area`` of the image. The best proposal is always taken. Scores of NaN
+    come last.
     """
     order = np.argsort(-np.nan_to_num(ranking, nan=-np.inf), kind="stable")
     taken = [int(order[0])]

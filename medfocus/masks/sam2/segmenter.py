@@ -1,4 +1,4 @@
-"""SAM2 as a zero-shot segmenter: point and box prompts without labels give one mask per image.
+"""Segment images with SAM2 zero-shot: point and box prompts without labels give one mask per image.
 
 SAM2 encodes an image once (in batches) and decodes all its prompts together. Candidates are scored on their
 low-resolution logits, and only the winners are resized to the image, where their outlines may follow its
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-# Size of the decoder's largest tensor. Few prompts at once cost overhead, and many exceed the processor's
+# Size of the decoder's largest tensor. Few prompts at once cost overhead, and many overflow the processor's
 # cache: at 1024 px a point took 40 ms in chunks of four and 80 ms in chunks of sixteen.
 _DECODE_BYTES = 32 * 2**20
-# The generator resizes every candidate to the image as float32 before it filters.
+# Limit for the generator, which resizes every candidate to the image as float32 before it filters.
 _GENERATE_BYTES = 256 * 2**20
 
 
@@ -50,7 +50,7 @@ class PointPrompts:
     """P prompts of N points each, as shares of the image's sides: (0.5, 0.5) is its centre."""
 
     coords: np.ndarray  # (P, N, 2) float32, (x, y)
-    labels: np.ndarray  # (P, N) int32: 1 inside, 0 outside, 2 and 3 a box's top left and bottom right
+    labels: np.ndarray  # (P, N) int32: 1 inside, 0 outside; 2 top left and 3 bottom right of a box
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Sam2Segmenter:
     def __init__(
         self, predictor: SAM2ImagePredictor, model_key: str, settings: Sam2Settings, batch_size: int = 4
     ) -> None:
-        """Wrap a predictor and key of ``load_predictor``; several segmenters may share one predictor."""
+        """Wrap a predictor and its key from ``load_predictor``; several segmenters may share a predictor."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; use 1 or more.")
         self.predictor = predictor
@@ -113,7 +113,7 @@ class Sam2Segmenter:
         return masks
 
     def at_points(self, image: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:
-        """Segment an image (H, W, 3) uint8 at each point (x, y), as shares of its sides: (P, 3, H, W) bool.
+        """Segment an image (H, W, 3) uint8 at points (x, y), in shares of its sides: (P, 3, H, W) bool.
 
         The three candidates of a point are sorted by predicted IoU, the best first.
         """
@@ -127,7 +127,7 @@ class Sam2Segmenter:
 
     @torch.no_grad()
     def describe(self, images: Sequence[np.ndarray], grid: int) -> torch.Tensor:
-        """Encode images (H, W, 3) uint8 as image features, averaged on ``grid`` x ``grid`` cells: (B, P).
+        """Encode images (H, W, 3) uint8 as features (B, P), averaged over ``grid`` x ``grid`` cells.
 
         The features are the encoder's levels at S/16 and S/8, without prompt, label or text.
         """
@@ -148,7 +148,7 @@ class Sam2Segmenter:
     def encode(self, images: Sequence[np.ndarray]) -> EncodedImages:
         """Resize images of any sizes to (S, S) and encode them as one batch of B."""
         self.predictor.set_image_batch(list(images))
-        kept: Any = self.predictor._features  # predict() reads it; there is no public access
+        kept: Any = self.predictor._features  # predict() reads this attribute; there is no public one
         self.predictor.reset_predictor()
         return EncodedImages(kept["image_embed"], tuple(kept["high_res_feats"]))
 
@@ -157,8 +157,8 @@ class Sam2Segmenter:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Decode all prompts of image ``index`` of the batch, in chunks that bound the memory.
 
-        Returns three candidates a prompt, M = 3P: logits (M, S/4, S/4) float32 (> 0 inside) and predicted IoU
-        (M,) float32.
+        Returns three candidates per prompt, M = 3P: logits (M, S/4, S/4) float32, > 0 inside, and predicted
+        IoU (M,) float32.
         """
         device = encoded.embedding.device
         coords = self.predictor._transforms.transform_coords(torch.from_numpy(prompts.coords).to(device))
@@ -200,7 +200,7 @@ class Sam2Segmenter:
         return Rung(logits[list(choice.indices)], choice.score, choice.status)
 
     def box_rung(self, encoded: EncodedImages, index: int) -> Rung:
-        """Run the last two rungs for image ``index``: a box around the whole image, or the whole image."""
+        """Run the last two rungs for image ``index``: SAM2's mask for a box around it, or the whole image."""
         logits, iou = finite(*self.decode(encoded, index, box_prompt(1.0)))
         steady = candidates.stability(logits)
         best = candidates.pick(
@@ -216,7 +216,7 @@ class Sam2Segmenter:
         return Rung(logits[list(best[0])], best[1], "box")
 
     def mask(self, image: np.ndarray, rung: Rung) -> Mask:
-        """Resize a rung's candidates to the image and unite them; the whole image if none is left."""
+        """Resize a rung's candidates to the image and unite them; if this is empty, take the whole image."""
         parts = [self.region(image, logits) for logits in rung.logits]
         union = np.logical_or.reduce([np.zeros(image.shape[:2], bool), *parts])
         return Mask(union, rung.score, rung.status) if union.any() else identity(*union.shape)
@@ -224,7 +224,7 @@ class Sam2Segmenter:
     def region(self, image: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """Return a candidate's tidied region (H, W) bool at the image's resolution from its logits (h, w).
 
-        Edges come from the resolution that the model sees, four times that of the logits.
+        Edges are found at the resolution that the model sees, four times the resolution of the logits.
         """
         size = image.shape[:2]
         if not self.settings.follow_edges:
@@ -268,7 +268,7 @@ class Sam2Segmenter:
 
     @cached_property
     def _generator(self) -> SAM2AutomaticMaskGenerator:
-        """Return SAM2's own generator with this predictor, because its own assumes 1024 px."""
+        """Return SAM2's own generator, with this predictor instead of its default, which assumes 1024 px."""
         from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
         with warnings.catch_warnings():
@@ -287,7 +287,7 @@ def load_sam2(settings: Sam2Settings, *, batch_size: int = 4, device: str = "cpu
 
 
 def grid_prompts(points_per_side: int) -> PointPrompts:
-    """Return one point a prompt, in the centres of a regular grid: P = points_per_side², N = 1."""
+    """Return one point per prompt, at the centres of a regular grid: P = points_per_side², N = 1."""
     ticks = (np.arange(points_per_side, dtype=np.float32) + 0.5) / points_per_side
     x, y = np.meshgrid(ticks, ticks)
     coords = np.stack([x, y], axis=-1).reshape(-1, 1, 2)  # (P, 1, 2)
@@ -302,7 +302,7 @@ def box_prompt(side: float) -> PointPrompts:
 
 
 def finite(logits: np.ndarray, predicted_iou: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop the candidates (M, h, w), (M,) with a number that is not finite."""
+    """Drop the candidates, logits (M, h, w) and IoU (M,), with a number that is not finite."""
     is_finite = np.isfinite(logits).all((1, 2)) & np.isfinite(predicted_iou)
     return logits[is_finite], predicted_iou[is_finite]
 
