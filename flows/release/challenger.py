@@ -123,10 +123,8 @@ class Challenger:
         for start in range(0, len(self.test), _CHUNK):
             images = [self.dataset.image(record) for record in self.test[start : start + _CHUNK]]
             labels += [prediction.label for prediction in predictor.predict_decoded(images)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{id(self)}.npy")
-        np.save(temporary, np.array(labels), allow_pickle=False)
-        atomic.seal(temporary, path)
+        with atomic.sealed_file(path) as file, file.open("wb") as stream:
+            np.save(stream, np.array(labels), allow_pickle=False)
         return np.array(labels)
 
     def _not_learnt(self, learnt: Iterable[str]) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import os
 import shutil
 import threading
 from collections.abc import Collection, Iterable, Sequence
@@ -134,10 +133,8 @@ def _adapter(study: Study, dataset: str, examples: AdapterExamples) -> Path:
         return path
     with tqdm(total=params.steps, desc=f"adapter {dataset}", unit="step", disable=None) as bar:
         state = train_adapter(examples, plain, **settings, progress=bar.update)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    save_file(state, temporary)
-    atomic.seal(temporary, path)
+    with atomic.sealed_file(path) as file:
+        save_file(state, file)
     return path
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from medfocus.pocket.pool import replace
+from medfocus.storage import atomic
 
 BatchT = TypeVar("BatchT")
 _SAVE_EVERY = 60.0  # seconds
@@ -136,7 +136,8 @@ def _optimise(
                     "seconds": before + last_save - began,
                 }
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                replace(state_file, lambda file, state=state: torch.save(state, file))
+                with atomic.new_file(state_file) as file:
+                    torch.save(state, file)
     return before + time.monotonic() - began
 
 
@@ -150,4 +151,4 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def _write_weights(out: Path, state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
     """Write tensors as float16 safetensors with ``notes`` as metadata."""
     halves = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
-    replace(out, lambda file: file.write_bytes(save(halves, {k: str(v) for k, v in notes.items()})))
+    atomic.write(out, save(halves, {k: str(v) for k, v in notes.items()}))
