@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save
@@ -69,23 +69,6 @@ def train_and_write(
         ValueError: The saved state has other settings.
     """
     state_file = out.with_name(out.name + ".state")
-    seconds = _optimise(title, settings, state_file, model, trained, batches, loss, workers, line)
-    _write_weights(out, finished(), asdict(settings) | {"seconds": round(seconds), "data": data})
-    state_file.unlink(missing_ok=True)
-
-
-def _optimise(
-    title: str,
-    settings: Settings,
-    state_file: Path,
-    model: nn.Module,
-    trained: Mapping[str, nn.Parameter],
-    batches: Dataset[BatchT],
-    loss: Callable[[BatchT], tuple[Tensor, dict[str, float]]],
-    workers: int,
-    line: int,
-) -> float:
-    """Train ``model`` in place and return the seconds, including those of interrupted runs."""
     groups = [
         {"params": [v for v in trained.values() if v.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [v for v in trained.values() if v.ndim <= 1], "weight_decay": 0.0},
@@ -138,7 +121,11 @@ def _optimise(
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 with atomic.new_file(state_file) as file:
                     torch.save(state, file)
-    return before + time.monotonic() - began
+    seconds = round(before + time.monotonic() - began)  # with those of interrupted runs
+    halves = {name: value.detach().half().cpu().contiguous() for name, value in finished().items()}
+    notes = asdict(settings) | {"seconds": seconds, "data": data}
+    atomic.write(out, save(halves, {k: str(v) for k, v in notes.items()}))
+    state_file.unlink(missing_ok=True)
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -146,9 +133,3 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-
-def _write_weights(out: Path, state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-    """Write tensors as float16 safetensors with ``notes`` as metadata."""
-    halves = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
-    atomic.write(out, save(halves, {k: str(v) for k, v in notes.items()}))
