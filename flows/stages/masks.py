@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import shutil
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flows.study import models
-from flows.study.study import Study, here, study_in
+from flows.study.study import Study, here_with, study_in
 from medfocus.datasets.records import Record, chunks, read_manifest, spread_over_classes
 from medfocus.datasets.splits import read_splits
 from medfocus.images import decode
@@ -35,10 +34,7 @@ _SHEET_IMAGES = 24
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Segment the images that the cache lacks; publish the masks, a summary per class and a contact sheet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True)
-    dataset = parser.parse_args(arguments).dataset
-    study = here()
+    study, dataset = here_with("--dataset", __doc__, arguments)
     params, scale, root = study.params.masks, study.params.scale, study.root(dataset)
     records = read_manifest(study.paths.manifest(dataset))
     examples, adapter = AdapterExamples((), root), None
