@@ -7,7 +7,6 @@ their outputs. MLflow keeps the numbers.
 from __future__ import annotations
 
 import argparse
-import base64
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from flows.servers.prefect import prefect_api
 from flows.servers.processes import must_answer
 from flows.stages.dvc import reproduce
 from flows.study.study import Study, open_study
+from medfocus.images.png import data_url
 from medfocus.reports import tables
 from medfocus.reports.rows import read_rows
 from medfocus.storage.redaction import redacted
@@ -93,9 +93,8 @@ def cache_masks(study: Study, dataset: str) -> None:
             key=_key(f"masks-{dataset}"),
             description="Coverage, score and fallbacks of the masks of each class",
         )
-        sheet = base64.b64encode(study.paths.report(dataset, "masks.png").read_bytes()).decode()
         create_image_artifact(
-            f"data:image/png;base64,{sheet}",
+            data_url(study.paths.report(dataset, "masks.png").read_bytes()),
             key=_key(f"mask-sheet-{dataset}"),
             description="Masks, segmented without labels",
         )

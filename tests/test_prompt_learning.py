@@ -16,16 +16,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
-from medfocus.clip.prompt_learning import (
-    ContextTower,
-    TextTower,
-    learning_rate,
-    start_contexts,
-    train_sgd,
-    write_texts,
-)
+from medfocus.clip.prompt_learning import ContextTower, TextTower, start_contexts, write_texts
+from medfocus.learning.contexts import SgdSchedule, learning_rate, train_sgd
 from medfocus.learning.method import Support
-from medfocus.methods.clip import zero_shot_logits
 from medfocus.methods.cocoop import CoCoOp, ConditionalContexts
 from medfocus.methods.coop import CoOp
 from medfocus.storage import weights
@@ -274,10 +267,8 @@ def test_training_is_sgd_with_momentum_and_weight_decay() -> None:
     def accumulate(index: Tensor, view: Tensor) -> None:
         ((weight - torch.from_numpy(target)).square().sum() / 2).backward()
 
-    train_sgd(
-        [weight], accumulate, 4, views=1, epochs=epochs, max_steps=100, batch_size=4, lr=lr, warmup=1,
-        weight_decay=decay, generator=seeded(),
-    )  # fmt: skip
+    schedule = SgdSchedule(epochs=epochs, max_steps=100, batch_size=4, lr=lr, warmup=1, weight_decay=decay)
+    train_sgd([weight], accumulate, 4, schedule, views=1, generator=seeded())
     expected, velocity = start.copy(), np.zeros(2)
     for epoch in range(epochs):
         velocity = 0.9 * velocity + (expected - target) + decay * expected
@@ -296,10 +287,8 @@ def test_max_steps_keeps_all_images_and_the_whole_schedule(max_steps: int, steps
         weight.grad = torch.ones(())
         rates.append(float(weight.detach()))
 
-    train_sgd(
-        [weight], accumulate, 10, views=2, epochs=5, max_steps=max_steps, batch_size=4, lr=1.0, warmup=1,
-        weight_decay=0.0, generator=seeded(),
-    )  # fmt: skip
+    schedule = SgdSchedule(epochs=5, max_steps=max_steps, batch_size=4, lr=1.0, warmup=1, weight_decay=0.0)
+    train_sgd([weight], accumulate, 10, schedule, views=2, generator=seeded())
     assert len(seen) == steps
     assert [len(index) for index in seen[:3]] == [4, 4, 2]
     assert sorted(torch.cat(seen[:3]).tolist()) == list(range(10))
@@ -325,7 +314,7 @@ def fitted(clip: ClipEncoder) -> dict[str, Any]:
 
 def test_untrained_contexts_that_start_at_words_are_zero_shot(clip: ClipEncoder) -> None:
     features = support_of(clip).inputs[0]
-    expected = zero_shot_logits(features, clip.encode_texts(TEXTS), clip.logit_scale)
+    expected = clip.logit_scale * features @ clip.encode_texts(TEXTS).T
     coop = CoOp(clip, **{**COOP, **UNTRAINED}).fit(support_of(clip), seeded())
     torch.testing.assert_close(coop.logits(features)["text"], expected, rtol=0, atol=1e-4)
 

@@ -46,16 +46,13 @@ def export(home: Path, model: str | None, path: Path) -> str:
             "model": name,
             "files": {part: atomic.digest(folder / part) for part in present},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:  # weights do not compress
-                for part in present:
-                    archive.write(folder / part, part)
-                archive.writestr(CONTENTS, json.dumps(contents, indent=1) + "\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            atomic.new_file(path) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,  # weights do not compress
+        ):
+            for part in present:
+                archive.write(folder / part, part)
+            archive.writestr(CONTENTS, json.dumps(contents, indent=1) + "\n")
     return name
 
 

@@ -19,7 +19,7 @@ from medfocus.datasets.records import Record, chunks
 from medfocus.images import decode, stack
 from medfocus.images.contact_sheet import montage
 from medfocus.images.errors import ImageError
-from medfocus.images.geometry import letterbox, letterbox_mask
+from medfocus.images.geometry import letterbox
 from medfocus.images.png import encode_png
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class OutputFolder:
             raise FileExistsError(f"{self.table} already exists. Give another --out, or --force.")
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._written, self._force = folder, set[str](), force
-        self._columns: list[str] | None = None
+        self._columns: list[str] = []
+        self.rows = 0  # written
 
     def image(self, source: Path, kind: str, pixels: np.ndarray) -> str:
         """Save a PNG named after a user's file, with a number if the name is taken; return its name."""
@@ -105,20 +106,19 @@ class OutputFolder:
 
     def row(self, row: Mapping[str, object]) -> None:
         """Add a line to the table and write it to disk."""
-        first = self._columns is None
         self._columns = self._columns or list(row)
-        with self.table.open("w" if first else "a", newline="", encoding="utf-8") as file:
+        with self.table.open("a" if self.rows else "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
-            if first:
+            if not self.rows:
                 writer.writeheader()
             writer.writerow(row)
+        self.rows += 1
 
 
-def predict(predictor: Predictor, images: Images, out: OutputFolder) -> int:
-    """Write each image's class, probabilities, mask facts and overlay; return the number of images."""
+def predict(predictor: Predictor, images: Images, out: OutputFolder) -> None:
+    """Write each image's class, probabilities, mask facts and overlay."""
     from medfocus.focus.modes import focus
 
-    done = 0
     for image, prediction in _predictions(predictor, images):
         overlay = focus(image.pixels, prediction.mask, "overlay", feather=0.0)
         out.row(
@@ -132,8 +132,6 @@ def predict(predictor: Predictor, images: Images, out: OutputFolder) -> int:
                 "overlay": out.image(image.path, "overlay", overlay),
             }
         )
-        done += 1
-    return done
 
 
 def _predictions(predictor: Predictor, images: Images) -> Iterator[tuple[UserImage, Prediction]]:
@@ -142,12 +140,11 @@ def _predictions(predictor: Predictor, images: Images) -> Iterator[tuple[UserIma
         yield from zip(batch, predictions, strict=True)
 
 
-def explain(predictor: Predictor, images: Images, out: OutputFolder) -> int:
-    """Write a sheet and the attribution's share inside the mask for each image; return the number of images.
+def explain(predictor: Predictor, images: Images, out: OutputFolder) -> None:
+    """Write a sheet and the attribution's share inside the mask for each image.
 
     The sheet shows the image with its mask, CLIP's view, and the attribution.
     """
-    done = 0
     for image, prediction in _predictions(predictor, images):
         sheet, way, inside = _explanation(predictor, image, prediction)
         out.row(
@@ -161,47 +158,39 @@ def explain(predictor: Predictor, images: Images, out: OutputFolder) -> int:
                 "sheet": out.image(image.path, "why", sheet),
             }
         )
-        done += 1
-    return done
 
 
 def _explanation(
     predictor: Predictor, image: UserImage, prediction: Prediction
 ) -> tuple[np.ndarray, str, str]:
     """Return the sheet, the attribution's method, and its share inside the mask ("" if unknown)."""
-    import torch
-
-    from medfocus.explain.explain import explain as attribute
-    from medfocus.explain.maps import inside_share
+    from medfocus.explain.explain import explain_one, share_in_mask
     from medfocus.focus.modes import focus
+    from medfocus.focus.view import visible
     from medfocus.reports.figures import attribution_overlay
 
     view = predictor.view(image.pixels, prediction.mask)  # (S, S, C)
-    target = torch.tensor([predictor.classes.index(prediction.label)])
-    encoder = predictor.method.encoder
-    maps, way = attribute(predictor.method, encoder, torch.from_numpy(view)[None], target)
-    heat = maps[0].numpy()
-    inside = ""
-    framed = letterbox_mask(prediction.mask, len(view)) > 0.5
-    if predictor.focus != "crop" and framed.any():
-        inside = f"{inside_share(heat, framed):.6f}"
-    seen = view[..., -3:] if view.shape[2] == 6 else view[..., :3]
+    heat, way = explain_one(predictor.method, view, predictor.classes.index(prediction.label))
+    inside, seen = share_in_mask(heat, prediction.mask, predictor.focus), visible(view)
     overlay = focus(image.pixels, prediction.mask, "overlay", feather=0.0)
     tiles = [letterbox(overlay, len(view), (0, 0, 0)), seen, attribution_overlay(seen, heat)]
-    return montage(tiles, 3, ["mask", "CLIP's view", f"why {prediction.label}"]), way, inside
+    return (
+        montage(tiles, 3, ["mask", "CLIP's view", f"why {prediction.label}"]),
+        way,
+        "" if inside is None else f"{inside:.6f}",
+    )
 
 
 def masks(
     segmenter: Segmenter, store: MaskStore, images: Images, out: OutputFolder, *, batch_size: int
-) -> int:
-    """Write each image's mask, overlay, status, score and coverage; return the number of images.
+) -> None:
+    """Write each image's mask, overlay, status, score and coverage.
 
     ``store`` caches the masks, so a study of the same images finds them.
     """
     from medfocus.focus.modes import focus
     from medfocus.masks.store import cache_masks
 
-    done = 0
     for batch in images.batches():
         records = [_record(image) for image in batch]
         paths = [image.path for image in batch]
@@ -220,8 +209,6 @@ def masks(
                     "overlay": out.image(image.path, "overlay", overlay),
                 }
             )
-        done += len(batch)
-    return done
 
 
 def _files(path: Path) -> Iterator[Path]:

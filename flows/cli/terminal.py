@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import typer
 
@@ -37,6 +37,12 @@ def at_work() -> Iterator[None]:
     except Exception as error:
         tell(sentence(error))
         raise typer.Exit(1) from error
+
+
+def check_choice(value: str | None, choices: Any, option: str) -> None:
+    """Raise BadParameter unless ``value`` is None or among the values of a Literal."""
+    if value is not None and value not in get_args(choices):
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(get_args(choices))}.", param_hint=option)
 
 
 def tell(text: str) -> None:

@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from flows.stages.scoring import test_sets
-from flows.study.cells import Cell
-from flows.study.dataset import EncodedDataset
 from medfocus.datasets.duplicates import read_pairs
-from medfocus.evaluation.gate import Check
 from medfocus.reports import data_sheet, model_card
-from medfocus.serving import checkpoint
 from medfocus.storage import atomic
 from medfocus.storage.tables import read_csv
 from medfocus.tracking.provenance import made_from
 
+if TYPE_CHECKING:
+    from flows.release.challenger import Challenger
 
-def of_version(
-    dataset: EncodedDataset,
-    cell: Cell,
-    header: checkpoint.Header,
-    probabilities: np.ndarray,
-    model_folder: Path,
-    *,
-    reason: str,
-    checks: Sequence[Check],
-    new: int | None,
-) -> dict[str, str]:
-    """Return the texts of a version's cards by file name.
 
-    Args:
-        dataset: The data set. The working directory must be the study's folder.
-        cell: The cell of the version.
-        header: The header of its checkpoint.
-        probabilities: (N, K) of the cell's main classifier on the whole test set.
-        model_folder: The version's model folder.
-        reason: The gate's decision in one line.
-        checks: The gate's checks.
-        new: Number of images added since the present champion was made; None without a champion.
+def of_version(challenger: Challenger, model_folder: Path) -> dict[str, str]:
+    """Return the texts of a version's cards by file name, after the gate has judged ``challenger``.
+
+    ``model_folder`` is the version's model folder. The working directory must be the study's folder.
     """
+    dataset, cell, header = challenger.dataset, challenger.cell, challenger.header
     served: dict[str, Any] = json.loads((model_folder / "serve.json").read_text(encoding="utf-8"))
-    data = _data(dataset, served, checks, new)
+    data = _data(challenger, served)
     params = dataset.study.params
     clip = f"{params.clip.model}, {params.clip.pretrained or 'no tag'}"
     learnt = [dataset.records[path].label for path in dataset.support_paths(cell)]
@@ -65,12 +44,12 @@ def of_version(
         },
         pocket="pocket" in (params.clip.pretrained, params.masks.checkpoint),
         validation=f"{header.validation_correct} of {header.validation_count}",
-        probabilities=probabilities,
-        labels=dataset.labels(dataset.splits.test),
+        probabilities=challenger.probabilities,
+        labels=challenger.labels,
         classes=dataset.classes,
         test_sets=test_sets(dataset),
-        checks=checks,
-        reason=reason,
+        checks=challenger.checks,
+        reason=challenger.reason,
     )
     return {
         model_card.CARD: model_card.model_card(model, data),
@@ -78,21 +57,13 @@ def of_version(
     }
 
 
-def headline(dataset: EncodedDataset, probabilities: np.ndarray) -> str:
-    """Return the model card in one paragraph, from the probabilities (N, K) on the whole test set."""
-    labels = dataset.labels(dataset.splits.test)
-    return model_card.headline(next(iter(test_sets(dataset))), probabilities, labels, dataset.classes)
-
-
-def _data(
-    dataset: EncodedDataset, served: dict[str, Any], checks: Sequence[Check], new: int | None
-) -> data_sheet.DatasetFacts:
-    study, name = dataset.study, dataset.name
+def _data(challenger: Challenger, served: dict[str, Any]) -> data_sheet.DatasetFacts:
+    dataset, study, name = challenger.dataset, challenger.study, challenger.dataset.name
     masks = study.params.masks
     sam2 = f"SAM2 ({masks.config}, {masks.checkpoint}), {masks.strategy} at {masks.image_size} px"
     made = made_from(study.folder, study.params.study.seeds)
     return data_sheet.DatasetFacts(
-        name=dataset.name,
+        name=name,
         modality=dataset.params.modality,
         licence=dataset.params.licence,
         records=list(dataset.records.values()),
@@ -104,8 +75,8 @@ def _data(
         coverage={path: line.coverage for path, line in dataset.masks.status.items()},
         mask_lines=read_csv(study.paths.report(name, "masks.csv")),
         segmenter=sam2 if served["segmenter"] == "sam2" else "Otsu's threshold",
-        drift=[check for check in checks if check.is_drift],
-        new=new,
+        drift=[check for check in challenger.checks if check.is_drift],
+        new=challenger.new,
         provenance={name: made[name] for name in ("git.commit", "git.dirty", "dvc.lock.sha256", "seeds")}
         | {"params.yaml": f"sha256 {atomic.digest(study.paths.params)}"},
     )

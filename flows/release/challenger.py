@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from flows.release import cards
+from flows.stages.scoring import main_classifier, test_sets
 from flows.study import models
 from flows.study.cells import Cell
 from flows.study.dataset import EncodedDataset
@@ -19,6 +20,7 @@ from medfocus.datasets.records import Record
 from medfocus.datasets.splits import components
 from medfocus.evaluation import drift, gate
 from medfocus.images.geometry import grey
+from medfocus.reports import model_card
 from medfocus.serving import checkpoint
 from medfocus.serving.model_folder import load_model, save_model
 from medfocus.serving.predictor import Predictor
@@ -80,21 +82,13 @@ class Challenger:
 
     def cards(self, model_folder: Path) -> dict[str, str]:
         """Return the model card and the data sheet; call it after ``judge`` and ``write_model``."""
-        return cards.of_version(
-            self.dataset,
-            self.cell,
-            self.header,
-            self.probabilities,
-            model_folder,
-            reason=self.reason,
-            checks=self.checks,
-            new=self.new,
-        )
+        return cards.of_version(self, model_folder)
 
     @property
     def headline(self) -> str:
         """The model card in one paragraph."""
-        return cards.headline(self.dataset, self.probabilities)
+        test_set = next(iter(test_sets(self.dataset)))
+        return model_card.headline(test_set, self.probabilities, self.labels, self.dataset.classes)
 
     def _rival(self, champion: registry.Champion, folder: Path) -> tuple[gate.Champion, drift.Known]:
         """Return the champion with its predictions on the test images, and the images that it knows."""
@@ -123,10 +117,8 @@ class Challenger:
         for start in range(0, len(self.test), _CHUNK):
             images = [self.dataset.image(record) for record in self.test[start : start + _CHUNK]]
             labels += [prediction.label for prediction in predictor.predict_decoded(images)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{id(self)}.npy")
-        np.save(temporary, np.array(labels), allow_pickle=False)
-        atomic.seal(temporary, path)
+        with atomic.sealed_file(path) as file, file.open("wb") as stream:
+            np.save(stream, np.array(labels), allow_pickle=False)
         return np.array(labels)
 
     def _not_learnt(self, learnt: Iterable[str]) -> np.ndarray:
@@ -167,5 +159,4 @@ class Challenger:
 def _predictions(dataset: EncodedDataset, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
     """Return the main classifier's probabilities (N, K) and the labels (N,) of the whole test set."""
     with np.load(dataset.paths.predictions(dataset.name), allow_pickle=False) as predictions:
-        main = next(name for name in predictions.files if name.startswith(f"{cell.name} "))
-        return predictions[main], predictions["labels"]
+        return main_classifier(predictions, cell), predictions["labels"]

@@ -8,15 +8,15 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from flows.study.cells import Cell
 from flows.study.dataset import EncodedDataset
 from medfocus.datasets.records import Record, spread_over_classes
-from medfocus.explain.explain import explain
-from medfocus.explain.maps import inside_share, pointing_hit
+from medfocus.explain.explain import explain_one, share_in_mask
+from medfocus.explain.maps import pointing_hit
 from medfocus.focus.controls import CONTROLS
+from medfocus.focus.view import visible
 from medfocus.images.geometry import letterbox_mask
 from medfocus.masks.quality import known_region
 from medfocus.reports.page_content import Example
@@ -62,8 +62,7 @@ def explain_cell(
 
     ``probabilities`` (N, K) are the cell's answers on the whole test set.
     """
-    encoder = dataset.encoder_for(cell.focus)
-    method, _ = checkpoint.load(dataset.paths.checkpoint(cell), encoder)
+    method, _ = checkpoint.load(dataset.paths.checkpoint(cell), dataset.encoder_for(cell.focus))
     records = [dataset.records[path] for path in dataset.splits.test]
     labels = [record.label for record in records]
     shown = set(spread_over_classes(labels, _SHOWN))
@@ -71,9 +70,8 @@ def explain_cell(
     chosen = spread_over_classes(labels, _EXPLAINED)
     for i in tqdm(chosen, desc=f"explain {cell.name}", unit="image", disable=None, leave=False):
         view = dataset.shown(records[i], cell.focus)  # (S, S, C)
-        target = torch.tensor([int(probabilities[i].argmax())])
-        maps, way = explain(method, encoder, torch.from_numpy(view)[None], target)
-        row, example = _explained(dataset, cell, records[i], probabilities[i], view, maps[0].numpy(), way)
+        heat, way = explain_one(method, view, int(probabilities[i].argmax()))
+        row, example = _explained(dataset, cell, records[i], probabilities[i], view, heat, way)
         rows.append(row)
         if i in shown:
             gallery.append(example)
@@ -93,22 +91,31 @@ def _explained(
     system = f"{system_name(cell.method, cell.focus)}, {cell.support} of train"
     label, image_id, target = record.label, record.sha256[:12], int(probabilities.argmax())
     image, mask = dataset.image(record), dataset.mask(record, cell.focus)
-    inside = covered = float("nan")
-    pointing = ""
+    covered, pointing = float("nan"), ""
+    share = None if mask is None else share_in_mask(heat, mask, cell.focus)
     if cell.focus != "crop":
         if mask is not None:
-            framed = letterbox_mask(mask, len(view)) > 0.5
-            covered = float(framed.mean())
-            inside = inside_share(heat, framed) if framed.any() else inside
+            covered = float((letterbox_mask(mask, len(view)) > 0.5).mean())
         region = known_region(dataset.root, record.path, *image.shape[:2])
         if region is not None:
             pointing = "hit" if pointing_hit(heat, letterbox_mask(region, len(view)) > 0.5) else "miss"
     answer, probability = dataset.classes[target], float(probabilities[target])
-    seen = view[..., -3:] if view.shape[2] == 6 else view[..., :3]
-    share = None if np.isnan(inside) else inside
+    inside = float("nan") if share is None else share
     return (
         Explained(dataset.name, system, image_id, label, answer, way, inside, covered, pointing),
-        Example(dataset.name, system, image_id, image, label, answer, probability, mask, seen, heat, share),
+        Example(
+            dataset.name,
+            system,
+            image_id,
+            image,
+            label,
+            answer,
+            probability,
+            mask,
+            visible(view),
+            heat,
+            share,
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flows.release.explanations import Explained, explain_cell, explained_cells
-from flows.stages.scoring import test_sets
+from flows.stages.scoring import main_classifier, test_sets
 from flows.study.cells import Cell, best_cell
 from flows.study.dataset import EncodedDataset
 from medfocus.datasets.duplicates import read_pairs
@@ -45,7 +45,7 @@ class Facts:
         pairs = read_pairs(dataset.paths.report(name, "duplicates.csv"))
         self.warnings[name] = data_warnings(dataset.records.values(), dataset.splits, pairs)
         with np.load(dataset.paths.predictions(name), allow_pickle=False) as file:
-            predicted = {cell: _main_classifier(file, cell) for cell in cells}
+            predicted = {cell: main_classifier(file, cell).astype(np.float64) for cell in cells}
         draws: Draws = {}
         for cell, probabilities in predicted.items():
             system = system_name(cell.method, cell.focus)
@@ -111,8 +111,3 @@ def _recalls(dataset: EncodedDataset, draws: Draws, labels: np.ndarray) -> Recal
             if percent == smallest
         },
     )
-
-
-def _main_classifier(file: np.lib.npyio.NpzFile, cell: Cell) -> np.ndarray:
-    """Return the probabilities (N, K) of a cell's main classifier on the whole test set."""
-    return file[next(name for name in file.files if name.startswith(f"{cell.name} "))].astype(np.float64)

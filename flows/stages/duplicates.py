@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from flows.study.study import here
+from flows.study.study import here_with
 from medfocus.datasets.duplicates import find_duplicates, write_pairs
 from medfocus.datasets.records import read_manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Find the duplicates in ``--dataset``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True)
-    dataset = parser.parse_args(arguments).dataset
-    study = here()
+    study, dataset = here_with("--dataset", __doc__, arguments)
     records = read_manifest(study.paths.manifest(dataset))
     pairs = find_duplicates(
         records,

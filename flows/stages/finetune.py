@@ -103,9 +103,8 @@ def fit(job: FitJob) -> None:
     )
     learnt = sum(value.numel() for value in method.state().values())
     costs.write(costs.FitCost(seconds, peak_mib, learnt, method.note), job.path)
-    temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}.finished")
-    checkpoint.save(method, header, temporary)
-    atomic.seal(temporary, job.path)
+    with atomic.sealed_file(job.path) as file:
+        checkpoint.save(method, header, file)
 
 
 @contextlib.contextmanager

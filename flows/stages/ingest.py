@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from flows.study.study import here
+from flows.study.study import here_with
 from medfocus.datasets import pseudonyms
 from medfocus.datasets.faults import write_faults
 from medfocus.datasets.ingest import ingest
@@ -16,10 +15,7 @@ from medfocus.datasets.records import write_manifest
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check every image of ``--dataset``; write its manifest and reports."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True)
-    dataset = parser.parse_args(arguments).dataset
-    study = here()
+    study, dataset = here_with("--dataset", __doc__, arguments)
     params, root = study.params.datasets[dataset], study.root(dataset)
     if params.manifest is None and root.is_dir() and (top := unwrapped(root)) != root:
         print(

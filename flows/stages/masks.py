@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
-import os
 import shutil
 import threading
 from collections.abc import Collection, Iterable, Sequence
@@ -18,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flows.study import models
-from flows.study.study import Study, here, study_in
+from flows.study.study import Study, here_with, study_in
 from medfocus.datasets.records import Record, chunks, read_manifest, spread_over_classes
 from medfocus.datasets.splits import read_splits
 from medfocus.images import decode
@@ -36,10 +34,7 @@ _SHEET_IMAGES = 24
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Segment the images that the cache lacks; publish the masks, a summary per class and a contact sheet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True)
-    dataset = parser.parse_args(arguments).dataset
-    study = here()
+    study, dataset = here_with("--dataset", __doc__, arguments)
     params, scale, root = study.params.masks, study.params.scale, study.root(dataset)
     records = read_manifest(study.paths.manifest(dataset))
     examples, adapter = AdapterExamples((), root), None
@@ -134,10 +129,8 @@ def _adapter(study: Study, dataset: str, examples: AdapterExamples) -> Path:
         return path
     with tqdm(total=params.steps, desc=f"adapter {dataset}", unit="step", disable=None) as bar:
         state = train_adapter(examples, plain, **settings, progress=bar.update)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    save_file(state, temporary)
-    atomic.seal(temporary, path)
+    with atomic.sealed_file(path) as file:
+        save_file(state, file)
     return path
 
 

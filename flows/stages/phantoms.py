@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Sequence
 
-from flows.study.study import here
+from flows.study.study import here_with
 from medfocus import phantoms
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the images of ``--modality`` and their known regions."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--modality", required=True)
-    modality = parser.parse_args(arguments).modality
-    study = here()
+    study, modality = here_with("--modality", __doc__, arguments)
     params, folder = study.params.phantoms[modality], study.paths.phantoms(modality)
     for unfinished in folder.parent.glob(f".{modality}-????????"):  # left by a killed run
         shutil.rmtree(unfinished)

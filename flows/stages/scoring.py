@@ -34,6 +34,11 @@ def predict(
     return probabilities, header, images_per_second
 
 
+def main_classifier(predictions: np.lib.npyio.NpzFile, cell: Cell) -> np.ndarray:
+    """Return the probabilities (N, K) of a cell's main classifier on the whole test set."""
+    return predictions[next(name for name in predictions.files if name.startswith(f"{cell.name} "))]
+
+
 def score(
     dataset: EncodedDataset, cell: Cell, header: checkpoint.Header, probabilities: dict[str, np.ndarray]
 ) -> dict[tuple[str, str], StudyRow]:

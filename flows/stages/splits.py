@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from flows.study.study import here
+from flows.study.study import here_with
 from medfocus.datasets.duplicates import groups, read_pairs, twins
 from medfocus.datasets.records import read_manifest
 from medfocus.datasets.splits import draw_splits, write_splits
@@ -13,10 +12,7 @@ from medfocus.datasets.splits import draw_splits, write_splits
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the splits of ``--dataset``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True)
-    dataset = parser.parse_args(arguments).dataset
-    study = here()
+    study, dataset = here_with("--dataset", __doc__, arguments)
     params = study.params
     records = read_manifest(study.paths.manifest(dataset))
     pairs = read_pairs(study.paths.report(dataset, "duplicates.csv"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -85,6 +88,14 @@ def params_files(home: Path) -> list[Path]:
 def here() -> Study:
     """Open the study of the working directory, as a stage does."""
     return study_in(Path.cwd())
+
+
+def here_with(option: str, description: str | None, arguments: Sequence[str] | None) -> tuple[Study, Any]:
+    """Open the study of the working directory; return it with the value of a stage's one option."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(option, required=True, dest="value")
+    value = parser.parse_args(arguments).value
+    return here(), value
 
 
 def study_in(folder: Path) -> Study:

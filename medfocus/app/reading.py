@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy import ndimage
 
 from medfocus.app import clicks
 from medfocus.app.clicks import Point
-from medfocus.explain.explain import explain, on_image
-from medfocus.explain.maps import inside_share
+from medfocus.explain.explain import explain_one, on_image, share_in_mask
+from medfocus.focus.view import visible
 from medfocus.images import decode
-from medfocus.images.geometry import letterbox_mask
 from medfocus.images.png import encode_png
 from medfocus.masks.sam2.segmenter import EncodedImages
 from medfocus.masks.segmenter import Mask
@@ -126,13 +124,8 @@ class Reader:
         """Compute the attribution of a reading, once."""
         if reading.attribution is None:
             predictor, view = self.predictor, reading.view
-            target = torch.tensor([predictor.classes.index(reading.label)])
-            method = predictor.method
-            maps, way = explain(method, method.encoder, torch.from_numpy(view)[None], target)
-            heat = maps[0].numpy()  # (S, S)
-            framed = letterbox_mask(reading.mask.region, len(view)) > 0.5
-            has_meaning = predictor.focus != "crop" and framed.any()
-            inside = inside_share(heat, framed) if has_meaning else None
+            heat, way = explain_one(predictor.method, view, predictor.classes.index(reading.label))
+            inside = share_in_mask(heat, reading.mask.region, predictor.focus)
             layer = on_image(heat, reading.shown_region, predictor.focus)
             reading.attribution = Attribution(encode_png(_heat_layer(layer), _PNG_LEVEL), way, inside)
         return reading.attribution
@@ -148,14 +141,9 @@ class Reader:
             probabilities=dict(zip(self.predictor.classes, probabilities, strict=True)),
             layers={
                 "mask": encode_png(_mask_layer(region), _PNG_LEVEL),
-                "view": encode_png(_visible(view), _PNG_LEVEL),
+                "view": encode_png(visible(view), _PNG_LEVEL),
             },
         )
-
-
-def _visible(view: np.ndarray) -> np.ndarray:
-    """Return the channels to show of a view (S, S, C): RGB, or the focused image if the view has two."""
-    return view[..., -3:] if view.shape[2] == 6 else view[..., :3]
 
 
 def _smaller(pixels: np.ndarray) -> np.ndarray:

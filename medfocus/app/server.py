@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from medfocus.app.uploads import Upload, UploadLimits, body, uploads
 from medfocus.app.worker import Busy, Worker
 from medfocus.images.decode import MOST_BYTES
 from medfocus.images.errors import ImageError, TooLargeError
+from medfocus.images.png import data_url
 from medfocus.storage.redaction import kind_and_place
 
 NOTICE = "For research; not for clinical use."
@@ -183,7 +183,7 @@ class Workplace:
             "id": self.desk.put(opened),
             "width": width,
             "height": height,
-            "shown": {"size": opened.shown_size, "image": _inline(opened.shown)},
+            "shown": {"size": opened.shown_size, "image": data_url(opened.shown)},
             "first": _content(opened.first),
         }
 
@@ -227,7 +227,7 @@ class Workplace:
             raise Refused(404, "this image", "has no edited mask", "Set a point first.")
         attribution = await self._do(partial(self.reader.attribute, reading))
         return JSONResponse(
-            {"way": attribution.way, "inside": attribution.inside, "layer": _inline(attribution.layer)}
+            {"way": attribution.way, "inside": attribution.inside, "layer": data_url(attribution.layer)}
         )
 
     async def _do(self, work: Callable[[], Result]) -> Result:
@@ -250,7 +250,7 @@ def _content(reading: Reading) -> dict[str, Any]:
         "label": reading.label,
         "probabilities": reading.probabilities,
         "mask": {"status": mask.status, "score": mask.score, "coverage": mask.coverage},
-        "layers": {name: _inline(png) for name, png in reading.layers.items()},
+        "layers": {name: data_url(png) for name, png in reading.layers.items()},
     }
 
 
@@ -289,11 +289,6 @@ def calibration_short(measured: Mapping[str, float]) -> str:
     if "ece" not in measured:
         return "Calibration error of this model: unknown."
     return f"Calibration error of this model: {100 * measured['ece']:.1f} percentage points."
-
-
-def _inline(png: bytes) -> str:
-    """Return a data URL, so that the page can still show an image after the server removes it."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _busy() -> Refused:

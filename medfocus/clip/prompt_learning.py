@@ -8,8 +8,7 @@ placeholders "X" in place of the contexts.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,23 +21,8 @@ if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
 
 CLASS_TOKENS = ("end", "middle", "front")  # positions of the class name among the contexts
-WARMUP_LR = 1e-5  # the published value, which does not depend on the learning rate
 START_STD = 0.02  # of contexts that start from noise
 _PLACEHOLDER = "X"  # a letter is one token in every tokenizer
-
-
-def check_prompt_learning(method: str, *, epochs: int, warmup: int, **counts: int) -> None:
-    """Raise ValueError for ``epochs`` or ``counts`` below 1, or a ``warmup`` as long as all epochs.
-
-    The messages begin with ``method``.
-    """
-    for name, count in {"epochs": epochs, **counts}.items():
-        if count < 1:
-            raise ValueError(f"{method}: {name} is {count}. Use 1 or more.")
-    if not 0 <= warmup < epochs:
-        raise ValueError(
-            f"{method}: warmup is {warmup} epochs of {epochs}. Use 0 or more, and fewer than epochs."
-        )
 
 
 class TextTower:
@@ -229,58 +213,3 @@ class ContextTower:
         tokens = self.texts.tokens.repeat(images, 1)  # (B K, L)
         features = self._tower(self.embedded(contexts).flatten(0, 1), tokens)
         return features.unflatten(0, (images, -1))
-
-
-def train_sgd(
-    parameters: Iterable[nn.Parameter],
-    accumulate: Callable[[Tensor, Tensor], None],
-    count: int,
-    *,
-    views: int,
-    epochs: int,
-    max_steps: int,
-    batch_size: int,
-    lr: float,
-    warmup: int,
-    weight_decay: float,
-    generator: torch.Generator,
-) -> None:
-    """Train by SGD with momentum 0.9, as CoOp and CoCoOp do, and keep the last iterate.
-
-    Args:
-        parameters: The parameters to train.
-        accumulate: Adds the gradient of a batch to the parameters; takes image and view indices (B,), (B,).
-        count: N, images in the support.
-        views: Number of cached views of each image; each step draws one of them.
-        epochs: Passes over the support.
-        max_steps: Upper bound of the steps. If the epochs need more, ``learning_rate`` runs through all
-            epochs in this number of steps.
-        batch_size: Images per step; the last batch of an epoch may be smaller.
-        lr: See ``learning_rate``.
-        warmup: See ``learning_rate``.
-        weight_decay: Weight decay of SGD, which adds it to the gradient.
-        generator: Draws the batches and the views.
-    """
-    optimizer = torch.optim.SGD(list(parameters), lr=lr, momentum=0.9, weight_decay=weight_decay)
-    steps = min(epochs * math.ceil(count / batch_size), max_steps)
-    step = 0
-    while step < steps:
-        for index in torch.randperm(count, generator=generator).split(batch_size)[: steps - step]:
-            view = torch.randint(views, (len(index),), generator=generator)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step * epochs // steps, epochs=epochs, lr=lr, warmup=warmup)
-            optimizer.zero_grad(set_to_none=True)
-            accumulate(index, view)
-            optimizer.step()
-            step += 1
-
-
-def learning_rate(epoch: int, *, epochs: int, lr: float, warmup: int) -> float:
-    """Return the published learning rate: 1e-5 for ``warmup`` epochs, then a cosine that starts at ``lr``.
-
-    As in the public code, the cosine has a length of ``epochs`` and starts after the warm-up, so it does not
-    reach its end.
-    """
-    if epoch < warmup:
-        return WARMUP_LR
-    return lr / 2 * (1 + math.cos(math.pi * (epoch - warmup) / epochs))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medfocus.clip.vit import as_vit
 from medfocus.explain.grad_cam import grad_cam
-from medfocus.explain.maps import to_maps
+from medfocus.explain.maps import inside_share, to_maps
 from medfocus.explain.occlusion import occlusion
 from medfocus.explain.transformer import gradient_attention
 from medfocus.focus.modes import FILL, crop
@@ -54,6 +54,21 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
         maps = gradient_attention(visual, pixels[:, :3], lambda f: (f * slopes).sum(dim=1), mask)
         return maps, "gradient x attention"
     return _occluded(method, encoder, views, targets), "occlusion"
+
+
+def explain_one(method: Method, view: np.ndarray, target: int) -> tuple[np.ndarray, str]:
+    """Map one view (S, S, C) as ``explain`` does; return the map (S, S) and its kind."""
+    maps, way = explain(method, method.encoder, torch.from_numpy(view)[None], torch.tensor([target]))
+    return maps[0].numpy(), way
+
+
+def share_in_mask(heat: np.ndarray, mask: np.ndarray, focus: str) -> float | None:
+    """Return the share of a view's map (S, S) inside its image's mask (H, W) bool.
+
+    The share has no meaning, and is None, for a view that shows a crop or a mask that is empty in the view.
+    """
+    framed = letterbox_mask(mask, len(heat)) > 0.5
+    return inside_share(heat, framed) if focus != "crop" and framed.any() else None
 
 
 def on_image(heat: np.ndarray, mask: np.ndarray, focus: str) -> np.ndarray:

@@ -55,6 +55,11 @@ def view(
     return np.concatenate([raw, np.rint(255 * inside).astype(np.uint8)[..., None]], axis=2)
 
 
+def visible(view: np.ndarray) -> np.ndarray:
+    """Return the channels to show of a view (S, S, C): RGB, or the focused image if the view has two."""
+    return view[..., -3:] if view.shape[2] == 6 else view[..., :3]
+
+
 def _focused_view(
     image: np.ndarray, mask: np.ndarray | None, focus: str, size: int, feather: float, crop: Crop | None
 ) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 
 import numpy as np
@@ -18,3 +19,8 @@ def encode_png(image: np.ndarray, compress_level: int = 6) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=compress_level)
     return file.getvalue()
+
+
+def data_url(png: bytes) -> str:
+    """Return PNG bytes as a URL, so that a page holds its own images."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,57 +10,88 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from medfocus.clip.prompt_learning import check_prompt_learning, train_sgd
 from medfocus.learning.frozen import FeatureMethod
 from medfocus.learning.training import Schedule
 
+WARMUP_LR = 1e-5  # the published value, which does not depend on the learning rate
+
+
+@dataclass(kw_only=True)
+class SgdSchedule(Schedule):
+    """Hyperparameters of ``train_sgd``."""
+
+    max_steps: int  # upper bound on optimisation steps; all epochs of ``learning_rate`` pass in these steps
+    warmup: int  # epochs at 1e-5
+
 
 @dataclass
-class ContextMethod(Schedule, FeatureMethod):
+class ContextMethod(SgdSchedule, FeatureMethod):
     """A method whose prompts have learned contexts."""
 
     takes_views: ClassVar[bool] = True
     name: ClassVar[str]  # for messages
     contexts: int  # M
     start: str  # text of M tokens that initialises the contexts; empty: N(0, 0.02)
-    max_steps: int  # upper bound on optimisation steps
-    warmup: int  # epochs at 1e-5
 
-    def check(self, **counts: int) -> None:
-        """Raise ValueError for a hyperparameter out of range; ``counts`` are further ones of at least 1."""
-        check_prompt_learning(
-            self.name,
-            contexts=self.contexts,
-            epochs=self.epochs,
-            warmup=self.warmup,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            **counts,
-        )
+    def check(self, *more: str) -> None:
+        """Raise ValueError for a hyperparameter out of range; ``more`` names further ones of at least 1."""
+        for name in ("epochs", "contexts", "max_steps", "batch_size", *more):
+            if (count := getattr(self, name)) < 1:
+                raise ValueError(f"{self.name}: {name} is {count}. Use 1 or more.")
+        if not 0 <= self.warmup < self.epochs:
+            raise ValueError(
+                f"{self.name}: warmup is {self.warmup} epochs of {self.epochs}. "
+                "Use 0 or more, and fewer than epochs."
+            )
 
     @property
     def needs_towers(self) -> bool:
         """See ``Method.needs_towers``."""
         return True
 
-    def train(
-        self,
-        parameters: Iterable[nn.Parameter],
-        accumulate: Callable[[Tensor, Tensor], None],
-        features: Tensor,
-        generator: torch.Generator,
-    ) -> None:
-        """Train on features (V, N, D); see ``train_sgd`` for ``accumulate``."""
-        train_sgd(
-            parameters,
-            accumulate,
-            features.shape[1],
-            views=len(features),
-            epochs=self.epochs,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            generator=generator,
-        )
+
+def train_sgd(
+    parameters: Iterable[nn.Parameter],
+    accumulate: Callable[[Tensor, Tensor], None],
+    count: int,
+    schedule: SgdSchedule,
+    *,
+    views: int,
+    generator: torch.Generator,
+) -> None:
+    """Train by SGD with momentum 0.9, as CoOp and CoCoOp do, and keep the last iterate.
+
+    Args:
+        parameters: The parameters to train.
+        accumulate: Adds the gradient of a batch to the parameters; takes image and view indices (B,), (B,).
+        count: N, images in the support.
+        schedule: Epochs, steps, batch size, learning rate, warm-up and weight decay.
+        views: Number of cached views of each image; each step draws one of them.
+        generator: Draws the batches and the views.
+    """
+    lr, epochs, size = schedule.lr, schedule.epochs, schedule.batch_size
+    optimizer = torch.optim.SGD(list(parameters), lr=lr, momentum=0.9, weight_decay=schedule.weight_decay)
+    steps = min(epochs * math.ceil(count / size), schedule.max_steps)
+    step = 0
+    while step < steps:
+        for index in torch.randperm(count, generator=generator).split(size)[: steps - step]:
+            view = torch.randint(views, (len(index),), generator=generator)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(
+                    step * epochs // steps, epochs=epochs, lr=lr, warmup=schedule.warmup
+                )
+            optimizer.zero_grad(set_to_none=True)
+            accumulate(index, view)
+            optimizer.step()
+            step += 1
+
+
+def learning_rate(epoch: int, *, epochs: int, lr: float, warmup: int) -> float:
+    """Return the published learning rate: 1e-5 for ``warmup`` epochs, then a cosine that starts at ``lr``.
+
+    As in the public code, the cosine has a length of ``epochs`` and starts after the warm-up, so it does not
+    reach its end.
+    """
+    if epoch < warmup:
+        return WARMUP_LR
+    return lr / 2 * (1 + math.cos(math.pi * (epoch - warmup) / epochs))

@@ -44,6 +44,7 @@ class Method(ABC):
 
     learns: ClassVar[bool] = True  # False: ``fit`` ignores the labels
     takes_views: ClassVar[bool] = False  # True: ``fit`` trains on augmented views too
+    learned: ClassVar[tuple[str, ...]] = ()  # tensors of a method that keeps nothing else: "means" for means_
     encoder: ClipEncoder
 
     @property
@@ -75,6 +76,10 @@ class Method(ABC):
     def embed(self, images: Tensor) -> Tensor:
         """Run the frozen part: images (B, S, S, C) uint8 -> inputs (B, ...)."""
 
+    def text_logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """s I Tᵀ, the class logits of CLIP: (B, D), (K, D) -> (B, K)."""
+        return self.encoder.logit_scale * image_features @ text_features.T
+
     @abstractmethod
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Learn from the support and nothing else."""
@@ -83,13 +88,15 @@ class Method(ABC):
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Inputs (N, ...) -> class logits (N, K) of each classifier, the main classifier first."""
 
-    @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Return all tensors that ``load`` needs to restore the fitted method."""
+        """Return all tensors that ``load`` needs to restore the fitted method: those of ``learned``."""
+        return {name: getattr(self, f"{name}_") for name in self.learned}
 
-    @abstractmethod
     def load(self, state: dict[str, Tensor]) -> Self:
         """Restore the fitted method from the ``state`` of a method with the same settings."""
+        for name in self.learned:
+            setattr(self, f"{name}_", state[name])
+        return self
 
 
 def with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

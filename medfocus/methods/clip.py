@@ -16,15 +16,11 @@ from medfocus.learning.probe import Probe, fit_probe
 from medfocus.learning.training import Schedule, train
 
 
-def zero_shot_logits(image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
-    """s I Tᵀ, the class logits of CLIP: (B, D), (K, D) -> (B, K)."""
-    return logit_scale * image_features @ text_features.T
-
-
 @dataclass
 class ClipZeroShot(FeatureMethod):
     """argmax_k I·T_k. It learns nothing, so every support gives the same answer."""
 
+    learned: ClassVar[tuple[str, ...]] = ("text_features",)
     learns: ClassVar[bool] = False
     text_features_: Tensor = field(init=False, repr=False)  # (K, D)
 
@@ -35,16 +31,7 @@ class ClipZeroShot(FeatureMethod):
 
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Inputs (N, D) -> logits (N, K)."""
-        return {"zero-shot": zero_shot_logits(inputs, self.text_features_, self.encoder.logit_scale)}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the text features."""
-        return {"text_features": self.text_features_}
-
-    def load(self, state: dict[str, Tensor]) -> Self:
-        """See ``Method.load``."""
-        self.text_features_ = state["text_features"]
-        return self
+        return {"zero-shot": self.text_logits(inputs, self.text_features_)}
 
 
 @dataclass
@@ -115,8 +102,7 @@ class ClipFewShot(Schedule, Method):
 
         def loss(index: Tensor, view: Tensor) -> Tensor:
             features = self.tail_(tokens[view, index])  # (B, D)
-            logits = zero_shot_logits(features, self.text_features_, self.encoder.logit_scale)
-            return functional.cross_entropy(logits, labels[index])
+            return functional.cross_entropy(self.text_logits(features, self.text_features_), labels[index])
 
         train(
             self.tail_.parameters(),
@@ -134,7 +120,7 @@ class ClipFewShot(Schedule, Method):
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Inputs (N, L, W) -> logits (N, K)."""
         features = torch.cat([self.tail_(batch.float()) for batch in inputs.split(64)])
-        return {"text": zero_shot_logits(features, self.text_features_, self.encoder.logit_scale)}
+        return {"text": self.text_logits(features, self.text_features_)}
 
     def state(self) -> dict[str, Tensor]:
         """Return the fine-tuned tail and the text features."""

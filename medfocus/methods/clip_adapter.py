@@ -70,7 +70,7 @@ class ClipAdapter(Schedule, FeatureMethod):
             for ratio in self.ratios:
                 adapter = self._train(fit, ratio, torch.Generator().manual_seed(seed))
                 with torch.no_grad():
-                    logits = self._classify(adapter(held.inputs[0].float()))
+                    logits = self.text_logits(adapter(held.inputs[0].float()), self.text_features_)
                 yield logits
 
         self.ratio_ = choose(
@@ -90,14 +90,11 @@ class ClipAdapter(Schedule, FeatureMethod):
             adapter = Adapter(features.shape[-1], self.reduction, ratio)
 
         def loss(index: Tensor, view: Tensor) -> Tensor:
-            return functional.cross_entropy(self._classify(adapter(features[view, index])), labels[index])
+            logits = self.text_logits(adapter(features[view, index]), self.text_features_)
+            return functional.cross_entropy(logits, labels[index])
 
         train(adapter.parameters(), loss, labels, self, views=len(features), generator=generator)
         return adapter.eval()
-
-    def _classify(self, adapted: Tensor) -> Tensor:
-        """s f' Tᵀ: (B, D) -> (B, K)."""
-        return self.encoder.logit_scale * adapted @ self.text_features_.T
 
     @torch.no_grad()
     def encode(self, inputs: Tensor) -> Tensor:
@@ -106,7 +103,7 @@ class ClipAdapter(Schedule, FeatureMethod):
 
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Inputs (N, D) -> logits (N, K)."""
-        return {"text": self._classify(self.encode(inputs))}
+        return {"text": self.text_logits(self.encode(inputs), self.text_features_)}
 
     def state(self) -> dict[str, Tensor]:
         """Return W1, W2, the text features and the chosen r."""

@@ -69,7 +69,7 @@ class ClipLora(ImageMethod):
 
         def loss(index: Tensor, view: Tensor) -> Tensor:
             features = towers(images[view, index])  # (B, D)
-            logits = self.encoder.logit_scale * features @ towers.encode_texts(texts).T  # (B, K)
+            logits = self.text_logits(features, towers.encode_texts(texts))  # (B, K)
             return functional.cross_entropy(logits, labels[index])
 
         with seeded(generator.initial_seed()):  # for the initial A and the dropout
@@ -93,7 +93,7 @@ class ClipLora(ImageMethod):
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Images (N, S, S, C) uint8 -> logits (N, K)."""
         features = torch.cat([self.towers_(part) for part in inputs.split(64)])
-        return {"text": self.encoder.logit_scale * features @ self.text_features_.T}
+        return {"text": self.text_logits(features, self.text_features_)}
 
     def state(self) -> dict[str, Tensor]:
         """Return the low-rank factors and the text features."""

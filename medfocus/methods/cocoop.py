@@ -19,13 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.clip.prompt_learning import (
-    ContextTexts,
-    ContextTower,
-    start_contexts,
-    write_texts,
-)
-from medfocus.learning.contexts import ContextMethod
+from medfocus.clip.prompt_learning import ContextTexts, ContextTower, start_contexts, write_texts
+from medfocus.learning.contexts import ContextMethod, train_sgd
 from medfocus.learning.method import Support, with_prefix
 from medfocus.learning.training import seeded
 
@@ -60,7 +55,7 @@ class CoCoOp(ContextMethod):
     tower_: ContextTower = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.check(reduction=self.reduction, chunk=self.chunk)
+        self.check("reduction", "chunk")
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
         """Train contexts and network on frozen image features.
@@ -77,7 +72,14 @@ class CoCoOp(ContextMethod):
         def accumulate(index: Tensor, view: Tensor) -> None:
             self.accumulate(features[view, index], labels[index])
 
-        self.train(self.network_.parameters(), accumulate, features, generator)
+        train_sgd(
+            self.network_.parameters(),
+            accumulate,
+            len(labels),
+            self,
+            views=len(features),
+            generator=generator,
+        )
         self.network_.eval().requires_grad_(False)
         return self
 

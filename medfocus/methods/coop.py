@@ -19,13 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.clip.prompt_learning import (
-    CLASS_TOKENS,
-    ContextTower,
-    start_contexts,
-    write_texts,
-)
-from medfocus.learning.contexts import ContextMethod
+from medfocus.clip.prompt_learning import CLASS_TOKENS, ContextTower, start_contexts, write_texts
+from medfocus.learning.contexts import ContextMethod, train_sgd
 from medfocus.learning.method import Support
 
 
@@ -33,6 +28,7 @@ from medfocus.learning.method import Support
 class CoOp(ContextMethod):
     """Trains only the contexts. All classes share them, or each class has its own."""
 
+    learned: ClassVar[tuple[str, ...]] = ("text_features", "contexts")
     name: ClassVar[str] = "coop"
     class_token: str  # position of the class name: "end", "middle" or "front"
     class_specific: bool  # separate contexts for each class
@@ -61,29 +57,15 @@ class CoOp(ContextMethod):
         contexts = nn.Parameter(torch.stack(start))  # (1, M, W) or (K, M, W)
 
         def accumulate(index: Tensor, view: Tensor) -> None:
-            logits = self._classify(features[view, index], tower(contexts[None])[0])  # (B, K)
+            logits = self.text_logits(features[view, index], tower(contexts[None])[0])  # (B, K)
             functional.cross_entropy(logits, labels[index]).backward()
 
-        self.train([contexts], accumulate, features, generator)
+        train_sgd([contexts], accumulate, len(labels), self, views=len(features), generator=generator)
         self.contexts_ = contexts.detach()
         with torch.no_grad():
             self.text_features_ = tower(self.contexts_[None])[0]
         return self
 
-    def _classify(self, features: Tensor, text_features: Tensor) -> Tensor:
-        """s f Tᵀ: (B, D), (K, D) -> (B, K)."""
-        return self.encoder.logit_scale * features @ text_features.T
-
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Inputs (N, D) -> logits (N, K)."""
-        return {"text": self._classify(inputs.float(), self.text_features_)}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the text features, which suffice for ``logits``, and the contexts."""
-        return {"text_features": self.text_features_, "contexts": self.contexts_}
-
-    def load(self, state: dict[str, Tensor]) -> Self:
-        """See ``Method.load``."""
-        self.text_features_ = state["text_features"]
-        self.contexts_ = state["contexts"]
-        return self
+        return {"text": self.text_logits(inputs.float(), self.text_features_)}

@@ -12,7 +12,7 @@ something that no equation states:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -76,6 +76,7 @@ def minimise(features: Tensor, labels: Tensor, text_features: Tensor, steps: int
 class LpPlusPlus(FeatureMethod):
     """LP++. The only hyperparameter is ``steps``; initial values and step sizes come from the support."""
 
+    learned: ClassVar[tuple[str, ...]] = ("weight", "alpha", "text_features")
     steps: int  # full-batch steps of w
     weight_: Tensor = field(init=False, repr=False)  # (K, D) w
     alpha_: Tensor = field(init=False, repr=False)  # (K,)
@@ -92,13 +93,3 @@ class LpPlusPlus(FeatureMethod):
         """Inputs (N, D) -> logits (N, K)."""
         text = self.text_features_.double()
         return {"blend": blended_logits(inputs.double(), self.weight_, self.alpha_, text)}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return w, α and the text features."""
-        return {"weight": self.weight_, "alpha": self.alpha_, "text_features": self.text_features_}
-
-    def load(self, state: dict[str, Tensor]) -> Self:
-        """See ``Method.load``."""
-        self.weight_, self.alpha_ = state["weight"], state["alpha"]
-        self.text_features_ = state["text_features"]
-        return self

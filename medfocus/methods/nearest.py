@@ -6,7 +6,7 @@ They use no text, so a method that adds text features has to beat them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ def vote_shares(cosines: Tensor, labels: Tensor, classes: int, neighbours: int) 
 class NearestClassMean(FeatureMethod):
     """argmax_k cos(f, μ_k). The logits are s cos(f, μ_k), with CLIP's s."""
 
+    learned: ClassVar[tuple[str, ...]] = ("means",)
     means_: Tensor = field(init=False, repr=False)  # (K, D)
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
@@ -64,15 +65,6 @@ class NearestClassMean(FeatureMethod):
         """Inputs (N, D) -> logits s cos(f, μ_k) (N, K)."""
         cosines = functional.normalize(inputs.double(), dim=-1) @ self.means_.T
         return {"cosine": self.encoder.logit_scale * cosines}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the class means."""
-        return {"means": self.means_}
-
-    def load(self, state: dict[str, Tensor]) -> Self:
-        """See ``Method.load``."""
-        self.means_ = state["means"]
-        return self
 
 
 @dataclass

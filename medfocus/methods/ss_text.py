@@ -10,7 +10,7 @@ has a lower bound of 1e-3 on λ_k, which matters above 1,000 images; this module
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ def closed_form(
 class SsText(FeatureMethod):
     """Closed form: nothing to train and no hyperparameters."""
 
+    learned: ClassVar[tuple[str, ...]] = ("weight",)
     weight_: Tensor = field(init=False, repr=False)  # (K, D) L2-normalised
 
     def fit(self, support: Support, generator: torch.Generator) -> Self:
@@ -57,12 +58,3 @@ class SsText(FeatureMethod):
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Inputs (N, D) -> logits s f wᵀ (N, K)."""
         return {"blend": self.encoder.logit_scale * inputs.double() @ self.weight_.T}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return w."""
-        return {"weight": self.weight_}
-
-    def load(self, state: dict[str, Tensor]) -> Self:
-        """See ``Method.load``."""
-        self.weight_ = state["weight"]
-        return self

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from medfocus.pocket import clip, measure, sam2
-from medfocus.pocket.pool import RECIPES, Pool, draw_pool, replace
+from medfocus.pocket.pool import RECIPES, Pool, draw_pool
+from medfocus.storage import atomic
 
 STEPS = {"sam2": 6300, "clip": 2050}
 PER_CLASS = 40  # held-out images to measure
@@ -77,13 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for name, rows in figures.items():
         text = measure.card(name, options.out / f"{name}.safetensors", rows, options.per_class)
-        replace(options.out / f"{name}.md", lambda file, text=text: file.write_text(text))
+        atomic.write(options.out / f"{name}.md", text)
         print(text)
     text = json.dumps({"per_class": options.per_class, **figures}, indent=1) + "\n"
-    replace(options.out / "pocket.json", lambda file: file.write_text(text))
+    atomic.write(options.out / "pocket.json", text)
     if options.sheet:
-        png = measure.sheet(files["sam2"], per_modality=12, columns=6)
-        replace(options.sheet, lambda file: file.write_bytes(png))
+        atomic.write(options.sheet, measure.sheet(files["sam2"], per_modality=12, columns=6))
 
     packaged = json.loads((PACKAGED / "pocket.json").read_text())
     differences = [line for name in figures for line in measure.differences(figures[name], packaged[name])]

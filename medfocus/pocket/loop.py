@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from medfocus.pocket.pool import replace
+from medfocus.storage import atomic
 
 BatchT = TypeVar("BatchT")
 _SAVE_EVERY = 60.0  # seconds
@@ -69,23 +69,6 @@ def train_and_write(
         ValueError: The saved state has other settings.
     """
     state_file = out.with_name(out.name + ".state")
-    seconds = _optimise(title, settings, state_file, model, trained, batches, loss, workers, line)
-    _write_weights(out, finished(), asdict(settings) | {"seconds": round(seconds), "data": data})
-    state_file.unlink(missing_ok=True)
-
-
-def _optimise(
-    title: str,
-    settings: Settings,
-    state_file: Path,
-    model: nn.Module,
-    trained: Mapping[str, nn.Parameter],
-    batches: Dataset[BatchT],
-    loss: Callable[[BatchT], tuple[Tensor, dict[str, float]]],
-    workers: int,
-    line: int,
-) -> float:
-    """Train ``model`` in place and return the seconds, including those of interrupted runs."""
     groups = [
         {"params": [v for v in trained.values() if v.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [v for v in trained.values() if v.ndim <= 1], "weight_decay": 0.0},
@@ -136,8 +119,13 @@ def _optimise(
                     "seconds": before + last_save - began,
                 }
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                replace(state_file, lambda file, state=state: torch.save(state, file))
-    return before + time.monotonic() - began
+                with atomic.new_file(state_file) as file:
+                    torch.save(state, file)
+    seconds = round(before + time.monotonic() - began)  # with those of interrupted runs
+    halves = {name: value.detach().half().cpu().contiguous() for name, value in finished().items()}
+    notes = asdict(settings) | {"seconds": seconds, "data": data}
+    atomic.write(out, save(halves, {k: str(v) for k, v in notes.items()}))
+    state_file.unlink(missing_ok=True)
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -145,9 +133,3 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-
-def _write_weights(out: Path, state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-    """Write tensors as float16 safetensors with ``notes`` as metadata."""
-    halves = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
-    replace(out, lambda file: file.write_bytes(save(halves, {k: str(v) for k, v in notes.items()})))

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from medfocus import phantoms
+from medfocus.storage import atomic
 
 SHARD = 500  # images
 TRAIN_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000  # of phantoms.generator; data sets use small seeds
@@ -168,24 +167,7 @@ def _draw_shard(task: tuple[Path, Recipe, int, int]) -> None:
         plane[1] = np.bitwise_or.reduce(
             [region.astype(np.uint8) << r for r, region in enumerate(row.regions)]
         )
-    replace(folder / f"{index:03d}.npy", lambda file: _save(file, planes))
+    with atomic.new_file(folder / f"{index:03d}.npy") as file, file.open("wb") as stream:
+        np.save(stream, planes)  # with a path, np.save would add a suffix
     facts = json.dumps([asdict(row.facts) for row in rows])
-    replace(
-        folder / f"{index:03d}.json", lambda file: file.write_text(facts)
-    )  # last, because it marks the shard as complete
-
-
-def _save(file: Path, planes: np.ndarray) -> None:
-    with file.open("wb") as stream:  # with a path, np.save would add a suffix
-        np.save(stream, planes)
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a temporary file and move it to ``path``, so that the file is complete whenever it exists."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic.write(folder / f"{index:03d}.json", facts)  # last, because it marks the shard as complete

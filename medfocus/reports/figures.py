@@ -101,7 +101,7 @@ def accuracy_panel(curves: Sequence[Curve], highlighted: Sequence[str], ink: Ink
     percents = sorted({percent for curve in curves for percent in curve.percents} - {0}) or [100.0]
     panel.set_xscale("log")
     panel.minorticks_off()
-    panel.set_xticks(percents, [f"{percent:.4g}" for percent in percents])
+    panel.set_xticks(percents, [percent_text(percent) for percent in percents])
     panel.set_xlim(percents[0] / 1.25, percents[-1] * 1.25)
     ends: list[tuple[float, str, str]] = []  # end, name and colour of each highlighted line
     for curve in sorted(curves, key=lambda curve: curve.system in highlighted):

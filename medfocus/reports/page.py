@@ -6,7 +6,6 @@ Content-Security-Policy forbids everything else.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -19,12 +18,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from medfocus.evaluation.comparison import Difference
 from medfocus.evaluation.metrics import Interval, mean_interval
 from medfocus.images.geometry import letterbox
-from medfocus.images.png import encode_png
+from medfocus.images.png import data_url, encode_png
 from medfocus.reports import figures
 from medfocus.reports.controls import CONTROLS
 from medfocus.reports.data_warnings import mask_warnings
 from medfocus.reports.page_content import Calibration, Confusion, Cost, Example, PageContent, Recalls
-from medfocus.reports.rows import StudyRow, blocks_of, intervals_of
+from medfocus.reports.rows import StudyRow, blocks_of, intervals_of, percent_text
 from medfocus.reports.verdicts import LEVEL, p_value, points, verdict_sentences
 
 _TILE = 256  # pixels a side of an image of the gallery
@@ -114,7 +113,7 @@ def _results(content: PageContent, block: Sequence[StudyRow]) -> dict[str, Any]:
         "title": f"{first.dataset}, {first.test_set} test set",
         "images": first.n_test,
         "draws": f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else str(draws[0]),
-        "percents": [f"{p:.4g} %" for p in percents],
+        "percents": [f"{percent_text(p)} %" for p in percents],
         "sizes": [str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in sizes],
         "systems": [
             {
@@ -188,8 +187,8 @@ def _panel(block: Sequence[StudyRow], highlighted: Sequence[str]) -> dict[str, s
     return {
         "title": title,
         "alt": f"Accuracy in % over the percent of training images, {title}: {'; '.join(descriptions)}.",
-        "light": _uri(figures.accuracy_panel(curves, highlighted, figures.LIGHT)),
-        "dark": _uri(figures.accuracy_panel(curves, highlighted, figures.DARK)),
+        "light": data_url(figures.accuracy_panel(curves, highlighted, figures.LIGHT)),
+        "dark": data_url(figures.accuracy_panel(curves, highlighted, figures.DARK)),
     }
 
 
@@ -223,7 +222,7 @@ def _example(example: Example) -> dict[str, Any]:
         "probability": f"{100 * example.probability:.0f} %",
         "inside": None if example.share_inside is None else f"{100 * example.share_inside:.0f} %",
         "where": f"{example.dataset}, {example.system}, {example.name}",
-        "tiles": [{"name": name, "alt": alt, "uri": _uri(_tile(tile))} for name, alt, tile in tiles],
+        "tiles": [{"name": name, "alt": alt, "uri": data_url(_tile(tile))} for name, alt, tile in tiles],
     }
 
 
@@ -258,8 +257,8 @@ def _calibration(calibration: Calibration) -> dict[str, str]:
         "title": title,
         "ece": f"{100 * curve.ece:.1f} %",
         "alt": f"Reliability curve of {title}: expected calibration error {100 * curve.ece:.1f} %.",
-        "light": _uri(figures.reliability_panel(curve, figures.LIGHT)),
-        "dark": _uri(figures.reliability_panel(curve, figures.DARK)),
+        "light": data_url(figures.reliability_panel(curve, figures.LIGHT)),
+        "dark": data_url(figures.reliability_panel(curve, figures.DARK)),
     }
 
 
@@ -318,10 +317,6 @@ def _cost(cost: Cost) -> dict[str, Any]:
 
 def _tile(image: np.ndarray) -> bytes:
     return encode_png(letterbox(image, _TILE, (0, 0, 0)), compress_level=9)
-
-
-def _uri(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def _same(a: str, b: str) -> bool:

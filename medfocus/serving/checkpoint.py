@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 from medfocus.learning.method import Method
 from medfocus.methods import METHODS
+from medfocus.storage import atomic
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
@@ -36,14 +36,9 @@ class Header:
 def save(method: Method, header: Header, path: Path) -> None:
     """Write a checkpoint atomically, and replace any file at ``path``."""
     tensors = {name: value.detach().contiguous().clone() for name, value in method.state().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     # One metadata key, because safetensors writes several in a random order.
-    try:
-        save_file(tensors, unfinished, metadata={"medfocus": json.dumps(asdict(header), sort_keys=True)})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)  # a full disk leaves an unfinished file
+    with atomic.new_file(path) as file:
+        save_file(tensors, file, metadata={"medfocus": json.dumps(asdict(header), sort_keys=True)})
 
 
 def read_header(path: Path) -> Header:

@@ -18,20 +18,29 @@ _log = logging.getLogger(__name__)
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file atomically: if the process is killed meanwhile, the file keeps its earlier content."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write, and rename it to ``path`` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield temporary
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):  # do not hide the first error
             temporary.unlink(missing_ok=True)
 
 
-def seal(temporary: Path, path: Path) -> None:
-    """Write the sha256 of a finished file to ``path``.sha256, then move the file to ``path`` in a cache."""
-    write(_seal_of(path), digest(temporary))
-    temporary.replace(path)
+@contextlib.contextmanager
+def sealed_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path as ``new_file`` does, and write the file's sha256 to ``path``.sha256."""
+    with new_file(path) as temporary:
+        yield temporary
+        write(_seal_of(path), digest(temporary))
 
 
 def is_sound(path: Path) -> bool:

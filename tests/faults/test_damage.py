@@ -36,9 +36,9 @@ def test_a_sealed_file_is_sound_only_with_its_hash(tmp_path: Path, caplog: pytes
     path.write_bytes(b"a file without a seal")
     assert atomic.is_sound(path)
     for number in range(40):
-        (tmp_path / "temporary").write_bytes(b"forty bytes of a finished checkpoint....")
-        atomic.seal(tmp_path / "temporary", path)
-        assert atomic.is_sound(path) and not (tmp_path / "temporary").exists()
+        with atomic.sealed_file(path) as temporary:
+            temporary.write_bytes(b"forty bytes of a finished checkpoint....")
+        assert atomic.is_sound(path) and not temporary.exists()
         flip(path, number)
         assert not atomic.is_sound(path)
     assert caplog.text.count(f"{path} is damaged") == 40

@@ -81,14 +81,12 @@ def convert_coco(
       medfocus convert coco instances.json ../images/lesions --label-from supercategory
     """
     with terminal.at_work():
-        from typing import cast, get_args
+        from typing import cast
 
         from medfocus.datasets import coco
         from medfocus.datasets.faults import write_faults
 
-        if label_from not in get_args(coco.LabelFrom):
-            known = ", ".join(get_args(coco.LabelFrom))
-            raise typer.BadParameter(f"{label_from!r} is none of {known}.", param_hint="--label-from")
+        terminal.check_choice(label_from, coco.LabelFrom, "--label-from")
         with _bar() as progress:
             done = coco.convert(
                 annotations, out, images, label_from=cast("coco.LabelFrom", label_from), progress=progress

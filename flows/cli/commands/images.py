@@ -63,7 +63,8 @@ def _with_model(work: str, files: list[Path], out: Path, model: str | None, forc
             with opened(_home_of(model), model) as (name, model_folder):
                 predictor = load_model(model_folder)
         terminal.tell(f"model: {name}. For research; not for clinical use.")
-        done = function(predictor, batches, folder)
+        function(predictor, batches, folder)
+        done = folder.rows
         print(f"{done} of {done + batches.failed}: {folder.table}" if done else "no image could be read")
     if batches.failed:
         raise typer.Exit(1)
@@ -107,8 +108,8 @@ def masks(
             segmenter = models.build_segmenter(study, name)
         batches = images.Images(files, "masks")
         store = MaskStore(study.shared_cache("masks"))
-        done = images.masks(segmenter, store, batches, folder, batch_size=loaded.masks.batch_size)
-        print(f"{done} masks: {folder.table}" if done else "no image could be read")
+        images.masks(segmenter, store, batches, folder, batch_size=loaded.masks.batch_size)
+        print(f"{folder.rows} masks: {folder.table}" if folder.rows else "no image could be read")
     if batches.failed:
         raise typer.Exit(1)
 

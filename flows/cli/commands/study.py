@@ -46,9 +46,9 @@ def init(
     """
     with terminal.at_work():
         from flows.cli.init import columns, dataset, params_file
-        from flows.study.params import load_params
+        from flows.study.params import Modality, load_params
 
-        _check_modality(modality)
+        terminal.check_choice(modality, Modality, "--modality")
         if name is not None and name != dataset.slug(name):
             raise typer.BadParameter(
                 f"{name!r} may have only letters, digits, - and _. Try {dataset.slug(name)!r}.",
@@ -70,16 +70,6 @@ def init(
         params_file.write(described, path, base, force=force)
         _print_described(described, data)
         print(f"\nwritten: {path}\nRead it, correct it, then: medfocus run --params {path}")
-
-
-def _check_modality(modality: str | None) -> None:
-    from typing import get_args
-
-    from flows.study.params import Modality
-
-    if modality is not None and modality not in get_args(Modality):
-        known = ", ".join(get_args(Modality))
-        raise typer.BadParameter(f"{modality!r} is none of {known}.", param_hint="--modality")
 
 
 def _print_described(described: Described, data: Path) -> None:

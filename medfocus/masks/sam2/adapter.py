@@ -238,10 +238,8 @@ class AdapterSegmenter:
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
         """Segment images (H, W, 3) uint8 RGB of any sizes: one mask per image, in their order."""
         masks: list[Mask] = []
-        size = self.sam2.batch_size
         with torch.inference_mode():
-            for start in range(0, len(images), size):
-                batch = [check_image(image) for image in images[start : start + size]]
+            for batch in self.sam2.batches(images):
                 logits, iou = segment_pixels(self.model, self.sam2.pixels(batch))
                 for i, image in enumerate(batch):
                     rung = self._rung(image, logits[i].float().cpu().numpy(), float(iou[i]))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from medfocus.images.geometry import letterbox
 from medfocus.masks import candidates
 from medfocus.masks.sam2.segmenter import EncodedImages, Rung, Sam2Segmenter, finite
-from medfocus.masks.segmenter import Mask, check_image, segmenter_key
+from medfocus.masks.segmenter import Mask, segmenter_key
 from medfocus.storage.fingerprint import fingerprint
 
 # IoU above which two proposals count as the same, like box_nms_thresh in SAM2's generator.
@@ -110,10 +110,8 @@ class RetrievalSegmenter:
     def segment(self, images: Sequence[np.ndarray]) -> list[Mask]:
         """Segment images (H, W, 3) uint8 RGB of any sizes: one mask per image, in their order."""
         masks: list[Mask] = []
-        size = self.sam2.batch_size
         with torch.inference_mode():
-            for start in range(0, len(images), size):
-                batch = [check_image(image) for image in images[start : start + size]]
+            for batch in self.sam2.batches(images):
                 encoded = self.sam2.encode(batch)
                 for i, image in enumerate(batch):
                     masks.append(self.sam2.mask(image, self._rung(encoded, i, image)))

@@ -9,7 +9,7 @@ edges (``medfocus.masks.sam2.edges``). The network is the sam2 package's (arXiv 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -103,14 +103,18 @@ class Sam2Segmenter:
         """Segment images (H, W, 3) uint8 RGB of any sizes: one mask per image, in their order."""
         masks: list[Mask] = []
         with torch.inference_mode():
-            for start in range(0, len(images), self.batch_size):
-                batch = [check_image(image) for image in images[start : start + self.batch_size]]
+            for batch in self.batches(images):
                 if self.settings.strategy == "automatic":
                     masks += [self._generated(image) for image in batch]
                     continue
                 encoded = self.encode(batch)
                 masks += [self.mask(image, self.ladder(encoded, i)) for i, image in enumerate(batch)]
         return masks
+
+    def batches(self, images: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """Yield checked images in batches of ``batch_size``."""
+        for start in range(0, len(images), self.batch_size):
+            yield [check_image(image) for image in images[start : start + self.batch_size]]
 
     def at_points(self, image: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:
         """Segment an image (H, W, 3) uint8 at points (x, y), in shares of its sides: (P, 3, H, W) bool.
@@ -132,8 +136,8 @@ class Sam2Segmenter:
         The features are the encoder's levels at S/16 and S/8, without prompt, label or text.
         """
         features = []
-        for start in range(0, len(images), self.batch_size):
-            encoded = self.encode([check_image(p) for p in images[start : start + self.batch_size]])
+        for batch in self.batches(images):
+            encoded = self.encode(batch)
             levels = (encoded.embedding, encoded.fine[1])  # (b, d, S/16, S/16), (b, d/4, S/8, S/8)
             features.append(torch.cat([F.adaptive_avg_pool2d(level, grid).flatten(1) for level in levels], 1))
         return torch.cat(features)
