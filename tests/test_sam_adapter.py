@@ -164,7 +164,7 @@ def test_unusable_training_data_and_settings_are_refused(plain: Sam2Segmenter) -
     image, region = two_discs(0)
     for pairs, settings, message in (
         ([], {}, "adapter: no image has a known region. Put some under masks/"),
-        ([(image, region & False)], {}, r"of an image of \(96, 96\) is empty; .* blank masks can reveal a class"),
+        ([(image, region & False)], {}, r"of an image of \(96, 96\) is empty\. .* blank masks can reveal"),
         ([(image, region[:5])], {}, r"region of an image of \(96, 96\) has shape \(5, 96\)\. Use regions"),
         ([(image, region)], {"lr": 0, "steps": 0}, "adapter: steps is 0, lr is 0; use numbers above 0"),
     ):
