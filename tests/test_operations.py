@@ -179,13 +179,14 @@ def test_a_backfill_names_an_unknown_data_set_and_a_missing_manifest(project: Pa
 
 
 def test_mlflow_does_not_start_beyond_loopback_without_a_password() -> None:
-    for host in ("0.0.0.0", "192.0.2.7", "::"):
+    for host in ("0.0.0.0", "192.0.2.7", "::", "reading-room.example"):
         with pytest.raises(ValueError, match=r"there is no default. Set MLFLOW_AUTH_ADMIN_PASSWORD"):
             stack.credentials(host, {})
     for host in ("0.0.0.0", "127.0.0.1"):
         assert stack.credentials(host, {stack.PASSWORD: "my own"}) == stack.Login("admin", "my own")
     assert "my own" not in repr(stack.Login("admin", "my own"))
-    assert stack.credentials("127.0.0.1", {}) is None and stack.credentials("localhost", {}) is None
+    for host in ("127.0.0.1", "::1", "localhost"):
+        assert stack.credentials(host, {}) is None
 
 
 def test_a_missing_postgresql_is_reported_with_the_command_that_installs_it(

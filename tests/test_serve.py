@@ -235,11 +235,21 @@ def test_the_rebuilt_clip_has_the_same_weights_and_no_tokenizer(fitted: Fitted, 
 def test_saving_again_replaces_the_folder_and_leaves_no_temporary_folder(
     fitted: Fitted, tmp_path: Path
 ) -> None:
-    (tmp_path / "model").mkdir()
+    fitted.save(tmp_path / "model")
     (tmp_path / "model" / "stale").write_text("")
     fitted.save(tmp_path / "model")
     assert not (tmp_path / "model" / "stale").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_holds_no_model_is_never_replaced(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match=r"exists and holds no model, so it is not replaced. Give a new"):
+        fitted.save(Path())
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_model_with_otsu_masks_is_served(fitted: Fitted, tmp_path: Path) -> None:

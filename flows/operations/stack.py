@@ -117,7 +117,7 @@ def credentials(host: str, environment: Mapping[str, str]) -> Login | None:
     Raises ValueError if the server should listen beyond loopback and the environment has no password.
     """
     password = environment.get(PASSWORD)
-    if not password and (host == "localhost" or ipaddress.ip_address(host).is_loopback):
+    if not password and _is_loopback(host):
         return None
     if not password:
         raise ValueError(
@@ -125,6 +125,14 @@ def credentials(host: str, environment: Mapping[str, str]) -> Login | None:
             f"{PASSWORD} in the environment, and {USERNAME} if the name should not be admin."
         )
     return Login(environment.get(USERNAME) or "admin", password)
+
+
+def _is_loopback(host: str) -> bool:
+    """Return True for an address of loopback and for localhost, and False for every other name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def auth_settings(login: Login, users: str, home: Path) -> dict[str, str]:

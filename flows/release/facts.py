@@ -98,8 +98,8 @@ class Facts:
 
 
 def _recalls(dataset: EncodedDataset, draws: Draws, labels: np.ndarray) -> Recalls:
-    """Return each class's recall at the smallest support."""
-    smallest = min(percent for _, percent in draws if percent)
+    """Return each class's recall at the smallest support; at 0 % if no method learns."""
+    smallest = min((percent for _, percent in draws if percent), default=0.0)
     return Recalls(
         dataset.name,
         f"{smallest:g} % of train, whole test set",

@@ -55,4 +55,6 @@ def _mlflow(
 
 def _local(host: str) -> str:
     """Return the address at which this machine reaches a server that listens on ``host``."""
-    return HOST if host == "0.0.0.0" else host
+    if host in ("0.0.0.0", "::"):
+        return HOST
+    return f"[{host}]" if ":" in host else host

@@ -237,10 +237,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         images = open_images([image])
-        if self.segmenter_ is None:  # with the focus "none", only an explanation needs a mask
-            self.segmenter_ = self._segmenter()
-        [mask] = self._masks(images)
-        assert mask is not None
+        # With the focus "none", only an explanation needs a mask.
+        [mask] = segment(images, self.segmenter_ or self._segmenter(), self.cache)
         view = self._view(images[0], mask, 0)
         if label is None:
             embedded = self.method_.embed(torch.from_numpy(view)[None]).cpu()

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _CELL, _CLIP, _SAM2, _SAM2_CONFIG = "cell.safetensors", "clip", "sam2.safetensors", "sam2.yaml"
 _ADAPTER, _TEXT = "adapter.safetensors", "text.safetensors"
+_CONTENT = "serve.json"
 _PACKAGES = ("torch", "open_clip_torch", "sam2", "numpy", "pillow")
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -49,7 +50,7 @@ def save_model(
     segmenter: Segmenter,
     feather: float,
 ) -> None:
-    """Write all files of a model to ``folder``, and replace the content of the folder.
+    """Write all files of a model to ``folder``, and replace the model that the folder holds.
 
     Args:
         folder: The model folder. The new content appears complete or not at all.
@@ -60,11 +61,17 @@ def save_model(
 
     Raises:
         ValueError: The checkpoint was fitted on another CLIP.
+        FileExistsError: The folder holds something other than a model, which this function would delete.
     """
     from safetensors.torch import save_file
 
     from medfocus.serving import checkpoint as checkpoints
 
+    folder = folder.absolute()
+    if folder.exists() and not (folder / _CONTENT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and holds no model, so it is not replaced. Give a new folder, or an empty one."
+        )
     header = checkpoints.read_header(checkpoint)
     if header.encoder_key != encoder.key:
         raise ValueError(
@@ -91,7 +98,7 @@ def save_model(
         "view_size": encoder.image_size,
         "versions": {package: version(package) for package in _PACKAGES},
     }
-    _write_json(unfinished / "serve.json", content)
+    _write_json(unfinished / _CONTENT, content)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
 
@@ -136,7 +143,7 @@ def load_model(folder: Path) -> Predictor:
     from medfocus.serving import checkpoint
 
     try:
-        content: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((folder / _CONTENT).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} is not a model folder: serve.json is missing. "
