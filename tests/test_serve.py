@@ -247,7 +247,9 @@ def test_a_folder_that_holds_no_model_is_never_replaced(
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileExistsError, match=r"exists and holds no model, so it is not replaced. Give a new"):
+    with pytest.raises(
+        FileExistsError, match=r"exists and holds no model, so it is not replaced. Give a new"
+    ):
         fitted.save(Path())
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -21,7 +21,6 @@ from medfocus.serving.predictor import Predictor
 
 MOST_SHOWN = 1024  # pixels of the longest side of an image on the page
 MASK_COLOUR = (0, 174, 219)  # cyan, which neither grey images nor the attribution contain
-_PNG_LEVEL = 1  # fast: the page and the model run on the same machine
 _FILL, _LINE = 96, 255  # opacity of the mask and of its outline
 
 
@@ -92,9 +91,7 @@ class Reader:
         mask, encoded = clicks.first_mask(self.predictor.segmenter, pixels)
         shown = _smaller(pixels)
         reading = self._read(pixels, mask, shown.shape[:2])
-        return Opened(
-            pixels, encode_png(shown, _PNG_LEVEL), (shown.shape[1], shown.shape[0]), reading, encoded
-        )
+        return Opened(pixels, encode_png(shown), (shown.shape[1], shown.shape[0]), reading, encoded)
 
     def edit(self, opened: Opened, points: Sequence[Point]) -> Reading | None:
         """Read the image with SAM2's mask for all ``points``; without points, drop the edited mask.
@@ -127,7 +124,7 @@ class Reader:
             heat, way = explain_one(predictor.method, view, predictor.classes.index(reading.label))
             inside = share_in_mask(heat, reading.mask.region, predictor.focus)
             layer = on_image(heat, reading.shown_region, predictor.focus)
-            reading.attribution = Attribution(encode_png(_heat_layer(layer), _PNG_LEVEL), way, inside)
+            reading.attribution = Attribution(encode_png(_heat_layer(layer)), way, inside)
         return reading.attribution
 
     def _read(self, pixels: np.ndarray, mask: Mask, shown: tuple[int, int]) -> Reading:
@@ -140,8 +137,8 @@ class Reader:
             view=view,
             probabilities=dict(zip(self.predictor.classes, probabilities, strict=True)),
             layers={
-                "mask": encode_png(_mask_layer(region), _PNG_LEVEL),
-                "view": encode_png(visible(view), _PNG_LEVEL),
+                "mask": encode_png(_mask_layer(region)),
+                "view": encode_png(visible(view)),
             },
         )
 

@@ -8,16 +8,13 @@ import io
 import numpy as np
 from PIL import Image
 
+_LEVEL = 3  # of zlib; on phantoms a twelfth of the time of level 9, and 9 % more bytes
 
-def encode_png(image: np.ndarray, compress_level: int = 6) -> bytes:
-    """Return an image as PNG bytes.
 
-    Args:
-        image: (H, W) bool or uint8, (H, W, 3) or (H, W, 4) uint8.
-        compress_level: 0 (fast, large) to 9 (slow, small); every level is lossless.
-    """
+def encode_png(image: np.ndarray) -> bytes:
+    """Return an image as PNG bytes: (H, W) bool or uint8, (H, W, 3) or (H, W, 4) uint8."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", compress_level=compress_level)
+    Image.fromarray(image).save(file, "PNG", compress_level=_LEVEL)
     return file.getvalue()
 
 

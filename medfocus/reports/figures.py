@@ -221,7 +221,7 @@ def mask_sheet(
             inside.filter(ImageFilter.MinFilter(3))
         )
         tiles.append(np.where(rim[..., None], np.array(_CONTOUR, dtype=np.uint8), tile))
-    return encode_png(montage(tiles, columns, captions), compress_level=9)
+    return encode_png(montage(tiles, columns, captions))
 
 
 def attribution_overlay(image: np.ndarray, attribution: np.ndarray) -> np.ndarray:

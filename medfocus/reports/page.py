@@ -316,7 +316,7 @@ def _cost(cost: Cost) -> dict[str, Any]:
 
 
 def _tile(image: np.ndarray) -> bytes:
-    return encode_png(letterbox(image, _TILE, (0, 0, 0)), compress_level=9)
+    return encode_png(letterbox(image, _TILE, (0, 0, 0)))
 
 
 def _same(a: str, b: str) -> bool:

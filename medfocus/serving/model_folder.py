@@ -68,7 +68,11 @@ def save_model(
     from medfocus.serving import checkpoint as checkpoints
 
     folder = folder.absolute()
-    if folder.exists() and not (folder / _CONTENT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if (
+        folder.exists()
+        and not (folder / _CONTENT).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
         raise FileExistsError(
             f"{folder} exists and holds no model, so it is not replaced. Give a new folder, or an empty one."
         )
