@@ -202,6 +202,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         self._build(settings)
         kind = METHODS[self.method]
         method: Method = kind(self.encoder_, **_first_rate(settings))
+        method.check_towers(f"MedFocusCLIP: {self.method} with the focus {self.focus!r}")
         views = 1 + self.augmented if kind.takes_views else 1
         prompts = text_prompts(self._class_names(), self.modality, self.templates)
         support = Support(
