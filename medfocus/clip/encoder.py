@@ -207,7 +207,7 @@ class ClipEncoder:
         return torch.cat([self._pooled(passed), *parts], dim=1)
 
     def check_layers(self, layers: tuple[int, ...], grid: int, caller: str) -> None:
-        """Raise ValueError, beginning with ``caller``, unless the image encoder has these layers and cells."""
+        """Raise ValueError, beginning with ``caller``, unless the image encoder has these layers."""
         self.require(("stages",), caller)
         sides = self.tower.sides(self.image_size)
         known = all(0 <= layer < len(sides) for layer in layers)

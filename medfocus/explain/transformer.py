@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from medfocus.clip.towers.base import Attended, ImageTower
+from medfocus.clip.towers.vision_transformers import as_square
 from medfocus.explain.maps import to_maps
 from medfocus.explain.scores import Score, score_gradients
 
@@ -61,4 +62,4 @@ def _patch_relevance(kept: Attended, attentions: list[Tensor], gradients: Sequen
     joint = relevance(attentions[:depth], gradients[:depth])[:, kept.queries]  # (B, Q, L)
     if kept.pool is not None:
         joint = relu(gradients[depth] * attentions[depth]).mean(dim=1) @ joint
-    return joint.mean(dim=1)[:, kept.patches].unflatten(1, kept.grid)
+    return as_square(joint.mean(dim=1)[:, kept.patches])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Projection:
     name: str  # "q", "k", "v" or "out"
     module: nn.Module
     parameter: str  # its name in ``module``
-    rows: slice = slice(None)
+    rows: slice = field(default_factory=lambda: slice(None))
 
     @property
     def weight(self) -> Tensor:

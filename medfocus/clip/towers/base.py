@@ -72,7 +72,8 @@ class Tower:
     @property
     def kind(self) -> str:
         """The kind of the tower, for messages."""
-        return type(self.module).__name__
+        net = getattr(self.module, "trunk", None)  # in open_clip's TimmModel
+        return type(self.module).__name__ if net is None else f"timm's {type(net).__name__}"
 
     def require(self, verb: str, caller: str) -> None:
         """Raise TowerError, with a message that begins with ``caller``, if the tower lacks ``verb``."""
@@ -183,5 +184,4 @@ class Attended:
     blocks: list[Tensor]  # (B, H, L, L) of each block, rows of sum one
     pool: Tensor | None  # (B, H, 1, P) of an attention pool over the patches, or None
     queries: slice  # the tokens that pool; all patches for an attention pool
-    patches: slice  # the tokens of the patches
-    grid: tuple[int, int]  # patches a side
+    patches: slice  # the tokens of the patches, row by row

@@ -127,11 +127,6 @@ class TimmConvTower(ConvolutionalTower):
         return self.module.trunk
 
     @property
-    def kind(self) -> str:
-        """See ``Tower.kind``."""
-        return f"timm's {type(self._trunk).__name__}"
-
-    @property
     def _chain(self) -> list[str]:
         names: list[str] = []
         for name in CHAINS[type(self._trunk).__name__]:

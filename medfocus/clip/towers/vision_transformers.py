@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from math import isqrt
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,10 +22,9 @@ class VisionTransformerTower(ImageTower):
     def prefix(self) -> int:
         """Number of tokens before the patches: the class token and registers."""
 
-    @property
     @abstractmethod
-    def grid(self) -> tuple[int, int]:
-        """Patches a side."""
+    def side(self, image_size: int) -> int:
+        """Return the number of patches a side."""
 
     @property
     @abstractmethod
@@ -33,15 +33,16 @@ class VisionTransformerTower(ImageTower):
 
     def sides(self, image_size: int) -> tuple[int, ...]:
         """See ``ImageTower.sides``: all layers have the same patches."""
-        return (self.grid[0],) * (self.depth + 1)
+        return (self.side(image_size),) * (self.depth + 1)
 
     def maps(self, state: Tensor) -> Tensor:
         """See ``ImageTower.maps``: the tokens of the patches."""
-        return state[:, self.prefix :].mT.unflatten(2, self.grid)
+        return as_square(state[:, self.prefix :].mT)
 
     def coverage(self, region: Tensor) -> Tensor:
         """See ``ImageTower.coverage``."""
-        return pad(avg_pool2d(region, region.shape[-1] // self.grid[0]).flatten(1), (self.prefix, 0))
+        size = region.shape[-1]
+        return pad(avg_pool2d(region, size // self.side(size)).flatten(1), (self.prefix, 0))
 
 
 class OpenClipViT(VisionTransformerTower):
@@ -68,10 +69,9 @@ class OpenClipViT(VisionTransformerTower):
         """See ``ImageTower.depth``."""
         return len(self.module.transformer.resblocks)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """See ``VisionTransformerTower.grid``."""
-        return self.module.grid_size
+    def side(self, image_size: int) -> int:
+        """See ``VisionTransformerTower.side``."""
+        return self.module.grid_size[0]
 
     @property
     def queries(self) -> slice:
@@ -123,7 +123,7 @@ class OpenClipViT(VisionTransformerTower):
             kept.append(weights)
             tokens = tokens + block.ls_1(output)
             tokens = tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
-        return Attended(self.pool(tokens), kept, None, self.queries, slice(1, None), self.grid)
+        return Attended(self.pool(tokens), kept, None, self.queries, slice(1, None))
 
 
 class TimmViT(VisionTransformerTower):
@@ -156,11 +156,6 @@ class TimmViT(VisionTransformerTower):
         return frozenset(verbs)
 
     @property
-    def kind(self) -> str:
-        """See ``Tower.kind``."""
-        return f"timm's {type(self._trunk).__name__}"
-
-    @property
     def depth(self) -> int:
         """See ``ImageTower.depth``."""
         return len(self._trunk.blocks)
@@ -170,10 +165,9 @@ class TimmViT(VisionTransformerTower):
         """See ``VisionTransformerTower.prefix``."""
         return self._trunk.num_prefix_tokens
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """See ``VisionTransformerTower.grid``."""
-        return self._trunk.patch_embed.grid_size
+    def side(self, image_size: int) -> int:
+        """See ``VisionTransformerTower.side``."""
+        return self._trunk.patch_embed.dynamic_feat_size((image_size, image_size))[0]
 
     @property
     def queries(self) -> slice | None:
@@ -251,10 +245,10 @@ class TimmViT(VisionTransformerTower):
             tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
         patches = slice(self.prefix, None)
         if self.queries is not None:
-            return Attended(self.pool(tokens), kept, None, self.queries, patches, self.grid)
+            return Attended(self.pool(tokens), kept, None, self.queries, patches)
         weights, summary = self._pool_attention(self._pooled(self._trunk.norm(tokens)), bias)
         queries = slice(0, None) if self._trunk.pool_include_prefix else patches
-        return Attended(self._head(summary), kept, weights, queries, patches, self.grid)
+        return Attended(self._head(summary), kept, weights, queries, patches)
 
     def _pool_attention(self, tokens: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the attention (B, H, Q, P) of the attention pool over tokens (B, P, W), and its output."""
@@ -269,6 +263,12 @@ class TimmViT(VisionTransformerTower):
         if pool.mlp is not None:
             summary = summary + pool.mlp(pool.norm(summary))
         return weights, summary[:, 0] if pool.pool == "token" else summary.mean(dim=1)
+
+
+def as_square(patches: Tensor) -> Tensor:
+    """Arrange patches (..., G * G), row by row, as maps (..., G, G)."""
+    side = isqrt(patches.shape[-1])
+    return patches.unflatten(-1, (side, side))
 
 
 def query_bias(coverage: Tensor, strength: float, queries: slice) -> Tensor:
