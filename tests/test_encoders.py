@@ -215,8 +215,8 @@ def test_an_image_encoder_of_an_unknown_kind_only_encodes(tmp_path: Path) -> Non
     write_model_folder(tmp_path / "model", vision)
     encoder = build_clip(f"local-dir:{tmp_path / 'model'}", "")
     assert encoder.encode_images(pixels(encoder, 1)).shape == (1, 8)
-    expected = r"needs last blocks to train, and the image encoder \(timm's NormFreeNet\) has none\. Use a"
-    with pytest.raises(TowerError, match=f"^trunk with CLIP model {expected}"):
+    expected = r"the image encoder of .*model \(timm's NormFreeNet\) has no last blocks to train\. Use a"
+    with pytest.raises(TowerError, match=f"^trunk: {expected}"):
         encoder.trunk(pixels(encoder), 1)
     with pytest.raises(TowerError, match=expected):
         encoder.tail(1)
@@ -225,7 +225,7 @@ def test_an_image_encoder_of_an_unknown_kind_only_encodes(tmp_path: Path) -> Non
 @pytest.mark.parametrize("blocks", [0, 5])
 def test_a_number_of_blocks_outside_the_image_encoder_is_refused(pocket: ClipEncoder, blocks: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"pocket: {blocks} blocks to train, but its image encoder has 1 to 4"
+        ValueError, match=rf"trunk: {blocks} blocks to train, but the image encoder of pocket has 1 to 4"
     ):
         pocket.trunk(pixels(pocket), blocks)
 
@@ -482,5 +482,5 @@ def test_patch_features_follow_the_image_features(pocket: ClipEncoder) -> None:
 def test_layers_and_grids_outside_the_image_encoder_are_refused(
     pocket: ClipEncoder, layers: tuple[int, ...], grid: int
 ) -> None:
-    with pytest.raises(ValueError, match="its image encoder has layers 0 to 4 of 8 x 8 cells"):
+    with pytest.raises(ValueError, match="the image encoder of pocket has layers 0 to 4 of 8 x 8 cells"):
         pocket.encode_layers(pixels(pocket), layers, grid)

@@ -1,4 +1,4 @@
-"""Tiny CLIPs with random weights, one for each kind of image encoder and text tower, in the published layouts."""
+"""Tiny CLIPs with random weights, one for each kind of tower, in the published layouts."""
 
 from __future__ import annotations
 
@@ -91,7 +91,11 @@ def write_tokenizer(folder: Path, *, start: str, end: str, padding: str) -> Any:
         special_tokens=[(word, places[word]) for word in filter(None, (start, end))],
     )
     saved = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token=padding, cls_token=start or None, sep_token=end
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token=padding,
+        cls_token=start or None,
+        sep_token=end,
     )
     saved.save_pretrained(folder)
     return saved
@@ -118,7 +122,13 @@ def build(folder: Path, vision: dict[str, Any], text: dict[str, Any], **model: A
 
 
 # The CLIPs of the table in docs/methods.md, by their row
-KINDS = ("ViT of open_clip", "ViT of timm", "ViT of timm with an attention pool", "ModifiedResNet", "net of timm")
+KINDS = (
+    "ViT of open_clip",
+    "ViT of timm",
+    "ViT of timm with an attention pool",
+    "ModifiedResNet",
+    "net of timm",
+)
 
 
 def build_kind(kind: str, folder: Path) -> ClipEncoder:

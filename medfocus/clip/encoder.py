@@ -79,11 +79,11 @@ class ClipEncoder:
         return text_tower(self.model)
 
     def require(self, verbs: Iterable[str], caller: str) -> None:
-        """Raise TowerError, with a message that begins with ``caller``, if a tower lacks one of ``verbs``."""
+        """Raise TowerError, beginning with ``caller``, if a tower lacks one of ``verbs``."""
         for verb in verbs:
             for tower in (self.tower, self.text_tower):
                 if tower.part in VERBS[verb].parts:
-                    tower.require(verb, f"{caller} with CLIP {self.name}")
+                    tower.require(verb, caller, self.name)
 
     def with_region(self, region: str, attention_bias: float, alpha: str | Path = "") -> ClipEncoder:
         """Return a copy of this encoder, with another key, that uses a region in the channels after RGB.
@@ -214,8 +214,8 @@ class ClipEncoder:
         if not known or not 1 <= grid <= min((sides[layer] for layer in layers), default=grid):
             cells = ", ".join(f"{side} x {side}" for side in dict.fromkeys(sides))
             raise ValueError(
-                f"{caller} with CLIP {self.name}: feature maps of layers {list(layers)} on {grid} x {grid} "
-                f"cells, but its image encoder has layers 0 to {len(sides) - 1} of {cells} cells. Change "
+                f"{caller}: feature maps of layers {list(layers)} on {grid} x {grid} cells, but the image "
+                f"encoder of {self.name} has layers 0 to {len(sides) - 1} of {cells} cells. Change "
                 "layers or grid."
             )
 
@@ -246,7 +246,7 @@ class ClipEncoder:
         self.require(("tail",), caller)
         if not 1 <= blocks <= self.tower.depth:
             raise ValueError(
-                f"{caller} with CLIP {self.name}: {blocks} blocks to train, but its image encoder has 1 to "
+                f"{caller}: {blocks} blocks to train, but the image encoder of {self.name} has 1 to "
                 f"{self.tower.depth}. Change blocks."
             )
 

@@ -17,13 +17,13 @@ class Verb:
     """Something that some towers can do."""
 
     parts: tuple[str, ...]  # the towers that need it
-    needs: str  # completes "... needs"
+    needs: str  # completes "the tower has no ..."
     instead: str  # a sentence: what to use with a tower that lacks the verb
 
 
 IMAGE, TEXT = "image encoder", "text tower"
 VERBS: dict[str, Verb] = {
-    "stages": Verb((IMAGE,), "the feature maps of layers", "Set layers to []."),
+    "stages": Verb((IMAGE,), "feature maps of layers", "Set layers to []."),
     "tail": Verb(
         (IMAGE,),
         "last blocks to train",
@@ -34,11 +34,11 @@ VERBS: dict[str, Verb] = {
     ),
     "channel": Verb(
         (IMAGE,),
-        "a first convolution with room for the region's channel",
+        "first convolution with room for the region's channel",
         "Use the focus dual, crop or multiply.",
     ),
     "attention-maps": Verb((IMAGE,), "attention matrices", "Use Grad-CAM or occlusion."),
-    "activation-maps": Verb((IMAGE,), "a convolutional net's maps", "Use attention or occlusion."),
+    "activation-maps": Verb((IMAGE,), "maps of a convolutional net", "Use attention or occlusion."),
     "low-rank": Verb(
         (IMAGE, TEXT),
         "blocks with projections to q, k and v",
@@ -75,11 +75,11 @@ class Tower:
         net = getattr(self.module, "trunk", None)  # in open_clip's TimmModel
         return type(self.module).__name__ if net is None else f"timm's {type(net).__name__}"
 
-    def require(self, verb: str, caller: str) -> None:
-        """Raise TowerError, with a message that begins with ``caller``, if the tower lacks ``verb``."""
+    def require(self, verb: str, caller: str, model: str = "this model") -> None:
+        """Raise TowerError, beginning with ``caller``, if the tower of ``model`` lacks ``verb``."""
         if verb not in self.verbs:
             raise TowerError(
-                f"{caller} needs {VERBS[verb].needs}, and the {self.part} ({self.kind}) has none. "
+                f"{caller}: the {self.part} of {model} ({self.kind}) has no {VERBS[verb].needs}. "
                 f"{VERBS[verb].instead}"
             )
 
