@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -58,7 +59,7 @@ def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Clip
 
 def settings_of(row: str) -> dict[str, Any]:
     known = defaults.method_settings(row.rpartition("-")[0] if row in VARIANTS else row)
-    known |= {name: value for name, value in SHORT.items() if name in known} | ROWS[row]
+    known = known | {name: value for name, value in SHORT.items() if name in known} | ROWS[row]
     return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
 
 
@@ -93,7 +94,7 @@ def can(encoder: ClipEncoder, focus: str) -> bool:
 # --- the table of methods, focus modes and towers -------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "row", "focus"), product(KINDS, ROWS, FOCUSES))
+@pytest.mark.parametrize(("kind", "row", "focus"), [*product(KINDS, ROWS, FOCUSES)])
 def test_every_method_with_every_focus_fits_and_is_restored_or_is_refused_by_name(
     kind: str, row: str, focus: str, encoder_of: Callable[[str], ClipEncoder], tmp_path: Path
 ) -> None:
@@ -107,7 +108,9 @@ def test_every_method_with_every_focus_fits_and_is_restored_or_is_refused_by_nam
         return method
 
     if kind in CONVOLUTIONAL and (focus == "attention" or row in LOW_RANK):
-        with pytest.raises(TowerError, match=rf"^{caller}: the image encoder of .* has no .*\. Use "):
+        with pytest.raises(
+            TowerError, match=rf"^{re.escape(caller)}: the image encoder of .* has no .*\. Use "
+        ):
             checked()
         return
     method = checked()
@@ -157,7 +160,7 @@ def test_the_table_of_the_documentation_is_true(encoder_of: Callable[[str], Clip
 # --- trunk, tail and layers -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "focus"), product(KINDS, FOCUSES))
+@pytest.mark.parametrize(("kind", "focus"), [*product(KINDS, FOCUSES)])
 def test_trunk_and_tail_equal_the_image_encoder_in_training_too(
     kind: str, focus: str, encoder_of: Callable[[str], ClipEncoder]
 ) -> None:
@@ -178,7 +181,7 @@ def test_trunk_and_tail_equal_the_image_encoder_in_training_too(
 
 NETS = {
     "ByobNet": "test_byobnet", "ConvNeXt": "test_convnext", "EfficientNet": "tf_efficientnet_lite0",
-    "MobileNetV3": "mobilenetv3_small_050", "RegNet": "regnetx_002", "ResNet": "test_resnet",
+    "RegNet": "regnetx_002", "ResNet": "test_resnet",
 }  # fmt: skip
 
 
@@ -298,7 +301,7 @@ def test_contexts_that_start_at_words_are_those_words_in_every_text_tower(
     tower = ContextTower(encoder, write_texts("coop", encoder, NAMES, 4))
     expected = encoder.encode_texts([f"a photo of a {name}." for name in NAMES])
     torch.testing.assert_close(tower(contexts[None, None])[0], expected, rtol=0, atol=1e-5)
-    moved = tower(contexts[None, None] + 0.5)[0]
+    moved = tower(contexts[None, None] + torch.randn(4, contexts.shape[1], generator=torch.Generator()))[0]
     assert not torch.allclose(moved, expected, atol=1e-3)
 
 

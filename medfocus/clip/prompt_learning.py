@@ -155,8 +155,8 @@ def _tokenise(encoder: ClipEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
     most = max(len(text.encode()) for text in texts) + 3  # a text has at most as many tokens as bytes
     length = max(most, encoder.text_tower.context_length)
     tokens = encoder.tokenizer(texts, context_length=length)  # (N, L)
-    padding = tokens[:, -1:]
-    used = length - (tokens != padding).flip(1).int().argmax(dim=1)  # (N,)
+    written = tokens != tokens[:, -1:]  # the last token is padding
+    used = (written * torch.arange(1, length + 1)).amax(dim=1)  # (N,)
     return tokens, used
 
 

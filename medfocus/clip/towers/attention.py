@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -52,7 +52,7 @@ class OpenClipAttention(SelfAttention):
         self.width = self._frozen.embed_dim
 
     @classmethod
-    def of(cls, blocks: Iterable[nn.Module]) -> list[OpenClipAttention]:
+    def of(cls, blocks: Iterable[nn.Module]) -> list[Self]:
         """Return the attention of each block; an empty list if one has open_clip's own ``Attention``."""
         blocks = list(blocks)
         kinds = (nn.MultiheadAttention, LoraAttention)
@@ -97,7 +97,7 @@ class TimmAttention(SelfAttention):
         self.width = attention.proj.in_features  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
 
     @classmethod
-    def of(cls, blocks: Iterable[nn.Module]) -> list[TimmAttention]:
+    def of(cls, blocks: Iterable[nn.Module]) -> list[Self]:
         """Return the attention of each block; an empty list if one has another kind of attention."""
         from timm.layers.attention import Attention
 
@@ -144,7 +144,7 @@ class BertAttention(SelfAttention):
         self.width = self._inner.query.in_features
 
     @classmethod
-    def of(cls, transformer: nn.Module) -> list[BertAttention]:
+    def of(cls, transformer: nn.Module) -> list[Self]:
         """Return the attention of each block of a transformer, the first block first."""
 
         def is_attention(module: nn.Module) -> bool:

@@ -23,7 +23,6 @@ CHAINS: dict[str, tuple[str, ...]] = {
     "ByobNet": ("stem", "stages.", "final_conv"),
     "ConvNeXt": ("stem", "stages.", "norm_pre"),
     "EfficientNet": ("conv_stem", "bn1", "blocks.", "conv_head", "bn2"),
-    "MobileNetV3": ("conv_stem", "bn1", "blocks."),
     "RegNet": ("stem", "s1", "s2", "s3", "s4", "final_conv"),
     "ResNet": ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4"),
 }

@@ -48,7 +48,10 @@ class VisionTransformerTower(ImageTower):
 class OpenClipViT(VisionTransformerTower):
     """open_clip's ``VisionTransformer``."""
 
-    prefix = 1
+    @property
+    def prefix(self) -> int:
+        """See ``VisionTransformerTower.prefix``."""
+        return 1
 
     @property
     def verbs(self) -> frozenset[str]:
@@ -116,7 +119,7 @@ class OpenClipViT(VisionTransformerTower):
 
     def attended(self, pixels: Tensor, bias: Tensor | None = None) -> Attended:
         """See ``ImageTower.attended``."""
-        self.require("attention-maps", "attention")
+        self.require("attention-maps", "gradient x attention")
         tokens, kept = self.embed(pixels), []
         for block, attention in zip(self.module.transformer.resblocks, self.attentions(), strict=True):
             weights, output = attention.attend(block.ln_1(tokens), bias)
@@ -235,7 +238,7 @@ class TimmViT(VisionTransformerTower):
 
     def attended(self, pixels: Tensor, bias: Tensor | None = None) -> Attended:
         """See ``ImageTower.attended``."""
-        self.require("attention-maps", "attention")
+        self.require("attention-maps", "gradient x attention")
         tokens, kept = self.embed(pixels), []
         mask = None if self.queries is None else bias
         for block, attention in zip(self._trunk.blocks, self.attentions(), strict=True):
