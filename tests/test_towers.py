@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.study.methods import check_towers
+from flows.study.params import load_params
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.lora import LoraTowers
 from medfocus.clip.prompts import class_embeddings
@@ -28,6 +30,7 @@ from medfocus.learning.method import Support
 from medfocus.methods import METHODS
 from medfocus.methods.clip import ClipZeroShot
 from medfocus.serving import checkpoint, defaults
+from medfocus.serving.estimator import MedFocusCLIP
 from tests.towers import CLIP_TEXT, KINDS, SIZE, build, build_kind, timm_net
 
 VITS = KINDS[:3]
@@ -418,3 +421,40 @@ def test_a_view_with_more_than_one_image_is_explained_by_occlusion(
     method = ClipZeroShot(encoder).load({"text_features": class_embeddings(encoder, PROMPTS)})
     _, way = explain(method, encoder, views_of(focus, 1), torch.tensor([0]))
     assert way == "occlusion"
+
+
+# --- refusals before any work ---------------------------------------------------------------------
+
+
+def test_a_study_is_refused_with_the_method_and_the_focus_before_any_work(
+    encoder_of: Callable[[str], ClipEncoder],
+) -> None:
+    params = load_params(Path(__file__).parents[1] / "params.yaml")
+    resnet, vit = encoder_of("ModifiedResNet"), encoder_of("ViT of open_clip")
+
+    def studied(**methods: tuple[str, ...]) -> Any:
+        return dataclasses.replace(params, study=dataclasses.replace(params.study, methods=methods))
+
+    check_towers(studied(medfocusclip=("none", "attention", "shuffled")), vit)
+    check_towers(studied(medfocusclip=("none", "alpha", "dual", "crop")), resnet)
+    with pytest.raises(
+        TowerError,
+        match=r"^params\.yaml: study\.methods\.medfocusclip with the focus 'attention': the image encoder .*"
+        r"\(ModifiedResNet\) has no attention that a region can bias\. Use the focus alpha, dual, crop",
+    ):
+        check_towers(studied(medfocusclip=("none", "attention")), resnet)
+    with pytest.raises(TowerError, match=r"study\.methods\.clip-lora with the focus 'none': .*Use clip-few"):
+        check_towers(studied(**{"clip-lora": ("none",)}), resnet)
+
+
+def test_the_classifier_in_python_is_refused_before_it_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_kind("ModifiedResNet", tmp_path)
+    monkeypatch.setattr(MedFocusCLIP, "_masks", lambda *_: pytest.fail("segmented"))
+    images = np.zeros((4, 40, 40, 3), np.uint8)
+    classifier = MedFocusCLIP(
+        method="clip-lora", clip=f"local-dir:{tmp_path}", pretrained="", segmenter="otsu"
+    )
+    with pytest.raises(TowerError, match=r"^MedFocusCLIP: clip-lora with the focus 'crop': .*ModifiedResNet"):
+        classifier.fit(images, [0, 1, 0, 1])
