@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.lora import LoraTowers
-from medfocus.explain.grad_cam import grad_cam
+from medfocus.clip.towers.base import TowerError
+from medfocus.clip.towers.choose import image_tower
+from medfocus.clip.towers.vision_transformers import OpenClipViT
+from medfocus.explain.grad_cam import grad_cam, tower_grad_cam
 from medfocus.explain.maps import inside_share, pointing_hit, to_maps
 from medfocus.explain.occlusion import occlusion
-from medfocus.explain.transformer import attended, gradient_attention
+from medfocus.explain.transformer import gradient_attention
 
 ENCODERS = ("pocket", "ViT-B-32")
 
@@ -70,11 +73,10 @@ def test_features_with_kept_attention_equal_those_of_the_encoder(
 ) -> None:
     encoder = encoders[name]
     pixels = encoder.preprocess(noise(2, encoder.image_size))
-    features, attentions = attended(encoder.model.visual, pixels)  # pyright: ignore[reportArgumentType]
-    assert torch.allclose(features, encoder.encode_images(pixels), atol=1e-5)
-    visual: Any = encoder.model.visual
-    assert len(attentions) == len(visual.transformer.resblocks)
-    assert all(torch.allclose(attention.sum(dim=-1), torch.ones(())) for attention in attentions)
+    kept = encoder.tower.attended(pixels)
+    assert torch.allclose(kept.features, encoder.encode_images(pixels), atol=1e-5)
+    assert len(kept.blocks) == encoder.tower.depth
+    assert all(torch.allclose(attention.sum(dim=-1), torch.ones(())) for attention in kept.blocks)
 
 
 def test_the_attention_mask_of_a_region_gives_the_features_of_its_encoder(
@@ -83,8 +85,8 @@ def test_the_attention_mask_of_a_region_gives_the_features_of_its_encoder(
     encoder = encoders["pocket"]
     regional = encoder.with_region("attention", 3.0)
     pixels = regional.preprocess(torch.cat([noise(2, 96), 255 * (noise(2, 96, 1, seed=1) > 99)], dim=-1))
-    visual: Any = encoder.model.visual
-    features, _ = attended(visual, pixels[:, :3], regional.region.attention_mask(visual, pixels))
+    tower = encoder.tower
+    features = tower.attended(pixels[:, :3], regional.region.bias(tower, pixels)).features
     assert torch.allclose(features, regional.encode_images(pixels), atol=1e-5)
     assert not torch.allclose(features, encoder.encode_images(pixels[:, :3]), atol=1e-3)
 
@@ -96,7 +98,7 @@ def test_low_rank_updates_count(encoders: dict[str, ClipEncoder]) -> None:
         nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
     images = noise(2, encoder.image_size)
     with torch.no_grad():
-        features, _ = attended(towers.encoder.model.visual, encoder.preprocess(images))  # pyright: ignore[reportArgumentType]
+        features = towers.encoder.tower.attended(encoder.preprocess(images)).features
         assert torch.allclose(features, towers(images), atol=1e-5)
     assert not torch.allclose(features, encoder.encode_images(encoder.preprocess(images)), atol=1e-3)
 
@@ -155,7 +157,9 @@ def test_gradient_attention_matches_central_differences_in_numpy() -> None:
         joint = joint + np.maximum(slope[block] * attention[block], 0).mean(0) @ joint
     expected = to_maps(torch.tensor(joint[0, 1:].reshape(1, 2, 2)), 8)
 
-    maps = gradient_attention(visual, pixels, lambda features: features @ torch.tensor(direction))
+    maps = gradient_attention(
+        OpenClipViT(visual), pixels, lambda features: features @ torch.tensor(direction)
+    )
     np.testing.assert_allclose(maps, expected, rtol=1e-4)
     assert maps.std() > 0.1 / 64
 
@@ -171,11 +175,11 @@ def test_maps_of_a_frozen_clip_are_distributions_and_do_not_change_it(
     texts = encoder.encode_texts(["a nodule", "a clear lung"])
 
     with torch.no_grad():
-        maps = gradient_attention(visual, pixels, lambda features: features @ texts[0])
+        maps = gradient_attention(encoder.tower, pixels, lambda features: features @ texts[0])
     assert_maps(maps, 3, encoder.image_size)
-    alone = gradient_attention(visual, pixels[1:2], lambda features: features @ texts[0])
+    alone = gradient_attention(encoder.tower, pixels[1:2], lambda features: features @ texts[0])
     np.testing.assert_allclose(maps[1:2], alone, rtol=1e-3, atol=1e-7)
-    of_other_class = gradient_attention(visual, pixels, lambda features: features @ texts[1])
+    of_other_class = gradient_attention(encoder.tower, pixels, lambda features: features @ texts[1])
     assert ((maps - of_other_class).abs().sum(dim=(1, 2)) > 0.01).all()
     assert all(torch.equal(value, before[key]) for key, value in visual.state_dict().items())
     assert not pixels.requires_grad and all(weight.grad is None for weight in visual.parameters())
@@ -251,7 +255,8 @@ def test_a_class_token_that_attends_to_one_quadrant_is_explained_by_it() -> None
     only = to_maps(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), 8)[0]  # the upper right patch, upsampled
     # The patch lowers a feature or its negative, so one of the two scores rises.
     by_score = [
-        gradient_attention(visual, pixels, lambda f, sign=sign: sign * f[:, 0], unseen) for sign in (1, -1)
+        gradient_attention(OpenClipViT(visual), pixels, lambda f, sign=sign: sign * f[:, 0], unseen)
+        for sign in (1, -1)
     ]
     for i in range(2):
         sharper = max((maps[i] for maps in by_score), key=lambda heat: float(heat.std()))
@@ -352,18 +357,23 @@ def test_a_plateau_points_from_its_centre_and_a_uniform_map_misses() -> None:
 # --- errors -------------------------------------------------------------------------------------
 
 
-def test_other_image_encoders_are_refused(encoders: dict[str, ClipEncoder]) -> None:
+def test_image_encoders_without_attention_matrices_are_refused() -> None:
     pixels = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"this image encoder is SmallNet. Use grad_cam"):
-        attended(SmallNet(), pixels)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"has MultiheadAttention and 'avg'. Use occlusion"):
-        attended(tower(pool_type="avg"), pixels)
-    with pytest.raises(ValueError, match=r"has Attention and 'tok'. Use occlusion"):
-        attended(tower(qk_norm=True), pixels)
+    settings: list[dict[str, Any]] = [
+        {"qk_norm": True},
+        {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4},
+    ]
+    for visual in (SmallNet(), *(tower(**changes) for changes in settings)):
+        with pytest.raises(
+            TowerError, match=rf"\({type(visual).__name__}\) has no attention matrices.*occlusion"
+        ):
+            gradient_attention(image_tower(visual), pixels, lambda features: features[:, 0])
+    with pytest.raises(TowerError, match=r"Grad-CAM: .*VisionTransformer\) has no maps of a conv"):
+        tower_grad_cam(OpenClipViT(tower()), pixels, lambda features: features[:, 0])
 
 
 def test_scores_without_a_gradient_are_refused() -> None:
-    visual, pixels = tower(), torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    visual, pixels = OpenClipViT(tower()), torch.zeros(2, 3, 8, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"score: its result has no gradient .* or use occlusion"):
         gradient_attention(visual, pixels, lambda features: features.detach()[:, 0])
     free = torch.zeros(2, requires_grad=True)

@@ -25,6 +25,7 @@ from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import TEMPLATES, class_embeddings, text_prompts
 from medfocus.clip.tokenizer import CONFIGS, pocket_tokenizer
+from medfocus.clip.towers.base import TowerError
 from medfocus.pocket.merges import write_merges
 
 LAION_HUB_ID = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
@@ -209,30 +210,22 @@ def test_a_tail_is_restored_from_its_state(pocket: ClipEncoder) -> None:
     assert torch.equal(restored(tokens), tail(tokens))
 
 
-@pytest.mark.parametrize(
-    ("vision", "tower"),
-    [
-        ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}, "ModifiedResNet"),
-        ({"image_size": 32, "timm_model_name": "test_vit", "timm_pool": ""}, "TimmModel"),
-    ],
-)
-def test_an_image_encoder_of_another_kind_encodes_but_has_no_trunk_and_tail(
-    tmp_path: Path, vision: Any, tower: str
-) -> None:
+def test_an_image_encoder_of_an_unknown_kind_only_encodes(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "timm_model_name": "test_nfnet", "timm_pool": "avg"}
     write_model_folder(tmp_path / "model", vision)
     encoder = build_clip(f"local-dir:{tmp_path / 'model'}", "")
-    assert encoder.encode_images(pixels(encoder)).shape == (3, 8)
-    expected = rf"model: its image encoder is {tower}, not open_clip's VisionTransformer.*Take a ViT such as"
-    with pytest.raises(ValueError, match=expected):
+    assert encoder.encode_images(pixels(encoder, 1)).shape == (1, 8)
+    expected = r"the image encoder of .*model \(timm's NormFreeNet\) has no last blocks to train\. Use a"
+    with pytest.raises(TowerError, match=f"^trunk: {expected}"):
         encoder.trunk(pixels(encoder), 1)
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(TowerError, match=expected):
         encoder.tail(1)
 
 
 @pytest.mark.parametrize("blocks", [0, 5])
 def test_a_number_of_blocks_outside_the_image_encoder_is_refused(pocket: ClipEncoder, blocks: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"pocket: {blocks} blocks to fine-tune; its image encoder has 1 to 4"
+        ValueError, match=rf"trunk: {blocks} blocks to train, but the image encoder of pocket has 1 to 4"
     ):
         pocket.trunk(pixels(pocket), blocks)
 
@@ -489,5 +482,5 @@ def test_patch_features_follow_the_image_features(pocket: ClipEncoder) -> None:
 def test_layers_and_grids_outside_the_image_encoder_are_refused(
     pocket: ClipEncoder, layers: tuple[int, ...], grid: int
 ) -> None:
-    with pytest.raises(ValueError, match="its image encoder has layers 0 to 4 and 8 x 8 patches"):
+    with pytest.raises(ValueError, match="the image encoder of pocket has layers 0 to 4 of 8 x 8 cells"):
         pocket.encode_layers(pixels(pocket), layers, grid)

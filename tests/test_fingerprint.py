@@ -169,7 +169,7 @@ COUNTS = {
     "views": ("focus.view focus.modes focus.marks focus.crop images.geometry images.decode", "clip.encoder"),
     "region views": ("focus.view focus.modes clip.regions", "masks.otsu clip.encoder focus.controls"),
     "features": (
-        "learning.frozen clip.encoder clip.build clip.vit clip.regions masks.candidates",
+        "learning.frozen clip.encoder clip.build clip.tail clip.towers.choose clip.regions masks.candidates",
         "learning.probe methods.slca",
     ),
     "cells": (

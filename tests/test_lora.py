@@ -16,8 +16,10 @@ from torch.nn import functional
 
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
-from medfocus.clip.lora import LoraAttention, LoraTowers, LowRank
+from medfocus.clip.lora import LoraTowers
 from medfocus.clip.prompts import class_embeddings
+from medfocus.clip.towers.base import TowerError
+from medfocus.clip.towers.low_rank import LoraAttention, LowRank
 from medfocus.learning.method import Support
 from medfocus.methods.clip_lora import ClipLora
 from medfocus.methods.medfocusclip import MedFocusClip
@@ -193,23 +195,21 @@ def test_a_state_holds_the_factors_without_the_towers(clip: ClipEncoder) -> None
         assert torch.equal(again(images), towers(images))
 
 
-def test_a_tower_without_open_clips_attention_is_refused(clip: ClipEncoder) -> None:
+def test_a_tower_without_projections_to_q_k_and_v_is_refused(clip: ClipEncoder) -> None:
     text = {"context_length": 32, "vocab_size": 2089, "width": 32, "heads": 2, "layers": 1}
     vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8, "head_width": 8}
     resnet = open_clip.CLIP(16, vision, text)  # pyright: ignore[reportArgumentType]
     with pytest.raises(
-        ValueError, match=r"pocket: its image encoder is ModifiedResNet, without .*Take a CLIP"
+        TowerError, match=r"the image encoder of pocket \(ModifiedResNet\) has no .* q, k and v\. Use clip-"
     ):
         LoraTowers(dataclasses.replace(clip, model=resnet), **UPDATES)
 
-    class HFTextEncoder(nn.Module):
-        """A text tower with another library's transformer in place of open_clip's."""
-
-        transformer = nn.Identity()
+    class OtherText(nn.Module):
+        """A text tower of no known kind."""
 
     foreign = custom_text_clip(clip).model
-    foreign.text = HFTextEncoder()
-    with pytest.raises(ValueError, match="pocket: its text tower is HFTextEncoder, without the attention"):
+    foreign.text = OtherText()
+    with pytest.raises(TowerError, match=r"the text tower of pocket \(OtherText\) has no .* q, k and v"):
         LoraTowers(dataclasses.replace(clip, model=foreign), **UPDATES)
 
 

@@ -538,8 +538,8 @@ def test_the_state_holds_patch_statistics_and_trained_blocks(changed: dict[str, 
     for name, logits in method.logits(support.inputs[0]).items():
         assert torch.allclose(loaded.logits(support.inputs[0])[name], logits, rtol=0, atol=1e-5)
     if "blocks" in changed:
-        assert "classifier.tower.tower.proj" in method.state()
-        assert not torch.equal(method.state()["classifier.tower.tower.proj"], encoder.model.visual.proj)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        assert "classifier.tower.visual.proj" in method.state()
+        assert not torch.equal(method.state()["classifier.tower.visual.proj"], encoder.model.visual.proj)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     else:
         fused = method.encode(support.inputs[0])  # pyright: ignore[reportAttributeAccessIssue]
         patches = fused[:, encoder.dim :]

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
-from medfocus.clip.prompt_learning import ContextTower, TextTower, start_contexts, write_texts
+from medfocus.clip.prompt_learning import ContextTower, EmbeddedTexts, start_contexts, write_texts
+from medfocus.clip.towers.base import TowerError
 from medfocus.learning.contexts import SgdSchedule, learning_rate, train_sgd
 from medfocus.learning.method import Support
 from medfocus.methods.cocoop import CoCoOp, ConditionalContexts
@@ -127,7 +128,7 @@ def test_embedded_texts_get_the_features_of_their_tokens(
         "class token": {"embed_cls": True},
     }
     encoder = {"pocket": clip, "published": published}.get(kind) or custom_text_clip(clip, **changes[kind])
-    tower = TextTower(encoder)
+    tower = EmbeddedTexts(encoder)
     tokens = encoder.tokenizer(TEXTS)
     features = tower(tower.embed(tokens), tokens)
     torch.testing.assert_close(features, encoder.encode_texts(TEXTS), rtol=0, atol=1e-6)
@@ -177,7 +178,7 @@ def test_only_the_contexts_have_a_gradient(clip: ClipEncoder) -> None:
 
 def test_the_tower_shares_the_weights_and_keeps_no_graph(clip: ClipEncoder) -> None:
     owned = {tensor.data_ptr() for tensor in clip.model.state_dict().values()}
-    tower = TextTower(clip)
+    tower = EmbeddedTexts(clip)
     assert {tensor.data_ptr() for tensor in tower._model.state_dict().values()} <= owned
     tokens = clip.tokenizer(TEXTS)
     embedded = tower.embed(tokens)
@@ -216,28 +217,26 @@ def test_contexts_start_as_small_noise_or_as_words(clip: ClipEncoder) -> None:
     assert torch.equal(start_contexts("coop", clip, 4, START, seeded()), words(clip, START))
 
 
-def test_a_text_tower_of_another_library_is_refused(clip: ClipEncoder) -> None:
-    class HFTextEncoder(nn.Module):
-        """A text tower with its token embedding in another attribute than open_clip's."""
+def test_a_text_tower_of_an_unknown_kind_is_refused(clip: ClipEncoder) -> None:
+    class OtherText(nn.Module):
+        """A text tower with its token embedding in another attribute."""
 
     foreign = custom_text_clip(clip)
-    foreign.model.text = HFTextEncoder()
-    with pytest.raises(
-        ValueError, match="custom: its text tower is HFTextEncoder, which cannot take learned"
-    ):
-        TextTower(foreign)
-    with pytest.raises(ValueError, match=r"custom: its text tower is HFTextEncoder.*Take a CLIP with"):
+    foreign.model.text = OtherText()
+    with pytest.raises(TowerError, match=r"the text tower of custom \(OtherText\) has no token embeddings"):
+        EmbeddedTexts(foreign)
+    with pytest.raises(TowerError, match=r"^coop: .*Use clip-adapter"):
         write_texts("coop", foreign, NAMES, 4)
 
 
-def test_a_tokenizer_without_a_start_token_is_refused(clip: ClipEncoder) -> None:
+def test_a_tokenizer_with_several_tokens_for_a_letter_is_refused(clip: ClipEncoder) -> None:
     def bytes_only(texts: list[str], context_length: int) -> Tensor:
-        rows = [[*text.replace(" ", "").encode(), *[0] * context_length][:context_length] for text in texts]
+        rows = [[*text.encode(), *[0] * context_length][:context_length] for text in texts]
         return torch.tensor(rows)
 
     foreign = dataclasses.replace(clip, tokenizer=bytes_only)
     with pytest.raises(
-        ValueError, match=r"coop: the tokenizer of pocket \(function\) does not write one start"
+        ValueError, match=r"coop: the tokenizer of pocket \(function\) does not write at most one"
     ):
         write_texts("coop", foreign, NAMES, 4)
 

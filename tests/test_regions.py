@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
-from medfocus.clip.regions import REGIONS, class_token_bias, pack, patch_coverage, unpack
+from medfocus.clip.regions import REGIONS
 from medfocus.focus.crop import crop_box
 from medfocus.focus.view import view
 
@@ -105,7 +106,7 @@ def test_the_attention_bias_matches_a_computation_in_numpy(clip: ClipEncoder) ->
     attention, heads = block.attn, block.attn.num_heads
     tokens = torch.randn(2, 65, 128, generator=torch.Generator().manual_seed(0))
     coverage = torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
-    got = block(tokens, attn_mask=class_token_bias(coverage, 3.0, heads))
+    got = clip.tower.block(1, tokens, clip.tower.bias(pad(coverage, (1, 0)), 3.0))
     x = block.ln_1(tokens).detach().numpy().astype(np.float64)
     weight = attention.in_proj_weight.detach().numpy().astype(np.float64)
     q, k, v = np.split(x @ weight.T + attention.in_proj_bias.detach().numpy(), 3, axis=2)
@@ -160,21 +161,26 @@ def test_each_region_has_its_own_key(clip: ClipEncoder) -> None:
     )  # only attention uses the bias
 
 
-def test_unpacking_returns_the_tokens_and_the_coverage() -> None:
-    region = torch.zeros(2, 1, 24, 24)
-    region[0, 0, :12, :6] = 1.0
-    coverage = patch_coverage(region, 12)
-    assert torch.equal(coverage, torch.tensor([[0.5, 0.0, 0.0, 0.0], [0.0] * 4]))
-    tokens = torch.randn(2, 5, 8)
-    back, share = unpack(pack(tokens, coverage))
-    assert torch.equal(back, tokens) and torch.equal(share, coverage)
+def test_the_coverage_is_the_share_of_each_patch_and_passes_with_the_tokens(clip: ClipEncoder) -> None:
+    pixels = torch.zeros(2, 4, SIZE, SIZE)
+    pixels[0, 3, :12, :6] = 1.0
+    coverage = clip.tower.coverage(pixels[:, 3:])
+    assert coverage.shape == (2, 1 + 64)  # the class token has no patch
+    assert coverage[0, 1] == 0.5 and coverage.sum() == 0.5
+    region = REGIONS["attention"](2.0)
+    tokens = torch.randn(2, 65, 8)
+    (back,), bias = region.unpack(region.pack([tokens], clip.tower, pixels), clip.tower)
+    assert torch.equal(back, tokens) and bias is not None
+    assert bias[0, 0, 1] == 1.0 and bias.sum() == 1.0 * 4  # heads
 
 
 def test_unknown_regions_other_encoders_and_absent_masks_are_refused(clip: ClipEncoder) -> None:
     with pytest.raises(ValueError, match=r"region 'beta' is not known\. Use one of alpha, attention, dual"):
         clip.with_region("beta", 1.0)
     resnet = build_clip("RN50", "random:0")
-    with pytest.raises(ValueError, match="RN50: its image encoder is ModifiedResNet"):
+    with pytest.raises(
+        ValueError, match=r"^the focus 'attention': .*RN50 \(ModifiedResNet\).* Use the focus alpha, dual"
+    ):
         resnet.with_region("attention", 1.0)
     images, _ = images_and_masks(1)
     with pytest.raises(ValueError, match="focus 'alpha' needs a mask"):

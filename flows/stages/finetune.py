@@ -28,7 +28,7 @@ from tqdm import tqdm
 from flows.study import costs, models
 from flows.study.cells import Cell, methods_of, plan
 from flows.study.dataset import EncodedDataset
-from flows.study.methods import build_method, choice_of_rate, support_views
+from flows.study.methods import build_method, check_towers, choice_of_rate, support_views
 from flows.study.study import here
 from medfocus.focus.controls import CONTROLS
 from medfocus.learning import fitting
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = here()
     cells = plan(study.params)  # finds a typo in a method's settings before anything slow
     encoder = models.build_encoder(study)
+    check_towers(study.params, encoder)
     published = study.paths.checkpoints
     for unfinished in published.parent.glob(".checkpoints.*"):  # of a killed run; DVC's lock allows one run
         shutil.rmtree(unfinished)
@@ -191,7 +192,7 @@ def encoder_to_fit(method: Method, encoder: ClipEncoder) -> ClipEncoder:
         return dataclasses.replace(encoder, segmenter=None)
     model = nn.Module()
     if method.trained_blocks:
-        model.visual = encoder.tail(method.trained_blocks).tower
+        model.visual = encoder.tail(method.trained_blocks).visual
     return dataclasses.replace(encoder, segmenter=None, tokenizer=None, model=model)
 
 

@@ -24,7 +24,6 @@ from flows.study.study import Study, study_in
 from medfocus.clip import features
 from medfocus.clip.build import build_clip
 from medfocus.clip.prompts import class_embeddings, text_prompts
-from medfocus.clip.regions import REGIONS
 from medfocus.datasets.records import Record, chunks, read_manifest
 from medfocus.datasets.splits import Splits, read_splits
 from medfocus.focus.controls import MaskSource, focus_of, mask_source_of
@@ -79,11 +78,8 @@ class EncodedDataset:
 
     def encoder_for(self, focus: str) -> ClipEncoder:
         """Return the encoder for a focus mode, with an input for the region if the mode needs one."""
-        if focus not in REGIONS:
-            return self.encoder
         if focus not in self._region_encoders:
-            bias = self.study.params.views.attention_bias
-            self._region_encoders[focus] = self.encoder.with_region(focus, bias)
+            self._region_encoders[focus] = models.region_encoder(self.study.params, self.encoder, focus)
         return self._region_encoders[focus]
 
     def labels(self, paths: Sequence[str]) -> np.ndarray:

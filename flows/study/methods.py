@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, cast
 
 from flows.study.params import Params
+from medfocus.clip.regions import REGIONS
 from medfocus.learning.method import Method
 from medfocus.learning.selection import LearningRates
 from medfocus.methods import METHODS
@@ -35,6 +36,16 @@ def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Meth
         return METHODS[kind](cast("ClipEncoder", encoder), **settings)
     except TypeError as error:
         raise ValueError(f"params.yaml: methods.{name}: {error}.") from error
+
+
+def check_towers(params: Params, encoder: ClipEncoder) -> None:
+    """Raise ValueError if a method or a focus of the study needs something that the encoder's towers lack."""
+    for name, modes in params.study.methods.items():
+        for focus in modes:
+            caller = f"params.yaml: study.methods.{name} with the focus {focus!r}"
+            if focus in REGIONS:
+                encoder.require(REGIONS[focus].needs, caller)
+            build_method(params, name, encoder).check_towers(caller)
 
 
 def learning_rates(params: Params, name: str) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.study.params import Params
 from flows.study.study import Study
 from medfocus.clip.regions import REGIONS
 from medfocus.datasets.records import read_manifest
@@ -118,9 +119,14 @@ def build_encoder(study: Study, focus: str = "none") -> ClipEncoder:
         )
     if users:
         encoder = encoder.with_segmenter(build_sam2(study, next(iter(params.datasets))))
-    if focus in REGIONS:
-        encoder = encoder.with_region(focus, params.views.attention_bias)
-    return encoder
+    return region_encoder(params, encoder, focus)
+
+
+def region_encoder(params: Params, encoder: ClipEncoder, focus: str) -> ClipEncoder:
+    """Return the encoder for a focus mode, with an input for the region if the mode needs one."""
+    if focus not in REGIONS:
+        return encoder
+    return encoder.with_region(focus, params.views.attention_bias, params.clip.alpha)
 
 
 def device(study: Study) -> str:

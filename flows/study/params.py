@@ -23,7 +23,13 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files, DVC stages, MLflow models
 
 # Fields that may be paths; others are names of packaged or downloaded files.
-_PATHS = (("masks", "config"), ("masks", "checkpoint"), ("clip", "pretrained"), ("report", "published"))
+_PATHS = (
+    ("masks", "config"),
+    ("masks", "checkpoint"),
+    ("clip", "pretrained"),
+    ("clip", "alpha"),
+    ("report", "published"),
+)
 
 DRIFT_BY = "clip-zero-shot"  # the method that gives the features for measuring drift
 
@@ -173,6 +179,7 @@ class ClipParams:
 
     model: str  # "pocket", an open_clip model name, or an hf-hub: id
     pretrained: str  # "random:SEED", a pretrained tag, or a checkpoint path
+    alpha: str  # checkpoint of Alpha-CLIP's image encoder, which the focus "alpha" uses; empty: none
 
 
 @dataclass(frozen=True, config=_strict)

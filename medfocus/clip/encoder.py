@@ -1,23 +1,28 @@
-"""Encode images and texts with open_clip's CLIP, and prepare the end of the image encoder for training."""
+"""Encode images and texts with open_clip's CLIP, and prepare the end of the image encoder for training.
+
+The towers (``medfocus.clip.towers``) know the kinds of image encoder and text tower.
+"""
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from medfocus.clip.regions import REGIONS, Region
-from medfocus.clip.vit import ActivationCache, Tail, as_vit, pooled
-
-if TYPE_CHECKING:
-    from open_clip.transformer import VisionTransformer
+from medfocus.clip.regions import REGIONS, Region, load_alpha
+from medfocus.clip.tail import ActivationCache, Tail
+from medfocus.clip.towers.base import VERBS, ImageTower
+from medfocus.clip.towers.choose import image_tower, text_tower
+from medfocus.clip.towers.texts import TextTower
+from medfocus.storage import weights
 
 _TEXT_BATCH = 256  # texts per forward pass; bounds the memory of a thousand classes
 
@@ -63,23 +68,47 @@ class ClipEncoder:
         key = hashlib.sha256(f"{self.key} {segmenter.features_key}".encode()).hexdigest()
         return replace(self, key=key, segmenter=segmenter)
 
-    def with_region(self, region: str, attention_bias: float) -> ClipEncoder:
+    @cached_property
+    def tower(self) -> ImageTower:
+        """The image encoder's tower."""
+        return image_tower(self.model.visual)  # pyright: ignore[reportArgumentType]
+
+    @cached_property
+    def text_tower(self) -> TextTower:
+        """The text tower."""
+        return text_tower(self.model)
+
+    def require(self, verbs: Iterable[str], caller: str) -> None:
+        """Raise TowerError, beginning with ``caller``, if a tower lacks one of ``verbs``."""
+        for verb in verbs:
+            for tower in (self.tower, self.text_tower):
+                if tower.part in VERBS[verb].parts:
+                    tower.require(verb, caller, self.name)
+
+    def with_region(self, region: str, attention_bias: float, alpha: str | Path = "") -> ClipEncoder:
         """Return a copy of this encoder, with another key, that uses a region in the channels after RGB.
 
         Args:
             region: A key of REGIONS; ``medfocus.focus.view.view`` makes the views.
-            attention_bias: β, added in every block to the class token's attention logits for the patches
-                inside the region; only "attention" uses it. At 0 the features equal those without a region.
+            attention_bias: β, added in every block to the attention logits of the patches inside the region,
+                see ``ImageTower.bias``; only "attention" uses it. At 0 the features equal those without a
+                region.
+            alpha: A checkpoint of Alpha-CLIP's image encoder, which "alpha" uses instead of this encoder's,
+                or of its channel alone. Empty: this encoder's weights, and a channel of zeros.
 
-        Raises ValueError for an unknown region, or for one that needs a ViT if the image encoder is not one.
+        Raises ValueError for an unknown region, or for weights of another architecture; TowerError if the
+        image encoder cannot use the region; FileNotFoundError if the checkpoint does not exist.
         """
         if region not in REGIONS:
             raise ValueError(f"region {region!r} is not known. Use one of {', '.join(REGIONS)}.")
         kind = REGIONS[region](attention_bias)
-        if kind.needs_vit:
-            self._cut(1)
-        key = hashlib.sha256(f"{self.key} {kind.key}".encode()).hexdigest()
-        return replace(self, key=key, model=kind.adapt(self.model), region=kind)
+        self.require(kind.needs, f"the focus {region!r}")
+        model, identity = kind.adapt(self.model, self.tower), f"{self.key} {kind.key}"
+        if alpha and region == "alpha":
+            state = weights.load(weights.resolve(str(alpha), hub_id=None, filename=None, what="clip.alpha"))
+            load_alpha(model, state)
+            identity += f" {weights.digest(state)}"
+        return replace(self, key=hashlib.sha256(identity.encode()).hexdigest(), model=model, region=kind)
 
     def describe(self, views: np.ndarray | Tensor, grid: int) -> Tensor:
         """Encode views (B, S, S, C) uint8 as the segmenter's features (B, P) on ``grid`` x ``grid`` cells.
@@ -120,24 +149,19 @@ class ClipEncoder:
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Encode pixels (B, C, S, S) as image features (B, D), each of length one."""
-        visual = as_vit(self.model.visual)
-        if self.cache and visual is not None:
-            deepest = len(visual.transformer.resblocks)
-            tokens = self._tokens(visual, pixels, {deepest})[deepest]
-            return self.region.merge([pooled(visual, image) for image in tokens])
+        if self.cache and "stages" in self.tower.verbs:
+            return self._pooled(self._passed(pixels, {self.tower.depth}))
         return self.image_features(pixels)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Encode like ``encode_images``, but with a gradient, for a copy of the model that trains."""
         pixels = pixels.to(self.device)
-        visual = as_vit(self.model.visual)
         images = self.region.images(pixels)
-        mask = None if visual is None else self.region.attention_mask(visual, pixels)
-        if visual is None or mask is None:
+        bias = self.region.bias(self.tower, pixels)
+        if bias is None:
             model: Any = self.model
             return self.region.merge([model.encode_image(image, normalize=True) for image in images])
-        tokens = (visual.transformer(visual._embeds(image), attn_mask=mask) for image in images)
-        return self.region.merge([pooled(visual, image) for image in tokens])
+        return self.region.merge([self.tower.run(self.tower.embed(image), bias) for image in images])
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
@@ -165,83 +189,83 @@ class ClipEncoder:
 
     @torch.no_grad()
     def encode_layers(self, pixels: Tensor, layers: tuple[int, ...], grid: int) -> Tensor:
-        """Encode pixels (B, C, S, S) as image features followed by patch tokens of ``layers``: (B, D + P).
+        """Encode pixels (B, C, S, S) as image features followed by feature maps of ``layers``: (B, D + P).
 
-        Layer 0 is the embedding, and layer n the output of block n. Patch tokens are averaged over
-        ``grid`` x ``grid`` cells and, with the region "dual", over both images. Raises ValueError as
-        ``trunk`` does, or for a layer or a grid that the image encoder does not have.
+        Layer 0 is the embedding, and layer n the output of block n: the patch tokens of a ViT, or the maps
+        of a convolutional net's stage. Maps are averaged over ``grid`` x ``grid`` cells and, with the region
+        "dual", over both images. Raises as ``check_layers`` does.
         """
-        visual, _ = self._cut(1)
-        deepest, side = len(visual.transformer.resblocks), visual.grid_size[0]
-        if not set(layers) <= set(range(deepest + 1)) or not 1 <= grid <= side:
+        self.check_layers(layers, grid, "layers")
+        passed = self._passed(pixels, {*layers, self.tower.depth})
+
+        def cells(layer: int) -> Tensor:
+            """Average the maps (B, W, G, G) of each image to (B, W * grid * grid)."""
+            maps = [self.tower.maps(state) for state in passed.states[layer]]
+            return torch.stack([adaptive_avg_pool2d(map_, grid).flatten(1) for map_ in maps]).mean(dim=0)
+
+        parts = [cells(layer) for layer in sorted(set(layers))]
+        return torch.cat([self._pooled(passed), *parts], dim=1)
+
+    def check_layers(self, layers: tuple[int, ...], grid: int, caller: str) -> None:
+        """Raise ValueError, beginning with ``caller``, unless the image encoder has these layers."""
+        self.require(("stages",), caller)
+        sides = self.tower.sides(self.image_size)
+        known = all(0 <= layer < len(sides) for layer in layers)
+        if not known or not 1 <= grid <= min((sides[layer] for layer in layers), default=grid):
+            cells = ", ".join(f"{side} x {side}" for side in dict.fromkeys(sides))
             raise ValueError(
-                f"{self.name}: patch features of layers {list(layers)} on {grid} x {grid} cells; its image "
-                f"encoder has layers 0 to {deepest} and {side} x {side} patches."
+                f"{caller}: feature maps of layers {list(layers)} on {grid} x {grid} cells, but the image "
+                f"encoder of {self.name} has layers 0 to {len(sides) - 1} of {cells} cells. Change "
+                "layers or grid."
             )
-        tokens = self._tokens(visual, pixels, {*layers, deepest})
-        features = self.region.merge([pooled(visual, image) for image in tokens[deepest]])
-
-        def patches(layer: int) -> Tensor:
-            """Average the tokens (B, L, W) of each image to (B, W * grid * grid)."""
-            maps = [image[:, 1:].mT.unflatten(2, visual.grid_size) for image in tokens[layer]]
-            cells = [adaptive_avg_pool2d(map_, grid).flatten(1) for map_ in maps]
-            return torch.stack(cells).mean(dim=0)
-
-        return torch.cat([features, *(patches(layer) for layer in sorted(set(layers)))], dim=1)
 
     @torch.no_grad()
     def trunk(self, pixels: Tensor, blocks: int) -> Tensor:
         """Compute the input of the last ``blocks`` blocks, for ``tail``, from pixels (B, C, S, S).
 
-        The result is tokens (B, L, W). With the region "dual" it has the tokens of both images, (B, 2 L, W);
-        with "attention" it has one more token with the coverage of the patches, (B, L + 1, W).
-        Raises ValueError if the image encoder is not open_clip's VisionTransformer or has fewer blocks.
+        The result is tokens (B, L, W), or maps (B, W, G, G) of a convolutional net. With the region "dual"
+        it has those of both images along dimension 1; with "attention" it has the coverage of each token's
+        patch in one more channel, (B, L, W + 1). Raises as ``check_blocks`` does.
         """
-        visual, cut = self._cut(blocks)
-        tokens = self._tokens(visual, pixels, {cut})[cut]
-        return self.region.pack(tokens, visual, pixels.to(self.device))
+        self.check_blocks(blocks, "trunk")
+        cut = self.tower.depth - blocks
+        states = self._passed(pixels, {cut}).states[cut]
+        return self.region.pack(states, self.tower, pixels.to(self.device))
 
-    def _tokens(self, visual: VisionTransformer, pixels: Tensor, depths: set[int]) -> dict[int, list[Tensor]]:
-        """Return depth -> tokens (B, L, W) of each image for ``depths``, or more; see ``ActivationCache``."""
+    def tail(self, blocks: int) -> Tail:
+        """Return a trainable copy of the last ``blocks`` blocks, pooling and projection: (B, ...) -> (B, D).
+
+        ``tail(n)(trunk(x, n))`` equals ``encode_images(x)`` until the copy trains. Raises as ``check_blocks``
+        does.
+        """
+        self.check_blocks(blocks, "tail")
+        return Tail(self.tower.tail(blocks), self.region).requires_grad_(True)
+
+    def check_blocks(self, blocks: int, caller: str) -> None:
+        """Raise ValueError, beginning with ``caller``, unless the image encoder has ``blocks`` to train."""
+        self.require(("tail",), caller)
+        if not 1 <= blocks <= self.tower.depth:
+            raise ValueError(
+                f"{caller}: {blocks} blocks to train, but the image encoder of {self.name} has 1 to "
+                f"{self.tower.depth}. Change blocks."
+            )
+
+    def _pooled(self, passed: ActivationCache) -> Tensor:
+        """Return the image features (B, D) of a batch that has passed all blocks."""
+        states = passed.states[self.tower.depth]
+        return self.region.merge([self.tower.pool(state, passed.bias) for state in states])
+
+    def _passed(self, pixels: Tensor, depths: set[int]) -> ActivationCache:
+        """Return the states of a batch at ``depths``, or more; see ``ActivationCache``."""
         cache = self.cache or ActivationCache()
         cache.depths |= depths
-        if cache.pixels is not pixels or not depths <= cache.tokens.keys():
+        if cache.pixels is not pixels or not depths <= cache.states.keys():
             cache.pixels, on_device = pixels, pixels.to(self.device)
-            mask = self.region.attention_mask(visual, on_device)
-            tokens = [visual._embeds(image) for image in self.region.images(on_device)]
-            cache.tokens = {0: tokens} if 0 in cache.depths else {}
-            for depth, block in enumerate(visual.transformer.resblocks[: max(cache.depths)], 1):
-                tokens = [block(image, attn_mask=mask) for image in tokens]  # batch first
+            cache.bias = self.region.bias(self.tower, on_device)
+            states = [self.tower.embed(image) for image in self.region.images(on_device)]
+            cache.states = {0: states} if 0 in cache.depths else {}
+            for depth in range(1, max(cache.depths) + 1):
+                states = [self.tower.block(depth, state, cache.bias) for state in states]
                 if depth in cache.depths:
-                    cache.tokens[depth] = tokens
-        return cache.tokens
-
-    def tail(self, blocks: int) -> nn.Module:
-        """Return a trainable copy of the last ``blocks`` blocks and the projection, (B, L, W) -> (B, D).
-
-        ``tail(n)(trunk(x, n))`` equals ``encode_images(x)`` until the copy trains. Raises as ``trunk`` does.
-        """
-        visual, cut = self._cut(blocks)
-        embedding = ("conv1", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre")
-        unused = [*(getattr(visual, name) for name in embedding), *visual.transformer.resblocks[:cut]]
-        tower = copy.deepcopy(visual, {id(part): part for part in unused})  # does not copy the unused parts
-        for name in embedding:
-            setattr(tower, name, None)
-        tower.transformer.resblocks = tower.transformer.resblocks[cut:]
-        return Tail(tower, self.region).requires_grad_(True)
-
-    def _cut(self, blocks: int) -> tuple[VisionTransformer, int]:
-        """Return the image encoder and the index of its first block to fine-tune."""
-        visual = as_vit(self.model.visual)
-        if visual is None:
-            raise ValueError(
-                f"{self.name}: its image encoder is {type(self.model.visual).__name__}, not open_clip's "
-                "VisionTransformer, so its last blocks cannot be fine-tuned. Take a ViT such as ViT-B-32, or "
-                "a method that leaves the image encoder frozen."
-            )
-        layers = len(visual.transformer.resblocks)
-        if not 1 <= blocks <= layers:
-            raise ValueError(
-                f"{self.name}: {blocks} blocks to fine-tune; its image encoder has 1 to {layers}."
-            )
-        return visual, layers - blocks
+                    cache.states[depth] = states
+        return cache

@@ -1,8 +1,8 @@
-"""Learn prompts: open_clip's text tower encodes texts in which learned vectors replace some tokens.
+"""Learn prompts: the text tower encodes texts in which learned vectors replace some tokens.
 
 CoOp (Zhou et al., arXiv 2109.01134) and CoCoOp (arXiv 2203.05557) share this module. As in their public code,
-a text is the start token, M contexts, the class name, a full stop and the end token. The tokenizer sees M
-placeholders "X" in place of the contexts.
+a text is the start token, M contexts, the class name, a full stop and the end token, if the tokenizer writes
+these. The tokenizer sees M placeholders "X" in place of the contexts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ START_STD = 0.02  # of contexts that start from noise
 _PLACEHOLDER = "X"  # a letter is one token in every tokenizer
 
 
-class TextTower:
+class EmbeddedTexts:
     """The text tower of a frozen CLIP without its token embedding: embedded texts -> text features.
 
     It runs open_clip's forward pass, so mask, pooling and projection are open_clip's in every variant. In a
@@ -35,18 +35,16 @@ class TextTower:
     def __init__(self, encoder: ClipEncoder, length: int | None = None) -> None:
         """Copy the tower for texts of ``length`` tokens; None means its context length.
 
-        Raises ValueError if the text tower is not open_clip's own.
+        Raises TowerError if contexts cannot replace token embeddings.
         """
-        tower = _text_tower(encoder)
-        self._embedding: nn.Embedding = tower.token_embedding
+        encoder.require(("contexts",), "learned contexts")
+        tower = encoder.text_tower
+        self._embedding = tower.embedding
         self._device = encoder.device
         self._embedding_input = _EmbeddingInput()
-        memo: dict[int, Any] = {id(tower.token_embedding): self._embedding_input}
-        if length is not None and length < tower.context_length:
-            memo[id(tower.positional_embedding)] = nn.Parameter(
-                tower.positional_embedding[:length].detach(), requires_grad=False
-            )
-            memo[id(tower.attn_mask)] = tower.attn_mask[:length, :length]
+        memo: dict[int, Any] = {id(self._embedding): self._embedding_input}
+        if length is not None:
+            memo |= tower.shortened(length)
         for tensor in (*encoder.model.parameters(), *encoder.model.buffers()):
             memo.setdefault(id(tensor), tensor)
         self._model: Any = copy.deepcopy(encoder.model, memo)
@@ -80,17 +78,6 @@ class _EmbeddingInput(nn.Module):
         return self.embedded
 
 
-def _text_tower(encoder: ClipEncoder) -> Any:
-    """Return the object with the parts of the text tower: CLIP itself, or ``text`` of a CustomTextCLIP."""
-    tower = getattr(encoder.model, "text", encoder.model)
-    if not isinstance(getattr(tower, "token_embedding", None), nn.Embedding):
-        raise ValueError(
-            f"{encoder.name}: its text tower is {type(tower).__name__}, which cannot take learned contexts. "
-            "Take a CLIP with open_clip's own text tower, such as ViT-B-32, or another method."
-        )
-    return tower
-
-
 @dataclass(frozen=True, eq=False)
 class ContextTexts:
     """The tokenised text of each class, with slots for M contexts."""
@@ -107,19 +94,19 @@ def write_texts(
     The class name stands at the "end" of the contexts, in their "middle" (the smaller half of an odd number
     comes first) or in "front" of them.
 
-    Raises ValueError without class names, for a text longer than the tower's context, and as ``TextTower``
-    does. The messages begin with ``method``.
+    Raises ValueError without class names, for a text longer than the tower's context, and as
+    ``find_placeholder`` does. The messages begin with ``method``.
     """
     if not class_names:
         raise ValueError(
             f"{method}: support.class_names is empty, so the method cannot write its texts. Give the class "
             "names."
         )
-    tower = _text_tower(encoder)
+    start, ids = find_placeholder(method, encoder)
+    tower = encoder.text_tower
     places = " ".join([_PLACEHOLDER] * contexts)
     texts = [text for (text,) in text_prompts(class_names, "other", [f"{places} {{c}}."])]
     tokens, used = _tokenise(encoder, texts)
-    start, ids = _find_placeholder(method, encoder)
     assert bool((tokens[:, start : start + contexts] == ids).all())
     if int(used.max()) > tower.context_length:
         longest = int(used.argmax())
@@ -137,7 +124,7 @@ def write_texts(
         first, last = start + before, start + contexts + name
         row[first:last] = torch.cat([row[start + contexts : last], row[first : start + contexts]])
         slots.append([*range(start, first), *range(first + name, last)])
-    length = int(used.max()) if _ignores_padding(tower) else tower.context_length
+    length = int(used.max()) if tower.ignores_padding else tower.context_length
     return ContextTexts(tokens.gather(1, order)[:, :length].contiguous(), torch.tensor(slots))
 
 
@@ -148,9 +135,10 @@ def start_contexts(
 
     Raises ValueError if ``start`` does not have M tokens; the message begins with ``method``.
     """
-    tower = _text_tower(encoder)
+    first, _ = find_placeholder(method, encoder)
+    embedding = encoder.text_tower.embedding
     if not start:
-        size = (contexts, tower.token_embedding.embedding_dim)
+        size = (contexts, embedding.embedding_dim)
         return START_STD * torch.randn(size, generator=generator)
     tokens, used = _tokenise(encoder, [start, ""])
     if (count := int(used[0] - used[1])) != contexts:
@@ -158,39 +146,37 @@ def start_contexts(
             f"{method}: start is '{start}', which has {count} tokens, but contexts is {contexts}. Set "
             f"contexts to {count}, or start to a text of {contexts} tokens or to an empty text."
         )
-    first, _ = _find_placeholder(method, encoder)
     with torch.no_grad():
-        return tower.token_embedding(tokens[0, first : first + contexts].to(encoder.device)).cpu()
+        return embedding(tokens[0, first : first + contexts].to(encoder.device)).cpu()
 
 
 def _tokenise(encoder: ClipEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Return the tokens (N, L) of N texts, and the number (N,) of tokens before the padding."""
     most = max(len(text.encode()) for text in texts) + 3  # a text has at most as many tokens as bytes
-    length = max(most, _text_tower(encoder).context_length)
+    length = max(most, encoder.text_tower.context_length)
     tokens = encoder.tokenizer(texts, context_length=length)  # (N, L)
-    padding = tokens[:, -1:]
-    used = length - (tokens != padding).flip(1).int().argmax(dim=1)  # (N,)
+    written = tokens != tokens[:, -1:]  # the last token is padding
+    used = (written * torch.arange(1, length + 1)).amax(dim=1)  # (N,)
     return tokens, used
 
 
-def _find_placeholder(method: str, encoder: ClipEncoder) -> tuple[int, int]:
-    """Return the position of the first word of a text, and the token of the placeholder."""
+def find_placeholder(method: str, encoder: ClipEncoder) -> tuple[int, int]:
+    """Return the position of the first word of a text, and the token of the placeholder.
+
+    Raises TowerError if contexts cannot replace token embeddings, and ValueError for a tokenizer that does
+    not write a letter as one token. The messages begin with ``method``.
+    """
+    encoder.require(("contexts",), method)
     tokens, used = _tokenise(encoder, [f"{_PLACEHOLDER} {_PLACEHOLDER}", ""])
-    before, first, second = tokens[0, :3].tolist()
-    if before == first or first != second or int(used[0] - used[1]) != 2:
+    start = int(tokens[0, 0] != tokens[0, 1])  # SigLIP's tokenizer writes no start token
+    first, second = tokens[0, start : start + 2].tolist()
+    if first != second or int(used[0] - used[1]) != 2:
         raise ValueError(
             f"{method}: the tokenizer of {encoder.name} ({type(encoder.tokenizer).__name__}) does not write "
-            "one start token and then one token for a letter, so the positions of the contexts are unknown. "
-            "Take a CLIP with open_clip's own tokenizer, such as ViT-B-32."
+            "at most one start token and then one token for a letter, so the positions of the contexts are "
+            "unknown. Take a CLIP with open_clip's own tokenizer, such as ViT-B-32."
         )
-    return 1, first
-
-
-def _ignores_padding(tower: Any) -> bool:
-    """Return whether padding has no effect on text features, so that it can be left out."""
-    pooling = getattr(tower, "pool_type", None) or tower.text_pool_type
-    causal = tower.attn_mask is not None and getattr(tower, "cls_emb", None) is None
-    return causal and pooling in ("argmax", "eos")
+    return start, first
 
 
 class ContextTower:
@@ -198,7 +184,7 @@ class ContextTower:
 
     def __init__(self, encoder: ClipEncoder, texts: ContextTexts) -> None:
         self.texts = texts
-        self._tower = TextTower(encoder, texts.tokens.shape[1])
+        self._tower = EmbeddedTexts(encoder, texts.tokens.shape[1])
         self._embedded = self._tower.embed(texts.tokens)  # (K, L, W)
 
     def embedded(self, contexts: Tensor) -> Tensor:

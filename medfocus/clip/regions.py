@@ -1,21 +1,26 @@
 """Define the kinds of region that an image encoder can use with the image: alpha, attention and dual.
 
-Each kind is a class, which defines its channels of a view, how it packs tokens and how it merges features.
+Each kind is a class, which defines its channels of a view, how it packs states of the encoder and how it
+merges features. A region asks the encoder's tower (``medfocus.clip.towers``) for its patches and its first
+convolution.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, normalize
+from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
-    from open_clip.transformer import VisionTransformer
+    from medfocus.clip.towers.base import ImageTower
+
+ALPHA_MEAN, ALPHA_STD = 0.5, 0.26  # of a region in Alpha-CLIP's preprocessing
+_ALPHA_KEY = "conv1_alpha.weight"  # of the channel in Alpha-CLIP's published weights
 
 
 @dataclass(frozen=True)
@@ -25,41 +30,33 @@ class Region:
     attention_bias: float = 0.0  # β of AttentionRegion; the others ignore it
 
     name: ClassVar[str | None] = None
-    needs_vit: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()  # verbs of the image tower, see medfocus.clip.towers.base.VERBS
     has_focused_image: ClassVar[bool] = False  # channels after RGB: the focused image if True, else the mask
-    sees_one_rgb: ClassVar[bool] = True  # the patch embedding takes one RGB image
+    sees_one_rgb: ClassVar[bool] = True  # the first layer takes one RGB image
 
     @property
     def key(self) -> str:
         """The part of cache keys that identifies this region."""
         return f"{self.name} 0.0"
 
-    def adapt(self, model: nn.Module) -> nn.Module:
-        """Return the open_clip model that this region needs."""
+    def adapt(self, model: nn.Module, tower: ImageTower) -> nn.Module:
+        """Return the open_clip model that this region needs; ``tower`` is that of the model."""
         return model
-
-    def added_layer(self, model: nn.Module) -> nn.Module | None:
-        """Return the layer that ``adapt`` added to the model, or None."""
-        return None
-
-    def original_name(self, weight: str) -> str | None:
-        """Return a weight's name before ``adapt``, or None if ``adapt`` added the weight."""
-        return weight
 
     def images(self, pixels: Tensor) -> Sequence[Tensor]:
         """Return the inputs of the image encoder in pixels (B, C, S, S)."""
         return (pixels[:, :3],)
 
-    def attention_mask(self, visual: VisionTransformer, pixels: Tensor) -> Tensor | None:
-        """Return the additive attention mask of every block, (B * heads, L, L), or None."""
+    def bias(self, tower: ImageTower, pixels: Tensor) -> Tensor | None:
+        """Return the attention bias of every block (see ``ImageTower.bias``), or None."""
         return None
 
-    def pack(self, tokens: Sequence[Tensor], visual: VisionTransformer, pixels: Tensor) -> Tensor:
-        """Join the tokens (B, L, W) of each image into one tensor for ``unpack``."""
-        return tokens[0]
+    def pack(self, states: Sequence[Tensor], tower: ImageTower, pixels: Tensor) -> Tensor:
+        """Join the state (B, ...) of each image into one tensor for ``unpack``."""
+        return states[0]
 
-    def unpack(self, packed: Tensor, visual: VisionTransformer) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Return the tokens of each image and the attention mask, from the result of ``pack``."""
+    def unpack(self, packed: Tensor, tower: ImageTower) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Return the state of each image and the attention bias, from the result of ``pack``."""
         return (packed,), None
 
     def merge(self, features: Sequence[Tensor]) -> Tensor:
@@ -68,64 +65,58 @@ class Region:
 
 
 class AlphaRegion(Region):
-    """A region in a fourth input channel of the patch embedding (Alpha-CLIP, arXiv 2312.03818)."""
+    """A region in a fourth input channel of the first convolution (Alpha-CLIP, arXiv 2312.03818).
+
+    As in Alpha-CLIP's code, the channel is (m - 0.5) / 0.26 for a region m in [0, 1].
+    """
 
     name = "alpha"
-    needs_vit = True
+    needs = ("channel",)
     sees_one_rgb = False
 
-    def adapt(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the model with an ``AlphaConv`` as patch embedding."""
+    def adapt(self, model: nn.Module, tower: ImageTower) -> nn.Module:
+        """Return a copy of the model with an ``AlphaConv`` as first convolution."""
         adapted: Any = copy.deepcopy(model)
-        adapted.visual.conv1 = AlphaConv(adapted.visual.conv1)
+        conv = adapted.visual.get_submodule(tower.first_conv)
+        adapted.visual.set_submodule(tower.first_conv, AlphaConv(conv))
         return adapted
-
-    def added_layer(self, model: nn.Module) -> nn.Module | None:
-        """Return the convolution of the fourth channel."""
-        visual: Any = model.visual
-        return visual.conv1.alpha
-
-    def original_name(self, weight: str) -> str | None:
-        """Undo the renaming of the patch embedding's weights by ``adapt``."""
-        if weight.startswith("visual.conv1.alpha."):
-            return None
-        return weight.replace("visual.conv1.conv.", "visual.conv1.")
 
     def images(self, pixels: Tensor) -> Sequence[Tensor]:
         """Return all four channels as one input."""
-        return (pixels,)
+        return (torch.cat([pixels[:, :3], (pixels[:, 3:] - ALPHA_MEAN) / ALPHA_STD], dim=1),)
 
 
 class AttentionRegion(Region):
-    """A region that the class token attends to more: every block adds β to the logits of its patches."""
+    """A region that the class token attends to more: every block adds β to the logits of its patches.
+
+    In an encoder without a class token, the tokens that pool attend to the region; see ``ImageTower.bias``.
+    """
 
     name = "attention"
-    needs_vit = True
+    needs = ("attention-bias",)
 
     @property
     def key(self) -> str:
         """The name and β."""
         return f"{self.name} {self.attention_bias}"
 
-    def attention_mask(self, visual: VisionTransformer, pixels: Tensor) -> Tensor | None:
-        """Return β times the coverage of each patch, for the class token; None for β = 0."""
+    def bias(self, tower: ImageTower, pixels: Tensor) -> Tensor | None:
+        """Return β times the coverage of each patch; None for β = 0."""
         if not self.attention_bias:
             return None
-        return class_token_bias(self._coverage(visual, pixels), self.attention_bias, _heads(visual))
+        return tower.bias(tower.coverage(pixels[:, 3:]), self.attention_bias)
 
-    def pack(self, tokens: Sequence[Tensor], visual: VisionTransformer, pixels: Tensor) -> Tensor:
-        """Append the coverage of the patches to the tokens, (B, L + 1, W), unless β is 0."""
-        return pack(tokens[0], self._coverage(visual, pixels)) if self.attention_bias else tokens[0]
+    def pack(self, states: Sequence[Tensor], tower: ImageTower, pixels: Tensor) -> Tensor:
+        """Append the coverage of each token as one more channel, (B, L, W + 1), unless β is 0."""
+        if not self.attention_bias:
+            return states[0]
+        return torch.cat([states[0], tower.coverage(pixels[:, 3:])[..., None]], dim=2)
 
-    def unpack(self, packed: Tensor, visual: VisionTransformer) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Split the coverage from the tokens and turn it into the attention mask."""
+    def unpack(self, packed: Tensor, tower: ImageTower) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Split the coverage from the tokens and turn it into the attention bias."""
         if not self.attention_bias:
             return (packed,), None
-        tokens, coverage = unpack(packed)
-        return (tokens,), class_token_bias(coverage, self.attention_bias, _heads(visual))
-
-    def _coverage(self, visual: VisionTransformer, pixels: Tensor) -> Tensor:
-        return patch_coverage(pixels[:, 3:], visual.conv1.kernel_size[0])
+        return (packed[..., :-1],), tower.bias(packed[..., -1], self.attention_bias)
 
 
 class DualRegion(Region):
@@ -139,12 +130,12 @@ class DualRegion(Region):
         """Return the image and the focused image from six channels."""
         return pixels.split(3, dim=1)
 
-    def pack(self, tokens: Sequence[Tensor], visual: VisionTransformer, pixels: Tensor) -> Tensor:
-        """Concatenate the tokens of both images, (B, 2 L, W)."""
-        return torch.cat(list(tokens), dim=1)
+    def pack(self, states: Sequence[Tensor], tower: ImageTower, pixels: Tensor) -> Tensor:
+        """Concatenate the states of both images along dimension 1: tokens, or channels of maps."""
+        return torch.cat(list(states), dim=1)
 
-    def unpack(self, packed: Tensor, visual: VisionTransformer) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Split the tokens of both images."""
+    def unpack(self, packed: Tensor, tower: ImageTower) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Split the states of both images."""
         return packed.chunk(2, dim=1), None
 
     def merge(self, features: Sequence[Tensor]) -> Tensor:
@@ -156,7 +147,7 @@ REGIONS: dict[str, type[Region]] = {"alpha": AlphaRegion, "attention": Attention
 
 
 class AlphaConv(nn.Module):
-    """A patch embedding with a fourth channel for the region: conv(RGB) + alpha(region).
+    """A first convolution with a fourth channel for the region: conv(RGB) + alpha(region).
 
     ``alpha`` starts at zero, so a region has no effect on the features until it is trained.
     """
@@ -164,51 +155,65 @@ class AlphaConv(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
-        size, stride = (conv.kernel_size[0], conv.kernel_size[1]), (conv.stride[0], conv.stride[1])
-        self.alpha = nn.Conv2d(1, conv.out_channels, size, stride, bias=False)
-        nn.init.zeros_(self.alpha.weight)
-        self.alpha.to(conv.weight.device).requires_grad_(False)
+        self.alpha = copy.deepcopy(conv)  # the same geometry, also in timm's kinds of convolution
+        self.alpha.in_channels = 1
+        self.alpha.bias = None
+        self.alpha.weight = nn.Parameter(torch.zeros_like(conv.weight[:, :1]), requires_grad=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Embed pixels (B, 4, S, S) as patches (B, W, G, G)."""
+        """Turn pixels (B, 4, S, S) into maps (B, W, G, G)."""
         return self.conv(pixels[:, :3]) + self.alpha(pixels[:, 3:])
 
 
-def patch_coverage(region: Tensor, patch: int) -> Tensor:
-    """Return the share (B, L - 1) of each patch, row by row, inside a region (B, 1, S, S) in [0, 1]."""
-    return avg_pool2d(region, patch).flatten(1)
+def alpha_layer(model: nn.Module) -> nn.Module | None:
+    """Return the convolution of the fourth channel, or None if the model has none."""
+    return next((module.alpha for module in model.modules() if isinstance(module, AlphaConv)), None)
 
 
-def class_token_bias(coverage: Tensor, strength: float, heads: int) -> Tensor:
-    """Return an additive attention mask: β m from the class token to each patch, 0 elsewhere.
+def load_alpha(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load Alpha-CLIP's published weights into a model with an ``AlphaConv``, in place.
 
     Args:
-        coverage: (B, L - 1), the share m of each patch inside the region.
-        strength: β.
-        heads: Number of attention heads; all use the same mask.
+        model: The result of ``AlphaRegion.adapt``.
+        state: The image encoder's tensors with the names of Alpha-CLIP's checkpoints, or only its channel
+            ``conv1_alpha.weight``; with or without the prefix "visual.".
 
-    Returns:
-        (B * heads, L, L), as ``nn.MultiheadAttention`` takes its ``attn_mask``.
+    Raises ValueError for weights of another architecture or without the channel.
     """
-    count, patches = coverage.shape
-    bias = coverage.new_zeros(count, patches + 1, patches + 1)
-    bias[:, 0, 1:] = strength * coverage
-    return bias.repeat_interleave(heads, dim=0)
+    visual: Any = model.visual
+    place = next(name for name, module in visual.named_modules() if isinstance(module, AlphaConv))
+    given = {name.removeprefix("visual."): value for name, value in state.items()}
+    if _ALPHA_KEY not in given:
+        raise ValueError(
+            f"clip.alpha: the weights have no {_ALPHA_KEY}. Give a checkpoint of Alpha-CLIP's image encoder."
+        )
+    renamed = {f"{place}.alpha.weight": given.pop(_ALPHA_KEY)}
+    for name, value in given.items():
+        name = name.replace("attn.in_proj.", "attn.in_proj_")  # Alpha-CLIP has a linear layer there
+        renamed[name.replace(f"{place}.", f"{place}.conv.", 1) if name.startswith(f"{place}.") else name] = (
+            value
+        )
+    own = visual.state_dict()
+    wrong = [name for name, value in renamed.items() if name not in own or own[name].shape != value.shape]
+    missing = own.keys() - renamed.keys() if given else set()
+    if fault := sorted({*wrong, *missing}):
+        raise ValueError(
+            f"clip.alpha: the weights are of another architecture ({fault[0]}). Set clip.model to theirs."
+        )
+    visual.load_state_dict(renamed, strict=False)
 
 
-def pack(tokens: Tensor, coverage: Tensor) -> Tensor:
-    """Append coverage (B, L - 1) to tokens (B, L, W) as one more token: (B, L + 1, W)."""
-    row = tokens.new_zeros(len(tokens), 1, tokens.shape[2])
-    row[:, 0, : coverage.shape[1]] = coverage
-    return torch.cat([tokens, row], dim=1)
+def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's weights without the fourth channel, under the names of a model without it."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, AlphaConv):
+            del state[f"{name}.alpha.weight"]
+            state = {weight.replace(f"{name}.conv.", f"{name}."): value for weight, value in state.items()}
+    return dict(state)
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tokens (B, L, W) and the coverage (B, L - 1) that ``pack`` joined."""
-    tokens = packed[:, :-1]
-    return tokens, packed[:, -1, : tokens.shape[1] - 1]
-
-
-def _heads(visual: VisionTransformer) -> int:
-    """Return the number of attention heads of each block."""
-    return visual.transformer.resblocks[0].attn.num_heads  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+def channel_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of the fourth channel for ``load_alpha``; empty without such weights."""
+    layer: Any = alpha_layer(model)
+    return {_ALPHA_KEY: layer.weight} if layer is not None and bool(layer.weight.any()) else {}

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from medfocus.clip.vit import as_vit
-from medfocus.explain.grad_cam import grad_cam
+from medfocus.explain.grad_cam import grad_cam, tower_grad_cam
 from medfocus.explain.maps import inside_share, to_maps
 from medfocus.explain.occlusion import occlusion
 from medfocus.explain.transformer import gradient_attention
@@ -37,7 +36,8 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
 
     Returns:
         Maps (B, S, S), and their kind: "gradient x attention" for methods on the features of a ViT,
-        "Grad-CAM" for timm's backbones with feature maps, and "occlusion" for all others.
+        "Grad-CAM" for those of a convolutional CLIP and for timm's backbones with feature maps, and
+        "occlusion" for all others.
     """
     if isinstance(method, Backbone):
         rows = torch.arange(len(targets))
@@ -46,14 +46,20 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
         except ValueError:  # the features of timm's ViT are tokens
             return _occluded(method, encoder, views, targets), "occlusion"
         return _resized(maps, views.shape[1]), "Grad-CAM"
-    visual = as_vit(encoder.model.visual)
-    if visual is not None and method.embedding == "features" and encoder.region.sees_one_rgb:
-        pixels = encoder.preprocess(views)
-        slopes = _slopes(method, method.embed(views), targets).to(encoder.device)  # (B, D)
-        mask = encoder.region.attention_mask(visual, pixels)
-        maps = gradient_attention(visual, pixels[:, :3], lambda f: (f * slopes).sum(dim=1), mask)
-        return maps, "gradient x attention"
-    return _occluded(method, encoder, views, targets), "occlusion"
+    tower = encoder.tower
+    ways = tower.verbs & {"attention-maps", "activation-maps"}
+    if not ways or method.embedding != "features" or not encoder.region.sees_one_rgb:
+        return _occluded(method, encoder, views, targets), "occlusion"
+    pixels = encoder.preprocess(views)
+    slopes = _slopes(method, method.embed(views), targets).to(encoder.device)  # (B, D)
+
+    def score(features: Tensor) -> Tensor:
+        return (features * slopes).sum(dim=1)
+
+    if "attention-maps" in ways:
+        bias = encoder.region.bias(tower, pixels)
+        return gradient_attention(tower, pixels[:, :3], score, bias), "gradient x attention"
+    return tower_grad_cam(tower, pixels[:, :3], score), "Grad-CAM"
 
 
 def explain_one(method: Method, view: np.ndarray, target: int) -> tuple[np.ndarray, str]:

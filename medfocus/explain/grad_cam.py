@@ -1,4 +1,4 @@
-"""Grad-CAM, for timm's convolutional nets and Swin (Selvaraju et al., arXiv 1610.02391)."""
+"""Grad-CAM, for timm's nets with feature maps and CLIP's convolutional encoders (arXiv 1610.02391)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from medfocus.clip.towers.base import ImageTower
 from medfocus.explain.maps import to_maps
 from medfocus.explain.scores import Score, score_gradients
 
 
 def grad_cam(model: nn.Module, pixels: Tensor, score: Score) -> Tensor:
-    """Compute Grad-CAM: ReLU(Σ_k α_k A_k), where α_k is the mean of ∂score/∂A_k over the feature map A_k.
+    """Compute Grad-CAM of the feature maps A before a network's head; see ``activation_maps``.
 
     Args:
         model: A model of timm in eval mode. Its ``forward_features`` returns the feature maps A, and its
@@ -23,7 +24,7 @@ def grad_cam(model: nn.Module, pixels: Tensor, score: Score) -> Tensor:
             number depends only on its own image.
 
     Returns:
-        (B, S, S). Source: Selvaraju et al., arXiv 1610.02391.
+        (B, S, S).
 
     Raises ValueError if the model lacks these two methods, is in training mode or has no feature maps, and as
     ``score_gradients`` does.
@@ -46,5 +47,38 @@ def grad_cam(model: nn.Module, pixels: Tensor, score: Score) -> Tensor:
         (slope,) = score_gradients(score(net.forward_head(features)), [features], len(pixels))
     if str(getattr(model, "output_fmt", "NCHW")) == "NHWC":  # timm's Swin
         features, slope = features.permute(0, 3, 1, 2), slope.permute(0, 3, 1, 2)
-    alpha = slope.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-    return to_maps(relu((alpha * features.detach()).sum(dim=1)), pixels.shape[-1])
+    return activation_maps(features, slope, pixels.shape[-1])
+
+
+def tower_grad_cam(tower: ImageTower, pixels: Tensor, score: Score) -> Tensor:
+    """Compute Grad-CAM of the last layer's maps of a CLIP's image encoder: pixels (B, C, S, S) -> (B, S, S).
+
+    Args:
+        tower: An image encoder with the verb "activation-maps".
+        pixels: (B, C, S, S), preprocessed.
+        score: Maps image features (B, D) of length one to a number for each image (B,).
+
+    Raises TowerError for a tower without maps, and ValueError as ``score_gradients`` does.
+    """
+    tower.require("activation-maps", "Grad-CAM")
+    with torch.enable_grad():
+        maps = tower.embed(pixels.detach().requires_grad_())
+        for number in range(1, tower.depth + 1):
+            maps = tower.block(number, maps)
+        (slope,) = score_gradients(score(tower.pool(maps)), [maps], len(pixels))
+    return activation_maps(maps, slope, pixels.shape[-1])
+
+
+def activation_maps(features: Tensor, slope: Tensor, size: int) -> Tensor:
+    """Compute ReLU(Σ_k α_k A_k), where α_k is the mean of ∂score/∂A_k over the feature map A_k.
+
+    Args:
+        features: A, (B, W, G, G).
+        slope: ∂score/∂A, (B, W, G, G).
+        size: S.
+
+    Returns:
+        (B, S, S). Source: Selvaraju et al., arXiv 1610.02391.
+    """
+    alpha = slope.mean(dim=(2, 3), keepdim=True)  # (B, W, 1, 1)
+    return to_maps(relu((alpha * features.detach()).sum(dim=1)), size)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from medfocus.clip.prompt_learning import find_placeholder
 from medfocus.learning.frozen import FeatureMethod
 from medfocus.learning.training import Schedule
 
@@ -48,6 +49,16 @@ class ContextMethod(SgdSchedule, FeatureMethod):
     def needs_towers(self) -> bool:
         """See ``Method.needs_towers``."""
         return True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """See ``Method.needs``."""
+        return ("contexts",)
+
+    def check_towers(self, caller: str) -> None:
+        """See ``Method.check_towers``; the tokenizer counts too."""
+        super().check_towers(caller)
+        find_placeholder(caller, self.encoder)
 
 
 def train_sgd(

@@ -63,6 +63,20 @@ class Method(ABC):
         return 0
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """The verbs of the towers that this method uses: keys of ``medfocus.clip.towers.base.VERBS``."""
+        return ()
+
+    def check_towers(self, caller: str) -> None:
+        """Raise ValueError if the encoder's towers lack something that this method uses; nothing is computed.
+
+        The message begins with ``caller``.
+        """
+        self.encoder.require(self.needs, caller)
+        if self.trained_blocks:
+            self.encoder.check_blocks(self.trained_blocks, caller)
+
+    @property
     def note(self) -> str:
         """The source of pretrained weights other than CLIP's, for the tables; empty if there are none."""
         return ""

@@ -75,7 +75,9 @@ class ClipFewShot(Schedule, Method):
     """
 
     takes_views: ClassVar[bool] = True
-    blocks: int  # number of last transformer blocks to train, with ln_post and the projection
+    blocks: (
+        int  # number of last blocks to train, with pooling and projection; a convolutional net's are stages
+    )
     max_steps: int  # upper bound on optimisation steps; the first epoch always runs in full
     tail_: nn.Module = field(init=False, repr=False)  # (B, L, W) -> (B, D)
     text_features_: Tensor = field(init=False, repr=False)  # (K, D)

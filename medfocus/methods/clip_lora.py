@@ -49,6 +49,11 @@ class ClipLora(ImageMethod):
         """See ``Method.needs_towers``."""
         return True
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """See ``Method.needs``."""
+        return ("low-rank",)
+
     def epochs(self, images: int, classes: int) -> int:
         """Return the number of whole epochs that fit into the wanted steps, at least one."""
         steps = min(self.steps_per_shot * images / classes, self.max_steps)

@@ -98,6 +98,17 @@ class MedFocusClip(Schedule, Method):
         return self.tuning == "lora"
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """See ``Method.needs``."""
+        return ("low-rank",) if self.tuning == "lora" else ()
+
+    def check_towers(self, caller: str) -> None:
+        """See ``Method.check_towers``; the layers and their grid count too."""
+        super().check_towers(caller)
+        if self.layers:
+            self.encoder.check_layers(self.layers, self.grid, caller)
+
+    @property
     def trained_blocks(self) -> int:
         """See ``Method.trained_blocks``."""
         return self.blocks

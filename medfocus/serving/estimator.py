@@ -200,9 +200,9 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         check_consistent_length(images, together)
         self.classes_ = classes
         self._build(settings)
-        kind = METHODS[self.method]
-        method: Method = kind(self.encoder_, **_first_rate(settings))
-        views = 1 + self.augmented if kind.takes_views else 1
+        method = METHODS[self.method](self.encoder_, **_first_rate(settings))
+        method.check_towers(f"MedFocusCLIP: {self.method} with the focus {self.focus!r}")
+        views = 1 + self.augmented if method.takes_views else 1
         prompts = text_prompts(self._class_names(), self.modality, self.templates)
         support = Support(
             self._inputs(method, images, self._masks(images), views),

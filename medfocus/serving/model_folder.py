@@ -4,6 +4,9 @@
     The fitted method, see ``checkpoint``.
 ``clip/``
     CLIP's weights and configuration, in open_clip's layout.
+``alpha.safetensors``
+    The channel of Alpha-CLIP's weights, if the focus "alpha" uses them; ``clip/`` then has their image
+    encoder.
 ``sam2.safetensors``, ``sam2.yaml``
     SAM2, if it makes the masks.
 ``adapter.safetensors``, ``text.safetensors``
@@ -26,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medfocus.clip.regions import channel_weights, plain_weights
 from medfocus.masks.factory import build_segmenter
 from medfocus.masks.segmenter import Segmenter
 from medfocus.masks.settings import OtsuSettings, Sam2Settings
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
 
 _CELL, _CLIP, _SAM2, _SAM2_CONFIG = "cell.safetensors", "clip", "sam2.safetensors", "sam2.yaml"
-_ADAPTER, _TEXT = "adapter.safetensors", "text.safetensors"
+_ADAPTER, _TEXT, _ALPHA = "adapter.safetensors", "text.safetensors", "alpha.safetensors"
 _CONTENT = "serve.json"
 _PACKAGES = ("torch", "open_clip_torch", "sam2", "numpy", "pillow")
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt", ".bin")
@@ -87,7 +91,9 @@ def save_model(
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / _CLIP).mkdir(parents=True)
     shutil.copyfile(checkpoint, unfinished / _CELL)
-    save_file(_towers(encoder), unfinished / _CLIP / "open_clip_model.safetensors")
+    save_file(_stored(plain_weights(encoder.model)), unfinished / _CLIP / "open_clip_model.safetensors")
+    if channel := channel_weights(encoder.model):
+        save_file(_stored(channel), unfinished / _ALPHA)
     _write_json(unfinished / _CLIP / "open_clip_config.json", encoder.config)
     content = {
         **_write_segmenter(segmenter, unfinished),
@@ -117,7 +123,7 @@ def _write_segmenter(segmenter: Segmenter, folder: Path) -> dict[str, object]:
 
     settings = asdict(segmenter.settings)
     if segmenter.sam2 is not None:
-        state = _tensors(segmenter.sam2.model)
+        state = _stored(segmenter.sam2.model.state_dict())
         save_file({k: v for k, v in state.items() if k.startswith(model.IMAGE_MODULES)}, folder / _SAM2)
         shutil.copyfile(model.config_path(settings.pop("config")), folder / _SAM2_CONFIG)
         del settings["checkpoint"]
@@ -158,7 +164,8 @@ def load_model(folder: Path) -> Predictor:
         folder, content["segmenter"], content["segmenter_settings"], encoder, content["retrieved"]
     )
     if content["region"]:
-        encoder = encoder.with_region(content["region"], content["attention_bias"])
+        alpha = folder / _ALPHA if (folder / _ALPHA).is_file() else ""
+        encoder = encoder.with_region(content["region"], content["attention_bias"], alpha)
     encoder = replace(
         encoder,
         name=content["clip"],
@@ -197,15 +204,9 @@ def _load_segmenter(
     return build_segmenter(sam2, adapter=adapter, rank=rank)
 
 
-def _tensors(model: Any) -> dict[str, Any]:
-    """Return a model's state dict for safetensors: on the CPU, contiguous, without shared memory."""
-    return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-
-
-def _towers(encoder: ClipEncoder) -> dict[str, Any]:
-    """Return the weights of both towers as they were before ``ClipEncoder.with_region``."""
-    named = ((encoder.region.original_name(name), value) for name, value in _tensors(encoder.model).items())
-    return {name: value for name, value in named if name is not None}
+def _stored(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tensors for safetensors: on the CPU, contiguous, without shared memory."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
 
 
 def _write_json(path: Path, content: object) -> None:
