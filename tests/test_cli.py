@@ -371,7 +371,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = [decode.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
     masks = segmenter.segment(images)
     views = [
-        view(image, mask.region, focus="multiply", size=encoder.image_size, feather=0.01)
+        view(image, mask.region, focus="multiply", frame=encoder.frame, feather=0.01)
         for image, mask in zip(images, masks, strict=True)
     ]
     features = method.embed(torch.from_numpy(np.stack(views)))
@@ -387,6 +387,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encoder=encoder,
         segmenter=segmenter,
         feather=0.01,
+        fill="mean",
     )
     return folder / "model"
 

@@ -25,7 +25,7 @@ from medfocus.clip.prompts import TEMPLATES
 from medfocus.focus.crop import Crop, cut
 from medfocus.focus.modes import crop as region_crop
 from medfocus.focus.view import view
-from medfocus.images.geometry import letterbox_mask
+from medfocus.images.geometry import Frame
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import Drawn, Pool
 
@@ -140,11 +140,11 @@ def show(
 
     outlines = np.zeros((_OUTLINED, grid, grid), np.float32)
     for name, region in zip(drawn.facts.regions, regions, strict=True):
-        part = Image.fromarray(letterbox_mask(region, size).astype(np.uint8) * np.uint8(255))
+        part = Image.fromarray(Frame(size).mask(region).astype(np.uint8) * np.uint8(255))
         outlines[ANATOMY[name]] += (
             np.asarray(part.resize((grid, grid), Image.Resampling.BOX), np.float32) / 255
         )
-    return view(image, mask, focus=mode, size=size, feather=FEATHER), outlines.clip(0, 1)
+    return view(image, mask, focus=mode, frame=Frame(size), feather=FEATHER), outlines.clip(0, 1)
 
 
 def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -19,12 +19,13 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from torch import Tensor
 
 from medfocus.clip import features
+from medfocus.clip.build import RESIZES
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.explain.explain import explain, on_image
 from medfocus.focus.crop import crop_box
 from medfocus.focus.modes import FOCUS
-from medfocus.focus.view import view
+from medfocus.focus.view import FILLS, view
 from medfocus.learning import fitting
 from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.learning.selection import LearningRates
@@ -72,6 +73,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         "none", images are not segmented.
     clip, pretrained : str, default="pocket"
         See ``medfocus.clip.build.build_clip``. The default is small and trained on phantoms.
+    resize : {"letterbox", "published"}, default="letterbox"
+        How an image fills CLIP's input, see ``medfocus.clip.build.build_clip``.
     segmenter : {"sam2", "otsu"}, default="sam2"
         The segmenter of the masks.
     segmenter_settings : dict or None, default=None
@@ -88,6 +91,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         Whether to mirror half of the crops. Do not mirror chest X-rays: the heart's side is a finding.
     feather, attention_bias : float
         See ``medfocus.focus.modes.focus`` and ``medfocus.clip.encoder.ClipEncoder.with_region``.
+    fill : {"mean", "black"}, default="mean"
+        See ``medfocus.focus.view.view``.
     batch_size : int, default=64
         Views in a batch of the image encoder.
     cache : path or None, default=None
@@ -113,6 +118,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         focus: str = "crop",
         clip: str = "pocket",
         pretrained: str = "pocket",
+        resize: str = "letterbox",
         segmenter: str = "sam2",
         segmenter_settings: Mapping[str, Any] | None = None,
         modality: str = "other",
@@ -122,6 +128,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         flip: bool = False,
         feather: float = 0.01,
         attention_bias: float = 2.0,
+        fill: str = "mean",
         batch_size: int = 64,
         cache: str | os.PathLike[str] | None = None,
         device: str = "cpu",
@@ -132,6 +139,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         self.focus = focus
         self.clip = clip
         self.pretrained = pretrained
+        self.resize = resize
         self.segmenter = segmenter
         self.segmenter_settings = segmenter_settings
         self.modality = modality
@@ -141,6 +149,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         self.flip = flip
         self.feather = feather
         self.attention_bias = attention_bias
+        self.fill = fill
         self.batch_size = batch_size
         self.cache = cache
         self.device = device
@@ -251,7 +260,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             raise ValueError(f"explain: {label!r} is not one of the classes. Give one of {known}.")
         target = torch.from_numpy(place)
         maps, way = explain(self.method_, self.encoder_, torch.from_numpy(view)[None], target)
-        heat = on_image(maps[0].numpy(), mask.region, self.focus)
+        heat = on_image(maps[0].numpy(), mask.region, self.focus, self.encoder_.frame)
         return Explanation(label, mask.region, mask.status, view[..., :3].copy(), heat, way)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -280,6 +289,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
                 encoder=self.encoder_,
                 segmenter=self.segmenter_ or self._segmenter(),
                 feather=self.feather,
+                fill=self.fill,
             )
         seed = self.random_state if isinstance(self.random_state, int) else None
         cache = None if self.cache is None else os.fspath(self.cache)
@@ -311,6 +321,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             ("method", self.method, METHODS),
             ("focus", self.focus, modes),
             ("segmenter", self.segmenter, SETTINGS),
+            ("resize", self.resize, RESIZES),
+            ("fill", self.fill, FILLS),
         ):
             if value not in known:
                 raise ValueError(f"MedFocusCLIP: {name} is {value!r}; use one of {', '.join(known)}.")
@@ -326,7 +338,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in {**known, **changes}.items()}
 
     def _build(self, settings: Mapping[str, Any]) -> None:
-        encoder = shared_clip(self.clip, self.pretrained, self.device)
+        encoder = shared_clip(self.clip, self.pretrained, self.resize, self.device)
         describes = bool(settings.get("segmenter_grid"))
         self.segmenter_ = self._segmenter() if self.focus != "none" or describes else None
         if describes:
@@ -360,8 +372,9 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             image.pixels,
             None if mask is None or self.focus == "none" else mask.region,
             focus=self.focus,
-            size=self.encoder_.image_size,
+            frame=self.encoder_.frame,
             feather=self.feather,
+            fill=self.fill,
             crop=crop_box(image.sha256, number, mirror=self.flip),
         )
 
