@@ -191,7 +191,7 @@ def test_the_attribution_is_that_of_explain(opened: Opener, reader: Reader) -> N
     heat = shown(result["layer"])
     assert heat.shape == (192, 192, 4)
     hottest = np.unravel_index(int(maps[0].argmax()), maps[0].shape)
-    at = [int((place + 0.5) * 192 / size) for place in hottest]
+    at = [int((place + 0.5) * 192 / frame.size) for place in hottest]
     assert heat[at[0], at[1], 3] > 250
 
 

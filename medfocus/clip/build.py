@@ -65,8 +65,9 @@ def build_clip(
     if state is not None and all(name in state for name in _OPENAI):
         state = {name: tensor for name, tensor in state.items() if name not in _OPENAI}
         options["force_quick_gelu"] = True
-    elif source.by_path and not config.get("quick_gelu"):
-        _warn_of_gelu(model, source)
+    elif source.by_path:
+        for guess in _guesses(source, config):
+            warnings.warn(f"CLIP {model}: {source.checkpoint} does not say {guess}", stacklevel=2)
     seed = int(pretrained.removeprefix("random:")) if state is None else 0
     built = _create(model, source, state, seed, device, options)
     preprocess = built.visual.preprocess_cfg
@@ -87,16 +88,20 @@ def build_clip(
     )
 
 
-def _warn_of_gelu(model: str, source: Source) -> None:
-    """Warn if the model has a variant with QuickGELU, because the weights may be of that variant."""
+def _guesses(source: Source, config: dict[str, Any]) -> Iterator[str]:
+    """Yield what tensors without a description do not say, what is assumed, and how to say it."""
     import open_clip
 
     variant = f"{source.name}-quickgelu"
-    if open_clip.get_model_config(variant) is not None:
-        warnings.warn(
-            f"CLIP {model}: {source.checkpoint} does not say whether its weights need GELU or QuickGELU, so "
-            f"they get GELU. For OpenAI's weights and models trained from them, set clip.model to {variant}.",
-            stacklevel=3,
+    if not config.get("quick_gelu") and open_clip.get_model_config(variant) is not None:
+        yield (
+            "whether its weights need GELU or QuickGELU, so they get GELU. For OpenAI's weights and models "
+            f"trained from them, set clip.model to {variant}."
+        )
+    if not source.options and open_clip.list_pretrained_tags_by_model(source.name):
+        yield (
+            "its preprocessing, in which the published weights of this model differ, so it gets OpenAI's. "
+            "For other weights, use a tag, or local-dir: with their open_clip_config.json."
         )
 
 
@@ -121,6 +126,11 @@ def _create(
             _load(built, state)
         except (RuntimeError, AssertionError, KeyError) as error:
             fault = " ".join(str(error).split())[:200]
+            if any(name.startswith("text_model.") for name in state):
+                raise ValueError(
+                    f"CLIP {model}: the weights in {source.checkpoint} are in the format of the package "
+                    "transformers. Use weights in open_clip's format, which has other names."
+                ) from error
             raise ValueError(
                 f"CLIP {model}: the weights in {source.checkpoint} are of another architecture "
                 f"({fault} ...). Set clip.model to their architecture."

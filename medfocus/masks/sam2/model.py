@@ -233,8 +233,8 @@ def _load_image_modules(model: SAM2Base, state: dict[str, torch.Tensor], place: 
     ]
     if faults and any(key.startswith("vision_encoder.") for key in state):
         raise ValueError(
-            f"{place} is in the format of the package transformers, not of sam2. Use the .pt file of the same "
-            "repository, such as sam2.1_hiera_tiny.pt."
+            f"{place} is in the format of the package transformers, not of sam2. Use the .pt file of the "
+            "same repository, such as sam2.1_hiera_tiny.pt."
         )
     if faults:
         raise ValueError(
