@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -18,7 +20,9 @@ from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from medfocus import MedFocusCLIP
 from medfocus.clip.build import build_clip
+from medfocus.serving.model_folder import load_model
 from medfocus.storage import weights
 
 PROMPTS = ["a chest X-ray showing pneumonia", "a normal lung"]
@@ -369,6 +373,15 @@ def test_a_text_tower_without_its_files_says_where_to_get_them(tmp_path: Path, f
         build_clip(f"local-dir:{tmp_path}", "")
 
 
+def test_a_configuration_cannot_make_its_tokenizer_run_code(tmp_path: Path) -> None:
+    """With trust_remote_code, transformers would import a module of the folder."""
+    config = json.loads((biomed(tmp_path) / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"tokenizer option 'trust_remote_code', which was refused"):
+        build_clip(f"local-dir:{tmp_path}", "")
+
+
 # Combinations
 
 
@@ -416,4 +429,27 @@ def test_a_path_gets_the_preprocessing_of_the_model_s_tags(
     source = sources.locate("ViT-B-16-SigLIP", str(tmp_path / "any.safetensors"))
     assert source.options["force_preprocess_cfg"] == {
         "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "resize_mode": "squash",
+    }  # fmt: skip
+
+
+def test_a_saved_classifier_carries_its_text_tower_frame_and_fill(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    folder = biomed(tmp_path / "clip")
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (60, 90 + i), np.uint8) for i in range(4)]
+    classifier = MedFocusCLIP(
+        method="clip-linear-probe", focus="multiply", clip=f"local-dir:{folder}", pretrained="",
+        resize="published", fill="black", segmenter="otsu",
+    )  # fmt: skip
+    classifier.fit(pixels, ["normal", "pneumonia"] * 2).save(tmp_path / "saved")
+    shutil.rmtree(folder)
+    loaded = MedFocusCLIP.load(tmp_path / "saved")
+    assert np.array_equal(loaded.predict_proba(pixels), classifier.predict_proba(pixels))
+    predictor = load_model(tmp_path / "saved")
+    assert predictor.frame == classifier.encoder_.frame and predictor.frame.resize == "shortest"
+    assert predictor.fill == "black"
+    explanation = loaded.explain(pixels[0])
+    assert explanation.attribution.shape == (60, 90)
+    assert {path.name for path in (tmp_path / "saved" / "clip").iterdir()} == {
+        "config.json", "open_clip_config.json", "open_clip_model.safetensors",
     }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from medfocus.storage import weights
 _POCKET = "clip_pocket"  # the pocket model's name in open_clip, and the stem of its configuration file
 _CONFIG = "open_clip_config.json"
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # in order of preference
+_TOKENIZER_OPTIONS = {"clean", "language", "strip_sep_token"}  # of open_clip's HFTokenizer
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")  # a tokenizer has one of these
 
 
@@ -155,11 +157,18 @@ def text_tower(model: str, text: dict[str, Any], folder: Path | None) -> dict[st
     name = text.get("hf_model_name")
     if not name:
         return {}
-    if folder is not None and (folder / "config.json").is_file():
+    if folder is not None and _is_of_text_tower(folder / "config.json"):
         place = str(folder)
     else:
         place = _on_hub(model, name, ("config.json",), "configuration", folder)
     return {"text_cfg": {**text, "hf_model_name": place, "hf_model_pretrained": False}}
+
+
+def _is_of_text_tower(path: Path) -> bool:
+    """Return whether a file configures a text tower that open_clip knows, and not another model."""
+    from open_clip.hf_configs import arch_dict
+
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("model_type") in arch_dict
 
 
 def build_tokenizer(model: str, name: str, text: dict[str, Any], folder: Path | None) -> Any:
@@ -169,9 +178,14 @@ def build_tokenizer(model: str, name: str, text: dict[str, Any], folder: Path | 
 
     if model == "pocket":
         return pocket_tokenizer()
-    hub_id = text.get("hf_tokenizer_name")
+    hub_id, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs", {})
     if not hub_id:
         return open_clip.get_tokenizer(name)
+    if unknown := sorted(options.keys() - _TOKENIZER_OPTIONS):
+        raise ValueError(
+            f"CLIP {model}: its configuration has the tokenizer option {unknown[0]!r}, which was refused "
+            f"because such options can run code. Known are {', '.join(sorted(_TOKENIZER_OPTIONS))}."
+        )
     if folder is not None and any((folder / file).is_file() for file in _TOKENIZER_FILES):
         place = str(folder)
     else:
@@ -180,7 +194,8 @@ def build_tokenizer(model: str, name: str, text: dict[str, Any], folder: Path | 
         place,
         context_length=text.get("context_length", DEFAULT_CONTEXT_LENGTH),
         tokenizer_mode=text.get("tokenizer_mode"),
-        **text.get("tokenizer_kwargs", {}),
+        trust_remote_code=False,  # the default would ask on the terminal
+        **options,
     )
 
 
