@@ -588,6 +588,17 @@ def test_the_doctor_finds_no_fault_in_a_sound_project(home: Path, medfocus: Medf
     assert result.output.rstrip().endswith("0 faults")
 
 
+def test_the_doctor_warns_of_masks_far_from_sam2_s_size(home: Path) -> None:
+    (home / "studies").mkdir()
+    (home / "studies" / "small.yaml").write_text(
+        "extends: ../params.yaml\nmasks: {config: sam2.1_hiera_t, checkpoint: random:0, image_size: 128}\n"
+    )
+    warning = findings(home)["study"]
+    assert warning.state == "warning" and warning.fix.startswith("Set it to null in ")
+    assert "small.yaml: masks.image_size is 128, but the weights" in warning.text
+    assert "trained at 1024 px" in warning.text
+
+
 def test_the_doctor_names_each_fault_with_its_fix(
     home: Path, medfocus: Medfocus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

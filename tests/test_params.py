@@ -120,6 +120,10 @@ def test_a_file_inherits_what_it_omits_from_the_file_that_it_extends(tmp_path: P
     assert params.method("lp++") == ("lp++", {"steps": 5})
     assert params.method("pixels") == ("pixels", base["methods"]["pixels"])
     assert params.clip.pretrained == "../w.safetensors"  # relative to this file's folder
+    base["clip"] |= {"model": "local-dir:weights/biomed", "pretrained": ""}
+    write(tmp_path / "params.yaml", base)
+    assert load_params(child).clip.model == "local-dir:../weights/biomed"
+    assert load_params(child).masks.image_size is None
 
 
 def test_a_row_like_another_inherits_the_settings_that_it_omits(tmp_path: Path) -> None:

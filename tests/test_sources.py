@@ -202,6 +202,31 @@ def test_a_cut_archive_is_refused_as_incomplete(openai: Path, tmp_path: Path) ->
         weights.load(tmp_path / "cut.pt")
 
 
+def test_a_clip_of_transformers_loads_as_in_transformers(openai: Path, tmp_path: Path) -> None:
+    """PubMedCLIP and others are published in this format only."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {
+        "vocab_size": 49408, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 1, "max_position_embeddings": 16, "eos_token_id": 49407, "bos_token_id": 49406,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1,
+        "image_size": 32, "patch_size": 16,
+    }  # fmt: skip
+    published = perturbed(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)))
+    torch.save(published.state_dict(), tmp_path / "pytorch_model.bin")
+    encoder = build_clip("tiny-openai-quickgelu", str(tmp_path / "pytorch_model.bin"))
+    tokens = encoder.tokenizer(PROMPTS)
+    with torch.no_grad():
+        outputs = published(input_ids=tokens, pixel_values=images(32))
+    assert torch.allclose(encoder.encode_images(images(32)), outputs.image_embeds, atol=1e-6)
+    assert torch.allclose(encoder.encode_texts(PROMPTS), outputs.text_embeds, atol=1e-6)
+    assert encoder.logit_scale == pytest.approx(published.logit_scale.exp().item())
+    with pytest.raises(ValueError, match=r"of another architecture"):
+        build_clip("RN50-quickgelu", str(tmp_path / "pytorch_model.bin"))
+
+
 # Text towers of Hugging Face
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from medfocus.clip import sources
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.sources import Source
+from medfocus.clip.transformers_format import converted
 from medfocus.images.geometry import Colour, Frame, Interpolation, Resize
 from medfocus.storage import weights
 
@@ -54,7 +55,7 @@ def build_clip(
     if resize not in RESIZES:
         raise ValueError(f"CLIP {model}: resize is {resize!r}. Use one of {', '.join(RESIZES)}.")
     source = sources.locate(model, pretrained)
-    state = None if source.checkpoint is None else weights.load(source.checkpoint)
+    state = None if source.checkpoint is None else converted(weights.load(source.checkpoint))
 
     import open_clip
 
@@ -126,11 +127,6 @@ def _create(
             _load(built, state)
         except (RuntimeError, AssertionError, KeyError) as error:
             fault = " ".join(str(error).split())[:200]
-            if any(name.startswith("text_model.") for name in state):
-                raise ValueError(
-                    f"CLIP {model}: the weights in {source.checkpoint} are in the format of the package "
-                    "transformers. Use weights in open_clip's format, which has other names."
-                ) from error
             raise ValueError(
                 f"CLIP {model}: the weights in {source.checkpoint} are of another architecture "
                 f"({fault} ...). Set clip.model to their architecture."

@@ -71,10 +71,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     focus : str, default="crop"
         The visual prompt: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha" or "dual". With
         "none", images are not segmented.
-    clip, pretrained : str, default="pocket"
-        See ``medfocus.clip.build.build_clip``. The default is small and trained on phantoms.
-    resize : {"letterbox", "published"}, default="letterbox"
-        How an image fills CLIP's input, see ``medfocus.clip.build.build_clip``.
+    clip, pretrained, resize : str
+        See ``medfocus.clip.build.build_clip``. The default, "pocket", is small and trained on phantoms.
     segmenter : {"sam2", "otsu"}, default="sam2"
         The segmenter of the masks.
     segmenter_settings : dict or None, default=None
@@ -89,10 +87,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         Random crops of each training image, in addition to the image, for methods that train on views.
     flip : bool, default=False
         Whether to mirror half of the crops. Do not mirror chest X-rays: the heart's side is a finding.
-    feather, attention_bias : float
-        See ``medfocus.focus.modes.focus`` and ``medfocus.clip.encoder.ClipEncoder.with_region``.
-    fill : {"mean", "black"}, default="mean"
-        See ``medfocus.focus.view.view``.
+    feather, attention_bias, fill
+        See ``medfocus.focus.view.view`` and ``medfocus.clip.encoder.ClipEncoder.with_region``.
     batch_size : int, default=64
         Views in a batch of the image encoder.
     cache : path or None, default=None
@@ -209,8 +205,9 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         check_consistent_length(images, together)
         self.classes_ = classes
         self._build(settings)
-        kind = METHODS[self.method]
-        method: Method = kind(self.encoder_, **_first_rate(settings))
+        kind, rates = METHODS[self.method], _rates(settings)
+        first = {"lr": rates[0]} if rates else {}  # of several learning rates
+        method: Method = kind(self.encoder_, **{**settings, **first})
         views = 1 + self.augmented if kind.takes_views else 1
         prompts = text_prompts(self._class_names(), self.modality, self.templates)
         support = Support(
@@ -221,7 +218,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             self._class_names(),
             tuple(map(tuple, prompts)),
         )
-        rates = _rates(settings)
         selection = defaults.default_params()["learning_rates"]
         candidates = LearningRates(rates, **selection) if len(rates) > 1 else None
         self.method_: Method = fitting.fit(method, support, candidates, _seed(self.random_state))
@@ -329,13 +325,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         for name, value, least in (("augmented", self.augmented, 0), ("batch_size", self.batch_size, 1)):
             if value < least:
                 raise ValueError(f"MedFocusCLIP: {name} is {value}; use {least} or more.")
-        known, changes = defaults.method_settings(self.method), dict(self.settings or {})
-        if unknown := sorted(changes.keys() - known.keys()):
-            raise ValueError(
-                f"MedFocusCLIP: settings has {unknown[0]!r}, which {self.method} does not have. It has "
-                f"{', '.join(known) or 'no settings'}."
-            )
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in {**known, **changes}.items()}
+        return defaults.changed_settings(self.method, self.settings or {})
 
     def _build(self, settings: Mapping[str, Any]) -> None:
         encoder = shared_clip(self.clip, self.pretrained, self.resize, self.device)
@@ -399,12 +389,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
 def _rates(settings: Mapping[str, Any]) -> tuple[float, ...]:
     lr = settings.get("lr", ())
     return lr if isinstance(lr, tuple) else (lr,)
-
-
-def _first_rate(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with the first of several learning rates."""
-    rates = _rates(settings)
-    return {**settings, "lr": rates[0]} if rates else dict(settings)
 
 
 def _seed(random_state: int | np.random.RandomState | None) -> int:

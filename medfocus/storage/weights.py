@@ -76,6 +76,10 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     Raises ValueError if the file is damaged, holds anything other than named tensors, or is a pickle that
     needs more than ``torch.load(weights_only=True)`` allows.
     """
+    if path.suffix == ".npz":
+        raise ValueError(
+            f"{path}: is an archive of NumPy. Use the same model's weights as safetensors or .pt."
+        )
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
