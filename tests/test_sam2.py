@@ -362,8 +362,8 @@ def test_without_an_image_size_sam2_takes_that_of_its_configuration(tmp_path: Pa
 
 def test_a_size_far_from_the_training_s_is_said_with_both_numbers(tiny_checkpoint: Path) -> None:
     expected = (
-        "masks.image_size is 128, but the weights of the configuration sam2.1_hiera_t were trained at 1024 px, "
-        "so expect poor masks. Set it to null for 1024 px."
+        "masks.image_size is 128, but the weights of the configuration sam2.1_hiera_t were trained at "
+        "1024 px, so expect poor masks. Set it to null for 1024 px."
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(expected)}$"):
         load_predictor("sam2.1_hiera_t", str(tiny_checkpoint), 128)
