@@ -227,6 +227,44 @@ def test_a_clip_of_transformers_loads_as_in_transformers(openai: Path, tmp_path:
         build_clip("RN50-quickgelu", str(tmp_path / "pytorch_model.bin"))
 
 
+def tiny_siglip(pretrained: bool = False, **options: Any) -> nn.Module:
+    """A ViT of SigLIP's kind for timm: no class token, attention pooling, GELU by tanh, 32 px by name."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    shape = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    known = {"num_classes", "global_pool"}
+    chosen = {name: value for name, value in options.items() if name in known}
+    return VisionTransformer(**shape, class_token=False, act_layer="gelu_tanh", **chosen)  # pyright: ignore
+
+
+def test_a_siglip_of_transformers_loads_as_in_transformers_at_its_own_size(tmp_path: Path) -> None:
+    """MedSigLIP is published in this format only, and at a size that no model of timm has in its name."""
+    import timm
+    from transformers import SiglipConfig, SiglipModel
+
+    timm.models.register_model(tiny_siglip)
+    common = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**common, "vocab_size": 64, "max_position_embeddings": 12, "projection_size": 64}
+    vision = {**common, "image_size": 64, "patch_size": 16}
+    published = perturbed(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)))
+    folder = siglip(tmp_path)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"] |= {"timm_model_name": "tiny_siglip", "image_size": 64}
+    config["model_cfg"]["text_cfg"]["act_kwargs"] = {"approximate": "tanh"}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(published.state_dict(), folder / "model.safetensors")
+    (folder / "open_clip_pytorch_model.bin").unlink()
+    encoder = build_clip(f"local-dir:{folder}", "")
+    tokens = encoder.tokenizer(PROMPTS)
+    with torch.no_grad():
+        outputs = published(input_ids=tokens, pixel_values=images(64))
+    assert torch.allclose(encoder.encode_images(images(64)), outputs.image_embeds, atol=1e-6)
+    assert torch.allclose(encoder.encode_texts(PROMPTS), outputs.text_embeds, atol=1e-6)
+    model: Any = encoder.model
+    ours = encoder.logit_scale * encoder.encode_images(images(64)) @ encoder.encode_texts(PROMPTS).T
+    assert torch.allclose(ours + model.logit_bias, outputs.logits_per_image, atol=1e-4)
+
+
 # Text towers of Hugging Face
 
 

@@ -143,6 +143,9 @@ def _load(model: Any, state: dict[str, Tensor]) -> None:
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
+    positions = state.get("visual.trunk.pos_embed")  # timm builds the size in the name of its model
+    if positions is not None and positions.shape != model.visual.trunk.pos_embed.shape:
+        model.visual.set_input_size(model.visual.image_size)
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)

@@ -17,6 +17,7 @@ from medfocus.storage import weights
 _POCKET = "clip_pocket"  # the pocket model's name in open_clip, and the stem of its configuration file
 _CONFIG = "open_clip_config.json"
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # in order of preference
+_FOLDER_FILES = (*_HUB_FILES, "model.safetensors", "pytorch_model.bin")  # the last two: transformers' format
 _TOKENIZER_OPTIONS = {"clean", "language", "strip_sep_token"}  # of open_clip's HFTokenizer
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")  # a tokenizer has one of these
 
@@ -109,7 +110,7 @@ def _folder(model: str) -> Source:
         config = weights.resolve(place, hub_id=place, filename=_CONFIG, what=caller)
     else:
         folder = Path(place).expanduser()
-        present = [name for name in _HUB_FILES if (folder / name).is_file()]
+        present = [name for name in _FOLDER_FILES if (folder / name).is_file()]
         file = str(folder / (present or _HUB_FILES)[0])
         checkpoint = weights.resolve(file, hub_id=None, filename=None, what=caller)
         config = weights.resolve(str(folder / _CONFIG), hub_id=None, filename=None, what=caller)
