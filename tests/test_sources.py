@@ -109,9 +109,9 @@ def test_openai_s_archive_loads_as_in_open_clip(openai: Path) -> None:
     with torch.no_grad():
         tokens = encoder.tokenizer(PROMPTS)
         expected = reference.encode_image(images(32), normalize=True)
-        assert torch.allclose(encoder.encode_images(images(32)), expected, atol=1e-7)
+        assert torch.allclose(encoder.encode_images(images(32)), expected, atol=5e-7)
         texts = reference.encode_text(tokens, normalize=True)
-        assert torch.allclose(encoder.encode_texts(PROMPTS), texts, atol=1e-7)
+        assert torch.allclose(encoder.encode_texts(PROMPTS), texts, atol=5e-7)
     ours, theirs = encoder.model.state_dict(), reference.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -245,6 +245,7 @@ def test_a_siglip_of_transformers_loads_as_in_transformers_at_its_own_size(tmp_p
     timm.models.register_model(tiny_siglip)
     common = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**common, "vocab_size": 64, "max_position_embeddings": 12, "projection_size": 64}
+    text |= {"bos_token_id": 3, "eos_token_id": 1}
     vision = {**common, "image_size": 64, "patch_size": 16}
     published = perturbed(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)))
     folder = siglip(tmp_path)

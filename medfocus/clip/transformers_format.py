@@ -25,8 +25,8 @@ _TEXT = (
     (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
     (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
     (r"^text_model\.final_layer_norm\.", "ln_final."),
-    (r"^text_model\.head\.", "text_projection."),
     (r"^text_projection\.weight$", "text_projection"),
+    (r"^text_model\.head\.", "text_projection."),
 )
 _CLIP_VISION = (
     (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),

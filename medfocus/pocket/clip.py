@@ -23,7 +23,7 @@ from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import TEMPLATES
 from medfocus.focus.crop import Crop, cut
-from medfocus.focus.modes import crop as region_crop
+from medfocus.focus.modes import crop_window
 from medfocus.focus.view import view
 from medfocus.images.geometry import Frame
 from medfocus.pocket.loop import Settings, train_and_write
@@ -136,7 +136,7 @@ def show(
     elif mode == "multiply":
         regions = [region & mask for region in regions]
     elif mode == "crop":
-        regions = [region_crop(region, mask, FEATHER) for region in regions]
+        regions = [region[crop_window(mask)] for region in regions]
 
     outlines = np.zeros((_OUTLINED, grid, grid), np.float32)
     for name, region in zip(drawn.facts.regions, regions, strict=True):
