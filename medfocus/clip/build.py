@@ -143,14 +143,15 @@ def _load(model: Any, state: dict[str, Tensor]) -> None:
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
-    positions = state.get("visual.trunk.pos_embed")  # timm builds the size in the name of its model
-    if positions is not None and positions.shape != model.visual.trunk.pos_embed.shape:
-        model.visual.set_input_size(model.visual.image_size)
+    stored = state.get("visual.trunk.pos_embed")
+    built = getattr(getattr(model.visual, "trunk", None), "pos_embed", None)
+    if stored is not None and built is not None and stored.shape != built.shape:
+        model.visual.set_input_size(model.visual.image_size)  # timm built the size in its model's name
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     for name in {"logit_scale", "logit_bias"} & state.keys():
-        if getattr(model, name) is not None:
+        if getattr(model, name, None) is not None:
             state[name] = state[name].reshape(getattr(model, name).shape)
     state.pop("text.transformer.embeddings.position_ids", None)  # transformers saved it until version 4.31
     model.load_state_dict(state)
