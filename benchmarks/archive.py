@@ -180,7 +180,7 @@ def _features(folder: Path, again: bool) -> dict[str, Any]:
         [record.sha256 for record in records],
         lambda record: view(
             decode.read(folder / "images" / record.path), masks[record.sha256],
-            focus="multiply", size=clip.image_size, feather=0.01,
+            focus="multiply", frame=clip.frame, feather=0.01,
         ),
         encode,
         cache=folder / "cache" / "features",

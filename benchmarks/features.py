@@ -77,7 +77,7 @@ def _compare(
     forward = 0.0
 
     def made(path: Path) -> np.ndarray:
-        return view(decode.read(path), None, focus="none", size=clip.image_size, feather=0.01)
+        return view(decode.read(path), None, focus="none", frame=clip.frame, feather=0.01)
 
     def encoded(pixels: torch.Tensor) -> torch.Tensor:
         nonlocal forward

@@ -98,7 +98,7 @@ def main() -> None:
                     decode.read(arguments.root / record.path),
                     masks[record.sha256],
                     focus="multiply",
-                    size=clip.image_size,
+                    frame=clip.frame,
                     feather=FEATHER,
                 ),
                 lambda views: clip.encode_images(clip.preprocess(views)),

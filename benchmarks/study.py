@@ -163,10 +163,9 @@ def _counted() -> Iterator[list[int]]:
 
 def _views(dataset: Any, focus: str) -> torch.Tensor:
     """Return all views (N, S, S, 3) uint8 of a study: several of a training image, one of a test image."""
-    size, feather = dataset.encoder.image_size, dataset.study.params.views.feather
     augmented = dataset.study.params.views.augmented
     made = [
-        dataset._view(dataset.records[path], number, focus=focus, size=size, feather=feather)
+        dataset._view(dataset.records[path], number, focus)
         for paths, count in ((dataset.splits.train, 1 + augmented), (dataset.splits.test, 1))
         for path in paths
         for number in range(count)

@@ -43,10 +43,12 @@ if TYPE_CHECKING:
 @task(task_run_name="plan {study.params.study.name}", cache_policy=NO_CACHE)
 @redacted
 def check_plan(study: Study) -> None:
-    """Build every method once and contact MLflow's server, so that a typo or a dead server fails at once."""
+    """Build every method once, find the weights and contact MLflow's server, so that faults show at once."""
     from flows.study.cells import plan
+    from flows.study.models import check_weights
 
     plan(study.params)
+    check_weights(study)
     if (store := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("http"):
         must_answer(store, "MLFLOW_TRACKING_URI", "the run then writes to mlflow.db")
 

@@ -75,9 +75,8 @@ def save(folder: Path, segmenter: Segmenter) -> Path:
     encoder = build_clip("pocket", "pocket")
     method = ClipLinearProbe(encoder, folds=3)
     images = [drawn(number) for number in range(8)]
-    size = encoder.image_size
     views = [
-        view(image, mask.region, focus="multiply", size=size, feather=0.01)
+        view(image, mask.region, focus="multiply", frame=encoder.frame, feather=0.01)
         for image, mask in zip(images, segmenter.segment(images), strict=True)
     ]
     features = method.embed(torch.from_numpy(np.stack(views)))
@@ -89,7 +88,7 @@ def save(folder: Path, segmenter: Segmenter) -> Path:
     checkpoint.save(method, header, folder / "cell.safetensors")
     save_model(
         folder / "model", checkpoint=folder / "cell.safetensors", encoder=encoder, segmenter=segmenter,
-        feather=0.01,
+        feather=0.01, fill="mean",
     )  # fmt: skip
     return folder / "model"
 
@@ -174,8 +173,8 @@ def test_each_image_gets_the_models_probabilities_and_mask(opened: Opener, reade
 
 def test_the_input_of_clip_is_the_focus_with_the_mask(opened: Opener, reader: Reader) -> None:
     [answer] = post(opened(), 20)
-    size = reader.predictor.view_size
-    seen = view(drawn(20), region_of(answer["first"]), focus="multiply", size=size, feather=0.01)
+    frame = reader.predictor.frame
+    seen = view(drawn(20), region_of(answer["first"]), focus="multiply", frame=frame, feather=0.01)
     assert np.array_equal(shown(answer["first"]["layers"]["view"]), seen)
 
 
@@ -183,8 +182,8 @@ def test_the_attribution_is_that_of_explain(opened: Opener, reader: Reader) -> N
     client = opened()
     [answer] = post(client, 20)
     result = client.get(f"/images/{answer['id']}/first/attribution").json()
-    size = reader.predictor.view_size
-    seen = view(drawn(20), region_of(answer["first"]), focus="multiply", size=size, feather=0.01)
+    frame = reader.predictor.frame
+    seen = view(drawn(20), region_of(answer["first"]), focus="multiply", frame=frame, feather=0.01)
     target = torch.tensor([CLASSES.index(answer["first"]["label"])])
     method = reader.predictor.method
     maps, way = explain(method, method.encoder, torch.from_numpy(seen)[None], target)
@@ -192,7 +191,7 @@ def test_the_attribution_is_that_of_explain(opened: Opener, reader: Reader) -> N
     heat = shown(result["layer"])
     assert heat.shape == (192, 192, 4)
     hottest = np.unravel_index(int(maps[0].argmax()), maps[0].shape)
-    at = [int((place + 0.5) * 192 / size) for place in hottest]
+    at = [int((place + 0.5) * 192 / frame.size) for place in hottest]
     assert heat[at[0], at[1], 3] > 250
 
 
@@ -235,7 +234,7 @@ def test_a_click_changes_the_mask_and_the_prediction_follows_it(opened: Opener, 
     assert region[int(LESION[1] * 192), int(LESION[0] * 192)] and result["followed"] == 1
     assert not np.array_equal(region, region_of(answer["first"]))
     predictor = reader.predictor
-    seen = view(drawn(MISSED), region, focus="multiply", size=predictor.view_size, feather=0.01)
+    seen = view(drawn(MISSED), region, focus="multiply", frame=predictor.frame, feather=0.01)
     expected = probabilities_of(predictor.method, predictor.method.embed(torch.from_numpy(seen)[None]))[0]
     assert list(result["edited"]["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-6)
     assert (answer["first"]["label"], result["edited"]["label"]) == ("no tumor", "glioma")

@@ -371,7 +371,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = [decode.read(shade(folder / f"{i}.png", i % 2, i)) for i in range(8)]
     masks = segmenter.segment(images)
     views = [
-        view(image, mask.region, focus="multiply", size=encoder.image_size, feather=0.01)
+        view(image, mask.region, focus="multiply", frame=encoder.frame, feather=0.01)
         for image, mask in zip(images, masks, strict=True)
     ]
     features = method.embed(torch.from_numpy(np.stack(views)))
@@ -387,6 +387,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encoder=encoder,
         segmenter=segmenter,
         feather=0.01,
+        fill="mean",
     )
     return folder / "model"
 
@@ -585,6 +586,17 @@ def test_the_doctor_finds_no_fault_in_a_sound_project(home: Path, medfocus: Medf
     result = medfocus("doctor")
     assert result.exit_code == 0, result.output
     assert result.output.rstrip().endswith("0 faults")
+
+
+def test_the_doctor_warns_of_masks_far_from_sam2_s_size(home: Path) -> None:
+    (home / "studies").mkdir()
+    (home / "studies" / "small.yaml").write_text(
+        "extends: ../params.yaml\nmasks: {config: sam2.1_hiera_t, checkpoint: random:0, image_size: 128}\n"
+    )
+    warning = findings(home)["study"]
+    assert warning.state == "warning" and warning.fix.startswith("Set it to null in ")
+    assert "small.yaml: masks.image_size is 128, but the weights" in warning.text
+    assert "trained at 1024 px" in warning.text
 
 
 def test_the_doctor_names_each_fault_with_its_fix(

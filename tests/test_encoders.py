@@ -232,7 +232,8 @@ def test_a_number_of_blocks_outside_the_image_encoder_is_refused(pocket: ClipEnc
 
 @pytest.mark.parametrize(("model", "file"), [("ViT-B-32", "b32.pt"), ("ViT-B-16", "b16.safetensors")])
 def test_full_size_checkpoints_load_as_in_open_clip(full_size: Path, model: str, file: str) -> None:
-    encoder = build_clip(model, str(full_size / file))
+    with pytest.warns(UserWarning, match="GELU or QuickGELU, so they get GELU"):
+        encoder = build_clip(model, str(full_size / file))
     reference = open_clip.create_model(model, pretrained=str(full_size / file)).eval()
     x = pixels(encoder, 2)
     with torch.no_grad():
@@ -252,8 +253,11 @@ def test_a_tag_loads_from_the_hub_cache_with_the_activation_of_its_training(
     )
     tagged = build_clip("ViT-B/32", "openai")  # OpenAI's own spelling
     assert isinstance(tagged.model.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)  # pyright: ignore
-    by_path = build_clip("ViT-B-32", str(full_size / "b32.safetensors"))
+    with pytest.warns(UserWarning, match="set clip.model to ViT-B-32-quickgelu"):
+        by_path = build_clip("ViT-B-32", str(full_size / "b32.safetensors"))
     assert tagged.key != by_path.key  # equal weights, another activation
+    named = build_clip("ViT-B-32-quickgelu", str(full_size / "b32.safetensors"))
+    assert tagged.key == named.key
 
 
 def test_the_file_format_does_not_change_the_key(pocket: ClipEncoder, tmp_path: Path) -> None:
@@ -323,9 +327,9 @@ def test_weights_of_another_architecture_are_refused(pocket: ClipEncoder, tmp_pa
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"CLIP RN50: the weights in .*a\.safetensors are of another architecture \(.*Set clip",
+        match=r"CLIP RN50-quickgelu: the weights in .*a\.safetensors are of another architecture \(.*Set",
     ):
-        build_clip("RN50", str(tmp_path / "a.safetensors"))
+        build_clip("RN50-quickgelu", str(tmp_path / "a.safetensors"))
     del state["visual.proj"]
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(
@@ -351,7 +355,7 @@ def test_a_text_tower_without_its_package_names_the_package(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for model in ("roberta-ViT-B-32", "ViT-B-16-SigLIP"):
         with pytest.raises(
-            ImportError, match=rf"CLIP {model}: its text tower .* Run `pip install transformers`"
+            ImportError, match=rf"CLIP {model}: its text .* Run `pip install 'medfocusclip\[biomed\]'`"
         ):
             build_clip(model, "random:0")
 

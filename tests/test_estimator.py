@@ -20,6 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from medfocus import MedFocusCLIP, phantoms
 from medfocus.explain.explain import on_image
+from medfocus.images.geometry import Frame
 from medfocus.methods import METHODS
 from medfocus.serving import defaults
 from tests.dicoms import dicom
@@ -310,7 +311,7 @@ def test_the_area_outside_of_a_crop_has_no_attribution() -> None:
     mask = np.zeros((60, 100), bool)
     mask[5:15, 10:20] = True  # the crop is 40 x 40 around (10, 15), cut at the image's border
     heat = np.full((32, 32), 1 / 32**2, np.float32)
-    placed = on_image(heat, mask, "crop")
+    placed = on_image(heat, mask, "crop", Frame(32))
     assert placed[:30, :35].min() > 0
     assert placed[30:].max() == placed[:, 35:].max() == 0
     assert placed.sum() == pytest.approx(1, abs=1e-4)
@@ -319,7 +320,7 @@ def test_the_area_outside_of_a_crop_has_no_attribution() -> None:
 def test_attribution_maps_from_the_view_back_to_the_image() -> None:
     heat = np.zeros((32, 32), np.float32)
     heat[16, 24] = 1  # the view of a wide image has bars above and below
-    placed = on_image(heat, np.ones((50, 100), bool), "multiply")
+    placed = on_image(heat, np.ones((50, 100), bool), "multiply", Frame(32))
     assert np.unravel_index(placed.argmax(), placed.shape) == pytest.approx((26, 76), abs=2)
 
 

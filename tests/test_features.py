@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ from medfocus.clip import features
 from medfocus.clip.build import build_clip
 from medfocus.clip.features import encode
 from medfocus.focus.crop import Crop, crop_box
-from medfocus.focus.modes import FILL, FOCUS
+from medfocus.focus.modes import FOCUS
 from medfocus.focus.view import view, view_key
 from medfocus.images.decode import read
-from medfocus.images.geometry import letterbox
+from medfocus.images.geometry import CLIP_MEAN, Frame
 from medfocus.storage import shards as shards_module
 from tests.conftest import run_forked
 
@@ -46,21 +47,23 @@ def region(height: int = 60, width: int = 40) -> np.ndarray:
 
 
 def test_view_zero_is_the_whole_image_and_needs_no_mask_without_focus() -> None:
-    whole = view(image(), None, focus="none", size=32, feather=0.02, crop=crop_box(SHA, 0, mirror=True))
-    assert np.array_equal(whole, letterbox(image(), 32, FILL))
-    assert np.array_equal(whole, view(image(), region(), focus="none", size=32, feather=0.02))
+    whole = view(
+        image(), None, focus="none", frame=Frame(32), feather=0.02, crop=crop_box(SHA, 0, mirror=True)
+    )
+    assert np.array_equal(whole, Frame(32).image(image()))
+    assert np.array_equal(whole, view(image(), region(), focus="none", frame=Frame(32), feather=0.02))
 
 
 def test_the_padding_has_clips_mean_colour() -> None:
-    seen = view(image(), region(), focus="multiply", size=30, feather=0)
+    seen = view(image(), region(), focus="multiply", frame=Frame(30), feather=0)
     assert seen.shape == (30, 30, 3) and seen.dtype == np.uint8
-    assert (seen[:, :5] == FILL).all() and (seen[:, -5:] == FILL).all()
+    assert (seen[:, :5] == CLIP_MEAN).all() and (seen[:, -5:] == CLIP_MEAN).all()
 
 
 @pytest.mark.parametrize("focus", [mode for mode in FOCUS if mode != "none"])
 def test_a_focus_without_a_mask_is_refused(focus: str) -> None:
     with pytest.raises(ValueError, match=rf"focus '{focus}' needs a mask, and this image has none\. Make"):
-        view(image(), None, focus=focus, size=32, feather=0.02)
+        view(image(), None, focus=focus, frame=Frame(32), feather=0.02)
 
 
 def test_a_crop_is_reproducible_and_keeps_the_aspect_ratio_and_half_of_the_image() -> None:
@@ -88,24 +91,30 @@ def test_image_and_mask_are_cropped_together_and_before_the_focus(focus: str) ->
     crop = Crop(0.1, 0.25, 0.85, 0.9, mirrored=True)
     rows, columns = slice(15, 54), slice(4, 34)
     cut, mask = image()[rows, columns][:, ::-1], region()[rows, columns][:, ::-1]
-    expected = view(cut.copy(), mask.copy(), focus=focus, size=48, feather=0.02)
-    assert np.array_equal(view(image(), region(), focus=focus, size=48, feather=0.02, crop=crop), expected)
+    expected = view(cut.copy(), mask.copy(), focus=focus, frame=Frame(48), feather=0.02)
+    assert np.array_equal(
+        view(image(), region(), focus=focus, frame=Frame(48), feather=0.02, crop=crop), expected
+    )
 
 
 def test_a_crop_without_the_region_shows_the_whole_image() -> None:
-    seen = view(image(), region(), focus="crop", size=48, feather=0, crop=Crop(0, 0.6, 0.7, 1, False))
-    assert np.array_equal(seen, view(image(), region(), focus="crop", size=48, feather=0))
+    seen = view(image(), region(), focus="crop", frame=Frame(48), feather=0, crop=Crop(0, 0.6, 0.7, 1, False))
+    assert np.array_equal(seen, view(image(), region(), focus="crop", frame=Frame(48), feather=0))
 
 
 def test_each_view_setting_changes_the_key() -> None:
-    settings = {"focus": "multiply", "size": 96, "feather": 0.02}
+    settings: dict[str, Any] = {"focus": "multiply", "frame": Frame(96), "feather": 0.02}
     keys = {
         view_key(**settings),
         view_key(**{**settings, "focus": "crop"}),
-        view_key(**{**settings, "size": 98}),
+        view_key(**{**settings, "frame": Frame(98)}),
+        view_key(**{**settings, "frame": Frame(96, "shortest")}),
+        view_key(**{**settings, "frame": Frame(96, interpolation="bilinear")}),
+        view_key(**{**settings, "frame": Frame(96, padding=(0, 0, 0))}),
         view_key(**{**settings, "feather": 0.0}),
+        view_key(**settings, fill="black"),
     }
-    assert len(keys) == 4 and view_key(**settings) in keys
+    assert len(keys) == 8 and view_key(**settings) in keys
 
 
 # Features
@@ -337,7 +346,7 @@ def test_real_images_get_the_features_of_a_plain_loop(shared_data: Path) -> None
     encoder = build_clip("pocket", "random:0")
 
     def whole(path: Path) -> np.ndarray:
-        return view(read(path), None, focus="none", size=encoder.image_size, feather=0)
+        return view(read(path), None, focus="none", frame=encoder.frame, feather=0)
 
     result = encode(
         paths,

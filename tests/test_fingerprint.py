@@ -135,7 +135,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], s
         return Sam2Segmenter(predictor, model_key, settings)
 
     def view(focus: str) -> str:
-        return view_key(focus=focus, size=96, feather=0.01)
+        return view_key(focus=focus, frame=encoder.frame, feather=0.01)
 
     return {
         "facts": lambda: facts_key(folder),

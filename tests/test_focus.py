@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from medfocus.focus.marks import MARK_COLOUR
-from medfocus.focus.modes import FILL, FOCUS, SEGMENT_COLOURS, focus, soft_edge
+from medfocus.focus.modes import FOCUS, SEGMENT_COLOURS, focus, soft_edge
+from medfocus.images.geometry import CLIP_MEAN
 
 MODES = list(FOCUS)
 MARKS = ["contour", "circle", "box", "arrow"]
@@ -95,25 +96,25 @@ def test_multiplied_image_is_clips_mean_colour_outside_away_from_the_feather(
 ) -> None:
     outside = far_outside(mask, FEATHER)
     assert 0.3 < outside.mean() < 0.9
-    assert (focus(image, mask, "multiply", feather=FEATHER)[outside] == FILL).all()
-    assert np.allclose(np.array(FILL) / 255, (0.48145466, 0.4578275, 0.40821073), atol=0.5 / 255)
+    assert (focus(image, mask, "multiply", feather=FEATHER)[outside] == CLIP_MEAN).all()
+    assert np.allclose(np.array(CLIP_MEAN) / 255, (0.48145466, 0.4578275, 0.40821073), atol=0.5 / 255)
 
 
 def test_without_feather_a_multiplied_image_is_the_equation(image: np.ndarray, mask: np.ndarray) -> None:
-    expected = np.where(mask[:, :, None], image, np.array(FILL, dtype=np.uint8))
+    expected = np.where(mask[:, :, None], image, np.array(CLIP_MEAN, dtype=np.uint8))
     assert np.array_equal(focus(image, mask, "multiply", feather=0), expected)
 
 
 def test_the_inverse_of_a_full_mask_is_an_image_of_clips_mean_colour(image: np.ndarray) -> None:
     full = np.ones(image.shape[:2], dtype=bool)
-    assert (focus(image, full, "inverse", feather=FEATHER) == FILL).all()
+    assert (focus(image, full, "inverse", feather=FEATHER) == CLIP_MEAN).all()
 
 
 def test_inverse_hides_the_region_and_leaves_the_background_away_from_the_feather(
     image: np.ndarray, mask: np.ndarray
 ) -> None:
     background = focus(image, mask, "inverse", feather=FEATHER)
-    assert (background[mask] == FILL).all()
+    assert (background[mask] == CLIP_MEAN).all()
     outside = far_outside(mask, FEATHER)
     assert np.array_equal(background[outside], image[outside])
 
@@ -121,7 +122,7 @@ def test_inverse_hides_the_region_and_leaves_the_background_away_from_the_feathe
 def test_multiply_and_inverse_together_show_the_whole_image(image: np.ndarray, mask: np.ndarray) -> None:
     region = focus(image, mask, "multiply", feather=FEATHER).astype(int)
     background = focus(image, mask, "inverse", feather=FEATHER).astype(int)
-    assert np.abs(region + background - FILL - image).max() <= 1  # each is rounded
+    assert np.abs(region + background - CLIP_MEAN - image).max() <= 1  # each is rounded
 
 
 def test_the_soft_edge_falls_to_zero_over_the_feather() -> None:

@@ -209,15 +209,16 @@ def test_grey_uses_the_luma_weights() -> None:
 
 def test_letterbox_leaves_a_square_of_its_size_unchanged() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(geometry.letterbox(image, 16, RED), image)
+    np.testing.assert_array_equal(geometry.Frame(16, padding=RED).image(image), image)
 
 
 @settings(max_examples=40, deadline=None)
 @given(height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 48))
 def test_image_and_mask_have_the_same_placement(height: int, width: int, size: int) -> None:
     white = np.full((height, width, 3), 255, dtype=np.uint8)
-    box = geometry.letterbox(white, size, (7, 8, 9))
-    mask = geometry.letterbox_mask(np.ones((height, width), dtype=bool), size)
+    frame = geometry.Frame(size, padding=(7, 8, 9))
+    box = frame.image(white)
+    mask = frame.mask(np.ones((height, width), dtype=bool))
     assert box.shape == (size, size, 3)
     assert mask.shape == (size, size)
     assert mask.dtype == np.float32

@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from flows.study.cells import plan
+from flows.study.models import check_weights
 from flows.study.params import Params, load_params
+from flows.study.study import Study
 from medfocus.clip.regions import REGIONS
 from medfocus.focus.controls import CONTROLS
 from medfocus.focus.modes import FOCUS
@@ -120,6 +122,10 @@ def test_a_file_inherits_what_it_omits_from_the_file_that_it_extends(tmp_path: P
     assert params.method("lp++") == ("lp++", {"steps": 5})
     assert params.method("pixels") == ("pixels", base["methods"]["pixels"])
     assert params.clip.pretrained == "../w.safetensors"  # relative to this file's folder
+    base["clip"] |= {"model": "local-dir:weights/biomed", "pretrained": ""}
+    write(tmp_path / "params.yaml", base)
+    assert load_params(child).clip.model == "local-dir:../weights/biomed"
+    assert load_params(child).masks.image_size is None
 
 
 def test_a_row_like_another_inherits_the_settings_that_it_omits(tmp_path: Path) -> None:
@@ -171,3 +177,25 @@ def test_an_invalid_scale_is_rejected(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_params(write(tmp_path / "params.yaml", {**content, "scale": {**content["scale"], **change}}))
+
+
+def test_missing_weights_and_a_size_that_does_not_suit_them_show_before_any_work(tmp_path: Path) -> None:
+    content = yaml.safe_load(DEFAULT.read_text())
+
+    def check(**changes: dict[str, object]) -> None:
+        changed = {**content, **{name: {**content[name], **change} for name, change in changes.items()}}
+        check_weights(Study(tmp_path, tmp_path, load_params(write(tmp_path / "params.yaml", changed))))
+
+    check()
+    with pytest.raises(
+        FileNotFoundError, match=r"CLIP pocket \(clip\.pretrained\): the file 'gone\.pt' does"
+    ):
+        check(clip={"pretrained": "gone.pt"})
+    with pytest.raises(
+        FileNotFoundError, match=r"masks\.checkpoint \(SAM2\): the file 'gone\.pt' does not exist"
+    ):
+        check(masks={"checkpoint": "gone.pt"})
+    with pytest.warns(UserWarning, match=r"masks\.image_size is 512, but .* pocket were trained at 128 px"):
+        check(masks={"image_size": 512})
+    (tmp_path / "mine.safetensors").touch()  # a path is relative to the params file
+    check(clip={"pretrained": "./mine.safetensors"}, masks={"checkpoint": "./mine.safetensors"})

@@ -32,6 +32,7 @@ from flows.study.dataset import EncodedDataset
 from flows.study.study import open_study
 from medfocus.focus.controls import CONTROLS, focus_of, mask_source_of
 from medfocus.focus.view import view_key
+from medfocus.images.geometry import Frame
 from medfocus.masks.quality import center_box
 from medfocus.storage.redaction import RedactedError, unredacted
 from medfocus.tracking.provenance import lock_digest
@@ -295,12 +296,12 @@ def test_a_control_without_shuffling_has_the_image_s_own_mask_or_the_center_box(
 
 def test_every_control_has_a_view_and_a_cache_entry_of_its_own(finished: Path) -> None:
     dataset = encoded()
-    record, size, feather = next(iter(dataset.records.values())), 96, 0.01
+    record, frame = next(iter(dataset.records.values())), Frame(96)
     modes = ("none", "multiply", *CONTROLS)
-    views = {dataset._view(record, 0, focus=mode, size=size, feather=feather).tobytes() for mode in modes}
+    views = {dataset._view(record, 0, mode).tobytes() for mode in modes}
     assert len(views) == len(modes)
     keys = {
-        (dataset._view_name(record, mode, 0), view_key(focus=focus_of(mode), size=size, feather=feather))
+        (dataset._view_name(record, mode, 0), view_key(focus=focus_of(mode), frame=frame, feather=0.01))
         for mode in modes
     }
     assert len(keys) == len(modes)

@@ -73,7 +73,7 @@ def test_the_packaged_weights_are_small_float16_and_trained_on_phantoms() -> Non
 
 def test_the_pocket_sam2_fits_only_its_configuration() -> None:
     with pytest.raises(ValueError, match=r"SAM2 checkpoint pocket does not fit the config 'sam2.1_hiera_t'"):
-        load_predictor("sam2.1_hiera_t", "pocket", 128)
+        load_predictor("sam2.1_hiera_t", "pocket", None)
 
 
 def test_open_clip_loads_the_pocket_clip() -> None:

@@ -16,6 +16,7 @@ from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.regions import REGIONS
 from medfocus.focus.crop import crop_box
 from medfocus.focus.view import view
+from medfocus.images.geometry import Frame
 
 SIZE = 96
 
@@ -36,7 +37,7 @@ def images_and_masks(count: int) -> tuple[np.ndarray, np.ndarray]:
 def batch(mode: str, count: int = 3) -> Tensor:
     images, masks = images_and_masks(count)
     views = [
-        view(image, mask, focus=mode, size=SIZE, feather=0.01)
+        view(image, mask, focus=mode, frame=Frame(SIZE), feather=0.01)
         for image, mask in zip(images, masks, strict=True)
     ]
     return torch.from_numpy(np.stack(views))
@@ -49,12 +50,12 @@ def encode(clip: ClipEncoder, views: Tensor) -> Tensor:
 @pytest.mark.parametrize("mode", ["alpha", "attention"])
 def test_the_fourth_channel_is_the_mask_in_the_frame_of_the_image(mode: str) -> None:
     images, masks = images_and_masks(1)
-    shown = view(images[0], masks[0], focus=mode, size=SIZE, feather=0.01)
+    shown = view(images[0], masks[0], focus=mode, frame=Frame(SIZE), feather=0.01)
     assert shown.shape == (SIZE, SIZE, 4)
-    raw = view(images[0], None, focus="none", size=SIZE, feather=0.01)
+    raw = view(images[0], None, focus="none", frame=Frame(SIZE), feather=0.01)
     assert (shown[..., :3] == raw).all()
     painted = np.where(masks[0][..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=2)
-    inside = view(painted, None, focus="none", size=SIZE, feather=0.0)[..., 0] > 127
+    inside = view(painted, None, focus="none", frame=Frame(SIZE), feather=0.0)[..., 0] > 127
     assert ((shown[..., 3] > 127) == inside)[17:79].mean() > 0.99  # without the padding
     assert not shown[:15, :, 3].any()
 
@@ -65,7 +66,7 @@ def test_image_and_region_are_cropped_together_and_every_crop_shows_the_region()
     images[0][~masks[0]] = 0
     for number in range(1, 8):
         crop = crop_box("ab" * 32, number, mirror=True)
-        shown = view(images[0], masks[0], focus="attention", size=SIZE, feather=0.0, crop=crop)
+        shown = view(images[0], masks[0], focus="attention", frame=Frame(SIZE), feather=0.0, crop=crop)
         shown = shown[17:79]  # without the padding
         region = shown[..., 3] > 127
         assert region.any()
@@ -74,9 +75,11 @@ def test_image_and_region_are_cropped_together_and_every_crop_shows_the_region()
 
 def test_dual_shows_the_image_and_the_focused_image() -> None:
     images, masks = images_and_masks(1)
-    shown = view(images[0], masks[0], focus="dual", size=SIZE, feather=0.01)
-    assert (shown[..., :3] == view(images[0], None, focus="none", size=SIZE, feather=0.01)).all()
-    assert (shown[..., 3:] == view(images[0], masks[0], focus="multiply", size=SIZE, feather=0.01)).all()
+    shown = view(images[0], masks[0], focus="dual", frame=Frame(SIZE), feather=0.01)
+    assert (shown[..., :3] == view(images[0], None, focus="none", frame=Frame(SIZE), feather=0.01)).all()
+    assert (
+        shown[..., 3:] == view(images[0], masks[0], focus="multiply", frame=Frame(SIZE), feather=0.01)
+    ).all()
 
 
 def test_attention_without_a_bias_changes_no_bit(clip: ClipEncoder) -> None:
@@ -184,4 +187,4 @@ def test_unknown_regions_other_encoders_and_absent_masks_are_refused(clip: ClipE
         resnet.with_region("attention", 1.0)
     images, _ = images_and_masks(1)
     with pytest.raises(ValueError, match="focus 'alpha' needs a mask"):
-        view(images[0], None, focus="alpha", size=SIZE, feather=0.0)
+        view(images[0], None, focus="alpha", frame=Frame(SIZE), feather=0.0)

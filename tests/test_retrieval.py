@@ -17,6 +17,7 @@ from flows.study.params import DatasetParams, load_params
 from flows.study.study import Study
 from medfocus.clip.build import build_clip
 from medfocus.datasets.records import Record, write_manifest
+from medfocus.images.geometry import Frame
 from medfocus.masks.candidates import Limits
 from medfocus.masks.sam2.retrieval import (
     RetrievalSegmenter,
@@ -179,7 +180,7 @@ class Halves:
     """A CLIP of two dimensions, the brightness and darkness of an image, with texts "bright" and "dark"."""
 
     key = "halves"
-    image_size = 8
+    frame = Frame(8)
 
     def preprocess(self, views: np.ndarray) -> Tensor:
         assert views.shape[1:] == (8, 8, 3)

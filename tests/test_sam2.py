@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from medfocus.masks import candidates
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.sam2.model import _read_config, load_predictor
+from medfocus.masks.sam2.model import _read_config, load_predictor, size_fault, trained_size
 from medfocus.masks.sam2.segmenter import PointPrompts, Sam2Segmenter, box_prompt, grid_prompts, load_sam2
 from medfocus.masks.settings import OtsuSettings, Sam2Settings
 from medfocus.storage import weights
@@ -37,6 +38,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sam2") / "sam2.1_hiera_tiny.pt"
     torch.save({"model": model.state_dict()}, path)
     return path
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:masks.image_size is 256")  # SAM2.1-tiny here, for speed
 
 
 @pytest.fixture(scope="session")
@@ -342,6 +346,35 @@ def test_a_setting_out_of_range_is_named_with_the_fix(settings: dict[str, object
     usual = {"config": "pocket", "checkpoint": "random:0", "image_size": 128, "strategy": "grid"}
     with pytest.raises(ValueError, match=message):
         load_sam2(Sam2Settings(**{**usual, **settings}))  # pyright: ignore[reportArgumentType]
+
+
+def test_without_an_image_size_sam2_takes_that_of_its_configuration(tmp_path: Path) -> None:
+    predictor, key = load_predictor("pocket", "random:0", None)
+    assert predictor.model.image_size == 128
+    assert key == load_predictor("pocket", "random:0", 128)[1]
+    assert {trained_size(f"sam2.1_hiera_{size}") for size in ("t", "s", "b+", "l")} == {1024}
+    segmenters = [load_sam2(Sam2Settings("pocket", "pocket", size, "grid")) for size in (None, 128)]
+    assert segmenters[0].key == segmenters[1].key
+    shipped = Path(candidates.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
+    (tmp_path / "larger.yaml").write_text(shipped.read_text().replace("image_size: 128", "image_size: 256"))
+    assert load_predictor(str(tmp_path / "larger.yaml"), "random:0", None)[0].model.image_size == 256
+
+
+def test_a_size_far_from_the_training_s_is_said_with_both_numbers(tiny_checkpoint: Path) -> None:
+    expected = (
+        "masks.image_size is 128, but the weights of the configuration sam2.1_hiera_t were trained at "
+        "1024 px, so expect poor masks. Set it to null for 1024 px."
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(expected)}$"):
+        load_predictor("sam2.1_hiera_t", str(tiny_checkpoint), 128)
+    near = [size_fault("sam2.1_hiera_t", size) for size in (None, 512, 1024, 2048)]
+    assert near == [""] * 4 and size_fault("pocket", 512)
+
+
+def test_weights_in_the_format_of_transformers_are_named(tmp_path: Path) -> None:
+    torch.save({"vision_encoder.backbone.blocks.0": torch.zeros(2)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"in the format of the package transformers, not of sam2\. Use the"):
+        load_predictor("pocket", str(tmp_path / "model.pt"), None)
 
 
 def test_an_unknown_config_lists_the_known_ones() -> None:

@@ -89,8 +89,8 @@ class Fitted:
         stored = [decode_mask(encode_mask(self.segmenter.segment([image])[0])) for image in decoded]
 
         def make_view(i: int) -> np.ndarray:
-            size = self.encoder.image_size
-            return view(decoded[i], stored[i].region, focus="multiply", size=size, feather=FEATHER)
+            region, frame = stored[i].region, self.encoder.frame
+            return view(decoded[i], region, focus="multiply", frame=frame, feather=FEATHER)
 
         inputs = features.encode(
             range(len(decoded)), [str(i) for i in range(len(decoded))], make_view, self.method.embed,
@@ -102,7 +102,7 @@ class Fitted:
         """Write the model folder with changes."""
         usual: dict[str, Any] = {
             "checkpoint": self.checkpoint, "encoder": self.encoder, "segmenter": self.segmenter,
-            "feather": FEATHER,
+            "feather": FEATHER, "fill": "mean",
         }  # fmt: skip
         save_model(folder, **{**usual, **changes})
         return folder
@@ -122,7 +122,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     images = [decode.decode(encoded(seed), "a training image") for seed in range(8)]
     masks = segmenter.segment(images)
     views = [
-        view(p, m.region, focus="multiply", size=encoder.image_size, feather=FEATHER)
+        view(p, m.region, focus="multiply", frame=encoder.frame, feather=FEATHER)
         for p, m in zip(images, masks, strict=True)
     ]
     inputs = method.embed(torch.from_numpy(np.stack(views)))  # (N, D)

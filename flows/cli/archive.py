@@ -22,6 +22,7 @@ from medfocus.tracking import registry, runs
 PARTS = (
     "serve.json",
     "cell.safetensors",
+    "clip/config.json",
     "clip/open_clip_config.json",
     "clip/open_clip_model.safetensors",
     "sam2.yaml",

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
@@ -23,6 +23,9 @@ from flows.servers.mlflow import MLFLOW_PORT
 from flows.servers.prefect import PREFECT_PORT, prefect_answers
 from flows.servers.processes import answers, answers_at, must_answer
 from flows.study.study import params_files
+
+if TYPE_CHECKING:
+    from flows.study.params import MasksParams
 
 PACKAGE = "medfocusclip"
 _SHOWN = ("torch", "prefect", "dvc", "mlflow", "open_clip_torch", "sam2")
@@ -132,12 +135,27 @@ def project(home: Path) -> Iterator[Finding]:
             yield Finding("study", "fault", " ".join(str(error).split()), f"Correct {path}.")
             continue
         good += 1
+        with contextlib.chdir(path.parent):  # a configuration may be a relative path
+            yield from _size_of_masks(path, params.masks)
         for name, data in params.datasets.items():
             folder = path.parent / data.root
             if not folder.is_dir() and not params.phantoms:
                 fault = f"{path.name}: the images of {name} are not at {folder}"
                 yield Finding("study", "warning", fault, f"Put them there, or correct root in {path}.")
     yield Finding("studies", "ok", f"{good} params files are valid")
+
+
+def _size_of_masks(path: Path, masks: MasksParams) -> Iterator[Finding]:
+    """Check that SAM2 sees images at about the size of its training."""
+    from medfocus.masks.sam2.model import size_fault
+
+    try:
+        fault = size_fault(masks.config, masks.image_size) if masks.segmenter == "sam2" else ""
+    except (ValueError, OSError) as error:
+        yield Finding("study", "fault", f"{path.name}: {error}", f"Correct masks.config in {path}.")
+        return
+    if fault:
+        yield Finding("study", "warning", f"{path.name}: {fault}", f"Set it to null in {path}.")
 
 
 def stores(home: Path) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from medfocus.datasets.records import Record, chunks
 from medfocus.images import decode, stack
 from medfocus.images.contact_sheet import montage
 from medfocus.images.errors import ImageError
-from medfocus.images.geometry import letterbox
+from medfocus.images.geometry import BLACK, Frame
 from medfocus.images.png import encode_png
 
 if TYPE_CHECKING:
@@ -171,9 +171,10 @@ def _explanation(
 
     view = predictor.view(image.pixels, prediction.mask)  # (S, S, C)
     heat, way = explain_one(predictor.method, view, predictor.classes.index(prediction.label))
-    inside, seen = share_in_mask(heat, prediction.mask, predictor.focus), visible(view)
+    inside = share_in_mask(heat, prediction.mask, predictor.focus, predictor.frame)
     overlay = focus(image.pixels, prediction.mask, "overlay", feather=0.0)
-    tiles = [letterbox(overlay, len(view), (0, 0, 0)), seen, attribution_overlay(seen, heat)]
+    seen = visible(view)
+    tiles = [Frame(len(view), padding=BLACK).image(overlay), seen, attribution_overlay(seen, heat)]
     return (
         montage(tiles, 3, ["mask", "CLIP's view", f"why {prediction.label}"]),
         way,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.stages.scoring import test_sets
 from medfocus.datasets.duplicates import read_pairs
+from medfocus.masks.sam2.model import trained_size
 from medfocus.reports import data_sheet, model_card
 from medfocus.storage import atomic
 from medfocus.storage.tables import read_csv
@@ -60,7 +61,8 @@ def of_version(challenger: Challenger, model_folder: Path) -> dict[str, str]:
 def _data(challenger: Challenger, served: dict[str, Any]) -> data_sheet.DatasetFacts:
     dataset, study, name = challenger.dataset, challenger.study, challenger.dataset.name
     masks = study.params.masks
-    sam2 = f"SAM2 ({masks.config}, {masks.checkpoint}), {masks.strategy} at {masks.image_size} px"
+    size = masks.image_size or trained_size(masks.config)
+    sam2 = f"SAM2 ({masks.config}, {masks.checkpoint}), {masks.strategy} at {size} px"
     made = made_from(study.folder, study.params.study.seeds)
     return data_sheet.DatasetFacts(
         name=name,

@@ -74,6 +74,7 @@ class Challenger:
             encoder=models.build_encoder(study, self.header.focus),
             segmenter=models.build_segmenter(study, name),
             feather=study.params.views.feather,
+            fill=study.params.views.fill,
         )
         records = self.dataset.records
         learnt = frozenset(records[path].sha256 for path in self.dataset.support_paths(self.cell))

@@ -17,7 +17,6 @@ from medfocus.explain.explain import explain_one, share_in_mask
 from medfocus.explain.maps import pointing_hit
 from medfocus.focus.controls import CONTROLS
 from medfocus.focus.view import visible
-from medfocus.images.geometry import letterbox_mask
 from medfocus.masks.quality import known_region
 from medfocus.reports.page_content import Example
 from medfocus.reports.rows import system_name
@@ -91,14 +90,15 @@ def _explained(
     system = f"{system_name(cell.method, cell.focus)}, {cell.support} of train"
     label, image_id, target = record.label, record.sha256[:12], int(probabilities.argmax())
     image, mask = dataset.image(record), dataset.mask(record, cell.focus)
+    frame = dataset.encoder.frame
     covered, pointing = float("nan"), ""
-    share = None if mask is None else share_in_mask(heat, mask, cell.focus)
+    share = None if mask is None else share_in_mask(heat, mask, cell.focus, frame)
     if cell.focus != "crop":
         if mask is not None:
-            covered = float((letterbox_mask(mask, len(view)) > 0.5).mean())
+            covered = float((frame.mask(mask) > 0.5).mean())
         region = known_region(dataset.root, record.path, *image.shape[:2])
         if region is not None:
-            pointing = "hit" if pointing_hit(heat, letterbox_mask(region, len(view)) > 0.5) else "miss"
+            pointing = "hit" if pointing_hit(heat, frame.mask(region) > 0.5) else "miss"
     answer, probability = dataset.classes[target], float(probabilities[target])
     inside = float("nan") if share is None else share
     return (

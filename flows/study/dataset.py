@@ -138,14 +138,13 @@ class EncodedDataset:
         self, methods: Sequence[str], focus: str, paths: Sequence[str], views: int, label: str | None
     ) -> list[Tensor]:
         """Return each method's frozen output (N, V, ...); without a label, no progress bar is shown."""
-        size, feather = self.encoder.image_size, self.study.params.views.feather
         items = [(self.records[path], number) for path in paths for number in range(views)]
         hidden = label is None or None  # None: only if there is no terminal
         with tqdm(total=len(items), desc=label, unit="view", disable=hidden, leave=False) as bar:
             encoded = features.encode_together(
                 items,
                 [self._view_name(record, focus, number) for record, number in items],
-                lambda item: self._view(*item, focus=focus, size=size, feather=feather),
+                lambda item: self._view(*item, focus),
                 self._kinds(methods, focus),
                 cache=self.study.shared_cache("features"),
                 batch_size=self.study.params.views.batch_size,
@@ -234,21 +233,29 @@ class EncodedDataset:
 
     def shown(self, record: Record, focus: str) -> np.ndarray:
         """Return the view (S, S, C) uint8 of the whole image under a focus mode."""
-        size, feather = self.encoder.image_size, self.study.params.views.feather
-        return self._view(record, 0, focus=focus, size=size, feather=feather)
+        return self._view(record, 0, focus)
 
-    def _view(self, record: Record, number: int, *, focus: str, size: int, feather: float) -> np.ndarray:
+    def _view(self, record: Record, number: int, focus: str) -> np.ndarray:
         image = decode.read(self.root / record.path)
         mask = None if focus == "none" else self._mask(record.sha256, mask_source_of(focus))
         if mask is not None and mask.shape != image.shape[:2]:  # another image's mask
             height, width = image.shape[:2]
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
         crop = crop_box(record.sha256, number, mirror=self.params.flip)
-        return view(image, mask, focus=focus_of(focus), size=size, feather=feather, crop=crop)
+        frame, params = self.encoder.frame, self.study.params.views
+        return view(
+            image,
+            mask,
+            focus=focus_of(focus),
+            frame=frame,
+            feather=params.feather,
+            fill=params.fill,
+            crop=crop,
+        )
 
     def _view_key(self, focus: str) -> str:
-        size, feather = self.encoder.image_size, self.study.params.views.feather
-        return view_key(focus=focus_of(focus), size=size, feather=feather)
+        frame, params = self.encoder.frame, self.study.params.views
+        return view_key(focus=focus_of(focus), frame=frame, feather=params.feather, fill=params.fill)
 
     def _view_name(self, record: Record, focus: str, number: int) -> str:
         mask = "" if focus == "none" else self._mask_digest(record.sha256, mask_source_of(focus))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,22 @@ if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
     from medfocus.masks.sam2.segmenter import Sam2Segmenter
     from medfocus.masks.segmenter import Segmenter
+
+
+def check_weights(study: Study) -> None:
+    """Find the weights of a study's models, and warn of a size that does not suit them, before any work.
+
+    Raises FileNotFoundError and ValueError as the functions that build the models do.
+    """
+    from medfocus.clip.sources import locate
+    from medfocus.masks.sam2 import model
+
+    params, masks = study.params, study.params.masks
+    with contextlib.chdir(study.folder):
+        locate(params.clip.model, params.clip.pretrained)
+        if masks.segmenter == "sam2":
+            model.locate(masks.checkpoint)
+            model.warn_of_size(masks.config, masks.image_size)
 
 
 def segmenter_settings(study: Study, dataset: str) -> SegmenterSettings:
@@ -51,7 +68,8 @@ def build_segmenter(study: Study, dataset: str, adapter: Path | None = None) -> 
         from medfocus.clip.build import build_clip
         from medfocus.masks.sam2.retrieval import TextRank
 
-        clip = build_clip(study.params.clip.model, study.params.clip.pretrained, device(study))
+        params = study.params.clip
+        clip = build_clip(params.model, params.pretrained, device(study), resize=params.resize)
         rank = TextRank.of(clip, texts)
     elif masks.segmenter == "sam2" and masks.strategy == "adapter":
         path = adapter or study.paths.adapter(dataset)
@@ -110,7 +128,8 @@ def build_encoder(study: Study, focus: str = "none") -> ClipEncoder:
     from medfocus.clip.build import build_clip  # takes seconds
 
     params = study.params
-    encoder = build_clip(params.clip.model, params.clip.pretrained, device(study))
+    clip = params.clip
+    encoder = build_clip(clip.model, clip.pretrained, device(study), resize=clip.resize)
     users = [name for name in params.study.methods if params.method(name)[1].get("segmenter_grid")]
     if users and params.masks.segmenter != "sam2":
         raise ValueError(

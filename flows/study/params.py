@@ -141,7 +141,7 @@ class MasksParams:
     segmenter: Literal["sam2", "otsu"]
     config: str  # "pocket", a configuration of the sam2 package, or a YAML path
     checkpoint: str  # "pocket", "random:SEED", a path, or a hub id
-    image_size: Positive  # pixels per side of SAM2's input
+    image_size: Positive | None  # pixels per side of SAM2's input; None: as in the configuration
     strategy: Literal["automatic", "grid", "center", "box", "retrieved", "adapter"]
     points_per_side: Positive  # of the automatic, grid and retrieved strategies
     follow_edges: bool  # move the outline of SAM2's mask to edges of the image
@@ -168,6 +168,7 @@ class ViewsParams:
     """How an image and its mask become CLIP's input."""
 
     feather: Annotated[float, Field(ge=0, lt=0.5)]  # width of the soft edge, in shares of the longest side
+    fill: Literal["mean", "black"]  # the colour in place of what a focus hides: CLIP's mean colour, or black
     attention_bias: Annotated[float, Field(ge=0)]  # β of the focus "attention"; 0 has no effect
     augmented: Annotated[int, Field(ge=0)]  # random resized crops per support image, besides the whole image
     batch_size: Positive
@@ -177,9 +178,10 @@ class ViewsParams:
 class ClipParams:
     """The frozen encoders."""
 
-    model: str  # "pocket", an open_clip model name, or an hf-hub: id
-    pretrained: str  # "random:SEED", a pretrained tag, or a checkpoint path
+    model: str  # "pocket", an open_clip model name, an hf-hub: id, or a local-dir: folder
+    pretrained: str  # "random:SEED", a pretrained tag, or a checkpoint path; empty for hf-hub: and local-dir:
     alpha: str  # checkpoint of Alpha-CLIP's image encoder, which the focus "alpha" uses; empty: none
+    resize: Literal["letterbox", "published"]  # how images fill CLIP's input; see ``build_clip``
 
 
 @dataclass(frozen=True, config=_strict)
@@ -372,6 +374,9 @@ def moved_paths(content: dict[str, Any], before: Path, after: Path) -> dict[str,
         value = moved.get(section, {}).get(field)
         if value and not Path(value).is_absolute() and (before / value).exists():
             moved[section][field] = _moved(value, before, after)
+    scheme, colon, folder = str(moved.get("clip", {}).get("model", "")).partition("local-dir:")
+    if colon and not scheme and not Path(folder).expanduser().is_absolute():
+        moved["clip"]["model"] = f"local-dir:{_moved(folder, before, after)}"
     return moved
 
 

@@ -122,8 +122,8 @@ class Reader:
         if reading.attribution is None:
             predictor, view = self.predictor, reading.view
             heat, way = explain_one(predictor.method, view, predictor.classes.index(reading.label))
-            inside = share_in_mask(heat, reading.mask.region, predictor.focus)
-            layer = on_image(heat, reading.shown_region, predictor.focus)
+            inside = share_in_mask(heat, reading.mask.region, predictor.focus, predictor.frame)
+            layer = on_image(heat, reading.shown_region, predictor.focus, predictor.frame)
             reading.attribution = Attribution(encode_png(_heat_layer(layer)), way, inside)
         return reading.attribution
 

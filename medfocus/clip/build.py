@@ -1,31 +1,37 @@
-"""Build a frozen CLIP: find the weights, build the model with open_clip, and compute its key."""
+"""Build a frozen CLIP with open_clip, and compute its key."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
-import importlib.util
 import json
 import logging
-import os
-import re
+import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from medfocus.clip import sources
 from medfocus.clip.encoder import ClipEncoder
-from medfocus.clip.tokenizer import CONFIGS, pocket_tokenizer
+from medfocus.clip.sources import Source
+from medfocus.clip.transformers_format import converted
+from medfocus.images.geometry import Colour, Frame, Interpolation, Resize
 from medfocus.storage import weights
 
-_POCKET = "clip_pocket"  # the pocket model's name in open_clip, and the stem of its configuration file
-_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # in order of preference
+RESIZES = ("letterbox", "published")
+_OPENAI = ("input_resolution", "context_length", "vocab_size")  # only OpenAI's own files have these entries
 
 
-def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") -> ClipEncoder:
+def build_clip(
+    model: str,
+    pretrained: str,
+    device: str | torch.device = "cpu",
+    *,
+    resize: str = "letterbox",
+    texts: bool = True,
+) -> ClipEncoder:
     """Build a frozen CLIP.
 
     Args:
@@ -35,34 +41,47 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
             also accepts "pocket", the weights in this package. With "hf-hub:" and "local-dir:" it has to be
             empty.
         device: Device of both encoders.
+        resize: One of RESIZES. "letterbox" shows the whole image, with the checkpoint's mean colour beside
+            it. "published" follows the checkpoint: most see only the square in the middle.
+        texts: Whether to build the tokenizer. Without it, the encoder cannot encode texts.
+
+    OpenAI's own files get QuickGELU. A file of other tensors cannot say whether it needs it; if the model has
+    a variant with QuickGELU, a warning names it.
 
     Raises FileNotFoundError if the weights do not exist; ValueError for an unknown model or tag, an unsafe
     checkpoint, a checkpoint of another architecture, or a model with images that are not square; ImportError
     if the text tower needs a package that is not installed.
     """
-    name, checkpoint, options = _locate(model, pretrained)
-    if checkpoint:
-        weights.load(checkpoint)  # an unsafe or damaged file fails here, with a clear message
+    if resize not in RESIZES:
+        raise ValueError(f"CLIP {model}: resize is {resize!r}. Use one of {', '.join(RESIZES)}.")
+    source = sources.locate(model, pretrained)
+    state = None if source.checkpoint is None else converted(weights.load(source.checkpoint))
 
     import open_clip
 
-    config = open_clip.get_model_config(name) or {}
-    _check_text_tower(model, config.get("text_cfg", {}))
-    seed = int(pretrained.removeprefix("random:")) if checkpoint is None else 0
-    built = _create(model, name, checkpoint, seed, device, options)
-    size, preprocess = _side(model, built.visual.image_size), built.visual.preprocess_cfg
-    pocket = model == "pocket"
-    tokenizer = pocket_tokenizer() if pocket else open_clip.get_tokenizer(_tokenizer_name(model))
-    settings = {"config": config, "options": options, "preprocess": preprocess}
-    identity = weights.digest(built.state_dict()) + json.dumps(settings, sort_keys=True)
+    config = open_clip.get_model_config(source.name) or {}
+    text = config.get("text_cfg", {})
+    sources.check_text_tower(model, text)
+    options = {**source.options, **sources.text_tower(model, text, source.folder)}
+    if state is not None and all(name in state for name in _OPENAI):
+        state = {name: tensor for name, tensor in state.items() if name not in _OPENAI}
+        options["force_quick_gelu"] = True
+    elif source.by_path:
+        for guess in _guesses(source, config):
+            warnings.warn(f"CLIP {model}: {source.checkpoint} does not say {guess}", stacklevel=2)
+    seed = int(pretrained.removeprefix("random:")) if state is None else 0
+    built = _create(model, source, state, seed, device, options)
+    preprocess = built.visual.preprocess_cfg
+    config = {"model_cfg": built_config(config, built), "preprocess_cfg": dict(preprocess)}
+    identity = weights.digest(built.state_dict()) + json.dumps(config, sort_keys=True)
     return ClipEncoder(
         name=model,
         key=hashlib.sha256(identity.encode()).hexdigest(),
-        config={"model_cfg": built_config(config, built), "preprocess_cfg": dict(preprocess)},
+        config=config,
         model=built,
-        tokenizer=tokenizer,
-        dim=config["embed_dim"],
-        image_size=size,
+        tokenizer=sources.build_tokenizer(model, source.name, text, source.folder) if texts else None,
+        dim=config["model_cfg"]["embed_dim"],
+        frame=_frame(_side(model, built.visual.image_size), preprocess, resize),
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
         logit_scale=float(built.logit_scale.exp()),
@@ -70,37 +89,72 @@ def build_clip(model: str, pretrained: str, device: str | torch.device = "cpu") 
     )
 
 
+def _guesses(source: Source, config: dict[str, Any]) -> Iterator[str]:
+    """Yield what tensors without a description do not say, what is assumed, and how to say it."""
+    import open_clip
+
+    variant = f"{source.name}-quickgelu"
+    if not config.get("quick_gelu") and open_clip.get_model_config(variant) is not None:
+        yield (
+            "whether its weights need GELU or QuickGELU, so they get GELU. For OpenAI's weights and models "
+            f"trained from them, set clip.model to {variant}."
+        )
+    if not source.options and open_clip.list_pretrained_tags_by_model(source.name):
+        yield (
+            "its preprocessing, in which the published weights of this model differ, so it gets OpenAI's. "
+            "For other weights, use a tag, or local-dir: with their open_clip_config.json."
+        )
+
+
 def _create(
     model: str,
-    name: str,
-    checkpoint: Path | None,
+    source: Source,
+    state: dict[str, Tensor] | None,
     seed: int,
     device: str | torch.device,
     options: dict[str, Any],
 ) -> Any:
-    """Build open_clip's model ``name``, frozen. Without a checkpoint, weights are random from ``seed``."""
+    """Build open_clip's model, frozen. Without a state, the weights are random from ``seed``."""
     import open_clip
 
-    try:
-        with torch.random.fork_rng(devices=[]), _without_random_weights_warning():
-            torch.manual_seed(seed)
-            built: Any = open_clip.create_model(
-                name,
-                pretrained=None if checkpoint is None or name.startswith("local-dir:") else str(checkpoint),
-                require_pretrained=checkpoint is not None,
-                pretrained_text=False,
-                device=device,
-                **options,
-            )
-    except (RuntimeError, AssertionError, KeyError) as error:  # weights of another architecture
-        if checkpoint is None:
-            raise
-        fault = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"CLIP {model}: the weights in {checkpoint} are of another architecture ({fault} ...). Set "
-            "clip.model to their architecture."
-        ) from error
+    with torch.random.fork_rng(devices=[]), _without_random_weights_warning():
+        torch.manual_seed(seed)
+        built: Any = open_clip.create_model(
+            source.name, load_weights=False, pretrained_text=False, device=device, **options
+        )
+    if state is not None:
+        try:
+            _load(built, state)
+        except (RuntimeError, AssertionError, KeyError) as error:
+            fault = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"CLIP {model}: the weights in {source.checkpoint} are of another architecture "
+                f"({fault} ...). Set clip.model to their architecture."
+            ) from error
     return built.eval().requires_grad_(False)
+
+
+def _load(model: Any, state: dict[str, Tensor]) -> None:
+    """Load weights like open_clip's ``load_checkpoint``, but strictly.
+
+    That function would also resize positional embeddings to another image size or context, and set a missing
+    logit bias to 0.
+    """
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    stored = state.get("visual.trunk.pos_embed")
+    built = getattr(getattr(model.visual, "trunk", None), "pos_embed", None)
+    if stored is not None and built is not None and stored.shape != built.shape:
+        model.visual.set_input_size(model.visual.image_size)  # timm built the size in its model's name
+    state = convert_state_dict(model, state)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for name in {"logit_scale", "logit_bias"} & state.keys():
+        if getattr(model, name, None) is not None:
+            state[name] = state[name].reshape(getattr(model, name).shape)
+    state.pop("text.transformer.embeddings.position_ids", None)  # transformers saved it until version 4.31
+    model.load_state_dict(state)
 
 
 def _side(model: str, size: int | tuple[int, int]) -> int:
@@ -110,6 +164,19 @@ def _side(model: str, size: int | tuple[int, int]) -> int:
     if size[0] != size[1]:
         raise ValueError(f"CLIP {model} sees {size[0]} x {size[1]} pixels. Choose a model for square images.")
     return size[0]
+
+
+def _frame(size: int, preprocess: dict[str, Any], resize: str) -> Frame:
+    """Return the frame of a checkpoint's preprocessing; its colour is the checkpoint's mean."""
+    red, green, blue = (round(255 * value) for value in preprocess["mean"])
+    mean: Colour = (red, green, blue)
+    # For inference, open_clip reads "random" as bicubic.
+    interpolation: Interpolation = "bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic"
+    if resize == "letterbox":
+        return Frame(size, "longest", interpolation, mean, padding=mean)
+    mode: Resize = preprocess["resize_mode"]
+    grey = int(preprocess["fill_color"])
+    return Frame(size, mode, interpolation, mean, padding=(grey, grey, grey))
 
 
 def built_config(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -133,92 +200,3 @@ def _without_random_weights_warning() -> Iterator[None]:
         yield
     finally:
         root.removeFilter(is_other)
-
-
-def _locate(model: str, pretrained: str) -> tuple[str, Path | None, dict[str, Any]]:
-    """Return the name in open_clip, the checkpoint (None for random weights) and the options of the tag."""
-    if model.startswith(("hf-hub:", "local-dir:")):
-        if pretrained:
-            raise ValueError(
-                f"CLIP {model} contains its weights, but clip.pretrained is '{pretrained}'. Leave it empty."
-            )
-        return _locate_folder(model)
-    caller = f"CLIP {model} (clip.pretrained)"
-    if model == pretrained == "pocket":
-        pretrained = str(CONFIGS.parent / "data" / f"{_POCKET}.safetensors")
-    if re.fullmatch(r"random:\d+", pretrained):
-        return _registered(model), None, {}
-    if "." in pretrained or "/" in pretrained or os.sep in pretrained:  # a path: no tag has one of these
-        checkpoint = weights.resolve(pretrained, hub_id=None, filename=None, what=caller)
-        return _registered(model), checkpoint, {}
-
-    name = _registered(model)
-    import open_clip
-
-    tag: dict[str, Any] = open_clip.get_pretrained_cfg(name, pretrained)
-    if not tag:
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise ValueError(
-            f"{caller}: '{pretrained}' is not a tag of this model (its tags: {known}). Use one, a path "
-            "to a checkpoint, or random:SEED."
-        )
-    hub_id, filename = os.path.split(tag["hf_hub"])
-    files = (f"{Path(filename).stem}.safetensors", filename) if filename else _HUB_FILES
-    options = {
-        "force_quick_gelu": tag.get("quick_gelu", False),  # open_clip only warns if a tag needs it
-        "force_preprocess_cfg": {part: tag[part] for part in ("mean", "std", "interpolation", "resize_mode")},
-    }
-    return name, weights.resolve(pretrained, hub_id=hub_id, filename=files, what=caller), options
-
-
-def _locate_folder(model: str) -> tuple[str, Path, dict[str, Any]]:
-    """Return the result of ``_locate`` for a folder of configuration and weights, local or on the hub."""
-    scheme, _, place = model.partition(":")
-    caller = f"CLIP {model} (clip.model; local-dir:FOLDER takes a folder with weights and configuration)"
-    if scheme == "hf-hub":
-        checkpoint = weights.resolve(place, hub_id=place, filename=_HUB_FILES, what=caller)
-        config = weights.resolve(place, hub_id=place, filename="open_clip_config.json", what=caller)
-    else:
-        folder = Path(place).expanduser()
-        present = [name for name in _HUB_FILES if (folder / name).is_file()]
-        file = str(folder / (present or _HUB_FILES)[0])
-        checkpoint = weights.resolve(file, hub_id=None, filename=None, what=caller)
-        config = weights.resolve(
-            str(folder / "open_clip_config.json"), hub_id=None, filename=None, what=caller
-        )
-    return f"local-dir:{config.parent}", checkpoint, {}
-
-
-def _registered(model: str) -> str:
-    """Return the model's name in open_clip's registry; add the pocket model to the registry if needed."""
-    import open_clip
-
-    if model == "pocket":
-        if _POCKET not in open_clip.list_models():
-            open_clip.add_model_config(CONFIGS / f"{_POCKET}.json")
-        return _POCKET
-    name = _tokenizer_name(model)
-    if open_clip.get_model_config(name) is None:
-        near = ", ".join(difflib.get_close_matches(name, ["pocket", *open_clip.list_models()], cutoff=0.4))
-        raise ValueError(
-            f"clip.model: open_clip has no model '{model}' (similar: {near or 'none'}). Use a name from "
-            "open_clip.list_models(), pocket, or an hf-hub: id."
-        )
-    return name
-
-
-def _tokenizer_name(model: str) -> str:
-    """Turn OpenAI's spelling ViT-B/32 into ViT-B-32; keep the slashes of hub ids and folders."""
-    return model if ":" in model else model.replace("/", "-")
-
-
-def _check_text_tower(model: str, text: dict[str, Any]) -> None:
-    """Raise ImportError if the text tower needs transformers and it is not installed."""
-    needed = text.get("hf_model_name") or text.get("hf_tokenizer_name")
-    if "siglip" in model.lower():
-        needed = needed or "a SigLIP tokenizer"
-    if needed and importlib.util.find_spec("transformers") is None:
-        raise ImportError(
-            f"CLIP {model}: its text tower ({needed}) needs the package transformers. Run `pip install "
-            "transformers`, or choose a model with CLIP's own text tower."
-        )

@@ -19,9 +19,11 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from medfocus.clip.regions import REGIONS, Region, load_alpha
 from medfocus.clip.tail import ActivationCache, Tail
+from medfocus.clip.tokenizer import check_lengths
 from medfocus.clip.towers.base import VERBS, ImageTower
 from medfocus.clip.towers.choose import image_tower, text_tower
 from medfocus.clip.towers.texts import TextTower
+from medfocus.images.geometry import Frame
 from medfocus.storage import weights
 
 _TEXT_BATCH = 256  # texts per forward pass; bounds the memory of a thousand classes
@@ -47,7 +49,7 @@ class ClipEncoder:
     model: nn.Module  # open_clip's, frozen, in eval mode
     tokenizer: Any  # list of texts -> (N, context) int64
     dim: int  # D, of the space that images and texts share
-    image_size: int  # S, pixels per side
+    frame: Frame  # how images fill the encoder's input
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
     logit_scale: float  # s, after the exponential: logits = s * I @ T.T
@@ -55,6 +57,11 @@ class ClipEncoder:
     segmenter: Describer | None = None  # adds its image features to CLIP's
     region: Region = field(default_factory=Region)  # how the image encoder uses the channels after RGB
     cache: ActivationCache | None = None  # activations of the last batch; None caches nothing
+
+    @property
+    def image_size(self) -> int:
+        """S, pixels per side."""
+        return self.frame.size
 
     def with_activation_cache(self) -> ClipEncoder:
         """Return a copy of this encoder that caches activations, so that a batch passes each block once.
@@ -169,23 +176,10 @@ class ClipEncoder:
 
         Raises ValueError for a text longer than the context, because two truncated texts could be equal.
         """
-        self._check_lengths(texts)
+        check_lengths(self.tokenizer, texts, self.name)
         tokens = self.tokenizer(texts).to(self.device)  # (N, context)
         model: Any = self.model
         return torch.cat([model.encode_text(part, normalize=True) for part in tokens.split(_TEXT_BATCH)])
-
-    def _check_lengths(self, texts: list[str]) -> None:
-        from open_clip import SimpleTokenizer
-
-        if not isinstance(self.tokenizer, SimpleTokenizer):
-            return
-        longest = (self.tokenizer.context_length or 0) - 2  # without the start and the end token
-        for text in texts:
-            if (count := len(self.tokenizer.encode(text))) > longest:
-                raise ValueError(
-                    f"the prompt '{text}' has {count} tokens, and {self.name} reads at most {longest}. "
-                    "Shorten the template or the class name."
-                )
 
     @torch.no_grad()
     def encode_layers(self, pixels: Tensor, layers: tuple[int, ...], grid: int) -> Tensor:

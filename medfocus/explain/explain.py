@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from medfocus.explain.grad_cam import grad_cam, tower_grad_cam
 from medfocus.explain.maps import inside_share, to_maps
 from medfocus.explain.occlusion import occlusion
 from medfocus.explain.transformer import gradient_attention
-from medfocus.focus.modes import FILL, crop
-from medfocus.images.geometry import letterbox_mask
+from medfocus.focus.modes import crop_window
+from medfocus.images.geometry import Frame
 from medfocus.methods.backbone import Backbone
 
 if TYPE_CHECKING:
@@ -68,35 +67,28 @@ def explain_one(method: Method, view: np.ndarray, target: int) -> tuple[np.ndarr
     return maps[0].numpy(), way
 
 
-def share_in_mask(heat: np.ndarray, mask: np.ndarray, focus: str) -> float | None:
+def share_in_mask(heat: np.ndarray, mask: np.ndarray, focus: str, frame: Frame) -> float | None:
     """Return the share of a view's map (S, S) inside its image's mask (H, W) bool.
 
     The share has no meaning, and is None, for a view that shows a crop or a mask that is empty in the view.
     """
-    framed = letterbox_mask(mask, len(heat)) > 0.5
+    framed = frame.mask(mask) > 0.5
     return inside_share(heat, framed) if focus != "crop" and framed.any() else None
 
 
-def on_image(heat: np.ndarray, mask: np.ndarray, focus: str) -> np.ndarray:
+def on_image(heat: np.ndarray, mask: np.ndarray, focus: str, frame: Frame) -> np.ndarray:
     """Return the map of an image (H, W), with sum one, from the map of its view (S, S).
 
     Args:
         heat: A map (S, S) from ``explain`` for view 0.
         mask: (H, W) bool, the mask of the view; an empty mask stands for the whole image.
         focus: The focus of the view. "crop" shows a part of the image; the rest of the map is 0.
+        frame: The frame of the view. If it cuts off a part of the image, the map is 0 there.
     """
-    height, width = mask.shape
-    rows, columns = slice(0, height), slice(0, width)
-    if focus == "crop":
-        places = np.moveaxis(np.indices(mask.shape), 0, -1)  # (H, W, 2)
-        shown = crop(places, mask if mask.any() else np.ones_like(mask), 0.0)
-        (top, left), (bottom, right) = shown[0, 0], shown[-1, -1]
-        rows, columns = slice(top, bottom + 1), slice(left, right + 1)
     whole = np.zeros(mask.shape, np.float32)
-    part = whole[rows, columns]
-    framed = letterbox_mask(np.ones(part.shape, bool), len(heat)) > 0.5  # (S, S), True on the image
-    inside = Image.fromarray(np.ascontiguousarray(heat[np.ix_(framed.any(1), framed.any(0))], np.float32))
-    part[:] = np.asarray(inside.resize(part.shape[::-1], Image.Resampling.BILINEAR))
+    shown = crop_window(mask if mask.any() else np.ones_like(mask)) if focus == "crop" else np.s_[:, :]
+    part = whole[shown]
+    part[:] = frame.unframe(heat, *part.shape)
     total = whole.sum(dtype=np.float64)
     return whole / np.float32(total) if total > 0 else np.full(mask.shape, 1 / mask.size, np.float32)
 
@@ -134,7 +126,9 @@ def _occluded(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tens
             inputs = method.embed(torch.cat([occluded, channels], dim=3))
             return next(iter(method.logits(inputs).values())).double().softmax(dim=1)
 
-        maps.append(occlusion(predict, image, target, patch=2 * stride, stride=stride, fill=FILL))
+        maps.append(
+            occlusion(predict, image, target, patch=2 * stride, stride=stride, fill=encoder.frame.mean)
+        )
     return torch.cat(maps)
 
 

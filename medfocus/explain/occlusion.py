@@ -33,7 +33,7 @@ def occlusion(
         target: The column of ``predict`` to explain.
         patch: Pixels a side of the square.
         stride: Pixels from one square to the next; the last squares end at the image's edge.
-        fill: The grey value or RGB of the square, such as ``medfocus.focus.modes.FILL``.
+        fill: The grey value or RGB of the square, such as ``medfocus.images.geometry.CLIP_MEAN``.
 
     Returns:
         (1, S, S). Source: Zeiler and Fergus, arXiv 1311.2901.

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from medfocus.focus.crop import bounding_box
+from medfocus.images.geometry import Colour
 from medfocus.masks.candidates import connected
 
 MARK_COLOUR = (255, 0, 0)  # red marks attract CLIP's attention, arXiv 2304.06712
@@ -21,12 +22,12 @@ ARROW_LENGTH, ARROW_HEAD = 12, 4  # in mark widths; the head is as broad as it i
 DIRECTIONS = ((-1, 0), (0, -1), (1, 0), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, -1))
 
 
-def contour(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def contour(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
     """Draw a red line around the mask."""
     return _marked(image, _line_around(mask))
 
 
-def circle(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def circle(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
     """Draw the smallest red ellipse that encloses the mask and has the centre and proportions of its box."""
     top, bottom, left, right = bounding_box(mask)
     y = np.abs(np.arange(mask.shape[0])[:, None] - (top + bottom - 1) / 2)  # (H, 1) from the centre
@@ -36,7 +37,7 @@ def circle(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     return _marked(image, _line_around((y / down) ** 2 + (x / across) ** 2 <= farthest))
 
 
-def box(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def box(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
     """Draw a red rectangle around the mask's bounding box."""
     top, bottom, left, right = bounding_box(mask)
     inside = np.zeros_like(mask)
@@ -44,7 +45,7 @@ def box(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     return _marked(image, _line_around(inside))
 
 
-def arrow(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def arrow(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
     """Draw a red arrow at the mask's border that points at the centre of the mask's largest part.
 
     Of eight directions, choose the direction with space for the largest arrow. The arrow is 36 pixels long in

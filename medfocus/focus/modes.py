@@ -1,7 +1,8 @@
 """Apply visual prompts, which are functions of an image and its mask, such as x_s = x ⊙ m.
 
-The colour outside the mask is CLIP's mean colour, which is 0 after normalisation; black would be -1.8
-standard deviations. Soft edges lie outside the mask, so the region itself never changes.
+The colour outside the mask is by default the mean of CLIP's training images, which is 0 after normalisation.
+Black, the paper's x ⊙ m to the letter, is -1.8 standard deviations. Soft edges lie outside the mask, so the
+region itself never changes.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from PIL import Image, ImageFilter
 
 from medfocus.focus.crop import bounding_box
 from medfocus.focus.marks import arrow, box, circle, contour
+from medfocus.images.geometry import CLIP_MEAN, Colour
 from medfocus.masks.candidates import connected
 
-# The mean of CLIP's training images in 8 bits: 255 * (0.48145466, 0.4578275, 0.40821073).
-FILL = (123, 117, 104)
 # Distinct on grey and from each other: red, azure, yellow, magenta, green, orange.
 SEGMENT_COLOURS = ((230, 30, 40), (0, 140, 255), (250, 210, 0), (215, 60, 215), (40, 190, 70), (255, 130, 0))
 TINT = 0.35  # opacity of a tinted segment
 BLUR_SIGMA = 0.04  # of the longest side; keeps shapes and removes texture
 
 
-def focus(image: np.ndarray, mask: np.ndarray, mode: str, *, feather: float) -> np.ndarray:
+def focus(
+    image: np.ndarray, mask: np.ndarray, mode: str, *, feather: float, fill: Colour = CLIP_MEAN
+) -> np.ndarray:
     """Apply one of ``FOCUS`` to an image at its own resolution.
 
     An empty mask stands for the whole image, m = 1. A blank image would instead show that the image has no
@@ -36,6 +38,7 @@ def focus(image: np.ndarray, mask: np.ndarray, mode: str, *, feather: float) -> 
         mode: A key of FOCUS.
         feather: Width of the soft edge as a share of the image's longest side, in [0, 0.5]. "multiply",
             "inverse", "binary" and "blur" use it.
+        fill: The colour in place of what "multiply" and "inverse" hide.
 
     Returns:
         (H, W, 3) uint8; (H', W', 3) for "crop"; the image itself for "none".
@@ -50,28 +53,28 @@ def focus(image: np.ndarray, mask: np.ndarray, mode: str, *, feather: float) -> 
         raise ValueError(f"focus: the mask is {mask.dtype} {mask.shape}. Pass bool {image.shape[:2]}.")
     if not 0 <= feather <= 0.5:
         raise ValueError(f"focus: feather is {feather}. Use a share of the longest side in [0, 0.5].")
-    return FOCUS[mode](image, mask if mask.any() else np.ones_like(mask), feather)
+    return FOCUS[mode](image, mask if mask.any() else np.ones_like(mask), feather, fill)
 
 
-def none(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def none(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
     """Return the image itself, the baseline for every focus."""
     return image
 
 
-def multiply(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
-    """Show the image inside the mask and CLIP's mean colour outside: the paper's x ⊙ m."""
-    return _blend(image, Image.new("RGB", image.shape[1::-1], FILL), soft_edge(mask, feather))
+def multiply(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
+    """Show the image inside the mask and ``fill`` outside: the paper's x ⊙ m."""
+    return _blend(image, Image.new("RGB", image.shape[1::-1], fill), soft_edge(mask, feather))
 
 
-def inverse(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
-    """Show the background alone, x ⊙ (1 - m), as a control: the region has CLIP's mean colour.
+def inverse(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
+    """Show the background alone, x ⊙ (1 - m), as a control: the region has the colour ``fill``.
 
     The hole still shows the shape of the mask; "binary" measures the effect of the shape alone.
     """
-    return _blend(image, Image.new("RGB", image.shape[1::-1], FILL), 255 - soft_edge(mask, feather))
+    return _blend(image, Image.new("RGB", image.shape[1::-1], fill), 255 - soft_edge(mask, feather))
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def overlay(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
     """Tint each segment (connected part of the mask), the largest in red: the paper's Figure 1."""
     labels, count = connected(mask)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
@@ -82,32 +85,36 @@ def overlay(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
     return _blend(image, Image.fromarray(colour_of[labels]), tinted)
 
 
-def binary(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def binary(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
     """Show the shape of the mask alone, white on black."""
     return np.repeat(soft_edge(mask, feather)[:, :, None], 3, axis=2)
 
 
-def crop(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def crop(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
     """Cut out a square around the mask's bounding box (w, h), as far as it lies inside the image (W, H).
 
     Half of the square's side is max(0.5 w, 0.5 h, 0.2 W, 0.2 H).
     """
+    return image[crop_window(mask)].copy()
+
+
+def crop_window(mask: np.ndarray) -> tuple[slice, slice]:
+    """Return the rows and the columns that ``crop`` shows of a non-empty mask's image."""
     height, width = mask.shape
     top, bottom, left, right = bounding_box(mask)
     half = max(0.5 * (right - left), 0.5 * (bottom - top), 0.2 * width, 0.2 * height)
     y, x = (top + bottom) / 2, (left + right) / 2
-    rows = slice(max(0, math.floor(y - half)), math.ceil(y + half))
-    columns = slice(max(0, math.floor(x - half)), math.ceil(x + half))
-    return image[rows, columns].copy()
+    rows = slice(max(0, math.floor(y - half)), min(height, math.ceil(y + half)))
+    return rows, slice(max(0, math.floor(x - half)), min(width, math.ceil(x + half)))
 
 
-def blur(image: np.ndarray, mask: np.ndarray, feather: float) -> np.ndarray:
+def blur(image: np.ndarray, mask: np.ndarray, feather: float, fill: Colour) -> np.ndarray:
     """Show the image inside the mask and a blurred image outside, so that the region keeps its context."""
     blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(BLUR_SIGMA * max(mask.shape)))
     return _blend(image, blurred, soft_edge(mask, feather))
 
 
-FOCUS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+FOCUS: dict[str, Callable[[np.ndarray, np.ndarray, float, Colour], np.ndarray]] = {
     "none": none,
     "multiply": multiply,
     "inverse": inverse,

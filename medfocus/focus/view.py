@@ -1,16 +1,19 @@
-"""Make views, the input of the encoder, from an image and its mask by crop, focus and letterbox."""
+"""Make views, the input of the encoder, from an image and its mask by crop, focus and frame."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 import numpy as np
 
 from medfocus.clip.regions import REGIONS
 from medfocus.focus.crop import Crop, cut, keep_region
-from medfocus.focus.modes import FILL
 from medfocus.focus.modes import focus as apply_focus
 from medfocus.images import decode
-from medfocus.images.geometry import letterbox, letterbox_mask
+from medfocus.images.geometry import BLACK, Frame
 from medfocus.storage.fingerprint import fingerprint
+
+FILLS = ("mean", "black")
 
 
 def view(
@@ -18,41 +21,48 @@ def view(
     mask: np.ndarray | None,
     *,
     focus: str,
-    size: int,
+    frame: Frame,
     feather: float,
+    fill: str = "mean",
     crop: Crop | None = None,
 ) -> np.ndarray:
     """Make a view (S, S, C) uint8 from an image (H, W, 3) uint8 and a mask (H, W) bool.
 
     A focus in FOCUS makes three channels. A focus in REGIONS adds the region in further channels of the same
     frame: "alpha" and "attention" add the mask, 255 inside (C = 4), and "dual" adds the image with the focus
-    "multiply" (C = 6).
+    "multiply" (C = 6). If the frame cuts off the whole region, the region is the whole image.
 
     Args:
         image: RGB, at its own resolution.
         mask: True inside the region. It may be None for the focus "none".
         focus: A key of ``medfocus.focus.modes.FOCUS`` or ``medfocus.clip.regions.REGIONS``.
-        size: S, pixels per side. The longest side of the image fills it; the rest has CLIP's mean colour.
+        frame: The encoder's input, ``ClipEncoder.frame``.
         feather: Width of the soft edge as a share of the longest side of the crop.
+        fill: One of FILLS, the colour in place of what the focus hides: CLIP's mean colour or black.
         crop: A result of ``crop_box``; None is the whole image. If the crop keeps less than half of the mask,
             the view shows the whole image, mirrored if the crop is mirrored.
 
-    Raises ValueError for a missing mask, and as ``medfocus.focus.modes.focus`` does.
+    Raises ValueError for a missing mask or an unknown fill, and as ``medfocus.focus.modes.focus`` does.
     """
+    if fill not in FILLS:
+        raise ValueError(f"views: fill is {fill!r}. Use one of {', '.join(FILLS)}.")
     if focus == "none":
-        return _focused_view(image, None, focus, size, feather, crop)
+        return frame.image(image if crop is None else cut(image, crop))
     if mask is None:
         raise ValueError(f"focus '{focus}' needs a mask, and this image has none. Make its mask first.")
-    if focus not in REGIONS:
-        crop = crop and keep_region(crop, mask)
-        return _focused_view(image, mask, focus, size, feather, crop)
-    mask = mask if mask.any() else np.ones_like(mask)
-    crop = crop and keep_region(crop, mask)
-    raw = _focused_view(image, None, "none", size, feather, crop)  # (S, S, 3)
-    if REGIONS[focus].has_focused_image:
-        return np.concatenate([raw, _focused_view(image, mask, "multiply", size, feather, crop)], axis=2)
-    inside = letterbox_mask(mask if crop is None else cut(mask, crop), size)  # (S, S) in [0, 1]
-    return np.concatenate([raw, np.rint(255 * inside).astype(np.uint8)[..., None]], axis=2)
+    if focus in REGIONS and not mask.any():
+        mask = np.ones_like(mask)
+    if crop is not None:
+        crop = keep_region(crop, mask)
+        image, mask = cut(image, crop), cut(mask, crop)
+    if frame.resize == "shortest" and focus != "crop" and not frame.mask(mask).any():
+        mask = np.ones_like(mask)
+    if focus in REGIONS and not REGIONS[focus].has_focused_image:
+        inside = np.rint(255 * frame.mask(mask)).astype(np.uint8)  # (S, S)
+        return np.concatenate([frame.image(image), inside[..., None]], axis=2)
+    mode, colour = "multiply" if focus in REGIONS else focus, frame.mean if fill == "mean" else BLACK
+    focused = frame.image(apply_focus(image, mask, mode, feather=feather, fill=colour))
+    return np.concatenate([frame.image(image), focused], axis=2) if focus in REGIONS else focused
 
 
 def visible(view: np.ndarray) -> np.ndarray:
@@ -60,16 +70,6 @@ def visible(view: np.ndarray) -> np.ndarray:
     return view[..., -3:] if view.shape[2] == 6 else view[..., :3]
 
 
-def _focused_view(
-    image: np.ndarray, mask: np.ndarray | None, focus: str, size: int, feather: float, crop: Crop | None
-) -> np.ndarray:
-    """Return the view (S, S, 3) uint8 of one image, without a focus if ``mask`` is None."""
-    if crop is not None:
-        image, mask = cut(image, crop), None if mask is None else cut(mask, crop)
-    focused = image if mask is None else apply_focus(image, mask, focus, feather=feather)
-    return letterbox(focused, size, FILL)
-
-
-def view_key(*, focus: str, size: int, feather: float) -> str:
+def view_key(*, focus: str, frame: Frame, feather: float, fill: str = "mean") -> str:
     """Return the key of views in caches, from their settings and all code from the image file to the view."""
-    return fingerprint(view, decode, focus=focus, size=size, feather=feather)
+    return fingerprint(view, decode, focus=focus, frame=asdict(frame), feather=feather, fill=fill)

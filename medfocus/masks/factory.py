@@ -57,4 +57,4 @@ def build_sam2(settings: Sam2Settings, *, batch_size: int = 4, device: str = "cp
     from medfocus.masks.sam2.segmenter import load_sam2
 
     sam2 = load_sam2(settings, batch_size=batch_size, device=device)
-    return FastSegmenter(sam2) if settings.image_size >= LEAST_SIZE and fits(sam2) else sam2
+    return FastSegmenter(sam2) if sam2.model.image_size >= LEAST_SIZE and fits(sam2) else sam2

@@ -39,7 +39,7 @@ class Sam2Settings:
 
     config: str  # see ``load_predictor``
     checkpoint: str  # see ``load_predictor``
-    image_size: int  # pixels per side that the model sees
+    image_size: int | None  # pixels per side that the model sees; None: as in the configuration
     strategy: str  # one of STRATEGIES
     points_per_side: int = 4  # of the strategies "automatic" and "grid"
     keep: int = 1  # distinct regions that a mask unites: 2 for the lungs of a chest X-ray

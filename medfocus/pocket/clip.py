@@ -23,9 +23,9 @@ from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import TEMPLATES
 from medfocus.focus.crop import Crop, cut
-from medfocus.focus.modes import crop as region_crop
+from medfocus.focus.modes import crop_window
 from medfocus.focus.view import view
-from medfocus.images.geometry import letterbox_mask
+from medfocus.images.geometry import Frame
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import Drawn, Pool
 
@@ -136,15 +136,15 @@ def show(
     elif mode == "multiply":
         regions = [region & mask for region in regions]
     elif mode == "crop":
-        regions = [region_crop(region, mask, FEATHER) for region in regions]
+        regions = [region[crop_window(mask)] for region in regions]
 
     outlines = np.zeros((_OUTLINED, grid, grid), np.float32)
     for name, region in zip(drawn.facts.regions, regions, strict=True):
-        part = Image.fromarray(letterbox_mask(region, size).astype(np.uint8) * np.uint8(255))
+        part = Image.fromarray(Frame(size).mask(region).astype(np.uint8) * np.uint8(255))
         outlines[ANATOMY[name]] += (
             np.asarray(part.resize((grid, grid), Image.Resampling.BOX), np.float32) / 255
         )
-    return view(image, mask, focus=mode, size=size, feather=FEATHER), outlines.clip(0, 1)
+    return view(image, mask, focus=mode, frame=Frame(size), feather=FEATHER), outlines.clip(0, 1)
 
 
 def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

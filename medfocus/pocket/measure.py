@@ -97,7 +97,7 @@ def measure_zero_shot(weights_file: Path, sam2_file: Path, per_class: int) -> di
         figures[modality] = {"chance": round(1 / len(labels), 3)}
         for focus in FOCUSES:
             views = [
-                view(image, mask, focus=focus, size=clip.image_size, feather=FEATHER)
+                view(image, mask, focus=focus, frame=clip.frame, feather=FEATHER)
                 for image, mask in zip(images, masks, strict=True)
             ]
             best = (_encoded(clip, np.stack(views)) @ texts.T).argmax(1).numpy()

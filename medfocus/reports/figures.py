@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from medfocus.images.contact_sheet import montage
-from medfocus.images.geometry import letterbox, letterbox_mask
+from medfocus.images.geometry import BLACK, Frame
 from medfocus.images.png import encode_png
 from medfocus.reports.rows import StudyRow, blocks_of, intervals_of, metric_name, percent_text
 
@@ -215,8 +215,9 @@ def mask_sheet(
     """Draw a contact sheet of images (H, W, 3) uint8 with the contours of regions (H, W) bool."""
     tiles = []
     for image, region in zip(images, regions, strict=True):
-        tile = letterbox(image, _TILE, (0, 0, 0))
-        inside = Image.fromarray(letterbox_mask(region, _TILE) > 0.5).convert("L")
+        frame = Frame(_TILE, padding=BLACK)
+        tile = frame.image(image)
+        inside = Image.fromarray(frame.mask(region) > 0.5).convert("L")
         rim = np.asarray(inside.filter(ImageFilter.MaxFilter(3))) > np.asarray(
             inside.filter(ImageFilter.MinFilter(3))
         )

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from medfocus.evaluation.comparison import Difference
 from medfocus.evaluation.metrics import Interval, mean_interval
-from medfocus.images.geometry import letterbox
+from medfocus.images.geometry import BLACK, Frame
 from medfocus.images.png import data_url, encode_png
 from medfocus.reports import figures
 from medfocus.reports.controls import CONTROLS
@@ -316,7 +316,7 @@ def _cost(cost: Cost) -> dict[str, Any]:
 
 
 def _tile(image: np.ndarray) -> bytes:
-    return encode_png(letterbox(image, _TILE, (0, 0, 0)))
+    return encode_png(Frame(_TILE, padding=BLACK).image(image))
 
 
 def _same(a: str, b: str) -> bool:

@@ -34,6 +34,17 @@ def method_settings(name: str) -> dict[str, Any]:
     return default_params()["methods"][name]
 
 
+def changed_settings(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's hyperparameters with ``changes``. Raises ValueError for one that it does not have."""
+    known = method_settings(name)
+    if unknown := sorted(changes.keys() - known.keys()):
+        raise ValueError(
+            f"MedFocusCLIP: settings has {unknown[0]!r}, which {name} does not have. It has "
+            f"{', '.join(known) or 'no settings'}."
+        )
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in {**known, **changes}.items()}
+
+
 def segmenter_settings(kind: str, modality: str, changes: Mapping[str, Any]) -> SegmenterSettings:
     """Return a segmenter's settings for a modality, from params.yaml with ``changes``."""
     masks = default_params()["masks"]

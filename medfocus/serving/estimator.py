@@ -19,12 +19,13 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from torch import Tensor
 
 from medfocus.clip import features
+from medfocus.clip.build import RESIZES
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.explain.explain import explain, on_image
 from medfocus.focus.crop import crop_box
 from medfocus.focus.modes import FOCUS
-from medfocus.focus.view import view
+from medfocus.focus.view import FILLS, view
 from medfocus.learning import fitting
 from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.learning.selection import LearningRates
@@ -70,8 +71,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     focus : str, default="crop"
         The visual prompt: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha" or "dual". With
         "none", images are not segmented.
-    clip, pretrained : str, default="pocket"
-        See ``medfocus.clip.build.build_clip``. The default is small and trained on phantoms.
+    clip, pretrained, resize : str
+        See ``medfocus.clip.build.build_clip``. The default, "pocket", is small and trained on phantoms.
     segmenter : {"sam2", "otsu"}, default="sam2"
         The segmenter of the masks.
     segmenter_settings : dict or None, default=None
@@ -86,8 +87,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         Random crops of each training image, in addition to the image, for methods that train on views.
     flip : bool, default=False
         Whether to mirror half of the crops. Do not mirror chest X-rays: the heart's side is a finding.
-    feather, attention_bias : float
-        See ``medfocus.focus.modes.focus`` and ``medfocus.clip.encoder.ClipEncoder.with_region``.
+    feather, attention_bias, fill
+        See ``medfocus.focus.view.view`` and ``medfocus.clip.encoder.ClipEncoder.with_region``.
     batch_size : int, default=64
         Views in a batch of the image encoder.
     cache : path or None, default=None
@@ -113,6 +114,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         focus: str = "crop",
         clip: str = "pocket",
         pretrained: str = "pocket",
+        resize: str = "letterbox",
         segmenter: str = "sam2",
         segmenter_settings: Mapping[str, Any] | None = None,
         modality: str = "other",
@@ -122,6 +124,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         flip: bool = False,
         feather: float = 0.01,
         attention_bias: float = 2.0,
+        fill: str = "mean",
         batch_size: int = 64,
         cache: str | os.PathLike[str] | None = None,
         device: str = "cpu",
@@ -132,6 +135,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         self.focus = focus
         self.clip = clip
         self.pretrained = pretrained
+        self.resize = resize
         self.segmenter = segmenter
         self.segmenter_settings = segmenter_settings
         self.modality = modality
@@ -141,6 +145,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         self.flip = flip
         self.feather = feather
         self.attention_bias = attention_bias
+        self.fill = fill
         self.batch_size = batch_size
         self.cache = cache
         self.device = device
@@ -200,9 +205,11 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         check_consistent_length(images, together)
         self.classes_ = classes
         self._build(settings)
-        method = METHODS[self.method](self.encoder_, **_first_rate(settings))
+        kind, rates = METHODS[self.method], _rates(settings)
+        first = {"lr": rates[0]} if rates else {}  # of several learning rates
+        method: Method = kind(self.encoder_, **{**settings, **first})
         method.check_towers(f"MedFocusCLIP: {self.method} with the focus {self.focus!r}")
-        views = 1 + self.augmented if method.takes_views else 1
+        views = 1 + self.augmented if kind.takes_views else 1
         prompts = text_prompts(self._class_names(), self.modality, self.templates)
         support = Support(
             self._inputs(method, images, self._masks(images), views),
@@ -212,7 +219,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             self._class_names(),
             tuple(map(tuple, prompts)),
         )
-        rates = _rates(settings)
         selection = defaults.default_params()["learning_rates"]
         candidates = LearningRates(rates, **selection) if len(rates) > 1 else None
         self.method_: Method = fitting.fit(method, support, candidates, _seed(self.random_state))
@@ -249,7 +255,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             raise ValueError(f"explain: {label!r} is not one of the classes. Give one of {known}.")
         target = torch.from_numpy(place)
         maps, way = explain(self.method_, self.encoder_, torch.from_numpy(view)[None], target)
-        heat = on_image(maps[0].numpy(), mask.region, self.focus)
+        heat = on_image(maps[0].numpy(), mask.region, self.focus, self.encoder_.frame)
         return Explanation(label, mask.region, mask.status, view[..., :3].copy(), heat, way)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -278,6 +284,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
                 encoder=self.encoder_,
                 segmenter=self.segmenter_ or self._segmenter(),
                 feather=self.feather,
+                fill=self.fill,
             )
         seed = self.random_state if isinstance(self.random_state, int) else None
         cache = None if self.cache is None else os.fspath(self.cache)
@@ -309,22 +316,18 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             ("method", self.method, METHODS),
             ("focus", self.focus, modes),
             ("segmenter", self.segmenter, SETTINGS),
+            ("resize", self.resize, RESIZES),
+            ("fill", self.fill, FILLS),
         ):
             if value not in known:
                 raise ValueError(f"MedFocusCLIP: {name} is {value!r}; use one of {', '.join(known)}.")
         for name, value, least in (("augmented", self.augmented, 0), ("batch_size", self.batch_size, 1)):
             if value < least:
                 raise ValueError(f"MedFocusCLIP: {name} is {value}; use {least} or more.")
-        known, changes = defaults.method_settings(self.method), dict(self.settings or {})
-        if unknown := sorted(changes.keys() - known.keys()):
-            raise ValueError(
-                f"MedFocusCLIP: settings has {unknown[0]!r}, which {self.method} does not have. It has "
-                f"{', '.join(known) or 'no settings'}."
-            )
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in {**known, **changes}.items()}
+        return defaults.changed_settings(self.method, self.settings or {})
 
     def _build(self, settings: Mapping[str, Any]) -> None:
-        encoder = shared_clip(self.clip, self.pretrained, self.device)
+        encoder = shared_clip(self.clip, self.pretrained, self.resize, self.device)
         describes = bool(settings.get("segmenter_grid"))
         self.segmenter_ = self._segmenter() if self.focus != "none" or describes else None
         if describes:
@@ -358,8 +361,9 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             image.pixels,
             None if mask is None or self.focus == "none" else mask.region,
             focus=self.focus,
-            size=self.encoder_.image_size,
+            frame=self.encoder_.frame,
             feather=self.feather,
+            fill=self.fill,
             crop=crop_box(image.sha256, number, mirror=self.flip),
         )
 
@@ -384,12 +388,6 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
 def _rates(settings: Mapping[str, Any]) -> tuple[float, ...]:
     lr = settings.get("lr", ())
     return lr if isinstance(lr, tuple) else (lr,)
-
-
-def _first_rate(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with the first of several learning rates."""
-    rates = _rates(settings)
-    return {**settings, "lr": rates[0]} if rates else dict(settings)
 
 
 def _seed(random_state: int | np.random.RandomState | None) -> int:

@@ -3,7 +3,8 @@
 ``cell.safetensors``
     The fitted method, see ``checkpoint``.
 ``clip/``
-    CLIP's weights and configuration, in open_clip's layout.
+    CLIP's weights and configuration, in open_clip's layout; with the configuration of a text tower of Hugging
+    Face.
 ``alpha.safetensors``
     The channel of Alpha-CLIP's weights, if the focus "alpha" uses them; ``clip/`` then has their image
     encoder.
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medfocus.clip.regions import channel_weights, plain_weights
+from medfocus.images.geometry import Frame
 from medfocus.masks.factory import build_segmenter
 from medfocus.masks.segmenter import Segmenter
 from medfocus.masks.settings import OtsuSettings, Sam2Settings
@@ -53,6 +55,7 @@ def save_model(
     encoder: ClipEncoder,
     segmenter: Segmenter,
     feather: float,
+    fill: str,
 ) -> None:
     """Write all files of a model to ``folder``, and replace the model that the folder holds.
 
@@ -62,6 +65,7 @@ def save_model(
         encoder: The CLIP that the method was fitted on.
         segmenter: The segmenter of the training images.
         feather: The feather of the views.
+        fill: The fill of the views, see ``medfocus.focus.view.view``.
 
     Raises:
         ValueError: The checkpoint was fitted on another CLIP.
@@ -95,6 +99,9 @@ def save_model(
     if channel := channel_weights(encoder.model):
         save_file(_stored(channel), unfinished / _ALPHA)
     _write_json(unfinished / _CLIP / "open_clip_config.json", encoder.config)
+    if encoder.config["model_cfg"]["text_cfg"].get("hf_model_name"):
+        model: Any = encoder.model
+        model.text.config.save_pretrained(unfinished / _CLIP)  # config.json
     content = {
         **_write_segmenter(segmenter, unfinished),
         "clip": encoder.name,
@@ -103,9 +110,10 @@ def save_model(
         "classes": header.classes,
         "focus": header.focus,
         "feather": feather,
+        "fill": fill,
         "region": encoder.region.name,
         "attention_bias": encoder.region.attention_bias,
-        "view_size": encoder.image_size,
+        "frame": asdict(encoder.frame),
         "versions": {package: version(package) for package in _PACKAGES},
     }
     _write_json(unfinished / _CONTENT, content)
@@ -159,7 +167,9 @@ def load_model(folder: Path) -> Predictor:
             f"{folder} is not a model folder: serve.json is missing. "
             "Give a folder that medfocus.serving.model_folder.save_model wrote."
         ) from error
-    encoder = build_clip(f"local-dir:{folder / _CLIP}", "")
+    # The checkpoint has the class texts, so no tokenizer is needed.
+    encoder = build_clip(f"local-dir:{folder / _CLIP}", "", texts=False)
+    encoder = replace(encoder, frame=_frame(content["frame"]))
     segmenter = _load_segmenter(
         folder, content["segmenter"], content["segmenter_settings"], encoder, content["retrieved"]
     )
@@ -170,13 +180,17 @@ def load_model(folder: Path) -> Predictor:
         encoder,
         name=content["clip"],
         key=content["clip_key"],  # the saved configuration has another form, so its key would differ
-        tokenizer=None,  # the checkpoint has the class texts, so no tokenizer is needed
         segmenter=segmenter.sam2,
     )
     method, header = checkpoint.load(folder / _CELL, encoder)
     return Predictor(
-        method, segmenter, header.classes, header.focus, content["feather"], content["view_size"]
+        method, segmenter, header.classes, header.focus, content["feather"], content["fill"], encoder.frame
     )
+
+
+def _frame(content: Mapping[str, Any]) -> Frame:
+    """Return the frame of a JSON object, which has lists in place of tuples."""
+    return Frame(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -13,9 +13,9 @@ from medfocus.masks.settings import SegmenterSettings
 from medfocus.serving.defaults import default_params
 
 
-def shared_clip(clip: str, pretrained: str, device: str) -> ClipEncoder:
+def shared_clip(clip: str, pretrained: str, resize: str, device: str) -> ClipEncoder:
     """Return this thread's CLIP."""
-    return _clip(clip, pretrained, device, threading.get_ident())
+    return _clip(clip, pretrained, resize, device, threading.get_ident())
 
 
 def shared_segmenter(settings: SegmenterSettings, device: str) -> Segmenter:
@@ -24,8 +24,8 @@ def shared_segmenter(settings: SegmenterSettings, device: str) -> Segmenter:
 
 
 @lru_cache(maxsize=4)
-def _clip(clip: str, pretrained: str, device: str, thread: int) -> ClipEncoder:
-    return build_clip(clip, pretrained, device)
+def _clip(clip: str, pretrained: str, resize: str, device: str, thread: int) -> ClipEncoder:
+    return build_clip(clip, pretrained, device, resize=resize)
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ from medfocus.evaluation.metrics import softmax
 from medfocus.focus.modes import focus as apply_focus
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.images.geometry import Frame
 from medfocus.images.png import encode_png
 from medfocus.masks.segmenter import Segmenter
 
@@ -44,7 +45,8 @@ class Predictor:
     classes: tuple[str, ...]
     focus: str
     feather: float
-    view_size: int  # pixels a side of a view
+    fill: str  # of ``medfocus.focus.view.view``
+    frame: Frame  # of the views
 
     def predict(self, images: Sequence[bytes], overlay: bool = True) -> list[Prediction]:
         """Predict encoded images, as the evaluation does.
@@ -82,7 +84,7 @@ class Predictor:
 
     def view(self, image: np.ndarray, region: np.ndarray) -> np.ndarray:
         """Return CLIP's view (S, S, C) uint8 of an image (H, W, 3) uint8 with a region (H, W) bool."""
-        return view(image, region, focus=self.focus, size=self.view_size, feather=self.feather)
+        return view(image, region, focus=self.focus, frame=self.frame, feather=self.feather, fill=self.fill)
 
     def probabilities(self, views: np.ndarray) -> np.ndarray:
         """Return the probabilities (N, K) of views (N, S, S, C) uint8, in the order of ``classes``."""

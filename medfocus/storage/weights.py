@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+_DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".tar")
 
 
@@ -31,8 +33,11 @@ def resolve(name: str, *, hub_id: str | None, filename: str | Sequence[str] | No
         return local
     names = [filename] if isinstance(filename, str) else list(filename or [])
     if hub_id is None or not names or (name not in names and _is_path(name)):
-        fault = "is a folder, not a file" if local.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{what}: the file '{name}' {fault}. Put it there or give another path.")
+        if local.is_dir():
+            raise FileNotFoundError(f"{what}: '{name}' is a folder, not a file. Give the path of a file.")
+        raise FileNotFoundError(
+            f"{what}: the file '{name}' does not exist. Put it there or give another path."
+        )
 
     import huggingface_hub
     from huggingface_hub import constants
@@ -63,7 +68,7 @@ def resolve(name: str, *, hub_id: str | None, filename: str | Sequence[str] | No
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
-    """Load the tensors of a checkpoint to the CPU, from safetensors or a pickle that holds only tensors.
+    """Load the tensors of safetensors, a pickle of tensors or a TorchScript archive to the CPU.
 
     Weights under "state_dict" or "model" are unwrapped, and the prefix "module." of data-parallel training is
     removed. No code in the file is ever run.
@@ -71,6 +76,10 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     Raises ValueError if the file is damaged, holds anything other than named tensors, or is a pickle that
     needs more than ``torch.load(weights_only=True)`` allows.
     """
+    if path.suffix == ".npz":
+        raise ValueError(
+            f"{path}: is an archive of NumPy. Use the same model's weights as safetensors or .pt."
+        )
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -136,16 +145,19 @@ def _read_safetensors(path: Path) -> object:
 def _unpickle(path: Path) -> object:
     import torch
 
+    from medfocus.storage import torchscript
+
     try:
+        if torchscript.is_torchscript(path):
+            return torchscript.tensors(path)
         with warnings.catch_warnings():
             # torch reads a newer protocol, or raises an error that is handled below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
-        needed = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
-        if needed:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, *_DAMAGED) as error:
+        if needed := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{path}: needs {needed[1] or needed[2]} in addition to tensors, so opening it could run any "
+                f"{path}: needs {needed[1]} in addition to tensors, so opening it could run any "
                 "code. If you trust its source, save its state_dict() as safetensors."
             ) from error
         reason = "not a pickle of tensors" if isinstance(error, pickle.UnpicklingError) else _reason(error)

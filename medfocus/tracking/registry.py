@@ -265,7 +265,7 @@ def _log_model(
             signature=ModelSignature(Schema([image]), Schema(outputs), ParamSchema([overlay])),
             input_example=pd.DataFrame({"image": [example]}),
             # Without this list, MLflow loads the model and asks a package index to infer it.
-            pip_requirements=[f"{package}=={version}" for package, version in installed(_SERVED_WITH)],
+            pip_requirements=_requirements(Path(folder, _MODEL_ARTIFACT)),
         )
         for file, text in (cards(Path(folder, _MODEL_ARTIFACT)) if cards else {}).items():
             path = Path(folder, "pyfunc", file)  # next to the file MLmodel, where no code reads it
@@ -278,6 +278,13 @@ def _log_model(
     if run_id is not None:
         store.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return logged.model_id
+
+
+def _requirements(model_folder: Path) -> list[str]:
+    """Return the packages that serve a model, at their versions here."""
+    text_tower = (model_folder / "clip" / "config.json").is_file()  # of Hugging Face
+    packages = (*_SERVED_WITH, "transformers") if text_tower else _SERVED_WITH
+    return [f"{package}=={version}" for package, version in installed(packages)]
 
 
 def _create_version(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 SIZE_STEP = 32  # pixels: windows of 8 patches of 4 pixels
+_SAM2_SIZE = 512  # pixels per side, by default in the sam2 package
+_FAR = 2  # factor between the size of an image and the size in training that gives a warning
 
 # The modules that segment images. The others serve video and may be missing from a checkpoint.
 IMAGE_MODULES = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
@@ -34,7 +36,7 @@ _SIZE_LETTERS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 
 
 def load_predictor(
-    config: str, checkpoint: str, image_size: int, *, device: str = "cpu"
+    config: str, checkpoint: str, image_size: int | None, *, device: str = "cpu"
 ) -> tuple[SAM2ImagePredictor, str]:
     """Build SAM2's image predictor; return it, and a key of its weights and configuration.
 
@@ -44,8 +46,8 @@ def load_predictor(
         checkpoint: "pocket" for the packaged weights, a local path, a hub id such as
             "facebook/sam2.1-hiera-tiny", or "random:SEED". Random weights are untrained: they serve timing
             and tests, and their masks are meaningless.
-        image_size: Pixels per side that the model sees, a multiple of 32. It replaces the image size of
-            the configuration.
+        image_size: Pixels per side that the model sees, a multiple of 32; None for the configuration's. A
+            size far from the configuration's, at which the weights were trained, gives a warning.
         device: Device of the model. It does not change the key.
 
     Raises:
@@ -53,21 +55,18 @@ def load_predictor(
         ValueError: The image size is not a multiple of 32, the checkpoint does not fit the configuration, or
             the configuration names anything but modules of the sam2 package (refused before any call).
     """
+    image_size = image_size or trained_size(config)
     if image_size < SIZE_STEP or image_size % SIZE_STEP:
         near = max(SIZE_STEP, round(image_size / SIZE_STEP) * SIZE_STEP)
         raise ValueError(
             f"image_size is {image_size}; SAM2 takes multiples of {SIZE_STEP} pixels. Use {near}."
         )
     seed, state = 0, None
-    if checkpoint.startswith("random:"):
-        if not checkpoint.removeprefix("random:").isdigit():
-            raise ValueError(f"checkpoint is {checkpoint!r}. For random weights use random:0, random:1, ...")
+    path = locate(checkpoint)
+    if path is None:
         seed = int(checkpoint.removeprefix("random:"))
     else:
-        hub_id = checkpoint if checkpoint.count("/") == 1 else None
-        hub_name = checkpoint.rpartition("/")[2].replace("-", "_") + ".pt"  # as in facebook/sam2.1-hiera-*
-        name = str(_packaged("data/sam2_pocket.safetensors")) if checkpoint == "pocket" else checkpoint
-        path = weights.resolve(name, hub_id=hub_id, filename=hub_name, what="masks.checkpoint (SAM2)")
+        warn_of_size(config, image_size)
         state = weights.load(path)
 
     from hydra.utils import instantiate
@@ -94,17 +93,61 @@ def load_predictor(
     return predictor, "\n".join(parts)
 
 
-def _read_config(config: str, image_size: int) -> DictConfig:
-    """Read a configuration and return the settings of its model for ``image_size``, without video."""
+def locate(checkpoint: str) -> Path | None:
+    """Find the file of a checkpoint, or return None for random weights; see ``load_predictor``."""
+    if checkpoint.startswith("random:"):
+        if not checkpoint.removeprefix("random:").isdigit():
+            raise ValueError(f"checkpoint is {checkpoint!r}. For random weights use random:0, random:1, ...")
+        return None
+    if checkpoint == "pocket":
+        return _packaged("data/sam2_pocket.safetensors")
+    hub_id = checkpoint if checkpoint.count("/") == 1 else None
+    hub_name = checkpoint.rpartition("/")[2].replace("-", "_") + ".pt"  # as in facebook/sam2.1-hiera-*
+    return weights.resolve(checkpoint, hub_id=hub_id, filename=hub_name, what="masks.checkpoint (SAM2)")
+
+
+def trained_size(config: str) -> int:
+    """Return the image size of a configuration, at which its published weights were trained."""
+    return int(_read_model(config)[1].get("image_size", _SAM2_SIZE))
+
+
+def size_fault(config: str, image_size: int | None) -> str:
+    """Return a sentence if an image size is far from the size of the configuration, else ""."""
+    trained = trained_size(config)
+    if not image_size or trained / _FAR <= image_size <= trained * _FAR:
+        return ""
+    return (
+        f"masks.image_size is {image_size}, but the weights of the configuration {config} were trained at "
+        f"{trained} px, so expect poor masks"
+    )
+
+
+def warn_of_size(config: str, image_size: int | None) -> None:
+    """Warn once in a process if an image size is far from the size of the configuration."""
+    if fault := size_fault(config, image_size):
+        # One place in the code warns, so Python shows an equal warning once.
+        warnings.warn(f"{fault}. Set it to null for {trained_size(config)} px.", stacklevel=1)
+
+
+def _read_model(config: str) -> tuple[DictConfig, DictConfig]:
+    """Read a configuration; return its content and, in it, the settings of its model."""
     from omegaconf import DictConfig, OmegaConf
 
     content = OmegaConf.load(config_path(config))
     model = content.get("model") if isinstance(content, DictConfig) else None
-    if not isinstance(model, DictConfig) or "_target_" not in model:
+    if not isinstance(content, DictConfig) or not isinstance(model, DictConfig) or "_target_" not in model:
         raise ValueError(
             f"SAM2 config {config!r} has no section 'model' with a '_target_'. "
             "Start from one of the sam2 package's configs/."
         )
+    return content, model
+
+
+def _read_config(config: str, image_size: int) -> DictConfig:
+    """Read a configuration and return the settings of its model for ``image_size``, without video."""
+    from omegaconf import OmegaConf
+
+    content, model = _read_model(config)
     model.image_size = image_size
     model.memory_attention = None
     model.memory_encoder = None
@@ -188,6 +231,11 @@ def _load_image_modules(model: SAM2Base, state: dict[str, torch.Tensor], place: 
         for k, shape in wanted.items()
         if k in tensors and tensors[k].shape != shape
     ]
+    if faults and any(key.startswith("vision_encoder.") for key in state):
+        raise ValueError(
+            f"{place} is in the format of the package transformers, not of sam2. Use the .pt file of the "
+            "same repository, such as sam2.1_hiera_tiny.pt."
+        )
     if faults:
         raise ValueError(
             f"{place} does not fit the config {config!r}: {len(faults)} of {len(wanted)} tensors differ "

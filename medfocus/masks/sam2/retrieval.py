@@ -8,14 +8,14 @@ retrieved proposals themselves form the mask, as with the other strategies.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from medfocus.images.geometry import letterbox
+from medfocus.images.geometry import BLACK, Frame
 from medfocus.masks import candidates
 from medfocus.masks.sam2.segmenter import EncodedImages, Rung, Sam2Segmenter, finite
 from medfocus.masks.segmenter import Mask, segmenter_key
@@ -47,8 +47,8 @@ class Clip(Protocol):
         ...
 
     @property
-    def image_size(self) -> int:
-        """Return S, the pixels per side."""
+    def frame(self) -> Frame:
+        """Return the frame of the views."""
         ...
 
     def preprocess(self, views: np.ndarray) -> torch.Tensor:
@@ -82,8 +82,9 @@ class TextRank:
         return cls(clip, text, fingerprint(*code, clip=clip.key, texts=list(texts)))
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return cosines (M,) in [-1, 1] of M crops (h, w, 3) uint8 RGB, letterboxed on black."""
-        views = np.stack([letterbox(p, self.clip.image_size, (0, 0, 0)) for p in images])
+        """Return cosines (M,) in [-1, 1] of M crops (h, w, 3) uint8 RGB, padded with black."""
+        frame = replace(self.clip.frame, padding=BLACK)
+        views = np.stack([frame.image(image) for image in images])
         features = self.clip.encode_images(self.clip.preprocess(views))  # (M, D)
         return (features @ self.text).cpu().numpy()
 
