@@ -76,6 +76,7 @@ def model() -> ModelFacts:
         focus="crop",
         support="20%",
         seed=3,
+        schedule="published",
         learned_from={"cyst": 3, "solid": 25},
         settings={"epochs": 5},
         parts={"CLIP": "pocket; sha256 aa"},

@@ -144,7 +144,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def settings_of(name: str) -> dict[str, Any]:
     """A method's hyperparameters, with tuples in place of YAML's lists."""
-    settings = {**defaults.method_settings(name), **SMALL.get(name, {})}
+    settings = {**defaults.method_settings(name, "small"), **SMALL.get(name, {})}
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 

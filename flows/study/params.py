@@ -15,6 +15,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from medfocus.learning.schedules import extended, scheduled
 from medfocus.storage.tables import COLUMNS
 
 Modality = Literal["chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "other"]
@@ -49,6 +50,7 @@ class StudyParams:
     shots: tuple[Positive, ...]  # images per class
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]  # one support set per seed
     only: dict[str, OnlyParams]  # method -> its part of percents, shots and seeds
+    schedule: Literal["published", "small"]  # small: the values in a method's section ``small`` apply
 
     @model_validator(mode="after")
     def _has_a_support(self) -> StudyParams:
@@ -174,6 +176,11 @@ class ClipParams:
     model: str  # "pocket", an open_clip model name, or an hf-hub: id
     pretrained: str  # "random:SEED", a pretrained tag, or a checkpoint path
 
+    @property
+    def embedded(self) -> bool:
+        """True for the small CLIP that the package contains."""
+        return self.model == "pocket"
+
 
 @dataclass(frozen=True, config=_strict)
 class LearningRatesParams:
@@ -278,14 +285,19 @@ class Params:
         """Return the method and the hyperparameters behind a name in the section methods.
 
         A section with ``like`` is another row of that method, and inherits the hyperparameters that it omits.
+        With the schedule "small", the values in the section's ``small`` replace its others.
         """
         settings = dict(self.methods[name])
         kind = settings.pop("like", name)
-        return kind, settings if kind == name else {**self.methods[kind], **settings}
+        if kind != name:
+            settings = extended(self.methods[kind], settings)
+        return kind, scheduled(settings, self.study.schedule)
 
     @model_validator(mode="after")
     def _names_agree(self) -> Params:
         for name, section in self.methods.items():
+            if not isinstance(small := section.get("small", {}), dict):
+                raise ValueError(f"methods.{name}.small is {small!r}; give hyperparameters, or remove it")
             kind = section.get("like", name)
             if kind not in self.methods or ("like" in self.methods[kind] and kind != name):
                 kinds = ", ".join(n for n, s in self.methods.items() if "like" not in s)
@@ -350,7 +362,10 @@ def read_content(path: Path) -> dict[str, Any]:
         if name in ("datasets", "phantoms") or not mappings:
             continue
         if name == "methods":
-            extension = {key: {**section.get(key, {}), **value} for key, value in extension.items()}
+            extension = {
+                key: extended(section.get(key, {}), value) if isinstance(value, dict) else value
+                for key, value in extension.items()
+            }
         content[name] = {**section, **extension}
     return content
 

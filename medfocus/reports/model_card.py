@@ -33,6 +33,7 @@ class ModelFacts:
     focus: str
     support: str  # "20%", "16-shot"
     seed: int
+    schedule: str  # of the settings, "published" or "small"
     learned_from: Mapping[str, int]  # class -> training images
     settings: Mapping[str, object]
     parts: Mapping[str, str]  # CLIP, segmenter, ... -> name and digest of the weights
@@ -72,6 +73,7 @@ def model_card(model: ModelFacts, data: DatasetFacts) -> str:
                 ("focus", model.focus),
                 ("support", f"{model.support} of train, {images} images, draw {model.seed}"),
                 ("validation", validated),
+                ("schedule", model.schedule),
                 *model.parts.items(),
                 *((f"`{name}`", f"`{value}`") for name, value in sorted(model.settings.items())),
             ],

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from medfocus.learning.schedules import scheduled
 from medfocus.masks.settings import SETTINGS, SegmenterSettings
 
 _PACKAGE = Path(__file__).parents[1]
@@ -27,11 +28,14 @@ def default_params() -> dict[str, Any]:
     return yaml.safe_load(packaged_params().read_text(encoding="utf-8"))
 
 
-def method_settings(name: str) -> dict[str, Any]:
-    """Return a method's hyperparameters. Raises ValueError if params.yaml has no section for it."""
+def method_settings(name: str, schedule: str) -> dict[str, Any]:
+    """Return a method's hyperparameters under a schedule, "published" or "small".
+
+    Raises ValueError if params.yaml has no section for the method.
+    """
     if name not in default_params()["methods"]:
         raise ValueError(f"{packaged_params()}: methods has no section {name!r}. Add its hyperparameters.")
-    return default_params()["methods"][name]
+    return scheduled(default_params()["methods"][name], schedule)
 
 
 def segmenter_settings(kind: str, modality: str, changes: Mapping[str, Any]) -> SegmenterSettings:

@@ -27,6 +27,7 @@ from medfocus.focus.modes import FOCUS
 from medfocus.focus.view import view
 from medfocus.learning import fitting
 from medfocus.learning.method import IMAGES, Method, Support
+from medfocus.learning.schedules import SCHEDULES
 from medfocus.learning.selection import LearningRates
 from medfocus.masks.segmenter import Mask, Segmenter
 from medfocus.masks.settings import SETTINGS
@@ -67,6 +68,9 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         A key of ``medfocus.methods.METHODS``.
     settings : dict or None, default=None
         Hyperparameters that replace the method's defaults, which are in params.yaml.
+    schedule : {"small", "published"}, default="small"
+        The method's defaults: for the embedded ``clip`` and small machines, or as published, for full-size
+        weights.
     focus : str, default="crop"
         The visual prompt: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha" or "dual". With
         "none", images are not segmented.
@@ -110,6 +114,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         *,
         method: str = "medfocusclip",
         settings: Mapping[str, Any] | None = None,
+        schedule: str = "small",
         focus: str = "crop",
         clip: str = "pocket",
         pretrained: str = "pocket",
@@ -129,6 +134,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     ) -> None:
         self.method = method
         self.settings = settings
+        self.schedule = schedule
         self.focus = focus
         self.clip = clip
         self.pretrained = pretrained
@@ -309,6 +315,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         modes = (*FOCUS, *REGIONS)
         for name, value, known in (
             ("method", self.method, METHODS),
+            ("schedule", self.schedule, SCHEDULES),
             ("focus", self.focus, modes),
             ("segmenter", self.segmenter, SETTINGS),
         ):
@@ -317,7 +324,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         for name, value, least in (("augmented", self.augmented, 0), ("batch_size", self.batch_size, 1)):
             if value < least:
                 raise ValueError(f"MedFocusCLIP: {name} is {value}; use {least} or more.")
-        known, changes = defaults.method_settings(self.method), dict(self.settings or {})
+        known, changes = defaults.method_settings(self.method, self.schedule), dict(self.settings or {})
         if unknown := sorted(changes.keys() - known.keys()):
             raise ValueError(
                 f"MedFocusCLIP: settings has {unknown[0]!r}, which {self.method} does not have. It has "
