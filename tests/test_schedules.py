@@ -169,7 +169,7 @@ def test_the_classifier_takes_its_defaults_from_its_schedule() -> None:
 def test_a_schedule_that_hardly_fits_the_weights_is_named_with_its_methods() -> None:
     params = load_params(DEFAULT)
     assert schedule_warning(params) == ""  # no method of the embedded study has a small schedule
-    methods = {"coop-4": ("none",), "clip-lora": ("none",), "lp++": ("none",)}
+    methods = {"clip-linear-probe": ("none",), "coop-4": ("none",), "clip-lora": ("none",)}
     params = replace(params, study=replace(params.study, methods=methods))
     assert schedule_warning(params) == ""
     full = replace(params, clip=replace(params.clip, model="ViT-B-16", pretrained="openai"))
