@@ -55,9 +55,7 @@ def published_choice(scores: np.ndarray, tau: float) -> np.ndarray:
 
 
 def teacher_by_hand(features: np.ndarray, ensemble: np.ndarray, s: float, tau: float) -> np.ndarray:
-    scores = np.array(
-        [(s * features @ ensemble[:, n].T).max(axis=1).mean() for n in range(ensemble.shape[1])]
-    )
+    scores = np.array([(s * features @ texts.T).max(axis=1).mean() for texts in ensemble.swapaxes(0, 1)])
     means = ensemble[:, published_choice(scores, tau)].mean(axis=1)
     return s * features @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
 
@@ -128,17 +126,23 @@ def test_a_training_step_follows_the_gradient_of_the_three_losses(clip: ClipEnco
     torch.testing.assert_close(step / largest, contexts.grad / largest, rtol=0, atol=2e-3)
 
 
-def test_both_losses_keep_the_texts_near_the_ensemble(clip: ClipEncoder) -> None:
+def test_the_weights_keep_the_texts_near_the_ensemble_and_the_logits_near_the_teacher(
+    clip: ClipEncoder,
+) -> None:
     support = support_of(clip)
+    features = support.inputs[0]
 
-    def distance(**changes: Any) -> float:
+    def distances(**changes: Any) -> tuple[float, float]:
         settings = {**SETTINGS, "epochs": 40, "max_steps": None, "batch_size": 24, "lr": 0.05, **changes}
         fitted = BiomedCoOp(clip, **settings).fit(support, seeded())
-        return float(consistency(fitted.text_features_, fitted.ensemble(support)))
+        ensemble = fitted.ensemble(support)
+        by = teacher(features, ensemble, clip.logit_scale, fitted.tau)
+        logits = fitted.logits(features)["text"]
+        return float(consistency(fitted.text_features_, ensemble)), float(distillation(logits, by))
 
-    free = distance(consistency=0.0, distillation=0.0)
-    assert distance(consistency=100.0, distillation=0.0) < free
-    assert distance(consistency=0.0, distillation=30.0) < free
+    free = distances(consistency=0.0, distillation=0.0)
+    assert distances(consistency=100.0, distillation=0.0)[0] < free[0]
+    assert distances(consistency=0.0, distillation=30.0)[1] < free[1]
 
 
 # --- the texts ------------------------------------------------------------------------------------
@@ -159,7 +163,7 @@ def test_without_texts_the_prompts_of_the_templates_are_the_ensemble(clip: ClipE
     [
         (
             {"normal": ["a"]},
-            r"texts has no texts for the class 'benign_mass'. Name it as in text prompts; text",
+            r"texts has no texts for the class 'benign_mass'. Name it as in text",
         ),
         ({**TEXTS, "normal": ["a"]}, r"the classes have 1, 3 texts. Give all the same number"),
         ({name: [] for name in NAMES}, r"the classes have 0 texts. Give all the same number"),

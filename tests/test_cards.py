@@ -97,6 +97,16 @@ def rows(text: str) -> dict[str, list[str]]:
     return {first.strip(): [each.strip() for each in others] for first, *others in cells}
 
 
+def test_the_card_names_the_schedule_and_shortens_a_long_hyperparameter(
+    model: ModelFacts, data: DatasetFacts
+) -> None:
+    texts = {"cyst": ["a round lesion"] * 50}
+    table = rows(model_card(replace(model, settings={"epochs": 5, "texts": texts}), data))
+    assert table["schedule"] == ["published"]
+    assert table["`epochs`"] == ["`5`"]
+    assert table["`texts`"][0].startswith("`{'cyst': ['a round lesion'") and len(table["`texts`"][0]) < 210
+
+
 def test_every_test_set_has_its_scores_with_wilson_intervals(model: ModelFacts, data: DatasetFacts) -> None:
     table = rows(model_card(model, data))
     low, high = (100 * end for end in metrics.wilson(50, 60))

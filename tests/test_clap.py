@@ -95,5 +95,5 @@ def test_every_view_counts() -> None:
 
 
 def test_a_warm_up_as_long_as_the_training_is_refused() -> None:
-    with pytest.raises(ValueError, match="clap: warmup is 6 epochs of 6. Use 0 or more, and fewer than"):
+    with pytest.raises(ValueError, match=r"clap: warmup is 6 epochs of 6\. Use 0 or more, and fewer than"):
         fit(support_of(9), warmup=6)

@@ -117,9 +117,12 @@ def test_training_starts_from_the_frozen_model_and_trains_every_singular_value(c
     torch.testing.assert_close(features, clip.encode_images(clip.preprocess(images)), rtol=0, atol=1e-6)
     cross_entropy(clip.logit_scale * features @ towers.encode_texts(texts).T, labels).backward()
     named = dict(towers.named_parameters())
-    width = {"visual": clip.model.visual.transformer.width, "text": clip.model.transformer.width}  # pyright: ignore
-    layers = {"visual": clip.model.visual.transformer.layers, "text": clip.model.transformer.layers}  # pyright: ignore
-    assert sum(p.numel() for p in named.values()) == sum(6 * width[t] * layers[t] for t in width)
+    model: Any = clip.model
+    each = [
+        6 * transformer.width * transformer.layers
+        for transformer in (model.visual.transformer, model.transformer)
+    ]
+    assert sum(p.numel() for p in named.values()) == sum(each)
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in named.values())
 
 

@@ -169,7 +169,7 @@ def test_clip_lora_is_a_clip_with_merged_weights_in_double_precision(clip: ClipE
 
 def test_embeddings_are_those_of_open_clip() -> None:
     encoder = build_clip("ViT-B-32", "random:0")
-    reference: Any = open_clip.create_model("ViT-B-32").eval()
+    reference: Any = open_clip.create_model("ViT-B-32").eval().requires_grad_(False)
     reference.load_state_dict(encoder.model.state_dict())
     pixels = torch.randn(2, 3, 224, 224, generator=seeded())
     texts = ["a chest X-ray of a patient", "the lungs"]

@@ -185,7 +185,7 @@ def test_a_schedule_that_hardly_fits_the_weights_is_named_with_its_methods() -> 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_page_says_which_schedule_ran(schedule: str) -> None:
-    row = StudyRow("brain", "coop", "none", 5.0, 0, *[0.5] * 5, "official", 6, 30)
+    row = StudyRow("brain", "coop", "none", 5.0, 0, 0.5, 0.5, 0.5, 0.5, 0.1, "official", 6, 30)
     page = render(PageContent("study", rows=[row], schedule=schedule))
     assert f"<li>{schedule} schedule</li>" in page
     assert f"Methods ran with their {schedule} schedules" in page

@@ -26,18 +26,22 @@ class SingularValues(nn.Module):
     In this form, training starts at exactly W.
     """
 
+    start: Tensor  # s₀, (P, r)
+    left: Tensor  # U, (P, m, r)
+    right: Tensor  # Vᵀ, (P, r, n)
+
     def __init__(self, weight: Tensor, parts: int) -> None:
         """Decompose a weight (P m, n) of ``parts`` matrices P that stand below each other."""
         super().__init__()
         left, values, right = torch.linalg.svd(weight.detach().unflatten(0, (parts, -1)), full_matrices=False)
         self.values = nn.Parameter(values.clone())  # s, (P, r) with r = min(m, n)
-        self.register_buffer("start", values, persistent=False)  # s₀
-        self.register_buffer("left", left, persistent=False)  # U, (P, m, r)
-        self.register_buffer("right", right, persistent=False)  # Vᵀ, (P, r, n)
+        self.register_buffer("start", values, persistent=False)
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """(P m, n) -> (P m, n)."""
-        change: Tensor = self.left * (self.values - self.start)[:, None]  # (P, m, r)
+        change = self.left * (self.values - self.start)[:, None]  # (P, m, r)
         return weight + (change @ self.right).flatten(0, 1)
 
 
