@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.clone import ROOT, clone
-from flows.study.params import moved_paths, read_content
+from flows.study.content import moved_paths, read_content
 
 MOST = 0.05
 ENOUGH = 600.0  # seconds; the bound applies to studies of at least this length

@@ -45,10 +45,13 @@ if TYPE_CHECKING:
 def check_plan(study: Study) -> None:
     """Build every method once, find the weights and contact MLflow's server, so that faults show at once."""
     from flows.study.cells import plan
+    from flows.study.methods import schedule_warning
     from flows.study.models import check_weights
 
     plan(study.params)
     check_weights(study)
+    if warning := schedule_warning(study.params):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     if (store := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("http"):
         must_answer(store, "MLFLOW_TRACKING_URI", "the run then writes to mlflow.db")
 
@@ -125,7 +128,9 @@ def evaluate(study: Study) -> None:
     if ran:
         rows = read_rows(study.paths.study)
         create_markdown_artifact(
-            tables.markdown_table(rows), key="study-table", description="Accuracy on the test sets"
+            tables.markdown_table(rows),
+            key="study-table",
+            description=f"Accuracy on the test sets, {study.params.study.schedule} schedule",
         )
 
 
@@ -218,6 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study, registrations = run_job(pipeline, __doc__, arguments)
     print()
     print(tables.study_table(read_rows(study.paths.study)))
+    print(f"schedule of the methods: {study.params.study.schedule}")
     print_registrations(registrations)
     print(f"\nFull report: {study.paths.page}\nCompare the runs in MLflow: make ui")
 

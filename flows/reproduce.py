@@ -22,7 +22,8 @@ import yaml
 from dvc.repo import Repo
 
 from flows.study.cells import Cell
-from flows.study.params import load_params, moved_paths, read_content
+from flows.study.content import moved_paths, read_content
+from flows.study.params import load_params
 from flows.study.study import Study, open_study
 from medfocus.tracking import runs
 from medfocus.tracking.provenance import PACKAGES, installed

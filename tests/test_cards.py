@@ -76,6 +76,7 @@ def model() -> ModelFacts:
         focus="crop",
         support="20%",
         seed=3,
+        schedule="published",
         learned_from={"cyst": 3, "solid": 25},
         settings={"epochs": 5},
         parts={"CLIP": "pocket; sha256 aa"},
@@ -94,6 +95,16 @@ def rows(text: str) -> dict[str, list[str]]:
     """Return the lines of all tables by their first cell."""
     cells = [re.split(r" ?\| ?", line.strip("|")) for line in text.splitlines() if line.startswith("| ")]
     return {first.strip(): [each.strip() for each in others] for first, *others in cells}
+
+
+def test_the_card_names_the_schedule_and_shortens_a_long_hyperparameter(
+    model: ModelFacts, data: DatasetFacts
+) -> None:
+    texts = {"cyst": ["a round lesion"] * 50}
+    table = rows(model_card(replace(model, settings={"epochs": 5, "texts": texts}), data))
+    assert table["schedule"] == ["published"]
+    assert table["`epochs`"] == ["`5`"]
+    assert table["`texts`"][0].startswith("`{'cyst': ['a round lesion'") and len(table["`texts`"][0]) < 210
 
 
 def test_every_test_set_has_its_scores_with_wilson_intervals(model: ModelFacts, data: DatasetFacts) -> None:

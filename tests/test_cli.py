@@ -119,6 +119,16 @@ def test_init_writes_a_params_file_that_opens_as_a_study(home: Path, medfocus: M
     assert "A GUESS" in (home / "studies" / "cxr.yaml").read_text()
 
 
+def test_init_writes_the_schedule_for_the_clip_of_the_project(home: Path, medfocus: Medfocus) -> None:
+    images = draw_classes(home / "cxr", pneumonia=4, normal=4)
+    assert medfocus("init", images, "--name", "embedded").exit_code == 0
+    assert load_params(home / "studies" / "embedded.yaml").study.schedule == "small"
+    text = (home / "params.yaml").read_text()
+    (home / "params.yaml").write_text(text.replace("  model: pocket\n", "  model: ViT-B-16\n"))
+    assert medfocus("init", images, "--name", "full").exit_code == 0
+    assert load_params(home / "studies" / "full.yaml").study.schedule == "published"
+
+
 def test_every_percent_that_init_writes_leaves_each_class_an_image(home: Path, medfocus: Medfocus) -> None:
     draw_classes(home / "scans", few=7, many=30)
     assert medfocus("init", "scans").exit_code == 0

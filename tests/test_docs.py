@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.stages import phantoms
-from flows.study.params import read_content
+from flows.study.content import read_content
 from tests.conftest import ROOT, make_project, work_in
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -268,7 +268,7 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     finetune.fit(finetune.prepare(dataset, cell, tmp_path / "cell.safetensors"))
     probabilities, header, _ = scoring.predict(dataset, cell, tmp_path / "cell.safetensors")
 
-    settings = defaults.method_settings(name) | changes
+    settings = defaults.method_settings(name, "small") | changes
     model = MedFocusCLIP(
         method=name, settings=settings, segmenter=segmenter, modality=MODALITY, flip=True, random_state=3
     )

@@ -41,6 +41,7 @@ ON_FEATURES = (
     "tip-adapter-f",
     "lp++",
     "ss-text",
+    "clap",
 )
 NAMES = (*ON_FEATURES, "pixels-svm")
 

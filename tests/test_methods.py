@@ -86,6 +86,21 @@ SMALL: dict[str, dict[str, Any]] = {
         "lr": 2e-2,
         "weight_decay": 1e-2,
     },
+    "clip-svd": {"epochs": 4, "max_steps": None, "batch_size": 24, "lr": 0.1, "weight_decay": 0.0},
+    "biomedcoop": {
+        "texts": {},
+        "consistency": 1.0,
+        "distillation": 0.0,
+        "tau": 1.5,
+        "contexts": 16,
+        "start": "",
+        "epochs": 60,
+        "max_steps": None,
+        "batch_size": 24,
+        "lr": 1.0,
+        "warmup": 1,
+        "weight_decay": 5e-4,
+    },
     "coop": {
         "contexts": 4,
         "start": "a photo of a",
@@ -144,13 +159,19 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def settings_of(name: str) -> dict[str, Any]:
     """A method's hyperparameters, with tuples in place of YAML's lists."""
-    settings = {**defaults.method_settings(name), **SMALL.get(name, {})}
+    settings = {**defaults.method_settings(name, "small"), **SMALL.get(name, {})}
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 SETTINGS = {name: settings_of(name) for name in METHODS}
 CLASSES = 3
-TOWERS = ("clip-lora", "coop", "cocoop")  # methods that need an encoder with a text tower
+TOWERS = (
+    "clip-lora",
+    "clip-svd",
+    "coop",
+    "cocoop",
+    "biomedcoop",
+)  # methods that need an encoder with a text tower
 NAMES = ("red", "green", "blue")
 PROMPTS = tuple((f"a photo of {name}",) for name in NAMES)
 

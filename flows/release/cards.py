@@ -35,6 +35,7 @@ def of_version(challenger: Challenger, model_folder: Path) -> dict[str, str]:
         focus=cell.focus,
         support=cell.support,
         seed=cell.seed,
+        schedule=params.study.schedule,
         learned_from={name: learnt.count(name) for name in dataset.classes},
         settings=header.settings,
         parts={

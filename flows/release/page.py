@@ -71,6 +71,7 @@ def _report(study: Study, rows: Sequence[StudyRow], facts: Facts) -> PageContent
         study.params.study.name,
         rows=rows,
         baseline=settings.baseline,
+        schedule=study.params.study.schedule,
         differences=dict(zip(facts.blocks, differences, strict=True)),
         published=read_published(study.folder / settings.published) if settings.published else (),
         verdicts=sentences(facts.explained),

@@ -73,9 +73,10 @@ def _write_study_csv(study: Study, run_ids: dict[str, str]) -> None:
 def _settings(study: Study) -> dict[str, object]:
     """Return the settings that all cells of a study share."""
     sections = {"clip": study.params.clip, "masks": study.params.masks, "views": study.params.views}
-    return {
+    settings = {
         f"{name}.{k}": v for name, section in sections.items() for k, v in dataclasses.asdict(section).items()
     }
+    return {"schedule": study.params.study.schedule, **settings}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,12 @@ class _Evaluation:
         support, root = dataset.support_paths(cell), dataset.params.root
         return self.run.log_cell(
             name=cell.name,
-            params={**cell._asdict(), "n_train": header.facts["n_train"], **settings},
+            params={
+                **cell._asdict(),
+                "n_train": header.facts["n_train"],
+                "schedule": self.study.params.study.schedule,
+                **settings,
+            },
             metrics=measured,
             tags={
                 **self.provenance,

@@ -72,6 +72,20 @@ def choice_of_rate(params: Params, name: str) -> LearningRates | None:
     return LearningRates(rates, **dataclasses.asdict(params.learning_rates)) if len(rates) > 1 else None
 
 
+def schedule_warning(params: Params) -> str:
+    """Return a warning if other hyperparameters would fit the size of the study's CLIP, else ""."""
+    fitting = "small" if params.clip.embedded else "published"
+    other = dataclasses.replace(params, study=dataclasses.replace(params.study, schedule=fitting))
+    rows = [name for name in params.study.methods if params.method(name) != other.method(name)]
+    if not rows:
+        return ""
+    weights = "full-size weights" if params.clip.embedded else "the embedded models"
+    return (
+        f"params.yaml: study.schedule is {params.study.schedule}, for {weights}, but clip.model is "
+        f"{params.clip.model}. If this is a mistake, set it to {fitting}; it changes {', '.join(rows)}."
+    )
+
+
 def support_views(params: Params, method: str) -> int:
     """Return the number of views that a method takes of each training image."""
     return 1 + params.views.augmented if METHODS[params.method(method)[0]].takes_views else 1

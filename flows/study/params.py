@@ -6,30 +6,20 @@ defaults, because few data sets need them. The stages check facts that depend on
 
 from __future__ import annotations
 
-import copy
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from flows.study.content import read_content
+from medfocus.learning.schedules import extended, scheduled
 from medfocus.storage.tables import COLUMNS
 
 Modality = Literal["chest_xray", "brain_mri", "breast_ultrasound", "chest_ct", "other"]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files, DVC stages, MLflow models
-
-# Fields that may be paths; others are names of packaged or downloaded files.
-_PATHS = (
-    ("masks", "config"),
-    ("masks", "checkpoint"),
-    ("clip", "pretrained"),
-    ("clip", "alpha"),
-    ("report", "published"),
-)
 
 DRIFT_BY = "clip-zero-shot"  # the method that gives the features for measuring drift
 
@@ -55,6 +45,7 @@ class StudyParams:
     shots: tuple[Positive, ...]  # images per class
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]  # one support set per seed
     only: dict[str, OnlyParams]  # method -> its part of percents, shots and seeds
+    schedule: Literal["published", "small"]  # small: the values in a method's section ``small`` apply
 
     @model_validator(mode="after")
     def _has_a_support(self) -> StudyParams:
@@ -183,6 +174,11 @@ class ClipParams:
     alpha: str  # checkpoint of Alpha-CLIP's image encoder, which the focus "alpha" uses; empty: none
     resize: Literal["letterbox", "published"]  # how images fill CLIP's input; see ``build_clip``
 
+    @property
+    def embedded(self) -> bool:
+        """True for the small CLIP that the package contains."""
+        return self.model == "pocket"
+
 
 @dataclass(frozen=True, config=_strict)
 class LearningRatesParams:
@@ -287,14 +283,19 @@ class Params:
         """Return the method and the hyperparameters behind a name in the section methods.
 
         A section with ``like`` is another row of that method, and inherits the hyperparameters that it omits.
+        With the schedule "small", the values in the section's ``small`` replace its others.
         """
         settings = dict(self.methods[name])
         kind = settings.pop("like", name)
-        return kind, settings if kind == name else {**self.methods[kind], **settings}
+        if kind != name:
+            settings = extended(self.methods[kind], settings)
+        return kind, scheduled(settings, self.study.schedule)
 
     @model_validator(mode="after")
     def _names_agree(self) -> Params:
         for name, section in self.methods.items():
+            if not isinstance(small := section.get("small", {}), dict):
+                raise ValueError(f"methods.{name}.small is {small!r}; give hyperparameters, or remove it")
             kind = section.get("like", name)
             if kind not in self.methods or ("like" in self.methods[kind] and kind != name):
                 kinds = ", ".join(n for n, s in self.methods.items() if "like" not in s)
@@ -330,58 +331,6 @@ def load_params(path: Path) -> Params:
     except ValidationError as error:
         faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
         raise ValueError(f"{path}: {error.error_count()} fault(s):\n{faults}") from error
-
-
-def read_content(path: Path) -> dict[str, Any]:
-    """Return the sections of a params file, completed from the file that it ``extends``.
-
-    ``extends`` is a path relative to this file. The other file gives each section that this file omits, each
-    field that a section omits, and each hyperparameter that a method omits; it does not complete the sections
-    datasets and phantoms. Its relative paths are rewritten for this file's folder.
-
-    Raises FileNotFoundError and ValueError as ``load_params`` does.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such params file. Copy the project's params.yaml and edit it.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: contains {type(content).__name__}, not the sections of a params file.")
-    if "extends" not in content:
-        return content
-    base_path = path.parent / str(content.pop("extends"))
-    base = moved_paths(read_content(base_path), base_path.parent, path.parent)
-    for name, section in base.items():
-        extension = content.setdefault(name, section)
-        mappings = isinstance(extension, dict) and isinstance(section, dict)
-        if name in ("datasets", "phantoms") or not mappings:
-            continue
-        if name == "methods":
-            extension = {key: {**section.get(key, {}), **value} for key, value in extension.items()}
-        content[name] = {**section, **extension}
-    return content
-
-
-def moved_paths(content: dict[str, Any], before: Path, after: Path) -> dict[str, Any]:
-    """Return a params file's content with paths relative to folder ``after`` instead of ``before``."""
-    moved = copy.deepcopy(content)
-    for dataset in moved.get("datasets", {}).values():
-        if not Path(dataset["root"]).is_absolute():
-            dataset["root"] = _moved(dataset["root"], before, after)
-    for section, field in _PATHS:
-        value = moved.get(section, {}).get(field)
-        if value and not Path(value).is_absolute() and (before / value).exists():
-            moved[section][field] = _moved(value, before, after)
-    scheme, colon, folder = str(moved.get("clip", {}).get("model", "")).partition("local-dir:")
-    if colon and not scheme and not Path(folder).expanduser().is_absolute():
-        moved["clip"]["model"] = f"local-dir:{_moved(folder, before, after)}"
-    return moved
-
-
-def _moved(path: str, before: Path, after: Path) -> str:
-    return Path(os.path.relpath(before / path, after)).as_posix()
 
 
 def _describe(fault: Any) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 
 import yaml
 
+from flows.study.content import moved_paths, read_content
 from flows.study.layout import Layout
-from flows.study.params import Params, load_params, moved_paths, read_content
+from flows.study.params import Params, load_params
+from flows.study.texts import names_file
 
 CODE_HERE = "  - code: .\n"  # line of the project's dvc.yaml that locates the code of the stages
 _GENERATED = "# Made from the project's dvc.yaml by `make run PARAMS=...`; edit that file instead.\n"
@@ -115,9 +117,12 @@ def open_study(params_file: Path, home: Path | None = None) -> Study:
     source = params_file.resolve()
     if source.name == "params.yaml" and source.is_relative_to(home):
         folder = source.parent
-        if "extends" in yaml.safe_load(source.read_text(encoding="utf-8")):
+        written = yaml.safe_load(source.read_text(encoding="utf-8"))
+        of_texts = any(map(names_file, written.get("methods", {}).values()))
+        if "extends" in written or of_texts:
+            other, field = ("a file of texts", "texts") if of_texts else ("another file", "extends")
             raise ValueError(
-                f"{params_file}: extends another file, but DVC cannot follow `extends` in a params.yaml. "
+                f"{params_file}: names {other}, but DVC cannot follow `{field}` in a params.yaml. "
                 "Rename the file, for example to study.yaml; its parameters are then copied to studies/."
             )
     else:

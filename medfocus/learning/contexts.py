@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,33 +16,48 @@ from medfocus.learning.frozen import FeatureMethod
 from medfocus.learning.training import Schedule
 
 WARMUP_LR = 1e-5  # the published value, which does not depend on the learning rate
+SHOTS = (0, 2, 8)  # images per class from which the first, the second and the third number of epochs holds
 
 
 @dataclass(kw_only=True)
 class SgdSchedule(Schedule):
     """Hyperparameters of ``train_sgd``."""
 
-    max_steps: int  # upper bound on optimisation steps; all epochs of ``learning_rate`` pass in these steps
+    max_steps: int | None  # upper bound on optimisation steps; all epochs of ``learning_rate`` pass in them
     warmup: int  # epochs at 1e-5
 
 
 @dataclass
-class ContextMethod(SgdSchedule, FeatureMethod):
+class ContextMethod(FeatureMethod):
     """A method whose prompts have learned contexts."""
 
     takes_views: ClassVar[bool] = True
     name: ClassVar[str]  # for messages
     contexts: int  # M
     start: str  # text of M tokens that initialises the contexts; empty: N(0, 0.02)
+    epochs: int | tuple[int, ...]  # passes over the support; if three, ``epochs_for`` chooses by the shots
+    max_steps: int | None  # upper bound on optimisation steps; None: the epochs run in full
+    batch_size: int
+    lr: float  # learning rate at the start of the cosine
+    warmup: int  # epochs at 1e-5
+    weight_decay: float
 
     def check(self, *more: str) -> None:
         """Raise ValueError for a hyperparameter out of range; ``more`` names further ones of at least 1."""
-        for name in ("epochs", "contexts", "max_steps", "batch_size", *more):
-            if (count := getattr(self, name)) < 1:
-                raise ValueError(f"{self.name}: {name} is {count}. Use 1 or more.")
-        if not 0 <= self.warmup < self.epochs:
+        if not isinstance(self.epochs, int) and len(self.epochs) != len(SHOTS):
             raise ValueError(
-                f"{self.name}: warmup is {self.warmup} epochs of {self.epochs}. "
+                f"{self.name}: epochs is {list(self.epochs)}. Give one number, or three: for 1 shot, for 2 "
+                "to 7 shots, and for 8 shots or more."
+            )
+        epochs = (self.epochs,) if isinstance(self.epochs, int) else self.epochs
+        for name in ("contexts", "max_steps", "batch_size", *more):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{self.name}: {name} is {count}. Use 1 or more.")
+        if min(epochs) < 1:
+            raise ValueError(f"{self.name}: epochs is {min(epochs)}. Use 1 or more.")
+        if not 0 <= self.warmup < min(epochs):
+            raise ValueError(
+                f"{self.name}: warmup is {self.warmup} epochs of {min(epochs)}. "
                 "Use 0 or more, and fewer than epochs."
             )
 
@@ -59,6 +75,25 @@ class ContextMethod(SgdSchedule, FeatureMethod):
         """See ``Method.check_towers``; the tokenizer counts too."""
         super().check_towers(caller)
         find_placeholder(caller, self.encoder)
+
+    def schedule_for(self, images: int, classes: int) -> SgdSchedule:
+        """Return the schedule for a support of ``images`` images in ``classes`` classes."""
+        return SgdSchedule(
+            epochs=self.epochs if isinstance(self.epochs, int) else epochs_for(images / classes, self.epochs),
+            max_steps=self.max_steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+        )
+
+
+def epochs_for(shots: float, epochs: Sequence[int]) -> int:
+    """Return the epochs for the mean number of images per class: for fewer than 2, fewer than 8, or more.
+
+    CoOp's public code has 50 epochs for 1 shot, 100 for 2 and 4, and 200 for 8 and 16.
+    """
+    return epochs[bisect_right(SHOTS, shots) - 1]
 
 
 def train_sgd(
@@ -82,7 +117,9 @@ def train_sgd(
     """
     lr, epochs, size = schedule.lr, schedule.epochs, schedule.batch_size
     optimizer = torch.optim.SGD(list(parameters), lr=lr, momentum=0.9, weight_decay=schedule.weight_decay)
-    steps = min(epochs * math.ceil(count / size), schedule.max_steps)
+    steps = epochs * math.ceil(count / size)
+    if schedule.max_steps is not None:
+        steps = min(steps, schedule.max_steps)
     step = 0
     while step < steps:
         for index in torch.randperm(count, generator=generator).split(size)[: steps - step]:

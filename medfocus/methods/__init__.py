@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from medfocus.learning.method import Method
 from medfocus.methods.backbone import Backbone
+from medfocus.methods.biomedcoop import BiomedCoOp
+from medfocus.methods.clap import Clap
 from medfocus.methods.clip import ClipFewShot, ClipLinearProbe, ClipZeroShot
 from medfocus.methods.clip_adapter import ClipAdapter
 from medfocus.methods.clip_lora import ClipLora
+from medfocus.methods.clip_svd import ClipSvd
 from medfocus.methods.cocoop import CoCoOp
 from medfocus.methods.coop import CoOp
 from medfocus.methods.lp_plus_plus import LpPlusPlus
@@ -32,8 +35,11 @@ METHODS: dict[str, type[Method]] = {
     "clip-few-shot": ClipFewShot,
     "clip-adapter": ClipAdapter,
     "clip-lora": ClipLora,
+    "clip-svd": ClipSvd,
+    "clap": Clap,
     "coop": CoOp,
     "cocoop": CoCoOp,
+    "biomedcoop": BiomedCoOp,
     "tip-adapter": TipAdapter,
     "tip-adapter-f": TipAdapterF,
     "lp++": LpPlusPlus,

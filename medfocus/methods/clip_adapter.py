@@ -4,6 +4,10 @@ f' = norm(r A(f) + (1 - r) f), A(f) = ReLU(W2 ReLU(W1 f)), logits s f' Tᵀ. As 
 biases, W1 and W2 start as PyTorch's linear layers do, and the text features have no adapter. The public code
 fixes r at 0.2 and names no training settings; the paper searches r for every dataset. Here, cross-validation
 inside the support chooses r from ``ratios``.
+
+The paper's learning rate of 1e-5 comes without an optimiser and without a number of epochs. A hundred steps
+of AdamW at this rate move no weight by more than 1e-3, so W1 and W2 would stay random; params.yaml has higher
+rates.
 """
 
 from __future__ import annotations

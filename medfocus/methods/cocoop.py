@@ -6,8 +6,8 @@ The passes run in chunks of images with accumulated gradients, so that memory de
 the batch. The published settings are M = 4 contexts that start at "a photo of a"; SGD with learning rate 2e-3
 and a cosine, after one epoch at 1e-5; and 10 epochs with batches of one image.
 
-Deviations from the paper: ``max_steps`` bounds the training, and the schedule then covers the same epochs in
-fewer steps. Each step draws its views from a few cached views.
+Deviations from the paper: each step draws its views from a few cached views. The small schedule bounds the
+training by ``max_steps``, and then covers the same epochs in fewer steps.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class CoCoOp(ContextMethod):
             self.network_.parameters(),
             accumulate,
             len(labels),
-            self,
+            self.schedule_for(len(labels), len(texts.tokens)),
             views=len(features),
             generator=generator,
         )

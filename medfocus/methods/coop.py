@@ -5,9 +5,10 @@ cross-entropy through the frozen text tower g. The published settings are M = 16
 M = 4 that start at "a photo of a"; SGD with learning rate 2e-3 and a cosine, after one epoch at 1e-5; batches
 of 32; and 50 epochs for 1 shot, 100 for 2 to 4, 200 for 8 to 16.
 
-Deviations from the paper: ``max_steps`` bounds the training, because 200 epochs of 5,700 images would be
-36,000 steps of the text tower; the schedule then covers the same epochs in fewer steps. Each step draws its
-views from a few cached views instead of augmenting anew.
+Deviations from the paper: each step draws its views from a few cached views instead of augmenting anew. The
+small schedule bounds the training by ``max_steps``, because 200 epochs of 5,700 images would be 36,000 steps
+of the text tower. It covers the same epochs in fewer steps, for which the published learning rate may be too
+small.
 """
 
 from __future__ import annotations
@@ -60,7 +61,14 @@ class CoOp(ContextMethod):
             logits = self.text_logits(features[view, index], tower(contexts[None])[0])  # (B, K)
             functional.cross_entropy(logits, labels[index]).backward()
 
-        train_sgd([contexts], accumulate, len(labels), self, views=len(features), generator=generator)
+        train_sgd(
+            [contexts],
+            accumulate,
+            len(labels),
+            self.schedule_for(len(labels), len(texts.tokens)),
+            views=len(features),
+            generator=generator,
+        )
         self.contexts_ = contexts.detach()
         with torch.no_grad():
             self.text_features_ = tower(self.contexts_[None])[0]

@@ -6,6 +6,7 @@ same model on the same data gives the same bytes.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from medfocus.reports.markdown import checks_table, share, share_of, table
 CARD = "card.md"  # file name of the card among the files of a version and of its run
 FEW = 20  # images; the accuracy of a smaller group is unreliable
 _CONFUSIONS = 5
+_LONGEST = 200  # characters of a hyperparameter
 _SIZES = 4  # groups by size; more sizes are grouped by number of pixels
 
 
@@ -33,6 +35,7 @@ class ModelFacts:
     focus: str
     support: str  # "20%", "16-shot"
     seed: int
+    schedule: str  # of the settings, "published" or "small"
     learned_from: Mapping[str, int]  # class -> training images
     settings: Mapping[str, object]
     parts: Mapping[str, str]  # CLIP, segmenter, ... -> name and digest of the weights
@@ -72,8 +75,9 @@ def model_card(model: ModelFacts, data: DatasetFacts) -> str:
                 ("focus", model.focus),
                 ("support", f"{model.support} of train, {images} images, draw {model.seed}"),
                 ("validation", validated),
+                ("schedule", model.schedule),
                 *model.parts.items(),
-                *((f"`{name}`", f"`{value}`") for name, value in sorted(model.settings.items())),
+                *((f"`{name}`", _setting(value)) for name, value in sorted(model.settings.items())),
             ],
         ),
         "",
@@ -229,6 +233,11 @@ def _thirds(values: Sequence[float], text: Callable[[float], str]) -> list[str]:
 def _natural(group: str) -> tuple[bool, bool, str]:
     """Sort thirds from low to high, and other groups by name."""
     return (group.startswith("above "), not group.startswith("up to "), group)
+
+
+def _setting(value: object) -> str:
+    """Return a hyperparameter on one line; the beginning of a long one, such as a list of texts."""
+    return f"`{textwrap.shorten(str(value), _LONGEST)}`"
 
 
 def _few(count: int) -> str:

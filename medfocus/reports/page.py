@@ -55,7 +55,8 @@ def render(content: PageContent) -> str:
     }
     return _template().render(
         study=content.study,
-        summary=_summary(content.rows),
+        summary=_summary(content),
+        schedule=content.schedule,
         sections={name: title for name, (title, filled) in sections.items() if filled},
         verdicts=content.verdicts,
         results=results,
@@ -73,13 +74,15 @@ def render(content: PageContent) -> str:
     )
 
 
-def _summary(rows: Sequence[StudyRow]) -> list[str]:
+def _summary(content: PageContent) -> list[str]:
+    rows = content.rows
     counts = {
         "data set": len({row.dataset for row in rows}),
         "system": len({row.system for row in rows}),
         "draw": len({row.seed for row in rows}),
     }
-    return [f"{number} {name}{'' if number == 1 else 's'}" for name, number in counts.items() if number]
+    facts = [f"{number} {name}{'' if number == 1 else 's'}" for name, number in counts.items() if number]
+    return [*facts, f"{content.schedule} schedule"] if content.schedule else facts
 
 
 def _highlighted(content: PageContent) -> list[str]:

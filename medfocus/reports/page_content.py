@@ -88,6 +88,7 @@ class PageContent:
     study: str
     rows: Sequence[StudyRow] = ()
     baseline: str = ""  # the system that all others are compared with
+    schedule: str = ""  # of the methods' hyperparameters, "published" or "small"
     differences: Mapping[Block, Mapping[CurvePoint, Difference]] = field(default_factory=dict)
     published: Sequence[Published] = ()
     highlighted: Sequence[str] = ()  # systems in colour; if empty, the baseline and the best systems

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from medfocus.learning.schedules import scheduled
 from medfocus.masks.settings import SETTINGS, SegmenterSettings
 
 _PACKAGE = Path(__file__).parents[1]
@@ -27,16 +28,19 @@ def default_params() -> dict[str, Any]:
     return yaml.safe_load(packaged_params().read_text(encoding="utf-8"))
 
 
-def method_settings(name: str) -> dict[str, Any]:
-    """Return a method's hyperparameters. Raises ValueError if params.yaml has no section for it."""
+def method_settings(name: str, schedule: str) -> dict[str, Any]:
+    """Return a method's hyperparameters under a schedule, "published" or "small".
+
+    Raises ValueError if params.yaml has no section for the method.
+    """
     if name not in default_params()["methods"]:
         raise ValueError(f"{packaged_params()}: methods has no section {name!r}. Add its hyperparameters.")
-    return default_params()["methods"][name]
+    return scheduled(default_params()["methods"][name], schedule)
 
 
-def changed_settings(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+def changed_settings(name: str, schedule: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method's hyperparameters with ``changes``. Raises ValueError for one that it does not have."""
-    known = method_settings(name)
+    known = method_settings(name, schedule)
     if unknown := sorted(changes.keys() - known.keys()):
         raise ValueError(
             f"MedFocusCLIP: settings has {unknown[0]!r}, which {name} does not have. It has "

@@ -28,6 +28,7 @@ from medfocus.focus.modes import FOCUS
 from medfocus.focus.view import FILLS, view
 from medfocus.learning import fitting
 from medfocus.learning.method import IMAGES, Method, Support
+from medfocus.learning.schedules import SCHEDULES
 from medfocus.learning.selection import LearningRates
 from medfocus.masks.segmenter import Mask, Segmenter
 from medfocus.masks.settings import SETTINGS
@@ -68,6 +69,9 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         A key of ``medfocus.methods.METHODS``.
     settings : dict or None, default=None
         Hyperparameters that replace the method's defaults, which are in params.yaml.
+    schedule : {"small", "published"}, default="small"
+        The method's defaults: for the embedded ``clip`` and small machines, or as published, for full-size
+        weights.
     focus : str, default="crop"
         The visual prompt: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha" or "dual". With
         "none", images are not segmented.
@@ -111,6 +115,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         *,
         method: str = "medfocusclip",
         settings: Mapping[str, Any] | None = None,
+        schedule: str = "small",
         focus: str = "crop",
         clip: str = "pocket",
         pretrained: str = "pocket",
@@ -132,6 +137,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     ) -> None:
         self.method = method
         self.settings = settings
+        self.schedule = schedule
         self.focus = focus
         self.clip = clip
         self.pretrained = pretrained
@@ -314,6 +320,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         modes = (*FOCUS, *REGIONS)
         for name, value, known in (
             ("method", self.method, METHODS),
+            ("schedule", self.schedule, SCHEDULES),
             ("focus", self.focus, modes),
             ("segmenter", self.segmenter, SETTINGS),
             ("resize", self.resize, RESIZES),
@@ -324,7 +331,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         for name, value, least in (("augmented", self.augmented, 0), ("batch_size", self.batch_size, 1)):
             if value < least:
                 raise ValueError(f"MedFocusCLIP: {name} is {value}; use {least} or more.")
-        return defaults.changed_settings(self.method, self.settings or {})
+        return defaults.changed_settings(self.method, self.schedule, self.settings or {})
 
     def _build(self, settings: Mapping[str, Any]) -> None:
         encoder = shared_clip(self.clip, self.pretrained, self.resize, self.device)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # selects MLflow's pages for the experiment
 _PAGE_WIDTH = 800  # pixels
-LONGEST_TAG = 5000  # characters; MLflow's databases take 8000 bytes
+LONGEST_TAG = 5000  # characters, of a tag or a parameter; MLflow's databases take 8000 and 6000
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Tracking:
         self.client.log_batch(
             run_id,
             metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
-            params=[Param(key, str(value)) for key, value in params.items()],
+            params=[Param(key, str(value)[:LONGEST_TAG]) for key, value in params.items()],
         )
 
     def _log_file(self, run_id: str, name: str, data: bytes) -> None:

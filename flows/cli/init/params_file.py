@@ -99,8 +99,14 @@ def _study(described: Described, folder: Path, base: Path) -> list[str]:
         "  shots: []                      # images per class, in addition or instead",
         f"  seeds: {_yaml(list(_SEEDS))}               # one support set each; more give narrower intervals",
         "  only: {}",
+        f"  schedule: {_schedule(base):<21} # of the methods: small for the embedded models, else published",
         "",
     ]
+
+
+def _schedule(base: Path) -> str:
+    """Return the schedule for the CLIP of the file that the study extends."""
+    return "small" if load_params(base).clip.embedded else "published"
 
 
 def _dataset(described: Described, folder: Path, home: Path) -> list[str]:
@@ -140,7 +146,7 @@ _TAIL = [
     "  published: null",
     "",
     "# The embedded models are small and trained only on drawn images. `medfocus models` lists other",
-    "# models and fetches them; name them here, for example:",
+    "# models and fetches them; name them here, with study.schedule: published, for example:",
     "# clip: {model: ViT-B-16, pretrained: openai}",
     "# masks: {config: sam2.1_hiera_tiny, checkpoint: facebook/sam2.1-hiera-tiny}",
 ]
