@@ -52,7 +52,7 @@ VARIANTS = {
     "medfocusclip-full": {"tuning": "full", "blocks": 2},
 }
 ROWS = {**{name: {} for name in METHODS if name not in WITHOUT_CLIP}, **VARIANTS}
-LOW_RANK = ("clip-lora", "medfocusclip-lora")
+BLOCK_WEIGHTS = ("clip-lora", "medfocusclip-lora", "clip-svd")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_every_method_with_every_focus_fits_and_is_restored_or_is_refused_by_nam
         method.check_towers(caller)
         return method
 
-    if kind in CONVOLUTIONAL and (focus == "attention" or row in LOW_RANK):
+    if kind in CONVOLUTIONAL and (focus == "attention" or row in BLOCK_WEIGHTS):
         with pytest.raises(
             TowerError, match=rf"^{re.escape(caller)}: the image encoder of .* has no .*\. Use "
         ):
@@ -261,8 +261,9 @@ def test_low_rank_updates_equal_a_clip_with_merged_weights(
     assert len(attentions) == len(towers.updates) == 3 + 2
     with torch.no_grad():
         for attention, update in zip(attentions, towers.updates, strict=True):
-            for projection, a, b in zip(attention.projections(), update.down, update.up, strict=False):  # pyright: ignore
-                projection.weight.add_(3.0 / 2**0.5 * b @ a)
+            q_k_v = [m for w in attention.attention_weights() for m in w.value.chunk(w.matrices)][:3]
+            for matrix, a, b in zip(q_k_v, update.down, update.up, strict=True):  # pyright: ignore
+                matrix.add_(3.0 / 2**0.5 * b @ a)
         views, texts = views_of("none", 2), [prompt for ensemble in PROMPTS for prompt in ensemble]
         x = encoder.preprocess(views)
         torch.testing.assert_close(towers(views), plain.encode_images(x), rtol=0, atol=1e-5)
@@ -272,20 +273,21 @@ def test_low_rank_updates_equal_a_clip_with_merged_weights(
 
 
 @pytest.mark.parametrize("kind", VITS)
-def test_the_projections_are_the_matrices_of_the_model(
+def test_the_weights_of_a_block_are_those_of_the_model(
     kind: str, encoder_of: Callable[[str], ClipEncoder]
 ) -> None:
     encoder = encoder_of(kind)
     changed = dataclasses.replace(encoder, model=copy.deepcopy(encoder.model))
     for before, after in ((encoder.tower, changed.tower), (encoder.text_tower, changed.text_tower)):
         for old, new in zip(before.attentions(), after.attentions(), strict=True):
-            names = [projection.name for projection in new.projections()]
-            assert names == ["q", "k", "v", "out"]
-            for projection, source in zip(new.projections(), old.projections(), strict=True):
-                assert projection.weight.shape == (new.width, new.width)
+            weights = [*new.attention_weights(), *new.mlp_weights()]
+            sources = [*old.attention_weights(), *old.mlp_weights()]
+            assert sum(weight.matrices for weight in weights) == 4 + 2
+            for weight, source in zip(weights, sources, strict=True):
+                assert new.width in weight.value.shape
                 with torch.no_grad():
-                    projection.weight.zero_()
-                assert source.weight.any()
+                    weight.value.zero_()
+                assert source.value.any()
     assert not torch.allclose(changed.encode_images(pixels_of()), encoder.encode_images(pixels_of()))
     assert not torch.allclose(changed.encode_texts(["a red"]), encoder.encode_texts(["a red"]))
 

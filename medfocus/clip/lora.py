@@ -6,15 +6,12 @@ frozen; A and B train. ``medfocus.clip.towers.low_rank`` has the formula.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
-from medfocus.clip.regions import alpha_layer
-from medfocus.clip.towers.choose import image_tower, text_tower
 from medfocus.clip.towers.low_rank import LowRank
+from medfocus.clip.trained_towers import TrainedTowers
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
@@ -30,39 +27,19 @@ def check_lora(method: str, *, rank: int, alpha: float, dropout: float) -> None:
         raise ValueError(f"{method}: the LoRA dropout is {dropout}. Use a share in [0, 1).")
 
 
-class LoraTowers(nn.Module):
-    """Both towers of a frozen CLIP with low-rank updates.
-
-    Its parameters and state are the updates and, with the region "alpha", the fourth channel of the first
-    convolution. The towers are copies that share their frozen weights with the encoder.
-    """
+class LoraTowers(TrainedTowers):
+    """Both towers of a frozen CLIP with low-rank updates of every attention."""
 
     def __init__(self, encoder: ClipEncoder, *, rank: int, alpha: float, dropout: float) -> None:
         """Add an update to the attention of every block in a copy of ``encoder``'s towers.
 
         Raises TowerError if a tower has no such attention.
         """
-        super().__init__()
         encoder.require(("low-rank",), "low-rank updates")
-        added = alpha_layer(encoder.model)
-        trained = set() if added is None else set(map(id, added.parameters()))
-        shared = {id(weight): weight for weight in encoder.model.parameters() if id(weight) not in trained}
-        model = copy.deepcopy(encoder.model, shared)
+        super().__init__(encoder)
         self.updates = nn.ModuleList()
-        for tower in (image_tower(model.visual), text_tower(model)):  # pyright: ignore[reportArgumentType]
+        for tower in self.towers():
             for attention in tower.attentions():
                 update = LowRank(attention.width, rank=rank, alpha=alpha, dropout=dropout)
-                self.updates.append(update.to(attention.projections()[0].weight))
+                self.updates.append(update.to(attention.attention_weights()[0].value))
                 attention.add(update)
-        if (layer := alpha_layer(model)) is not None:
-            self.alpha = layer.requires_grad_(True)
-        self.encoder = replace(encoder, model=model)  # not an nn.Module, so the state excludes the towers
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode views (B, S, S, C) uint8 as image features (B, D) on the CPU, each of length one."""
-        return self.encoder.image_features(self.encoder.preprocess(images)).cpu()
-
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        """Encode N texts as text features (N, D) on the CPU, each of length one, with a gradient."""
-        tokens = self.encoder.tokenizer(texts).to(self.encoder.device)  # (N, context)
-        return self.encoder.model.encode_text(tokens, normalize=True).cpu()  # pyright: ignore[reportCallIssue]

@@ -7,14 +7,13 @@ s trains.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from medfocus.clip.trained_towers import TrainedTowers
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
@@ -45,53 +44,20 @@ class SingularValues(nn.Module):
         return weight + (change @ self.right).flatten(0, 1)
 
 
-class SvdTowers(nn.Module):
-    """Both towers of a frozen CLIP with trained singular values.
-
-    Its parameters and state are the singular values and, with the region "alpha", the fourth channel of the
-    patch embedding. The towers are copies that share their frozen weights with the encoder.
-    """
+class SvdTowers(TrainedTowers):
+    """Both towers of a frozen CLIP with trained singular values."""
 
     def __init__(self, encoder: ClipEncoder) -> None:
-        """Decompose the weights of every block in a copy of ``encoder``'s towers.
+        """Decompose the weights of attention and MLP of every block in a copy of ``encoder``'s towers.
 
-        Raises ValueError if a tower is not one of open_clip's own transformers.
+        Raises TowerError if a tower has no such weights.
         """
-        super().__init__()
-        added = encoder.region.added_layer(encoder.model)
-        trained = set() if added is None else set(map(id, added.parameters()))
-        shared = {id(weight): weight for weight in encoder.model.parameters() if id(weight) not in trained}
-        model = copy.deepcopy(encoder.model, shared)
+        encoder.require(("singular-values",), "trained singular values")
+        super().__init__(encoder)
         self.matrices = nn.ModuleList()
-        for module, name, parts in _weights(encoder.name, model):
-            values = SingularValues(getattr(module, name), parts)
-            parametrize.register_parametrization(module, name, values, unsafe=True)
-            self.matrices.append(values)
-        if (layer := encoder.region.added_layer(model)) is not None:
-            self.alpha = layer.requires_grad_(True)
-        self.encoder = replace(encoder, model=model)  # not an nn.Module, so the state excludes the towers
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode views (B, S, S, C) uint8 as image features (B, D) on the CPU, each of length one."""
-        return self.encoder.image_features(self.encoder.preprocess(images)).cpu()
-
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        """Encode N texts as text features (N, D) on the CPU, each of length one, with a gradient."""
-        tokens = self.encoder.tokenizer(texts).to(self.encoder.device)  # (N, context)
-        return self.encoder.model.encode_text(tokens, normalize=True).cpu()  # pyright: ignore[reportCallIssue]
-
-
-def _weights(name: str, model: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
-    """Yield module, parameter and number of matrices of each weight to decompose, image encoder first."""
-    # CLIP itself holds the parts of its text tower; CustomTextCLIP holds them in ``text``.
-    for part, tower in (("image encoder", model.visual), ("text tower", getattr(model, "text", model))):
-        blocks: Any = getattr(getattr(tower, "transformer", None), "resblocks", [])
-        if not blocks or not all(isinstance(getattr(b, "attn", None), nn.MultiheadAttention) for b in blocks):
-            raise ValueError(
-                f"{name}: its {part} is {type(tower).__name__}, not one of open_clip's transformers, so its "
-                "singular values cannot be trained. Take a CLIP such as ViT-B-32, or another method."
-            )
-        for block in blocks:
-            yield block.attn, "in_proj_weight", 3
-            for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-                yield layer, "weight", 1
+        for tower in self.towers():
+            for attention in tower.attentions():
+                for weight in (*attention.attention_weights(), *attention.mlp_weights()):
+                    values = SingularValues(weight.value, weight.matrices)
+                    parametrize.register_parametrization(weight.module, weight.name, values, unsafe=True)
+                    self.matrices.append(values)

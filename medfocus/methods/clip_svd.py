@@ -30,6 +30,11 @@ class ClipSvd(TowersMethod):
     def __post_init__(self) -> None:
         self.check("epochs")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """See ``Method.needs``."""
+        return ("singular-values",)
+
     def epochs_for(self, images: int, classes: int) -> int:
         """See ``TowersMethod.epochs_for``."""
         return self.epochs

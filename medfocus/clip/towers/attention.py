@@ -1,10 +1,10 @@
-"""The self-attention of a block in three layouts: open_clip's, timm's and Hugging Face's."""
+"""The weights of a transformer's block in three layouts: open_clip's, timm's and Hugging Face's."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -14,28 +14,31 @@ from medfocus.clip.towers.low_rank import LoraAttention, LoraLinear, LowRank
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A weight matrix of an attention: rows of a parameter, to change in place or to parametrise."""
+class Weight:
+    """A parameter that holds one matrix, or several of equal size below each other."""
 
-    name: str  # "q", "k", "v" or "out"
     module: nn.Module
-    parameter: str  # its name in ``module``
-    rows: slice = field(default_factory=lambda: slice(None))
+    name: str  # of the parameter in ``module``
+    matrices: int = 1
 
     @property
-    def weight(self) -> Tensor:
-        """The matrix (W, W), a view of the parameter."""
-        return getattr(self.module, self.parameter)[self.rows]
+    def value(self) -> Tensor:
+        """The parameter (P m, n), with P matrices."""
+        return getattr(self.module, self.name)
 
 
 class SelfAttention(ABC):
-    """The self-attention of one block: its weight matrices, and low-rank updates of them."""
+    """The self-attention of one block, and the MLP after it."""
 
     width: int  # W
 
     @abstractmethod
-    def projections(self) -> tuple[Projection, ...]:
-        """Return the projections to q, k and v, and of the output."""
+    def attention_weights(self) -> tuple[Weight, ...]:
+        """Return the projections to q, k and v, in this order, and the projection of the output."""
+
+    @abstractmethod
+    def mlp_weights(self) -> tuple[Weight, ...]:
+        """Return both layers of the block's MLP; () for another kind of MLP."""
 
     @abstractmethod
     def add(self, update: LowRank) -> None:
@@ -59,12 +62,13 @@ class OpenClipAttention(SelfAttention):
         supported = all(isinstance(getattr(block, "attn", None), kinds) for block in blocks)
         return [cls(block) for block in blocks] if supported else []
 
-    def projections(self) -> tuple[Projection, ...]:
-        """See ``SelfAttention.projections``; q, k and v are rows of one parameter."""
-        return (
-            *_thirds(self._frozen, "in_proj_weight", self.width),
-            Projection("out", self._frozen.out_proj, "weight"),
-        )
+    def attention_weights(self) -> tuple[Weight, ...]:
+        """See ``SelfAttention.attention_weights``; q, k and v are in one parameter."""
+        return Weight(self._frozen, "in_proj_weight", 3), Weight(self._frozen.out_proj, "weight")
+
+    def mlp_weights(self) -> tuple[Weight, ...]:
+        """See ``SelfAttention.mlp_weights``."""
+        return _layers(self._block.mlp, "c_fc", "c_proj")
 
     def add(self, update: LowRank) -> None:
         """See ``SelfAttention.add``."""
@@ -92,9 +96,10 @@ class OpenClipAttention(SelfAttention):
 class TimmAttention(SelfAttention):
     """timm's ``Attention``: one linear layer projects to q, k and v."""
 
-    def __init__(self, attention: nn.Module) -> None:
-        self._attention: Any = attention
-        self.width = attention.proj.in_features  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
+    def __init__(self, block: nn.Module) -> None:
+        self._block: Any = block
+        self._attention: Any = block.attn
+        self.width = self._attention.proj.in_features
 
     @classmethod
     def of(cls, blocks: Iterable[nn.Module]) -> list[Self]:
@@ -107,12 +112,15 @@ class TimmAttention(SelfAttention):
             and attention.attn_dim == attention.num_heads * attention.head_dim == attention.proj.out_features
             for block in blocks
         )
-        return [cls(block.attn) for block in blocks] if supported else []  # pyright: ignore[reportArgumentType]
+        return [cls(block) for block in blocks] if supported else []
 
-    def projections(self) -> tuple[Projection, ...]:
-        """See ``SelfAttention.projections``; q, k and v are rows of one parameter."""
-        qkv, proj = self._attention.qkv, self._attention.proj
-        return (*_thirds(qkv, "weight", self.width), Projection("out", proj, "weight"))
+    def attention_weights(self) -> tuple[Weight, ...]:
+        """See ``SelfAttention.attention_weights``; q, k and v are in one parameter."""
+        return Weight(self._attention.qkv, "weight", 3), Weight(self._attention.proj, "weight")
+
+    def mlp_weights(self) -> tuple[Weight, ...]:
+        """See ``SelfAttention.mlp_weights``."""
+        return _layers(self._block.mlp, "fc1", "fc2")
 
     def add(self, update: LowRank) -> None:
         """See ``SelfAttention.add``."""
@@ -137,30 +145,34 @@ class TimmAttention(SelfAttention):
 class BertAttention(SelfAttention):
     """The attention of BERT and its relatives in Hugging Face's transformers: three linear layers."""
 
-    def __init__(self, attention: nn.Module) -> None:
-        """Wrap the module with the parts ``self`` (query, key, value) and ``output`` (dense)."""
-        self._inner: Any = attention.self
-        self._output: Any = attention.output
+    def __init__(self, layer: nn.Module) -> None:
+        """Wrap a layer: ``attention`` with ``self`` and ``output``, ``intermediate`` and ``output``."""
+        self._layer: Any = layer
+        self._inner: Any = self._layer.attention.self
         self.width = self._inner.query.in_features
 
     @classmethod
     def of(cls, transformer: nn.Module) -> list[Self]:
         """Return the attention of each block of a transformer, the first block first."""
 
-        def is_attention(module: nn.Module) -> bool:
-            layers = [
-                getattr(getattr(module, "self", None), name, None) for name in ("query", "key", "value")
-            ]
-            output = getattr(getattr(module, "output", None), "dense", None)
-            return all(isinstance(layer, nn.Linear | LoraLinear) for layer in layers) and output is not None
+        def has_attention(module: Any) -> bool:
+            attention = getattr(module, "attention", None)
+            inner, output = getattr(attention, "self", None), getattr(attention, "output", None)
+            layers = [getattr(inner, name, None) for name in ("query", "key", "value")]
+            linear = all(isinstance(layer, nn.Linear | LoraLinear) for layer in layers)
+            return linear and hasattr(output, "dense")
 
-        return [cls(module) for module in transformer.modules() if is_attention(module)]
+        return [cls(module) for module in transformer.modules() if has_attention(module)]
 
-    def projections(self) -> tuple[Projection, ...]:
-        """See ``SelfAttention.projections``."""
-        inner = self._inner
-        layers = {"q": inner.query, "k": inner.key, "v": inner.value, "out": self._output.dense}
-        return tuple(Projection(name, layer, "weight") for name, layer in layers.items())
+    def attention_weights(self) -> tuple[Weight, ...]:
+        """See ``SelfAttention.attention_weights``."""
+        inner, output = self._inner, self._layer.attention.output
+        return tuple(Weight(layer, "weight") for layer in (inner.query, inner.key, inner.value, output.dense))
+
+    def mlp_weights(self) -> tuple[Weight, ...]:
+        """See ``SelfAttention.mlp_weights``."""
+        parts = (getattr(self._layer, name, None) for name in ("intermediate", "output"))
+        return tuple(weight for part in parts for weight in _layers(part, "dense"))
 
     def add(self, update: LowRank) -> None:
         """See ``SelfAttention.add``."""
@@ -168,9 +180,8 @@ class BertAttention(SelfAttention):
             setattr(self._inner, name, LoraLinear(getattr(self._inner, name), update, part))
 
 
-def _thirds(module: nn.Module, parameter: str, width: int) -> list[Projection]:
-    """Return the projections to q, k and v whose matrices stand below each other in one parameter."""
-    return [
-        Projection(name, module, parameter, slice(part * width, (part + 1) * width))
-        for part, name in enumerate("qkv")
-    ]
+def _layers(module: Any, *names: str) -> tuple[Weight, ...]:
+    """Return the weights of a module's linear layers; () unless it has all of them."""
+    layers = [getattr(module, name, None) for name in names]
+    plain = all(isinstance(layer, nn.Linear) for layer in layers)
+    return tuple(Weight(layer, "weight") for layer in layers if layer is not None) if plain else ()

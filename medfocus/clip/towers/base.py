@@ -44,6 +44,11 @@ VERBS: dict[str, Verb] = {
         "blocks with projections to q, k and v",
         "Use clip-few-shot, or medfocusclip with tuning adapter or full.",
     ),
+    "singular-values": Verb(
+        (IMAGE, TEXT),
+        "blocks whose attention and MLP have plain weight matrices",
+        "Use clip-lora, clip-few-shot or medfocusclip.",
+    ),
     "contexts": Verb(
         (TEXT,),
         "token embeddings that contexts can replace",
@@ -86,6 +91,12 @@ class Tower:
     def attentions(self) -> Sequence[SelfAttention]:
         """Return the self-attention of every block, first block first. Needs "low-rank"."""
         self._lacks("low-rank")
+
+    def _weight_verbs(self) -> set[str]:
+        """Return the verbs that the result of ``attentions`` allows: "low-rank" and "singular-values"."""
+        if not (attentions := self.attentions()):
+            return set()
+        return {"low-rank"} | ({"singular-values"} if all(a.mlp_weights() for a in attentions) else set())
 
     def _lacks(self, verb: str) -> Never:
         self.require(verb, "this call")

@@ -44,7 +44,7 @@ class OpenClipText(TextTower):
     @property
     def verbs(self) -> frozenset[str]:
         """See ``Tower.verbs``."""
-        return frozenset({"contexts", "low-rank"} if self.attentions() else {"contexts"})
+        return frozenset({"contexts"} | self._weight_verbs())
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -91,7 +91,7 @@ class HuggingFaceText(TextTower):
     @property
     def verbs(self) -> frozenset[str]:
         """See ``Tower.verbs``."""
-        return frozenset({"contexts", "low-rank"} if self.attentions() else {"contexts"})
+        return frozenset({"contexts"} | self._weight_verbs())
 
     @property
     def embedding(self) -> nn.Embedding:

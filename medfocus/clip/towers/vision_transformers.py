@@ -61,10 +61,9 @@ class OpenClipViT(VisionTransformerTower):
             verbs.add("channel")
         if visual.attn_pool is None:
             verbs.add("attention-bias")
-        if OpenClipAttention.of(visual.transformer.resblocks):
-            verbs.add("low-rank")
-            if visual.attn_pool is None:
-                verbs.add("attention-maps")
+        verbs |= (weights := self._weight_verbs())
+        if weights and visual.attn_pool is None:
+            verbs.add("attention-maps")
         return frozenset(verbs)
 
     @property
@@ -149,12 +148,10 @@ class TimmViT(VisionTransformerTower):
         trunk, verbs = self._trunk, {"stages", "tail"}
         if isinstance(trunk.patch_embed, PatchEmbed):
             verbs.add("channel")
-        plain = bool(TimmAttention.of(trunk.blocks))
-        if plain:
-            verbs.add("low-rank")
+        verbs |= (weights := self._weight_verbs())
         if trunk.attn_pool is None or isinstance(trunk.attn_pool, AttentionPoolLatent):
             verbs.add("attention-bias")
-            if plain and all(type(block) is Block for block in trunk.blocks):
+            if weights and all(type(block) is Block for block in trunk.blocks):
                 verbs.add("attention-maps")
         return frozenset(verbs)
 
