@@ -61,7 +61,7 @@ def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Clip
 
 
 def settings_of(row: str) -> dict[str, Any]:
-    known = defaults.method_settings(row.rpartition("-")[0] if row in VARIANTS else row)
+    known = defaults.method_settings(row.rpartition("-")[0] if row in VARIANTS else row, "small")
     known = known | {name: value for name, value in SHORT.items() if name in known} | ROWS[row]
     return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
 
