@@ -20,7 +20,7 @@ from flows.stages.finetune import encoder_to_fit
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings
-from medfocus.learning.fitting import Validation, fit, validate
+from medfocus.learning.fitting import fit, validate
 from medfocus.learning.folds import stratified_folds
 from medfocus.learning.method import Support
 from medfocus.learning.probe import C_WITHOUT_VALIDATION, fit_probe
@@ -496,14 +496,17 @@ def test_validation_predicts_every_image_once_with_a_method_fitted_without_it(ti
     labels = torch.arange(20) % 2
     support = Support(torch.arange(20.0)[None], labels, torch.arange(20), torch.zeros(2, 4))
     result = validate(Remembers(), support, None, folds=4, seed=0)  # pyright: ignore[reportArgumentType]
-    assert result == Validation(correct=10, count=20)  # every held-out image gets class 0
+    assert (result.correct, result.count) == (10, 20)  # every held-out image gets class 0
+    assert result.logits.shape == (20, 2) and sorted(result.labels.tolist()) == [0] * 10 + [1] * 10
     assert seen == [set()] * 4
 
 
-def test_validation_is_empty_if_a_class_has_one_image() -> None:
+def test_validation_is_empty_if_a_class_has_one_image_or_without_folds() -> None:
     support = Support(torch.zeros(1, 3, 2), torch.tensor([0, 0, 1]), torch.arange(3), torch.zeros(2, 4))
     never: Any = None  # because nothing is fitted
-    assert validate(never, support, None, folds=3, seed=0) == Validation(0, 0)
+    for folds in (3, 0):
+        result = validate(never, support, None, folds=folds, seed=0)
+        assert (result.correct, result.count, result.logits.shape) == (0, 0, (0, 2))
 
 
 class Brightness:

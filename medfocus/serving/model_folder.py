@@ -157,7 +157,13 @@ def load_model(folder: Path) -> Predictor:
     )
     method, header = checkpoint.load(folder / _CELL, encoder)
     return Predictor(
-        method, segmenter, header.classes, header.focus, content["feather"], content["view_size"]
+        method,
+        segmenter,
+        header.classes,
+        header.focus,
+        content["feather"],
+        content["view_size"],
+        header.calibration,
     )
 
 
