@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from mapie.classification import SplitConformalClassifier
@@ -10,6 +12,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 
+from flows.study.methods import build_method
+from flows.study.params import load_params
 from medfocus.evaluation.metrics import reliability
 from medfocus.learning.calibration import (
     Calibration,
@@ -135,3 +139,10 @@ def test_sets_of_exchangeable_images_contain_the_true_class_as_promised() -> Non
         covered.append((probabilities[19:][np.arange(200), labels[19:]] >= threshold).mean())
     error = np.std(covered) / np.sqrt(len(covered))
     assert 0.9 - 3 * error < np.mean(covered) < 0.95 + 3 * error
+
+
+def test_methods_on_cached_features_are_calibrated_in_every_cell_and_others_are_too_slow() -> None:
+    params = load_params(Path(__file__).parents[1] / "params.yaml")
+    slow = {name for name in params.methods if build_method(params, name, None).runs_encoder}
+    assert slow >= {"clip-few-shot", "clip-lora", "coop", "cocoop", "resnet", "medfocusclip-lora"}
+    assert not slow & {"pixels", "k-nn", "clip-linear-probe", "tip-adapter-f", "lp++", "slca", "medfocusclip"}

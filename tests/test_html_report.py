@@ -87,8 +87,8 @@ def cells(text: str, system: str) -> list[str]:
 
 def row(system: str, percent: float, accuracy: float, seed: int = 0, focus: str = "none") -> StudyRow:
     temperature, coverage = 1.5 if percent else 1.0, 0.9 if percent > 5 else math.nan
-    return StudyRow("brain_mri", system, focus, percent, seed, accuracy, 0.5, 0.5, 0.5, 0.1, 0.25, temperature,
-                    coverage, 1.25, "official", int(2 * percent), 66, "id")  # fmt: skip
+    return StudyRow("brain_mri", system, focus, percent, seed, accuracy, 0.5, 0.5, 0.5, 0.1, 0.25,
+                    temperature, coverage, 1.25, "official", int(2 * percent), 66, "id")  # fmt: skip
 
 
 ROWS = [

@@ -243,8 +243,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         The classifier is not sure of an image whose set has several classes. The assumptions behind this
         promise are in ``medfocus.learning.calibration``. Raises ValueError if ``fit`` had too few images.
         """
-        sets = self.calibration_.sets(self.predict_proba(X))
-        if sets is None:
+        probabilities = self.predict_proba(X)
+        if (sets := self.calibration_.sets(probabilities)) is None:
             raise ValueError(
                 f"MedFocusCLIP: {self.calibration_.no_set}. Give more images, folds, or a lower confidence."
             )
