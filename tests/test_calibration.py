@@ -53,16 +53,11 @@ def drawn(count: int, seed: int, scale: float = 1.0, classes: int = 3) -> tuple[
     return scale * z, labels
 
 
-def test_the_temperature_is_that_of_scikit_learn_on_the_same_targets() -> None:
-    """scikit-learn has no soft targets, but weights: each image stands once for each class."""
-    logits, labels = drawn(60, 0, scale=3)
-    seen = np.bincount(labels)[labels][:, None]
-    weights = (np.eye(3)[labels] * seen + 1) / (seen + 3)  # (M, K), Platt's targets
-    theirs = CalibratedClassifierCV(FrozenEstimator(Given()), method="temperature").fit(
-        np.repeat(logits, 3, axis=0), np.tile(np.arange(3), 60), sample_weight=weights.ravel()
-    )
+def test_on_many_images_the_temperature_is_that_of_scikit_learn() -> None:
+    logits, labels = drawn(5000, 0, scale=3)
+    theirs = CalibratedClassifierCV(FrozenEstimator(Given()), method="temperature").fit(logits, labels)
     probabilities = Calibration(fit_temperature(logits, labels)).probabilities(logits)
-    np.testing.assert_allclose(probabilities, theirs.predict_proba(logits), atol=1e-5)
+    np.testing.assert_allclose(probabilities, theirs.predict_proba(logits), atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
@@ -70,12 +65,17 @@ def test_the_temperature_undoes_a_wrong_scale_of_the_logits(scale: float) -> Non
     assert fit_temperature(*drawn(20_000, 1, scale)) == pytest.approx(scale, rel=0.03)
 
 
-def test_without_errors_out_of_fold_the_model_is_as_sure_as_its_labels_are_many() -> None:
-    for each in (2, 8):
+def test_without_errors_out_of_fold_the_temperature_is_finite_and_falls_with_the_number_of_images() -> None:
+    temperatures = []
+    for each in (2, 8, 32):
         labels = np.arange(3 * each) % 3
-        logits = 50 * np.eye(3)[labels]
-        probabilities = Calibration(fit_temperature(logits, labels)).probabilities(logits)
-        np.testing.assert_allclose(probabilities.max(axis=1), (each + 1) / (each + 3), atol=1e-4)
+        temperatures.append(fit_temperature(2 * np.eye(3)[labels], labels))
+    assert 1 > temperatures[0] > temperatures[1] > temperatures[2] > 0.1
+
+
+def test_a_few_images_without_information_keep_the_temperature_near_one() -> None:
+    logits = np.random.default_rng(0).standard_normal((6, 3))
+    assert 0.5 < fit_temperature(logits, np.array([0, 1, 2, 0, 1, 2])) < 2.5
 
 
 def test_logits_that_say_nothing_keep_the_temperature_finite_and_the_order() -> None:

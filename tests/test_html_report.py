@@ -188,7 +188,7 @@ def test_images_have_alternative_texts_and_figures_a_dark_version(page: str) -> 
 def test_tables_scroll_in_boxes_that_the_keyboard_can_focus(page: str) -> None:
     parsed = Page(page)
     around = [around for tag, _, around in parsed.tags if tag == "table"]
-    assert len(around) == 7 and all("scroll" in classes for classes in around)
+    assert len(around) == 9 and all("scroll" in classes for classes in around)
     boxes = [a for a in parsed.all("div") if a.get("class") == "scroll"]
     assert all(a.get("tabindex") == "0" and a.get("aria-label") for a in boxes)
 

@@ -32,7 +32,6 @@ from flows.study.methods import build_method, choice_of_rate, support_views
 from flows.study.study import here
 from medfocus.focus.controls import CONTROLS
 from medfocus.learning import fitting
-from medfocus.learning.calibration import calibrate
 from medfocus.learning.method import Method, Support
 from medfocus.learning.selection import LearningRates
 from medfocus.methods import METHODS
@@ -101,7 +100,7 @@ def fit(job: FitJob) -> None:
         job.header,
         validation_correct=validation.correct,
         validation_count=validation.count,
-        calibration=calibrate(validation.logits.numpy(), validation.labels.numpy(), job.confidence),
+        calibration=fitting.calibration(method, job.support, validation, job.confidence),
         settings=method.settings,
     )
     learnt = sum(value.numel() for value in method.state().values())

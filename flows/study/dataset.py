@@ -31,7 +31,7 @@ from medfocus.focus.controls import MaskSource, focus_of, mask_source_of
 from medfocus.focus.crop import crop_box
 from medfocus.focus.view import view, view_key
 from medfocus.images import decode
-from medfocus.learning import calibration, fitting
+from medfocus.learning import fitting
 from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.masks.published import PublishedMasks
 from medfocus.masks.quality import center_box
@@ -320,7 +320,7 @@ def feature_key(method: Method, encoder: ClipEncoder, view: str) -> str:
 
 def cell_code(method: type[Method], encoder: ClipEncoder) -> str:
     """Return the sha256 hex of the code behind a cell's checkpoint."""
-    return fingerprint(method, fitting, calibration, class_embeddings, features, type(encoder), build_clip)
+    return fingerprint(method, fitting, class_embeddings, features, type(encoder), build_clip)
 
 
 def _dtype(embedding: str) -> torch.dtype:

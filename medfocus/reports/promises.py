@@ -34,18 +34,21 @@ def _cell(draws: Sequence[StudyRow] | None) -> dict[str, str] | None:
     """Return the texts of a system at one support; None if the study does not have it."""
     if not draws:
         return None
-    before, after = (np.mean([100 * getattr(row, m) for row in draws]) for m in ("ece_uncalibrated", "ece"))
+    ece = 100 * _mean(draws, "ece")
     if all(row.temperature == 1 for row in draws):
-        return {"ece": f"{after:.1f}", "temperature": "not calibrated", "sets": ""}
-    promised = [row for row in draws if np.isfinite(row.coverage)]
-    coverage, size = (
-        np.mean([getattr(row, m) for row in promised] or [0]) for m in ("coverage", "mean_set_size")
-    )
+        return {"ece": f"{ece:.1f}", "temperature": "not calibrated", "sets": ""}
+    sets = [row for row in draws if np.isfinite(row.coverage)]
     return {
-        "ece": f"{before:.1f} → {after:.1f}",
-        "temperature": f"T {np.mean([row.temperature for row in draws]):.2f}",
-        "sets": f"{100 * coverage:.0f} % in {size:.2f}" if promised else "no set",
+        "ece": f"{100 * _mean(draws, 'ece_uncalibrated'):.1f} → {ece:.1f}",
+        "temperature": f"T {_mean(draws, 'temperature'):.2f}",
+        "sets": f"{100 * _mean(sets, 'coverage'):.0f} % in {_mean(sets, 'mean_set_size'):.2f}"
+        if sets
+        else "no set",
     }
+
+
+def _mean(rows: Sequence[StudyRow], metric: str) -> float:
+    return float(np.mean([getattr(row, metric) for row in rows]))
 
 
 def sets_table(content: Sets) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from medfocus.explain.explain import explain, on_image
 from medfocus.focus.crop import crop_box
 from medfocus.focus.view import view
 from medfocus.learning import fitting
-from medfocus.learning.calibration import Calibration, calibrate
 from medfocus.learning.method import IMAGES, Method, Support
 from medfocus.learning.selection import LearningRates
 from medfocus.masks.segmenter import Mask, Segmenter
@@ -226,8 +225,10 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         selection = defaults.default_params()["learning_rates"]
         candidates = LearningRates(rates, **selection) if len(rates) > 1 else None
         seed = parameters.seed(self.random_state)
-        self.calibration_ = self._calibrate(method, support, candidates, seed)
+        folds = self._folds(method)
+        validation = fitting.validate(method, support, candidates, folds=folds, seed=seed)
         self.method_: Method = fitting.fit(method, support, candidates, seed)
+        self.calibration_ = fitting.calibration(self.method_, support, validation, self.confidence)
         return self
 
     def predict_proba(self, X: Images) -> np.ndarray:
@@ -331,14 +332,12 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         model.encoder_ = predictor.method.encoder
         return model
 
-    def _calibrate(
-        self, method: Method, support: Support, rates: LearningRates | None, seed: int
-    ) -> Calibration:
-        """Fit the temperature and the threshold of the sets on predictions out of fold."""
+    def _folds(self, method: Method) -> int:
+        """Return the number of folds of the predictions out of fold."""
+        if not method.learns:
+            return 0
         usual = 0 if method.runs_encoder else defaults.default_params()["validation"]["folds"]
-        folds = usual if self.folds is None else self.folds
-        validation = fitting.validate(method, support, rates, folds=folds if method.learns else 0, seed=seed)
-        return calibrate(validation.logits.numpy(), validation.labels.numpy(), self.confidence)
+        return usual if self.folds is None else self.folds
 
     def _build(self, settings: Mapping[str, Any]) -> None:
         encoder = shared_clip(self.clip, self.pretrained, self.device)
