@@ -33,12 +33,13 @@ from medfocus.app.clicks import Point
 from medfocus.app.desk import Desk
 from medfocus.app.guard import Refused, access_to
 from medfocus.app.reading import Reader
-from medfocus.app.server import About, ServerLimits, Workplace, build, calibration_note
+from medfocus.app.server import About, ServerLimits, Workplace, build, calibration_note, promise_note
 from medfocus.app.uploads import UploadLimits, body
 from medfocus.clip.build import build_clip
 from medfocus.explain.explain import explain
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning.calibration import Calibration
 from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
@@ -48,9 +49,9 @@ from medfocus.masks.settings import Sam2Settings
 from medfocus.methods.clip import ClipLinearProbe
 from medfocus.serving import checkpoint
 from medfocus.serving.model_folder import load_model, save_model
-from medfocus.serving.predictor import probabilities_of
 
 HOME = "http://127.0.0.1:8600"
+CALIBRATION = Calibration(temperature=0.5, threshold=0.3, confidence=0.9, images=12)
 ABOUT = About("medfocus-brain", "3 (champion)", "brain", "clip-linear-probe", "SAM2", {"ece": 0.0625})
 CLASSES = ("glioma", "no tumor")
 MISSED, LESION = 24, (0.36, 0.46)  # a glioma outside its first mask, and its position x, y
@@ -83,8 +84,9 @@ def save(folder: Path, segmenter: Segmenter) -> Path:
     support = Support(features[None], torch.tensor([0, 1] * 4), torch.arange(8), torch.eye(2, encoder.dim))
     method.fit(support, torch.Generator().manual_seed(0))
     header = checkpoint.Header(
-        "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"}
-    )
+        "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"},
+        calibration=CALIBRATION,
+    )  # fmt: skip
     checkpoint.save(method, header, folder / "cell.safetensors")
     save_model(
         folder / "model", checkpoint=folder / "cell.safetensors", encoder=encoder, segmenter=segmenter,
@@ -215,6 +217,24 @@ def test_the_page_names_the_model_and_excludes_clinical_use(opened: Opener) -> N
     ):
         assert part in page
     assert "6.2 percentage points" in page
+    assert "contains the true class in 90\u00a0% of cases" in page
+
+
+def test_each_answer_has_the_set_of_classes_that_reach_the_threshold(opened: Opener) -> None:
+    for number in (20, 21, MISSED):
+        [answer] = post(opened(), number)
+        chances = answer["first"]["probabilities"]
+        assert answer["first"]["set"] == [name for name in CLASSES if chances[name] >= 0.3]
+
+
+def test_the_promise_has_its_measured_coverage_or_the_reason_for_no_set() -> None:
+    measured = {"coverage": 0.875, "mean_set_size": 1.25}
+    assert promise_note(CALIBRATION, measured).endswith(
+        "On the test images: 87.5\u00a0%, 1.25 classes on average."
+    )
+    assert promise_note(CALIBRATION, {}).endswith("learned from.")
+    few = Calibration(images=6)
+    assert promise_note(few, {}) == "No set: 6 labelled images cannot support a 90 % promise; 9 are needed."
 
 
 def test_unknown_calibration_is_reported() -> None:
@@ -235,7 +255,7 @@ def test_a_click_changes_the_mask_and_the_prediction_follows_it(opened: Opener, 
     assert not np.array_equal(region, region_of(answer["first"]))
     predictor = reader.predictor
     seen = view(drawn(MISSED), region, focus="multiply", frame=predictor.frame, feather=0.01)
-    expected = probabilities_of(predictor.method, predictor.method.embed(torch.from_numpy(seen)[None]))[0]
+    expected = predictor.probabilities(seen[None])[0]
     assert list(result["edited"]["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-6)
     assert (answer["first"]["label"], result["edited"]["label"]) == ("no tumor", "glioma")
     assert result["edited"]["mask"]["status"] == "edited"

@@ -34,6 +34,9 @@ LABELS = np.array([i % 2 for i in range(60)])
 WRONG = [i for i in range(40) if i % 2][:10]
 PROBABILITIES = np.eye(2)[[1 - label if i in WRONG else label for i, label in enumerate(LABELS)]] * 0.8 + 0.1
 
+# The last 20 images have both classes, so their sets contain the true class.
+SETS = np.where(np.arange(60)[:, None] < 40, PROBABILITIES > 0.5, True)
+
 
 @pytest.fixture
 def data() -> DatasetFacts:
@@ -88,6 +91,11 @@ def model() -> ModelFacts:
         test_sets={"official": PATHS, "clean": PATHS[:40]},
         checks=[Check("recall of solid", False, "0.667", "at least 0.7")],
         reason="refused: recall of solid: 0.667, required at least 0.7",
+        temperature=1.75,
+        ece_uncalibrated={"official": 0.25, "clean": 0.125},
+        confidence=0.9,
+        sets=SETS,
+        no_set="",
     )
 
 
@@ -118,6 +126,23 @@ def test_every_test_set_has_its_scores_with_wilson_intervals(model: ModelFacts, 
     assert table["calibration error"][0] == f"{expected['ece']:.3f}"
 
 
+def test_the_sets_of_classes_have_their_promise_coverage_and_size(
+    model: ModelFacts, data: DatasetFacts
+) -> None:
+    card = model_card(model, data)
+    table = rows(card)
+    assert "true class in 90 % of cases" in card
+    assert table["temperature"] == ["1.750"]
+    assert table["calibration error without temperature"] == ["0.250", "0.125"]
+    assert table["coverage"][0].endswith("50 of 60") and table["coverage"][1].endswith("30 of 40")
+    assert table["mean set size"] == ["1.33", "1.00"]
+    assert table["one class"][0].endswith("40 of 60")
+    assert table["right if one class"][0].endswith("30 of 40")
+    assert table["coverage of solid"][1].endswith("10 of 20")
+    none = replace(model, sets=None, no_set="no set: 6 labelled images cannot support a 90 % promise")
+    assert "No set: 6 labelled images cannot support a 90 % promise." in model_card(none, data)
+
+
 def test_failures_are_grouped_by_mask_size_and_mode_and_small_groups_are_marked(
     model: ModelFacts, data: DatasetFacts
 ) -> None:
@@ -143,6 +168,8 @@ def test_a_class_without_a_test_image_has_no_recall_and_no_auroc(
         probabilities=spread,
         labels=LABELS * 2,
         learned_from={name: 1 for name in named},
+        sets=None,
+        no_set="no set: too few images",
     )
     table = rows(model_card(without, data))
     assert table["scar"] == ["no image", "no image"] and table["AUROC"][0] == "not defined"

@@ -162,6 +162,40 @@ def test_it_classifies_phantoms_that_it_has_not_seen(fitted: MedFocusCLIP) -> No
     assert fitted.score(images, labels) > 0.5  # chance is a third
 
 
+def test_its_sets_contain_the_predicted_class(fitted: MedFocusCLIP) -> None:
+    images, labels = drawn(6, "test")
+    sets, truth = fitted.predict_set(images), np.searchsorted(fitted.classes_, labels)
+    predicted = fitted.predict_proba(images).argmax(axis=1)
+    assert sets.shape == (18, 3) and sets[np.arange(18), predicted].all()
+    assert sets[np.arange(18), truth].mean() >= (predicted == truth).mean()
+    assert fitted.calibration_.images == 18 and fitted.calibration_.temperature != 1
+
+
+def test_the_temperature_changes_probabilities_but_no_prediction() -> None:
+    images, labels = drawn(4)
+    calibrated, plain = (
+        small(method="clip-linear-probe", settings=None, folds=folds).fit(images, labels) for folds in (2, 0)
+    )
+    assert plain.calibration_.temperature == 1 and calibrated.calibration_.temperature != 1
+    assert np.array_equal(calibrated.predict(images), plain.predict(images))
+    assert np.abs(calibrated.predict_proba(images) - plain.predict_proba(images)).max() > 1e-3
+
+
+def test_too_few_images_for_the_promise_give_no_set() -> None:
+    images, labels = drawn(2)
+    with pytest.raises(
+        ValueError, match=r"6 labelled images cannot support a 90 % promise; 9 are needed\. Give"
+    ):
+        small(method="pixels", focus="none", settings=None).fit(images, labels).predict_set(images)
+
+
+def test_a_method_that_runs_an_encoder_is_calibrated_only_on_request() -> None:
+    images, labels = drawn(2)
+    usual: dict[str, Any] = {"method": "clip-few-shot", "focus": "none", "settings": {"epochs": 1}}
+    assert small(**usual).fit(images, labels).calibration_.images == 0
+    assert small(**usual, folds=2).fit(images, labels).calibration_.images == 6
+
+
 def test_cross_validation_keeps_masks_in_the_cache_folder(tmp_path: Path) -> None:
     images, labels = drawn(12)
     scores = cross_val_score(small(cache=tmp_path / "masks"), images, labels, cv=3)
@@ -222,6 +256,7 @@ def test_a_saved_classifier_loads_with_the_same_predictions(fitted: MedFocusCLIP
     loaded = MedFocusCLIP.load(tmp_path / "model")
     assert loaded.get_params() == fitted.get_params()
     np.testing.assert_allclose(loaded.predict_proba(images), fitted.predict_proba(images), atol=1e-6)
+    np.testing.assert_array_equal(loaded.predict_set(images), fitted.predict_set(images))
     (tmp_path / "model" / "estimator.json").unlink()
     with pytest.raises(FileNotFoundError, match="Give a folder that "):
         MedFocusCLIP.load(tmp_path / "model")
@@ -266,7 +301,7 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     dataset.embed([name], "crop", test, 1, "test")
     monkeypatch.setattr(finetune, "_end_with_parent", lambda: None)  # no worker here
     finetune.fit(finetune.prepare(dataset, cell, tmp_path / "cell.safetensors"))
-    probabilities, header, _ = scoring.predict(dataset, cell, tmp_path / "cell.safetensors")
+    logits, header, _ = scoring.predict(dataset, cell, tmp_path / "cell.safetensors")
 
     settings = defaults.method_settings(name, "small") | changes
     model = MedFocusCLIP(
@@ -278,7 +313,10 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
         groups=[dataset.splits.groups[path] for path in paths],
     )
     predicted = model.predict_proba([root / path for path in test])
-    np.testing.assert_allclose(predicted, next(iter(probabilities.values())), atol=1e-5)
+    expected = header.calibration.probabilities(next(iter(logits.values())))
+    np.testing.assert_allclose(predicted, expected, atol=1e-5)
+    assert model.calibration_.temperature == pytest.approx(header.calibration.temperature, rel=1e-4)
+    assert model.calibration_.images == header.calibration.images == header.validation_count == 12
     if "lr" in changes:
         chosen = header.settings["lr"]
         assert chosen in changes["lr"] and cast("Any", model.method_).lr == chosen
@@ -357,6 +395,8 @@ def test_faulty_images_and_labels_are_refused(images: Any, labels: Any, sentence
         ({"focus": "zoom"}, "focus is 'zoom'; use one of none, "),
         ({"segmenter": "unet"}, "segmenter is 'unet'; use one of otsu, sam2"),
         ({"augmented": -1}, "augmented is -1; use 0 or more"),
+        ({"folds": -1}, "folds is -1; use 0 or more"),
+        ({"confidence": 1.0}, r"confidence is 1\.0; use 0\.5 or more, and less than 1"),
         (
             {"settings": {"epoch": 3}},
             "settings has 'epoch', which medfocusclip does not have. It has tuning",
@@ -384,3 +424,4 @@ def test_the_default_numbers_are_those_of_the_embedded_study() -> None:
     assert METHODS.keys() <= params["methods"].keys()
     of_views = {name: MedFocusCLIP().get_params()[name] for name in params["views"]}
     assert of_views == params["views"]
+    assert MedFocusCLIP().confidence == params["validation"]["confidence"]

@@ -173,7 +173,8 @@ COUNTS = {
         "learning.probe methods.slca",
     ),
     "cells": (
-        "methods.coop clip.prompt_learning learning.fitting learning.selection clip.build",
+        "methods.coop clip.prompt_learning learning.fitting learning.calibration learning.selection "
+        "clip.build",
         "methods.slca masks.otsu",
     ),
 }

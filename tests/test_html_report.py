@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from medfocus.datasets.duplicates import Pair
 from medfocus.datasets.records import Record
 from medfocus.datasets.splits import Splits
 from medfocus.evaluation.comparison import Difference
-from medfocus.evaluation.metrics import reliability
+from medfocus.evaluation.metrics import reliability, wilson
 from medfocus.reports import figures
 from medfocus.reports.data_warnings import data_warnings, mask_warnings
 from medfocus.reports.page import render
@@ -33,6 +34,7 @@ from medfocus.reports.page_content import (
     PageContent,
     Provenance,
     Recalls,
+    Sets,
 )
 from medfocus.reports.rows import Published, StudyRow, read_published
 from medfocus.reports.tables import plot_table
@@ -84,8 +86,9 @@ def cells(text: str, system: str) -> list[str]:
 
 
 def row(system: str, percent: float, accuracy: float, seed: int = 0, focus: str = "none") -> StudyRow:
-    return StudyRow("brain_mri", system, focus, percent, seed, accuracy, 0.5, 0.5, 0.5, 0.1, "official",
-                    int(2 * percent), 66, "id")  # fmt: skip
+    temperature, coverage = 1.5 if percent else 1.0, 0.9 if percent > 5 else math.nan
+    return StudyRow("brain_mri", system, focus, percent, seed, accuracy, 0.5, 0.5, 0.5, 0.1, 0.25,
+                    temperature, coverage, 1.25, "official", int(2 * percent), 66, "id")  # fmt: skip
 
 
 ROWS = [
@@ -106,6 +109,8 @@ PARTS: dict[str, object] = {
                         MASK.astype(float), 0.61)],
     "confusions": [Confusion("brain", "ours", ("cyst", "tumor"), np.array([[3, 1], [0, 5]]))],
     "calibrations": [Calibration("brain", "ours", CURVE)],
+    "sets": [Sets("brain", "ours", ("cyst", "tumor"), 0.9, np.array([[1, 0], [1, 1], [1, 0]], bool),
+                  np.array([0, 0, 1]), "")],
     "recalls": [Recalls("brain", "5 %", ("cyst", "tumor"), (4, 0),
                         {"ours": np.array([[0.5, np.nan], [0.75, np.nan]])})],
     "masks": {"brain": [{"label": "cyst", "images": "4", "coverage": "0.25", "box": "0.5", "iou": ""}]},
@@ -119,6 +124,7 @@ SECTIONS = {
     "gallery": ["gallery"],
     "confusions": ["confusion"],
     "calibrations": ["calibration"],
+    "sets": ["sets"],
     "recalls": ["recall"],
     "masks": ["masks"],
     "costs": ["costs"],
@@ -182,7 +188,7 @@ def test_images_have_alternative_texts_and_figures_a_dark_version(page: str) -> 
 def test_tables_scroll_in_boxes_that_the_keyboard_can_focus(page: str) -> None:
     parsed = Page(page)
     around = [around for tag, _, around in parsed.tags if tag == "table"]
-    assert len(around) == 7 and all("scroll" in classes for classes in around)
+    assert len(around) == 9 and all("scroll" in classes for classes in around)
     boxes = [a for a in parsed.all("div") if a.get("class") == "scroll"]
     assert all(a.get("tabindex") == "0" and a.get("aria-label") for a in boxes)
 
@@ -289,6 +295,13 @@ def test_the_numbers_of_the_other_tables(page: str) -> None:
     costs = page[page.index('id="costs"') :]
     assert cells(costs, "ours") == ["1.25", "3,120", "–", "16,384"]
     assert f"ECE {100 * CURVE.ece:.1f} %" in Page(page).text
+    calibration = page[page.index('id="calibration"') :]
+    assert cells(calibration, "ours") == ["–", "25.0 → 10.0 T 1.50 no set", "25.0 → 10.0 T 1.50 90 % in 1.25"]
+    assert cells(calibration, "zero") == ["10.0 not calibrated", "–", "–"]
+    sets = page[page.index('id="sets"') :]
+    low, high = (100 * end for end in wilson(2, 3))
+    assert cells(sets, "all")[:3] == ["3", f"66.7 % [{low:.1f}, {high:.1f}], 2 of 3", "1.33"]
+    assert cells(sets, "tumor")[1].endswith("0 of 1") and cells(sets, "tumor")[4].endswith("0 of 1")
     assert cells(page, "git.commit") == ["abc123"]
 
 

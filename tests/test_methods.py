@@ -20,7 +20,8 @@ from flows.stages.finetune import encoder_to_fit
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings
-from medfocus.learning.fitting import Validation, fit, validate
+from medfocus.learning.calibration import fit_temperature
+from medfocus.learning.fitting import calibration, fit, validate
 from medfocus.learning.folds import stratified_folds
 from medfocus.learning.method import Support
 from medfocus.learning.probe import C_WITHOUT_VALIDATION, fit_probe
@@ -517,14 +518,45 @@ def test_validation_predicts_every_image_once_with_a_method_fitted_without_it(ti
     labels = torch.arange(20) % 2
     support = Support(torch.arange(20.0)[None], labels, torch.arange(20), torch.zeros(2, 4))
     result = validate(Remembers(), support, None, folds=4, seed=0)  # pyright: ignore[reportArgumentType]
-    assert result == Validation(correct=10, count=20)  # every held-out image gets class 0
+    assert (result.correct, result.count) == (10, 20)  # every held-out image gets class 0
+    assert result.logits.shape == (20, 2) and sorted(result.labels.tolist()) == [0] * 10 + [1] * 10
     assert seen == [set()] * 4
 
 
-def test_validation_is_empty_if_a_class_has_one_image() -> None:
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_the_temperature_does_not_depend_on_the_scale_that_a_fold_chooses(scale: float) -> None:
+    """Each class has its own mean; the model of fewer than 24 images has logits of another scale."""
+    rng = np.random.default_rng(0)
+    labels = torch.arange(24) % 3
+    inputs = functional.one_hot(labels, 3).double() + torch.from_numpy(rng.standard_normal((24, 3)))
+    support = Support(inputs[None], labels, torch.arange(24), torch.zeros(3, 4))
+
+    class Identity:
+        """Returns its inputs, scaled."""
+
+        learned = 1.0
+
+        def fit(self, support: Support, generator: torch.Generator) -> Identity:
+            self.learned = 1.0 if len(support.labels) == 24 else scale
+            return self
+
+        def logits(self, inputs: Tensor) -> dict[str, Tensor]:
+            return {"main": self.learned * inputs}
+
+    method: Any = Identity()
+    validation = validate(method, support, None, folds=4, seed=0)
+    fitted = fit(method, support, None, seed=0)
+    assert calibration(fitted, support, validation, 0.9).temperature == pytest.approx(
+        fit_temperature(inputs.numpy(), labels.numpy()), rel=0.1
+    )
+
+
+def test_validation_is_empty_if_a_class_has_one_image_or_without_folds() -> None:
     support = Support(torch.zeros(1, 3, 2), torch.tensor([0, 0, 1]), torch.arange(3), torch.zeros(2, 4))
     never: Any = None  # because nothing is fitted
-    assert validate(never, support, None, folds=3, seed=0) == Validation(0, 0)
+    for folds in (3, 0):
+        result = validate(never, support, None, folds=folds, seed=0)
+        assert (result.correct, result.count, result.logits.shape) == (0, 0, (0, 2))
 
 
 class Brightness:

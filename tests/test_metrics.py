@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 from sklearn.calibration import calibration_curve
 
 from medfocus.evaluation.metrics import (
+    coverage,
     mean_interval,
     per_class_recall,
     reliability,
     score,
-    softmax,
     wilson_lower,
 )
 
 
-def test_softmax_rows_sum_to_one_and_survive_large_logits() -> None:
-    rows = softmax(np.array([[1e4, 0.0], [-1e4, 0.0]]))
-    np.testing.assert_allclose(rows, [[1, 0], [0, 1]])
+def test_coverage_is_the_share_of_sets_with_the_true_class_and_has_the_mean_size() -> None:
+    sets = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 1, 1]], bool)
+    assert coverage(sets, np.array([0, 2, 1, 0])) == (0.5, 2.0)
 
 
 def test_perfect_and_confident_predictions_score_one_without_calibration_error() -> None:
@@ -61,7 +62,7 @@ def test_reliability_is_confidence_and_accuracy_bin_by_bin() -> None:
 
 def test_reliability_agrees_with_scikit_learn() -> None:
     rng = np.random.default_rng(0)
-    probabilities = softmax(2 * rng.standard_normal((500, 3)))
+    probabilities = softmax(2 * rng.standard_normal((500, 3)), axis=1)
     labels = rng.integers(0, 3, 500)
     curve = reliability(probabilities, labels, bins=12)
     right = probabilities.argmax(axis=1) == labels

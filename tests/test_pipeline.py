@@ -162,8 +162,24 @@ def test_the_flow_restores_study_csv_from_the_outputs_of_dvc(finished: Path) -> 
 def test_study_csv_has_the_documented_columns(finished: Path) -> None:
     assert list(table("reports/study.csv")[0]) == [
         *("dataset", "method", "focus", "percent_of_train", "seed", "accuracy", "balanced_accuracy"),
-        *("macro_f1", "auroc", "ece", "test_set", "n_train", "n_test", "mlflow_run_id"),
+        *("macro_f1", "auroc", "ece", "ece_uncalibrated", "temperature", "coverage", "mean_set_size"),
+        *("test_set", "n_train", "n_test", "mlflow_run_id"),
     ]
+
+
+def test_cells_are_calibrated_except_zero_shot_controls_and_heads(finished: Path) -> None:
+    rows = table("reports/study.csv")
+    plain = {"clip-zero-shot", "medfocusclip-head"}
+    for row in rows:
+        calibrated = row["method"] not in plain and row["focus"] != "shuffled"
+        assert (row["temperature"] != "1.0000") == calibrated
+        assert (row["coverage"] != "nan") == calibrated  # 12 and 24 images suffice for 90 %
+        assert row["ece"] == row["ece_uncalibrated"] or calibrated
+    assert any(row["ece"] != row["ece_uncalibrated"] for row in rows)
+
+
+def test_the_best_cell_is_of_the_largest_support(finished: Path, champion: Any) -> None:
+    assert cell_runs()[champion.run_id].data.params["support"] == "100%"
 
 
 def test_every_cell_is_one_mlflow_run_that_study_csv_names(finished: Path) -> None:
@@ -191,6 +207,7 @@ def test_metrics_json_has_the_champion_s_scores_with_4_decimals(finished: Path, 
     assert best.pop("best") == run.info.run_name
     assert best == {name: round(run.data.metrics[name], 4) for name in best}
     assert {"accuracy", "macro_f1", "auroc", "ece", "validation_accuracy"} <= best.keys()
+    assert {"ece_uncalibrated", "temperature", "coverage", "mean_set_size"} <= best.keys()
 
 
 def test_predictions_are_probabilities_with_6_decimals(finished: Path) -> None:
@@ -242,6 +259,8 @@ def test_the_card_shows_the_metrics_of_the_run(finished: Path, champion: Any) ->
     assert f"| accuracy | {100 * metrics['accuracy']:.1f} % [" in shown
     for name, metric in (("macro-F1", "macro_f1"), ("AUROC", "auroc"), ("calibration error", "ece")):
         assert f"| {name} | {metrics[metric]:.3f} |" in shown
+    assert f"| calibration error without temperature | {metrics['ece_uncalibrated']:.3f} |" in shown
+    assert f"| coverage | {100 * metrics['coverage']:.1f} % [" in shown
 
 
 def test_the_data_sheet_names_the_images_and_the_data(finished: Path) -> None:

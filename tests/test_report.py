@@ -17,7 +17,7 @@ from medfocus.reports.rows import StudyRow, read_rows, write_results, write_stud
 
 COLUMNS = (
     "dataset,method,focus,percent_of_train,seed,accuracy,balanced_accuracy,macro_f1,auroc,ece,"
-    "test_set,n_train,n_test,mlflow_run_id"
+    "ece_uncalibrated,temperature,coverage,mean_set_size,test_set,n_train,n_test,mlflow_run_id"
 )
 
 
@@ -25,7 +25,8 @@ def row(accuracy: float = 0.5, **changes: object) -> StudyRow:
     """Return a row of a study with changes."""
     usual = StudyRow(
         dataset="chest", method="pixels", focus="none", percent_of_train=5.0, seed=0, accuracy=accuracy,
-        balanced_accuracy=0.4, macro_f1=0.3, auroc=0.7, ece=0.1, test_set="official", n_train=9, n_test=66,
+        balanced_accuracy=0.4, macro_f1=0.3, auroc=0.7, ece=0.1, ece_uncalibrated=0.2, temperature=1.5,
+        coverage=0.9, mean_set_size=1.25, test_set="official", n_train=9, n_test=66,
         mlflow_run_id="abc",
     )  # fmt: skip
     return replace(usual, **changes)  # type: ignore[arg-type]

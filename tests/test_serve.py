@@ -33,9 +33,9 @@ from flows.servers.processes import free_port
 from medfocus.clip import features
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
-from medfocus.evaluation.metrics import softmax
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning.calibration import Calibration
 from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
@@ -58,6 +58,7 @@ pytestmark = [
 
 CLASSES = ("blob", "stripes")
 PATIENT = "DOE_JANE_1970"
+CALIBRATION = Calibration(temperature=2.0, threshold=0.45, confidence=0.9, images=12)
 SEGMENTER = Sam2Settings("pocket", "random:0", 128, "grid", points_per_side=3)
 FEATHER = 0.01
 
@@ -84,7 +85,7 @@ class Fitted:
     checkpoint: Path
 
     def evaluated(self, images: list[bytes]) -> np.ndarray:
-        """Return probabilities (N, K) by the steps of the evaluation: masks, views, features, softmax."""
+        """Return probabilities (N, K) by the steps of the evaluation: masks, views, features, temperature."""
         decoded = [decode.decode(data, "a test image") for data in images]
         stored = [decode_mask(encode_mask(self.segmenter.segment([image])[0])) for image in decoded]
 
@@ -96,7 +97,7 @@ class Fitted:
             range(len(decoded)), [str(i) for i in range(len(decoded))], make_view, self.method.embed,
             cache=None, settings="", batch_size=4,
         )  # fmt: skip
-        return softmax(self.method.logits(inputs)["probe"].double().numpy())
+        return CALIBRATION.probabilities(self.method.logits(inputs)["probe"].double().numpy())
 
     def save(self, folder: Path, **changes: Any) -> Path:
         """Write the model folder with changes."""
@@ -139,7 +140,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
             "lr": 1e-3, "weight_decay": 0.01, "folds": 2,
         },
         classes=CLASSES, focus="multiply", encoder_key=encoder.key, validation_correct=0, validation_count=0,
-        facts={},
+        facts={}, calibration=CALIBRATION,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("checkpoints") / "cell.safetensors"
     checkpoint.save(method, header, path)
@@ -163,6 +164,14 @@ def test_the_served_probabilities_are_those_of_the_evaluation(fitted: Fitted, pr
     served = np.array([list(p.probabilities.values()) for p in predictor.predict(images)])
     np.testing.assert_allclose(served, fitted.evaluated(images), atol=1e-6)
     assert np.ptp(served[:, 0]) > 0.01  # the images differ
+
+
+def test_a_set_has_the_classes_that_reach_the_threshold(predictor: Predictor) -> None:
+    sets = predictor.sets(np.array([[0.9, 0.1], [0.46, 0.54]]))
+    assert sets == [("blob",), ("blob", "stripes")]
+    for each in predictor.predict([encoded(seed) for seed in range(20, 26)], overlay=False):
+        reached = [name for name, p in each.probabilities.items() if p >= 0.45]
+        assert list(each.set) == reached and each.label in each.set
 
 
 def test_a_prediction_is_complete(predictor: Predictor) -> None:
@@ -365,6 +374,7 @@ except ValueError as error:
 import medfocus
 print(json.dumps({
     "columns": list(answers.columns),
+    "sets": answers["set"].tolist(),
     "probabilities": answers[["probability_blob", "probability_stripes"]].values.tolist(),
     "same": answers.equals(texts),
     "overlay": answers["overlay"][0],
@@ -392,7 +402,7 @@ def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
-    fitted: Fitted, home: Path, tmp_path: Path
+    fitted: Fitted, predictor: Predictor, home: Path, tmp_path: Path
 ) -> None:
     images = [encoded(seed) for seed in (30, 31, 32)]
     elsewhere = tmp_path / "elsewhere"
@@ -405,10 +415,19 @@ def test_a_fresh_process_loads_the_champion_and_predicts_from_raw_bytes(
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout.splitlines()[-1])
-    columns = ["label", "probability_blob", "probability_stripes", "mask_status", "mask_score", "overlay"]
+    columns = [
+        "label",
+        "probability_blob",
+        "probability_stripes",
+        "set",
+        "mask_status",
+        "mask_score",
+        "overlay",
+    ]
     assert answer["columns"] == columns
+    assert answer["sets"] == [list(each.set) for each in predictor.predict(images)]
     assert answer["signature"][0] == [{"type": "string", "name": "image", "required": False}]
-    assert answer["signature"][1] == columns
+    assert answer["signature"][1] == [*columns[:4], "no_set", *columns[4:]]
     assert answer["example"] == 1  # and the batch has three
     np.testing.assert_allclose(answer["probabilities"], fitted.evaluated(images), atol=1e-6)
     assert answer["same"]
@@ -582,7 +601,9 @@ def test_the_server_reports_its_state(served: Served, path: str, start: bytes) -
 
 
 class Alone:
-    """A predictor that fails if two threads enter it."""
+    """A predictor without sets that fails if two threads enter it."""
+
+    calibration = Calibration(images=6)
 
     def __init__(self) -> None:
         self.inside = 0
@@ -616,6 +637,12 @@ def test_one_thread_predicts_at_a_time() -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: model.predict(PythonModelContext({}, {}), frame), range(16)))
     assert [answer["label"].tolist() for answer in answers] == [["blob"]] * 16
+
+
+def test_a_model_without_sets_says_why_in_place_of_a_set() -> None:
+    answer = answered(Alone(), [b"x", b"y"])
+    assert "set" not in answer
+    assert answer["no_set"].tolist() == [Calibration(images=6).no_set] * 2
 
 
 def test_an_internal_fault_is_status_500_with_kind_and_place_and_its_text_is_in_the_log(

@@ -116,9 +116,12 @@ class OutputFolder:
 
 
 def predict(predictor: Predictor, images: Images, out: OutputFolder) -> None:
-    """Write each image's class, probabilities, mask facts and overlay."""
+    """Write each image's class, probabilities, set of classes, mask facts and overlay."""
     from medfocus.focus.modes import focus
 
+    no_set = predictor.calibration.no_set
+    if no_set:
+        terminal.tell(no_set)
     for image, prediction in _predictions(predictor, images):
         overlay = focus(image.pixels, prediction.mask, "overlay", feather=0.0)
         out.row(
@@ -126,6 +129,7 @@ def predict(predictor: Predictor, images: Images, out: OutputFolder) -> None:
                 "file": str(image.path),
                 "label": prediction.label,
                 **{f"probability_{c}": f"{p:.6f}" for c, p in prediction.probabilities.items()},
+                **({"no_set": no_set} if no_set else {"set": "; ".join(prediction.set)}),
                 "mask_status": prediction.mask_status,
                 "mask_score": f"{prediction.mask_score:.6f}",
                 "mask_coverage": f"{prediction.mask.mean():.6f}",

@@ -10,6 +10,7 @@ from flows.stages.scoring import test_sets
 from medfocus.datasets.duplicates import read_pairs
 from medfocus.masks.sam2.model import trained_size
 from medfocus.reports import data_sheet, model_card
+from medfocus.reports.rows import read_rows
 from medfocus.storage import atomic
 from medfocus.storage.tables import read_csv
 from medfocus.tracking.provenance import made_from
@@ -52,6 +53,15 @@ def of_version(challenger: Challenger, model_folder: Path) -> dict[str, str]:
         test_sets=test_sets(dataset),
         checks=challenger.checks,
         reason=challenger.reason,
+        temperature=header.calibration.temperature,
+        ece_uncalibrated={
+            row.test_set: row.ece_uncalibrated
+            for row in read_rows(dataset.paths.results)
+            if (row.cell_key, row.method) == (header.facts["key"], cell.method)
+        },
+        confidence=header.calibration.confidence,
+        sets=header.calibration.sets(challenger.probabilities),
+        no_set=header.calibration.no_set,
     )
     return {
         model_card.CARD: model_card.model_card(model, data),

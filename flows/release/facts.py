@@ -15,8 +15,9 @@ from medfocus.datasets.duplicates import read_pairs
 from medfocus.evaluation import metrics
 from medfocus.evaluation.comparison import Scored
 from medfocus.reports.data_warnings import data_warnings
-from medfocus.reports.page_content import Calibration, Confusion, Example, Recalls
+from medfocus.reports.page_content import Calibration, Confusion, Example, Recalls, Sets
 from medfocus.reports.rows import system_name
+from medfocus.serving import checkpoint
 from medfocus.storage.tables import read_csv
 
 _CALIBRATED = 4  # variants of MedFocusCLIP with a reliability curve, in addition to the baseline
@@ -33,6 +34,7 @@ class Facts:
     gallery: list[Example] = field(default_factory=list)
     confusions: list[Confusion] = field(default_factory=list)
     calibrations: list[Calibration] = field(default_factory=list)
+    sets: list[Sets] = field(default_factory=list)
     recalls: list[Recalls] = field(default_factory=list)
     masks: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
@@ -59,13 +61,25 @@ class Facts:
     def _add_best(
         self, dataset: EncodedDataset, predicted: dict[Cell, np.ndarray], labels: np.ndarray
     ) -> None:
-        """Add the confusion matrix of the best cell, and explanations of ``explained_cells``."""
+        """Add the confusion matrix and the sets of the best cell, and explain ``explained_cells``."""
         try:
             best = best_cell(dataset.study, dataset.name, predicted)
         except ValueError:  # no cell could be validated
             return
         counts = metrics.confusion(predicted[best].argmax(axis=1), labels, len(dataset.classes))
         self.confusions.append(Confusion(dataset.name, best.name, dataset.classes, counts))
+        calibration = checkpoint.read_header(dataset.paths.checkpoint(best)).calibration
+        self.sets.append(
+            Sets(
+                dataset.name,
+                best.name,
+                dataset.classes,
+                calibration.confidence,
+                calibration.sets(predicted[best]),
+                labels,
+                calibration.no_set,
+            )
+        )
         for cell in explained_cells(best, predicted):
             rows, examples = explain_cell(dataset, cell, predicted[cell])
             self.explained += rows

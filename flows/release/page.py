@@ -78,6 +78,7 @@ def _report(study: Study, rows: Sequence[StudyRow], facts: Facts) -> PageContent
         gallery=facts.gallery,
         confusions=facts.confusions,
         calibrations=facts.calibrations,
+        sets=facts.sets,
         recalls=facts.recalls,
         masks=facts.masks,
         warnings=facts.warnings,

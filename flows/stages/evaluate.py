@@ -116,8 +116,12 @@ class _Evaluation:
         self, dataset: EncodedDataset, cell: Cell
     ) -> tuple[Probabilities, dict[str, float], StudyRow]:
         """Return a cell's probabilities, its metrics, and its main classifier's row on the whole test set."""
-        probabilities, header, rate = scoring.predict(dataset, cell, self.study.paths.checkpoint(cell))
-        rows = scoring.score(dataset, cell, header, probabilities)
+        logits, header, rate = scoring.predict(dataset, cell, self.study.paths.checkpoint(cell))
+        rows = scoring.score(dataset, cell, header, logits)
+        probabilities = {
+            name: calibration.probabilities(logits[name])
+            for name, calibration in scoring.calibrations(header, logits).items()
+        }
         measured, row = scoring.mlflow_metrics(header, rows), next(iter(rows.values()))
         self.rows.extend(rows.values())
         self.cost_rows.extend(_cost_rows(dataset, cell, row, rate))

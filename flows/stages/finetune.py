@@ -48,9 +48,10 @@ class FitJob:
 
     method: Method
     support: Support
-    header: checkpoint.Header  # without its validation
+    header: checkpoint.Header  # without its validation and calibration
     rates: LearningRates | None  # to select from; None if there is only one
     folds: int  # of the validation; 0 to skip it
+    confidence: float  # of the sets of classes
     path: Path
 
 
@@ -100,6 +101,7 @@ def fit(job: FitJob) -> None:
         job.header,
         validation_correct=validation.correct,
         validation_count=validation.count,
+        calibration=fitting.calibration(method, job.support, validation, job.confidence),
         settings=method.settings,
     )
     learnt = sum(value.numel() for value in method.state().values())
@@ -183,7 +185,8 @@ def prepare(dataset: EncodedDataset, cell: Cell, path: Path) -> FitJob:
     support = dataset.support(method, cell, views)
     method.encoder = encoder_to_fit(method, encoder)
     choice = choice_of_rate(params, cell.method)
-    return FitJob(method, support, header, choice, _folds(dataset, cell), path)
+    confidence = params.validation.confidence
+    return FitJob(method, support, header, choice, _folds(dataset, cell), confidence, path)
 
 
 def encoder_to_fit(method: Method, encoder: ClipEncoder) -> ClipEncoder:
@@ -197,15 +200,18 @@ def encoder_to_fit(method: Method, encoder: ClipEncoder) -> ClipEncoder:
 
 
 def _folds(dataset: EncodedDataset, cell: Cell) -> int:
-    """Return the folds of a cell's validation; 0 unless the cell may be registered.
+    """Return the folds of a cell's validation; 0 for a cell that is neither validated nor calibrated.
 
-    Only cells at the largest support may, because validation is costly.
+    Refits of a method that runs an encoder cost as much as its fit, so such a method is validated only where
+    it may be registered: at the largest support, if ``validation.methods`` names it. Controls, which are
+    compared by accuracy, are not validated.
     """
     params = dataset.study.params
-    learns = METHODS[params.method(cell.method)[0]].learns
-    if cell.method not in params.validation.methods or cell.focus in CONTROLS or not learns:
+    method = build_method(params, cell.method, None)
+    if cell.focus in CONTROLS or not method.learns:
         return 0
-    return params.validation.folds if _is_largest(dataset, cell) else 0
+    registrable = cell.method in params.validation.methods and _is_largest(dataset, cell)
+    return params.validation.folds if registrable or not method.runs_encoder else 0
 
 
 def _is_largest(dataset: EncodedDataset, cell: Cell) -> bool:

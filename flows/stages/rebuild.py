@@ -41,8 +41,8 @@ def rebuild(study: Study, cell: Cell) -> tuple[dict[str, float], str]:
     fitted = finetune.cached_path(dataset, cell)
     finetune.fit(finetune.prepare(dataset, cell, fitted))
     dataset.embed([cell.method], cell.focus, test, 1, "encode test")
-    probabilities, header, _ = scoring.predict(dataset, cell, fitted)
-    rows = scoring.score(dataset, cell, header, probabilities)
+    logits, header, _ = scoring.predict(dataset, cell, fitted)
+    rows = scoring.score(dataset, cell, header, logits)
     return scoring.mlflow_metrics(header, rows), header.facts["key"]
 
 

@@ -81,7 +81,8 @@ def _supports(part: StudyParams | OnlyParams) -> list[str]:
 def best_cell(study: Study, dataset: str, cells: Iterable[Cell]) -> Cell:
     """Return the cell with the best validation, by the lower bound of its out-of-fold accuracy's interval.
 
-    The test set is not used. Of equal cells, the first in the params file wins.
+    Only cells at their draw's largest support can be the best. The test set is not used. Of equal cells, the
+    first in the params file wins.
 
     Raises:
         ValueError: No cell of the data set was validated.
@@ -93,12 +94,17 @@ def best_cell(study: Study, dataset: str, cells: Iterable[Cell]) -> Cell:
         if cell.dataset == dataset and cell.method in methods and cell.focus not in CONTROLS
     ]
 
-    def lower_bound(cell: Cell) -> float:
-        header = checkpoint.read_header(study.paths.checkpoint(cell))
-        return wilson_lower(header.validation_correct, header.validation_count)
-
-    best = max(candidates, key=lower_bound, default=None)
-    if best is None or lower_bound(best) == 0:
+    headers = {cell: checkpoint.read_header(study.paths.checkpoint(cell)) for cell in candidates}
+    largest: dict[int, int] = {}  # seed -> images of its largest support
+    for cell, header in headers.items():
+        largest[cell.seed] = max(header.facts["n_train"], largest.get(cell.seed, 0))
+    bounds = {
+        cell: wilson_lower(header.validation_correct, header.validation_count)
+        for cell, header in headers.items()
+        if header.facts["n_train"] == largest[cell.seed]
+    }
+    best = max(bounds, key=bounds.__getitem__, default=None)
+    if best is None or bounds[best] == 0:
         raise ValueError(
             f"params.yaml: no cell of {dataset} was validated, so none can be registered. Name a method of "
             "study.methods in validation.methods, and give every class at least two images in the largest "

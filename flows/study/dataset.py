@@ -202,6 +202,7 @@ class EncodedDataset:
             "view": self._view_key(cell.focus),
             "views": views,
             "folds": folds,
+            "confidence": self.study.params.validation.confidence if folds else None,
             "classes": self.classes,
             "text": _digest(self.text_features),
             "support": [

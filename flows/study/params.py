@@ -190,10 +190,11 @@ class LearningRatesParams:
 
 @dataclass(frozen=True, config=_strict)
 class ValidationParams:
-    """Out-of-fold validation inside the support, which selects the best cell."""
+    """Predictions out of fold inside the support: they select the best cell and calibrate probabilities."""
 
     folds: Annotated[int, Field(ge=2)]
     methods: tuple[str, ...]  # methods that may be registered
+    confidence: Annotated[float, Field(ge=0.5, lt=1)]  # share of sets of classes that contain the true class
 
 
 @dataclass(frozen=True, config=_strict)

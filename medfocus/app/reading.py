@@ -41,6 +41,7 @@ class Reading:
     shown_region: np.ndarray  # the mask's region at the shown size
     view: np.ndarray  # (S, S, C) uint8, the input of CLIP
     probabilities: dict[str, float]  # by class, in the model's order
+    set: tuple[str, ...]  # see ``Prediction.set``
     layers: dict[str, bytes]  # "mask", with alpha, and "view"; PNG
     attribution: Attribution | None = None  # computed on first use
 
@@ -129,13 +130,14 @@ class Reader:
 
     def _read(self, pixels: np.ndarray, mask: Mask, shown: tuple[int, int]) -> Reading:
         view = self.predictor.view(pixels, mask.region)
-        probabilities = self.predictor.probabilities(view[None])[0].tolist()
+        probabilities = self.predictor.probabilities(view[None])  # (1, K)
         region = _resized(mask.region, shown)
         return Reading(
             mask=mask,
             shown_region=region,
             view=view,
-            probabilities=dict(zip(self.predictor.classes, probabilities, strict=True)),
+            probabilities=dict(zip(self.predictor.classes, probabilities[0].tolist(), strict=True)),
+            set=self.predictor.sets(probabilities)[0],
             layers={
                 "mask": encode_png(_mask_layer(region)),
                 "view": encode_png(visible(view)),

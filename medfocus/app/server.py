@@ -26,6 +26,7 @@ from medfocus.app.worker import Busy, Worker
 from medfocus.images.decode import MOST_BYTES
 from medfocus.images.errors import ImageError, TooLargeError
 from medfocus.images.png import data_url
+from medfocus.learning.calibration import Calibration
 from medfocus.storage.redaction import kind_and_place
 
 NOTICE = "For research; not for clinical use."
@@ -47,7 +48,7 @@ class About:
     dataset: str  # "" if unknown
     method: str
     segmenter: str
-    measured: Mapping[str, float] = field(default_factory=dict)  # on test images: accuracy, ece
+    measured: Mapping[str, float] = field(default_factory=dict)  # on test images: accuracy, ece, coverage
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,7 @@ def _content(reading: Reading) -> dict[str, Any]:
     return {
         "label": reading.label,
         "probabilities": reading.probabilities,
+        "set": reading.set,
         "mask": {"status": mask.status, "score": mask.score, "coverage": mask.coverage},
         "layers": {name: data_url(png) for name, png in reading.layers.items()},
     }
@@ -265,6 +267,7 @@ def _page(desk: Workplace, about: About) -> str:
         focus=predictor.focus,
         calibration=calibration_note(about.measured),
         calibration_short=calibration_short(about.measured),
+        promise=promise_note(predictor.calibration, about.measured),
         takes_points=desk.reader.takes_points,
         limits=desk.limits,
         most_bytes=MOST_BYTES,
@@ -289,6 +292,22 @@ def calibration_short(measured: Mapping[str, float]) -> str:
     if "ece" not in measured:
         return "Calibration error of this model: unknown."
     return f"Calibration error of this model: {100 * measured['ece']:.1f} percentage points."
+
+
+def promise_note(calibration: Calibration, measured: Mapping[str, float]) -> str:
+    """Describe the promise of a model's sets and their coverage on its test images."""
+    if calibration.no_set:
+        return f"{calibration.no_set[0].upper()}{calibration.no_set[1:]}."
+    note = (
+        f"The set of an image contains the true class in {100 * calibration.confidence:g}\u00a0% of cases, "
+        "for images like those that the model has learned from."
+    )
+    if "coverage" not in measured:
+        return note
+    return (
+        f"{note} On the test images: {100 * measured['coverage']:.1f}\u00a0%, "
+        f"{measured['mean_set_size']:.2f} classes on average."
+    )
 
 
 def _busy() -> Refused:

@@ -9,12 +9,6 @@ import numpy as np
 from scipy import stats
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Convert logits (N, K) to probabilities (N, K); rows sum to 1."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
-
-
 def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Score predictions on one test set.
 
@@ -86,6 +80,11 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -
         return np.divide(total, count, out=np.full(bins, np.nan), where=count > 0)
 
     return Reliability(mean(confidence), mean(correct), count)
+
+
+def coverage(sets: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Return the share of sets with the true class and the mean size, from (N, K) bool, (N,)."""
+    return float(sets[np.arange(len(labels)), labels].mean()), float(sets.sum(axis=1).mean())
 
 
 def per_class_recall(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -6,18 +6,30 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from medfocus.learning.calibration import Calibration, calibrate
 from medfocus.learning.folds import stratified_folds
 from medfocus.learning.method import Method, Support
 from medfocus.learning.selection import LearningRates
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Validation:
-    """The numbers of correct and of all out-of-fold predictions; both are 0 if no fold could be made."""
+    """The main classifier's predictions out of fold; none if no fold could be made."""
 
-    correct: int
-    count: int
+    logits: Tensor  # (M, K), divided by the ``spread`` of the model that predicts
+    labels: Tensor  # (M,)
+
+    @property
+    def correct(self) -> int:
+        """Return the number of correct predictions."""
+        return int((self.logits.argmax(dim=1) == self.labels).sum())
+
+    @property
+    def count(self) -> int:
+        """Return the number of predictions."""
+        return len(self.labels)
 
 
 def fit(method: Method, support: Support, rates: LearningRates | None, seed: int) -> Method:
@@ -28,13 +40,32 @@ def fit(method: Method, support: Support, rates: LearningRates | None, seed: int
     return copy.copy(method).fit(support, generator)
 
 
+def spread(method: Method, support: Support) -> float:
+    """Return the root mean square of a fitted method's logits on its own images, centred for each image."""
+    logits = next(iter(method.logits(support.inputs[0]).values())).double()  # (N, K)
+    return max(float((logits - logits.mean(dim=1, keepdim=True)).square().mean().sqrt()), 1e-12)
+
+
+def calibration(method: Method, support: Support, validation: Validation, confidence: float) -> Calibration:
+    """Fit the temperature and the threshold of the sets for a method that was fitted on the whole support.
+
+    The logits out of fold are brought to the spread of this method's own logits. Each fold chooses its own
+    regularisation, so its logits may be many times larger or smaller than those of the whole support.
+    """
+    if not validation.count:
+        return Calibration(confidence=confidence)
+    logits = validation.logits * spread(method, support)
+    return calibrate(logits.numpy(), validation.labels.numpy(), confidence)
+
+
 def validate(
     method: Method, support: Support, rates: LearningRates | None, *, folds: int, seed: int
 ) -> Validation:
     """Predict each fold by the main classifier of the method, fitted on the other folds.
 
     Each fit makes every choice (λ, C, the learning rate) again without the held-out images. No patient and no
-    group of duplicates is in both parts. The accuracy is therefore an honest estimate.
+    group of duplicates is in both parts. The accuracy is therefore an honest estimate, and the logits can
+    calibrate the method's probabilities.
 
     Args:
         method: The unfitted method.
@@ -43,13 +74,13 @@ def validate(
         folds: The wanted number of folds; 0 skips the validation. Small classes allow fewer folds.
         seed: Seed of the folds and of every refit.
     """
-    if folds == 0:
-        return Validation(0, 0)
-    correct = count = 0
-    for rest, held in stratified_folds(support.labels.numpy(), support.groups.numpy(), folds, seed):
+    logits = [torch.empty(0, len(support.text_features), dtype=torch.float64)]
+    labels = [support.labels[:0]]
+    pairs = stratified_folds(support.labels.numpy(), support.groups.numpy(), folds, seed) if folds else []
+    for rest, held in pairs:
         fitted = fit(method, support.subset(rest), rates, seed)
         held_out = support.subset(held)
-        logits = next(iter(fitted.logits(held_out.inputs[0]).values()))  # (M, K)
-        correct += int((logits.argmax(dim=1) == held_out.labels).sum())
-        count += len(held)
-    return Validation(correct, count)
+        predicted = next(iter(fitted.logits(held_out.inputs[0]).values())).detach().cpu()  # (M', K)
+        logits.append(predicted.double() / spread(fitted, support.subset(rest)))
+        labels.append(held_out.labels)
+    return Validation(torch.cat(logits), torch.cat(labels))

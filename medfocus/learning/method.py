@@ -63,6 +63,11 @@ class Method(ABC):
         return 0
 
     @property
+    def runs_encoder(self) -> bool:
+        """True if ``fit`` runs an encoder, and not only on its cached outputs; refits are then slow."""
+        return self.needs_towers or self.trained_blocks > 0
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """The verbs of the towers that this method uses: keys of ``medfocus.clip.towers.base.VERBS``."""
         return ()

@@ -67,6 +67,11 @@ class Backbone(Schedule, ImageMethod):
             )
 
     @property
+    def runs_encoder(self) -> bool:
+        """True, because every fit runs the network on the images, even with a frozen body."""
+        return True
+
+    @property
     def note(self) -> str:
         """See ``Method.note``."""
         if not self.pretrained:

@@ -18,6 +18,7 @@ from medfocus.evaluation import metrics
 from medfocus.evaluation.gate import Check
 from medfocus.reports.data_sheet import SHEET, DatasetFacts
 from medfocus.reports.markdown import checks_table, share, share_of, table
+from medfocus.reports.promises import set_facts
 
 CARD = "card.md"  # file name of the card among the files of a version and of its run
 FEW = 20  # images; the accuracy of a smaller group is unreliable
@@ -47,6 +48,11 @@ class ModelFacts:
     test_sets: Mapping[str, Sequence[str]]  # "official", "clean" -> paths; the first is the whole test set
     checks: Sequence[Check]  # of the gate
     reason: str  # the gate's decision
+    temperature: float  # that divides the logits; 1 without calibration
+    ece_uncalibrated: Mapping[str, float]  # test set -> expected calibration error without the temperature
+    confidence: float  # wanted share of sets of classes with the true class
+    sets: np.ndarray | None  # (N, K) bool on the whole test set; None without sets
+    no_set: str  # the reason without sets
 
 
 def model_card(model: ModelFacts, data: DatasetFacts) -> str:
@@ -75,6 +81,7 @@ def model_card(model: ModelFacts, data: DatasetFacts) -> str:
                 ("focus", model.focus),
                 ("support", f"{model.support} of train, {images} images, draw {model.seed}"),
                 ("validation", validated),
+                ("temperature", f"{model.temperature:.3f}" if model.temperature != 1 else "not calibrated"),
                 ("schedule", model.schedule),
                 *model.parts.items(),
                 *((f"`{name}`", _setting(value)) for name, value in sorted(model.settings.items())),
@@ -105,6 +112,10 @@ def model_card(model: ModelFacts, data: DatasetFacts) -> str:
         "",
         *_scores(model, data),
         "",
+        "## Sets of classes",
+        "",
+        *_sets(model, data),
+        "",
         "## Failures",
         "",
         *_failures(model, data),
@@ -134,17 +145,19 @@ def headline(test_set: str, probabilities: np.ndarray, labels: np.ndarray, class
 
 def _scores(model: ModelFacts, data: DatasetFacts) -> list[str]:
     """Return both tables of metrics, with a column for each test set."""
-    scored: list[list[str]] = []
+    scored: list[list[str]] = []  # a column for each test set
     recalls: list[list[str]] = []
-    for paths in model.test_sets.values():
+    for name, paths in model.test_sets.items():
         at = np.isin(data.splits.test, paths)
         probabilities, labels = model.probabilities[at], model.labels[at]
         right = probabilities.argmax(axis=1) == labels
         values = metrics.score(probabilities, labels)
-        names = ("balanced_accuracy", "macro_f1", "auroc", "ece")
-        scored.append([str(len(labels)), share(right), *(_number(values[name]) for name in names)])
+        numbers = [values[metric] for metric in ("balanced_accuracy", "macro_f1", "auroc", "ece")]
+        numbers.append(model.ece_uncalibrated[name])
+        scored.append([str(len(labels)), share(right), *map(_number, numbers)])
         recalls.append([share(right[labels == place]) for place in range(len(model.classes))])
     rows = ("images", "accuracy", "balanced accuracy", "macro-F1", "AUROC", "calibration error")
+    rows += ("calibration error without temperature",)
     head = ("", *(f"{name} test set" for name in model.test_sets))
     return [
         *table(head, [(name, *values) for name, values in zip(rows, zip(*scored, strict=True), strict=True)]),
@@ -154,6 +167,35 @@ def _scores(model: ModelFacts, data: DatasetFacts) -> list[str]:
             [(name, *values) for name, values in zip(model.classes, zip(*recalls, strict=True), strict=True)],
         ),
     ]
+
+
+def _sets(model: ModelFacts, data: DatasetFacts) -> list[str]:
+    """Return the promise of the sets and a table of their coverage and size, or the reason without sets."""
+    if model.sets is None:
+        return [f"{model.no_set[0].upper()}{model.no_set[1:]}."]
+    promise = (
+        f"The set of an image has the true class in {100 * model.confidence:g} % of cases: the model's "
+        "promise. It holds for images like those of the support (the same patients, scanners and mix of "
+        "classes), on average and not for each class, and only roughly with few labels. A set with several "
+        'classes means "not sure". Measured:'
+    )
+    columns = [_set_column(model, np.isin(data.splits.test, paths)) for paths in model.test_sets.values()]
+    head = ("", *(f"{name} test set" for name in model.test_sets))
+    return [promise, "", *table(head, [(name, *(column[name] for column in columns)) for name in columns[0]])]
+
+
+def _set_column(model: ModelFacts, at: np.ndarray) -> dict[str, str]:
+    """Return coverage and size of the sets of the test images at (N,) bool, then each class's coverage."""
+    assert model.sets is not None
+    sets, labels = model.sets[at], model.labels[at]
+    facts = set_facts(sets, labels)
+    covered = sets[np.arange(len(labels)), labels]
+    by_class = {
+        f"coverage of {name}": share(covered[labels == place]) for place, name in enumerate(model.classes)
+    }
+    return {
+        name: facts[name] for name in ("coverage", "mean set size", "one class", "right if one class")
+    } | by_class
 
 
 def _failures(model: ModelFacts, data: DatasetFacts) -> list[str]:

@@ -23,6 +23,7 @@ from medfocus.reports import figures
 from medfocus.reports.controls import CONTROLS
 from medfocus.reports.data_warnings import mask_warnings
 from medfocus.reports.page_content import Calibration, Confusion, Cost, Example, PageContent, Recalls
+from medfocus.reports.promises import calibration_table, sets_table
 from medfocus.reports.rows import StudyRow, blocks_of, intervals_of, percent_text
 from medfocus.reports.verdicts import LEVEL, p_value, points, verdict_sentences
 
@@ -47,6 +48,7 @@ def render(content: PageContent) -> str:
         "gallery": ("Regions and attributions", bool(content.gallery)),
         "confusion": ("Confusion", bool(content.confusions)),
         "calibration": ("Calibration", bool(content.calibrations)),
+        "sets": ("Sets of classes", bool(content.sets)),
         "recall": ("Recall by class", bool(content.recalls)),
         "masks": ("Masks", bool(content.masks)),
         "costs": ("Costs", bool(content.costs)),
@@ -66,6 +68,8 @@ def render(content: PageContent) -> str:
         gallery=[_example(example) for example in content.gallery],
         confusions=[_confusion(confusion) for confusion in content.confusions],
         calibrations=[_calibration(calibration) for calibration in content.calibrations],
+        temperatures=[calibration_table(block) for block in blocks if _is_main(block, blocks)],
+        sets=[sets_table(sets) for sets in content.sets],
         recalls=[_recalls(recalls) for recalls in content.recalls],
         masks=[_masks(dataset, lines) for dataset, lines in content.masks.items() if lines],
         costs=[_cost(cost) for cost in content.costs],
@@ -145,6 +149,11 @@ def _results(content: PageContent, block: Sequence[StudyRow]) -> dict[str, Any]:
         ],
         "sentences": verdict_sentences(block, content.baseline, differences),
     }
+
+
+def _is_main(block: Sequence[StudyRow], blocks: Sequence[Sequence[StudyRow]]) -> bool:
+    """Return whether a block is the first, and so the whole, test set of its data set."""
+    return next(each for each in blocks if each[0].dataset == block[0].dataset) is block
 
 
 def _accuracy(interval: Interval | None, best: float) -> dict[str, Any] | None:

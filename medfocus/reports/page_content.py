@@ -51,6 +51,19 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Sets:
+    """The sets of classes of one cell on its test set."""
+
+    dataset: str
+    system: str  # with its percent of train and draw, for the heading
+    classes: tuple[str, ...]
+    confidence: float  # wanted share of sets with the true class
+    sets: np.ndarray | None  # (N, K) bool; None if the support is too small for the promise
+    labels: np.ndarray  # (N,) integers in [0, K)
+    no_set: str  # the reason without sets
+
+
+@dataclass(frozen=True)
 class Recalls:
     """The recall of every class, by system."""
 
@@ -96,6 +109,7 @@ class PageContent:
     gallery: Sequence[Example] = ()
     confusions: Sequence[Confusion] = ()
     calibrations: Sequence[Calibration] = ()
+    sets: Sequence[Sets] = ()
     recalls: Sequence[Recalls] = ()
     masks: Mapping[str, Sequence[Mapping[str, object]]] = field(default_factory=dict)  # -> lines of masks.csv
     costs: Sequence[Cost] = ()

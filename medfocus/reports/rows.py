@@ -14,7 +14,7 @@ from medfocus.storage import atomic
 
 @dataclass(frozen=True)
 class StudyRow:
-    """The scores, in [0, 1], of one cell on one test set.
+    """The scores of one cell on one test set, in [0, 1] unless a comment states otherwise.
 
     A row of results.csv has the cell's key and no run; a row of study.csv has the run and no key.
     """
@@ -28,7 +28,11 @@ class StudyRow:
     balanced_accuracy: float
     macro_f1: float
     auroc: float  # NaN if a class has no test image
-    ece: float
+    ece: float  # of the calibrated probabilities
+    ece_uncalibrated: float
+    temperature: float  # 1: not calibrated
+    coverage: float  # share of sets with the true class; NaN without sets
+    mean_set_size: float  # in classes; NaN without sets
     test_set: str  # "official" or "clean"
     n_train: int
     n_test: int

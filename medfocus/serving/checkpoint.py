@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from medfocus.learning.calibration import Calibration
 from medfocus.learning.method import Method
 from medfocus.methods import METHODS
 from medfocus.storage import atomic
@@ -31,6 +32,7 @@ class Header:
     validation_correct: int  # correct out-of-fold predictions inside the support
     validation_count: int  # all out-of-fold predictions; 0 if the support has too few images for folds
     facts: dict[str, Any]  # about the cell: data set, support, seed, n_train, ...
+    calibration: Calibration = field(default_factory=Calibration)  # of the main classifier
 
 
 def save(method: Method, header: Header, path: Path) -> None:
@@ -51,7 +53,8 @@ def read_header(path: Path) -> Header:
             f"{path} is not a MedFocusCLIP checkpoint ({error}). Delete it and run the finetune stage again."
         ) from error
     fields = json.loads(content)
-    return Header(**{**fields, "classes": tuple(fields["classes"])})
+    calibration = Calibration(**fields["calibration"])
+    return Header(**{**fields, "classes": tuple(fields["classes"]), "calibration": calibration})
 
 
 def load(path: Path, encoder: ClipEncoder) -> tuple[Method, Header]:

@@ -13,27 +13,23 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import assert_all_finite, check_random_state
+from sklearn.utils import assert_all_finite
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 from torch import Tensor
 
 from medfocus.clip import features
-from medfocus.clip.build import RESIZES
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.explain.explain import explain, on_image
 from medfocus.focus.crop import crop_box
-from medfocus.focus.modes import FOCUS
-from medfocus.focus.view import FILLS, view
+from medfocus.focus.view import view
 from medfocus.learning import fitting
 from medfocus.learning.method import IMAGES, Method, Support
-from medfocus.learning.schedules import SCHEDULES
 from medfocus.learning.selection import LearningRates
 from medfocus.masks.segmenter import Mask, Segmenter
-from medfocus.masks.settings import SETTINGS
 from medfocus.methods import METHODS
-from medfocus.serving import checkpoint, defaults
+from medfocus.serving import checkpoint, defaults, parameters
 from medfocus.serving.inputs import Images, InputImage, open_images, segment
 from medfocus.serving.model_folder import load_model, save_model
 from medfocus.serving.networks import shared_clip, shared_segmenter
@@ -99,6 +95,11 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         A folder that keeps the masks between fits, for example in a cross-validation.
     device : str, default="cpu"
         The device of CLIP and SAM2.
+    folds : int or None, default=None
+        Folds of the predictions out of fold that calibrate probabilities and sets; each takes a further fit.
+        With None, 3, or 0 for a method that trains an encoder. With 0, nothing is calibrated.
+    confidence : float, default=0.9
+        Share of images whose set of classes has to contain the true class; see ``predict_set``.
     random_state : int, RandomState instance or None, default=0
         An int gives the same result as the study's draw with this seed.
 
@@ -108,6 +109,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         The sorted classes, in the order of the columns of ``predict_proba``.
     method_, encoder_, segmenter_
         The fitted method, its CLIP, and its segmenter (None for the focus "none").
+    calibration_ : medfocus.learning.calibration.Calibration
+        The temperature of the probabilities and the threshold of the sets.
     """
 
     def __init__(
@@ -133,6 +136,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         batch_size: int = 64,
         cache: str | os.PathLike[str] | None = None,
         device: str = "cpu",
+        folds: int | None = None,
+        confidence: float = 0.9,
         random_state: int | np.random.RandomState | None = 0,
     ) -> None:
         self.method = method
@@ -155,6 +160,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         self.batch_size = batch_size
         self.cache = cache
         self.device = device
+        self.folds = folds
+        self.confidence = confidence
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Any:
@@ -196,7 +203,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         Raises ValueError for a faulty image, lengths that differ, a single class, and a parameter that is
         unknown or out of range.
         """
-        settings = self._check_parameters()
+        settings = parameters.check(self)
         images = open_images(X)
         labels = column_or_1d(y, warn=True)
         check_consistent_length(images, labels)
@@ -211,9 +218,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         check_consistent_length(images, together)
         self.classes_ = classes
         self._build(settings)
-        kind, rates = METHODS[self.method], _rates(settings)
-        first = {"lr": rates[0]} if rates else {}  # of several learning rates
-        method: Method = kind(self.encoder_, **{**settings, **first})
+        kind = METHODS[self.method]
+        method: Method = kind(self.encoder_, **parameters.first_rate(settings))
         method.check_towers(f"MedFocusCLIP: {self.method} with the focus {self.focus!r}")
         views = 1 + self.augmented if kind.takes_views else 1
         prompts = text_prompts(self._class_names(), self.modality, self.templates)
@@ -225,17 +231,35 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             self._class_names(),
             tuple(map(tuple, prompts)),
         )
+        rates = parameters.rates(settings)
         selection = defaults.default_params()["learning_rates"]
         candidates = LearningRates(rates, **selection) if len(rates) > 1 else None
-        self.method_: Method = fitting.fit(method, support, candidates, _seed(self.random_state))
+        seed = parameters.seed(self.random_state)
+        folds = self._folds(method)
+        validation = fitting.validate(method, support, candidates, folds=folds, seed=seed)
+        self.method_: Method = fitting.fit(method, support, candidates, seed)
+        self.calibration_ = fitting.calibration(self.method_, support, validation, self.confidence)
         return self
 
     def predict_proba(self, X: Images) -> np.ndarray:
-        """Return probabilities (N, K) of N images, in the order of ``classes_``; rows sum to one."""
+        """Return calibrated probabilities (N, K) of N images, in the order of ``classes_``."""
         check_is_fitted(self)
         images = open_images(X)
         inputs = self._inputs(self.method_, images, self._masks(images), 1)[0]  # (N, ...)
-        return probabilities_of(self.method_, inputs)
+        return probabilities_of(self.method_, inputs, self.calibration_)
+
+    def predict_set(self, X: Images) -> np.ndarray:
+        """Return sets of classes (N, K) bool; the share ``confidence`` of them has the true class.
+
+        The classifier is not sure of an image whose set has several classes. The assumptions behind this
+        promise are in ``medfocus.learning.calibration``. Raises ValueError if ``fit`` had too few images.
+        """
+        probabilities = self.predict_proba(X)
+        if (sets := self.calibration_.sets(probabilities)) is None:
+            raise ValueError(
+                f"MedFocusCLIP: {self.calibration_.no_set}. Give more images, folds, or a lower confidence."
+            )
+        return sets
 
     def predict(self, X: Images) -> np.ndarray:
         """Return the most probable class (N,) of each of N images."""
@@ -254,7 +278,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         view = self._view(images[0], mask, 0)
         if label is None:
             embedded = self.method_.embed(torch.from_numpy(view)[None]).cpu()
-            label = self.classes_[probabilities_of(self.method_, embedded).argmax()]
+            label = self.classes_[probabilities_of(self.method_, embedded, self.calibration_).argmax()]
         place = np.flatnonzero(self.classes_ == label)
         if not len(place):
             known = ", ".join(map(str, self.classes_))
@@ -280,6 +304,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             validation_correct=0,
             validation_count=0,
             facts={},
+            calibration=self.calibration_,
         )
         with TemporaryDirectory() as temporary:
             path = Path(temporary, "cell.safetensors")
@@ -312,26 +337,16 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         model = cls(**content["params"])
         model.classes_ = np.array(content["classes"], dtype=content["dtype"])
         model.method_, model.segmenter_ = predictor.method, predictor.segmenter
+        model.calibration_ = predictor.calibration
         model.encoder_ = predictor.method.encoder
         return model
 
-    def _check_parameters(self) -> dict[str, Any]:
-        """Return all settings of the method. Raises ValueError for a parameter out of range."""
-        modes = (*FOCUS, *REGIONS)
-        for name, value, known in (
-            ("method", self.method, METHODS),
-            ("schedule", self.schedule, SCHEDULES),
-            ("focus", self.focus, modes),
-            ("segmenter", self.segmenter, SETTINGS),
-            ("resize", self.resize, RESIZES),
-            ("fill", self.fill, FILLS),
-        ):
-            if value not in known:
-                raise ValueError(f"MedFocusCLIP: {name} is {value!r}; use one of {', '.join(known)}.")
-        for name, value, least in (("augmented", self.augmented, 0), ("batch_size", self.batch_size, 1)):
-            if value < least:
-                raise ValueError(f"MedFocusCLIP: {name} is {value}; use {least} or more.")
-        return defaults.changed_settings(self.method, self.schedule, self.settings or {})
+    def _folds(self, method: Method) -> int:
+        """Return the number of folds of the predictions out of fold."""
+        if not method.learns:
+            return 0
+        usual = 0 if method.runs_encoder else defaults.default_params()["validation"]["folds"]
+        return usual if self.folds is None else self.folds
 
     def _build(self, settings: Mapping[str, Any]) -> None:
         encoder = shared_clip(self.clip, self.pretrained, self.resize, self.device)
@@ -390,14 +405,3 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             dtype=torch.uint8 if method.embedding == IMAGES else torch.float32,
         )
         return encoded.unflatten(0, (len(images), views)).transpose(0, 1)
-
-
-def _rates(settings: Mapping[str, Any]) -> tuple[float, ...]:
-    lr = settings.get("lr", ())
-    return lr if isinstance(lr, tuple) else (lr,)
-
-
-def _seed(random_state: int | np.random.RandomState | None) -> int:
-    if isinstance(random_state, int | np.integer):
-        return int(random_state)
-    return int(check_random_state(random_state).randint(2**31))

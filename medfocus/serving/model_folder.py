@@ -184,7 +184,14 @@ def load_model(folder: Path) -> Predictor:
     )
     method, header = checkpoint.load(folder / _CELL, encoder)
     return Predictor(
-        method, segmenter, header.classes, header.focus, content["feather"], content["fill"], encoder.frame
+        method,
+        segmenter,
+        header.classes,
+        header.focus,
+        content["feather"],
+        content["fill"],
+        encoder.frame,
+        header.calibration,
     )
 
 

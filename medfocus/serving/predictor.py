@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medfocus.evaluation.metrics import softmax
 from medfocus.focus.modes import focus as apply_focus
 from medfocus.focus.view import view
 from medfocus.images import decode
 from medfocus.images.geometry import Frame
 from medfocus.images.png import encode_png
+from medfocus.learning.calibration import Calibration
 from medfocus.masks.segmenter import Segmenter
 
 if TYPE_CHECKING:
@@ -29,11 +29,12 @@ class Prediction:
     """The prediction for one image."""
 
     label: str
-    probabilities: dict[str, float]  # by class, in the model's order; they sum to 1
+    probabilities: dict[str, float]  # by class, in the model's order, calibrated; they sum to 1
     mask: np.ndarray  # (H, W) bool at the image's resolution: the region of the focus
     mask_status: str  # the rung of the fallback ladder that made the mask
     mask_score: float  # in [0, 1]
     overlay: bytes = b""  # PNG at the image's resolution with a tinted mask; empty if not requested
+    set: tuple[str, ...] = ()  # classes among which the true one is, by the promise; () without a promise
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Predictor:
     feather: float
     fill: str  # of ``medfocus.focus.view.view``
     frame: Frame  # of the views
+    calibration: Calibration
 
     def predict(self, images: Sequence[bytes], overlay: bool = True) -> list[Prediction]:
         """Predict encoded images, as the evaluation does.
@@ -78,9 +80,17 @@ class Predictor:
                 mask=mask.region,
                 mask_status=mask.status,
                 mask_score=mask.score,
+                set=names,
             )
-            for mask, p in zip(masks, probabilities, strict=True)
+            for mask, p, names in zip(masks, probabilities, self.sets(probabilities), strict=True)
         ]
+
+    def sets(self, probabilities: np.ndarray) -> list[tuple[str, ...]]:
+        """Return each image's set of classes from (N, K); each set is () if the model promises none."""
+        sets = self.calibration.sets(probabilities)
+        if sets is None:
+            return [()] * len(probabilities)
+        return [tuple(np.array(self.classes)[row].tolist()) for row in sets]
 
     def view(self, image: np.ndarray, region: np.ndarray) -> np.ndarray:
         """Return CLIP's view (S, S, C) uint8 of an image (H, W, 3) uint8 with a region (H, W) bool."""
@@ -90,7 +100,7 @@ class Predictor:
         """Return the probabilities (N, K) of views (N, S, S, C) uint8, in the order of ``classes``."""
         import torch
 
-        return probabilities_of(self.method, self.method.embed(torch.from_numpy(views)))
+        return probabilities_of(self.method, self.method.embed(torch.from_numpy(views)), self.calibration)
 
 
 def _overlay(image: np.ndarray, region: np.ndarray) -> bytes:
@@ -98,7 +108,7 @@ def _overlay(image: np.ndarray, region: np.ndarray) -> bytes:
     return encode_png(tinted)
 
 
-def probabilities_of(method: Method, inputs: Tensor) -> np.ndarray:
+def probabilities_of(method: Method, inputs: Tensor, calibration: Calibration) -> np.ndarray:
     """Return the probabilities (N, K) of a fitted method's main classifier for embedded images (N, ...)."""
     logits = next(iter(method.logits(inputs).values()))  # (N, K)
-    return softmax(logits.detach().cpu().double().numpy())
+    return calibration.probabilities(logits.detach().cpu().double().numpy())

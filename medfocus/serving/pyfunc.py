@@ -63,8 +63,9 @@ class FocusClassifier(PythonModel):
     ) -> pd.DataFrame:
         """Predict the encoded images (bytes or base64 text) of the column ``image``, one row each.
 
-        The columns are label, probability_<class> for every class, mask_status, mask_score and overlay (PNG
-        in base64). With the parameter ``overlay`` false, the last column is omitted.
+        The columns are label, probability_<class> for every class, set (a list of classes), mask_status,
+        mask_score and overlay (PNG in base64). A model without sets has the column no_set, with the reason,
+        in place of set. With the parameter ``overlay`` false, the last column is omitted.
         Raises ServedError, a ValueError, with the image's place in the batch. Any thread may call this.
         """
         overlay = (params or {}).get("overlay", True)
@@ -78,10 +79,12 @@ class FocusClassifier(PythonModel):
             logging.getLogger(__name__).exception("A prediction failed.")
             fault = f"the prediction failed in the server ({kind_and_place(error)})"
             raise ServedError(f"{fault}. Read the server's log.", 500) from error
+        no_set = self.predictor.calibration.no_set
         return pd.DataFrame(
             {
                 "label": prediction.label,
                 **{f"probability_{name}": p for name, p in prediction.probabilities.items()},
+                **({"no_set": no_set} if no_set else {"set": list(prediction.set)}),
                 "mask_status": prediction.mask_status,
                 "mask_score": prediction.mask_score,
                 **({"overlay": base64.b64encode(prediction.overlay).decode()} if overlay else {}),

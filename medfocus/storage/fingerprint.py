@@ -24,6 +24,7 @@ _OWN = ("medfocus", "flows")
 _PACKAGES = {
     "PIL": ("pillow",),
     "gdcm": ("python-gdcm",),
+    "mapie": ("mapie",),
     "nibabel": ("nibabel",),
     "numpy": ("numpy",),
     "open_clip": ("open_clip_torch", "timm"),

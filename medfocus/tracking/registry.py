@@ -240,12 +240,14 @@ def _log_model(
     import pandas as pd
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
     package = Path(__file__).parents[1]
     outputs: list[ColSpec | TensorSpec] = [
         ColSpec("string", "label"),
         *(ColSpec("double", f"probability_{name}") for name in classes),
+        ColSpec(Array(DataType.string), "set", required=False),
+        ColSpec("string", "no_set", required=False),  # the reason, if the model gives no sets
         ColSpec("string", "mask_status"),
         ColSpec("double", "mask_score"),
         ColSpec("string", "overlay", required=False),

@@ -170,9 +170,11 @@ class Card {
   }
 
   showAnswer() {
-    const { label, probabilities } = this.now;
+    const { label, probabilities, set } = this.now;
     this.find(".label").textContent = label;
     this.find(".chance").textContent = percent(probabilities[label]);
+    this.find(".set").hidden = !set.length;
+    this.find(".set").textContent = set.length > 1 ? `Not sure: ${set.join(" or ")}` : `Set: ${set.join()}`;
     const change = this.find(".change");
     change.hidden = !this.edited;
     if (!this.edited) return;
