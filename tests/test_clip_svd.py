@@ -142,6 +142,11 @@ def test_fitting_lowers_the_loss_and_changes_nothing_of_the_encoder(
     assert not any(weight.requires_grad for weight in clip.model.parameters())
 
 
+def test_max_steps_bounds_the_training(clip: ClipEncoder) -> None:
+    bounded, short = fit(clip, epochs=9, max_steps=2).state(), fit(clip, epochs=2).state()  # a step per epoch
+    assert all(torch.equal(bounded[name], value) for name, value in short.items())
+
+
 def test_a_state_holds_the_values_alone_and_predicts_the_same(clip: ClipEncoder, fitted: ClipSvd) -> None:
     state = fitted.state()
     assert {key.rpartition(".")[2] for key in state} == {"text_features", "values"}

@@ -35,6 +35,7 @@ MEDFOCUSCLIP: dict[str, Any] = {
     "tuning": "lora", "fusion": "softmax-text", "head": "cosine", "contrastive_weights": (0.5,), "blocks": 0,
     "lora_rank": 2, "lora_alpha": 1.0, "lora_dropout": 0.25, "layers": (), "grid": 2, "segmenter_grid": 0,
     "hidden": 8, "epochs": 6, "max_steps": 99, "batch_size": 16, "lr": 5e-3, "weight_decay": 1e-2, "folds": 3,
+    "text_prior": False,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
@@ -451,11 +452,16 @@ def test_folds_keep_groups_whole_and_classes_present() -> None:
         assert set(labels[rest]) == {0, 1}
 
 
-def test_c_has_its_published_value_if_a_class_has_one_group() -> None:
-    labels, groups = np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 3, 3])
+def test_without_folds_the_probe_is_the_published_one_on_features_of_length_ten() -> None:
+    labels, groups = np.array([0, 0, 1, 2, 2]), np.array([0, 1, 2, 3, 3])
     assert stratified_folds(labels, groups, 3, seed=0) == []
-    probe = fit_probe(np.eye(5), labels, groups, folds=3, seed=0)
+    features = random_features(5, 0, dim=16).numpy()
+    probe = fit_probe(features, labels, groups, folds=3, seed=0)
     assert probe.C == C_WITHOUT_VALIDATION
+    published = LogisticRegression(C=0.316, tol=1e-8).fit(10 * features, labels)  # CLIP's raw features
+    np.testing.assert_allclose(
+        softmax(probe.logits(features), axis=1), published.predict_proba(10 * features), atol=1e-3
+    )
 
 
 def test_probe_on_two_classes_agrees_with_scikit_learn() -> None:

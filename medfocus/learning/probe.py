@@ -16,7 +16,10 @@ from torch import Tensor
 from medfocus.learning.folds import stratified_folds
 
 C_GRID: tuple[float, ...] = tuple(float(c) for c in np.logspace(-2, 4, 7))
-C_WITHOUT_VALIDATION = 0.316  # published for CLIP; used if a class is too small for cross-validation
+# Used if a class is too small for cross-validation. CLIP's 0.316 is for raw features of length about 10. All
+# features here have length one; weights 10 times as large then give the same logits, and their penalty
+# |w|² / 2C is the same at a C that is 10² times as large.
+C_WITHOUT_VALIDATION = 31.6
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def fit_probe(
     """Fit the probe, choosing C by cross-validated log-likelihood inside the support set.
 
     With a handful of images, accuracy is equal over most of the grid, so log-likelihood decides. If no fold
-    can be made, C is 0.316.
+    can be made, C is 31.6.
 
     Args:
         features: (N, D).
@@ -70,7 +73,7 @@ def fit_probe(
     Returns:
         The probe refitted on the whole support with the chosen C.
     """
-    features, back = _rotated(np.asarray(features, dtype=np.float64))
+    features, back = in_span(np.asarray(features, dtype=np.float64))
     pairs = stratified_folds(labels, groups, folds, seed)
     best = _best_c(features, labels, pairs, grid) if pairs else C_WITHOUT_VALIDATION
     probe = _fit(features, labels, best)
@@ -106,7 +109,7 @@ def _best_c(
     return sorted(grid)[int(np.argmax(scores))]
 
 
-def _rotated(features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def in_span(features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Rotate features (N, D) into their span (N, N); also return the rotation back (N, D), or None if N >= D.
 
     L2-regularised logistic regression is invariant to rotation, and its weights lie in that span.

@@ -6,10 +6,11 @@ authors published no code; where the paper leaves a choice open, a docstring sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from medfocus.learning.folds import seed_of
 from medfocus.learning.method import IMAGES, Method, Support, with_prefix
 from medfocus.learning.probe import Probe, fit_probe
 from medfocus.learning.selection import choose
+from medfocus.learning.text_prior import beats_chance, choose_c, fit_weights
 from medfocus.learning.training import Schedule, seeded, train
 from medfocus.methods.fusion import FUSIONS, HEADS, FusedClassifier
 
@@ -41,6 +43,11 @@ class MedFocusClip(Schedule, Method):
 
     Cross-validation inside the support chooses λ from ``contrastive_weights``; the middle candidate is used
     if no fold can be made.
+
+    The paper's classifier on M knows the text only through M. With ``text_prior``, the probe on M starts from
+    the zero-shot classifier (``medfocus.learning.text_prior``), and the head's logits are averaged with the
+    zero-shot logits. If the text explains the support's labels no better than chance, the method has the form
+    of the paper.
     """
 
     takes_views: ClassVar[bool] = True
@@ -58,9 +65,13 @@ class MedFocusClip(Schedule, Method):
     hidden: int  # width of the adapters' bottleneck
     max_steps: int  # upper bound on optimisation steps; the first epoch always runs in full
     folds: int  # of the cross-validations that choose λ and C
+    text_prior: bool  # the zero-shot classifier is the prior of the probe; False: the form of the paper
     contrastive_weight_: float = field(init=False)
     classifier_: FusedClassifier = field(init=False, repr=False)
     text_features_: Tensor = field(init=False, repr=False)  # (K, D)
+    untrained_: FusedClassifier = field(init=False, repr=False)  # no label has changed it
+    untrained_text_: Tensor = field(init=False, repr=False)  # (K, D)
+    trusts_text_: bool = field(init=False)  # whether the probe and the head build on the zero-shot logits
     probe_: Probe = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -114,6 +125,13 @@ class MedFocusClip(Schedule, Method):
         return self.blocks
 
     @property
+    def note(self) -> str:
+        """The part that the text has in the fitted probe; see ``Method.note``."""
+        if not self.text_prior or not hasattr(self, "trusts_text_"):
+            return ""
+        return f"text prior, C = {self.probe_.C:g}" if self.trusts_text_ else "text no better than chance"
+
+    @property
     def embedding(self) -> str:
         """Image features, with patch features if set; tokens for "full", the images for "lora"."""
         if self.tuning == "lora":
@@ -149,14 +167,33 @@ class MedFocusClip(Schedule, Method):
                 "prompts of each class."
             )
         seed = seed_of(generator)
-        labels, groups = support.labels.numpy(), support.groups.numpy()
         self.contrastive_weight_ = self._choose_weight(support, seed)
         self.classifier_ = self._train(support, self.contrastive_weight_, generator)
         with torch.no_grad():
             self.text_features_ = self._texts(self.classifier_, support)
-        fused = self.encode(support.inputs[0]).numpy()  # (N, D')
-        self.probe_ = fit_probe(fused, labels, groups, folds=self.folds, seed=seed)
+        with seeded(seed):
+            self.untrained_ = self._untrained(support.text_features, support.inputs.shape[-1]).eval()
+        self.untrained_text_ = support.text_features
+        self.probe_ = self._fit_probe(support, seed)
         return self
+
+    def _fit_probe(self, support: Support, seed: int) -> Probe:
+        """Fit the probe on M, on top of the zero-shot logits if the text is better than chance.
+
+        C of the prior is chosen on M of the untrained classifier, because the trained M of a held-out image
+        has seen its label.
+        """
+        inputs, labels, groups = support.inputs[0], support.labels.numpy(), support.groups.numpy()
+        fused = self.encode(inputs).double().numpy()  # (N, D')
+        zero_shot = self._zero_shot(inputs).double().numpy()  # (N, K)
+        self.trusts_text_ = self.text_prior and beats_chance(zero_shot, labels)
+        if not self.trusts_text_:
+            return fit_probe(fused, labels, groups, folds=self.folds, seed=seed)
+        self.untrained_.scale_patches(inputs)
+        unlabelled = self._fused(self.untrained_, inputs, self.untrained_text_).double().numpy()
+        c = choose_c(unlabelled, labels, groups, zero_shot, folds=self.folds, seed=seed)
+        weights = fit_weights(fused, labels, zero_shot, c)
+        return Probe(weights, np.zeros(len(weights)), c)
 
     def _choose_weight(self, support: Support, seed: int) -> float:
         """Return the λ with the highest held-out log-likelihood of the head."""
@@ -230,8 +267,18 @@ class MedFocusClip(Schedule, Method):
     @torch.no_grad()
     def _fused(self, classifier: FusedClassifier, inputs: Tensor, text_features: Tensor) -> Tensor:
         """Compute M batch by batch: inputs (N, ...) -> (N, D')."""
-        parts = inputs.split(64 if self.tuning == "lora" else 256)
-        return torch.cat([classifier.fuse(part.float(), text_features) for part in parts])
+        return torch.cat([classifier.fuse(part.float(), text_features) for part in self._batches(inputs)])
+
+    def _batches(self, inputs: Tensor) -> Sequence[Tensor]:
+        return inputs.split(64 if self.tuning == "lora" else 256)
+
+    @torch.no_grad()
+    def _zero_shot(self, inputs: Tensor) -> Tensor:
+        """Compute s I Tᵀ of the frozen towers batch by batch: inputs (N, ...) -> (N, K)."""
+        adapted = (
+            self.untrained_.adapt(part.float(), self.untrained_text_) for part in self._batches(inputs)
+        )
+        return torch.cat([self.text_logits(image, text) for image, text in adapted])
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Fused features M: (N, ...) -> (N, D')."""
@@ -241,15 +288,18 @@ class MedFocusClip(Schedule, Method):
     def logits(self, inputs: Tensor) -> dict[str, Tensor]:
         """Inputs (N, ...) -> logits (N, K) of the probe on M and of the head C."""
         fused = self.encode(inputs)
-        return {
-            "probe": torch.from_numpy(self.probe_.logits(fused.numpy())),
-            "head": self.classifier_.head(fused),
-        }
+        probe, head = torch.from_numpy(self.probe_.logits(fused.numpy())), self.classifier_.head(fused)
+        if self.trusts_text_:
+            zero_shot = self._zero_shot(inputs)
+            probe, head = zero_shot + probe, (zero_shot + head) / 2
+        return {"probe": probe, "head": head}
 
     def state(self) -> dict[str, Tensor]:
-        """Return trained blocks or low-rank factors, adapters, fusion, head, text features, probe and λ."""
+        """Return trained parts, adapters, fusion, head, text features, probe, λ and the trust in the text."""
         return {
             "text_features": self.text_features_,
+            "untrained_text": self.untrained_text_,
+            "trusts_text": torch.tensor(self.trusts_text_),
             "contrastive_weight": torch.tensor(self.contrastive_weight_, dtype=torch.float64),
             **self.probe_.state(),
             **self.classifier_.state_dict(prefix="classifier."),
@@ -257,10 +307,12 @@ class MedFocusClip(Schedule, Method):
 
     def load(self, state: dict[str, Tensor]) -> Self:
         """See ``Method.load``."""
-        self.text_features_ = state["text_features"]
+        self.text_features_, self.untrained_text_ = state["text_features"], state["untrained_text"]
+        self.trusts_text_ = bool(state["trusts_text"])
         self.contrastive_weight_ = float(state["contrastive_weight"])
         self.probe_ = Probe.load(state)
         width = self.text_features_.shape[1] + len(state["classifier.patch_mean"])
+        self.untrained_ = self._untrained(self.untrained_text_, width).eval()
         self.classifier_ = self._untrained(self.text_features_, width)
         self.classifier_.load_state_dict(with_prefix(state, "classifier."))
         self.classifier_.eval()
