@@ -113,6 +113,7 @@ def test_a_served_model_keeps_the_published_channel(openai: ClipEncoder, tmp_pat
         checkpoint=tmp_path / "cell.safetensors",
         encoder=encoder,
         segmenter=OtsuSegmenter(),
+        fill="mean",
         feather=0.01,
     )
     served = load_model(tmp_path / "model").method

@@ -16,7 +16,7 @@ from medfocus.learning.schedules import SCHEDULES, extended, scheduled
 from medfocus.reports.page import render
 from medfocus.reports.page_content import PageContent
 from medfocus.reports.rows import StudyRow
-from medfocus.serving import defaults
+from medfocus.serving import defaults, parameters
 from medfocus.serving.estimator import MedFocusCLIP
 
 DEFAULT = Path(__file__).resolve().parents[1] / "params.yaml"
@@ -149,7 +149,7 @@ def test_an_unknown_schedule_is_refused(tmp_path: Path) -> None:
     ):
         load_params(write(tmp_path / "params.yaml", content))
     with pytest.raises(ValueError, match="schedule is 'tiny'; use one of published, small"):
-        MedFocusCLIP(schedule="tiny")._check_parameters()
+        parameters.check(MedFocusCLIP(schedule="tiny"))
 
 
 @pytest.mark.parametrize(("shots", "epochs"), [(1, 50), (1.5, 50), (2, 100), (4, 100), (8, 200), (300, 200)])
@@ -161,9 +161,9 @@ def test_the_published_epochs_of_coop_grow_with_the_shots(shots: float, epochs: 
 
 def test_the_classifier_takes_its_defaults_from_its_schedule() -> None:
     assert defaults.method_settings("clip-lora", "published")["lr"] == PAPERS["clip-lora"]["lr"]
-    assert MedFocusCLIP(method="clip-lora")._check_parameters()["max_steps"] == 40
+    assert parameters.check(MedFocusCLIP(method="clip-lora"))["max_steps"] == 40
     published = MedFocusCLIP(method="clip-lora", schedule="published", settings={"rank": 3})
-    assert published._check_parameters() == {**PAPERS["clip-lora"], "rank": 3}
+    assert parameters.check(published) == {**PAPERS["clip-lora"], "rank": 3}
 
 
 def test_a_schedule_that_hardly_fits_the_weights_is_named_with_its_methods() -> None:
@@ -185,7 +185,11 @@ def test_a_schedule_that_hardly_fits_the_weights_is_named_with_its_methods() -> 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_page_says_which_schedule_ran(schedule: str) -> None:
-    row = StudyRow("brain", "coop", "none", 5.0, 0, 0.5, 0.5, 0.5, 0.5, 0.1, "official", 6, 30)
+    row = StudyRow(
+        dataset="brain", method="coop", focus="none", percent_of_train=5.0, seed=0, accuracy=0.5,
+        balanced_accuracy=0.5, macro_f1=0.5, auroc=0.5, ece=0.1, ece_uncalibrated=0.1, temperature=1.0,
+        coverage=0.9, mean_set_size=1.0, test_set="official", n_train=6, n_test=30,
+    )  # fmt: skip
     page = render(PageContent("study", rows=[row], schedule=schedule))
     assert f"<li>{schedule} schedule</li>" in page
     assert f"Methods ran with their {schedule} schedules" in page
