@@ -156,7 +156,7 @@ def test_an_archive_s_code_never_runs(tmp_path: Path, monkeypatch: pytest.Monkey
             return self.w
 
         @torch.jit.export
-        def __getstate__(self) -> tuple[Tensor, bool]:
+        def __getstate__(self) -> tuple[Tensor, bool]:  # pyright: ignore[reportIncompatibleMethodOverride]
             return self.w, self.training
 
         @torch.jit.export
@@ -357,7 +357,9 @@ def reference(folder: Path) -> tuple[Any, Any]:
     """Return open_clip's own model and tokenizer of a folder, whose text tower it finds by path."""
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
     more = {"hf_model_name": str(folder), "hf_model_pretrained": False} if "hf_model_name" in config else {}
-    built = open_clip.create_model(f"local-dir:{folder}", load_weights=False, text_cfg={**config, **more})
+    built: Any = open_clip.create_model(
+        f"local-dir:{folder}", load_weights=False, text_cfg={**config, **more}
+    )
     open_clip.load_checkpoint(built, str(folder / "open_clip_pytorch_model.bin"))
     return built.eval(), open_clip.get_tokenizer(f"local-dir:{folder}")
 
