@@ -197,7 +197,8 @@ def load_model(folder: Path) -> Predictor:
 
 def _frame(content: Mapping[str, Any]) -> Frame:
     """Return the frame of a JSON object, which has lists in place of tuples."""
-    return Frame(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    return Frame(**fields)
 
 
 def _refuse_pickles(folder: Path) -> None:
