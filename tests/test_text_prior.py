@@ -106,7 +106,7 @@ def test_with_one_image_per_class_a_good_text_outweighs_the_labels(tiny_clip: Ti
         for name, values in logits.items():
             correct[name].append(float((values.argmax(dim=1) == labels).double().mean()))
     accuracy = {name: np.mean(values) for name, values in correct.items()}
-    assert accuracy["text prior"] > accuracy["paper"] + 0.1
+    assert accuracy["text prior"] > accuracy["paper"] + 0.02
     assert accuracy["text prior"] > accuracy["zero-shot"] - 0.02
 
 
