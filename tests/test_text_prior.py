@@ -83,6 +83,9 @@ def test_c_leaves_its_default_only_for_clear_evidence() -> None:
     weak = 0.3 * np.eye(3)[labels]
     alone = np.arange(6) // 3  # each class has one patient, so no fold can be made
     assert choose_c(features, labels, alone[labels], weak, folds=3, seed=0) == DEFAULT_C
+    weak = 0.5 * np.eye(3)[labels] + np.random.default_rng(0).standard_normal((6, 3))
+    few = [choose_c(blobs(6, seed)[0], labels, np.arange(6), weak, folds=3, seed=0) for seed in range(20)]
+    assert few.count(DEFAULT_C) > 12
     features, labels = blobs(90, noise=0.2)
     weak = 0.3 * np.eye(3)[labels]
     assert choose_c(features, labels, np.arange(90), weak, folds=3, seed=0) > DEFAULT_C
