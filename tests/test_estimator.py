@@ -153,9 +153,9 @@ def test_every_parameter_can_be_set_and_read() -> None:
 
 
 def test_it_classifies_phantoms_that_it_has_not_seen(fitted: MedFocusCLIP) -> None:
-    images, labels = drawn(6, "test")
+    images, labels = drawn(12, "test")
     probabilities = fitted.predict_proba(images)
-    assert probabilities.shape == (18, 3)
+    assert probabilities.shape == (36, 3)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert list(fitted.classes_) == sorted(LABELS)
     assert np.array_equal(fitted.predict(images), fitted.classes_[probabilities.argmax(1)])

@@ -464,6 +464,14 @@ def test_without_folds_the_probe_is_the_published_one_on_features_of_length_ten(
     )
 
 
+def test_one_image_per_class_leaves_the_probabilities_of_pixels_close_to_even(tiny_clip: TinyClip) -> None:
+    method = METHODS["pixels"](tiny_clip, **SETTINGS["pixels"])  # pyright: ignore[reportArgumentType]
+    images, labels = coloured_images(30)
+    method.fit(support_of(method, images[:3], labels[:3]), torch.Generator().manual_seed(0))
+    confidence = next(iter(method.logits(method.embed(images[3:])).values())).softmax(dim=1).max(dim=1).values
+    assert confidence.mean() < 0.6  # with C as for CLIP's features: above 0.9
+
+
 def test_probe_on_two_classes_agrees_with_scikit_learn() -> None:
     from sklearn.linear_model import LogisticRegression
 

@@ -98,7 +98,7 @@ def _costs(study: Study, rows: Sequence[StudyRow]) -> list[Cost]:
         largest = max(line.percent_of_train for line in of_system)
         of_system = [line for line in of_system if line.percent_of_train == largest]
         peaks = [line.peak_mib for line in of_system if line.peak_mib is not None]
-        note = of_system[0].note
+        note = "; ".join(dict.fromkeys(line.note for line in of_system if line.note))
         means.append(
             Cost(
                 f"{system} ({note})" if note else system,

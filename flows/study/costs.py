@@ -23,7 +23,7 @@ class FitCost:
     seconds: float
     peak_mib: float | None  # of the worker during the fit; None if the system does not report it
     learnt: int  # numbers in the checkpoint
-    note: str  # the method's note, such as the source of its weights
+    note: str  # of the fitted method; see ``Method.note``
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Method(ABC):
 
     @property
     def note(self) -> str:
-        """The source of pretrained weights other than CLIP's, for the tables; empty if there are none."""
+        """A remark for the tables, such as the source of weights or a choice by the support; may be empty."""
         return ""
 
     @property

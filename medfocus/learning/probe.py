@@ -56,11 +56,11 @@ def fit_probe(
     folds: int,
     seed: int,
     grid: Sequence[float] = C_GRID,
+    without_validation: float = C_WITHOUT_VALIDATION,
 ) -> Probe:
     """Fit the probe, choosing C by cross-validated log-likelihood inside the support set.
 
-    With a handful of images, accuracy is equal over most of the grid, so log-likelihood decides. If no fold
-    can be made, C is 31.6.
+    With a handful of images, accuracy is equal over most of the grid, so log-likelihood decides.
 
     Args:
         features: (N, D).
@@ -69,13 +69,14 @@ def fit_probe(
         folds: Number of cross-validation folds.
         seed: Seed of the folds' shuffle.
         grid: Candidate values of C.
+        without_validation: C if no fold can be made.
 
     Returns:
         The probe refitted on the whole support with the chosen C.
     """
     features, back = in_span(np.asarray(features, dtype=np.float64))
     pairs = stratified_folds(labels, groups, folds, seed)
-    best = _best_c(features, labels, pairs, grid) if pairs else C_WITHOUT_VALIDATION
+    best = _best_c(features, labels, pairs, grid) if pairs else without_validation
     probe = _fit(features, labels, best)
     return probe if back is None else Probe(np.ascontiguousarray(probe.coef @ back), probe.intercept, best)
 

@@ -15,9 +15,9 @@ There is no intercept, because an intercept without a penalty would change the a
 from __future__ import annotations
 
 import numpy as np
+from scipy import stats
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
-from scipy.stats import ttest_1samp
 
 from medfocus.learning.folds import stratified_folds
 from medfocus.learning.probe import in_span
@@ -98,14 +98,13 @@ def choose_c(
         for row, c in zip(scores, C_GRID, strict=True):
             weights = _minimise(features[fit], labels[fit], zero_shot[fit], c, weights)
             row[held] = _log_likelihoods(zero_shot[held] + features[held] @ weights.T, labels[held])
-    scores = scores[:, ~np.isnan(scores[0])]
-    if not pairs or scores.shape[1] < 2:
+    scores = scores[:, ~np.isnan(scores[0])]  # a fold may be left out
+    count = scores.shape[1]
+    if count < 2:
         return DEFAULT_C
     best = int(np.argmax(scores.sum(axis=1)))
     gain = scores[best] - scores[C_GRID.index(DEFAULT_C)]
-    if not gain.any():
-        return DEFAULT_C
-    clear = ttest_1samp(gain, 0, alternative="greater").pvalue < SIGNIFICANCE
+    clear = gain.mean() > stats.t.ppf(1 - SIGNIFICANCE, count - 1) * stats.sem(gain)
     return C_GRID[best] if clear else DEFAULT_C
 
 

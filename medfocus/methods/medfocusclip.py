@@ -185,9 +185,9 @@ class MedFocusClip(Schedule, Method):
         """
         inputs, labels, groups = support.inputs[0], support.labels.numpy(), support.groups.numpy()
         fused = self.encode(inputs).double().numpy()  # (N, D')
-        zero_shot = self._zero_shot(inputs).double().numpy()  # (N, K)
-        self.trusts_text_ = self.text_prior and beats_chance(zero_shot, labels)
-        if not self.trusts_text_:
+        zero_shot = self._zero_shot(inputs).double().numpy() if self.text_prior else None  # (N, K)
+        self.trusts_text_ = zero_shot is not None and beats_chance(zero_shot, labels)
+        if zero_shot is None or not self.trusts_text_:
             return fit_probe(fused, labels, groups, folds=self.folds, seed=seed)
         self.untrained_.scale_patches(inputs)
         unlabelled = self._fused(self.untrained_, inputs, self.untrained_text_).double().numpy()

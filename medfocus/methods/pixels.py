@@ -19,7 +19,10 @@ from medfocus.learning.method import Method, Support
 from medfocus.learning.probe import Probe, fit_probe
 from medfocus.learning.selection import choose
 
-COST_WITHOUT_VALIDATION, GAMMA_WITHOUT_VALIDATION = 10.0, 1.0  # if a class is too small for cross-validation
+# Used if a class is too small for cross-validation. One image per class says little about the class of other
+# pixels, so a C as large as for CLIP's features would make the probabilities far too extreme.
+C_WITHOUT_VALIDATION = 0.316
+COST_WITHOUT_VALIDATION, GAMMA_WITHOUT_VALIDATION = 10.0, 1.0
 
 
 def thumbnails(images: Tensor, side: int) -> Tensor:
@@ -88,6 +91,7 @@ class Pixels(ThumbnailMethod):
             support.groups.numpy(),
             folds=self.folds,
             seed=seed_of(generator),
+            without_validation=C_WITHOUT_VALIDATION,
         )
         return self
 
