@@ -240,7 +240,8 @@ def _log_model(
     import pandas as pd
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import ModelSignature
-    from mlflow.types import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types.schema import Array
 
     package = Path(__file__).parents[1]
     outputs: list[ColSpec | TensorSpec] = [
