@@ -152,8 +152,8 @@ def test_methods_on_cached_features_are_calibrated_in_every_cell_and_others_are_
 
 def test_serving_sets_of_classes_does_not_import_mapie() -> None:
     program = (
-        "import sys, numpy, medfocus.serving.predictor; from medfocus.learning.calibration import Calibration;"
-        "Calibration(2.0, 0.4).sets(numpy.eye(3)); print('mapie' in sys.modules)"
+        "import sys, numpy, medfocus.serving.predictor as predictor;"
+        "predictor.Calibration(2.0, 0.4).sets(numpy.eye(3)); print('mapie' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
