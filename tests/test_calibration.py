@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +148,12 @@ def test_methods_on_cached_features_are_calibrated_in_every_cell_and_others_are_
     slow = {name for name in params.methods if build_method(params, name, None).runs_encoder}
     assert slow >= {"clip-few-shot", "clip-lora", "coop", "cocoop", "resnet", "medfocusclip-lora"}
     assert not slow & {"pixels", "k-nn", "clip-linear-probe", "tip-adapter-f", "lp++", "slca", "medfocusclip"}
+
+
+def test_serving_sets_of_classes_does_not_import_mapie() -> None:
+    program = (
+        "import sys, numpy, medfocus.serving.predictor as predictor;"
+        "predictor.Calibration(2.0, 0.4).sets(numpy.eye(3)); print('mapie' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

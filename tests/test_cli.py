@@ -36,6 +36,7 @@ from medfocus.clip.build import build_clip
 from medfocus.datasets.records import read_manifest
 from medfocus.focus.view import view
 from medfocus.images import decode
+from medfocus.learning.calibration import Calibration
 from medfocus.learning.method import Support
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.methods.clip import ClipLinearProbe
@@ -388,8 +389,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels, text = torch.tensor([0, 1] * 4), encoder.encode_texts(list(CLASSES))
     method.fit(Support(features[None], labels, torch.arange(8), text), torch.Generator().manual_seed(0))
     header = checkpoint.Header(
-        "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"}
-    )
+        "clip-linear-probe", {"folds": 3}, CLASSES, "multiply", encoder.key, 0, 0, facts={"key": "probe"},
+        calibration=Calibration(temperature=1.5, threshold=0.3, confidence=0.9, images=8),
+    )  # fmt: skip
     checkpoint.save(method, header, folder / "cell.safetensors")
     save_model(
         folder / "model",
@@ -439,6 +441,7 @@ def test_predict_writes_the_model_s_predictions_and_draws_the_mask(
     for line, prediction in zip(rows(home / "out" / "predictions.csv"), expected, strict=True):
         assert line["label"] == prediction.label
         assert float(line["probability_dark"]) == pytest.approx(prediction.probabilities["dark"], abs=1e-5)
+        assert line["set"] == "; ".join(prediction.set) and prediction.label in prediction.set
         overlay = decode.read(home / "out" / line["overlay"])
         assert np.array_equal((overlay != decode.read(Path(line["file"]))).any(axis=2), prediction.mask)
     again = medfocus("predict", *files, "--out", "out", "--model", model)
