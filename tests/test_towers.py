@@ -433,7 +433,8 @@ def test_a_study_is_refused_with_the_method_and_the_focus_before_any_work(
     resnet, vit = encoder_of("ModifiedResNet"), encoder_of("ViT of open_clip")
 
     def studied(**methods: tuple[str, ...]) -> Any:
-        return dataclasses.replace(params, study=dataclasses.replace(params.study, methods=methods))
+        every = {params.report.baseline: ("none",), **methods}
+        return dataclasses.replace(params, study=dataclasses.replace(params.study, methods=every))
 
     check_towers(studied(medfocusclip=("none", "attention", "shuffled")), vit)
     check_towers(studied(medfocusclip=("none", "alpha", "dual", "crop")), resnet)
