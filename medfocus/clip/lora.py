@@ -43,17 +43,17 @@ class LoraTowers(nn.Module):
         Raises TowerError if a tower has no such attention.
         """
         super().__init__()
-        encoder.require(("low-rank",), "low-rank updates")
+        encoder.require(("projections",), "low-rank updates")
         added = alpha_layer(encoder.model)
         trained = set() if added is None else set(map(id, added.parameters()))
         shared = {id(weight): weight for weight in encoder.model.parameters() if id(weight) not in trained}
         model = copy.deepcopy(encoder.model, shared)
         self.updates = nn.ModuleList()
         for tower in (image_tower(model.visual), text_tower(model)):  # pyright: ignore[reportArgumentType]
-            for attention in tower.attentions():
-                update = LowRank(attention.width, rank=rank, alpha=alpha, dropout=dropout)
-                self.updates.append(update.to(attention.projections()[0].weight))
-                attention.add(update)
+            for block in tower.blocks():
+                update = LowRank(block.width, rank=rank, alpha=alpha, dropout=dropout)
+                self.updates.append(update.to(block.weights()[0].matrices()))
+                block.add(update)
         if (layer := alpha_layer(model)) is not None:
             self.alpha = layer.requires_grad_(True)
         self.encoder = replace(encoder, model=model)  # not an nn.Module, so the state excludes the towers

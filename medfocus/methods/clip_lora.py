@@ -52,7 +52,7 @@ class ClipLora(ImageMethod):
     @property
     def needs(self) -> tuple[str, ...]:
         """See ``Method.needs``."""
-        return ("low-rank",)
+        return ("projections",)
 
     def epochs(self, images: int, classes: int) -> int:
         """Return the number of whole epochs that fit into the wanted steps, at least one."""
