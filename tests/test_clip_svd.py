@@ -69,7 +69,7 @@ def merged(clip: ClipEncoder, towers: SvdTowers) -> ClipEncoder:
 def test_a_weight_with_trained_values_is_u_diag_s_v(rows: int, columns: int, parts: int) -> None:
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(rows, columns))
-    layer = SingularValues(torch.from_numpy(weight), parts)
+    layer = SingularValues(torch.from_numpy(weight).unflatten(0, (parts, -1)))
     trained = rng.random((parts, min(rows // parts, columns)))
     with torch.no_grad():
         assert torch.equal(layer(torch.from_numpy(weight)), torch.from_numpy(weight)), "starts at W exactly"
@@ -86,7 +86,7 @@ def test_the_gradient_of_a_singular_value_is_u_g_v() -> None:
     """∂L/∂s_j = u_jᵀ G v_j for G = ∂L/∂W."""
     rng = np.random.default_rng(1)
     weight, gradient = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))
-    layer = SingularValues(torch.from_numpy(weight), 1)
+    layer = SingularValues(torch.from_numpy(weight)[None])
     (layer(torch.from_numpy(weight)) * torch.from_numpy(gradient)).sum().backward()
     left, _, right = np.linalg.svd(weight, full_matrices=False)
     assert layer.values.grad is not None
@@ -173,7 +173,7 @@ def test_a_tower_of_another_kind_and_settings_out_of_range_are_refused(clip: Cli
         {"context_length": 32, "vocab_size": 2089, "width": 64, "heads": 2, "layers": 1},  # pyright: ignore
     )
     assert not isinstance(convolutional.visual, nn.MultiheadAttention)
-    with pytest.raises(TowerError, match=r"the image encoder of RN \(ModifiedResNet\) has no .* weight matr"):
+    with pytest.raises(TowerError, match=r"the image encoder of RN \(ModifiedResNet\) has no .* q, k and v"):
         SvdTowers(dataclasses.replace(clip, name="RN", model=convolutional))
     for name in ("epochs", "max_steps", "batch_size"):
         with pytest.raises(ValueError, match=f"clip-svd: {name} is 0; use 1 or more"):

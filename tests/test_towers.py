@@ -144,7 +144,7 @@ def test_the_table_of_the_documentation_is_true(encoder_of: Callable[[str], Clip
     verbs = {
         "`layers`": "stages",
         "last blocks": "tail",
-        "low-rank updates": "low-rank",
+        "low-rank updates": "projections",
         "`attention`": "attention-bias",
         "`alpha`": "channel",
     }
@@ -157,7 +157,7 @@ def test_the_table_of_the_documentation_is_true(encoder_of: Callable[[str], Clip
         method = ClipZeroShot(encoder).load({"text_features": class_embeddings(encoder, PROMPTS)})
         _, way = explain(method, encoder, views_of("none", 1), torch.tensor([0]))
         assert told["explained by"] == way
-        assert {"contexts", "low-rank"} <= encoder.text_tower.verbs
+        assert {"contexts", "projections"} <= encoder.text_tower.verbs
 
 
 # --- trunk, tail and layers -----------------------------------------------------------------------
@@ -257,12 +257,12 @@ def test_low_rank_updates_equal_a_clip_with_merged_weights(
     for update in towers.updates:
         nn.init.normal_(update.up, std=0.3)  # pyright: ignore[reportArgumentType]
     plain = dataclasses.replace(encoder, model=copy.deepcopy(encoder.model))
-    attentions = [*plain.tower.attentions(), *plain.text_tower.attentions()]
-    assert len(attentions) == len(towers.updates) == 3 + 2
+    blocks = [*plain.tower.blocks(), *plain.text_tower.blocks()]
+    assert len(blocks) == len(towers.updates) == 3 + 2
     with torch.no_grad():
-        for attention, update in zip(attentions, towers.updates, strict=True):
-            q_k_v = [m for w in attention.attention_weights() for m in w.value.chunk(w.matrices)][:3]
-            for matrix, a, b in zip(q_k_v, update.down, update.up, strict=True):  # pyright: ignore
+        for block, update in zip(blocks, towers.updates, strict=True):
+            matrices = [matrix for weight in block.weights() for matrix in weight.matrices()]
+            for matrix, a, b in zip(matrices, update.down, update.up, strict=False):  # pyright: ignore
                 matrix.add_(3.0 / 2**0.5 * b @ a)
         views, texts = views_of("none", 2), [prompt for ensemble in PROMPTS for prompt in ensemble]
         x = encoder.preprocess(views)
@@ -273,21 +273,21 @@ def test_low_rank_updates_equal_a_clip_with_merged_weights(
 
 
 @pytest.mark.parametrize("kind", VITS)
-def test_the_weights_of_a_block_are_those_of_the_model(
+def test_the_weights_of_a_block_are_those_of_its_attention_and_mlp(
     kind: str, encoder_of: Callable[[str], ClipEncoder]
 ) -> None:
     encoder = encoder_of(kind)
-    changed = dataclasses.replace(encoder, model=copy.deepcopy(encoder.model))
+    model = copy.deepcopy(encoder.model)
+    changed = dataclasses.replace(encoder, model=model)
     for before, after in ((encoder.tower, changed.tower), (encoder.text_tower, changed.text_tower)):
-        for old, new in zip(before.attentions(), after.attentions(), strict=True):
-            weights = [*new.attention_weights(), *new.mlp_weights()]
-            sources = [*old.attention_weights(), *old.mlp_weights()]
-            assert sum(weight.matrices for weight in weights) == 4 + 2
-            for weight, source in zip(weights, sources, strict=True):
-                assert new.width in weight.value.shape
+        for old, new in zip(before.blocks(), after.blocks(), strict=True):
+            shapes = [matrix.shape for weight in new.weights() for matrix in weight.matrices()]
+            assert shapes[:4] == [(new.width, new.width)] * 4  # q, k, v and the output
+            assert shapes[4] == shapes[5][::-1] and shapes[4][0] > new.width
+            for weight, source in zip(new.weights(), old.weights(), strict=True):
                 with torch.no_grad():
-                    weight.value.zero_()
-                assert source.value.any()
+                    weight.matrices().zero_()
+                assert source.matrices().any()
     assert not torch.allclose(changed.encode_images(pixels_of()), encoder.encode_images(pixels_of()))
     assert not torch.allclose(changed.encode_texts(["a red"]), encoder.encode_texts(["a red"]))
 
@@ -435,7 +435,8 @@ def test_a_study_is_refused_with_the_method_and_the_focus_before_any_work(
     resnet, vit = encoder_of("ModifiedResNet"), encoder_of("ViT of open_clip")
 
     def studied(**methods: tuple[str, ...]) -> Any:
-        return dataclasses.replace(params, study=dataclasses.replace(params.study, methods=methods))
+        every = {params.report.baseline: ("none",), **methods}
+        return dataclasses.replace(params, study=dataclasses.replace(params.study, methods=every))
 
     check_towers(studied(medfocusclip=("none", "attention", "shuffled")), vit)
     check_towers(studied(medfocusclip=("none", "alpha", "dual", "crop")), resnet)

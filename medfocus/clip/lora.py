@@ -35,11 +35,11 @@ class LoraTowers(TrainedTowers):
 
         Raises TowerError if a tower has no such attention.
         """
-        encoder.require(("low-rank",), "low-rank updates")
+        encoder.require(("projections",), "low-rank updates")
         super().__init__(encoder)
         self.updates = nn.ModuleList()
         for tower in self.towers():
-            for attention in tower.attentions():
-                update = LowRank(attention.width, rank=rank, alpha=alpha, dropout=dropout)
-                self.updates.append(update.to(attention.attention_weights()[0].value))
-                attention.add(update)
+            for block in tower.blocks():
+                update = LowRank(block.width, rank=rank, alpha=alpha, dropout=dropout)
+                self.updates.append(update.to(block.weights()[0].matrices()))
+                block.add(update)

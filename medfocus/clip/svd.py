@@ -29,10 +29,10 @@ class SingularValues(nn.Module):
     left: Tensor  # U, (P, m, r)
     right: Tensor  # Vᵀ, (P, r, n)
 
-    def __init__(self, weight: Tensor, parts: int) -> None:
-        """Decompose a weight (P m, n) of ``parts`` matrices P that stand below each other."""
+    def __init__(self, matrices: Tensor) -> None:
+        """Decompose the P matrices (P, m, n) of a weight, which stand below each other in it."""
         super().__init__()
-        left, values, right = torch.linalg.svd(weight.detach().unflatten(0, (parts, -1)), full_matrices=False)
+        left, values, right = torch.linalg.svd(matrices.detach(), full_matrices=False)
         self.values = nn.Parameter(values.clone())  # s, (P, r) with r = min(m, n)
         self.register_buffer("start", values, persistent=False)
         self.register_buffer("left", left, persistent=False)
@@ -52,12 +52,11 @@ class SvdTowers(TrainedTowers):
 
         Raises TowerError if a tower has no such weights.
         """
-        encoder.require(("singular-values",), "trained singular values")
+        encoder.require(("projections",), "trained singular values")
         super().__init__(encoder)
         self.matrices = nn.ModuleList()
         for tower in self.towers():
-            for attention in tower.attentions():
-                for weight in (*attention.attention_weights(), *attention.mlp_weights()):
-                    values = SingularValues(weight.value, weight.matrices)
-                    parametrize.register_parametrization(weight.module, weight.name, values, unsafe=True)
-                    self.matrices.append(values)
+            for weight in (weight for block in tower.blocks() for weight in block.weights()):
+                values = SingularValues(weight.matrices())
+                parametrize.register_parametrization(weight.module, weight.parameter, values, unsafe=True)
+                self.matrices.append(values)

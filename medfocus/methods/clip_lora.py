@@ -36,7 +36,7 @@ class ClipLora(TowersMethod):
     @property
     def needs(self) -> tuple[str, ...]:
         """See ``Method.needs``."""
-        return ("low-rank",)
+        return ("projections",)
 
     def epochs_for(self, images: int, classes: int) -> int:
         """Return the number of whole epochs that fit into the wanted steps, at least one."""

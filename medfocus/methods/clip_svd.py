@@ -33,7 +33,7 @@ class ClipSvd(TowersMethod):
     @property
     def needs(self) -> tuple[str, ...]:
         """See ``Method.needs``."""
-        return ("singular-values",)
+        return ("projections",)
 
     def epochs_for(self, images: int, classes: int) -> int:
         """See ``TowersMethod.epochs_for``."""

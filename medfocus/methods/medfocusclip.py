@@ -111,7 +111,7 @@ class MedFocusClip(Schedule, Method):
     @property
     def needs(self) -> tuple[str, ...]:
         """See ``Method.needs``."""
-        return ("low-rank",) if self.tuning == "lora" else ()
+        return ("projections",) if self.tuning == "lora" else ()
 
     def check_towers(self, caller: str) -> None:
         """See ``Method.check_towers``; the layers and their grid count too."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Never
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from medfocus.clip.towers.attention import SelfAttention
+    from medfocus.clip.towers.blocks import Block
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,10 @@ VERBS: dict[str, Verb] = {
     ),
     "attention-maps": Verb((IMAGE,), "attention matrices", "Use Grad-CAM or occlusion."),
     "activation-maps": Verb((IMAGE,), "maps of a convolutional net", "Use attention or occlusion."),
-    "low-rank": Verb(
+    "projections": Verb(
         (IMAGE, TEXT),
         "blocks with projections to q, k and v",
         "Use clip-few-shot, or medfocusclip with tuning adapter or full.",
-    ),
-    "singular-values": Verb(
-        (IMAGE, TEXT),
-        "blocks whose attention and MLP have plain weight matrices",
-        "Use clip-lora, clip-few-shot or medfocusclip.",
     ),
     "contexts": Verb(
         (TEXT,),
@@ -88,15 +83,9 @@ class Tower:
                 f"{VERBS[verb].instead}"
             )
 
-    def attentions(self) -> Sequence[SelfAttention]:
-        """Return the self-attention of every block, first block first. Needs "low-rank"."""
-        self._lacks("low-rank")
-
-    def _weight_verbs(self) -> set[str]:
-        """Return the verbs that the result of ``attentions`` allows: "low-rank" and "singular-values"."""
-        if not (attentions := self.attentions()):
-            return set()
-        return {"low-rank"} | ({"singular-values"} if all(a.mlp_weights() for a in attentions) else set())
+    def blocks(self) -> Sequence[Block]:
+        """Return the blocks of a transformer, the first block first. Needs "projections"."""
+        self._lacks("projections")
 
     def _lacks(self, verb: str) -> Never:
         self.require(verb, "this call")

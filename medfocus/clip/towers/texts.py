@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from medfocus.clip.towers.attention import BertAttention, OpenClipAttention, SelfAttention
 from medfocus.clip.towers.base import TEXT, Tower
+from medfocus.clip.towers.blocks import BertBlock, Block, OpenClipBlock
 
 
 class TextTower(Tower):
@@ -44,7 +44,7 @@ class OpenClipText(TextTower):
     @property
     def verbs(self) -> frozenset[str]:
         """See ``Tower.verbs``."""
-        return frozenset({"contexts"} | self._weight_verbs())
+        return frozenset({"contexts", "projections"} if self.blocks() else {"contexts"})
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -75,9 +75,9 @@ class OpenClipText(TextTower):
             id(tower.attn_mask): tower.attn_mask[:length, :length],
         }
 
-    def attentions(self) -> Sequence[SelfAttention]:
-        """See ``Tower.attentions``."""
-        return OpenClipAttention.of(self.module.transformer.resblocks)
+    def blocks(self) -> Sequence[Block]:
+        """See ``Tower.blocks``."""
+        return OpenClipBlock.of(self.module.transformer.resblocks)
 
 
 class HuggingFaceText(TextTower):
@@ -91,7 +91,7 @@ class HuggingFaceText(TextTower):
     @property
     def verbs(self) -> frozenset[str]:
         """See ``Tower.verbs``."""
-        return frozenset({"contexts"} | self._weight_verbs())
+        return frozenset({"contexts", "projections"} if self.blocks() else {"contexts"})
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -112,6 +112,6 @@ class HuggingFaceText(TextTower):
         """See ``TextTower.shortened``: the transformer takes texts of any length."""
         return {}
 
-    def attentions(self) -> Sequence[SelfAttention]:
-        """See ``Tower.attentions``."""
-        return BertAttention.of(self.module.transformer)
+    def blocks(self) -> Sequence[Block]:
+        """See ``Tower.blocks``."""
+        return BertBlock.of(self.module.transformer)

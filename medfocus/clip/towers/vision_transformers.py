@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, normalize, pad
 
-from medfocus.clip.towers.attention import OpenClipAttention, TimmAttention
 from medfocus.clip.towers.base import Attended, ImageTower
+from medfocus.clip.towers.blocks import OpenClipBlock, TimmBlock
 
 
 class VisionTransformerTower(ImageTower):
@@ -61,9 +61,10 @@ class OpenClipViT(VisionTransformerTower):
             verbs.add("channel")
         if visual.attn_pool is None:
             verbs.add("attention-bias")
-        verbs |= (weights := self._weight_verbs())
-        if weights and visual.attn_pool is None:
-            verbs.add("attention-maps")
+        if OpenClipBlock.of(visual.transformer.resblocks):
+            verbs.add("projections")
+            if visual.attn_pool is None:
+                verbs.add("attention-maps")
         return frozenset(verbs)
 
     @property
@@ -112,15 +113,15 @@ class OpenClipViT(VisionTransformerTower):
         """See ``ImageTower.first_conv``."""
         return "conv1"
 
-    def attentions(self) -> list[OpenClipAttention]:
-        """See ``Tower.attentions``."""
-        return OpenClipAttention.of(self.module.transformer.resblocks)
+    def blocks(self) -> list[OpenClipBlock]:
+        """See ``Tower.blocks``."""
+        return OpenClipBlock.of(self.module.transformer.resblocks)
 
     def attended(self, pixels: Tensor, bias: Tensor | None = None) -> Attended:
         """See ``ImageTower.attended``."""
         self.require("attention-maps", "gradient x attention")
         tokens, kept = self.embed(pixels), []
-        for block, attention in zip(self.module.transformer.resblocks, self.attentions(), strict=True):
+        for block, attention in zip(self.module.transformer.resblocks, self.blocks(), strict=True):
             weights, output = attention.attend(block.ln_1(tokens), bias)
             kept.append(weights)
             tokens = tokens + block.ls_1(output)
@@ -148,10 +149,12 @@ class TimmViT(VisionTransformerTower):
         trunk, verbs = self._trunk, {"stages", "tail"}
         if isinstance(trunk.patch_embed, PatchEmbed):
             verbs.add("channel")
-        verbs |= (weights := self._weight_verbs())
+        plain = bool(TimmBlock.of(trunk.blocks))
+        if plain:
+            verbs.add("projections")
         if trunk.attn_pool is None or isinstance(trunk.attn_pool, AttentionPoolLatent):
             verbs.add("attention-bias")
-            if weights and all(type(block) is Block for block in trunk.blocks):
+            if plain and all(type(block) is Block for block in trunk.blocks):
                 verbs.add("attention-maps")
         return frozenset(verbs)
 
@@ -229,16 +232,16 @@ class TimmViT(VisionTransformerTower):
         """See ``ImageTower.first_conv``."""
         return "trunk.patch_embed.proj"
 
-    def attentions(self) -> list[TimmAttention]:
-        """See ``Tower.attentions``."""
-        return TimmAttention.of(self._trunk.blocks)
+    def blocks(self) -> list[TimmBlock]:
+        """See ``Tower.blocks``."""
+        return TimmBlock.of(self._trunk.blocks)
 
     def attended(self, pixels: Tensor, bias: Tensor | None = None) -> Attended:
         """See ``ImageTower.attended``."""
         self.require("attention-maps", "gradient x attention")
         tokens, kept = self.embed(pixels), []
         mask = None if self.queries is None else bias
-        for block, attention in zip(self._trunk.blocks, self.attentions(), strict=True):
+        for block, attention in zip(self._trunk.blocks, self.blocks(), strict=True):
             weights, output = attention.attend(block.norm1(tokens), mask)
             kept.append(weights)
             tokens = tokens + block.ls1(output)

@@ -1,4 +1,4 @@
-"""The weights of a transformer's block in three layouts: open_clip's, timm's and Hugging Face's."""
+"""A transformer's block in three layouts: open_clip's, timm's and Hugging Face's."""
 
 from __future__ import annotations
 
@@ -15,38 +15,33 @@ from medfocus.clip.towers.low_rank import LoraAttention, LoraLinear, LowRank
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter that holds one matrix, or several of equal size below each other."""
+    """A parameter of ``count`` matrices (m, n) that stand below each other, to change or to parametrise."""
 
     module: nn.Module
-    name: str  # of the parameter in ``module``
-    matrices: int = 1
+    parameter: str  # its name in ``module``
+    count: int = 1
 
-    @property
-    def value(self) -> Tensor:
-        """The parameter (P m, n), with P matrices."""
-        return getattr(self.module, self.name)
+    def matrices(self) -> Tensor:
+        """Return the matrices (count, m, n), a view of the parameter."""
+        return getattr(self.module, self.parameter).unflatten(0, (self.count, -1))
 
 
-class SelfAttention(ABC):
-    """The self-attention of one block, and the MLP after it."""
+class Block(ABC):
+    """One block of a transformer: its weights, and low-rank updates of its attention."""
 
     width: int  # W
 
     @abstractmethod
-    def attention_weights(self) -> tuple[Weight, ...]:
-        """Return the projections to q, k and v, in this order, and the projection of the output."""
-
-    @abstractmethod
-    def mlp_weights(self) -> tuple[Weight, ...]:
-        """Return both layers of the block's MLP; () for another kind of MLP."""
+    def weights(self) -> list[Weight]:
+        """Return the projections to q, k and v, that of the attention's output, and the layers of the MLP."""
 
     @abstractmethod
     def add(self, update: LowRank) -> None:
         """Add low-rank updates to the projections to q, k and v, in place."""
 
 
-class OpenClipAttention(SelfAttention):
-    """``nn.MultiheadAttention`` in a block of open_clip, or a ``LoraAttention`` in its place."""
+class OpenClipBlock(Block):
+    """A block of open_clip with ``nn.MultiheadAttention``, or with a ``LoraAttention`` in its place."""
 
     def __init__(self, block: nn.Module) -> None:
         self._block: Any = block
@@ -56,22 +51,19 @@ class OpenClipAttention(SelfAttention):
 
     @classmethod
     def of(cls, blocks: Iterable[nn.Module]) -> list[Self]:
-        """Return the attention of each block; an empty list if one has open_clip's own ``Attention``."""
+        """Return the blocks; an empty list if one has open_clip's own ``Attention``."""
         blocks = list(blocks)
         kinds = (nn.MultiheadAttention, LoraAttention)
         supported = all(isinstance(getattr(block, "attn", None), kinds) for block in blocks)
         return [cls(block) for block in blocks] if supported else []
 
-    def attention_weights(self) -> tuple[Weight, ...]:
-        """See ``SelfAttention.attention_weights``; q, k and v are in one parameter."""
-        return Weight(self._frozen, "in_proj_weight", 3), Weight(self._frozen.out_proj, "weight")
-
-    def mlp_weights(self) -> tuple[Weight, ...]:
-        """See ``SelfAttention.mlp_weights``."""
-        return _layers(self._block.mlp, "c_fc", "c_proj")
+    def weights(self) -> list[Weight]:
+        """See ``Block.weights``; q, k and v are one parameter."""
+        attention = [Weight(self._frozen, "in_proj_weight", 3), Weight(self._frozen.out_proj, "weight")]
+        return attention + _linear_weights(self._block.mlp)
 
     def add(self, update: LowRank) -> None:
-        """See ``SelfAttention.add``."""
+        """See ``Block.add``."""
         self._block.attn = LoraAttention(self._frozen, update)
 
     def attend(self, tokens: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -93,17 +85,17 @@ class OpenClipAttention(SelfAttention):
         return weights, frozen.out_proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-class TimmAttention(SelfAttention):
-    """timm's ``Attention``: one linear layer projects to q, k and v."""
+class TimmBlock(Block):
+    """A block of timm with its ``Attention``, in which one linear layer projects to q, k and v."""
 
     def __init__(self, block: nn.Module) -> None:
-        self._block: Any = block
+        self._mlp: Any = block.mlp
         self._attention: Any = block.attn
         self.width = self._attention.proj.in_features
 
     @classmethod
     def of(cls, blocks: Iterable[nn.Module]) -> list[Self]:
-        """Return the attention of each block; an empty list if one has another kind of attention."""
+        """Return the blocks; an empty list if one has another kind of attention."""
         from timm.layers.attention import Attention
 
         blocks = list(blocks)
@@ -114,16 +106,13 @@ class TimmAttention(SelfAttention):
         )
         return [cls(block) for block in blocks] if supported else []
 
-    def attention_weights(self) -> tuple[Weight, ...]:
-        """See ``SelfAttention.attention_weights``; q, k and v are in one parameter."""
-        return Weight(self._attention.qkv, "weight", 3), Weight(self._attention.proj, "weight")
-
-    def mlp_weights(self) -> tuple[Weight, ...]:
-        """See ``SelfAttention.mlp_weights``."""
-        return _layers(self._block.mlp, "fc1", "fc2")
+    def weights(self) -> list[Weight]:
+        """See ``Block.weights``; q, k and v are one parameter."""
+        attention = [Weight(self._attention.qkv, "weight", 3), Weight(self._attention.proj, "weight")]
+        return attention + _linear_weights(self._mlp)
 
     def add(self, update: LowRank) -> None:
-        """See ``SelfAttention.add``."""
+        """See ``Block.add``."""
         self._attention.qkv = LoraLinear(self._attention.qkv, update)
 
     def attend(self, tokens: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -142,46 +131,36 @@ class TimmAttention(SelfAttention):
         return weights, attention.proj(output)
 
 
-class BertAttention(SelfAttention):
-    """The attention of BERT and its relatives in Hugging Face's transformers: three linear layers."""
+class BertBlock(Block):
+    """A layer of BERT and its relatives in Hugging Face's transformers, with three linear layers for q, k, v."""
 
     def __init__(self, layer: nn.Module) -> None:
-        """Wrap a layer: ``attention`` with ``self`` and ``output``, ``intermediate`` and ``output``."""
         self._layer: Any = layer
         self._inner: Any = self._layer.attention.self
         self.width = self._inner.query.in_features
 
     @classmethod
     def of(cls, transformer: nn.Module) -> list[Self]:
-        """Return the attention of each block of a transformer, the first block first."""
+        """Return the layers of a transformer, the first layer first; an empty list for another family."""
 
-        def has_attention(module: Any) -> bool:
-            attention = getattr(module, "attention", None)
-            inner, output = getattr(attention, "self", None), getattr(attention, "output", None)
-            layers = [getattr(inner, name, None) for name in ("query", "key", "value")]
-            linear = all(isinstance(layer, nn.Linear | LoraLinear) for layer in layers)
-            return linear and hasattr(output, "dense")
+        def is_layer(module: Any) -> bool:
+            inner = getattr(getattr(module, "attention", None), "self", None)
+            parts = [getattr(inner, name, None) for name in ("query", "key", "value")]
+            return all(isinstance(part, nn.Linear | LoraLinear) for part in parts)
 
-        return [cls(module) for module in transformer.modules() if has_attention(module)]
+        return [cls(module) for module in transformer.modules() if is_layer(module)]
 
-    def attention_weights(self) -> tuple[Weight, ...]:
-        """See ``SelfAttention.attention_weights``."""
-        inner, output = self._inner, self._layer.attention.output
-        return tuple(Weight(layer, "weight") for layer in (inner.query, inner.key, inner.value, output.dense))
-
-    def mlp_weights(self) -> tuple[Weight, ...]:
-        """See ``SelfAttention.mlp_weights``."""
-        parts = (getattr(self._layer, name, None) for name in ("intermediate", "output"))
-        return tuple(weight for part in parts for weight in _layers(part, "dense"))
+    def weights(self) -> list[Weight]:
+        """See ``Block.weights``."""
+        layer, inner = self._layer, self._inner
+        attention = [inner.query, inner.key, inner.value, layer.attention.output.dense]
+        return [Weight(part, "weight") for part in (*attention, layer.intermediate.dense, layer.output.dense)]
 
     def add(self, update: LowRank) -> None:
-        """See ``SelfAttention.add``."""
+        """See ``Block.add``."""
         for part, name in enumerate(("query", "key", "value")):
             setattr(self._inner, name, LoraLinear(getattr(self._inner, name), update, part))
 
 
-def _layers(module: Any, *names: str) -> tuple[Weight, ...]:
-    """Return the weights of a module's linear layers; () unless it has all of them."""
-    layers = [getattr(module, name, None) for name in names]
-    plain = all(isinstance(layer, nn.Linear) for layer in layers)
-    return tuple(Weight(layer, "weight") for layer in layers if layer is not None) if plain else ()
+def _linear_weights(mlp: nn.Module) -> list[Weight]:
+    return [Weight(layer, "weight") for layer in mlp.modules() if isinstance(layer, nn.Linear)]
