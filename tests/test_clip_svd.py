@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
-from medfocus.clip.svd import SingularValues, SvdTowers
+from medfocus.clip.svd import SingularValues, SvdTowers, block_weights
 from medfocus.methods.clip_svd import ClipSvd
 from medfocus.storage import weights
 from tests.test_lora import PROMPTS, coloured, custom_text_clip, support_of
@@ -110,6 +110,20 @@ def test_both_towers_equal_a_clip_with_composed_weights(custom: bool, clip: Clip
     torch.testing.assert_close(ours_of_texts, plain.encode_texts(texts), rtol=0, atol=1e-5)
 
 
+def test_the_blocks_of_timm_and_of_hugging_face_have_their_attention_and_mlp_decomposed() -> None:
+    import timm
+    from transformers import BertConfig, BertModel
+
+    visual = timm.create_model("vit_tiny_patch16_224", depth=2)
+    shapes = [(getattr(module, name).shape[0], parts) for module, name, parts in block_weights(visual)]
+    assert shapes == [(3 * 192, 3), (192, 1), (4 * 192, 1), (192, 1)] * 2  # qkv, output, MLP
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    bert = BertModel(BertConfig(vocab_size=50, **sizes))
+    text = nn.ModuleDict({"transformer": bert, "proj": nn.Sequential(nn.Linear(32, 8))})
+    shapes = [(getattr(module, name).shape[0], parts) for module, name, parts in block_weights(text)]
+    assert sorted(shapes) == [(32, 1)] * 10 + [(48, 1)] * 2  # q, k, v, output and MLP; not the projection
+
+
 def test_training_starts_from_the_frozen_model_and_trains_every_singular_value(clip: ClipEncoder) -> None:
     towers, (images, labels) = SvdTowers(clip), coloured(9)
     texts = [ensemble[0] for ensemble in PROMPTS]
@@ -172,7 +186,7 @@ def test_a_tower_of_another_kind_and_settings_out_of_range_are_refused(clip: Cli
         {"context_length": 32, "vocab_size": 2089, "width": 64, "heads": 2, "layers": 1},  # pyright: ignore
     )
     assert not isinstance(convolutional.visual, nn.MultiheadAttention)
-    with pytest.raises(ValueError, match=r"its image encoder is ModifiedResNet, not one of open_clip's tran"):
+    with pytest.raises(ValueError, match="its image encoder is ModifiedResNet, which has no transformer's"):
         SvdTowers(dataclasses.replace(clip, name="RN", model=convolutional))
     for name in ("epochs", "max_steps", "batch_size"):
         with pytest.raises(ValueError, match=f"clip-svd: {name} is 0; use 1 or more"):

@@ -55,7 +55,7 @@ class SvdTowers(nn.Module):
     def __init__(self, encoder: ClipEncoder) -> None:
         """Decompose the weights of every block in a copy of ``encoder``'s towers.
 
-        Raises ValueError if a tower is not one of open_clip's own transformers.
+        Raises ValueError if a tower is not a transformer.
         """
         super().__init__()
         added = encoder.region.added_layer(encoder.model)
@@ -81,17 +81,31 @@ class SvdTowers(nn.Module):
         return self.encoder.model.encode_text(tokens, normalize=True).cpu()  # pyright: ignore[reportCallIssue]
 
 
+def block_weights(tower: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
+    """Yield the weights of attention and MLP in every block of a transformer, the first block first.
+
+    A weight is a module, the name of its parameter, and the number of matrices below each other in it. A
+    layer belongs to a block if it stands inside a numbered module. This holds for blocks of open_clip, timm
+    and Hugging Face, and not for their pooling and projection.
+    """
+    for path, module in tower.named_modules():
+        if not any(part.isdigit() for part in path.split(".")[:-1]):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            yield module, "in_proj_weight", 3
+        elif isinstance(module, nn.Linear):
+            yield module, "weight", 3 if path.endswith(".qkv") else 1
+
+
 def _weights(name: str, model: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
-    """Yield module, parameter and number of matrices of each weight to decompose, image encoder first."""
-    # CLIP itself holds the parts of its text tower; CustomTextCLIP holds them in ``text``.
-    for part, tower in (("image encoder", model.visual), ("text tower", getattr(model, "text", model))):
-        blocks: Any = getattr(getattr(tower, "transformer", None), "resblocks", [])
-        if not blocks or not all(isinstance(getattr(b, "attn", None), nn.MultiheadAttention) for b in blocks):
+    """Yield the weights of both towers. Raises ValueError for a tower without any."""
+    # CLIP itself holds the blocks of its text tower; CustomTextCLIP holds them in ``text``.
+    text: Any = getattr(model, "text", None) or model.transformer
+    for part, tower in (("image encoder", model.visual), ("text tower", text)):
+        found = list(block_weights(tower))  # pyright: ignore[reportArgumentType]
+        if not found:
             raise ValueError(
-                f"{name}: its {part} is {type(tower).__name__}, not one of open_clip's transformers, so its "
+                f"{name}: its {part} is {type(tower).__name__}, which has no transformer's blocks, so their "
                 "singular values cannot be trained. Take a CLIP such as ViT-B-32, or another method."
             )
-        for block in blocks:
-            yield block.attn, "in_proj_weight", 3
-            for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-                yield layer, "weight", 1
+        yield from found

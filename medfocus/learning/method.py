@@ -64,7 +64,7 @@ class Method(ABC):
 
     @property
     def note(self) -> str:
-        """The source of pretrained weights other than CLIP's, for the tables; empty if there are none."""
+        """The source of weights or texts other than CLIP's, for the tables; empty if there are none."""
         return ""
 
     @property
