@@ -227,7 +227,7 @@ def test_a_clip_of_transformers_loads_as_in_transformers(openai: Path, tmp_path:
         build_clip("RN50-quickgelu", str(tmp_path / "pytorch_model.bin"))
 
 
-def tiny_siglip(pretrained: bool = False, **options: Any) -> nn.Module:
+def tiny_siglip_in_transformers(pretrained: bool = False, **options: Any) -> nn.Module:
     """A ViT of SigLIP's kind for timm: no class token, attention pooling, GELU by tanh, 32 px by name."""
     from timm.models.vision_transformer import VisionTransformer
 
@@ -242,7 +242,7 @@ def test_a_siglip_of_transformers_loads_as_in_transformers_at_its_own_size(tmp_p
     import timm
     from transformers import SiglipConfig, SiglipModel
 
-    timm.models.register_model(tiny_siglip)
+    timm.models.register_model(tiny_siglip_in_transformers)
     common = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**common, "vocab_size": 64, "max_position_embeddings": 12, "projection_size": 64}
     text |= {"bos_token_id": 3, "eos_token_id": 1}
@@ -250,7 +250,7 @@ def test_a_siglip_of_transformers_loads_as_in_transformers_at_its_own_size(tmp_p
     published = perturbed(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)))
     folder = siglip(tmp_path)
     config = json.loads((folder / "open_clip_config.json").read_text())
-    config["model_cfg"]["vision_cfg"] |= {"timm_model_name": "tiny_siglip", "image_size": 64}
+    config["model_cfg"]["vision_cfg"] |= {"timm_model_name": "tiny_siglip_in_transformers", "image_size": 64}
     config["model_cfg"]["text_cfg"]["act_kwargs"] = {"approximate": "tanh"}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file(published.state_dict(), folder / "model.safetensors")

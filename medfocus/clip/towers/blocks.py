@@ -132,7 +132,7 @@ class TimmBlock(Block):
 
 
 class BertBlock(Block):
-    """A layer of BERT and its relatives in Hugging Face's transformers; q, k and v have a linear layer each."""
+    """A layer of BERT and its relatives in Hugging Face's transformers: q, k and v have a layer each."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer: Any = layer
