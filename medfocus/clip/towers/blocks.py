@@ -132,7 +132,7 @@ class TimmBlock(Block):
 
 
 class BertBlock(Block):
-    """A layer of BERT and its relatives in Hugging Face's transformers, with three linear layers for q, k, v."""
+    """A layer of BERT and its relatives in Hugging Face's transformers, with three layers for q, k, v."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer: Any = layer
