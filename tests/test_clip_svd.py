@@ -117,7 +117,12 @@ def test_the_blocks_of_timm_and_of_hugging_face_have_their_attention_and_mlp_dec
     visual = timm.create_model("vit_tiny_patch16_224", depth=2)
     shapes = [(getattr(module, name).shape[0], parts) for module, name, parts in block_weights(visual)]
     assert shapes == [(3 * 192, 3), (192, 1), (4 * 192, 1), (192, 1)] * 2  # qkv, output, MLP
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     bert = BertModel(BertConfig(vocab_size=50, **sizes))
     text = nn.ModuleDict({"transformer": bert, "proj": nn.Sequential(nn.Linear(32, 8))})
     shapes = [(getattr(module, name).shape[0], parts) for module, name, parts in block_weights(text)]
