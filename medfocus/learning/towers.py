@@ -65,6 +65,11 @@ class TowersMethod(ImageMethod):
         """See ``Method.needs_towers``."""
         return True
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """See ``Method.needs``."""
+        return ("projections",)
+
     @abstractmethod
     def untrained(self) -> Towers:
         """Return the towers before training."""

@@ -33,11 +33,6 @@ class ClipLora(TowersMethod):
         check_lora(self.name, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
         self.check("steps_per_shot")
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """See ``Method.needs``."""
-        return ("projections",)
-
     def epochs_for(self, images: int, classes: int) -> int:
         """Return the number of whole epochs that fit into the wanted steps, at least one."""
         steps = self.steps_per_shot * images / classes

@@ -30,11 +30,6 @@ class ClipSvd(TowersMethod):
     def __post_init__(self) -> None:
         self.check("epochs")
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """See ``Method.needs``."""
-        return ("projections",)
-
     def epochs_for(self, images: int, classes: int) -> int:
         """See ``TowersMethod.epochs_for``."""
         return self.epochs
