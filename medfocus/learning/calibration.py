@@ -117,7 +117,7 @@ def lac_threshold(probabilities: np.ndarray, labels: np.ndarray, confidence: flo
     """
     if len(labels) < images_needed(confidence):
         return None
-    from mapie.conformity_scores import LACConformityScore  # takes a second
+    from mapie.conformity_scores import LACConformityScore  # only a fit needs it
 
     lac = LACConformityScore()
     scores = lac.get_conformity_scores(labels, probabilities, y_enc=labels)
