@@ -116,18 +116,18 @@ def test_an_experiment_with_another_parameter_is_shown_next_to_the_study(
     command(tmp_path, "git", "clone", "--quiet", str(shared), str(clone))
     dvc(clone, "config", "--local", "cache.dir", str(shared / ".dvc" / "cache"))
     dvc(clone, "checkout", "--quiet")
-    changed = "methods.medfocusclip.epochs=2"
-    dvc(clone, "exp", "run", "--quiet", "--name", "short", "--set-param", changed)
+    changed = "methods.medfocusclip.text_prior=false"
+    dvc(clone, "exp", "run", "--quiet", "--name", "paper", "--set-param", changed)
     shown = {row["Experiment"] or row["rev"]: row for row in _csv(dvc(clone, "exp", "show", "--csv"))}
-    epochs = {name: shown[name]["methods.medfocusclip.epochs"] for name in ("master", "short")}
-    assert epochs == {"master": "5", "short": "2"}
-    ece = {name: float(shown[name]["phantom-breast.ece"]) for name in epochs}
-    assert ece["master"] != ece["short"]
-    assert shown["short"]["phantom-breast.best"].startswith("phantom-breast medfocusclip ")
+    priors = {name: shown[name]["methods.medfocusclip.text_prior"] for name in ("master", "paper")}
+    assert priors == {"master": "True", "paper": "False"}
+    ece = {name: float(shown[name]["phantom-breast.ece"]) for name in priors}
+    assert ece["master"] != ece["paper"]
+    assert shown["paper"]["phantom-breast.best"].startswith("phantom-breast medfocusclip ")
 
-    dvc(clone, "plots", "diff", "HEAD", "short", "--out", "compared")
+    dvc(clone, "plots", "diff", "HEAD", "paper", "--out", "compared")
     page = (clone / "compared" / "index.html").read_text(encoding="utf-8")
-    assert '"rev": "HEAD"' in page and '"rev": "short"' in page and "percent_of_train" in page
+    assert '"rev": "HEAD"' in page and '"rev": "paper"' in page and "percent_of_train" in page
 
 
 def _csv(text: str) -> list[dict[str, str]]:
