@@ -13,7 +13,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from huggingface_hub import constants
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from medfocus.clip.prompts import TEMPLATES, class_embeddings, text_prompts
 from medfocus.clip.tokenizer import CONFIGS, pocket_tokenizer
 from medfocus.clip.towers.base import TowerError
 from medfocus.pocket.merges import write_merges
+from tests.conftest import snapshot
 
 LAION_HUB_ID = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 OPENAI_HUB_ID = "timm/vit_base_patch32_clip_224.openai"
@@ -62,23 +62,6 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
     for file in folder.iterdir():  # pytest keeps the folders of three runs, and this folder has a gigabyte
         file.unlink()
-
-
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Set an empty hub cache without network."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-def snapshot(cache: Path, hub_id: str) -> Path:
-    """Make the folder of a repository's files in the hub cache."""
-    repository = cache / f"models--{hub_id.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("abc123")
-    (repository / "snapshots" / "abc123").mkdir(parents=True)
-    return repository / "snapshots" / "abc123"
 
 
 def write_model_folder(folder: Path, vision: dict[str, Any], mean: float = 0.5) -> None:

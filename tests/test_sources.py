@@ -14,7 +14,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from huggingface_hub import constants
 from open_clip.model import convert_weights_to_lp
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
@@ -24,6 +23,7 @@ from medfocus import MedFocusCLIP
 from medfocus.clip.build import build_clip
 from medfocus.serving.model_folder import load_model
 from medfocus.storage import weights
+from tests.conftest import snapshot
 
 PROMPTS = ["a chest X-ray showing pneumonia", "a normal lung"]
 OPENAI = {
@@ -33,24 +33,9 @@ OPENAI = {
 }
 BIOMED_TEXT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 SIGLIP_TEXT = "timm/ViT-B-16-SigLIP"
+pytestmark = pytest.mark.usefixtures("hub_cache")
+
 WORDS = ("a", "chest", "x", "ray", "showing", "pneumonia", "normal", "lung", "very")
-
-
-@pytest.fixture(autouse=True)
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Set an empty hub cache without network."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-def snapshot(cache: Path, hub_id: str) -> Path:
-    """Make the folder of a repository's files in the hub cache."""
-    repository = cache / f"models--{hub_id.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("abc123")
-    (repository / "snapshots" / "abc123").mkdir(parents=True)
-    return repository / "snapshots" / "abc123"
 
 
 def perturbed(model: Any) -> Any:
@@ -414,11 +399,11 @@ def test_a_prompt_that_a_tokenizer_of_hugging_face_would_cut_is_refused(layout: 
         encoder.encode_texts(["a lung", f"{longest} very"])
 
 
-def test_the_text_tower_s_files_may_be_in_the_hub_cache(offline: Path, tmp_path: Path) -> None:
+def test_the_text_tower_s_files_may_be_in_the_hub_cache(hub_cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     expected = build_clip(f"local-dir:{biomed(folder)}", "")
-    elsewhere = snapshot(offline, BIOMED_TEXT)
+    elsewhere = snapshot(hub_cache, BIOMED_TEXT)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / file).rename(elsewhere / file)
     cached = build_clip(f"local-dir:{folder}", "")

@@ -12,7 +12,6 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import save_file
 
@@ -35,14 +34,6 @@ class Touch:
 
     def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, (f"touch {self.path}",)
-
-
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache without network."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
 
 
 def put_in_hub_cache(cache: Path, hub_id: str, filename: str) -> Path:
