@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
+TRUNK_TARGET = "medfocus.masks.sam2.trunk.ConvTrunk"  # the only class outside sam2 that a configuration may name
 SIZE_STEP = 32  # pixels: windows of 8 patches of 4 pixels
 _SAM2_SIZE = 512  # pixels per side, by default in the sam2 package
 _FAR = 2  # factor between the size of an image and the size in training that gives a warning
@@ -181,7 +182,9 @@ def _targets(content: object) -> Iterator[object]:
 
 
 def _is_of_sam2(target: object) -> bool:
-    """Return whether ``target`` is a network class of sam2.modeling, named by the module that defines it."""
+    """Return whether ``target`` is a network of sam2.modeling, named by the module that defines it, or ours."""
+    if target == TRUNK_TARGET:
+        return True
     module, _, name = str(target).rpartition(".")
     if not f"{module}.".startswith("sam2.modeling."):
         return False

@@ -37,6 +37,9 @@ _DECODE_BYTES = 32 * 2**20
 _GENERATE_BYTES = 256 * 2**20
 
 
+NO_PROMPT = -1  # the label of SAM2's "not a point"
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
     """A batch of B images as encoded for the mask decoder; S is the model's image size."""
