@@ -95,9 +95,7 @@ def test_the_logits_of_a_prompt_do_not_depend_on_other_prompts(
 def test_skipping_masks_that_cannot_win_changes_no_choice(
     small: str, keep: int, min_iou: float, min_stability: float
 ) -> None:
-    plain = amplified(
-        small, 128, points_per_side=6, keep=keep, min_iou=min_iou, min_stability=min_stability
-    )
+    plain = amplified(small, 128, points_per_side=6, keep=keep, min_iou=min_iou, min_stability=min_stability)
     fast = FastSegmenter(plain)
     for one, other in zip(fast.segment(images()), plain.segment(images()), strict=True):
         assert one.status == other.status

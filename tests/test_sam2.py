@@ -383,7 +383,10 @@ def test_weights_config_and_settings_change_the_key() -> None:
     [
         ({"image_size": 130}, "image_size is 130; SAM2 takes multiples of 32 pixels. Use 128."),
         ({"checkpoint": "random:x"}, "checkpoint is 'random:x'. For random weights use random:0"),
-        ({"strategy": "points"}, "Unknown mask strategy 'points'; known: interest, automatic, grid, center, box."),
+        (
+            {"strategy": "points"},
+            "Unknown mask strategy 'points'; known: interest, automatic, grid, center, box.",
+        ),
         ({"keep": 0}, "keep is 0; use 1 or more."),
         ({"box_side": 1.5}, r"box_side is 1.5; use a share of the image in \(0, 1\]."),
     ],

@@ -1,7 +1,7 @@
 """Choose an image's mask among candidate regions, without labels. Functions take and return arrays.
 
 A candidate's score is predicted IoU x stability x centrality x (1 - share of the image's border that it
-covers); the last two factors tell a region from its background. Only candidates within the limits count. If there are none, relaxed limits apply; the later rungs of
+covers). Only candidates within the limits count. If there are none, relaxed limits apply; the later rungs of
 the fallback ladder (a box prompt, the whole image) belong to the segmenters.
 """
 
@@ -157,6 +157,17 @@ def choose(
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Return the intersection over the smaller of two regions (h, w) bool; 1 if one contains the other."""
     return float((a & b).sum() / max(1, min(a.sum(), b.sum())))
+
+
+def agreeing(region: np.ndarray, coords: np.ndarray, labels: np.ndarray) -> int:
+    """Count the points on the correct side of a region (h, w) bool.
+
+    ``coords`` (N, 2) are (x, y) in shares of the sides, and ``labels`` (N,) SAM2's: 1 inside, 0 outside.
+    """
+    height, width = region.shape
+    x = (coords[:, 0] * width).astype(int).clip(0, width - 1)
+    y = (coords[:, 1] * height).astype(int).clip(0, height - 1)
+    return int((region[y, x] == labels).sum())
 
 
 def connected(region: np.ndarray) -> tuple[np.ndarray, int]:

@@ -1,4 +1,4 @@
-"""Real images with masks, on which the pocket SAM2 trains besides phantoms.
+"""Pairs of a real image and its mask, on which the pocket SAM2 trains besides phantoms.
 
 A folder of pairs has a table ``pairs.csv`` with the columns image, mask, source, modality, licence_class and
 patient. A mask is a label image: 0 for background and a number for each structure or instance.
@@ -38,10 +38,16 @@ class Pair:
 
     @property
     def interest(self) -> tuple[int, ...] | None:
-        """The labels of the region of interest: () for all; None if the mask does not show this region."""
+        """Return the labels of the region of interest: () for all, None if the mask does not show it."""
         if self.source != "jsrt":
             return ()
         return None if self.mask.stem.endswith("c") else _JSRT_LUNGS
+
+    def region(self, labels: np.ndarray) -> np.ndarray | None:
+        """Return the region of interest (H, W) bool of labels (H, W); None if the mask does not show it."""
+        if self.interest is None:
+            return None
+        return np.isin(labels, self.interest) if self.interest else labels > 0
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the image (H, W, 3) uint8 and the labels (H, W) uint8."""
@@ -60,13 +66,16 @@ class Pairs:
 
     @cached_property
     def rows(self) -> list[Pair]:
-        """All pairs, in the order of the table.
+        """Return all pairs, in the order of the table.
 
         Raises FileNotFoundError if the folder has no table.
         """
         table = self.folder / "pairs.csv"
         if not table.is_file():
-            raise FileNotFoundError(f"{table} does not exist. Set POCKET_DATA to a folder of pairs, or to nothing.")
+            raise FileNotFoundError(
+                f"{table} does not exist. Set POCKET_DATA to a folder of pairs; without it, SAM2 trains on "
+                "phantoms alone."
+            )
         with table.open(newline="") as file:
             return [
                 Pair(self.folder / row["image"], self.folder / row["mask"], row["source"], row["modality"])
@@ -84,7 +93,7 @@ class Pairs:
 
     @cached_property
     def _shares(self) -> tuple[list[list[Pair]], np.ndarray]:
-        """The pairs by source, and the probability of each source."""
+        """Return the pairs by source, and the probability of each source."""
         sources: dict[tuple[str, bool], list[Pair]] = {}
         for row in self.rows:
             sources.setdefault((row.source, row.interest is None), []).append(row)

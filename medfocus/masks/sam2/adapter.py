@@ -85,7 +85,7 @@ class AdaptedTrunk(nn.Module):
         self.trunk, self.adapters = trunk, adapters
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Encode pixels (B, 3, S, S) with adapters: levels (B, W, S/4, S/4), ..., as the trunk returns them."""
+        """Return the trunk's levels (B, W, S/4, S/4), ... of pixels (B, 3, S, S), with adapters."""
         high, stages = self.adapters.pyramid(pixels), self.adapters.stages
         features = pixels  # of the present stage: (B, h, w, n)
 

@@ -31,7 +31,9 @@ def fits(plain: Sam2Segmenter) -> bool:
     from sam2.modeling.backbones.hieradet import Hiera
 
     model: Any = plain.model
-    if plain.settings.strategy in ("automatic", "interest") or not isinstance(model.image_encoder.trunk, Hiera):
+    if plain.settings.strategy in ("automatic", "interest") or not isinstance(
+        model.image_encoder.trunk, Hiera
+    ):
         return False
     neck, levels = model.image_encoder.neck, len(model.image_encoder.neck.convs) - model.image_encoder.scalp
     are_separate = min(neck.fpn_top_down_levels) >= FOLDED and levels == FOLDED + 1
@@ -45,8 +47,8 @@ class FastSegmenter(Sam2Segmenter):
         """Take the model and settings of ``plain``. Raises ValueError unless ``fits(plain)``."""
         if not fits(plain):
             raise ValueError(
-                "FastSegmenter supports neither the strategies 'automatic' and 'interest' nor SAM2 models that "
-                "differ from the published ones. Use Sam2Segmenter."
+                "FastSegmenter supports neither the strategies 'automatic' and 'interest' nor SAM2 models "
+                "that differ from the published ones. Use Sam2Segmenter."
             )
         super().__init__(plain.predictor, "", plain.settings, plain.batch_size)
         self.encoder, self.decoder = FastEncoder(self.model), FastDecoder(self.model)

@@ -110,14 +110,19 @@ def locate(checkpoint: str) -> Path | None:
     return weights.resolve(checkpoint, hub_id=hub_id, filename=hub_name, what="masks.checkpoint (SAM2)")
 
 
-def check_interest(config: str) -> None:
-    """Raise ValueError if the models of a configuration have not learnt the strategy "interest"."""
+def learns_interest(config: str) -> bool:
+    """Return whether the models of a configuration learn the strategy "interest"; published SAM2 does not."""
     from omegaconf import OmegaConf
 
-    if OmegaConf.select(_read_model(config)[1], "image_encoder.trunk._target_") != TRUNK_TARGET:
+    return OmegaConf.select(_read_model(config)[1], "image_encoder.trunk._target_") == TRUNK_TARGET
+
+
+def check_interest(config: str) -> None:
+    """Raise ValueError if the models of a configuration have not learnt the strategy "interest"."""
+    if not learns_interest(config):
         raise ValueError(
-            f"masks.strategy is 'interest', but the model of the SAM2 config {config!r} has not learnt to find a "
-            "region without a prompt. Set masks.strategy to grid."
+            f"masks.strategy is 'interest', but the model of the SAM2 config {config!r} has not learnt to "
+            "find a region without a prompt. Set masks.strategy to grid."
         )
 
 
@@ -196,7 +201,7 @@ def _targets(content: object) -> Iterator[object]:
 
 
 def _is_of_sam2(target: object) -> bool:
-    """Return whether ``target`` is ``TRUNK_TARGET`` or a network of sam2.modeling, named by its own module."""
+    """Return whether ``target`` is ``TRUNK_TARGET`` or a network of sam2.modeling, named by its module."""
     if target == TRUNK_TARGET:
         return True
     module, _, name = str(target).rpartition(".")

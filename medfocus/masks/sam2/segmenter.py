@@ -132,6 +132,21 @@ class Sam2Segmenter:
         regions = np.stack([self.region(image, logits[i]) for i in order.ravel()])
         return regions.reshape(len(points), 3, *image.shape[:2])
 
+    def best(
+        self, encoded: EncodedImages, index: int, prompt: PointPrompts
+    ) -> tuple[np.ndarray, float] | None:
+        """Decode one prompt (P = 1) of image ``index``; return the best candidate's logits (h, w) and IoU.
+
+        The candidate that agrees with the most points wins, and predicted IoU breaks ties. Returns None if no
+        candidate is finite.
+        """
+        with torch.inference_mode():
+            logits, iou = finite(*self.decode(encoded, index, prompt))
+        coords, labels = prompt.coords[0], prompt.labels[0]
+        agreeing = [candidates.agreeing(each > 0, coords, labels) for each in logits]
+        first = max(range(len(iou)), key=lambda i: (agreeing[i], iou[i]), default=None)
+        return None if first is None else (logits[first], float(iou[first]))
+
     @torch.no_grad()
     def describe(self, images: Sequence[np.ndarray], grid: int) -> torch.Tensor:
         """Encode images (H, W, 3) uint8 as features (B, P), averaged over ``grid`` x ``grid`` cells.
