@@ -276,10 +276,10 @@ phantoms. No image is part of the project.
 
 **Terms: use these weights for research, and cite the sources whose modality you use.** The code's licence
 does not extend to the weights. Class `open` and `attribution` are licences that allow use, with credit in
-the second case. Class `research` are published research data sets with terms that ask for a
-citation, or with no licence that is known. `stated` says where the licence was read: `by the authors` beside their data, `with a copy`
-beside a copy of the data, and `not read`: the licence is known but was not read at its source. Check a
-licence at its source before you rely on it.
+the second case. Class `research` are published research data sets with terms that ask for a citation, or
+with no licence that is known. `stated` says where the licence was read: `by the authors` beside their data,
+`with a copy` beside a copy of the data, and `not read`: the licence is known but was not read at its
+source. Check a licence at its source before you rely on it.
 
 {table}
 """
