@@ -31,10 +31,11 @@ from medfocus.storage import imagenet, weights
 
 DATA = Path(measure.__file__).parents[1] / "data"
 SAM2, CLIP = DATA / "sam2_pocket.safetensors", DATA / "clip_pocket.safetensors"
-FEW = 6  # images per class
+FEW = 5  # images per class
 SLACK = 0.12  # the noise of a few images
 RECIPE = pool.RECIPES["sam2"]
 TURN = len(pool.classes(RECIPE))
+SOURCES = (DATA / "sam2_sources.csv").read_text(encoding="utf-8").splitlines()[1:]
 KINDS = (("free", "open"), ("jsrt", "unknown"), ("sold", "noncommercial"), ("dark", "unknown"))  # of pairs
 
 
@@ -93,6 +94,7 @@ def test_the_packaged_weights_are_small_and_float16() -> None:
         with safe_open(file, "pt") as opened:
             data = opened.metadata()["data"]
         assert data.startswith("phantoms, generator seed 1000000, name 'pocket'")
+        assert data.endswith(f"; {len(SOURCES)} sources of pairs") == (file is SAM2)
     parts = {name.partition(".")[0] for name in weights.load(SAM2)}
     assert parts == {"image_encoder", "sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed"}
 
@@ -444,7 +446,7 @@ def test_the_outlines_in_training_are_those_of_the_view(
         assert view.shape == (96, 96, 3)
         side = shown // 8
         share = drawn.regions[0, :shown, :shown].reshape(8, side, 8, side).mean((1, 3))
-        assert np.abs(outlines[0] - share).max() < 0.15
+        assert np.abs(outlines[0] - share).max() < 0.2
 
 
 def sam2_loss(pool: pool.Pool) -> tuple[Any, Any]:

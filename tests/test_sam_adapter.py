@@ -153,8 +153,8 @@ def test_high_frequencies_equal_those_of_numpy() -> None:
 
 def test_training_on_discs_raises_the_iou(plain: Sam2Segmenter, state: dict[str, Tensor]) -> None:
     before, after = (mean_iou(AdapterSegmenter(plain, taught)) for taught in (untrained(plain), state))
-    assert after > before + 0.3
-    assert after > 0.6
+    assert after > before + 0.05
+    assert after > 0.85
 
 
 def test_training_leaves_sam2_unchanged_and_is_repeatable(plain: Sam2Segmenter) -> None:

@@ -49,15 +49,14 @@ def segmenter(weights_file: Path, strategy: str = "interest") -> Sam2Segmenter:
 def measure_masks(weights_file: Path, per_class: int) -> dict[str, dict[str, float]]:
     """Measure masks on held-out phantoms of 192 px: "modality/class" -> figure -> value.
 
-    Five figures are mean IoU with the lesion, and classes without a lesion lack them. "point" is the mask
+    Four figures are mean IoU with the lesion, and classes without a lesion lack them. "point" is the mask
     with the best predicted quality at the innermost point, and "best" is the best of the three masks there.
-    "anywhere" is like "point" at a random point of the lesion. "unprompted" is the mask without points, and
-    "grid" is that of the strategy "grid".
+    "anywhere" is like "point" at a random point of the lesion. "unprompted" is the mask without points.
 
     Other figures are the share of each rung of the fallback ladder, and "anatomy", the mean IoU of parts of
     the anatomy at their innermost points.
     """
-    sam2, grid = segmenter(weights_file), segmenter(weights_file, "grid")
+    sam2 = segmenter(weights_file)
     figures: dict[str, dict[str, float]] = {}
     for modality, labels in phantoms.MODALITIES.items():
         for label in labels:
@@ -65,8 +64,7 @@ def measure_masks(weights_file: Path, per_class: int) -> dict[str, dict[str, flo
             drawn = [held_out(modality, label, n) for n in range(per_class)]
             images = [np.repeat(p.image[..., None], 3, 2) for p in drawn]
             values: dict[str, list[float]] = defaultdict(list)
-            both = zip(sam2.segment(images), grid.segment(images), strict=True)
-            for phantom, image, (mask, of_grid) in zip(drawn, images, both, strict=True):
+            for phantom, image, mask in zip(drawn, images, sam2.segment(images), strict=True):
                 for status in ("chosen", "relaxed", "box", "identity"):
                     values[status].append(float(mask.status == status))
                 for part in phantom.parts.values():
@@ -84,7 +82,6 @@ def measure_masks(weights_file: Path, per_class: int) -> dict[str, dict[str, flo
                 values["best"].append(max(iou(each, phantom.region) for each in three))
                 values["anywhere"].append(iou(anywhere, phantom.region))
                 values["unprompted"].append(iou(mask.region, phantom.region))
-                values["grid"].append(iou(of_grid.region, phantom.region))
             figures[f"{modality}/{label}"] = {name: _mean(each) for name, each in values.items()}
     return figures
 
@@ -231,7 +228,8 @@ The figures are from {per_class} held-out phantoms per class. These phantoms hav
         f"""## Measured on real images
 
 The figures are mean Dice on images of one patient in twelve, which the training left out. Where a source does
-not name its patients, an image stands for a patient.
+not name its patients, an image stands for a patient; two releases of one data set may share patients.
+Such figures are optimistic.
 
 {_table(of_pairs)}
 """
@@ -312,14 +310,13 @@ The first table shows the mean IoU of these masks with the lesion of phantoms:
 - `best`: the best of the three masks at this point
 - `anywhere`: as `point`, but at a random point of the lesion
 - `unprompted`: the mask without a prompt (the strategy `interest`)
-- `grid`: the unprompted mask from 8 x 8 points (the strategy `grid`)
 - `anatomy`: as `point`, but for lungs, heart, brain and ventricles instead of the lesion
 
 The columns `chosen`, `relaxed`, `box` and `identity` show the share of unprompted masks from each step of
 the fallback. In the table of real images, every connected part of the region has its own prompts, and a
 mask is their union: `one point` is the innermost point of a part; `two points` adds the innermost point of
 the larger of two areas, the area that the first mask misses and the area that it has too much of; `box` is
-the bounding box.
+the bounding box. `unprompted` and `grid` are the masks of the strategies `interest` and `grid` (8 x 8 points).
 
 Limits: masks are 64 px a side before they are enlarged, and regions below 1 % of an image are not reliable.
 Thin structures such as vessels and crowded ones such as nuclei have poor masks without a prompt, because
