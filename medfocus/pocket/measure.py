@@ -316,7 +316,8 @@ The columns `chosen`, `relaxed`, `box` and `identity` show the share of unprompt
 the fallback. In the table of real images, every connected part of the region has its own prompts, and a
 mask is their union: `one point` is the innermost point of a part; `two points` adds the innermost point of
 the larger of two areas, the area that the first mask misses and the area that it has too much of; `box` is
-the bounding box. `unprompted` and `grid` are the masks of the strategies `interest` and `grid` (8 x 8 points).
+the bounding box. `unprompted` and `grid` are the masks of the strategies `interest` and `grid` (8 x 8
+points).
 
 Limits: masks are 64 px a side before they are enlarged, and regions below 1 % of an image are not reliable.
 Thin structures such as vessels and crowded ones such as nuclei have poor masks without a prompt, because

@@ -11,11 +11,11 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
+
+from medfocus.masks.candidates import connected
 
 LICENCES = ("open", "attribution")  # the classes of licence to train on
 # Sources without such a licence, published as research data sets: free for research with citation.
@@ -109,7 +109,6 @@ class Pairs:
 
 def components(region: np.ndarray, least: int) -> list[np.ndarray]:
     """Return the connected parts (H, W) bool of a region that have ``least`` pixels, the largest first."""
-    numbered: Any
-    numbered, count = ndimage.label(region)
+    numbered, count = connected(region)
     sizes = np.bincount(numbered.ravel(), minlength=count + 1)[1:]
     return [numbered == i + 1 for i in np.argsort(-sizes, kind="stable") if sizes[i] >= least]
