@@ -89,6 +89,7 @@ docs: $(INSTALLED)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Train the two small models of medfocus/data again from the seed and compare their figures: over an hour.
+# POCKET_DATA=FOLDER adds real images with masks to SAM2's training; docs/methods.md says how they are laid out.
 pocket: $(INSTALLED)
 	@$(BIN)/python -m medfocus.pocket --out .cache/pocket/out --cache .cache/pocket
 

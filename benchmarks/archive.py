@@ -134,7 +134,7 @@ def _segmenter(name: str) -> Segmenter:
     from medfocus.masks.settings import Sam2Settings
 
     torch.set_num_threads(1)
-    return load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=8), batch_size=16)
+    return load_sam2(Sam2Settings("pocket", "pocket", None, "interest"), batch_size=16)
 
 
 def _masks(folder: Path, segmenter: Segmenter, again: bool) -> dict[str, Any]:

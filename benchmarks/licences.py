@@ -6,7 +6,7 @@ python -m benchmarks.licences
 from __future__ import annotations
 
 import tomllib
-from importlib.metadata import PackageMetadata, PackageNotFoundError, metadata
+from importlib.metadata import PackageMetadata, PackageNotFoundError, files, metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -28,14 +28,21 @@ def direct() -> dict[str, str]:
 
 
 def licence(about: PackageMetadata) -> str:
-    """Return the SPDX expression, else the trove classifiers, else the field License if it is a name."""
+    """Return the SPDX expression, else the trove classifiers, the field License or the licence's title."""
     if "License-Expression" in about:
         return about["License-Expression"]
     trove = [line.rpartition(" :: ")[2] for line in about.get_all("Classifier") or [] if "License ::" in line]
     named = about["License"].strip() if "License" in about else ""
     if trove := [line for line in trove if line != "OSI Approved"]:
         return ", ".join(trove)
-    return named if named and len(named) <= _LONGEST and "\n" not in named else "not named"
+    is_name = named and named != "UNKNOWN" and len(named) <= _LONGEST and "\n" not in named
+    return named if is_name else _title(about["Name"]) or "not named"
+
+
+def _title(name: str) -> str:
+    """Return the first line of a package's licence file, or "" if it has none."""
+    texts = [file.read_text() for file in files(name) or () if file.name.startswith("LICEN")]
+    return next((line.strip() for text in texts for line in text.splitlines() if line.strip()), "")
 
 
 def row(name: str, part: str) -> str | None:

@@ -8,10 +8,9 @@ product. `generator` is one call of SAM2AutomaticMaskGenerator with its publishe
 so it runs --generator-repeats times (once) on the first image only. On a shared machine, `--threads 1
 --processor` measures CPU time instead of wall time.
 
-Quality is that of the pocket weights at 128 px on held-out phantoms of every class: mean IoU with the mask
-that is chosen among the generator's proposals at 16 x 16 points, and with the known lesion. `fast` is the
-code for 512 px and more, here at 128. The table also shows the cost of fewer points: a small lesion can lie
-between 4 x 4 points.
+Quality is that of the pocket weights on held-out phantoms of every class: mean IoU with the mask that is
+chosen among the generator's proposals at 16 x 16 points, and with the known lesion. The table also shows the
+cost of fewer points, because a small lesion can lie between 4 x 4 points, and of none (`interest`).
 
     python -m benchmarks.masks
     python -m benchmarks.masks --images 2 --repeats 5 --json
@@ -195,7 +194,7 @@ def forward_share(count: int) -> float:
 
 def agreement(per_class: int) -> dict[str, Any]:
     """Return the pocket weights' mean IoU with the generator's chosen mask and with the lesion."""
-    shared = {"config": "pocket", "checkpoint": "pocket", "image_size": 128}
+    shared: dict[str, Any] = {"config": "pocket", "checkpoint": "pocket", "image_size": None}
 
     def grid(points: int, **settings: Any) -> Sam2Segmenter:
         return build_sam2(Sam2Settings(**shared, strategy="grid", points_per_side=points, **settings))
@@ -203,16 +202,15 @@ def agreement(per_class: int) -> dict[str, Any]:
     segmenters = {
         "generator": build_sam2(Sam2Settings(**shared, strategy="automatic", points_per_side=16)),
         "grid": grid(POCKET_POINTS),
-        "grid, fast": FastSegmenter(grid(POCKET_POINTS)),
         "grid, 4 x 4": grid(4),
-        "grid, 16 x 16, fast": FastSegmenter(grid(16)),
+        "grid, 16 x 16": grid(16),
         "grid, edges": grid(POCKET_POINTS, follow_edges=True),
-        "grid, edges, fast": FastSegmenter(grid(POCKET_POINTS, follow_edges=True)),
+        "interest": build_sam2(Sam2Settings(**shared, strategy="interest")),
+        "interest, edges": build_sam2(Sam2Settings(**shared, strategy="interest", follow_edges=True)),
         "center": build_sam2(Sam2Settings(**shared, strategy="center")),
         "box": build_sam2(Sam2Settings(**shared, strategy="box")),
     }
     with_generator: dict[str, list[float]] = defaultdict(list)
-    with_plain: dict[str, list[float]] = defaultdict(list)
     with_truth: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in segmenters}
     seconds: dict[str, list[float]] = defaultdict(list)
     for modality, labels in phantoms.MODALITIES.items():
@@ -227,11 +225,9 @@ def agreement(per_class: int) -> dict[str, Any]:
                     seconds[name].append(time.perf_counter() - began)
                 for name, mask in masks.items():
                     with_generator[name].append(iou(mask, masks["generator"]))
-                    if (plain := name.removesuffix(", fast")) in masks:
-                        with_plain[name].append(iou(mask, masks[plain]))
                     if phantom.region.any():
                         with_truth[name][modality].append(iou(mask, phantom.region))
-    print(f"pocket weights at 128 px, {len(with_generator['grid'])} held-out phantoms of every class")
+    print(f"pocket weights, {len(with_generator['grid'])} held-out phantoms of every class")
     table: dict[str, Any] = {}
     for name in segmenters:
         truth = {modality: mean(values) for modality, values in with_truth[name].items()}
@@ -242,14 +238,8 @@ def agreement(per_class: int) -> dict[str, Any]:
             "with_truth": truth,
         }
         lesion = ", ".join(f"{modality} {value:.3f}" for modality, value in truth.items())
-        plain = ""
-        if "fast" in name and name in with_plain:
-            table[name]["with_plain"] = mean(with_plain[name])
-            plain = f", with plain {table[name]['with_plain']:.4f}"
         took, agreed = table[name]["seconds"], table[name]["with_generator"]
-        print(
-            f"{name:18} {took:.3f} s, IoU with the generator's {agreed:.3f}{plain}; with the lesion: {lesion}"
-        )
+        print(f"{name:18} {took:.3f} s, IoU with the generator's {agreed:.3f}; with the lesion: {lesion}")
     return {"miou_with_generator": table["grid"]["with_generator"], "masks": table}
 
 
@@ -271,7 +261,7 @@ def verdicts(result: Mapping[str, Any]) -> None:
         print(f"{name}: {result[name]:.2f}, {'at most' if most else 'at least'} {target}: {verdict}{loud}")
     if "masks" in result:
         agreed, masks = result["miou_with_generator"], result["masks"]
-        ours, theirs = (masks[name]["with_truth"]["all"] for name in ("grid, edges", "generator"))
+        ours, theirs = (masks[name]["with_truth"]["all"] for name in ("interest, edges", "generator"))
         verdict = "reached" if agreed >= LEAST_MIOU or ours >= theirs else "FALLS SHORT"
         print(
             f"miou_with_generator: {agreed:.3f}, at least {LEAST_MIOU}, or IoU with the lesion no worse: "

@@ -2,8 +2,12 @@
 
 Prints the mean Dice and IoU with 95 % intervals (bootstrap over images), by class and over all images, of
 
-    unprompted   the mask of the masks stage, which no user prompts
-    points       the union of the masks of one point inside each connected part of the region
+    interest     the automatic mask of the strategy "interest", if the model has learnt it
+    grid         the automatic mask of the strategy "grid"
+    one point    the union of the masks of the innermost point of each connected part of the region
+    two points   the same with a second point, innermost in the larger of two areas: the area that the first
+                 mask misses (inside the region), and the area that it has too much of (outside)
+    box          the union of the masks of the bounding box of each connected part
     otsu         the segmenter without weights
     centre box   the box in the centre with half of the image's area
 
@@ -24,7 +28,8 @@ from tqdm import tqdm
 from medfocus.images import decode
 from medfocus.masks.factory import build_sam2
 from medfocus.masks.otsu import OtsuSegmenter
-from medfocus.masks.quality import center_box, dice, innermost, iou, known_region, masks_at_points, parts
+from medfocus.masks.quality import center_box, dice, iou, known_region, masks_of_a_reader
+from medfocus.masks.sam2.model import learns_interest
 from medfocus.masks.settings import OtsuSettings, Sam2Settings
 
 
@@ -36,22 +41,26 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=1, help="regions that a mask unites; 2 for two lungs")
     parser.add_argument("--config", default="pocket")
     parser.add_argument("--checkpoint", default="pocket")
-    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--image-size", type=int, help="default: that of the configuration")
     parser.add_argument("--points-per-side", type=int, default=8)
     parser.add_argument("--follow-edges", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--per-class", type=int, help="largest number of images of a class")
     options = parser.parse_args()
-    settings = Sam2Settings(
-        options.config, options.checkpoint, options.image_size, "grid",
-        points_per_side=options.points_per_side, keep=options.keep, follow_edges=options.follow_edges,
-    )  # fmt: skip
-    sam2 = build_sam2(settings)
+    segmenters = {
+        strategy: build_sam2(
+            Sam2Settings(
+                options.config, options.checkpoint, options.image_size, strategy,
+                points_per_side=options.points_per_side, keep=options.keep, follow_edges=options.follow_edges,
+            )
+        )
+        for strategy in (["interest"] if learns_interest(options.config) else []) + ["grid"]
+    }  # fmt: skip
     otsu = OtsuSegmenter(OtsuSettings(options.keep))
     scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for label, image, region in tqdm(_images(options.root, options.per_class), unit="image", disable=None):
         masks = {
-            "unprompted": sam2.segment([image])[0].region,
-            "points": masks_at_points(sam2, image, [innermost(part) for part in parts(region)])[0],
+            **{name: sam2.segment([image])[0].region for name, sam2 in segmenters.items()},
+            **masks_of_a_reader(segmenters["grid"], image, region),
             "otsu": otsu.segment([image])[0].region,
             "centre box": center_box(*region.shape),
         }

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from scipy import ndimage
 
 from medfocus.datasets.records import Record
+from medfocus.masks import candidates
 from medfocus.masks.segmenter import Mask
 from medfocus.masks.settings import OtsuSettings
 
@@ -86,3 +88,17 @@ def write_images(folder: Path, count: int, size: int = 24) -> list[tuple[Record,
         label = "odd" if i % 2 else "even"
         images.append((Record(path.name, sha, size + 5, size, "RGB", label, "train", ""), path))
     return images
+
+
+def hiera(folder: Path) -> str:
+    """Write the configuration of a SAM2 with a small Hiera for 128 px, and return its path."""
+    config = yaml.safe_load((Path(candidates.__file__).parents[1] / "configs/sam2_pocket.yaml").read_text())
+    config["model"]["image_size"] = 128
+    config["model"]["image_encoder"]["trunk"] = {
+        "_target_": "sam2.modeling.backbones.hieradet.Hiera",
+        "embed_dim": 32, "num_heads": 1, "stages": [1, 1, 3, 1], "global_att_blocks": [3, 4],
+        "window_spec": [8, 4, 8, 4], "window_pos_embed_bkg_spatial_size": [7, 7],
+    }  # fmt: skip
+    config["model"]["image_encoder"]["neck"]["backbone_channel_list"] = [256, 128, 64, 32]
+    (folder / "hiera.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "hiera.yaml")

@@ -41,6 +41,7 @@ from medfocus.focus.view import view
 from medfocus.images import decode
 from medfocus.learning.calibration import Calibration
 from medfocus.learning.method import Support
+from medfocus.masks import candidates
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
 from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
@@ -49,6 +50,7 @@ from medfocus.masks.settings import Sam2Settings
 from medfocus.methods.clip import ClipLinearProbe
 from medfocus.serving import checkpoint
 from medfocus.serving.model_folder import load_model, save_model
+from tests.segmenters import amplify, hiera
 
 HOME = "http://127.0.0.1:8600"
 CALIBRATION = Calibration(temperature=0.5, threshold=0.3, confidence=0.9, images=12)
@@ -321,8 +323,9 @@ def test_points_edit_guided_masks_with_plain_sam2(opened: Opener, reader: Reader
     assert result == set_points(other, own["id"], (*LESION, True)).json()
 
 
-def test_a_fast_segmenter_gives_the_plain_segmenters_mask_at_points(reader: Reader) -> None:
-    plain: Any = reader.predictor.segmenter
+def test_a_fast_segmenter_gives_the_plain_segmenters_mask_at_points(tmp_path: Path) -> None:
+    plain = load_sam2(Sam2Settings(hiera(tmp_path), "random:0", 128, "grid", follow_edges=True))
+    amplify(plain.model)
     fast, image = FastSegmenter(plain), drawn(20)
     points = [Point(0.4, 0.5, True), Point(0.6, 0.4, True), Point(0.1, 0.1, False)]
     made, expected = (
@@ -332,13 +335,13 @@ def test_a_fast_segmenter_gives_the_plain_segmenters_mask_at_points(reader: Read
     assert (made.region != expected.region).mean() < 0.001
 
 
-def test_a_candidate_is_judged_by_the_points_that_it_follows(reader: Reader) -> None:
+def test_a_candidate_is_judged_by_the_points_that_it_follows() -> None:
     region = np.zeros((4, 4), bool)
     region[:2, :2] = True
-    points = [Point(0.1, 0.1, True), Point(0.9, 0.9, False), Point(0.9, 0.1, True), Point(1.0, 1.0, True)]
-    assert clicks.agreeing(region, points) == 2
-    assert clicks.agreeing(~region, points) == 2
-    assert clicks.agreeing(np.ones((4, 4), bool), points) == 3
+    coords, labels = np.array([[0.1, 0.1], [0.9, 0.9], [0.9, 0.1], [1.0, 1.0]]), np.array([1, 0, 1, 1])
+    assert candidates.agreeing(region, coords, labels) == 2
+    assert candidates.agreeing(~region, coords, labels) == 2
+    assert candidates.agreeing(np.ones((4, 4), bool), coords, labels) == 3
 
 
 def test_the_deepest_point_of_a_region_is_the_middle_of_its_widest_part() -> None:

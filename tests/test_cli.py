@@ -604,12 +604,18 @@ def test_the_doctor_finds_no_fault_in_a_sound_project(home: Path, medfocus: Medf
 def test_the_doctor_warns_of_masks_far_from_sam2_s_size(home: Path) -> None:
     (home / "studies").mkdir()
     (home / "studies" / "small.yaml").write_text(
-        "extends: ../params.yaml\nmasks: {config: sam2.1_hiera_t, checkpoint: random:0, image_size: 128}\n"
+        "extends: ../params.yaml\n"
+        "masks: {config: sam2.1_hiera_t, checkpoint: random:0, image_size: 128, strategy: grid}\n"
     )
     warning = findings(home)["study"]
     assert warning.state == "warning" and warning.fix.startswith("Set it to null in ")
     assert "small.yaml: masks.image_size is 128, but the weights" in warning.text
     assert "trained at 1024 px" in warning.text
+    (home / "studies" / "small.yaml").write_text(
+        "extends: ../params.yaml\nmasks: {config: sam2.1_hiera_t, checkpoint: random:0}\n"
+    )
+    fault = findings(home)["study"]
+    assert fault.state == "fault" and "has not learnt to find a region without a prompt" in fault.text
 
 
 def test_the_doctor_names_each_fault_with_its_fix(

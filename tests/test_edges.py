@@ -56,7 +56,7 @@ def test_without_an_edge_an_outline_stays() -> None:
 def segmenters() -> dict[bool, Sam2Segmenter]:
     return {
         on: load_sam2(
-            Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=6, follow_edges=on), batch_size=3
+            Sam2Settings("pocket", "pocket", None, "grid", points_per_side=6, follow_edges=on), batch_size=3
         )
         for on in (False, True)
     }

@@ -25,10 +25,11 @@ from medfocus.masks.sam2.adapter import adapter_key
 from medfocus.masks.sam2.fast_segmenter import FastSegmenter
 from medfocus.masks.sam2.model import load_predictor
 from medfocus.masks.sam2.retrieval import RetrievalSegmenter, TextRank
-from medfocus.masks.sam2.segmenter import Sam2Segmenter
+from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
 from medfocus.masks.settings import Sam2Settings
 from medfocus.storage import fingerprint
 from medfocus.storage.fingerprint import closure, code_key
+from tests.segmenters import hiera
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,6 +135,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], s
     def plain() -> Sam2Segmenter:
         return Sam2Segmenter(predictor, model_key, settings)
 
+    hiera_settings = Sam2Settings(hiera(folder), "random:0", 128, "grid")
+
     def view(focus: str) -> str:
         return view_key(focus=focus, frame=encoder.frame, feather=0.01)
 
@@ -143,7 +146,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], s
         "otsu masks": lambda: OtsuSegmenter().key,
         "sam2 masks": lambda: plain().key,
         "sam2 features": lambda: plain().features_key,
-        "fast masks": lambda: FastSegmenter(plain()).key,
+        "fast masks": lambda: FastSegmenter(load_sam2(hiera_settings)).key,
         "adapters": lambda: adapter_key(plain(), "pairs", {}),
         "retrieved masks": lambda: RetrievalSegmenter(plain(), TextRank.of(encoder, ["a lesion"])).key,
         "views": lambda: view("multiply"),
@@ -159,7 +162,7 @@ COUNTS = {
     "thumbnails": ("datasets.duplicates images.nifti", "datasets.ingest masks.otsu"),
     "otsu masks": ("masks.otsu masks.candidates images.dicom", "masks.store masks.sam2.segmenter"),
     "sam2 masks": ("masks.sam2.segmenter masks.sam2.edges masks.candidates", "masks.sam2.adapter masks.otsu"),
-    "sam2 features": ("masks.sam2.segmenter masks.sam2.model images.decode", "masks.sam2.adapter masks.otsu"),
+    "sam2 features": ("masks.sam2.segmenter masks.sam2.trunk images.decode", "masks.sam2.adapter masks.otsu"),
     "fast masks": ("masks.sam2.fast_decoder masks.sam2.segmenter masks.candidates", "masks.sam2.adapter"),
     "adapters": ("masks.sam2.adapter masks.sam2.segmenter", "masks.sam2.retrieval masks.otsu"),
     "retrieved masks": (

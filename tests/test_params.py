@@ -52,7 +52,7 @@ def test_every_fault_is_reported_with_its_place_and_value(tmp_path: Path) -> Non
     text = str(error.value)
     assert "4 fault(s)" in text
     assert "masks.min_area is 1.5: input should be less than 1" in text
-    assert "masks.strategy is 'gird': input should be 'automatic', 'grid', 'center', 'box', 're" in text
+    assert "masks.strategy is 'gird': input should be 'interest', 'automatic', 'grid', 'center" in text
     assert "splits.test_fraction is missing" in text
     assert "splits.test_fractoin is not a known field" in text
 
@@ -195,7 +195,9 @@ def test_missing_weights_and_a_size_that_does_not_suit_them_show_before_any_work
         FileNotFoundError, match=r"masks\.checkpoint \(SAM2\): the file 'gone\.pt' does not exist"
     ):
         check(masks={"checkpoint": "gone.pt"})
-    with pytest.warns(UserWarning, match=r"masks\.image_size is 512, but .* pocket were trained at 128 px"):
-        check(masks={"image_size": 512})
+    with pytest.warns(UserWarning, match=r"masks\.image_size is 1024, but .* pocket were trained at 256"):
+        check(masks={"image_size": 1024})
+    with pytest.raises(ValueError, match=r"strategy is 'interest', but .* Set masks\.strategy to grid"):
+        check(masks={"config": "sam2.1_hiera_t", "checkpoint": "random:0"})
     (tmp_path / "mine.safetensors").touch()  # a path is relative to the params file
     check(clip={"pretrained": "./mine.safetensors"}, masks={"checkpoint": "./mine.safetensors"})

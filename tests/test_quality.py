@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.quality import _images
 from medfocus.masks import quality
-from medfocus.masks.sam2.segmenter import load_sam2
+from medfocus.masks.sam2.segmenter import PointPrompts, load_sam2
 from medfocus.masks.settings import Sam2Settings
 
 
@@ -50,7 +50,7 @@ def test_two_lungs_are_two_parts_and_small_parts_are_dropped() -> None:
 
 
 def test_the_mask_at_points_is_the_union_of_the_masks_at_each() -> None:
-    segmenter = load_sam2(Sam2Settings("pocket", "pocket", 128, "grid"))
+    segmenter = load_sam2(Sam2Settings("pocket", "pocket", None, "grid"))
     discs = disc(96, 28, 48, 14), disc(96, 70, 50, 12)
     image = np.full((96, 96, 3), 40, np.uint8)
     image[discs[0] | discs[1]] = 190
@@ -60,6 +60,40 @@ def test_the_mask_at_points_is_the_union_of_the_masks_at_each() -> None:
     assert np.array_equal(both, alone[0] | alone[1])
     assert three.shape == (3, 96, 96)
     assert quality.iou(both, discs[0] | discs[1]) > 0.5
+
+
+def test_a_reader_corrects_the_larger_error_at_its_innermost_place() -> None:
+    region, mask = disc(100, 40, 50, 20), disc(100, 70, 50, 8)
+    x, y, inside = quality.correction(region, mask) or pytest.fail("no point")
+    assert inside and (x, y) == pytest.approx((0.405, 0.505), abs=0.02)
+    x, y, inside = quality.correction(mask, region) or pytest.fail("no point")
+    assert not inside and (x, y) == pytest.approx((0.405, 0.505), abs=0.02)
+    assert quality.correction(region, region) is None
+
+
+def test_a_readers_prompts_lie_in_each_part_and_its_box_touches_the_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    segmenter = load_sam2(Sam2Settings("pocket", "random:0", 64, "grid"))
+    region = disc(64, 16, 32, 8) | disc(64, 48, 32, 8)
+    asked: list[PointPrompts] = []
+
+    def best(encoded: object, index: int, prompt: PointPrompts) -> tuple[np.ndarray, float]:
+        asked.append(prompt)
+        return np.full((16, 16), -8.0, np.float32), 0.5
+
+    monkeypatch.setattr(segmenter, "best", best)
+    masks = quality.masks_of_a_reader(segmenter, np.zeros((64, 64, 3), np.uint8), region)
+    assert list(masks) == ["one point", "two points", "box"] and not any(
+        mask.any() for mask in masks.values()
+    )
+    assert [prompt.labels.tolist() for prompt in asked] == 2 * [[[1]], [[1, 1]], [[2, 3]]]
+    for one, two, box, part in zip(*(asked[i::3] for i in range(3)), quality.parts(region), strict=True):
+        x, y = (one.coords[0, 0] * 64).astype(int)
+        assert part[y, x] and np.array_equal(two.coords[0, 0], one.coords[0, 0])
+        (left, top), (right, bottom) = box.coords[0] * 64
+        inside = part[int(top) : int(bottom), int(left) : int(right)]
+        assert inside.sum() == part.sum() and all(inside.any(axis).all() for axis in (0, 1))
 
 
 def test_the_regions_of_an_image_are_united_and_an_empty_region_is_none(tmp_path: Path) -> None:

@@ -15,8 +15,15 @@ import torch
 from medfocus.masks import candidates
 from medfocus.masks.otsu import OtsuSegmenter
 from medfocus.masks.sam2.model import _read_config, load_predictor, size_fault, trained_size
-from medfocus.masks.sam2.segmenter import PointPrompts, Sam2Segmenter, box_prompt, grid_prompts, load_sam2
-from medfocus.masks.settings import OtsuSettings, Sam2Settings
+from medfocus.masks.sam2.segmenter import (
+    NO_PROMPT,
+    PointPrompts,
+    Sam2Segmenter,
+    box_prompt,
+    grid_prompts,
+    load_sam2,
+)
+from medfocus.masks.settings import STRATEGIES, OtsuSettings, Sam2Settings
 from medfocus.storage import weights
 from tests.segmenters import amplify, assert_sound, awkward_images, disc, noise
 
@@ -57,11 +64,15 @@ def tiny(tiny_checkpoint: Path) -> Sam2Segmenter:
 def pocket() -> Callable[..., Sam2Segmenter]:
     """Builds pocket segmenters of random weights with amplified masks."""
 
-    def build(strategy: str = "grid", batch_size: int = 4) -> Sam2Segmenter:
+    def build(strategy: str = "grid", batch_size: int = 4, keep: int = 1) -> Sam2Segmenter:
         predictor, key = load_predictor("pocket", "random:0", 128)
         amplify(predictor.model)
         settings = Sam2Settings(
-            "pocket", "random:0", 128, strategy, points_per_side=3, min_iou=0.1, min_stability=0.1
+            *("pocket", "random:0", 128, strategy),
+            points_per_side=3,
+            keep=keep,
+            min_iou=0.1,
+            min_stability=0.1,
         )
         return Sam2Segmenter(predictor, key, settings, batch_size)
 
@@ -131,7 +142,7 @@ def test_the_images_aspect_does_not_move_the_mask(tiny: Sam2Segmenter) -> None:
     assert (widened & b.region).sum() / (widened | b.region).sum() > 0.9
 
 
-@pytest.mark.parametrize("strategy", ["automatic", "grid", "center", "box"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_gives_one_sound_mask_per_image(
     pocket: Callable[..., Sam2Segmenter], strategy: str
 ) -> None:
@@ -161,6 +172,40 @@ def test_automatic_chooses_among_sam2s_own_proposals(pocket: Callable[..., Sam2S
     proposals = [candidates.tidy(one["segmentation"]) for one in generator.generate(image)]
     assert mask.status == "chosen"
     assert any(np.array_equal(mask.region, proposal) for proposal in proposals)
+
+
+def test_interest_needs_one_decode_of_no_prompt(pocket: Callable[..., Sam2Segmenter]) -> None:
+    segmenter = pocket("interest")
+    asked = scripted(segmenter, [(as_logits(disc(0.5, 0.5, 0.2, 32)), np.array([0.9]))])
+    segmenter.segment([noise(64, 64)])
+    assert [prompts.labels.tolist() for prompts in asked] == [[[NO_PROMPT]]]
+
+
+def test_no_prompt_has_no_place(pocket: Callable[..., Sam2Segmenter]) -> None:
+    segmenter = pocket("interest")
+    features, prompts = segmenter.encode([noise(64, 64)]), segmenter.prompts
+    anywhere = PointPrompts(prompts.coords + np.float32(0.7), prompts.labels)
+    here, there = (segmenter.decode(features, 0, each) for each in (prompts, anywhere))
+    assert np.array_equal(here[0], there[0]) and np.array_equal(here[1], there[1])
+
+
+def test_the_region_of_interest_is_one_candidate_wherever_it_lies(
+    pocket: Callable[..., Sam2Segmenter],
+) -> None:
+    corner, centre = disc(0.15, 0.15, 0.14, 32), disc(0.5, 0.5, 0.14, 32)
+    for strategy, expected in (("interest", corner), ("grid", centre)):
+        segmenter = pocket(strategy, keep=2)
+        scripted(segmenter, [(as_logits(centre, corner), np.array([0.8, 0.9]))])
+        rung = segmenter.ladder(segmenter.encode([noise(64, 64)]), 0)
+        assert np.array_equal(rung.logits[0] > 0, expected)
+        assert len(rung.logits) == (1 if strategy == "interest" else 2)
+        assert strategy != "interest" or rung.score == pytest.approx(0.9)
+
+
+def test_a_published_sam2_has_no_region_of_interest() -> None:
+    message = r"masks\.strategy is 'interest', but .* 'sam2\.1_hiera_t' has not learnt .* Set .* to grid\."
+    with pytest.raises(ValueError, match=message):
+        load_sam2(Sam2Settings("sam2.1_hiera_t", "random:0", 256, "interest"))
 
 
 def test_center_is_a_grid_of_one_point() -> None:
@@ -222,7 +267,7 @@ def test_logits_that_are_not_finite_never_win(pocket: Callable[..., Sam2Segmente
     assert (mask.region & truth).sum() / (mask.region | truth).sum() > 0.9
 
 
-@pytest.mark.parametrize("strategy", ["automatic", "grid"])
+@pytest.mark.parametrize("strategy", ["interest", "automatic", "grid"])
 def test_nan_weights_give_the_whole_image(pocket: Callable[..., Sam2Segmenter], strategy: str) -> None:
     segmenter = pocket(strategy)
     with torch.no_grad():
@@ -290,10 +335,10 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
         load_predictor("pocket", str(tmp_path / "nowhere.pt"), 128)
 
 
-def test_the_pocket_config_has_three_million_parameters_and_no_video() -> None:
+def test_the_pocket_config_has_under_five_million_parameters_and_no_video() -> None:
     predictor, _ = load_predictor("pocket", "random:0", 128)
     names = [name for name, _ in predictor.model.named_parameters()]
-    assert 2.5e6 < sum(parameter.numel() for parameter in predictor.model.parameters()) < 3.5e6
+    assert 4e6 < sum(parameter.numel() for parameter in predictor.model.parameters()) < 5e6
     assert not [name for name in names if name.startswith(("memory_", "obj_ptr", "mask_downsample"))]
 
 
@@ -315,6 +360,7 @@ def test_weights_config_and_settings_change_the_key() -> None:
         {},
         {"checkpoint": "random:1"},
         {"image_size": 256},
+        {"strategy": "interest"},
         {"strategy": "center"},
         {"points_per_side": 5},
         {"keep": 2},
@@ -337,7 +383,10 @@ def test_weights_config_and_settings_change_the_key() -> None:
     [
         ({"image_size": 130}, "image_size is 130; SAM2 takes multiples of 32 pixels. Use 128."),
         ({"checkpoint": "random:x"}, "checkpoint is 'random:x'. For random weights use random:0"),
-        ({"strategy": "points"}, "Unknown mask strategy 'points'; known: automatic, grid, center, box."),
+        (
+            {"strategy": "points"},
+            "Unknown mask strategy 'points'; known: interest, automatic, grid, center, box.",
+        ),
         ({"keep": 0}, "keep is 0; use 1 or more."),
         ({"box_side": 1.5}, r"box_side is 1.5; use a share of the image in \(0, 1\]."),
     ],
@@ -350,14 +399,14 @@ def test_a_setting_out_of_range_is_named_with_the_fix(settings: dict[str, object
 
 def test_without_an_image_size_sam2_takes_that_of_its_configuration(tmp_path: Path) -> None:
     predictor, key = load_predictor("pocket", "random:0", None)
-    assert predictor.model.image_size == 128
-    assert key == load_predictor("pocket", "random:0", 128)[1]
+    assert predictor.model.image_size == 256
+    assert key == load_predictor("pocket", "random:0", 256)[1]
     assert {trained_size(f"sam2.1_hiera_{size}") for size in ("t", "s", "b+", "l")} == {1024}
-    segmenters = [load_sam2(Sam2Settings("pocket", "pocket", size, "grid")) for size in (None, 128)]
+    segmenters = [load_sam2(Sam2Settings("pocket", "pocket", size, "grid")) for size in (None, 256)]
     assert segmenters[0].key == segmenters[1].key
     shipped = Path(candidates.__file__).parents[1] / "configs" / "sam2_pocket.yaml"
-    (tmp_path / "larger.yaml").write_text(shipped.read_text().replace("image_size: 128", "image_size: 256"))
-    assert load_predictor(str(tmp_path / "larger.yaml"), "random:0", None)[0].model.image_size == 256
+    (tmp_path / "smaller.yaml").write_text(shipped.read_text().replace("image_size: 256", "image_size: 128"))
+    assert load_predictor(str(tmp_path / "smaller.yaml"), "random:0", None)[0].model.image_size == 128
 
 
 def test_a_size_far_from_the_training_s_is_said_with_both_numbers(tiny_checkpoint: Path) -> None:
@@ -368,7 +417,7 @@ def test_a_size_far_from_the_training_s_is_said_with_both_numbers(tiny_checkpoin
     with pytest.warns(UserWarning, match=f"^{re.escape(expected)}$"):
         load_predictor("sam2.1_hiera_t", str(tiny_checkpoint), 128)
     near = [size_fault("sam2.1_hiera_t", size) for size in (None, 512, 1024, 2048)]
-    assert near == [""] * 4 and size_fault("pocket", 512)
+    assert near == [""] * 4 and size_fault("pocket", 1024)
 
 
 def test_weights_in_the_format_of_transformers_are_named(tmp_path: Path) -> None:
@@ -399,6 +448,7 @@ def test_a_yaml_file_needs_a_model_section(tmp_path: Path) -> None:
         "{_target_: sam2.build_sam.os.system, _args_: ['touch ran']}",  # an import of a file of sam2
         "{_target_: sam2.build_sam.build_sam2, config_file: x}",
         "{_target_: sam2.modeling.sam2_base.trunc_normal_}",
+        "{_target_: medfocus.masks.sam2.trunk.nn.Conv2d}",  # the one class of ours is a trunk
         "[{deeper: [{_target_: os.system, _args_: ['touch ran']}]}]",
         "'${oc.create:{_target_:os.system,_args_:[touch ran]}}'",
         "'\\${oc.create:{_target_:os.system,_args_:[touch ran]}}'",  # one resolution leaves the call

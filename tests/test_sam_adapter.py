@@ -32,12 +32,14 @@ from medfocus.masks.sam2.adapter import (
     train_adapter,
     with_adapters,
 )
+from medfocus.masks.sam2.model import load_predictor
 from medfocus.masks.sam2.segmenter import Sam2Segmenter, load_sam2
 from medfocus.masks.settings import Sam2Settings
+from tests.segmenters import hiera
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHING: dict[str, Any] = {"batch_size": 4, "lr": 1e-3, "weight_decay": 0.01, "reduction": 4, "seed": 0}
-INNER = [8, 16, 32]  # of the pocket's three stages that blocks enter, 32, 64 and 128 wide
+INNER = [8, 4, 6, 10, 20, 28, 48]  # of the seven stages of the pocket's trunk
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +79,20 @@ def mean_iou(segmenter: AdapterSegmenter) -> float:
 # --- the adapters
 
 
-def test_untrained_adapters_leave_the_encoder_unchanged(plain: Sam2Segmenter) -> None:
+@pytest.fixture(params=["convolutional", "Hiera"])
+def encoder(request: pytest.FixtureRequest, plain: Sam2Segmenter, tmp_path: Path) -> tuple[Any, list[int]]:
+    """A SAM2 with each kind of trunk, and the channels of its adapters."""
+    if request.param == "convolutional":
+        return plain.model, INNER
+    return load_predictor(hiera(tmp_path), "random:0", 128)[0].model, [8, 16, 32]
+
+
+def test_untrained_adapters_leave_the_encoder_unchanged(encoder: tuple[Any, list[int]]) -> None:
+    plain, inner = encoder
     pixels = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    model = with_adapters(plain.model, INNER)
+    model = with_adapters(plain, inner)
     with torch.no_grad():
-        expected = plain.model.forward_image(pixels)["backbone_fpn"]
+        expected = plain.forward_image(pixels)["backbone_fpn"]
         found = model.forward_image(pixels)["backbone_fpn"]
         assert len(found) == 3
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -89,8 +100,9 @@ def test_untrained_adapters_leave_the_encoder_unchanged(plain: Sam2Segmenter) ->
         assert not torch.equal(model.forward_image(pixels)["backbone_fpn"][2], expected[2])
 
 
-def test_only_adapters_and_mask_decoder_have_gradients(plain: Sam2Segmenter) -> None:
-    model = with_adapters(plain.model, INNER)
+def test_only_adapters_and_mask_decoder_have_gradients(encoder: tuple[Any, list[int]]) -> None:
+    plain, inner = encoder
+    model = with_adapters(plain, inner)
     with torch.no_grad():
         for up in model.image_encoder.trunk.adapters.up:
             up.weight.fill_(0.01)  # at 0 nothing behind it would have one yet
@@ -101,12 +113,12 @@ def test_only_adapters_and_mask_decoder_have_gradients(plain: Sam2Segmenter) -> 
     assert all(name.startswith(allowed) for name in touched)
     owed = {n for n, _ in model.named_parameters() if n.startswith("image_encoder.trunk.adapters.")}
     assert owed <= touched
-    assert {p.requires_grad for p in plain.model.parameters()} == {False}
+    assert {p.requires_grad for p in plain.parameters()} == {False}
 
 
 def test_a_prompt_is_mlp_up_of_gelu_of_the_blocks_mlp() -> None:
     torch.manual_seed(0)
-    adapters = EncoderAdapters([4, 4, 8], [2, 3])
+    adapters = EncoderAdapters([(4, 4), (4, 4), (8, 8)], [2, 3])
     for up in adapters.up:
         torch.nn.init.normal_(up.weight)  # pyright: ignore[reportArgumentType]
     weights = {name: value.numpy().astype(np.float64) for name, value in adapters.state_dict().items()}
@@ -119,8 +131,10 @@ def test_a_prompt_is_mlp_up_of_gelu_of_the_blocks_mlp() -> None:
 
 
 def test_the_pyramid_has_the_resolutions_of_the_stages() -> None:
-    levels = EncoderAdapters([32, 64, 128], INNER).pyramid(torch.randn(2, 3, 96, 96))
-    assert [tuple(level.shape) for level in levels] == [(2, 24, 24, 8), (2, 12, 12, 16), (2, 6, 6, 32)]
+    inputs = [(32, 4), (32, 4), (64, 8), (96, 8), (128, 16)]
+    levels = EncoderAdapters(inputs, [8, 16, 9, 32]).pyramid(torch.randn(2, 3, 96, 96))
+    sizes = [(2, 24, 24, 8), (2, 12, 12, 16), (2, 12, 12, 9), (2, 6, 6, 32)]
+    assert [tuple(level.shape) for level in levels] == sizes
 
 
 def test_high_frequencies_equal_those_of_numpy() -> None:
@@ -139,8 +153,8 @@ def test_high_frequencies_equal_those_of_numpy() -> None:
 
 def test_training_on_discs_raises_the_iou(plain: Sam2Segmenter, state: dict[str, Tensor]) -> None:
     before, after = (mean_iou(AdapterSegmenter(plain, taught)) for taught in (untrained(plain), state))
-    assert after > before + 0.3
-    assert after > 0.6
+    assert after > before + 0.05
+    assert after > 0.85
 
 
 def test_training_leaves_sam2_unchanged_and_is_repeatable(plain: Sam2Segmenter) -> None:

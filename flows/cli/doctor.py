@@ -136,7 +136,7 @@ def project(home: Path) -> Iterator[Finding]:
             continue
         good += 1
         with contextlib.chdir(path.parent):  # a configuration may be a relative path
-            yield from _size_of_masks(path, params.masks)
+            yield from _masks(path, params.masks)
         for name, data in params.datasets.items():
             folder = path.parent / data.root
             if not folder.is_dir() and not params.phantoms:
@@ -145,11 +145,13 @@ def project(home: Path) -> Iterator[Finding]:
     yield Finding("studies", "ok", f"{good} params files are valid")
 
 
-def _size_of_masks(path: Path, masks: MasksParams) -> Iterator[Finding]:
-    """Check that SAM2 sees images at about the size of its training."""
-    from medfocus.masks.sam2.model import size_fault
+def _masks(path: Path, masks: MasksParams) -> Iterator[Finding]:
+    """Check that SAM2 knows the strategy and sees images at about the size of its training."""
+    from medfocus.masks.sam2.model import check_interest, size_fault
 
     try:
+        if masks.segmenter == "sam2" and masks.strategy == "interest":
+            check_interest(masks.config)
         fault = size_fault(masks.config, masks.image_size) if masks.segmenter == "sam2" else ""
     except (ValueError, OSError) as error:
         yield Finding("study", "fault", f"{path.name}: {error}", f"Correct masks.config in {path}.")

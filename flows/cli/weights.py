@@ -14,7 +14,7 @@ from flows.study.study import params_files
 _SAM2 = tuple(f"facebook/sam2.1-hiera-{size}" for size in ("tiny", "small", "base-plus", "large"))
 _CLIP = ("ViT-B-16:openai", "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224")
 _CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_IN_PACKAGE = "in the package, trained only on drawn images"
+_IN_PACKAGE = "in the package, not for clinical use; its card is in medfocus/data"
 
 
 class Row(NamedTuple):

@@ -34,6 +34,8 @@ def check_weights(study: Study) -> None:
         if masks.segmenter == "sam2":
             model.locate(masks.checkpoint)
             model.warn_of_size(masks.config, masks.image_size)
+            if masks.strategy == "interest":
+                model.check_interest(masks.config)
 
 
 def segmenter_settings(study: Study, dataset: str) -> SegmenterSettings:

@@ -133,7 +133,7 @@ class MasksParams:
     config: str  # "pocket", a configuration of the sam2 package, or a YAML path
     checkpoint: str  # "pocket", "random:SEED", a path, or a hub id
     image_size: Positive | None  # pixels per side of SAM2's input; None: as in the configuration
-    strategy: Literal["automatic", "grid", "center", "box", "retrieved", "adapter"]
+    strategy: Literal["interest", "automatic", "grid", "center", "box", "retrieved", "adapter"]
     points_per_side: Positive  # of the automatic, grid and retrieved strategies
     follow_edges: bool  # move the outline of SAM2's mask to edges of the image
     min_area: Share  # of the image

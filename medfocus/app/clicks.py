@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from medfocus.masks import candidates
 from medfocus.masks.quality import innermost
 from medfocus.masks.sam2.segmenter import EncodedImages, PointPrompts, Sam2Segmenter
 from medfocus.masks.segmenter import Mask, Segmenter, check_image
@@ -57,25 +58,23 @@ def mask_at(
     """
     if not any(point.inside for point in points):
         raise ValueError("points: SAM2 needs at least one point inside. Add the point `deepest` of a mask.")
-    coords = np.array([[(point.x, point.y) for point in points]], np.float32)  # (1, N, 2)
-    labels = np.array([[int(point.inside) for point in points]], np.int32)  # (1, N)
-    with torch.inference_mode():
-        logits, iou = segmenter.decode(encoded, 0, PointPrompts(coords, labels))  # (3, h, w), (3,)
-    finite = [i for i in range(len(iou)) if np.isfinite(logits[i]).all() and np.isfinite(iou[i])]
-    best = max(finite, key=lambda i: (agreeing(logits[i] > 0, points), iou[i]), default=None)
-    region = None if best is None else segmenter.region(image, logits[best])
+    best = segmenter.best(encoded, 0, _prompt(points))
+    region = None if best is None else segmenter.region(image, best[0])
     if best is None or region is None or not region.any():
         raise NoRegionError("points: SAM2 finds no region there. Take the last point back, or set another.")
-    return Mask(region, float(np.clip(iou[best], 0, 1)), EDITED)
+    return Mask(region, float(np.clip(best[1], 0, 1)), EDITED)
 
 
-def agreeing(region: np.ndarray, points: Sequence[Point]) -> int:
-    """Count the points on the correct side of a region (h, w) bool."""
-    height, width = region.shape
-    return sum(
-        bool(region[min(int(p.y * height), height - 1), min(int(p.x * width), width - 1)]) == p.inside
-        for p in points
-    )
+def followed(region: np.ndarray, points: Sequence[Point]) -> int:
+    """Count the points on the correct side of a region (H, W) bool."""
+    prompt = _prompt(points)
+    return candidates.agreeing(region, prompt.coords[0], prompt.labels[0])
+
+
+def _prompt(points: Sequence[Point]) -> PointPrompts:
+    """Return one prompt of all points: P = 1."""
+    coords = np.array([[(point.x, point.y) for point in points]], np.float32)
+    return PointPrompts(coords, np.array([[int(point.inside) for point in points]], np.int32))
 
 
 def deepest(region: np.ndarray) -> Point:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from medfocus.app.clicks import NoRegionError, Point, agreeing
+from medfocus.app.clicks import NoRegionError, Point, followed
 from medfocus.app.desk import Desk
 from medfocus.app.guard import Access, Guard, Refused
 from medfocus.app.reading import Opened, Reader, Reading
@@ -211,7 +211,7 @@ class Workplace:
         edited = await self._do(partial(self._edit, opened, points))
         if edited is None:
             return JSONResponse({"edited": None, "followed": 0})
-        return JSONResponse({"edited": _content(edited), "followed": agreeing(edited.shown_region, points)})
+        return JSONResponse({"edited": _content(edited), "followed": followed(edited.shown_region, points)})
 
     def _edit(self, opened: Opened, points: Sequence[Point]) -> Reading | None:
         try:

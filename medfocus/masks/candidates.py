@@ -72,14 +72,18 @@ def border_share(regions: np.ndarray) -> np.ndarray:
     return regions[:, frame].mean(1)
 
 
-def scores(regions: np.ndarray, predicted_iou: np.ndarray, steadiness: np.ndarray) -> np.ndarray:
+def scores(
+    regions: np.ndarray, predicted_iou: np.ndarray, steadiness: np.ndarray, *, by_place: bool = True
+) -> np.ndarray:
     """Score candidates (M, h, w) bool by predicted IoU (M,) and stability (M,): (M,) in [0, 1].
 
-    A predicted IoU that is not finite counts as 0; others are clipped to [0, 1].
+    A predicted IoU that is not finite counts as 0; others are clipped to [0, 1]. Without ``by_place`` the
+    score ignores where a candidate lies.
     """
     quality = np.clip(np.nan_to_num(predicted_iou, nan=0.0, posinf=0.0, neginf=0.0), 0, 1)
     steady = np.clip(np.nan_to_num(steadiness, nan=0.0), 0, 1)
-    return quality * steady * centrality(regions) * (1 - border_share(regions))
+    score = quality * steady
+    return score * centrality(regions) * (1 - border_share(regions)) if by_place else score
 
 
 def pick(
@@ -90,6 +94,7 @@ def pick(
     *,
     keep: int,
     max_overlap: float,
+    by_place: bool = True,
 ) -> tuple[tuple[int, ...], float] | None:
     """Pick the best ``keep`` distinct candidates in the limits; return indices (best first) and mean score.
 
@@ -99,7 +104,7 @@ def pick(
     """
     if len(regions) == 0:
         return None
-    score = scores(regions, predicted_iou, steadiness)  # (M,)
+    score = scores(regions, predicted_iou, steadiness, by_place=by_place)  # (M,)
     area = regions.mean((1, 2))  # (M,)
     fits = (area >= limits.min_area) & (area <= limits.max_area) & (score > 0)
     fits &= (predicted_iou >= limits.min_iou) & (steadiness >= limits.min_stability)
@@ -128,13 +133,22 @@ def choose(
     *,
     keep: int,
     max_overlap: float,
+    by_place: bool = True,
 ) -> Choice | None:
     """Try the first two rungs of the ladder: ``pick`` within the limits, then within relaxed limits.
 
     ``regions`` are (M, h, w) bool; the other two arrays are (M,). Returns None if no candidate fits.
     """
     for status, rung in (("chosen", limits), ("relaxed", limits.relaxed())):
-        best = pick(regions, predicted_iou, steadiness, rung, keep=keep, max_overlap=max_overlap)
+        best = pick(
+            regions,
+            predicted_iou,
+            steadiness,
+            rung,
+            keep=keep,
+            max_overlap=max_overlap,
+            by_place=by_place,
+        )
         if best is not None:
             return Choice(best[0], best[1], status)
     return None
@@ -143,6 +157,17 @@ def choose(
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Return the intersection over the smaller of two regions (h, w) bool; 1 if one contains the other."""
     return float((a & b).sum() / max(1, min(a.sum(), b.sum())))
+
+
+def agreeing(region: np.ndarray, coords: np.ndarray, labels: np.ndarray) -> int:
+    """Count the points on the correct side of a region (h, w) bool.
+
+    ``coords`` (N, 2) are (x, y) in shares of the sides, and ``labels`` (N,) SAM2's: 1 inside, 0 outside.
+    """
+    height, width = region.shape
+    x = (coords[:, 0] * width).astype(int).clip(0, width - 1)
+    y = (coords[:, 1] * height).astype(int).clip(0, height - 1)
+    return int((region[y, x] == labels).sum())
 
 
 def connected(region: np.ndarray) -> tuple[np.ndarray, int]:

@@ -16,6 +16,7 @@ from scipy import ndimage
 from medfocus.datasets.listing import MASK_STEM, MASKS, SUFFIXES, unwrapped
 from medfocus.images import decode, stack
 from medfocus.masks.candidates import connected
+from medfocus.masks.segmenter import check_image
 
 if TYPE_CHECKING:
     from medfocus.masks.sam2.segmenter import Sam2Segmenter
@@ -98,12 +99,61 @@ def innermost(region: np.ndarray) -> tuple[float, float]:
     return float((x + 0.5) / region.shape[1]), float((y + 0.5) / region.shape[0])
 
 
+def correction(region: np.ndarray, mask: np.ndarray) -> tuple[float, float, bool] | None:
+    """Return the point (x, y), as shares of the sides, and whether it lies inside, that a reader would add.
+
+    The point is the innermost place of the larger of two areas: the area that the mask (H, W) bool misses of
+    the region (H, W) bool, and the area of the mask outside the region. Returns None if both are empty.
+    """
+    missed, wrong = region & ~mask, mask & ~region
+    if not (missed.any() or wrong.any()):
+        return None
+    inside = bool(missed.sum() >= wrong.sum())
+    return *innermost(missed if inside else wrong), inside
+
+
+def corners(region: np.ndarray) -> np.ndarray:
+    """Return the top left and bottom right corner (2, 2) of a region (H, W) bool, as shares of the sides."""
+    height, width = region.shape
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    box = [(columns[0], rows[0]), (columns[-1] + 1, rows[-1] + 1)]
+    return np.array(box, np.float32) / np.array([width, height], np.float32)
+
+
 def parts(region: np.ndarray) -> list[np.ndarray]:
     """Return the connected parts of a region (H, W) bool, such as two lungs, without small parts."""
     labels, _ = connected(region)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return [labels == i for i in np.flatnonzero(sizes >= LEAST_PART * max(1, sizes.max()))]
+
+
+def masks_of_a_reader(
+    segmenter: Sam2Segmenter, image: np.ndarray, region: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Segment an image (H, W, 3) uint8 as a reader would who sees its region (H, W) bool: masks (H, W) bool.
+
+    Each connected part of the region gets "one point", the innermost, "two points", with a ``correction`` of
+    the first mask, and its "box". A mask is the union over the parts.
+    """
+    from medfocus.masks.sam2.segmenter import PointPrompts
+
+    encoded = segmenter.encode([check_image(image)])
+
+    def at(coords: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+        prompt = PointPrompts(coords[None].astype(np.float32), np.array([labels], np.int32))
+        best = segmenter.best(encoded, 0, prompt)
+        return np.zeros_like(region) if best is None else segmenter.region(image, best[0])
+
+    masks = {name: np.zeros_like(region) for name in ("one point", "two points", "box")}
+    for part in parts(region):
+        point = innermost(part)
+        first = at(np.array([point]), [1])
+        wrong = correction(part, first)
+        both = first if wrong is None else at(np.array([point, wrong[:2]]), [1, int(wrong[2])])
+        for name, mask in zip(masks, (first, both, at(corners(part), [2, 3])), strict=True):
+            masks[name] |= mask
+    return masks
 
 
 def masks_at_points(

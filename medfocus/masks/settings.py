@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from medfocus.masks.candidates import Limits
 
-STRATEGIES = ("automatic", "grid", "center", "box")
+STRATEGIES = ("interest", "automatic", "grid", "center", "box")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ class Settings:
     """The settings that determine a training, together with the code."""
 
     seed: int
-    images: int  # of the pool
+    images: int  # of the pool of phantoms
+    pairs: int  # real images with masks
     steps: int
     batch_size: int
     lr: float

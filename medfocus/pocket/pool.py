@@ -38,7 +38,7 @@ class Recipe:
 # because CLIP also sees crops of less than half of an image's side.
 RECIPES = {
     "sam2": Recipe(
-        34_000, 144, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (1, 1, 1)}
+        8_000, 192, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (1, 1, 1)}
     ),
     "clip": Recipe(
         26_000, 192, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (2, 2, 2)}

@@ -1,135 +1,39 @@
-"""Training of the pocket SAM2: points and boxes prompt it for the outlines of lesions and anatomy.
+"""Training of the pocket SAM2 on pairs of a real image and its mask, and on phantoms.
 
 The network is the sam2 package's (arXiv 2408.00714) in the configuration "pocket", without the modules for
-video.
+video. Its trunk starts from ImageNet weights, and the last stages of the trunk train with the rest.
+``examples`` makes the batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch.utils.data import Dataset
 
 from medfocus.masks.sam2.model import IMAGE_MODULES, load_predictor
+from medfocus.pocket.examples import IMAGE_SIZE, Batch, Batches
 from medfocus.pocket.loop import Settings, train_and_write
-from medfocus.pocket.pool import MOST_REGIONS, Drawn, Pool
+from medfocus.pocket.pairs import Pairs
+from medfocus.pocket.pool import Pool
+from medfocus.storage.imagenet import imagenet_state
 
-IMAGE_SIZE = 128  # pixels a side of the model's input
-POINTS, BOXES = 4, 1  # prompts per image, which share its encoding
-LESION_SHARE = 0.65  # of the prompts with a region; anatomy is easier to learn
-# Factors of the IoU that the quality head learns. Anatomy stays below the limit of a chosen mask (0.7). An
-# unprompted segmenter therefore chooses a lesion if it finds any, and otherwise anatomy, as "relaxed".
-LESION_WORTH, ANATOMY_WORTH = 1.0, 0.45
-# Factor of the mask logits. Stability compares logits > 1 with logits > -1, and at 32 px a side (SAM2: 256)
-# most of a lesion is rim. The factor changes no mask; as a power of two it keeps every digit of a weight.
+FROZEN_STAGES = 3  # of the trunk's seven; the ImageNet weights of its first stages stay
+# Factor of the mask logits. Stability compares logits > 1 with logits > -1, and at a quarter of the model's
+# resolution much of a small lesion is rim. The factor changes no mask; a power of two keeps every digit.
 STEEPNESS = 4.0
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as SAM2's transforms
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """B images of side S with their regions and prompts; R regions, P points and Q boxes per image."""
-
-    images: torch.Tensor  # (B, S, S) float32 in [0, 1]
-    regions: torch.Tensor  # (B, R, S, S) bool; all False where an image has fewer than R
-    worth: torch.Tensor  # (B, R) float32: LESION_WORTH, ANATOMY_WORTH, or 0 for no region
-    points: torch.Tensor  # (B, P, 1, 2) float32, (x, y) in pixels of S
-    point_targets: torch.Tensor  # (B, P) int64: index of the region meant, -1 for none
-    boxes: torch.Tensor  # (B, Q, 2, 2) float32: top left and bottom right, (x, y) in pixels of S
-    box_targets: torch.Tensor  # (B, Q) int64
-
-    def to(self, device: str) -> Batch:
-        """Move the batch to a device."""
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-
-class Batches(Dataset[Batch]):
-    """The batches of a training. Seed and index determine a batch, in every process."""
-
-    def __init__(self, pool: Pool, seed: int, batch_size: int) -> None:
-        self.pool, self.seed, self.batch_size = pool, seed, batch_size
-
-    def __getitem__(self, index: int) -> Batch:
-        """Crop, flip and prompt ``batch_size`` images."""
-        rows = []
-        for number in range(index * self.batch_size, (index + 1) * self.batch_size):
-            rng = np.random.default_rng([self.seed, number])
-            rows.append(sample(self.pool[self.pool.order(self.seed, number)], rng))
-        return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
-
-
-def sample(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Make one row of a ``Batch``."""
-    size, whole = IMAGE_SIZE, len(drawn.image)
-    side = whole if rng.random() < 0.5 else int(rng.uniform(0.7, 1.0) * whole)
-    left, top = (int(v) for v in rng.integers(0, whole - side + 1, 2))
-    turn = slice(None, None, -1 if rng.random() < 0.5 else 1)
-
-    def view(plane: np.ndarray) -> np.ndarray:
-        image = Image.fromarray(plane[top : top + side, left : left + side])
-        resized = image.resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(resized, np.float32)[:, turn] / 255
-
-    tone = view(drawn.image) ** np.exp(rng.normal(0, 0.25))
-    tone = (tone - 0.5) * np.exp(rng.normal(0, 0.15)) + 0.5 + rng.normal(0, 0.05)
-    tone = tone + rng.uniform(0, 0.03) * rng.standard_normal(tone.shape)
-    regions = np.zeros((MOST_REGIONS, size, size), bool)
-    worth = np.zeros(MOST_REGIONS, np.float32)
-    for i, plane in enumerate(drawn.regions):
-        region = view(plane.astype(np.uint8) * np.uint8(255)) > 0.5
-        if region.sum() >= 32:  # a crop may leave a few pixels, which are no region
-            regions[i], worth[i] = region, ANATOMY_WORTH if i else LESION_WORTH
-
-    points = rng.uniform(0, size, (POINTS, 1, 2)).astype(np.float32)
-    point_targets = np.zeros(POINTS, np.int64)
-    for k in range(POINTS):
-        meant = _meant(worth, rng) if k < POINTS - 1 else -1  # the last point is anywhere
-        inside = regions[meant] & ~regions[0] if meant > 0 else regions[meant]
-        if meant >= 0 and inside.any():
-            place = rng.choice(np.flatnonzero(inside))
-            points[k, 0] = np.array([place % size, place // size]) + rng.uniform(0, 1, 2)
-        x, y = points[k, 0].astype(int).clip(0, size - 1)
-        here = np.flatnonzero(regions[:, y, x])
-        point_targets[k] = here[0] if len(here) else -1
-
-    boxes = np.zeros((BOXES, 2, 2), np.float32)
-    box_targets = np.array([_meant(worth, rng) for _ in range(BOXES)], np.int64)
-    for k, meant in enumerate(box_targets):
-        if meant < 0:
-            boxes[k] = np.sort(rng.uniform(0, size, (2, 2)), axis=0)
-            continue
-        rows, columns = (np.flatnonzero(regions[meant].any(axis)) for axis in (1, 0))
-        corners = np.array([[columns[0], rows[0]], [columns[-1] + 1, rows[-1] + 1]], np.float32)
-        jitter = rng.normal(0, 0.08, (2, 2)) * (corners[1] - corners[0])
-        boxes[k] = (corners + jitter.clip(-12, 12)).clip(0, size)
-    return tone.clip(0, 1).astype(np.float32), regions, worth, points, point_targets, boxes, box_targets
-
-
-def _meant(worth: np.ndarray, rng: np.random.Generator) -> int:
-    """Draw the region of a prompt, or return -1 if there is no region.
-
-    In an image with a lesion and anatomy, the lesion has the probability ``LESION_SHARE``.
-    """
-    anatomy = np.flatnonzero(worth[1:]) + 1
-    if worth[0] and (not len(anatomy) or rng.random() < LESION_SHARE):
-        return 0
-    return int(rng.choice(anatomy)) if len(anatomy) else -1
-
-
 def encode(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Encode images (B, S, S) in [0, 1]: embedding (B, d, S/16, S/16), finer levels at S/4 and S/8.
+    """Encode images (B, 3, S, S) in [0, 1]: embedding (B, d, S/16, S/16), finer levels at S/4 and S/8.
 
     This is ``SAM2ImagePredictor.set_image_batch`` with gradients.
     """
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (_MEAN, _STD))
-    pixels = ((images[:, None] - mean) / std).contiguous(memory_format=torch.channels_last)  # (B, 3, S, S)
+    pixels = ((images - mean) / std).contiguous(memory_format=torch.channels_last)  # (B, 3, S, S)
     _, levels, _, sizes = model._prepare_backbone_features(model.forward_image(pixels))
     levels[-1] = levels[-1] + model.no_mem_embed
     maps = [
@@ -140,17 +44,16 @@ def encode(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.T
 
 
 def decode(
-    model: Any, features: tuple[torch.Tensor, list[torch.Tensor]], coords: torch.Tensor, labels: Sequence[int]
+    model: Any, features: tuple[torch.Tensor, list[torch.Tensor]], coords: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode K prompts for each of B images, with ``coords`` (B, K, N, 2) and ``labels`` of their N points.
+    """Decode K prompts for each of B images, with ``coords`` (B, K, N, 2) and ``labels`` (B, K, N).
 
     Returns logits (BK, 4, S/4, S/4) and predicted quality (BK, 4): the single mask, then the three masks for
     ambiguous prompts.
     """
     embedding, fine = features
     count = coords.shape[1]
-    coords = coords.flatten(0, 1)  # (BK, N, 2)
-    points = (coords, torch.tensor(labels, device=coords.device).expand(len(coords), -1))
+    points = (coords.flatten(0, 1), labels.flatten(0, 1))  # (BK, N, 2), (BK, N)
     sparse, dense = model.sam_prompt_encoder(points=points, boxes=None, masks=None)
     logits, quality, _, _ = model.sam_mask_decoder.predict_masks(
         image_embeddings=embedding.repeat_interleave(count, 0),
@@ -184,59 +87,54 @@ def true_quality(masks: torch.Tensor, regions: torch.Tensor, worth: torch.Tensor
 
 
 def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return a batch's loss, and the values to watch: "outline", "off", "best" and "picked".
+    """Return a batch's loss, and the values to watch.
 
-    These are the outline loss, the error of the predicted quality, and the true quality of the best mask and
-    of the mask with the highest predicted quality.
+    These are the outline loss and the error of the predicted quality over all prompts, and the true quality
+    of the mask with the highest predicted quality: at a point on a lesion, and without a prompt.
 
-    The outline loss trains the best of the three masks and, for boxes, the single mask. The quality loss
-    trains all four masks. The true quality of a point's mask is the best over all regions that contain the
-    point.
+    The outline loss trains the best of the three masks and, for prompts of several points, also the single
+    mask. The quality loss trains all four masks. The true quality of a single point's mask is the best over
+    all regions that contain the point.
     """
     features = encode(model, batch.images)
-    halves = F.avg_pool2d(batch.regions.float(), 2) >= 0.5  # (B, R, S/2, S/2)
-    total, watched = torch.zeros((), device=batch.images.device), {}
-    prompts = ((batch.points, batch.point_targets, (1,)), (batch.boxes, batch.box_targets, (2, 3)))
-    for coords, targets, labels in prompts:
+    half = F.avg_pool2d(batch.regions.float(), 2)  # (B, R, S/2, S/2)
+    small = F.avg_pool2d(half, 2)  # (B, R, S/4, S/4)
+    outlines, errors, watched = [], [], {}
+    for coords, labels, aims in zip(batch.coords, batch.labels, batch.aims, strict=True):
         logits, predicted = decode(model, features, coords, labels)  # (n, 4, S/4, S/4), (n, 4)
-        count, aims = coords.shape[1], targets.flatten()
-        valid = aims >= 0
-        regions = batch.regions.repeat_interleave(count, 0)  # (n, R, S, S)
-        target = regions[torch.arange(len(aims), device=aims.device), aims.clamp(min=0)].float()  # (n, S, S)
-        chosen = F.one_hot(aims.clamp(min=0), MOST_REGIONS)
-        worth = batch.worth.repeat_interleave(count, 0) * valid[:, None]  # (n, R)
-        if len(labels) == 1:
+        count, length = coords.shape[1:3]
+        meant = aims.flatten()
+        valid, rows = meant >= 0, torch.arange(len(meant), device=meant.device)
+        image = rows // count
+        worth = batch.worth[image] * valid[:, None]  # (n, R)
+        chosen = F.one_hot(meant.clamp(min=0), worth.shape[1])
+        if length == 1:
             x, y = coords.flatten(0, 1)[:, 0].long().clamp(0, IMAGE_SIZE - 1).unbind(1)
-            worth = worth * regions[torch.arange(len(aims), device=aims.device), :, y, x]
+            at_point = batch.regions[image, :, y, x].clone()
+            at_point[:, 0] = False
+            is_point = labels.flatten(0, 1)[:, :1] == 1
+            worth = worth * torch.where(is_point, at_point, chosen.bool())
         else:
             worth = worth * chosen
-
         with torch.no_grad():
-            half = F.interpolate(logits, scale_factor=2, mode="bilinear") > 0  # (n, 4, S/2, S/2)
-            quality = true_quality(half, halves.repeat_interleave(count, 0), worth)  # (n, 4)
-            small = F.avg_pool2d(target[:, None], 4)  # (n, 1, S/4, S/4)
-            best = outline_loss(logits[:, 1:], small.expand(-1, 3, -1, -1)).argmin(1) + 1  # (n,)
-        columns = [best] if len(labels) == 1 else [best, torch.zeros_like(best)]
-        rows = valid.nonzero()[:, 0]
-        outline = torch.zeros_like(total)
+            quality = true_quality(logits > 0, small[image] >= 0.5, worth)  # (n, 4)
+            low = small[image, meant.clamp(min=0)][:, None]  # (n, 1, S/4, S/4)
+            best = outline_loss(logits[:, 1:], low.expand(-1, 3, -1, -1)).argmin(1) + 1  # (n,)
+        target = half[image, meant.clamp(min=0)][valid]  # (v, S/2, S/2)
+        columns = [best] if length == 1 else [best, torch.zeros_like(best)]
         for column in columns:
-            full = F.interpolate(logits[rows, column[rows]][:, None], target.shape[1:], mode="bilinear")[:, 0]
-            outline = outline + outline_loss(full, target[rows]).sum() / len(columns)
-        share = count / (POINTS + BOXES)
-        outline = outline / max(1, len(rows))
-        off = (predicted - quality).abs().mean()
-        total = total + share * (outline + 2 * off)
-
-        if len(labels) == 1:
-            lesion = valid & (aims == 0)
-            picked = quality[:, 1:].gather(1, predicted[:, 1:].argmax(1, keepdim=True))[:, 0]
-            watched = {
-                "outline": float(outline.detach()),
-                "off": float(off.detach()),
-                "best": float(quality[lesion, 1:].amax(1).mean()),
-                "picked": float(picked[lesion].mean()),
-            }
-    return total, watched
+            drawn = logits[valid, column[valid]][:, None]  # (v, 1, S/4, S/4)
+            full = F.interpolate(drawn, target.shape[1:], mode="bilinear")[:, 0]
+            outlines.append(outline_loss(full, target) / len(columns))
+        errors.append((predicted - quality).abs().mean(1))
+        picked = quality[:, 1:].gather(1, predicted[:, 1:].argmax(1, keepdim=True))[:, 0]
+        if length == 1:
+            for name, column in (("point", 0), ("none", 2)):
+                of_kind = picked.view(-1, count)[:, column]
+                watched[name] = float(of_kind[valid.view(-1, count)[:, column]].mean())
+    outline, off = torch.cat(outlines).mean(), torch.cat(errors).mean()
+    watched |= {"outline": float(outline.detach()), "off": float(off.detach())}
+    return outline + 2 * off, watched
 
 
 def train(
@@ -244,21 +142,29 @@ def train(
     seed: int,
     out: Path,
     *,
+    pairs: Pairs | None,
     steps: int,
     batch_size: int = 8,
-    lr: float = 8e-4,
+    lr: float = 6e-4,
     warmup: int = 200,
     weight_decay: float = 0.02,
     workers: int = 0,
     device: str = "cpu",
     line: int = 0,
 ) -> None:
-    """Train from random weights and write the image modules to ``out`` as safetensors, float16.
+    """Train from ImageNet weights of the trunk and write the image modules to ``out``, safetensors, float16.
 
     Raises ValueError if an interrupted training has other settings; see ``loop.train_and_write``.
     """
-    model = load_predictor("pocket", f"random:{seed}", IMAGE_SIZE, device=device)[0].model.train()
+    model = load_predictor("pocket", f"random:{seed}", IMAGE_SIZE, device=device)[0].model
+    net = model.image_encoder.trunk.net
+    state = imagenet_state()
+    net.load_state_dict({name: state[name] for name in net.state_dict()})
+    model.train()
     trained = {k: v for k, v in model.named_parameters() if k.startswith(IMAGE_MODULES)}
+    stages = ("conv_stem", "bn1", *(f"blocks.{i}" for i in range(FROZEN_STAGES)))
+    frozen = tuple(f"image_encoder.trunk.net.{name}." for name in stages)
+    trained = {k: v for k, v in trained.items() if not k.startswith(frozen)}
     for parameter in trained.values():
         parameter.requires_grad_(True)
 
@@ -266,14 +172,25 @@ def train(
         steepen(model, STEEPNESS)
         return {k: v for k, v in model.state_dict().items() if k.startswith(IMAGE_MODULES)}
 
+    sources = sorted({row.source for row in pairs.rows}) if pairs else []
     train_and_write(
         "pocket SAM2",
         out,
-        Settings(seed, len(pool), steps, batch_size, lr, warmup, weight_decay, clip=0.1),
-        pool.name,
+        Settings(
+            seed=seed,
+            images=len(pool),
+            pairs=len(pairs.rows) if pairs else 0,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip=0.1,
+        ),
+        f"{pool.name}; {len(sources)} sources of pairs" if pairs else pool.name,
         model,
         trained,
-        Batches(pool, seed, batch_size),
+        Batches(pool, pairs, seed, batch_size),
         lambda batch: loss(model, batch.to(device)),
         finished,
         workers=workers,

@@ -145,10 +145,10 @@ _TAIL = [
     "  baseline: clip-linear-probe    # the others are compared with it",
     "  published: null",
     "",
-    "# The embedded models are small and trained only on drawn images. `medfocus models` lists other",
-    "# models and fetches them; name them here, with study.schedule: published, for example:",
+    "# The embedded models are small. `medfocus models` lists other models and fetches them; name them here,",
+    "# with study.schedule: published, for example:",
     "# clip: {model: ViT-B-16, pretrained: openai}",
-    "# masks: {config: sam2.1_hiera_tiny, checkpoint: facebook/sam2.1-hiera-tiny}",
+    "# masks: {config: sam2.1_hiera_tiny, checkpoint: facebook/sam2.1-hiera-tiny, strategy: grid}",
 ]
 
 

@@ -1,10 +1,11 @@
 """Train adapters of SAM2 on known regions: SAM-Adapter, arXiv 2304.09148.
 
-The adapters add P_i = MLP_up(GELU(MLP_i(F_patch + F_hfc))) to the input of each block i of the Hiera
-encoder. F_patch is the input of the block's stage and F_hfc the embedded high frequencies of the image,
-both projected to fewer channels. Each block has its own MLP_i, and each stage its own MLP_up. A stage is a
-run of blocks with inputs of the same width, as in the authors' version for SAM2 (arXiv 2408.04579). The
-encoder is frozen; adapters and mask decoder train. Unlike in the paper, MLP_up starts at 0, so that training
+The adapters add P_i = MLP_up(GELU(MLP_i(F_patch + F_hfc))) to the input of each block i of the encoder.
+F_patch is the input of the block's stage and F_hfc the embedded high frequencies of the image, both
+projected to fewer channels. Each block has its own MLP_i, and each stage its own MLP_up. A stage is a run of
+blocks with inputs of the same width, as in the authors' version for SAM2 (arXiv 2408.04579). The blocks are
+those of a Hiera, or the stages of a ``ConvTrunk``, where each block is a stage of its own. The encoder is
+frozen; adapters and mask decoder train. Unlike in the paper, MLP_up starts at 0, so that training
 starts from SAM2 itself.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 
 from medfocus.masks import candidates
 from medfocus.masks.sam2.segmenter import Rung, Sam2Segmenter
+from medfocus.masks.sam2.trunk import ConvTrunk
 from medfocus.masks.segmenter import Mask, check_image, segmenter_key
 from medfocus.storage import weights
 from medfocus.storage.fingerprint import fingerprint
@@ -39,27 +42,29 @@ class Pairs(Protocol):
 class EncoderAdapters(nn.Module):
     """The adapters of all blocks."""
 
-    def __init__(self, widths: Sequence[int], inner: Sequence[int]) -> None:
-        """Build untrained adapters for blocks of input ``widths``, with ``inner`` channels per stage."""
+    def __init__(self, inputs: Sequence[tuple[int, int]], inner: Sequence[int]) -> None:
+        """Build untrained adapters with ``inner`` channels per stage.
+
+        ``inputs`` has the width and the stride of each block's input.
+        """
         super().__init__()
-        stages = sorted(set(widths))  # each stage is wider than the previous stage
-        self.stages = [stages.index(width) for width in widths]  # the stage of each block
-        # F_hfc at a quarter of the image's sides, an eighth, ...
-        self.high = nn.ModuleList(
-            nn.Conv2d(3, n, 7, stride=4, padding=3)
-            if i == 0
-            else nn.Conv2d(inner[i - 1], n, 3, stride=2, padding=1)
-            for i, n in enumerate(inner)
-        )
-        self.patch = nn.ModuleList(nn.Linear(w, n) for w, n in zip(stages, inner, strict=True))
+        stages = stages_of(inputs)
+        self.stages = [number for number, (_, _, blocks) in enumerate(stages) for _ in range(blocks)]
+        # F_hfc at the resolution of each stage.
+        high: list[nn.Module] = []
+        for i, ((_, stride, _), n) in enumerate(zip(stages, inner, strict=True)):
+            first = nn.Conv2d(3, n, 7, stride=stride, padding=3)
+            high.append(first if i == 0 else nn.Conv2d(inner[i - 1], n, 3, stride // stages[i - 1][1], 1))
+        self.high = nn.ModuleList(high)
+        self.patch = nn.ModuleList(nn.Linear(w, n) for (w, _, _), n in zip(stages, inner, strict=True))
         self.tune = nn.ModuleList(nn.Linear(inner[stage], inner[stage]) for stage in self.stages)
-        self.up = nn.ModuleList(nn.Linear(n, w) for w, n in zip(stages, inner, strict=True))
+        self.up = nn.ModuleList(nn.Linear(n, w) for (w, _, _), n in zip(stages, inner, strict=True))
         for up in cast("Iterator[nn.Linear]", iter(self.up)):
             nn.init.zeros_(up.weight)
             nn.init.zeros_(up.bias)
 
     def pyramid(self, pixels: Tensor) -> list[Tensor]:
-        """Compute F_hfc of each stage from pixels (B, 3, S, S): (B, S/4, S/4, n), (B, S/8, S/8, n'), ..."""
+        """Compute F_hfc (B, h, w, n) of each stage from pixels (B, 3, S, S)."""
         level, levels = high_frequencies(pixels), []
         for embed in self.high:
             level = embed(level)
@@ -72,26 +77,51 @@ class EncoderAdapters(nn.Module):
 
 
 class AdaptedTrunk(nn.Module):
-    """SAM2's Hiera with adapters."""
+    """SAM2's Hiera, or a ``ConvTrunk``, with adapters."""
 
     def __init__(self, trunk: Any, adapters: EncoderAdapters) -> None:
-        """Add adapters to ``trunk``, a ``Hiera`` of the sam2 package."""
+        """Add adapters to ``trunk``."""
         super().__init__()
         self.trunk, self.adapters = trunk, adapters
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Repeat ``Hiera.forward`` with adapters: pixels (B, 3, S, S) -> levels (B, W, S/4, S/4), ..."""
+        """Return the trunk's levels (B, W, S/4, S/4), ... of pixels (B, 3, S, S), with adapters."""
+        high, stages = self.adapters.pyramid(pixels), self.adapters.stages
+        features = pixels  # of the present stage: (B, h, w, n)
+
+        def prompted(i: int, x: Tensor) -> Tensor:
+            nonlocal features
+            if i == 0 or stages[i] != stages[i - 1]:
+                features = self.adapters.patch[stages[i]](x) + high[stages[i]]
+            return x + self.adapters.prompt(i, features)  # (B, h, w, W)
+
+        if isinstance(self.trunk, ConvTrunk):
+            return self.trunk(
+                pixels, lambda i, x: prompted(i, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+            )
+        # Repeats Hiera.forward.
         x = self.trunk.patch_embed(pixels)  # (B, h, w, W)
         x = x + self.trunk._get_pos_embed(x.shape[1:3])
-        high, stages = self.adapters.pyramid(pixels), self.adapters.stages
-        features, levels = x, []
+        levels = []
         for i, block in enumerate(self.trunk.blocks):
-            if i == 0 or stages[i] != stages[i - 1]:
-                features = self.adapters.patch[stages[i]](x) + high[stages[i]]  # (B, h, w, n)
-            x = block(x + self.adapters.prompt(i, features))
+            x = block(prompted(i, x))
             if i in self.trunk.stage_ends:
                 levels.append(x.permute(0, 3, 1, 2))
         return levels
+
+
+def inputs_of(trunk: Any) -> list[tuple[int, int]]:
+    """Return the width and the stride of the input of each block of a trunk; see ``AdaptedTrunk``."""
+    if isinstance(trunk, ConvTrunk):
+        return trunk.inputs
+    widths = sorted({block.dim for block in trunk.blocks})  # a stage halves the resolution of the previous
+    first = trunk.patch_embed.proj.stride[0]
+    return [(block.dim, first * 2 ** widths.index(block.dim)) for block in trunk.blocks]
+
+
+def stages_of(inputs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Join runs of equal (width, stride) into stages: width, stride and number of blocks."""
+    return [(*each, len(list(run))) for each, run in groupby(inputs)]
 
 
 def high_frequencies(pixels: Tensor) -> Tensor:
@@ -114,7 +144,7 @@ def with_adapters(model: Any, inner: Sequence[int], seed: int = 0) -> Any:
     trunk = model.image_encoder.trunk
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapters = EncoderAdapters([block.dim for block in trunk.blocks], inner)
+        adapters = EncoderAdapters(inputs_of(trunk), inner)
     adapters.to(next(trunk.parameters()).device)
     model.image_encoder.trunk = AdaptedTrunk(trunk, adapters)
     model.sam_mask_decoder.requires_grad_(True)
@@ -192,9 +222,8 @@ def train_adapter(
         raise ValueError(f"adapter: {', '.join(bad)}; use numbers above 0.")
     if len(pairs) == 0:
         raise ValueError("adapter: no image has a known region. Put some under masks/ in the images' folder.")
-    trunk: Any = plain.model.image_encoder.trunk
-    widths = sorted({block.dim for block in trunk.blocks})
-    model = with_adapters(plain.model, [max(1, width // reduction) for width in widths], seed)
+    stages = stages_of(inputs_of(plain.model.image_encoder.trunk))
+    model = with_adapters(plain.model, [max(1, width // reduction) for width, _, _ in stages], seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
@@ -268,7 +297,7 @@ class AdapterSegmenter:
 def _with_state(model: Any, state: Mapping[str, Tensor]) -> Any:
     """Copy SAM2 and load a state of ``train_adapter``. Raises ValueError if the state does not fit."""
     ups = [name for name in state if name.startswith("adapters.up.") and name.endswith(".weight")]
-    inner = [state[f"adapters.up.{i}.weight"].shape[1] for i in range(len(ups))]
+    inner = [state[name].shape[1] for name in sorted(ups, key=lambda name: int(name.split(".")[2]))]
     try:
         adapted = with_adapters(model, inner)
         for part, prefix in zip(_trained_parts(adapted), ("adapters.", "decoder."), strict=True):

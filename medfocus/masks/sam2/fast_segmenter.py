@@ -22,15 +22,22 @@ LEAST_SIZE = 512  # pixels per side that the model sees; decoding smaller images
 
 
 def fits(plain: Sam2Segmenter) -> bool:
-    """Return whether ``FastSegmenter`` supports a segmenter: its strategy (not "automatic") and its model.
+    """Return whether ``FastSegmenter`` supports a segmenter: its strategy and its model.
 
-    The mask decoder has to use the encoder's two finest levels, and the neck must not add coarser levels to
+    The strategies "automatic" and "interest" have no prompts to skip. The trunk has to be a Hiera, the mask
+    decoder has to use the encoder's two finest levels, and the neck must not add coarser levels to
     these two. This holds for all published models.
     """
+    from sam2.modeling.backbones.hieradet import Hiera
+
     model: Any = plain.model
+    if plain.settings.strategy in ("automatic", "interest") or not isinstance(
+        model.image_encoder.trunk, Hiera
+    ):
+        return False
     neck, levels = model.image_encoder.neck, len(model.image_encoder.neck.convs) - model.image_encoder.scalp
     are_separate = min(neck.fpn_top_down_levels) >= FOLDED and levels == FOLDED + 1
-    return plain.settings.strategy != "automatic" and model.use_high_res_features_in_sam and are_separate
+    return model.use_high_res_features_in_sam and are_separate
 
 
 class FastSegmenter(Sam2Segmenter):
@@ -40,8 +47,8 @@ class FastSegmenter(Sam2Segmenter):
         """Take the model and settings of ``plain``. Raises ValueError unless ``fits(plain)``."""
         if not fits(plain):
             raise ValueError(
-                "FastSegmenter supports neither the strategy 'automatic' nor SAM2 models that differ from "
-                "the published ones. Use Sam2Segmenter."
+                "FastSegmenter supports neither the strategies 'automatic' and 'interest' nor SAM2 models "
+                "that differ from the published ones. Use Sam2Segmenter."
             )
         super().__init__(plain.predictor, "", plain.settings, plain.batch_size)
         self.encoder, self.decoder = FastEncoder(self.model), FastDecoder(self.model)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from medfocus.masks.sam2.trunk import ConvTrunk
 from medfocus.storage import weights
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
+# The only class outside the sam2 package that a configuration may name.
+TRUNK_TARGET = f"{ConvTrunk.__module__}.{ConvTrunk.__name__}"
 SIZE_STEP = 32  # pixels: windows of 8 patches of 4 pixels
 _SAM2_SIZE = 512  # pixels per side, by default in the sam2 package
 _FAR = 2  # factor between the size of an image and the size in training that gives a warning
@@ -53,7 +56,8 @@ def load_predictor(
     Raises:
         FileNotFoundError: The configuration or checkpoint does not exist.
         ValueError: The image size is not a multiple of 32, the checkpoint does not fit the configuration, or
-            the configuration names anything but modules of the sam2 package (refused before any call).
+            the configuration names anything but modules of the sam2 package and ``TRUNK_TARGET`` (refused
+            before any call).
     """
     image_size = image_size or trained_size(config)
     if image_size < SIZE_STEP or image_size % SIZE_STEP:
@@ -104,6 +108,22 @@ def locate(checkpoint: str) -> Path | None:
     hub_id = checkpoint if checkpoint.count("/") == 1 else None
     hub_name = checkpoint.rpartition("/")[2].replace("-", "_") + ".pt"  # as in facebook/sam2.1-hiera-*
     return weights.resolve(checkpoint, hub_id=hub_id, filename=hub_name, what="masks.checkpoint (SAM2)")
+
+
+def learns_interest(config: str) -> bool:
+    """Return whether the models of a configuration learn the strategy "interest"; published SAM2 does not."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.select(_read_model(config)[1], "image_encoder.trunk._target_") == TRUNK_TARGET
+
+
+def check_interest(config: str) -> None:
+    """Raise ValueError if the models of a configuration have not learnt the strategy "interest"."""
+    if not learns_interest(config):
+        raise ValueError(
+            f"masks.strategy is 'interest', but the model of the SAM2 config {config!r} has not learnt to "
+            "find a region without a prompt. Set masks.strategy to grid."
+        )
 
 
 def trained_size(config: str) -> int:
@@ -181,7 +201,9 @@ def _targets(content: object) -> Iterator[object]:
 
 
 def _is_of_sam2(target: object) -> bool:
-    """Return whether ``target`` is a network class of sam2.modeling, named by the module that defines it."""
+    """Return whether ``target`` is ``TRUNK_TARGET`` or a network of sam2.modeling, named by its module."""
+    if target == TRUNK_TARGET:
+        return True
     module, _, name = str(target).rpartition(".")
     if not f"{module}.".startswith("sam2.modeling."):
         return False

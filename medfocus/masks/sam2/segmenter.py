@@ -1,4 +1,4 @@
-"""Segment images with SAM2 zero-shot: point and box prompts without labels give one mask per image.
+"""Segment images with SAM2 without labels: point and box prompts, or no prompt, give one mask per image.
 
 SAM2 encodes an image once (in batches) and decodes all its prompts together. Candidates are scored on their
 low-resolution logits, and only the winners are resized to the image, where their outlines may follow its
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from medfocus.images.geometry import grey
 from medfocus.masks import candidates
 from medfocus.masks.sam2 import edges
-from medfocus.masks.sam2.model import load_predictor
+from medfocus.masks.sam2.model import check_interest, load_predictor
 from medfocus.masks.segmenter import Mask, check_image, identity, segmenter_key
 from medfocus.masks.settings import Sam2Settings
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _DECODE_BYTES = 32 * 2**20
 # Limit for the generator, which resizes every candidate to the image as float32 before it filters.
 _GENERATE_BYTES = 256 * 2**20
+NO_PROMPT = -1  # the label of SAM2's "not a point"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class PointPrompts:
     """P prompts of N points each, as shares of the image's sides: (0.5, 0.5) is its centre."""
 
     coords: np.ndarray  # (P, N, 2) float32, (x, y)
-    labels: np.ndarray  # (P, N) int32: 1 inside, 0 outside; 2 top left and 3 bottom right of a box
+    labels: np.ndarray  # (P, N) int32: 1 inside, 0 outside, -1 no point; 2 and 3 the corners of a box
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,9 @@ class Sam2Segmenter:
         self.predictor = predictor
         self.settings = settings
         self.batch_size = batch_size
-        if settings.strategy == "box":
+        if settings.strategy == "interest":
+            self.prompts = no_prompt()
+        elif settings.strategy == "box":
             self.prompts = box_prompt(settings.box_side)
         else:
             self.prompts = grid_prompts(1 if settings.strategy == "center" else settings.points_per_side)
@@ -128,6 +131,21 @@ class Sam2Segmenter:
         order = (-iou.reshape(-1, 3)).argsort(1, kind="stable") + 3 * np.arange(len(points))[:, None]
         regions = np.stack([self.region(image, logits[i]) for i in order.ravel()])
         return regions.reshape(len(points), 3, *image.shape[:2])
+
+    def best(
+        self, encoded: EncodedImages, index: int, prompt: PointPrompts
+    ) -> tuple[np.ndarray, float] | None:
+        """Decode one prompt (P = 1) of image ``index``; return the best candidate's logits (h, w) and IoU.
+
+        The candidate that agrees with the most points wins, and predicted IoU breaks ties. Returns None if no
+        candidate is finite.
+        """
+        with torch.inference_mode():
+            logits, iou = finite(*self.decode(encoded, index, prompt))
+        coords, labels = prompt.coords[0], prompt.labels[0]
+        agreeing = [candidates.agreeing(each > 0, coords, labels) for each in logits]
+        first = max(range(len(iou)), key=lambda i: (agreeing[i], iou[i]), default=None)
+        return None if first is None else (logits[first], float(iou[first]))
 
     @torch.no_grad()
     def describe(self, images: Sequence[np.ndarray], grid: int) -> torch.Tensor:
@@ -191,13 +209,16 @@ class Sam2Segmenter:
     def ladder(self, encoded: EncodedImages, index: int) -> Rung:
         """Run the fallback ladder for image ``index`` of the batch."""
         logits, iou = finite(*self.decode(encoded, index, self.prompts))
+        # Without a prompt, the candidates are three answers to one question, each the whole region.
+        is_whole = self.settings.strategy == "interest"
         choice = candidates.choose(
             logits > 0,
             iou,
             candidates.stability(logits),
             self.settings.limits,
-            keep=self.settings.keep,
+            keep=1 if is_whole else self.settings.keep,
             max_overlap=self.settings.max_overlap,
+            by_place=not is_whole,
         )
         if choice is None:
             return self.box_rung(encoded, index)
@@ -283,7 +304,9 @@ class Sam2Segmenter:
 
 
 def load_sam2(settings: Sam2Settings, *, batch_size: int = 4, device: str = "cpu") -> Sam2Segmenter:
-    """Load SAM2 and wrap it as a segmenter. Raises as ``load_predictor`` does."""
+    """Load SAM2 and wrap it as a segmenter. Raises as ``load_predictor`` and ``check_interest`` do."""
+    if settings.strategy == "interest":
+        check_interest(settings.config)
     predictor, model_key = load_predictor(
         settings.config, settings.checkpoint, settings.image_size, device=device
     )
@@ -296,6 +319,11 @@ def grid_prompts(points_per_side: int) -> PointPrompts:
     x, y = np.meshgrid(ticks, ticks)
     coords = np.stack([x, y], axis=-1).reshape(-1, 1, 2)  # (P, 1, 2)
     return PointPrompts(coords, np.ones((len(coords), 1), dtype=np.int32))
+
+
+def no_prompt() -> PointPrompts:
+    """Return the prompt "not a point", which a pocket SAM2 takes for the region of interest: P = 1, N = 1."""
+    return PointPrompts(np.zeros((1, 1, 2), np.float32), np.full((1, 1), NO_PROMPT, np.int32))
 
 
 def box_prompt(side: float) -> PointPrompts:
