@@ -24,6 +24,10 @@ IMAGE_SIZE = 256  # pixels a side of the model's input
 PARTS = 6  # most parts of an image that prompts may mean
 LEAST_PIXELS = 24  # of a part or a region at IMAGE_SIZE; smaller ones are no target
 PHANTOM_SHARE = 0.3  # of the images, if there are pairs
+# Share of the images that show another image in an inset. Most images have one region that stands out, so a
+# model could answer every point with this region; with an inset, only the point says which one is meant.
+INSETS = 0.35
+_INSET_SIDE = (0.4, 0.6)  # of an inset, as a share of the image's
 # Factors of the IoU that the quality head learns. Anatomy of phantoms stays below the limit of a chosen mask
 # (0.7). An unprompted segmenter therefore chooses a lesion if it finds any, and otherwise anatomy, as
 # "relaxed".
@@ -72,11 +76,10 @@ class Batches(Dataset[Batch]):
         rows = []
         for number in range(index * self.batch_size, (index + 1) * self.batch_size):
             rng = np.random.default_rng([self.seed, number])
-            if self.pairs is not None and rng.random() >= PHANTOM_SHARE:
-                example = of_pair(*(pair := self.pairs.draw(rng)).read(), pair.interest)
-            else:
-                example = of_phantom(self.pool[self.pool.order(self.seed, number)])
-            rows.append(sample(example, rng))
+            example = self._draw(self.pool.order(self.seed, number), rng)
+            has_inset = rng.random() < INSETS
+            inset = self._draw(int(rng.integers(len(self.pool))), rng) if has_inset else None
+            rows.append(sample(example, inset, rng))
         images, regions, worth, *prompts = (
             [torch.from_numpy(np.stack(column)) for column in zip(*kind, strict=True)]
             if isinstance(kind[0], tuple)
@@ -85,6 +88,12 @@ class Batches(Dataset[Batch]):
         )
         coords, labels, aims = zip(*prompts, strict=True)
         return Batch(images, regions, worth, coords, labels, aims)  # pyright: ignore[reportArgumentType]
+
+    def _draw(self, phantom: int, rng: np.random.Generator) -> Example:
+        """Return a pair, or this phantom."""
+        if self.pairs is not None and rng.random() >= PHANTOM_SHARE:
+            return of_pair(*(pair := self.pairs.draw(rng)).read(), pair.interest)
+        return of_phantom(self.pool[phantom])
 
 
 def of_phantom(drawn: Drawn) -> Example:
@@ -119,10 +128,15 @@ def of_pair(image: np.ndarray, labels: np.ndarray, interest: tuple[int, ...] | N
     return Example(image, labels, split)
 
 
-def sample(example: Example, rng: np.random.Generator) -> tuple[Any, ...]:
-    """Make one row of a ``Batch``: image, regions, worth, and the prompts by kind; see ``prompts``."""
+def sample(example: Example, inset: Example | None, rng: np.random.Generator) -> tuple[Any, ...]:
+    """Make one row of a ``Batch``: image, regions, worth, and the prompts by kind; see ``prompts``.
+
+    An image with an inset has the parts of both, and no region of interest.
+    """
     image, plane = warped(example, rng)
     parts, interest = example.split(plane)
+    if inset is not None:
+        image, parts, interest = *_with_inset(image, parts, inset, rng), None
     parts = [part for part in parts if part[0].sum() >= LEAST_PIXELS]
     if len(parts) > PARTS:  # large parts are likelier
         sizes = np.array([part.sum() for part, _ in parts], float) ** 0.5
@@ -136,15 +150,39 @@ def sample(example: Example, rng: np.random.Generator) -> tuple[Any, ...]:
     return toned(image, rng), regions, worth, *prompts(regions, worth, rng)
 
 
+def _with_inset(
+    image: np.ndarray, parts: list[tuple[np.ndarray, float]], inset: Example, rng: np.random.Generator
+) -> tuple[np.ndarray, list[tuple[np.ndarray, float]]]:
+    """Show an example in a square of an image (S, S, 3); return the image and the visible parts of both."""
+    shown, plane = warped(inset, rng)
+    side = int(rng.uniform(*_INSET_SIDE) * IMAGE_SIZE)
+    top, left = rng.integers(0, IMAGE_SIZE - side + 1, 2)
+    square = (slice(top, top + side), slice(left, left + side))
+    image = image.copy()
+    image[square] = np.asarray(Image.fromarray(shown).resize((side, side), Image.Resampling.BOX))
+    small = np.asarray(Image.fromarray(plane).resize((side, side), Image.Resampling.NEAREST))
+    visible = []
+    for part, worth in parts:
+        rest = part.copy()
+        rest[square] = False
+        visible.append((rest, worth))
+    for part, worth in inset.split(small)[0]:
+        whole = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
+        whole[square] = part
+        visible.append((whole, worth))
+    return image, visible
+
+
 def prompts(
     regions: np.ndarray, worth: np.ndarray, rng: np.random.Generator
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Draw the prompts of regions (R, S, S) by kind: coords (K, N, 2), labels (K, N) and aims (K,).
 
-    The first kind has a point in a part, a point anywhere and no prompt; the second has two points or a box;
+    The first kind has two points in parts, a point anywhere and no prompt; the second has two points or a box;
     the third has four points.
     """
     known = np.flatnonzero(worth[1:]) + 1
+    lesions = regions[1:][worth[1:] == WORTH].any(0)
     shares = worth[known] ** 0.5 / max(1e-9, (worth[known] ** 0.5).sum())
 
     def aim() -> int:
@@ -162,7 +200,7 @@ def prompts(
         if meant < 0:
             return rng.uniform(0, IMAGE_SIZE, (count, 2)), np.ones(count, int), -1
         region = regions[meant]
-        inside = region & ~regions[1] if worth[meant] < WORTH else region  # anatomy outside of the lesion
+        inside = region & ~lesions if worth[meant] < WORTH else region  # anatomy outside of the lesions
         inside = inside if inside.any() else region
         labels = np.ones(count, int)
         labels[1:] = rng.random(count - 1) < 0.5
@@ -183,6 +221,7 @@ def prompts(
     x, y = anywhere[0].astype(int)
     here = np.flatnonzero(regions[1:, y, x]) + 1
     singles = [
+        at_points(1),
         at_points(1),
         (anywhere, np.ones(1, int), int(here[0]) if len(here) else -1),
         (np.zeros((1, 2)), np.full(1, NO_PROMPT), 0 if worth[0] else -1),

@@ -129,7 +129,7 @@ def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         errors.append((predicted - quality).abs().mean(1))
         picked = quality[:, 1:].gather(1, predicted[:, 1:].argmax(1, keepdim=True))[:, 0]
         if length == 1:
-            for name, column in (("point", 0), ("none", 2)):
+            for name, column in (("point", 0), ("none", 3)):
                 of_kind = picked.view(-1, count)[:, column]
                 watched[name] = float(of_kind[valid.view(-1, count)[:, column]].mean())
     outline, off = torch.cat(outlines).mean(), torch.cat(errors).mean()

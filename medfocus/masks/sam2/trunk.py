@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from medfocus.storage.imagenet import MEAN, STD, TRUNK
 
@@ -16,7 +17,9 @@ class ConvTrunk(nn.Module):
     """timm's EfficientNet-Lite0 as a trunk: pixels (B, 3, S, S) -> maps at S/4, S/8, S/16 and S/32.
 
     The sam2 package's ``ImageEncoder`` takes any trunk that has ``channel_list`` and returns its maps from
-    fine to coarse. Normalisation layers keep their statistics, also in training.
+    fine to coarse. Normalisation layers keep their statistics, also in training. The maps are normalised
+    over their channels: SAM2 adds positions of size one to them, and much larger maps would drown the
+    positions, so that the decoder could not tell where a point lies.
     """
 
     def __init__(self) -> None:
@@ -53,7 +56,7 @@ class ConvTrunk(nn.Module):
         for number, stage in enumerate(self.net.blocks):
             x = stage(before(number, x))
             if number + 1 in self._ends:
-                maps.append(x)
+                maps.append(_unit(x))
         return maps
 
     def train(self, mode: bool = True) -> ConvTrunk:
@@ -63,3 +66,9 @@ class ConvTrunk(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
+
+
+def _unit(maps: Tensor) -> Tensor:
+    """Normalise maps (B, C, h, w) over their channels to mean 0 and variance 1."""
+    last = maps.permute(0, 2, 3, 1)
+    return layer_norm(last, last.shape[-1:]).permute(0, 3, 1, 2)
