@@ -121,8 +121,8 @@ def test_with_flips_an_image_and_its_mirror_image_get_the_same_prediction(
     torch.testing.assert_close(straight, mirrored, rtol=0, atol=1e-5)
     without = method_of(encoder, kind, tuning=tuning)
     without.fit(support_of(without), seeded())
-    seen = [without.logits(without.embed(side))["probe"] for side in (images, images.flip(2))]
-    assert not torch.allclose(*seen, atol=1e-3)
+    one, other = (without.logits(without.embed(side))["probe"] for side in (images, images.flip(2)))
+    assert not torch.allclose(one, other, atol=1e-3)
     header = checkpoint.Header("medfocusclip", method.settings, ("a", "b"), "none", encoder.key, 0, 0, {})
     checkpoint.save(method, header, tmp_path / "cell.safetensors")
     loaded, _ = checkpoint.load(tmp_path / "cell.safetensors", encoder)

@@ -32,7 +32,7 @@ def build_method(params: Params, name: str, encoder: ClipEncoder | None, *, flip
             "'like: METHOD' for another row of one of them."
         )
     first = _candidates(params, name)[0]
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()} | first
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in {**settings, **first}.items()}
     try:
         return METHODS[kind](cast("ClipEncoder", encoder), flip=flip, **settings)
     except TypeError as error:
