@@ -19,7 +19,7 @@ from flows.study.methods import build_method
 from flows.study.params import load_params
 from medfocus.learning.folds import stratified_folds
 from medfocus.learning.method import Support
-from medfocus.learning.selection import LearningRates, choose
+from medfocus.learning.selection import Choice, candidates, choose
 from medfocus.methods import METHODS
 from medfocus.methods.clip import ClipLinearProbe
 from medfocus.methods.clip_adapter import RATIO_WITHOUT_VALIDATION, Adapter
@@ -242,7 +242,7 @@ def labelled(labels: Tensor) -> Support:
 def test_the_learning_rate_does_best_on_held_out_images_of_a_part_of_the_support() -> None:
     support = labelled(torch.arange(90) % CLASSES)
     Sharpened.seen.clear()
-    rates = LearningRates((0.1, 5.0, 1.0), folds=2, images=30)
+    rates = Choice(candidates({"lr": (0.1, 5.0, 1.0)}), folds=2, images=30)
     chosen = rates.fit(Sharpened(0.7), support, seeded())  # pyright: ignore[reportArgumentType]
     assert cast("Any", chosen).lr == 5.0
     assert Sharpened.seen == [15] * 6 + [90]  # three rates on each half of 30, then the best rate on all
@@ -251,9 +251,19 @@ def test_the_learning_rate_does_best_on_held_out_images_of_a_part_of_the_support
 @pytest.mark.parametrize("counts", [(1, 60, 60), (2, 60, 60), (500, 2, 3)])
 def test_the_learning_rate_is_chosen_for_any_class_sizes(counts: tuple[int, ...]) -> None:
     labels = torch.arange(CLASSES).repeat_interleave(torch.tensor(counts))
-    rates = LearningRates((0.1, 5.0), folds=2, images=20)
+    rates = Choice(candidates({"lr": (0.1, 5.0)}), folds=2, images=20)
     chosen = rates.fit(Sharpened(0.7), labelled(labels), seeded())  # pyright: ignore[reportArgumentType]
     assert cast("Any", chosen).lr == (0.1 if min(counts) == 1 else 5.0)  # without a fold, the first rate
+
+
+def test_the_candidates_are_all_combinations_of_the_listed_values() -> None:
+    listed = {"tuning": ("adapter", "full"), "lr": [1, 2], "layers": (3, 4), "folds": 2}
+    assert [tuple(one.values()) for one in candidates(listed)] == [
+        ("adapter", 1), ("adapter", 2), ("full", 1), ("full", 2)
+    ]  # fmt: skip
+    assert candidates({"tuning": "full", "lr": 1}) == ({},)
+    with pytest.raises(ValueError, match="lr is an empty list; give one value, or several"):
+        candidates({"lr": ()})
 
 
 def test_without_folds_the_published_value_is_used_and_one_candidate_needs_no_folds() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from medfocus.clip import features
 from medfocus.clip.build import build_clip
 from medfocus.clip.features import encode
-from medfocus.focus.crop import Crop, crop_box
+from medfocus.focus.augment import ANGLE, SIDE, STRETCH, Augmentation, augmentation
 from medfocus.focus.modes import FOCUS
 from medfocus.focus.view import view, view_key
 from medfocus.images.decode import read
@@ -48,7 +48,7 @@ def region(height: int = 60, width: int = 40) -> np.ndarray:
 
 def test_view_zero_is_the_whole_image_and_needs_no_mask_without_focus() -> None:
     whole = view(
-        image(), None, focus="none", frame=Frame(32), feather=0.02, crop=crop_box(SHA, 0, mirror=True)
+        image(), None, focus="none", frame=Frame(32), feather=0.02, change=augmentation(SHA, 0, mirror=True)
     )
     assert np.array_equal(whole, Frame(32).image(image()))
     assert np.array_equal(whole, view(image(), region(), focus="none", frame=Frame(32), feather=0.02))
@@ -66,40 +66,76 @@ def test_a_focus_without_a_mask_is_refused(focus: str) -> None:
         view(image(), None, focus=focus, frame=Frame(32), feather=0.02)
 
 
-def test_a_crop_is_reproducible_and_keeps_the_aspect_ratio_and_half_of_the_image() -> None:
-    crops = [crop_box(SHA, number) for number in range(1, 200)]
-    assert crops == [crop_box(SHA, number) for number in range(1, 200)]
-    assert len(set(crops)) == len(crops)
-    assert crop_box(hashlib.sha256(b"another").hexdigest(), 1) != crops[0]
-    areas = []
-    for left, top, right, bottom, _ in crops:
-        assert 0 <= left < right <= 1 + 1e-9 and 0 <= top < bottom <= 1 + 1e-9
-        assert right - left == pytest.approx(bottom - top)
-        areas.append((right - left) * (bottom - top))
-    assert 0.5 <= min(areas) < 0.55 and 0.95 < max(areas) <= 1
+def test_an_augmentation_is_reproducible_and_within_its_ranges() -> None:
+    drawn = [augmentation(SHA, number) for number in range(1, 200)]
+    assert drawn == [augmentation(SHA, number) for number in range(1, 200)]
+    assert len(set(drawn)) == len(drawn)
+    assert augmentation(hashlib.sha256(b"another").hexdigest(), 1) != drawn[0]
+    angles = [abs(change.angle) for change in drawn]
+    sides = [(change.width * change.height) ** 0.5 for change in drawn]
+    assert max(angles) <= ANGLE < 1.1 * max(angles)
+    assert SIDE[0] <= min(sides) < 0.8 and 1.05 < max(sides) <= SIDE[1]
+    assert all(max(change.width / change.height, change.height / change.width) <= STRETCH for change in drawn)
 
 
 def test_views_are_mirrored_only_on_request() -> None:
-    assert not any(crop_box(SHA, number).mirrored for number in range(100))
-    mirrored = [crop_box(SHA, number, mirror=True).mirrored for number in range(100)]
+    assert not any(augmentation(SHA, number).mirrored for number in range(100))
+    mirrored = [augmentation(SHA, number, mirror=True).mirrored for number in range(100)]
     assert not mirrored[0] and 30 < sum(mirrored) < 70
-    assert all(crop_box(SHA, number, mirror=True)[:4] == crop_box(SHA, number)[:4] for number in range(100))
+    for number in range(100):
+        assert augmentation(SHA, number, mirror=True)[:6] == augmentation(SHA, number)[:6]
+
+
+def test_a_mirrored_view_is_the_mirror_image_of_the_same_view() -> None:
+    change = augmentation(SHA, 1)
+    mirrored = change._replace(mirrored=True)
+    assert np.array_equal(mirrored.image(image()), change.image(image())[:, ::-1])
+    assert np.array_equal(mirrored.mask(region()), change.mask(region())[:, ::-1])
+
+
+def test_a_window_of_half_the_size_in_a_corner_shows_that_corner_twice_as_large() -> None:
+    corner = Augmentation(width=0.5, height=0.5, right=-0.25, down=0.25)
+    assert np.array_equal(corner.mask(region()), region()[30:, :20].repeat(2, axis=0).repeat(2, axis=1))
+
+
+def test_a_rotation_by_a_quarter_turns_the_image() -> None:
+    turned = Augmentation(angle=90).image(image(40, 40)).astype(int)
+    assert np.abs(turned - np.rot90(image(40, 40)))[1:-1, 1:-1].max() <= 1
+
+
+def test_outside_the_image_is_padding_and_outside_the_mask_is_no_region() -> None:
+    wide = Augmentation(width=1.5, height=1.5)
+    seen = wide.image(np.zeros((60, 60, 3), np.uint8), (9, 8, 7))
+    assert (seen[:8] == (9, 8, 7)).all() and not seen[12:-12, 12:-12].any()
+    assert not wide.mask(np.ones((60, 60), bool))[:8].any()
+
+
+def test_a_tone_curve_keeps_black_and_white_and_changes_no_mask() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2)
+    darker = Augmentation(gamma=1.3).image(ramp)
+    assert (darker[0, [0, 255]] == ramp[0, [0, 255]]).all() and (darker[0, 1:250] < ramp[0, 1:250]).all()
+    assert np.array_equal(Augmentation(gamma=1.3).mask(region()), region())
 
 
 @pytest.mark.parametrize("focus", FOCUS)
-def test_image_and_mask_are_cropped_together_and_before_the_focus(focus: str) -> None:
-    crop = Crop(0.1, 0.25, 0.85, 0.9, mirrored=True)
-    rows, columns = slice(15, 54), slice(4, 34)
-    cut, mask = image()[rows, columns][:, ::-1], region()[rows, columns][:, ::-1]
-    expected = view(cut.copy(), mask.copy(), focus=focus, frame=Frame(48), feather=0.02)
+def test_image_and_mask_are_changed_together_and_before_the_focus(focus: str) -> None:
+    change = Augmentation(10, 0.9, 0.8, 0.02, -0.03, 1.2, mirrored=True)
+    changed, mask = change.image(image()), change.mask(region())
+    expected = view(changed, mask, focus=focus, frame=Frame(48), feather=0.02)
     assert np.array_equal(
-        view(image(), region(), focus=focus, frame=Frame(48), feather=0.02, crop=crop), expected
+        view(image(), region(), focus=focus, frame=Frame(48), feather=0.02, change=change), expected
     )
 
 
-def test_a_crop_without_the_region_shows_the_whole_image() -> None:
-    seen = view(image(), region(), focus="crop", frame=Frame(48), feather=0, crop=Crop(0, 0.6, 0.7, 1, False))
-    assert np.array_equal(seen, view(image(), region(), focus="crop", frame=Frame(48), feather=0))
+def test_a_change_that_would_hide_the_region_shows_the_whole_image() -> None:
+    away = Augmentation(width=0.5, height=0.5, down=0.4, gamma=1.2, mirrored=True)
+    seen = view(image(), region(), focus="multiply", frame=Frame(48), feather=0, change=away)
+    whole = Augmentation(gamma=1.2, mirrored=True)
+    expected = view(image(), region(), focus="multiply", frame=Frame(48), feather=0, change=whole)
+    assert np.array_equal(seen, expected)
+    everywhere = np.ones_like(region())
+    assert away.keeping(everywhere) == whole  # a quarter of the mask stays, however large it is shown
+    assert augmentation(SHA, 3).keeping(region()) == augmentation(SHA, 3)
 
 
 def test_each_view_setting_changes_the_key() -> None:

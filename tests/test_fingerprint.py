@@ -169,7 +169,10 @@ COUNTS = {
         "masks.sam2.retrieval masks.sam2.segmenter clip.build",
         "masks.sam2.adapter",
     ),
-    "views": ("focus.view focus.modes focus.marks focus.crop images.geometry images.decode", "clip.encoder"),
+    "views": (
+        "focus.view focus.modes focus.marks focus.augment focus.crop images.geometry images.decode",
+        "clip.encoder",
+    ),
     "region views": ("focus.view focus.modes clip.regions", "masks.otsu clip.encoder focus.controls"),
     "features": (
         "learning.frozen clip.encoder clip.build clip.tail clip.towers.choose clip.regions masks.candidates",

@@ -320,10 +320,10 @@ def test_medfocusclip_averages_the_updated_text_features_of_all_templates(
 
 
 def test_the_contrastive_term_alone_trains_both_towers(clip: ClipEncoder) -> None:
-    classifier = MedFocusClip(clip, **MEDFOCUSCLIP)._untrained(class_embeddings(clip, PROMPTS), 3)
+    classifier = MedFocusClip(clip, **MEDFOCUSCLIP)._untrained(class_embeddings(clip, PROMPTS), 0)
     images, labels = coloured(6)
     text = MedFocusClip._texts(classifier, support_of(clip))
-    classifier.loss(images.float(), text, labels, 1.0).backward()
+    classifier.loss(images, torch.empty(6, 0), text, labels, 1.0).backward()
     gradients = [update.up.grad for update in classifier.tower.updates]  # pyright: ignore
     assert len(gradients) == 7
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)  # pyright: ignore
@@ -362,13 +362,16 @@ def test_a_fit_without_steps_is_refused() -> None:
     [
         ({"tuning": "adapters"}, "tuning is 'adapters'; use one of adapter, lora, full"),
         ({"tuning": "full"}, "tuning is 'full' and blocks 0; .*Set blocks to 1 or more with 'full'"),
-        ({"blocks": 2}, "tuning is 'lora' and blocks 2; blocks train only in 'full'"),
         ({"tuning": "adapter", "blocks": -1}, "tuning is 'adapter' and blocks -1"),
-        ({"layers": (2,)}, r"tuning is 'lora', layers \[2\] and segmenter_grid 0; .*Set tuning to adapter"),
+        ({"blocks": 2}, "tuning is 'lora', blocks 2, .*'lora' updates the whole encoder. Set blocks and"),
+        ({"layers": (2,)}, r"tuning is 'lora', blocks 0, layers \[2\] .*and layers to \[\]"),
+        ({"segmenter_grid": 4}, r"tuning is 'lora', .* and segmenter_grid 4; .*Set blocks and"),
         (
-            {"segmenter_grid": 4},
-            r"tuning is 'lora', layers \[\] and segmenter_grid 4; .*Set tuning to adapter",
+            {"tuning": "full", "blocks": 1, "segmenter_grid": 4},
+            "blocks is 1 and segmenter_grid 4; SAM2's features need tuning 'adapter' without blocks",
         ),
+        ({"warmup": 1.0}, r"warmup is 1\.0; use a share in \[0, 1\)"),
+        ({"smoothing": -0.1}, r"smoothing is -0\.1; use a share in \[0, 1\)"),
     ],
 )
 def test_unknown_tunings_and_settings_of_other_tunings_are_refused(
@@ -392,10 +395,10 @@ def test_untrained_updates_predict_like_untrained_adapters(clip: ClipEncoder) ->
     text = support.text_features
     lora = MedFocusClip(clip, **MEDFOCUSCLIP)
     adapter = MedFocusClip(clip, **{**MEDFOCUSCLIP, "tuning": "adapter"})
-    fused = lora._fused(lora._untrained(text, 3), support.inputs[0], text)
-    features = adapter.embed(support.inputs[0])
+    fused = lora._fused(lora._untrained(text, 0), lora._split(support.inputs), text)
+    features = adapter._split(adapter.embed(support.inputs[0])[None])
     torch.testing.assert_close(
-        fused, adapter._fused(adapter._untrained(text, clip.dim), features, text), rtol=0, atol=1e-5
+        fused, adapter._fused(adapter._untrained(text, 0), features, text), rtol=0, atol=1e-5
     )
     torch.testing.assert_close(functional.normalize(fused, dim=-1), fused, rtol=0, atol=1e-6)
 

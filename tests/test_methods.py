@@ -150,7 +150,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "grid": 2,
         "hidden": 4,
         "epochs": 40,
+        "augmented": None,
         "max_steps": 1000,
+        "warmup": 0.0,
+        "smoothing": 0.0,
         "batch_size": 8,
         "lr": 1e-2,
         "weight_decay": 1e-2,
@@ -355,9 +358,10 @@ def test_permuting_the_labels_leaves_the_fused_features_byte_identical(
     classifier = FusedClassifier(8, 3, fusion=fusion, head="cosine", hidden=4, logit_scale=10.0)
     images, text = random_features(12, 0).float(), random_features(3, 1).float()
     labels = torch.arange(12) % 3
-    before = classifier.fuse(images, text)
-    classifier.loss(images, text, labels.flip(0), 0.5)
-    assert classifier.fuse(images, text).detach().numpy().tobytes() == before.detach().numpy().tobytes()
+    none = torch.empty(12, 0)
+    before = classifier.fuse(images, none, text)
+    classifier.loss(images, none, text, labels.flip(0), 0.5)
+    assert classifier.fuse(images, none, text).detach().numpy().tobytes() == before.detach().numpy().tobytes()
 
 
 def test_on_random_labels_the_method_is_at_chance(tiny_clip: TinyClip) -> None:
@@ -395,7 +399,7 @@ def test_fusion_and_adapters_start_as_the_identity_on_the_image_features() -> No
 def test_the_contrastive_term_trains_the_adapters_but_not_the_head() -> None:
     classifier = FusedClassifier(8, 3, fusion="softmax-text", head="cosine", hidden=4, logit_scale=10.0)
     images, text, labels = random_features(6, 0).float(), random_features(3, 1).float(), torch.arange(6) % 3
-    classifier.loss(images, text, labels, 1.0).backward()
+    classifier.loss(images, torch.empty(6, 0), text, labels, 1.0).backward()
     gradient = classifier.image_adapter.up.weight.grad
     assert gradient is not None and gradient.abs().max() > 0
     assert classifier.head.weight.grad is None or classifier.head.weight.grad.abs().max() == 0
@@ -614,15 +618,6 @@ def test_the_state_holds_patch_statistics_and_trained_blocks(changed: dict[str, 
         assert patches.shape[1] == of_blocks + settings["segmenter_grid"] ** 2
         assert torch.allclose(patches.mean(0), torch.zeros(patches.shape[1]), atol=1e-4)
         assert 0.5 < patches.square().sum(1).mean() < 1.1  # about the length of I
-
-
-def test_patch_features_of_a_trained_encoder_are_refused() -> None:
-    for joined in ({"layers": (2,)}, {"segmenter_grid": 4}):
-        settings = {**SETTINGS["medfocusclip"], "tuning": "full", "blocks": 1, **joined}
-        with pytest.raises(
-            ValueError, match=r"'full', layers .*Set tuning to adapter, or layers to \[\] and"
-        ):
-            MedFocusClip(None, **settings)  # pyright: ignore[reportArgumentType]
 
 
 def test_segmenter_features_need_a_segmenter_and_change_the_key_of_the_encoder() -> None:

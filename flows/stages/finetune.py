@@ -28,12 +28,12 @@ from tqdm import tqdm
 from flows.study import costs, models
 from flows.study.cells import Cell, methods_of, plan
 from flows.study.dataset import EncodedDataset
-from flows.study.methods import build_method, check_towers, choice_of_rate, support_views
+from flows.study.methods import build_method, check_towers, choice_of
 from flows.study.study import here
 from medfocus.focus.controls import CONTROLS
 from medfocus.learning import fitting
 from medfocus.learning.method import Method, Support
-from medfocus.learning.selection import LearningRates
+from medfocus.learning.selection import Choice
 from medfocus.methods import METHODS
 from medfocus.serving import checkpoint
 from medfocus.storage import atomic
@@ -49,7 +49,7 @@ class FitJob:
     method: Method
     support: Support
     header: checkpoint.Header  # without its validation and calibration
-    rates: LearningRates | None  # to select from; None if there is only one
+    choice: Choice | None  # of settings; None if there is nothing to choose
     folds: int  # of the validation; 0 to skip it
     confidence: float  # of the sets of classes
     path: Path
@@ -95,8 +95,8 @@ def fit(job: FitJob) -> None:
     torch.set_num_threads(1)
     _end_with_parent()
     seed = job.header.facts["seed"]
-    validation = fitting.validate(job.method, job.support, job.rates, folds=job.folds, seed=seed)
-    method, seconds, peak_mib = costs.measure(lambda: fitting.fit(job.method, job.support, job.rates, seed))
+    validation = fitting.validate(job.method, job.support, job.choice, folds=job.folds, seed=seed)
+    method, seconds, peak_mib = costs.measure(lambda: fitting.fit(job.method, job.support, job.choice, seed))
     header = dataclasses.replace(
         job.header,
         validation_correct=validation.correct,
@@ -140,8 +140,8 @@ def _end_with_parent() -> None:
 def cached_path(dataset: EncodedDataset, cell: Cell) -> Path:
     """Return the path of a cell's checkpoint in the cache, under a key of all that it depends on."""
     params = dataset.study.params
-    settings, views = params.method(cell.method)[1], support_views(params, cell.method)
-    key = dataset.key(cell, settings, views, _folds(dataset, cell))
+    settings = params.method(cell.method)[1]
+    key = dataset.key(cell, settings, dataset.views(cell), _folds(dataset, cell))
     return dataset.study.cell_cache(key)
 
 
@@ -151,11 +151,11 @@ def _prepared(dataset: EncodedDataset, cells: Mapping[Cell, Path]) -> Iterator[F
     by_views: dict[tuple[str, int], list[Cell]] = {}  # (focus, number of views) -> cells
     for cell in cells:
         if METHODS[params.method(cell.method)[0]].learns:
-            by_views.setdefault((cell.focus, support_views(params, cell.method)), []).append(cell)
-    images = _all_support_paths(dataset)
+            by_views.setdefault((cell.focus, dataset.views(cell)), []).append(cell)
     for cell, path in cells.items():
-        views = support_views(params, cell.method)
+        views = dataset.views(cell)
         if same_views := by_views.get((cell.focus, views)):
+            images = sorted({path for other in same_views for path in dataset.support_paths(other)})
             dataset.embed(methods_of(same_views), cell.focus, images, views, "encode")
         yield prepare(dataset, cell, path)
 
@@ -165,8 +165,7 @@ def prepare(dataset: EncodedDataset, cell: Cell, path: Path) -> FitJob:
     params = dataset.study.params
     encoder = dataset.encoder_for(cell.focus)
     kind, settings = params.method(cell.method)
-    method = build_method(params, cell.method, encoder)
-    views = support_views(params, cell.method)
+    method = build_method(params, cell.method, encoder, flip=dataset.params.flip)
     header = checkpoint.Header(
         method=kind,
         settings=settings,
@@ -182,9 +181,9 @@ def prepare(dataset: EncodedDataset, cell: Cell, path: Path) -> FitJob:
             "key": path.stem,
         },
     )
-    support = dataset.support(method, cell, views)
+    support = dataset.support(method, cell, dataset.views(cell))
     method.encoder = encoder_to_fit(method, encoder)
-    choice = choice_of_rate(params, cell.method)
+    choice = choice_of(params, cell.method)
     confidence = params.validation.confidence
     return FitJob(method, support, header, choice, _folds(dataset, cell), confidence, path)
 
@@ -195,7 +194,9 @@ def encoder_to_fit(method: Method, encoder: ClipEncoder) -> ClipEncoder:
         return dataclasses.replace(encoder, segmenter=None)
     model = nn.Module()
     if method.trained_blocks:
-        model.visual = encoder.tail(method.trained_blocks).visual
+        tail = encoder.tail(method.trained_blocks)
+        model.visual = tail.visual
+        encoder = dataclasses.replace(encoder, skipped=tail.skipped)
     return dataclasses.replace(encoder, segmenter=None, tokenizer=None, model=model)
 
 
@@ -217,12 +218,6 @@ def _folds(dataset: EncodedDataset, cell: Cell) -> int:
 def _is_largest(dataset: EncodedDataset, cell: Cell) -> bool:
     supports = dataset.splits.supports[cell.seed]
     return len(dataset.support_paths(cell)) == max(map(len, supports.values()))
-
-
-def _all_support_paths(dataset: EncodedDataset) -> list[str]:
-    """Return the images of all supports, sorted."""
-    supports = dataset.splits.supports.values()
-    return sorted({path for by_name in supports for paths in by_name.values() for path in paths})
 
 
 if __name__ == "__main__":

@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 from flows.study import models
 from flows.study.cells import NOTHING, Cell
-from flows.study.methods import build_method, choice_of_rate
+from flows.study.methods import build_method, choice_of
 from flows.study.study import Study, study_in
 from medfocus.clip import features
 from medfocus.clip.build import build_clip
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.datasets.records import Record, chunks, read_manifest
 from medfocus.datasets.splits import Splits, read_splits
+from medfocus.focus.augment import augmentation
 from medfocus.focus.controls import MaskSource, focus_of, mask_source_of
-from medfocus.focus.crop import crop_box
 from medfocus.focus.view import view, view_key
 from medfocus.images import decode
 from medfocus.learning import fitting
@@ -107,10 +107,10 @@ class EncodedDataset:
             methods: Names of methods; each view passes the image encoder once for all of them.
             focus: Visual prompt.
             paths: Images of the manifest.
-            views: Number of views of each image: the whole image, then random crops.
+            views: Number of views of each image: the whole image, then augmented ones.
             label: Label of the progress bar.
         """
-        by_embedding = {build_method(self.study.params, name, None).embedding: name for name in methods}
+        by_embedding = {self._method(name).embedding: name for name in methods}
         known = [self._embedded.setdefault((embedding, focus, views), {}) for embedding in by_embedding]
         wanted = [path for path in dict.fromkeys(paths) if any(path not in rows for rows in known)]
         if not wanted:
@@ -156,7 +156,7 @@ class EncodedDataset:
         encoder = self.encoder_for(focus).with_activation_cache()
 
         def kind(name: str) -> features.Kind:
-            method = build_method(self.study.params, name, encoder)
+            method = self._method(name, encoder)
             settings = feature_key(method, encoder, self._view_key(focus))
             return features.Kind(method.embed, settings, _dtype(method.embedding))
 
@@ -179,6 +179,14 @@ class EncodedDataset:
             return float(cell.support[:-1])
         return 100 * len(self.support_paths(cell)) / len(self.splits.train)
 
+    def _method(self, name: str, encoder: ClipEncoder | None = None) -> Method:
+        return build_method(self.study.params, name, encoder, flip=self.params.flip)
+
+    def views(self, cell: Cell) -> int:
+        """Return the number of views that a cell's method takes of each image of its support."""
+        usual = self.study.params.views.augmented
+        return self._method(cell.method).views(len(self.support_paths(cell)), usual)
+
     def support(self, method: Method, cell: Cell, views: int) -> Support:
         """Return a cell's support, which ``embed`` has computed; it is empty if the method does not learn."""
         paths = self.support_paths(cell)
@@ -194,7 +202,7 @@ class EncodedDataset:
     def key(self, cell: Cell, settings: dict[str, Any], views: int, folds: int) -> str:
         """Return the sha256 hex of all that a cell's checkpoint depends on, including the code."""
         paths = self.support_paths(cell)
-        choice = choice_of_rate(self.study.params, cell.method)
+        choice = choice_of(self.study.params, cell.method)
         content = {
             "cell": [cell.method, cell.focus, cell.seed],
             "settings": settings,
@@ -214,7 +222,7 @@ class EncodedDataset:
                 for p in paths
             ],
             "flip": self.params.flip,
-            "rates": dataclasses.asdict(choice) if choice else None,
+            "choice": dataclasses.asdict(choice) if choice else None,
             "prompts": self.prompts,
             "code": cell_code(METHODS[self.study.params.method(cell.method)[0]], self.encoder),
         }
@@ -242,7 +250,7 @@ class EncodedDataset:
         if mask is not None and mask.shape != image.shape[:2]:  # another image's mask
             height, width = image.shape[:2]
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
-        crop = crop_box(record.sha256, number, mirror=self.params.flip)
+        change = augmentation(record.sha256, number, mirror=self.params.flip)
         frame, params = self.encoder.frame, self.study.params.views
         return view(
             image,
@@ -251,7 +259,7 @@ class EncodedDataset:
             frame=frame,
             feather=params.feather,
             fill=params.fill,
-            crop=crop,
+            change=change,
         )
 
     def _view_key(self, focus: str) -> str:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from flows.study.params import Params
 from medfocus.clip.regions import REGIONS
 from medfocus.learning.method import Method
-from medfocus.learning.selection import LearningRates
+from medfocus.learning.selection import Choice, candidates
 from medfocus.methods import METHODS
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
 
 
-def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Method:
+def build_method(params: Params, name: str, encoder: ClipEncoder | None, *, flip: bool = False) -> Method:
     """Build an unfitted method; without an encoder this only checks the hyperparameters.
 
-    If params.yaml lists several learning rates, the method has the first one.
+    ``flip`` is that of the data set; see ``Method.flip``. If params.yaml lists several values to choose
+    from, the method has the first one.
 
     Raises:
         ValueError: The name or a hyperparameter is unknown, missing or out of range.
@@ -29,11 +31,10 @@ def build_method(params: Params, name: str, encoder: ClipEncoder | None) -> Meth
             f"params.yaml: methods.{name} is not a method; use one of {', '.join(METHODS)}, or add "
             "'like: METHOD' for another row of one of them."
         )
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    if rates := learning_rates(params, name):
-        settings["lr"] = rates[0]
+    first = _candidates(params, name)[0]
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in {**settings, **first}.items()}
     try:
-        return METHODS[kind](cast("ClipEncoder", encoder), **settings)
+        return METHODS[kind](cast("ClipEncoder", encoder), flip=flip, **settings)
     except TypeError as error:
         raise ValueError(f"params.yaml: methods.{name}: {error}.") from error
 
@@ -48,28 +49,29 @@ def check_towers(params: Params, encoder: ClipEncoder) -> None:
             build_method(params, name, encoder).check_towers(caller)
 
 
-def learning_rates(params: Params, name: str) -> tuple[float, ...]:
-    """Return the learning rates to select from inside the support; () for a method without a rate.
+def _candidates(params: Params, name: str) -> tuple[Mapping[str, Any], ...]:
+    """Return the settings to select from inside the support; see ``selection.candidates``.
 
-    Raises ValueError unless all are numbers above 0.
+    Raises ValueError for an empty list, and for learning rates that are not numbers above 0.
     """
     settings = params.method(name)[1]
-    if "lr" not in settings:
-        return ()
-    written = settings["lr"]
-    rates = tuple(written) if isinstance(written, list) else (written,)
-    if not rates or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
-        raise ValueError(
-            f"params.yaml: methods.{name}.lr is {written!r}; give a number above 0, or a list of numbers "
-            "from which cross-validation inside the support selects."
-        )
-    return rates
+    try:
+        found = candidates(settings)
+    except ValueError as error:
+        raise ValueError(f"params.yaml: methods.{name}.{error}") from error
+    for rate in (one.get("lr", settings.get("lr", 1)) for one in found):
+        if not isinstance(rate, int | float) or rate <= 0:
+            raise ValueError(
+                f"params.yaml: methods.{name}.lr is {settings['lr']!r}; give a number above 0, or a list of "
+                "numbers from which cross-validation inside the support selects."
+            )
+    return found
 
 
-def choice_of_rate(params: Params, name: str) -> LearningRates | None:
-    """Return the settings by which a learning rate is selected; None if there are not several."""
-    rates = learning_rates(params, name)
-    return LearningRates(rates, **dataclasses.asdict(params.learning_rates)) if len(rates) > 1 else None
+def choice_of(params: Params, name: str) -> Choice | None:
+    """Return the choice that a method's listed settings ask for; None if there is nothing to choose."""
+    found = _candidates(params, name)
+    return Choice(found, **dataclasses.asdict(params.choice)) if len(found) > 1 else None
 
 
 def schedule_warning(params: Params) -> str:
@@ -84,8 +86,3 @@ def schedule_warning(params: Params) -> str:
         f"params.yaml: study.schedule is {params.study.schedule}, for {weights}, but clip.model is "
         f"{params.clip.model}. If this is a mistake, set it to {fitting}; it changes {', '.join(rows)}."
     )
-
-
-def support_views(params: Params, method: str) -> int:
-    """Return the number of views that a method takes of each training image."""
-    return 1 + params.views.augmented if METHODS[params.method(method)[0]].takes_views else 1

@@ -161,7 +161,7 @@ class ViewsParams:
     feather: Annotated[float, Field(ge=0, lt=0.5)]  # width of the soft edge, in shares of the longest side
     fill: Literal["mean", "black"]  # the colour in place of what a focus hides: CLIP's mean colour, or black
     attention_bias: Annotated[float, Field(ge=0)]  # β of the focus "attention"; 0 has no effect
-    augmented: Annotated[int, Field(ge=0)]  # random resized crops per support image, besides the whole image
+    augmented: Annotated[int, Field(ge=0)]  # changed views of each support image, besides the whole image
     batch_size: Positive
 
 
@@ -181,8 +181,8 @@ class ClipParams:
 
 
 @dataclass(frozen=True, config=_strict)
-class LearningRatesParams:
-    """How one learning rate is selected if a method lists several."""
+class ChoiceParams:
+    """How a learning rate or a tuning is selected if a method lists several."""
 
     folds: Annotated[int, Field(ge=2)]  # of the cross-validation inside the support
     images: Positive  # largest number of support images that the selection uses
@@ -271,7 +271,7 @@ class Params:
     views: ViewsParams
     clip: ClipParams
     methods: dict[str, dict[str, Any]]  # method -> hyperparameters, which the method checks
-    learning_rates: LearningRatesParams
+    choice: ChoiceParams
     validation: ValidationParams
     tracking: TrackingParams
     gate: GateParams

@@ -55,7 +55,9 @@ def build_clip(
     if resize not in RESIZES:
         raise ValueError(f"CLIP {model}: resize is {resize!r}. Use one of {', '.join(RESIZES)}.")
     source = sources.locate(model, pretrained)
-    state = None if source.checkpoint is None else converted(weights.load(source.checkpoint))
+    state = None
+    if source.checkpoint is not None:
+        state = sources.completed(converted(weights.load(source.checkpoint)), source)
 
     import open_clip
 

@@ -15,10 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
 
 from medfocus.clip.regions import REGIONS, Region, load_alpha
-from medfocus.clip.tail import ActivationCache, Tail
+from medfocus.clip.tail import ActivationCache, Tail, cells
 from medfocus.clip.tokenizer import check_lengths
 from medfocus.clip.towers.base import VERBS, ImageTower
 from medfocus.clip.towers.choose import image_tower, text_tower
@@ -56,6 +55,7 @@ class ClipEncoder:
     device: torch.device
     segmenter: Describer | None = None  # adds its image features to CLIP's
     region: Region = field(default_factory=Region)  # how the image encoder uses the channels after RGB
+    skipped: int = 0  # first blocks that ``model.visual`` lacks, if it is a tail
     cache: ActivationCache | None = None  # activations of the last batch; None caches nothing
 
     @property
@@ -147,7 +147,7 @@ class ClipEncoder:
 
     def _normalised(self, views: np.ndarray | Tensor) -> Tensor:
         pixels = torch.as_tensor(views).to(self.device).permute(0, 3, 1, 2)  # (B, C, S, S)
-        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 255
+        pixels = pixels.to(torch.float32, memory_format=self.tower.memory_format) / 255
         mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
         parts = pixels.split(3, dim=1)
@@ -191,13 +191,7 @@ class ClipEncoder:
         """
         self.check_layers(layers, grid, "layers")
         passed = self._passed(pixels, {*layers, self.tower.depth})
-
-        def cells(layer: int) -> Tensor:
-            """Average the maps (B, W, G, G) of each image to (B, W * grid * grid)."""
-            maps = [self.tower.maps(state) for state in passed.states[layer]]
-            return torch.stack([adaptive_avg_pool2d(map_, grid).flatten(1) for map_ in maps]).mean(dim=0)
-
-        parts = [cells(layer) for layer in sorted(set(layers))]
+        parts = [cells(self.tower, passed.states[layer], grid) for layer in sorted(set(layers))]
         return torch.cat([self._pooled(passed), *parts], dim=1)
 
     def check_layers(self, layers: tuple[int, ...], grid: int, caller: str) -> None:
@@ -224,7 +218,7 @@ class ClipEncoder:
         self.check_blocks(blocks, "trunk")
         cut = self.tower.depth - blocks
         states = self._passed(pixels, {cut}).states[cut]
-        return self.region.pack(states, self.tower, pixels.to(self.device))
+        return self.region.pack(states, self.tower, pixels.to(self.device)).contiguous()
 
     def tail(self, blocks: int) -> Tail:
         """Return a trainable copy of the last ``blocks`` blocks, pooling and projection: (B, ...) -> (B, D).
@@ -233,7 +227,9 @@ class ClipEncoder:
         does.
         """
         self.check_blocks(blocks, "tail")
-        return Tail(self.tower.tail(blocks), self.region).requires_grad_(True)
+        visual = self.tower.tail(blocks)
+        skipped = self.skipped + self.tower.depth - image_tower(visual).depth
+        return Tail(visual, self.region, skipped).requires_grad_(True)
 
     def check_blocks(self, blocks: int, caller: str) -> None:
         """Raise ValueError, beginning with ``caller``, unless the image encoder has ``blocks`` to train."""

@@ -11,10 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from medfocus.clip.tokenizer import CONFIGS, pocket_tokenizer
 from medfocus.storage import weights
+from medfocus.storage.imagenet import MEAN, STD, imagenet_state
 
 _POCKET = "clip_pocket"  # the pocket model's name in open_clip, and the stem of its configuration file
+_TRUNK = "visual.trunk."
 _CONFIG = "open_clip_config.json"
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # in order of preference
 _FOLDER_FILES = (*_HUB_FILES, "model.safetensors", "pytorch_model.bin")  # the last two: transformers' format
@@ -46,9 +50,10 @@ def locate(model: str, pretrained: str) -> Source:
         return _folder(model)
     name, caller = _registered(model), f"CLIP {model} (clip.pretrained)"
     if re.fullmatch(r"random:\d+", pretrained):
-        return Source(name, None)
+        return Source(name, None, _published_preprocessing(name))
     if model == pretrained == "pocket":
-        return Source(name, CONFIGS.parent / "data" / f"{_POCKET}.safetensors")
+        file = CONFIGS.parent / "data" / f"{_POCKET}.safetensors"
+        return Source(name, file, _published_preprocessing(name))
     if "." in pretrained or "/" in pretrained or os.sep in pretrained:  # a path: no tag has one of these
         return Source(name, _file(pretrained, caller), _published_preprocessing(name), by_path=True)
 
@@ -70,12 +75,27 @@ def locate(model: str, pretrained: str) -> Source:
     return Source(name, weights.resolve(pretrained, hub_id=hub_id, filename=files, what=caller), options)
 
 
+def completed(state: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """Add the image trunk, whose ImageNet weights are in another package, to the weights of the pocket model.
+
+    Raises FileNotFoundError and ValueError as ``imagenet_state`` does.
+    """
+    if source.name != _POCKET or any(name.startswith(_TRUNK) for name in state):
+        return state
+    trunk = {name: value for name, value in imagenet_state().items() if not name.startswith("classifier.")}
+    return {**{f"{_TRUNK}{name}": value for name, value in trunk.items()}, **state}
+
+
 def _preprocessing(tag: dict[str, Any]) -> dict[str, Any]:
     return {part: tag[part] for part in ("mean", "std", "interpolation", "resize_mode")}
 
 
 def _published_preprocessing(name: str) -> dict[str, Any]:
-    """Return the options for a checkpoint without a tag: the preprocessing of all tags, if they agree."""
+    """Return the options for weights without a tag: the preprocessing of all tags, if they agree."""
+    if name == _POCKET:
+        cfg = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "longest"}
+        return {"force_preprocess_cfg": cfg}
+
     import open_clip
 
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from medfocus.clip.towers.choose import image_tower
 
 if TYPE_CHECKING:
     from medfocus.clip.regions import Region
+    from medfocus.clip.towers.base import ImageTower
 
 
 @dataclass(eq=False)
@@ -43,11 +47,15 @@ class Tail(nn.Module):
     them.
     """
 
-    def __init__(self, visual: nn.Module, region: Region) -> None:
-        """Wrap the result of ``ImageTower.tail`` for the states that ``region`` packs."""
+    def __init__(self, visual: nn.Module, region: Region, skipped: int) -> None:
+        """Wrap the result of ``ImageTower.tail`` for the states that ``region`` packs.
+
+        ``skipped`` is the number of the encoder's first blocks that ``visual`` does not have.
+        """
         super().__init__()
         self.visual = visual
         self.region = region
+        self.skipped = skipped
         self._tower = image_tower(visual)
 
     def train(self, mode: bool = True) -> Self:
@@ -62,3 +70,24 @@ class Tail(nn.Module):
         """Turn the result (B, ...) of ``ClipEncoder.trunk`` into image features (B, D) of length one."""
         states, bias = self.region.unpack(packed, self._tower)
         return self.region.merge([self._tower.run(state, bias) for state in states])
+
+    def encode_layers(self, packed: Tensor, layers: tuple[int, ...], grid: int) -> Tensor:
+        """Return what ``ClipEncoder.encode_layers`` returns, (B, D + P), from the result of ``trunk``.
+
+        ``layers`` are those of the whole encoder, and none lies before the tail.
+        """
+        states, bias = self.region.unpack(packed, self._tower)
+        parts = []
+        for number in range(self._tower.depth + 1):
+            if number:
+                states = [self._tower.block(number, state, bias) for state in states]
+            if number + self.skipped in layers:
+                parts.append(cells(self._tower, states, grid))
+        image = self.region.merge([self._tower.pool(state, bias) for state in states])
+        return torch.cat([image, *parts], dim=1)
+
+
+def cells(tower: ImageTower, states: Sequence[Tensor], grid: int) -> Tensor:
+    """Average the maps (B, W, G, G) of each image to (B, W * grid * grid), then over the images."""
+    maps = [adaptive_avg_pool2d(tower.maps(state), grid).flatten(1) for state in states]
+    return torch.stack(maps).mean(dim=0)

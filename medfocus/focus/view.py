@@ -1,4 +1,4 @@
-"""Make views, the input of the encoder, from an image and its mask by crop, focus and frame."""
+"""Make views, the input of the encoder, from an image and its mask by augmentation, focus and frame."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 
 from medfocus.clip.regions import REGIONS
-from medfocus.focus.crop import Crop, cut, keep_region
+from medfocus.focus.augment import WHOLE, Augmentation
 from medfocus.focus.modes import focus as apply_focus
 from medfocus.images import decode
 from medfocus.images.geometry import BLACK, Frame
@@ -24,7 +24,7 @@ def view(
     frame: Frame,
     feather: float,
     fill: str = "mean",
-    crop: Crop | None = None,
+    change: Augmentation = WHOLE,
 ) -> np.ndarray:
     """Make a view (S, S, C) uint8 from an image (H, W, 3) uint8 and a mask (H, W) bool.
 
@@ -37,24 +37,23 @@ def view(
         mask: True inside the region. It may be None for the focus "none".
         focus: A key of ``medfocus.focus.modes.FOCUS`` or ``medfocus.clip.regions.REGIONS``.
         frame: The encoder's input, ``ClipEncoder.frame``.
-        feather: Width of the soft edge as a share of the longest side of the crop.
+        feather: Width of the soft edge as a share of the longest side.
         fill: One of FILLS, the colour in place of what the focus hides: CLIP's mean colour or black.
-        crop: A result of ``crop_box``; None is the whole image. If the crop keeps less than half of the mask,
-            the view shows the whole image, mirrored if the crop is mirrored.
+        change: A result of ``augmentation``. If it keeps less than half of the mask, the view shows the whole
+            image, with the same tone and mirrored in the same way.
 
     Raises ValueError for a missing mask or an unknown fill, and as ``medfocus.focus.modes.focus`` does.
     """
     if fill not in FILLS:
         raise ValueError(f"views: fill is {fill!r}. Use one of {', '.join(FILLS)}.")
     if focus == "none":
-        return frame.image(image if crop is None else cut(image, crop))
+        return frame.image(change.image(image, frame.padding))
     if mask is None:
         raise ValueError(f"focus '{focus}' needs a mask, and this image has none. Make its mask first.")
     if focus in REGIONS and not mask.any():
         mask = np.ones_like(mask)
-    if crop is not None:
-        crop = keep_region(crop, mask)
-        image, mask = cut(image, crop), cut(mask, crop)
+    change = change.keeping(mask)
+    image, mask = change.image(image, frame.padding), change.mask(mask)
     if frame.resize == "shortest" and focus != "crop" and not frame.mask(mask).any():
         mask = np.ones_like(mask)
     if focus in REGIONS and not REGIONS[focus].has_focused_image:

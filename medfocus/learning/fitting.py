@@ -11,7 +11,7 @@ from torch import Tensor
 from medfocus.learning.calibration import Calibration, calibrate
 from medfocus.learning.folds import stratified_folds
 from medfocus.learning.method import Method, Support
-from medfocus.learning.selection import LearningRates
+from medfocus.learning.selection import Choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +32,11 @@ class Validation:
         return len(self.labels)
 
 
-def fit(method: Method, support: Support, rates: LearningRates | None, seed: int) -> Method:
-    """Return a fitted copy of ``method``. With ``rates``, cross-validation in the support chooses ``lr``."""
+def fit(method: Method, support: Support, choice: Choice | None, seed: int) -> Method:
+    """Return a fitted copy of ``method``. With ``choice``, it has the settings of the best candidate."""
     generator = torch.Generator().manual_seed(seed)
-    if rates:
-        return rates.fit(method, support, generator)
+    if choice:
+        return choice.fit(method, support, generator)
     return copy.copy(method).fit(support, generator)
 
 
@@ -58,19 +58,17 @@ def calibration(method: Method, support: Support, validation: Validation, confid
     return calibrate(logits.numpy(), validation.labels.numpy(), confidence)
 
 
-def validate(
-    method: Method, support: Support, rates: LearningRates | None, *, folds: int, seed: int
-) -> Validation:
+def validate(method: Method, support: Support, choice: Choice | None, *, folds: int, seed: int) -> Validation:
     """Predict each fold by the main classifier of the method, fitted on the other folds.
 
-    Each fit makes every choice (λ, C, the learning rate) again without the held-out images. No patient and no
-    group of duplicates is in both parts. The accuracy is therefore an honest estimate, and the logits can
-    calibrate the method's probabilities.
+    Each fit makes every choice (λ, C, the learning rate, frozen or tuned) again without the held-out images.
+    No patient and no group of duplicates is in both parts. The accuracy is therefore an honest estimate, and
+    the logits can calibrate the method's probabilities.
 
     Args:
         method: The unfitted method.
         support: The labelled images.
-        rates: Candidate learning rates; None to keep the method's own.
+        choice: Candidate settings; None to keep the method's own.
         folds: The wanted number of folds; 0 skips the validation. Small classes allow fewer folds.
         seed: Seed of the folds and of every refit.
     """
@@ -78,7 +76,7 @@ def validate(
     labels = [support.labels[:0]]
     pairs = stratified_folds(support.labels.numpy(), support.groups.numpy(), folds, seed) if folds else []
     for rest, held in pairs:
-        fitted = fit(method, support.subset(rest), rates, seed)
+        fitted = fit(method, support.subset(rest), choice, seed)
         held_out = support.subset(held)
         predicted = next(iter(fitted.logits(held_out.inputs[0]).values())).detach().cpu()  # (M', K)
         logits.append(predicted.double() / spread(fitted, support.subset(rest)))

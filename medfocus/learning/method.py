@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -46,11 +46,21 @@ class Method(ABC):
     takes_views: ClassVar[bool] = False  # True: ``fit`` trains on augmented views too
     learned: ClassVar[tuple[str, ...]] = ()  # tensors of a method that keeps nothing else: "means" for means_
     encoder: ClipEncoder
+    # A mirrored image has the same class; a method may average over both. A fact of the data set, not a
+    # hyperparameter.
+    flip: bool = field(default=False, kw_only=True)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The hyperparameters, by the names of the constructor's arguments."""
+        """The hyperparameters and ``flip``, by the names of the constructor's arguments."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "encoder"}
+
+    def views(self, images: int, augmented: int) -> int:
+        """Return the number of views of each of ``images`` training images for ``fit``.
+
+        ``augmented`` is the usual number of views besides the whole image.
+        """
+        return 1 + augmented if self.takes_views else 1
 
     @property
     def needs_towers(self) -> bool:
@@ -59,7 +69,7 @@ class Method(ABC):
 
     @property
     def trained_blocks(self) -> int:
-        """Number of last blocks of the image encoder that ``fit`` trains; see ``ClipEncoder.tail``."""
+        """Number of last blocks that ``fit`` runs and may train; see ``ClipEncoder.tail``."""
         return 0
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from itertools import product
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,32 +18,45 @@ from medfocus.learning.method import Method, Support
 
 Candidate = TypeVar("Candidate")
 
+CHOSEN = ("tuning", "lr")  # of a list of values, cross-validation inside the support selects one
+
 
 @dataclass(frozen=True)
-class LearningRates:
-    """Candidate values for a method's ``lr``, and the cross-validation that chooses among them."""
+class Choice:
+    """Candidate settings of a method, and the cross-validation that chooses among them."""
 
-    values: tuple[float, ...]
+    candidates: tuple[Mapping[str, Any], ...]  # values for some of the method's hyperparameters
     folds: int  # wanted number of folds; small classes allow fewer
     images: int  # upper bound on the images used, because each fold trains every candidate
 
     def fit(self, method: Method, support: Support, generator: torch.Generator) -> Method:
-        """Return a copy of ``method`` fitted with the learning rate that does best inside the support.
+        """Return a copy of ``method`` fitted with the candidate that does best inside the support.
 
-        If no fold can be made, the first rate is used.
+        If no fold can be made, the first candidate is used.
         """
         seed = seed_of(generator)
 
         def held_out_logits(fit: Support, held: Support) -> Iterable[Tensor]:
-            for rate in self.values:
-                fitted = replace(method, lr=rate).fit(fit, torch.Generator().manual_seed(seed))
+            for settings in self.candidates:
+                fitted = replace(method, **settings).fit(fit, torch.Generator().manual_seed(seed))
                 yield next(iter(fitted.logits(held.inputs[0]).values()))
 
         part = _stratified_part(support, self.images, seed)
-        rate = choose(
-            self.values, part, held_out_logits, folds=self.folds, seed=seed, otherwise=self.values[0]
-        )
-        return replace(method, lr=rate).fit(support, generator)
+        first = self.candidates[0]
+        best = choose(self.candidates, part, held_out_logits, folds=self.folds, seed=seed, otherwise=first)
+        return replace(method, **best).fit(support, generator)
+
+
+def candidates(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return the combinations of values that ``settings`` list for the hyperparameters in CHOSEN.
+
+    The first combination has the first value of each. Without a list, there is one combination. Raises
+    ValueError for an empty list.
+    """
+    listed = {name: settings[name] for name in CHOSEN if isinstance(settings.get(name), list | tuple)}
+    if empty := [name for name, values in listed.items() if not values]:
+        raise ValueError(f"{empty[0]} is an empty list; give one value, or several to choose from.")
+    return tuple(dict(zip(listed, values, strict=True)) for values in product(*listed.values()))
 
 
 def _stratified_part(support: Support, images: int, seed: int) -> Support:

@@ -19,7 +19,7 @@ class Schedule:
 
     epochs: int  # passes over the support
     batch_size: int  # images per step; the last batch of an epoch may be smaller
-    lr: float  # learning rate at the start of the cosine
+    lr: float  # the highest learning rate, at the start of the cosine
     weight_decay: float
 
 
@@ -32,6 +32,7 @@ def train(
     views: int,
     generator: torch.Generator,
     max_steps: int | None = None,
+    warmup: float = 0.0,
 ) -> list[float]:
     """Minimise ``loss`` by AdamW with a cosine schedule and keep the last iterate.
 
@@ -45,18 +46,24 @@ def train(
         views: Number of cached views of each image; each step draws one view per image.
         generator: The source of batch order and view draws.
         max_steps: Upper bound on optimisation steps; the first epoch always runs in full.
+        warmup: Share of the steps in which the learning rate rises linearly, before the cosine.
 
     Returns:
         The mean loss of every epoch.
     """
     count = len(labels)
-    per_epoch = math.ceil(count / schedule.batch_size)
-    epochs = schedule.epochs
-    if max_steps is not None:
-        epochs = max(1, min(epochs, max_steps // per_epoch))
+    epochs = passes(count, schedule, max_steps)
+    steps = epochs * math.ceil(count / schedule.batch_size)
+    rising = round(warmup * steps)
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * per_epoch)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+
+    cycle = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     history = []
     for _ in range(epochs):
         total = 0.0
@@ -66,10 +73,17 @@ def train(
             value = loss(index, view)
             value.backward()
             optimizer.step()
-            cosine.step()
+            cycle.step()
             total += float(value.detach()) * len(index)
         history.append(total / count)
     return history
+
+
+def passes(images: int, schedule: Schedule, max_steps: int | None) -> int:
+    """Return the number of epochs over ``images`` images that ``train`` runs."""
+    if max_steps is None:
+        return schedule.epochs
+    return max(1, min(schedule.epochs, max_steps // math.ceil(images / schedule.batch_size)))
 
 
 @contextmanager

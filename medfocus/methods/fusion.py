@@ -6,6 +6,9 @@ L = λ L_c + (1 - λ) L_e.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -148,11 +151,26 @@ class LinearHead(nn.Linear):
 HEADS: dict[str, type[CosineHead] | type[LinearHead]] = {"cosine": CosineHead, "linear": LinearHead}
 
 
+class Inputs(NamedTuple):
+    """The two parts of a classifier's inputs, for V views of N images."""
+
+    tower: Tensor  # (V, N, ...) of the trained end of the image encoder
+    patches: Tensor  # (V, N, P) patch features of frozen encoders
+
+    def views(self, count: int) -> Inputs:
+        """Return the first ``count`` views."""
+        return Inputs(self.tower[:count], self.patches[:count])
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield both parts of all views, in batches of at most ``size``."""
+        yield from zip(*(part.flatten(0, 1).split(size) for part in self), strict=True)
+
+
 class FusedClassifier(nn.Module):
     """The trained end of the image encoder, residual adapters on I and T, the fusion F, and the head C.
 
-    An input is the output of the frozen part of the image encoder, followed by ``patches`` patch features of
-    CLIP's blocks or of SAM2. ``scale_patches`` standardises the patch features; they are appended to M.
+    An input of the trained end is the output of the frozen part of the image encoder. ``patches`` patch
+    features, of CLIP's frozen blocks or of SAM2, are standardised by ``scale_patches`` and appended to M.
     """
 
     patch_mean: Tensor  # (P,)
@@ -181,31 +199,42 @@ class FusedClassifier(nn.Module):
         self.register_buffer("patch_mean", torch.zeros(patches))
         self.register_buffer("patch_scale", torch.ones(patches))
 
-    def scale_patches(self, inputs: Tensor) -> None:
-        """Fit the standardisation of patch features on inputs (N, D + P), to a mean length of one."""
+    def scale_patches(self, patches: Tensor) -> None:
+        """Fit the standardisation of patch features (N, P), to a mean length of one."""
         if self.patches:
-            features = inputs[:, -self.patches :].float()
+            features = patches.float()
             self.patch_mean.copy_(features.mean(dim=0))
             self.patch_scale.copy_((features.std(dim=0, correction=0) + 1e-3) * self.patches**0.5)
 
     def adapt(self, inputs: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs (B, ...), text features (K, D) -> I (B, D), T (K, D) after their adapters, L2-normalised."""
-        tower_inputs = inputs[:, : -self.patches] if self.patches else inputs
-        return self.image_adapter(self.tower(tower_inputs)), self.text_adapter(text_features)
+        return self.image_adapter(self.tower(inputs.float())), self.text_adapter(text_features)
 
-    def merge(self, image: Tensor, text: Tensor, inputs: Tensor) -> Tensor:
-        """Fuse adapted I (B, D) and T (K, D), append the patch features of inputs (B, ...) -> (B, D' + P)."""
+    def merge(self, image: Tensor, text: Tensor, patches: Tensor) -> Tensor:
+        """Fuse adapted I (B, D) and T (K, D), and append patch features (B, P) -> M (B, D' + P)."""
         fused = self.fusion(image, text, self.logit_scale)
         if not self.patches:
             return fused
-        return torch.cat([fused, (inputs[:, -self.patches :] - self.patch_mean) / self.patch_scale], dim=-1)
+        return torch.cat([fused, (patches.float() - self.patch_mean) / self.patch_scale], dim=-1)
 
-    def fuse(self, inputs: Tensor, text_features: Tensor) -> Tensor:
-        """Return M for inputs (B, ...) and the texts of all classes (K, D) -> (B, D' + P)."""
-        return self.merge(*self.adapt(inputs, text_features), inputs)
+    def fuse(self, inputs: Tensor, patches: Tensor, text_features: Tensor) -> Tensor:
+        """Return M for inputs (B, ...), patches (B, P), texts of all classes (K, D) -> (B, D' + P)."""
+        return self.merge(*self.adapt(inputs, text_features), patches)
 
-    def loss(self, inputs: Tensor, text_features: Tensor, labels: Tensor, weight: float) -> Tensor:
-        """Return λ L_c + (1 - λ) L_e for a batch (B, ...), (K, D), (B,); ``weight`` is λ."""
+    def loss(
+        self,
+        inputs: Tensor,
+        patches: Tensor,
+        text_features: Tensor,
+        labels: Tensor,
+        weight: float,
+        smoothing: float = 0.0,
+    ) -> Tensor:
+        """Return λ L_c + (1 - λ) L_e for a batch (B, ...), (B, P), (K, D), (B,).
+
+        ``weight`` is λ, and L_e gives ``smoothing`` of its target to all classes (label smoothing).
+        """
         image, text = self.adapt(inputs, text_features)
-        loss_e = functional.cross_entropy(self.head(self.merge(image, text, inputs)), labels)
+        logits = self.head(self.merge(image, text, patches))
+        loss_e = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
         return weight * contrastive_loss(image, text, labels, self.logit_scale) + (1 - weight) * loss_e

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from torch.utils.data import Dataset
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import TEMPLATES
-from medfocus.focus.crop import Crop, cut
 from medfocus.focus.modes import crop_window
 from medfocus.focus.view import view
 from medfocus.images.geometry import Frame
@@ -119,6 +118,25 @@ def caption(true: Mapping[str, str], rng: np.random.Generator) -> tuple[dict[str
         phrase += f", {named['sequence']}"
     template = str(rng.choice(TEMPLATES[true["modality"]]))
     return named, template.replace("{c}", phrase)
+
+
+class Crop(NamedTuple):
+    """The visible part of an image, in shares of its width and height."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    mirrored: bool
+
+
+def cut(plane: np.ndarray, crop: Crop) -> np.ndarray:
+    """Cut a crop out of an image (H, W, 3) or a mask (H, W), and mirror it if the crop is mirrored."""
+    height, width = plane.shape[:2]
+    top, left = round(crop.top * height), round(crop.left * width)
+    rows = slice(top, max(top + 1, round(crop.bottom * height)))
+    columns = slice(left, max(left + 1, round(crop.right * width)))
+    return np.ascontiguousarray(plane[rows, columns][:, :: -1 if crop.mirrored else 1])
 
 
 def show(

@@ -22,11 +22,11 @@ from medfocus.clip import features
 from medfocus.clip.prompts import class_embeddings, text_prompts
 from medfocus.clip.regions import REGIONS
 from medfocus.explain.explain import explain, on_image
-from medfocus.focus.crop import crop_box
+from medfocus.focus.augment import augmentation
 from medfocus.focus.view import view
 from medfocus.learning import fitting
 from medfocus.learning.method import IMAGES, Method, Support
-from medfocus.learning.selection import LearningRates
+from medfocus.learning.selection import Choice, candidates
 from medfocus.masks.segmenter import Mask, Segmenter
 from medfocus.methods import METHODS
 from medfocus.serving import checkpoint, defaults, parameters
@@ -84,9 +84,10 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
     templates : sequence of str or None, default=None
         Text prompts with "{c}" for the class name, in place of the modality's templates.
     augmented : int, default=2
-        Random crops of each training image, in addition to the image, for methods that train on views.
+        Augmented views of each training image, in addition to the image, for methods that train on views.
     flip : bool, default=False
-        Whether to mirror half of the crops. Do not mirror chest X-rays: the heart's side is a finding.
+        Whether a mirror image has the same class, for half of the augmented views and for methods that
+        average over both. Do not mirror chest X-rays: the heart's side is a finding.
     feather, attention_bias, fill
         See ``medfocus.focus.view.view`` and ``medfocus.clip.encoder.ClipEncoder.with_region``.
     batch_size : int, default=64
@@ -219,9 +220,10 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         self.classes_ = classes
         self._build(settings)
         kind = METHODS[self.method]
-        method: Method = kind(self.encoder_, **parameters.first_rate(settings))
+        found = candidates(settings)
+        method: Method = kind(self.encoder_, flip=self.flip, **{**settings, **found[0]})
         method.check_towers(f"MedFocusCLIP: {self.method} with the focus {self.focus!r}")
-        views = 1 + self.augmented if kind.takes_views else 1
+        views = method.views(len(images), self.augmented)
         prompts = text_prompts(self._class_names(), self.modality, self.templates)
         support = Support(
             self._inputs(method, images, self._masks(images), views),
@@ -231,13 +233,11 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             self._class_names(),
             tuple(map(tuple, prompts)),
         )
-        rates = parameters.rates(settings)
-        selection = defaults.default_params()["learning_rates"]
-        candidates = LearningRates(rates, **selection) if len(rates) > 1 else None
+        choice = Choice(found, **defaults.default_params()["choice"]) if len(found) > 1 else None
         seed = parameters.seed(self.random_state)
         folds = self._folds(method)
-        validation = fitting.validate(method, support, candidates, folds=folds, seed=seed)
-        self.method_: Method = fitting.fit(method, support, candidates, seed)
+        validation = fitting.validate(method, support, choice, folds=folds, seed=seed)
+        self.method_: Method = fitting.fit(method, support, choice, seed)
         self.calibration_ = fitting.calibration(self.method_, support, validation, self.confidence)
         return self
 
@@ -386,7 +386,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
             frame=self.encoder_.frame,
             feather=self.feather,
             fill=self.fill,
-            crop=crop_box(image.sha256, number, mirror=self.flip),
+            change=augmentation(image.sha256, number, mirror=self.flip),
         )
 
     def _inputs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,17 +43,6 @@ def check(model: MedFocusCLIP) -> dict[str, Any]:
     if not 0.5 <= model.confidence < 1:
         raise ValueError(f"MedFocusCLIP: confidence is {model.confidence}; use 0.5 or more, and less than 1.")
     return defaults.changed_settings(model.method, model.schedule, model.settings or {})
-
-
-def rates(settings: Mapping[str, Any]) -> tuple[float, ...]:
-    """Return the learning rates of settings; () for a method without a rate."""
-    lr = settings.get("lr", ())
-    return lr if isinstance(lr, tuple) else (lr,)
-
-
-def first_rate(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with the first of several learning rates."""
-    return {**settings, "lr": rates(settings)[0]} if rates(settings) else dict(settings)
 
 
 def seed(random_state: int | np.random.RandomState | None) -> int:

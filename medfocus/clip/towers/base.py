@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, ClassVar, Never
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class ImageTower(Tower):
     transformer, or maps (B, W, G, G) of a convolutional net, where a block is a stage. A *bias* is a result
     of ``bias``.
     """
+
+    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format  # of the pixels
 
     part = IMAGE
 

@@ -10,8 +10,9 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -30,6 +31,8 @@ CHAINS: dict[str, tuple[str, ...]] = {
 
 class ConvolutionalTower(ImageTower):
     """The base of both kinds: a chain of modules, divided into layer 0, the blocks and the rest."""
+
+    memory_format: ClassVar[torch.memory_format] = torch.channels_last  # takes half the time on a CPU
 
     @property
     @abstractmethod
@@ -92,6 +95,7 @@ class ConvolutionalTower(ImageTower):
         return self._chain[start:end]
 
     def _pass(self, state: Tensor, names: Sequence[str]) -> Tensor:
+        state = state.contiguous(memory_format=self.memory_format)
         for name in names:
             state = self.module.get_submodule(name)(state)
         return state
