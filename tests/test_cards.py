@@ -184,7 +184,7 @@ def test_the_card_states_intended_use_and_its_limits(model: ModelFacts, data: Da
         "| recall of solid | 0.667 | at least 0.7 | **not met** |",
         "1 of 60 test images are also in train",
         "1 patient has images in train and in test",
-        "trained on phantoms, never",
+        "CLIP's texts know only phantoms",
         "ingestion found 1 files with contradicting labels",
         "Fewer than 20 training images: cyst (3)",
         "17 of 28 correct, out of fold",

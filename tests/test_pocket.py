@@ -104,14 +104,23 @@ def test_the_pocket_sam2_fits_only_its_configuration() -> None:
         load_predictor("sam2.1_hiera_t", "pocket", None)
 
 
-def test_open_clip_loads_the_pocket_clip() -> None:
-    build_clip("pocket", "pocket")  # registers the configuration
-    bare: Any = open_clip.create_model("clip_pocket", pretrained=str(CLIP)).eval()
+def test_the_pocket_clip_stands_on_the_locked_imagenet_trunk() -> None:
     ours: Any = build_clip("pocket", "pocket").model
+    trunk = imagenet.imagenet_state()
+    for name, value in ours.visual.trunk.state_dict().items():
+        assert torch.equal(value, trunk[name]), name
+    assert not any(name.startswith("visual.trunk.") for name in weights.load(CLIP)), "another package has it"
+    assert float(ours.logit_scale.exp()) != pytest.approx(1 / 0.07, rel=1e-2), "it is learnt"
+
+
+def test_open_clip_encodes_like_the_pocket_clip() -> None:
+    ours = build_clip("pocket", "pocket")  # registers the configuration
+    bare: Any = open_clip.create_model("clip_pocket", load_weights=False).eval()
+    bare.load_state_dict(ours.model.state_dict())
     with torch.inference_mode():
-        pixels = torch.randn(2, 3, 96, 96)
-        assert torch.equal(bare.encode_image(pixels), ours.encode_image(pixels))
-    assert float(bare.logit_scale.exp().detach()) != pytest.approx(1 / 0.07, rel=1e-2), "it is learnt"
+        pixels = torch.randn(2, 3, 160, 160)
+        theirs = bare.encode_image(pixels, normalize=True)
+        assert torch.allclose(theirs, ours.encode_images(pixels), atol=1e-5)
 
 
 def test_a_few_held_out_images_confirm_the_packaged_figures() -> None:
@@ -430,23 +439,22 @@ def test_the_caption_of_a_mirrored_image_exchanges_left_and_right(drawn_pool: po
     assert all(a == b for a, b in sides if a in (None, "middle"))
 
 
-@pytest.mark.parametrize("focus", ["none", "crop"])
-def test_the_outlines_in_training_are_those_of_the_view(
-    focus: str, drawn_pool: pool.Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(clip, "FOCUSED", {} if focus == "none" else {focus: 1.0})
-    monkeypatch.setattr(clip, "attended", lambda drawn, rng: corner)
-    corner = np.zeros((RECIPE.size, RECIPE.size), bool)
-    corner[: RECIPE.size // 2, : RECIPE.size // 2] = True  # a crop to this region shows nothing else
-    shown = RECIPE.size if focus == "none" else RECIPE.size // 2
-    whole = clip.Crop(0, 0, 1, 1, False)
-    for number in range(TURN):
-        drawn = drawn_pool[number]
-        view, outlines = clip.show(drawn, whole, np.random.default_rng(number), 96, 8)
-        assert view.shape == (96, 96, 3)
-        side = shown // 8
-        share = drawn.regions[0, :shown, :shown].reshape(8, side, 8, side).mean((1, 3))
-        assert np.abs(outlines[0] - share).max() < 0.2
+def test_the_features_in_training_are_those_of_the_view(drawn_pool: pool.Pool) -> None:
+    pocket = clip.untrained(0)
+    kept = clip.encoded_views(drawn_pool, 0, drawn_pool.shards[0], pocket)
+    for number, shown in ((0, 0), (7, 1)):
+        view = clip.show(drawn_pool[number], 0, number, shown, pocket)
+        with torch.inference_mode():
+            visual: Any = pocket.model.visual
+            fresh = visual.trunk(pocket.preprocess(view[None]))[0]
+        assert torch.allclose(torch.from_numpy(kept[number, shown]).float(), fresh, rtol=1e-2, atol=1e-2)
+
+
+def test_the_captions_in_training_follow_the_mirrored_view(drawn_pool: pool.Pool) -> None:
+    changes = [clip.change_of(drawn_pool[n], 0, n, shown) for n in range(TURN) for shown in range(clip.VIEWS)]
+    assert {change.mirrored for change in changes} == {False, True}
+    films = [n for n in range(TURN) if drawn_pool[n].facts.modality == "chest_xray"]
+    assert not any(clip.change_of(drawn_pool[n], 0, n, 0).mirrored for n in films)
 
 
 def sam2_loss(pool: pool.Pool) -> tuple[Any, Any]:
@@ -456,10 +464,10 @@ def sam2_loss(pool: pool.Pool) -> tuple[Any, Any]:
 
 
 def clip_loss(pool: pool.Pool) -> tuple[Any, Any]:
-    encoder = build_clip("pocket", "random:0")
-    pupil = clip.Pupil(encoder.model.train().requires_grad_(True))
+    encoder = clip.untrained(0)
     seen = clip.Batches(pool, 0, 8, encoder)[0]
-    return pupil, lambda: clip.loss(pupil, encoder, seen)[0]
+    pupil = clip.Pupil(encoder.model.train().requires_grad_(True))
+    return pupil, lambda: clip.loss(pupil, seen)[0]
 
 
 @pytest.mark.parametrize("make", [sam2_loss, clip_loss])

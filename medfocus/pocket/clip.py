@@ -1,7 +1,9 @@
-"""Training of the pocket CLIP on phantoms and captions.
+"""Training of the pocket CLIP: a text tower and a projection for a locked image tower.
 
-The network is open_clip's, in the configuration ``configs/clip_pocket.json``. The loss is CLIP's (arXiv
-2103.00020), except that a caption is a positive for every image of the batch for which it is true.
+The network is open_clip's, in the configuration ``configs/clip_pocket.json``. Its image trunk has seen
+natural images (``medfocus.storage.imagenet``) and stays as it is, as in LiT (arXiv 2111.07991). The trunk
+therefore encodes every view of a phantom once, and the training reads these features. The loss is CLIP's
+(arXiv 2103.00020), except that a caption is a positive for every image of the batch for which it is true.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,43 +20,36 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import TEMPLATES
-from medfocus.focus.modes import crop_window
+from medfocus.focus.augment import Augmentation, augmentation
 from medfocus.focus.view import view
-from medfocus.images.geometry import Frame
 from medfocus.pocket.loop import Settings, train_and_write
 from medfocus.pocket.pool import Drawn, Pool
+from medfocus.storage import atomic
+from medfocus.storage.imagenet import imagenet_state
 
 FIELDS = ("modality", "finding", "region", "side", "size", "sequence")  # facts that a caption may name
 SHARES = {"region": 0.4, "side": 0.3, "size": 0.4, "sequence": 0.3}  # probability that a caption names a fact
 FEATHER = 0.01
 # Probability of each visual prompt. The paper's method uses "multiply".
 FOCUSED = {"multiply": 0.25, "crop": 0.25, "overlay": 0.04, "contour": 0.04, "blur": 0.04}
-ANATOMY = {  # region -> channel of the outline head
-    "lesion": 0,
-    "left lung": 1,
-    "right lung": 1,
-    "heart": 2,
-    "brain": 3,
-    "ventricles": 4,
-    "cisterns": 4,
-}
-_OUTLINED = 5  # channels of the outline head
+VIEWS = 2  # of each phantom
+_BATCH = 32  # images that the trunk encodes at once
 _SWAPPED = {"left": "right", "right": "left"}
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B images with a caption each, and their facts."""
+    """B views with a caption each, and their facts."""
 
-    views: Tensor  # (B, S, S, 3) uint8
-    tokens: Tensor  # (B, context) int64
+    features: Tensor  # (B, W) float32, pooled by the locked trunk
+    tokens: Tensor  # (B, n) int64, without padding that all captions share
     facts: Tensor  # (B, F) int64: hashes of the image's facts, by FIELDS; -1 for none
     named: Tensor  # (B, F) int64: likewise for the facts that the caption names
-    outlines: Tensor  # (B, 5, G, G) float32: the share of each patch inside lesion and anatomy
 
     def to(self, device: str) -> Batch:
         """Move the batch to a device."""
@@ -65,32 +60,68 @@ class Batches(Dataset[Batch]):
     """The batches of a training. Seed and index determine a batch, in every process."""
 
     def __init__(self, pool: Pool, seed: int, batch_size: int, encoder: ClipEncoder) -> None:
+        """Encode the views of all images of the pool that are not on disk yet."""
         self.pool, self.seed, self.batch_size = pool, seed, batch_size
-        self.size, self.tokenizer = encoder.image_size, encoder.tokenizer
-        self.grid: int = encoder.model.visual.grid_size[0]  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportAssignmentType]
+        self.tokenizer = encoder.tokenizer
+        shards = tqdm(pool.shards, desc="views for clip", unit="shard")
+        self.features = [encoded_views(pool, seed, numbers, encoder) for numbers in shards]
 
     def __getitem__(self, index: int) -> Batch:
-        """Make the views and captions of ``batch_size`` images."""
-        views, captions, facts, named, outlines = [], [], [], [], []
+        """Read a view and write a caption of ``batch_size`` images."""
+        features, captions, facts, named = [], [], [], []
         for number in range(index * self.batch_size, (index + 1) * self.batch_size):
             rng = np.random.default_rng([self.seed, 1, number])
-            drawn = self.pool[self.pool.order(self.seed, number)]
-            frame = framed(rng, mirror=drawn.facts.modality != "chest_xray")
-            image, outline = show(drawn, frame, rng, self.size, self.grid)
-            true = truths(drawn, frame.mirrored)
+            image, shown = self.pool.order(self.seed, number), int(rng.integers(VIEWS))
+            drawn = self.pool[image]
+            true = truths(drawn, change_of(drawn, self.seed, image, shown).mirrored)
             named_facts, text = caption(true, rng)
-            views.append(image)
-            outlines.append(outline)
+            shard, row = divmod(image, len(self.pool.shards[0]))
+            features.append(self.features[shard][row, shown])
             captions.append(text)
             facts.append([_number(true.get(name)) for name in FIELDS])
             named.append([_number(named_facts.get(name)) for name in FIELDS])
+        tokens = self.tokenizer(captions)
+        length = int((tokens != 0).sum(1).max())
         return Batch(
-            torch.from_numpy(np.stack(views)),
-            self.tokenizer(captions),
+            torch.from_numpy(np.stack(features)).float(),
+            tokens[:, :length],
             torch.tensor(facts),
             torch.tensor(named),
-            torch.from_numpy(np.stack(outlines)),
         )
+
+
+def encoded_views(pool: Pool, seed: int, numbers: range, encoder: ClipEncoder) -> np.ndarray:
+    """Encode the views of a shard's images by the trunk, once: (len(numbers), VIEWS, W) float16 on disk."""
+    file = pool.folder / f"{numbers.start // len(numbers):03d}.trunk.npy"
+    if not file.is_file():
+        rows: list[np.ndarray] = []
+        visual: Any = encoder.model.visual
+        for start in range(0, len(numbers), _BATCH):
+            part = numbers[start : start + _BATCH]
+            views = [
+                show(pool[number], seed, number, shown, encoder) for number in part for shown in range(VIEWS)
+            ]
+            with torch.inference_mode():
+                rows.append(visual.trunk(encoder.preprocess(np.stack(views))).half().cpu().numpy())
+        with atomic.new_file(file) as temporary, temporary.open("wb") as stream:
+            np.save(stream, np.concatenate(rows).reshape(len(numbers), VIEWS, -1))
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def change_of(drawn: Drawn, seed: int, number: int, shown: int) -> Augmentation:
+    """Return the augmentation of a view; chest films are never mirrored."""
+    name = f"{seed:08x}{number:08x}"
+    return augmentation(name, 1 + shown, mirror=drawn.facts.modality != "chest_xray")
+
+
+def show(drawn: Drawn, seed: int, number: int, shown: int, encoder: ClipEncoder) -> np.ndarray:
+    """Return a view (S, S, 3) uint8 of a phantom, often with a visual prompt."""
+    rng = np.random.default_rng([seed, 2, number, shown])
+    image = np.repeat(toned(drawn.image, rng)[..., None], 3, 2)
+    mode = str(rng.choice(["none", *FOCUSED], p=[1 - sum(FOCUSED.values()), *FOCUSED.values()]))
+    mask = None if mode == "none" else attended(drawn, rng)
+    change = change_of(drawn, seed, number, shown)
+    return view(image, mask, focus=mode, frame=encoder.frame, feather=FEATHER, change=change)
 
 
 def truths(drawn: Drawn, mirrored: bool) -> dict[str, str]:
@@ -118,51 +149,6 @@ def caption(true: Mapping[str, str], rng: np.random.Generator) -> tuple[dict[str
         phrase += f", {named['sequence']}"
     template = str(rng.choice(TEMPLATES[true["modality"]]))
     return named, template.replace("{c}", phrase)
-
-
-class Crop(NamedTuple):
-    """The visible part of an image, in shares of its width and height."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-    mirrored: bool
-
-
-def cut(plane: np.ndarray, crop: Crop) -> np.ndarray:
-    """Cut a crop out of an image (H, W, 3) or a mask (H, W), and mirror it if the crop is mirrored."""
-    height, width = plane.shape[:2]
-    top, left = round(crop.top * height), round(crop.left * width)
-    rows = slice(top, max(top + 1, round(crop.bottom * height)))
-    columns = slice(left, max(left + 1, round(crop.right * width)))
-    return np.ascontiguousarray(plane[rows, columns][:, :: -1 if crop.mirrored else 1])
-
-
-def show(
-    drawn: Drawn, frame: Crop, rng: np.random.Generator, size: int, grid: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return a view (S, S, 3) uint8, often with a visual prompt, and its outlines (5, G, G) float32."""
-    image = np.repeat(toned(drawn.image, rng)[..., None], 3, 2)
-    mode = str(rng.choice(["none", *FOCUSED], p=[1 - sum(FOCUSED.values()), *FOCUSED.values()]))
-    mask = None if mode == "none" else attended(drawn, rng)
-    # ``view`` would reject a frame that halves the mask, so cut the image here.
-    image, regions = cut(image, frame), [cut(region, frame) for region in drawn.regions]
-    mask = None if mask is None else cut(mask, frame)
-    if mask is None or not mask.any():
-        mode = "none"
-    elif mode == "multiply":
-        regions = [region & mask for region in regions]
-    elif mode == "crop":
-        regions = [region[crop_window(mask)] for region in regions]
-
-    outlines = np.zeros((_OUTLINED, grid, grid), np.float32)
-    for name, region in zip(drawn.facts.regions, regions, strict=True):
-        part = Image.fromarray(Frame(size).mask(region).astype(np.uint8) * np.uint8(255))
-        outlines[ANATOMY[name]] += (
-            np.asarray(part.resize((grid, grid), Image.Resampling.BOX), np.float32) / 255
-        )
-    return view(image, mask, focus=mode, frame=Frame(size), feather=FEATHER), outlines.clip(0, 1)
 
 
 def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -198,15 +184,6 @@ def attended(drawn: Drawn, rng: np.random.Generator) -> np.ndarray:
     return mask if mask.any() else region
 
 
-def framed(rng: np.random.Generator, *, mirror: bool) -> Crop:
-    """Draw a crop that need not be square, because films have many shapes."""
-    width = height = 1.0 if rng.random() < 0.4 else rng.uniform(0.75, 1.0)
-    if rng.random() < 0.4:
-        height = rng.uniform(0.75, 1.0)
-    left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
-    return Crop(left, top, left + width, top + height, bool(mirror and rng.random() < 0.5))
-
-
 def _number(value: str | None) -> int:
     """Hash a word to a number that is the same on every machine; return -1 for None."""
     return -1 if value is None else zlib.crc32(value.encode())
@@ -229,36 +206,43 @@ def caption_loss(images: Tensor, texts: Tensor, true: Tensor, logit_scale: Tenso
     return (i2t + t2i) / 2
 
 
+def untrained(seed: int, device: str = "cpu") -> ClipEncoder:
+    """Build the pocket CLIP before training: a trunk with ImageNet weights, and random weights otherwise."""
+    encoder = build_clip("pocket", f"random:{seed}", device)
+    trunk = {name: value for name, value in imagenet_state().items() if not name.startswith("classifier.")}
+    visual: Any = encoder.model.visual
+    visual.trunk.load_state_dict(trunk)
+    return encoder
+
+
 class Pupil(nn.Module):
-    """The CLIP in training, with a head that predicts lesion and anatomy by patch; the head is not kept."""
+    """The trained parts of a CLIP: the text tower, the projection of the image tower and the scale."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
         self.clip = clip
-        self.clip.visual.output_tokens = True
-        self.outline = nn.Linear(clip.visual.ln_post.normalized_shape[0], _OUTLINED)
+        self.clip.visual.trunk = nn.Identity()
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode pixels (B, 3, S, S) and tokens (B, n): images, texts (B, D), outlines (B, 5, G, G)."""
-        pooled, patches = self.clip.visual(pixels)  # (B, D), (B, G·G, W)
-        grid = self.clip.visual.grid_size
-        outlines = self.outline(patches).transpose(1, 2).unflatten(2, grid)
-        return F.normalize(pooled, dim=-1), self.clip.encode_text(tokens, normalize=True), outlines
+    def forward(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode features (B, W) and tokens (B, n) as images and texts (B, D), each of length one."""
+        clip, length = self.clip, tokens.shape[1]
+        texts = clip.token_embedding(tokens) + clip.positional_embedding[:length]
+        texts = clip.ln_final(clip.transformer(texts, attn_mask=clip.attn_mask[:length, :length]))
+        ends = texts[torch.arange(len(tokens)), tokens.argmax(1)]
+        images = F.normalize(clip.visual.head(features), dim=-1)
+        return images, F.normalize(ends @ clip.text_projection, dim=-1)
 
 
-def loss(pupil: Pupil, encoder: ClipEncoder, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Return a batch's loss, its two parts, and the share of images with a true caption as the best."""
-    images, texts, outlines = pupil(encoder.preprocess(batch.views), batch.tokens)
+def loss(pupil: Pupil, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Return a batch's loss, and the share of images with a true caption as the best."""
+    images, texts = pupil(batch.features, batch.tokens)
     true = positives(batch.facts, batch.named)
-    captions = caption_loss(images, texts, true, pupil.clip.logit_scale.exp())
-    outline = F.binary_cross_entropy_with_logits(outlines, batch.outlines)
+    total = caption_loss(images, texts, true, pupil.clip.logit_scale.exp())
     best = (images @ texts.T).argmax(1, keepdim=True)
-    watched = {
-        "captions": float(captions.detach()),
-        "outlines": float(outline.detach()),
+    return total, {
+        "captions": float(total.detach()),
         "true": float(true.gather(1, best).float().mean()),
     }
-    return captions + 5 * outline, watched
 
 
 def train(
@@ -267,22 +251,21 @@ def train(
     out: Path,
     *,
     steps: int,
-    batch_size: int = 96,
+    batch_size: int = 128,
     lr: float = 1e-3,
-    warmup: int = 150,
+    warmup: int = 100,
     weight_decay: float = 0.05,
     workers: int = 0,
     device: str = "cpu",
     line: int = 0,
 ) -> None:
-    """Train from random weights and write the model to ``out`` as safetensors, float16.
+    """Train text tower and projection from random weights and write them to ``out`` as safetensors, float16.
 
     Raises ValueError if an interrupted training has other settings; see ``loop.train_and_write``.
     """
-    encoder = build_clip("pocket", f"random:{seed}", device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pupil = Pupil(encoder.model.train().requires_grad_(True)).to(device)
+    encoder = untrained(seed, device)
+    batches = Batches(pool, seed, batch_size, encoder)
+    pupil = Pupil(encoder.model.train().requires_grad_(True)).to(device)
 
     def finished() -> Mapping[str, Tensor]:
         with torch.no_grad():
@@ -292,12 +275,12 @@ def train(
     train_and_write(
         "pocket CLIP",
         out,
-        Settings(seed, len(pool), steps, batch_size, lr, warmup, weight_decay, clip=1.0),
+        Settings(seed, len(pool), 0, steps, batch_size, lr, warmup, weight_decay, clip=1.0),
         pool.name,
         pupil,
         dict(pupil.named_parameters()),
-        Batches(pool, seed, batch_size, encoder),
-        lambda batch: loss(pupil, encoder, batch.to(device)),
+        batches,
+        lambda batch: loss(pupil, batch.to(device)),
         finished,
         workers=workers,
         line=line,

