@@ -137,13 +137,13 @@ def test_trunk_and_tail_support_every_variant_of_vision_transformer(tmp_path: Pa
         assert torch.allclose(tail.train()(encoder.trunk(x, blocks)), encoder.encode_images(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("region", [None, "alpha", "attention", "dual"])
+@pytest.mark.parametrize("region", [None, "alpha", "attention", "dual", "dual-crop"])
 def test_an_activation_cache_passes_a_batch_once_and_keeps_every_bit(
     pocket: ClipEncoder, region: str | None
 ) -> None:
     """Features, tokens and patches of a batch equal those without a cache, and cost one pass."""
     encoder = pocket if region is None else pocket.with_region(region, 2.0)
-    channels = {None: 3, "alpha": 4, "attention": 4, "dual": 6}[region]
+    channels = {None: 3, "alpha": 4, "attention": 4, "dual": 6, "dual-crop": 6}[region]
     shape = (2, encoder.image_size, encoder.image_size, channels)
     batches = [torch.from_numpy(np.random.default_rng(i).integers(0, 256, shape, np.uint8)) for i in range(3)]
     passes: list[int] = []
@@ -166,7 +166,7 @@ def test_an_activation_cache_passes_a_batch_once_and_keeps_every_bit(
         hook.remove()
     for one, other in zip(expected, cached, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    images = 2 if region == "dual" else 1
+    images = 2 if str(region).startswith("dual") else 1
     assert len(passes) == (3 + 2) * images  # the first batch collects the depths
 
 

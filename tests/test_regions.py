@@ -73,13 +73,12 @@ def test_image_and_region_are_changed_together_and_every_view_shows_the_region()
         assert shown[region][:, 0].mean() > 240 and shown[~region][:, 0].mean() < 30
 
 
-def test_dual_shows_the_image_and_the_focused_image() -> None:
+@pytest.mark.parametrize(("mode", "focused"), [("dual", "multiply"), ("dual-crop", "crop")])
+def test_dual_shows_the_image_and_the_focused_image(mode: str, focused: str) -> None:
     images, masks = images_and_masks(1)
-    shown = view(images[0], masks[0], focus="dual", frame=Frame(SIZE), feather=0.01)
+    shown = view(images[0], masks[0], focus=mode, frame=Frame(SIZE), feather=0.01)
     assert (shown[..., :3] == view(images[0], None, focus="none", frame=Frame(SIZE), feather=0.01)).all()
-    assert (
-        shown[..., 3:] == view(images[0], masks[0], focus="multiply", frame=Frame(SIZE), feather=0.01)
-    ).all()
+    assert (shown[..., 3:] == view(images[0], masks[0], focus=focused, frame=Frame(SIZE), feather=0.01)).all()
 
 
 def test_attention_without_a_bias_changes_no_bit(clip: ClipEncoder) -> None:
@@ -151,14 +150,15 @@ def test_trunk_and_tail_equal_the_image_encoder(clip: ClipEncoder, mode: str, bl
     features = regional.tail(blocks)(regional.trunk(pixels, blocks))
     assert torch.allclose(features, regional.encode_images(pixels), atol=1e-5)
     layers = regional.encode_layers(pixels, (0, 2), 4)
-    assert layers.shape == (3, 128 + 2 * 16 * 128)
+    images = 2 if mode.startswith("dual") else 1
+    assert layers.shape == (3, 128 + images * 2 * 16 * 128)
     assert torch.allclose(layers[:, :128], regional.encode_images(pixels), atol=1e-5)
 
 
 def test_each_region_has_its_own_key(clip: ClipEncoder) -> None:
-    regions = [("alpha", 2.0), ("attention", 2.0), ("attention", 3.0), ("dual", 2.0)]
+    regions = [("alpha", 2.0), ("attention", 2.0), ("attention", 3.0), ("dual", 2.0), ("dual-crop", 2.0)]
     keys = {clip.key, *(clip.with_region(mode, bias).key for mode, bias in regions)}
-    assert len(keys) == 5
+    assert len(keys) == 6
     assert (
         clip.with_region("dual", 1.0).key == clip.with_region("dual", 2.0).key
     )  # only attention uses the bias

@@ -38,7 +38,7 @@ CONVOLUTIONAL = KINDS[3:]
 NAMES = ("red", "green")
 PROMPTS = tuple((f"a photo of {name}", f"this is a scan of {name}") for name in NAMES)
 FOCUSES = ("none", *REGIONS)
-CHANNELS = {"none": 3, "alpha": 4, "attention": 4, "dual": 6}
+CHANNELS = {"none": 3, "alpha": 4, "attention": 4, "dual": 6, "dual-crop": 6}
 
 # Rows of a study on CLIP, with settings for one or two steps
 WITHOUT_CLIP = {"pixels", "pixels-svm", "slca", "resnet"}

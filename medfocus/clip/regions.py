@@ -1,4 +1,4 @@
-"""Define the kinds of region that an image encoder can use with the image: alpha, attention and dual.
+"""Define the kinds of region that an image encoder can use with the image: REGIONS.
 
 Each kind is a class, which defines its channels of a view, how it packs states of the encoder and how it
 merges features. A region asks the encoder's tower (``medfocus.clip.towers``) for its patches and its first
@@ -31,7 +31,9 @@ class Region:
 
     name: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()  # verbs of the image tower, see medfocus.clip.towers.base.VERBS
-    has_focused_image: ClassVar[bool] = False  # channels after RGB: the focused image if True, else the mask
+    focused: ClassVar[str | None] = (
+        None  # focus of the image in the channels after RGB; None: they are the mask
+    )
     sees_one_rgb: ClassVar[bool] = True  # the first layer takes one RGB image
 
     @property
@@ -120,10 +122,13 @@ class AttentionRegion(Region):
 
 
 class DualRegion(Region):
-    """A region in a second, focused image; the features are the sum of both images' features."""
+    """A region in a second image, in which only the region remains.
+
+    The features are the sum of both images' features; feature maps of layers stand side by side.
+    """
 
     name = "dual"
-    has_focused_image = True
+    focused = "multiply"
     sees_one_rgb = False
 
     def images(self, pixels: Tensor) -> Sequence[Tensor]:
@@ -143,7 +148,19 @@ class DualRegion(Region):
         return normalize(features[0] + features[1], dim=-1)
 
 
-REGIONS: dict[str, type[Region]] = {"alpha": AlphaRegion, "attention": AttentionRegion, "dual": DualRegion}
+class DualCropRegion(DualRegion):
+    """A region in a second image, which is cropped to it."""
+
+    name = "dual-crop"
+    focused = "crop"
+
+
+REGIONS: dict[str, type[Region]] = {
+    "alpha": AlphaRegion,
+    "attention": AttentionRegion,
+    "dual": DualRegion,
+    "dual-crop": DualCropRegion,
+}
 
 
 class AlphaConv(nn.Module):

@@ -88,6 +88,5 @@ class Tail(nn.Module):
 
 
 def cells(tower: ImageTower, states: Sequence[Tensor], grid: int) -> Tensor:
-    """Average the maps (B, W, G, G) of each image to (B, W * grid * grid), then over the images."""
-    maps = [adaptive_avg_pool2d(tower.maps(state), grid).flatten(1) for state in states]
-    return torch.stack(maps).mean(dim=0)
+    """Average the maps (B, W, G, G) of n images to (B, n * W * grid * grid), side by side."""
+    return torch.cat([adaptive_avg_pool2d(tower.maps(state), grid).flatten(1) for state in states], dim=1)

@@ -121,7 +121,7 @@ def _occluded(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tens
         def predict(occluded: Tensor, image: Tensor = image, further: Tensor = further) -> Tensor:
             """Images (N, S, S, 3) uint8 -> probabilities (N, K), with the view's further channels."""
             channels = further.expand(len(occluded), *further.shape)
-            if encoder.region.has_focused_image:  # hide the square in the focused image too
+            if encoder.region.focused == "multiply":  # shows the same place, so hide the square there too
                 channels = torch.where((occluded != image).any(dim=3, keepdim=True), occluded, channels)
             inputs = method.embed(torch.cat([occluded, channels], dim=3))
             return next(iter(method.logits(inputs).values())).double().softmax(dim=1)

@@ -29,8 +29,8 @@ def view(
     """Make a view (S, S, C) uint8 from an image (H, W, 3) uint8 and a mask (H, W) bool.
 
     A focus in FOCUS makes three channels. A focus in REGIONS adds the region in further channels of the same
-    frame: "alpha" and "attention" add the mask, 255 inside (C = 4), and "dual" adds the image with the focus
-    "multiply" (C = 6). If the frame cuts off the whole region, the region is the whole image.
+    frame: "alpha" and "attention" add the mask, 255 inside (C = 4); "dual" and "dual-crop" add the image
+    with the focus "multiply" or "crop" (C = 6). If the frame cuts off the whole region, the region is the whole image.
 
     Args:
         image: RGB, at its own resolution.
@@ -54,12 +54,13 @@ def view(
         mask = np.ones_like(mask)
     change = change.keeping(mask)
     image, mask = change.image(image, frame.padding), change.mask(mask)
-    if frame.resize == "shortest" and focus != "crop" and not frame.mask(mask).any():
+    mode = REGIONS[focus].focused if focus in REGIONS else focus
+    if frame.resize == "shortest" and mode != "crop" and not frame.mask(mask).any():
         mask = np.ones_like(mask)
-    if focus in REGIONS and not REGIONS[focus].has_focused_image:
+    if mode is None:
         inside = np.rint(255 * frame.mask(mask)).astype(np.uint8)  # (S, S)
         return np.concatenate([frame.image(image), inside[..., None]], axis=2)
-    mode, colour = "multiply" if focus in REGIONS else focus, frame.mean if fill == "mean" else BLACK
+    colour = frame.mean if fill == "mean" else BLACK
     focused = frame.image(apply_focus(image, mask, mode, feather=feather, fill=colour))
     return np.concatenate([frame.image(image), focused], axis=2) if focus in REGIONS else focused
 

@@ -246,8 +246,8 @@ def _limits(model: ModelFacts, data: DatasetFacts) -> list[str]:
     limits = [*data.warnings]
     if model.pocket:
         limits.append(
-            "The embedded weights (pocket) are small. CLIP's texts know only phantoms, and its image encoder has "
-            "seen photographs, not medical images."
+            "The embedded weights (pocket) are small. CLIP's texts know only phantoms, and its image encoder "
+            "has seen photographs, not medical images."
         )
     if noise := sum(kind in LABEL_NOISE for kind in (*data.left_out, *data.reported)):
         limits.append(f"Label noise: ingestion found {noise} files with contradicting labels.")

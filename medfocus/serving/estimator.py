@@ -69,7 +69,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         The method's defaults: for the embedded ``clip`` and small machines, or as published, for full-size
         weights.
     focus : str, default="crop"
-        The visual prompt: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha" or "dual". With
+        The visual prompt: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha", "dual" or "dual-crop". With
         "none", images are not segmented.
     clip, pretrained, resize : str
         See ``medfocus.clip.build.build_clip``. The default, "pocket", is small; its texts know only phantoms.
