@@ -186,8 +186,8 @@ class ClipEncoder:
         """Encode pixels (B, C, S, S) as image features followed by feature maps of ``layers``: (B, D + P).
 
         Layer 0 is the embedding, and layer n the output of block n: the patch tokens of a ViT, or the maps
-        of a convolutional net's stage. Maps are averaged over ``grid`` x ``grid`` cells; with two images, those
-        of the second follow those of the first. Raises as ``check_layers`` does.
+        of a convolutional net's stage. Maps are averaged over ``grid`` x ``grid`` cells; with two images, the
+        maps of the second follow those of the first. Raises as ``check_layers`` does.
         """
         self.check_layers(layers, grid, "layers")
         passed = self._passed(pixels, {*layers, self.tower.depth})

@@ -31,9 +31,8 @@ class Region:
 
     name: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()  # verbs of the image tower, see medfocus.clip.towers.base.VERBS
-    focused: ClassVar[str | None] = (
-        None  # focus of the image in the channels after RGB; None: they are the mask
-    )
+    # Focus of the image in the channels after RGB; None: they are the mask.
+    focused: ClassVar[str | None] = None
     sees_one_rgb: ClassVar[bool] = True  # the first layer takes one RGB image
 
     @property

@@ -30,7 +30,8 @@ def view(
 
     A focus in FOCUS makes three channels. A focus in REGIONS adds the region in further channels of the same
     frame: "alpha" and "attention" add the mask, 255 inside (C = 4); "dual" and "dual-crop" add the image
-    with the focus "multiply" or "crop" (C = 6). If the frame cuts off the whole region, the region is the whole image.
+    with the focus "multiply" or "crop" (C = 6). If the frame cuts off the whole region, the region is the
+    whole image.
 
     Args:
         image: RGB, at its own resolution.

@@ -69,8 +69,8 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         The method's defaults: for the embedded ``clip`` and small machines, or as published, for full-size
         weights.
     focus : str, default="crop"
-        The visual prompt: a key of ``medfocus.focus.modes.FOCUS``, "attention", "alpha", "dual" or "dual-crop". With
-        "none", images are not segmented.
+        The visual prompt: a key of ``medfocus.focus.modes.FOCUS`` or of ``medfocus.clip.regions.REGIONS``.
+        With "none", images are not segmented.
     clip, pretrained, resize : str
         See ``medfocus.clip.build.build_clip``. The default, "pocket", is small; its texts know only phantoms.
     segmenter : {"sam2", "otsu"}, default="sam2"
