@@ -23,7 +23,8 @@ from medfocus.pocket.pairs import Pairs
 from medfocus.pocket.pool import RECIPES, Pool, draw_pool
 from medfocus.storage import atomic
 
-STEPS = {"sam2": 3500, "clip": 2050}
+STEPS = {"sam2": 3600, "clip": 2000}
+CORRECTING = 0.5  # steps of SAM2's second round, as a share of the first
 PER_CLASS = 40  # held-out images to measure
 PACKAGED = Path(__file__).parents[1] / "data"
 
@@ -138,7 +139,21 @@ def _train(
     torch.set_num_threads(threads)
     workers, line = 0 if device == "cpu" else 4, list(STEPS).index(name)
     if name == "sam2":
-        sam2.train(pool, seed, out, pairs=pairs, steps=steps, workers=workers, device=device, line=line)
+        first = out.with_name(f"first_{out.name}")
+        rounds = ((first, None, steps), (out, first, round(CORRECTING * steps)))
+        for file, start, count in rounds:
+            if not file.is_file():
+                sam2.train(
+                    pool,
+                    seed,
+                    file,
+                    pairs=pairs,
+                    steps=count,
+                    workers=workers,
+                    device=device,
+                    line=line,
+                    first=start,
+                )
     else:
         clip.train(pool, seed, out, steps=steps, workers=workers, device=device, line=line)
 

@@ -28,7 +28,7 @@ from medfocus.clip.prompts import TEMPLATES
 from medfocus.focus.augment import Augmentation, augmentation
 from medfocus.focus.view import view
 from medfocus.pocket.loop import Settings, train_and_write
-from medfocus.pocket.pool import Drawn, Pool
+from medfocus.pocket.pool import SHARD, Drawn, Pool
 from medfocus.storage import atomic
 from medfocus.storage.imagenet import imagenet_state
 
@@ -92,7 +92,7 @@ class Batches(Dataset[Batch]):
 
 def encoded_views(pool: Pool, seed: int, numbers: range, encoder: ClipEncoder) -> np.ndarray:
     """Encode the views of a shard's images by the trunk, once: (len(numbers), VIEWS, W) float16 on disk."""
-    file = pool.folder / f"{numbers.start // len(numbers):03d}.trunk.npy"
+    file = pool.folder / f"{numbers.start // SHARD:03d}.trunk.npy"
     if not file.is_file():
         rows: list[np.ndarray] = []
         visual: Any = encoder.model.visual

@@ -210,7 +210,7 @@ trained on {seen}.
 
 ## Training
 
-The training uses AdamW, a linear warm-up, a cosine schedule to 0, clipped gradients, float32 and one thread:
+The training uses AdamW, a linear warm-up, a cosine schedule to 0, clipped gradients and float32:
 
 {trained}
 
@@ -302,6 +302,10 @@ the best of three masks (for several points and boxes also on the single mask), 
 the quality of all four masks. Each image has two points in parts, a point anywhere, no prompt, two points
 or a box, and four points inside and outside. A third of the images show another image in an inset, so that
 only the point says which region is meant.
+
+The weights trained in two rounds. The list below is of the second round. The first round had twice as many
+steps at twice the learning rate. The second round adds corrections, as a reader would make them: where the
+mask of a point is wrong, a second point lies deep in what it misses or has too much of, and so does a third.
 
 The outlines of the measured masks follow the image's edges (`follow_edges: true`, the default).
 

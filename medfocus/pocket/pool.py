@@ -85,7 +85,7 @@ class Pool:
     @property
     def shards(self) -> list[range]:
         """The numbers of the images in each shard."""
-        return [range(start, start + SHARD) for start in range(0, self.count, SHARD)]
+        return [range(n, min(n + SHARD, self.count)) for n in range(0, self.count, SHARD)]
 
     def __getitem__(self, number: int) -> Drawn:
         """Read image ``number``."""

@@ -24,6 +24,7 @@ FROZEN_STAGES = 3  # of the trunk's seven; the ImageNet weights of its first sta
 # Factor of the mask logits. Stability compares logits > 1 with logits > -1, and at a quarter of the model's
 # resolution much of a small lesion is rim. The factor changes no mask; a power of two keeps every digit.
 STEEPNESS = 4.0
+CORRECTIONS = 2  # of a point's mask, in the second round
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as SAM2's transforms
 
 
@@ -86,11 +87,13 @@ def true_quality(masks: torch.Tensor, regions: torch.Tensor, worth: torch.Tensor
     return (both / either.clamp(min=1) * worth[:, None]).amax(2)
 
 
-def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+def loss(model: Any, batch: Batch, corrections: int = 0) -> tuple[torch.Tensor, dict[str, float]]:
     """Return a batch's loss, and the values to watch.
 
     These are the outline loss and the error of the predicted quality over all prompts, and the true quality
-    of the mask with the highest predicted quality: at a point on a lesion, and without a prompt.
+    of the mask with the highest predicted quality: at a point on a lesion, without a prompt, and after the
+    last correction. A correction adds a point where this mask is wrong, see ``corrected``. The points in
+    parts get ``corrections`` of them, one after another.
 
     The outline loss trains the best of the three masks and, for prompts of several points, also the single
     mask. The quality loss trains all four masks. The true quality of a single point's mask is the best over
@@ -99,8 +102,10 @@ def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     features = encode(model, batch.images)
     half = F.avg_pool2d(batch.regions.float(), 2)  # (B, R, S/2, S/2)
     small = F.avg_pool2d(half, 2)  # (B, R, S/4, S/4)
-    outlines, errors, watched = [], [], {}
-    for coords, labels, aims in zip(batch.coords, batch.labels, batch.aims, strict=True):
+    outlines, errors = [], []
+
+    def learn(coords: torch.Tensor, labels: torch.Tensor, aims: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Note the losses of (B, K, N) points; return the masks (B, K, S/4, S/4), their quality, the aims."""
         logits, predicted = decode(model, features, coords, labels)  # (n, 4, S/4, S/4), (n, 4)
         count, length = coords.shape[1:3]
         meant = aims.flatten()
@@ -127,14 +132,49 @@ def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
             full = F.interpolate(drawn, target.shape[1:], mode="bilinear")[:, 0]
             outlines.append(outline_loss(full, target) / len(columns))
         errors.append((predicted - quality).abs().mean(1))
-        picked = quality[:, 1:].gather(1, predicted[:, 1:].argmax(1, keepdim=True))[:, 0]
-        if length == 1:
-            for name, column in (("point", 0), ("none", 3)):
-                of_kind = picked.view(-1, count)[:, column]
-                watched[name] = float(of_kind[valid.view(-1, count)[:, column]].mean())
+        picked = predicted[:, 1:].argmax(1) + 1  # (n,)
+        masks = logits[rows, picked].detach() > 0
+        return masks.unflatten(0, (-1, count)), quality[rows, picked].unflatten(0, (-1, count)), aims
+
+    watched = {}
+    for number, prompt in enumerate(zip(batch.coords, batch.labels, batch.aims, strict=True)):
+        masks, quality, aims = learn(*prompt)
+        if number:
+            continue
+        for name, column in (("point", 0), ("none", 3)):
+            watched[name] = float(quality[:, column][aims[:, column] >= 0].mean())
+        coords, labels, aims = (of_all[:, :2] for of_all in prompt)  # the points in parts
+        for _ in range(corrections):
+            region = small.gather(1, aims.clamp(min=0)[..., None, None].expand(-1, -1, *small.shape[2:]))
+            coords, labels, aims = corrected(coords, labels, aims, masks[:, :2], region >= 0.5)
+            masks, quality, _ = learn(coords, labels, aims)
+        watched["corrected"] = float(quality[:, 0][aims[:, 0] >= 0].mean())
     outline, off = torch.cat(outlines).mean(), torch.cat(errors).mean()
     watched |= {"outline": float(outline.detach()), "off": float(off.detach())}
     return outline + 2 * off, watched
+
+
+def corrected(
+    coords: torch.Tensor, labels: torch.Tensor, aims: torch.Tensor, masks: torch.Tensor, regions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add to each prompt (B, K, N) the point that a reader would add: deep in what is missed or wrong.
+
+    ``masks`` and ``regions`` are (B, K, h, w) bool. The aim of a prompt whose mask is right becomes -1.
+    """
+    missed, wrong = (regions & ~masks).float(), (masks & ~regions).float()
+    depth = sum(  # two windows: the small one tells rims from areas, the large one finds the middle
+        each * F.avg_pool2d(each, side, 1, side // 2) for each in (missed, wrong) for side in (5, 17)
+    )
+    at = torch.as_tensor(depth).flatten(2).argmax(2)  # (B, K)
+    width = masks.shape[3]
+    point = torch.stack([at % width, at // width], dim=2) + 0.5  # (B, K, 2) in pixels of the masks
+    label = missed.flatten(2).gather(2, at[..., None]).long()  # (B, K, 1)
+    aims = aims.where((masks ^ regions).flatten(2).any(2), -1)
+    return (
+        torch.cat([coords, point[:, :, None] * (IMAGE_SIZE / width)], dim=2),
+        torch.cat([labels, label], dim=2),
+        aims,
+    )
 
 
 def train(
@@ -145,21 +185,27 @@ def train(
     pairs: Pairs | None,
     steps: int,
     batch_size: int = 8,
-    lr: float = 6e-4,
     warmup: int = 200,
     weight_decay: float = 0.02,
     workers: int = 0,
     device: str = "cpu",
     line: int = 0,
+    first: Path | None = None,
 ) -> None:
-    """Train from ImageNet weights of the trunk and write the image modules to ``out``, safetensors, float16.
+    """Train a round and write the image modules to ``out``, safetensors, float16.
 
+    The first round starts from ImageNet weights of the trunk. The second round starts from the file ``first``
+    that the first has written; it also learns from corrections.
     Raises ValueError if an interrupted training has other settings; see ``loop.train_and_write``.
     """
-    model = load_predictor("pocket", f"random:{seed}", IMAGE_SIZE, device=device)[0].model
-    net = model.image_encoder.trunk.net
-    state = imagenet_state()
-    net.load_state_dict({name: state[name] for name in net.state_dict()})
+    checkpoint = f"random:{seed}" if first is None else str(first)
+    model = load_predictor("pocket", checkpoint, IMAGE_SIZE, device=device)[0].model
+    if first is None:
+        net = model.image_encoder.trunk.net
+        state = imagenet_state()
+        net.load_state_dict({name: state[name] for name in net.state_dict()})
+    else:
+        steepen(model, 1 / STEEPNESS)
     model.train()
     trained = {k: v for k, v in model.named_parameters() if k.startswith(IMAGE_MODULES)}
     stages = ("conv_stem", "bn1", *(f"blocks.{i}" for i in range(FROZEN_STAGES)))
@@ -182,7 +228,7 @@ def train(
             pairs=len(pairs.rows) if pairs else 0,
             steps=steps,
             batch_size=batch_size,
-            lr=lr,
+            lr=6e-4 if first is None else 3e-4,
             warmup=warmup,
             weight_decay=weight_decay,
             clip=0.1,
@@ -190,8 +236,8 @@ def train(
         f"{pool.name}; {len(sources)} sources of pairs" if pairs else pool.name,
         model,
         trained,
-        Batches(pool, pairs, seed, batch_size),
-        lambda batch: loss(model, batch.to(device)),
+        Batches(pool, pairs, seed if first is None else seed + 1, batch_size),
+        lambda batch: loss(model, batch.to(device), 0 if first is None else CORRECTIONS),
         finished,
         workers=workers,
         line=line,

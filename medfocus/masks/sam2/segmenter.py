@@ -137,11 +137,13 @@ class Sam2Segmenter:
     ) -> tuple[np.ndarray, float] | None:
         """Decode one prompt (P = 1) of image ``index``; return the best candidate's logits (h, w) and IoU.
 
-        The candidate that agrees with the most points wins, and predicted IoU breaks ties. Returns None if no
-        candidate is finite.
+        Several points or a box are clear, and SAM2 has one mask for them (``multimask_output=False``). Of a
+        point's three candidates, the one that agrees with it wins, and predicted IoU breaks ties. Returns
+        None if no candidate is finite.
         """
+        is_ambiguous = prompt.coords.shape[1] == 1
         with torch.inference_mode():
-            logits, iou = finite(*self.decode(encoded, index, prompt))
+            logits, iou = finite(*self._decoded(encoded, index, prompt, is_ambiguous=is_ambiguous))
         coords, labels = prompt.coords[0], prompt.labels[0]
         agreeing = [candidates.agreeing(each > 0, coords, labels) for each in logits]
         first = max(range(len(iou)), key=lambda i: (agreeing[i], iou[i]), default=None)
@@ -182,6 +184,12 @@ class Sam2Segmenter:
         Returns three candidates per prompt, M = 3P: logits (M, S/4, S/4) float32, > 0 inside, and predicted
         IoU (M,) float32.
         """
+        return self._decoded(encoded, index, prompts, is_ambiguous=True)
+
+    def _decoded(
+        self, encoded: EncodedImages, index: int, prompts: PointPrompts, *, is_ambiguous: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Decode three candidates per prompt, or the one that SAM2 has for prompts that are clear."""
         device = encoded.embedding.device
         coords = self.predictor._transforms.transform_coords(torch.from_numpy(prompts.coords).to(device))
         labels = torch.from_numpy(prompts.labels).to(device)
@@ -198,10 +206,10 @@ class Sam2Segmenter:
                 image_pe=position,
                 sparse_prompt_embeddings=sparse,
                 dense_prompt_embeddings=dense,
-                multimask_output=True,
+                multimask_output=is_ambiguous,
                 repeat_image=True,
                 high_res_features=fine,
-            )  # (p, 3, S/4, S/4), (p, 3)
+            )  # (p, 3 or 1, S/4, S/4), (p, 3 or 1)
             logits.append(low.flatten(0, 1).float().cpu())
             predicted_iou.append(iou.flatten().float().cpu())
         return torch.cat(logits).numpy(), torch.cat(predicted_iou).numpy()
