@@ -37,7 +37,7 @@ def test_a_plan_accepts_exactly_the_known_focus_modes_and_controls() -> None:
     assert {cell.focus for cell in plan(with_modes(*known))} == set(known)
     with pytest.raises(ValueError, match=r"study\.methods\.medfocusclip has the focus 'crpo'; use one"):
         plan(with_modes("none", "crpo"))
-    assert {control.mode for control in CONTROLS.values()} <= set(FOCUS)
+    assert {control.mode for control in CONTROLS.values()} <= {*FOCUS, *REGIONS}
 
 
 def test_every_fault_is_reported_with_its_place_and_value(tmp_path: Path) -> None:

@@ -322,6 +322,15 @@ def test_the_tables_end_with_the_verdict_on_the_controls() -> None:
     assert "confounded" in tables.study_table(controlled(inverse=-0.01, shuffled=0.4))
 
 
+def test_each_focus_has_a_verdict_from_its_own_controls() -> None:
+    crops = {"dual-crop": 0.0, "shuffled-crop": 0.3, "center-crop": 0.2}
+    extra = [replace(r, focus=name, accuracy=r.accuracy - loss - r.seed / 100)
+             for name, loss in crops.items() for r in study() if r.focus == "multiply"]  # fmt: skip
+    last = tables.study_table(controlled(inverse=-0.01) + extra).splitlines()[-3::2]
+    assert last[0].startswith("Controls of pixels (multiply)") and "confounded" in last[0]
+    assert last[1].startswith("Controls of pixels (dual-crop)") and last[1].endswith("the region carries it.")
+
+
 def test_the_verdict_takes_each_draw_once_over_the_percents_and_leaves_out_100() -> None:
     rows = controlled(center_box=0.2)
     ten = [replace(r, percent_of_train=10.0, accuracy=r.accuracy - (r.focus != "multiply") * 0.1)
@@ -343,5 +352,6 @@ def test_without_controls_or_with_one_draw_the_tables_have_no_verdict() -> None:
 def test_the_verdict_knows_every_control() -> None:
     from medfocus.focus.controls import CONTROLS
 
-    assert set(controls.FINDINGS) == set(CONTROLS)
-    assert controls.CONTROLLED in {control.mode for control in CONTROLS.values()}
+    assert set(controls.CONTROLS) == set(CONTROLS)
+    for focus, names in controls.CONTROLLED.items():
+        assert {CONTROLS[name].mode for name in names} <= {focus, "inverse"}

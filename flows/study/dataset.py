@@ -56,7 +56,7 @@ class EncodedDataset:
         self.splits: Splits = read_splits(self.paths.splits(name))
         self.masks = PublishedMasks(self.paths.masks(name))
         self.classes: tuple[str, ...] = tuple(self.splits.classes)
-        self._region_encoders: dict[str, ClipEncoder] = {}  # focus -> encoder
+        self._region_encoders: dict[str, ClipEncoder] = {}  # focus mode -> encoder
         # (embedding, focus, V) -> path -> (V, ...)
         self._embedded: dict[tuple[str, str, int], dict[str, Tensor]] = {}
 
@@ -78,9 +78,10 @@ class EncodedDataset:
 
     def encoder_for(self, focus: str) -> ClipEncoder:
         """Return the encoder for a focus mode, with an input for the region if the mode needs one."""
-        if focus not in self._region_encoders:
-            self._region_encoders[focus] = models.region_encoder(self.study.params, self.encoder, focus)
-        return self._region_encoders[focus]
+        mode = focus_of(focus)
+        if mode not in self._region_encoders:
+            self._region_encoders[mode] = models.region_encoder(self.study.params, self.encoder, mode)
+        return self._region_encoders[mode]
 
     def labels(self, paths: Sequence[str]) -> np.ndarray:
         """Return the class indices of images, (N,) int64."""

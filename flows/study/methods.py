@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from flows.study.params import Params
 from medfocus.clip.regions import REGIONS
+from medfocus.focus.controls import focus_of
 from medfocus.learning.method import Method
 from medfocus.learning.selection import Choice, candidates
 from medfocus.methods import METHODS
@@ -44,8 +45,8 @@ def check_towers(params: Params, encoder: ClipEncoder) -> None:
     for name, modes in params.study.methods.items():
         for focus in modes:
             caller = f"params.yaml: study.methods.{name} with the focus {focus!r}"
-            if focus in REGIONS:
-                encoder.require(REGIONS[focus].needs, caller)
+            if (mode := focus_of(focus)) in REGIONS:
+                encoder.require(REGIONS[mode].needs, caller)
             build_method(params, name, encoder).check_towers(caller)
 
 

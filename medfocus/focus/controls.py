@@ -10,7 +10,7 @@ MaskSource = Literal["own", "another image's", "center box"]
 class Control(NamedTuple):
     """The focus mode and the mask of a control."""
 
-    mode: str  # a key of medfocus.focus.modes.FOCUS
+    mode: str  # a key of medfocus.focus.modes.FOCUS or medfocus.clip.regions.REGIONS
     mask: MaskSource
 
 
@@ -18,6 +18,8 @@ CONTROLS = {
     "inverse": Control("inverse", "own"),
     "shuffled": Control("multiply", "another image's"),
     "center-box": Control("multiply", "center box"),
+    "shuffled-crop": Control("dual-crop", "another image's"),
+    "center-crop": Control("dual-crop", "center box"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Verdicts on a focus from its controls: inverse, shuffled and centre-box masks."""
+"""Verdicts on a focus from its controls: the background, another image's mask, the centre box."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import numpy as np
 
 from medfocus.reports.rows import StudyRow, paired, percent_text, signed_text
 
-CONTROLLED = "multiply"  # the focus that the controls are variants of
-# Control -> the finding if it does not score below the focus.
-FINDINGS = {
-    "inverse": "background alone is not significantly below the focus {}: take the data set as confounded",
-    "shuffled": "another image's mask is not significantly below the focus {}: "
-    "the mask's content does not matter",
-    "center-box": "the centre box is not significantly below the focus {}: a segmentation is not needed",
+_OTHER = "another image's mask is not significantly below the focus {}: the mask's content does not matter"
+_CENTER = "the centre box is not significantly below the focus {}: a segmentation is not needed"
+# Focus -> its controls -> the finding if a control does not score below the focus.
+CONTROLLED = {
+    "multiply": {
+        "inverse": "background alone is not significantly below the focus {}: "
+        "take the data set as confounded",
+        "shuffled": _OTHER,
+        "center-box": _CENTER,
+    },
+    "dual-crop": {"shuffled-crop": _OTHER, "center-crop": _CENTER},
 }
+FINDINGS = {name: finding for controls in CONTROLLED.values() for name, finding in controls.items()}
 CONTROLS = tuple(FINDINGS)
 
 
@@ -30,7 +35,7 @@ def verdict(
 
     Args:
         focus: Draw -> accuracy in %.
-        controls: Name of a control ("inverse", "shuffled", "center-box") -> draw -> accuracy in %.
+        controls: Name of a control, see ``CONTROLLED`` -> draw -> accuracy in %.
         none: Draw -> accuracy in % of the whole image; empty if it was not run.
     """
     differences = ((name, paired(controls[name], focus)) for name in FINDINGS if name in controls)
@@ -52,29 +57,33 @@ def verdict(
 
 
 def control_verdicts(block: Sequence[StudyRow]) -> list[str]:
-    """Return the verdict on "multiply", by accuracy, for each method that was run with controls.
+    """Return the verdict on each focus, by accuracy, for each method that was run with controls.
 
     Every draw counts once, with its mean over the percents, because its supports are nested. 0 % and 100 %
     are excluded, because there all draws have the same images.
     """
-    lines = []
-    for method in dict.fromkeys(row.method for row in block):
-        cells: dict[str, dict[tuple[int, float], float]] = {}  # focus -> (draw, percent) -> accuracy in %
-        for row in block:
-            concerned = row.method == method and row.focus in (CONTROLLED, "none", *FINDINGS)
-            if concerned and 0 < row.percent_of_train < 100:
-                cells.setdefault(row.focus, {})[row.seed, row.percent_of_train] = 100 * row.accuracy
-        common = sorted(set.intersection(*map(set, cells.values()))) if cells else []
-        draws = {
-            focus: {draw: float(np.mean([at[key] for key in common if key[0] == draw])) for draw, _ in common}
-            for focus, at in cells.items()
-        }
-        controls = {name: of_draw for name, of_draw in draws.items() if name in FINDINGS}
-        sentence = verdict(draws.get(CONTROLLED, {}), controls, draws.get("none", {}))
-        if sentence is not None:
-            percents = sorted({percent for _, percent in common})
-            span = " to ".join(dict.fromkeys(percent_text(p) for p in (percents[0], percents[-1])))
-            number = len(draws[CONTROLLED])
-            where = f"accuracy at {span} % of train, {number} draws"
-            lines.append(f"Controls of {method} ({CONTROLLED}), {where}: {sentence}.")
-    return lines
+    pairs = [(m, focus) for m in dict.fromkeys(row.method for row in block) for focus in CONTROLLED]
+    return [line for method, focus in pairs if (line := _control_verdict(block, method, focus))]
+
+
+def _control_verdict(block: Sequence[StudyRow], method: str, focus: str) -> str:
+    """Return the verdict on one focus of one method; "" without controls."""
+    names = CONTROLLED[focus]
+    cells: dict[str, dict[tuple[int, float], float]] = {}  # focus -> (draw, percent) -> accuracy in %
+    for row in block:
+        concerned = row.method == method and row.focus in (focus, "none", *names)
+        if concerned and 0 < row.percent_of_train < 100:
+            cells.setdefault(row.focus, {})[row.seed, row.percent_of_train] = 100 * row.accuracy
+    common = sorted(set.intersection(*map(set, cells.values()))) if cells else []
+    draws = {
+        name: {draw: float(np.mean([at[key] for key in common if key[0] == draw])) for draw, _ in common}
+        for name, at in cells.items()
+    }
+    controls = {name: of_draw for name, of_draw in draws.items() if name in names}
+    sentence = verdict(draws.get(focus, {}), controls, draws.get("none", {}))
+    if sentence is None:
+        return ""
+    percents = sorted({percent for _, percent in common})
+    span = " to ".join(dict.fromkeys(percent_text(p) for p in (percents[0], percents[-1])))
+    where = f"accuracy at {span} % of train, {len(draws[focus])} draws"
+    return f"Controls of {method} ({focus}), {where}: {sentence}."
