@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -14,13 +15,16 @@ from medfocus.explain.explain import explain
 from medfocus.explain.maps import pointing_hit
 from medfocus.learning.method import Support
 from medfocus.methods import METHODS
+from medfocus.methods.medfocusclip import MedFocusClip
+from medfocus.serving import defaults
+from tests.towers import small_vit
 
 SIZE = 96
 
 
 @pytest.fixture(scope="module")
 def clip() -> ClipEncoder:
-    return build_clip("pocket", "pocket")
+    return small_vit()
 
 
 def cornered(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -50,6 +54,55 @@ def test_a_head_on_features_is_explained_by_gradient_attention(clip: ClipEncoder
     maps, way = explain(method, clip, images, labels)
     assert way == "gradient x attention"
     assert maps.shape == (4, SIZE, SIZE) and torch.allclose(maps.sum(dim=(1, 2)), torch.ones(4), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def layered() -> tuple[MedFocusClip, Tensor, Tensor]:
+    """Return MedFocusCLIP on the stages of the embedded CLIP, with further images and their classes."""
+    known = defaults.method_settings("medfocusclip", "small") | {"text_prior": False}
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+    return fitted("medfocusclip", build_clip("pocket", "pocket"), **settings), *cornered(6, seed=1)
+
+
+def test_stages_of_a_convolutional_clip_are_explained_by_the_places_of_their_maps(
+    layered: tuple[MedFocusClip, Tensor, Tensor],
+) -> None:
+    method, images, labels = layered
+    assert (next(iter(method.logits(method.embed(images)).values())).argmax(1) == labels).all()
+    maps, way = explain(method, method.encoder, images, labels)
+    assert way == "HiResCAM" and torch.allclose(maps.sum(dim=(1, 2)), torch.ones(6), atol=1e-4)
+    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    for heat, label in zip(maps, labels.tolist(), strict=True):
+        middle = 24 if label == 0 else 72
+        disc = (y - middle) ** 2 + (x - middle) ** 2 < 400
+        assert float(heat[disc].sum()) > 2 * float(disc.float().mean())
+
+
+def test_the_slopes_of_the_probe_are_its_derivatives(layered: tuple[MedFocusClip, Tensor, Tensor]) -> None:
+    method, images, labels = layered
+    inputs = method.embed(images[:2])
+    slopes = method.slopes(inputs, labels[:2])
+    step = 1e-2 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
+
+    def margin(at: Tensor) -> Tensor:
+        logits = method.logits(at)["probe"]
+        return (logits[[0, 1], labels[:2]] - logits[[0, 1], 1 - labels[:2]]).float()
+
+    found = (margin(inputs + step) - margin(inputs - step)) / 2
+    torch.testing.assert_close((slopes * step).sum(dim=1), found, rtol=0.02, atol=1e-3)
+
+
+def test_the_whole_image_beside_a_crop_is_explained(layered: tuple[MedFocusClip, Tensor, Tensor]) -> None:
+    method, images, labels = layered
+    encoder = method.encoder.with_region("dual-crop", 0.0)
+    both = MedFocusClip(
+        encoder, **{f.name: getattr(method, f.name) for f in fields(method) if f.init and f.name != "encoder"}
+    )
+    views = torch.cat([images, images], dim=3)
+    support = Support(both.embed(views)[None], labels, torch.arange(6), torch.eye(2, encoder.dim))
+    both.fit(support, torch.Generator().manual_seed(0))
+    maps, way = explain(both, encoder, views, labels)
+    assert way == "HiResCAM" and maps.shape == (6, SIZE, SIZE)
 
 
 class UpperLeft:

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medfocus.explain.grad_cam import grad_cam, tower_grad_cam
+from medfocus.explain.grad_cam import grad_cam, layers_cam, tower_grad_cam
 from medfocus.explain.maps import inside_share, to_maps
 from medfocus.explain.occlusion import occlusion
 from medfocus.explain.transformer import gradient_attention
 from medfocus.focus.modes import crop_window
 from medfocus.images.geometry import Frame
 from medfocus.methods.backbone import Backbone
+from medfocus.methods.medfocusclip import MedFocusClip
 
 if TYPE_CHECKING:
     from medfocus.clip.encoder import ClipEncoder
@@ -35,8 +36,8 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
 
     Returns:
         Maps (B, S, S), and their kind: "gradient x attention" for methods on the features of a ViT,
-        "Grad-CAM" for those of a convolutional CLIP and for timm's backbones with feature maps, and
-        "occlusion" for all others.
+        "Grad-CAM" for those of a convolutional CLIP and for timm's backbones with feature maps, "HiResCAM"
+        for MedFocusCLIP with ``layers`` of a frozen convolutional CLIP, and "occlusion" for all others.
     """
     if isinstance(method, Backbone):
         rows = torch.arange(len(targets))
@@ -46,6 +47,16 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
             return _occluded(method, encoder, views, targets), "occlusion"
         return _resized(maps, views.shape[1]), "Grad-CAM"
     tower = encoder.tower
+    if isinstance(method, MedFocusClip) and _has_cam(method, encoder):
+        slopes = method.slopes(method.embed(views), targets).to(encoder.device)  # (B, D + P)
+        maps = layers_cam(
+            encoder,
+            encoder.preprocess(views),
+            method.layers,
+            method.grid,
+            lambda features: (features * slopes).sum(dim=1),
+        )
+        return maps, "HiResCAM"
     ways = tower.verbs & {"attention-maps", "activation-maps"}
     if not ways or method.embedding != "features" or not encoder.region.sees_one_rgb:
         return _occluded(method, encoder, views, targets), "occlusion"
@@ -59,6 +70,13 @@ def explain(method: Method, encoder: ClipEncoder, views: Tensor, targets: Tensor
         bias = encoder.region.bias(tower, pixels)
         return gradient_attention(tower, pixels[:, :3], score, bias), "gradient x attention"
     return tower_grad_cam(tower, pixels[:, :3], score), "Grad-CAM"
+
+
+def _has_cam(method: MedFocusClip, encoder: ClipEncoder) -> bool:
+    """Return whether the inputs are features of layers, of which one has maps and something after it."""
+    is_frozen = method.tuning == "adapter" and not method.blocks and not method.segmenter_grid
+    has_maps = "activation-maps" in encoder.tower.verbs
+    return is_frozen and has_maps and bool(method.layers) and 0 < min(method.layers) < encoder.tower.depth
 
 
 def explain_one(method: Method, view: np.ndarray, target: int) -> tuple[np.ndarray, str]:

@@ -1,8 +1,8 @@
-"""Grad-CAM, for timm's nets with feature maps and CLIP's convolutional encoders (arXiv 1610.02391)."""
+"""Grad-CAM and HiResCAM, for timm's nets with feature maps and CLIP's convolutional encoders."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch.nn.functional import relu
 from medfocus.clip.towers.base import ImageTower
 from medfocus.explain.maps import to_maps
 from medfocus.explain.scores import Score, score_gradients
+
+if TYPE_CHECKING:
+    from medfocus.clip.encoder import ClipEncoder
 
 
 def grad_cam(model: nn.Module, pixels: Tensor, score: Score) -> Tensor:
@@ -67,6 +70,33 @@ def tower_grad_cam(tower: ImageTower, pixels: Tensor, score: Score) -> Tensor:
             maps = tower.block(number, maps)
         (slope,) = score_gradients(score(tower.pool(maps)), [maps], len(pixels))
     return activation_maps(maps, slope, pixels.shape[-1])
+
+
+def layers_cam(
+    encoder: ClipEncoder, pixels: Tensor, layers: tuple[int, ...], grid: int, score: Score
+) -> Tensor:
+    """Compute HiResCAM of the first of ``layers``, through all that follows: (B, C, S, S) -> (B, S, S).
+
+    The heat of a place is Σ_k ∂score/∂A_k · A_k over its feature maps A_k. Of a region with two images, the
+    first is explained.
+
+    Args:
+        encoder: A CLIP with a convolutional image encoder.
+        pixels: (B, C, S, S), preprocessed.
+        layers: The layers whose maps join the features; the last layer alone is not enough.
+        grid: Cells a side to which the maps are averaged.
+        score: Maps the result of ``encoder.encode_layers`` (B, D + P) to a number for each image (B,).
+
+    Source: Draelos and Carin, arXiv 2011.08891. Raises as ``score_gradients`` and ``encoder.trunk`` do.
+    """
+    blocks = encoder.tower.depth - min(layers)
+    packed = encoder.trunk(pixels, blocks)
+    with torch.enable_grad():
+        packed = packed.detach().requires_grad_()
+        features = encoder.tail(blocks).eval().encode_layers(packed, layers, grid)
+        (slope,) = score_gradients(score(features), [packed], len(pixels))
+    states, _ = encoder.region.unpack(slope * packed.detach(), encoder.tower)
+    return to_maps(states[0].sum(dim=1), pixels.shape[-1])
 
 
 def activation_maps(features: Tensor, slope: Tensor, size: int) -> Tensor:

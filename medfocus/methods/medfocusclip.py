@@ -372,6 +372,23 @@ class MedFocusClip(Schedule, Method):
             probe, head = zero_shot + probe, (zero_shot + head) / 2
         return {"probe": probe, "head": head}
 
+    def slopes(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return ∂ (logit of the target - mean of the others) / ∂ inputs of the probe, (B, D + P).
+
+        Only for frozen encoders, whose inputs are features; ``targets`` is (B,) int64.
+        """
+        with torch.enable_grad():
+            features = inputs.detach().float().requires_grad_()
+            image, patches = features.tensor_split([self.encoder.dim], dim=1)
+            fused = self.classifier_.fuse(image, patches, self.text_features_)
+            logits = fused.double() @ torch.from_numpy(self.probe_.coef).T
+            if self.trusts_text_:
+                logits = logits + self.text_logits(*self.untrained_.adapt(image, self.untrained_text_))
+            chosen = logits.gather(1, targets[:, None])[:, 0]
+            others = (logits.sum(dim=1) - chosen) / (logits.shape[1] - 1)
+            (slopes,) = torch.autograd.grad((chosen - others).sum(), features)
+        return slopes
+
     def state(self) -> dict[str, Tensor]:
         """Return trained parts, adapters, fusion, head, text features, probe, λ and the trust in the text."""
         return {
