@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from medfocus.storage import atomic
 _CODE = Path(__file__).resolve().parents[2]  # contains the packages flows and medfocus
 FILES = ("params.yaml", "dvc.yaml", ".gitignore", ".dvcignore")
 FILES += (".dvc/config", ".dvc/.gitignore", ".dvc/plots/medfocus.json")
+IMAGES = "examples/pneumoniamnist"  # of the embedded study
 
 
 def create_project(folder: Path) -> None:
@@ -24,7 +26,7 @@ def create_project(folder: Path) -> None:
     """
     packed = _CODE / "flows" / "project"  # exists in a wheel; a clone has the files at its root
     source = packed if packed.is_dir() else _CODE
-    if taken := [name for name in FILES if (folder / name).exists()]:
+    if taken := [name for name in (*FILES, IMAGES) if (folder / name).exists()]:
         raise FileExistsError(f"{folder / taken[0]} already exists. Give a new folder, or use this project.")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ".git").exists():
@@ -35,6 +37,7 @@ def create_project(folder: Path) -> None:
         if name == "dvc.yaml":
             text = text.replace(CODE_HERE, f"  - code: {_CODE.as_posix()}\n", 1)
         atomic.write(folder / name, text)
+    shutil.copytree(source / IMAGES, folder / IMAGES)
     if packed.is_dir():  # otherwise DVC would see later .pyc files as changed code
         for package in ("medfocus", "flows"):
             compileall.compile_dir(_CODE / package, quiet=2)

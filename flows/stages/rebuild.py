@@ -10,7 +10,6 @@ from flows.stages import finetune, scoring
 from flows.study import models
 from flows.study.cells import Cell
 from flows.study.dataset import EncodedDataset
-from flows.study.methods import support_views
 from flows.study.study import Study, here
 from medfocus.images import decode
 
@@ -36,8 +35,7 @@ def rebuild(study: Study, cell: Cell) -> tuple[dict[str, float], str]:
         if decode.read_named(dataset.root / path)[0] != dataset.records[path].sha256:
             raise ValueError(f"{dataset.root / path}: the image has changed since the run. Restore it.")
     if support:
-        views = support_views(study.params, cell.method)
-        dataset.embed([cell.method], cell.focus, support, views, "encode")
+        dataset.embed([cell.method], cell.focus, support, dataset.views(cell), "encode")
     fitted = finetune.cached_path(dataset, cell)
     finetune.fit(finetune.prepare(dataset, cell, fitted))
     dataset.embed([cell.method], cell.focus, test, 1, "encode test")

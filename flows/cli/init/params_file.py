@@ -93,12 +93,14 @@ def _study(described: Described, folder: Path, base: Path) -> list[str]:
         "    pixels: [none]",
         "    clip-zero-shot: [none, multiply, crop]",
         "    clip-linear-probe: [none]",
-        "    clip-few-shot: [none]",
-        "    medfocusclip: [none, multiply, crop, inverse, shuffled]  # the last two are controls",
+        "    medfocusclip: [none, multiply, dual-crop, inverse, shuffled-crop]  # the last two are controls",
+        "    medfocusclip-full: [none]    # may train the encoder's last blocks: minutes a fit",
         f"  percents: {_yaml(described.percents)}  # of each class's training images; at least one",
         "  shots: []                      # images per class, in addition or instead",
         f"  seeds: {_yaml(list(_SEEDS))}               # one support set each; more give narrower intervals",
-        "  only: {}",
+        "  only:                          # a method's part of percents, shots and seeds; more takes longer",
+        f"    medfocusclip-full: {{percents: {_yaml(described.percents[-1:])}, shots: [], "
+        f"seeds: [{_SEEDS[0]}]}}",
         f"  schedule: {_schedule(base):<21} # of the methods: small for the embedded models, else published",
         "",
     ]
