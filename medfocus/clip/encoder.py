@@ -163,7 +163,8 @@ class ClipEncoder:
     def image_features(self, pixels: Tensor) -> Tensor:
         """Encode like ``encode_images``, but with a gradient, for a copy of the model that trains."""
         pixels = pixels.to(self.device)
-        images = self.region.images(pixels)
+        form = self.tower.memory_format
+        images = [image.contiguous(memory_format=form) for image in self.region.images(pixels)]
         bias = self.region.bias(self.tower, pixels)
         if bias is None:
             model: Any = self.model

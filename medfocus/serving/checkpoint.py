@@ -60,7 +60,8 @@ def read_header(path: Path) -> Header:
 def load(path: Path, encoder: ClipEncoder) -> tuple[Method, Header]:
     """Load a fitted method on ``encoder``, and its header.
 
-    Raises ValueError if the file is not a checkpoint or was fitted on other CLIP weights.
+    Raises ValueError if the file is not a checkpoint, or was fitted on other CLIP weights or by a version
+    with other hyperparameters.
     """
     header = read_header(path)
     if header.encoder_key != encoder.key:
@@ -70,5 +71,9 @@ def load(path: Path, encoder: ClipEncoder) -> tuple[Method, Header]:
         )
     with safe_open(path, framework="pt") as file:
         state: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in header.settings.items()}
-    return METHODS[header.method](encoder, **settings).load(state), header
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header.settings.items()}
+    try:
+        method = METHODS[header.method](encoder, **settings)
+    except TypeError as error:
+        raise ValueError(f"{path} is of another version of medfocus: {error}. Run finetune again.") from error
+    return method.load(state), header

@@ -83,7 +83,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         ``str(label)`` -> the class name in text prompts; by default, the label itself.
     templates : sequence of str or None, default=None
         Text prompts with "{c}" for the class name, in place of the modality's templates.
-    augmented : int, default=2
+    augmented : int, default=1
         Augmented views of each training image, in addition to the image, for methods that train on views.
     flip : bool, default=False
         Whether a mirror image has the same class, for half of the augmented views and for methods that
@@ -129,7 +129,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         modality: str = "other",
         names: Mapping[str, str] | None = None,
         templates: Sequence[str] | None = None,
-        augmented: int = 2,
+        augmented: int = 1,
         flip: bool = False,
         feather: float = 0.01,
         attention_bias: float = 2.0,
