@@ -288,7 +288,7 @@ def test_a_point_gives_the_mask_of_sam2s_predictor(reader: Reader) -> None:
     made = clicks.mask_at(segmenter, image, clicks.encode(segmenter, image), [point])
     own = masks[int(iou.argmax())] > 0
     assert made.score == pytest.approx(float(iou.max()), abs=1e-4)
-    assert (made.region & own).sum() / (made.region | own).sum() > 0.9  # this mask also follows edges
+    assert (made.region & own).sum() / (made.region | own).sum() > 0.85  # this mask also follows edges
 
 
 def test_a_single_point_outside_keeps_the_middle_of_the_first_mask(opened: Opener, reader: Reader) -> None:
@@ -760,7 +760,7 @@ def test_a_click_on_the_page_changes_the_probabilities(
     card.get_by_role("slider", name="Mask").fill("20")
     assert card.locator("img.layer.mask").evaluate("image => image.style.opacity") == "0.2"
     card.get_by_role("slider", name="Attribution").fill("50")
-    card.get_by_text("gradient x attention").wait_for()
+    card.get_by_text("Grad-CAM").wait_for()
     assert card.locator("img.layer.attribution").is_visible()
 
     before = card.locator("img.layer.mask").get_attribute("src")

@@ -22,13 +22,14 @@ from medfocus.explain.grad_cam import grad_cam, tower_grad_cam
 from medfocus.explain.maps import inside_share, pointing_hit, to_maps
 from medfocus.explain.occlusion import occlusion
 from medfocus.explain.transformer import gradient_attention
+from tests.towers import small_vit
 
-ENCODERS = ("pocket", "ViT-B-32")
+ENCODERS = ("small_vit", "ViT-B-32")
 
 
 @pytest.fixture(scope="module")
 def encoders() -> dict[str, ClipEncoder]:
-    return {"pocket": build_clip("pocket", "pocket"), "ViT-B-32": build_clip("ViT-B-32", "random:0")}
+    return {"small_vit": small_vit(), "ViT-B-32": build_clip("ViT-B-32", "random:0")}
 
 
 def noise(count: int, size: int, channels: int = 3, seed: int = 0) -> Tensor:
@@ -82,7 +83,7 @@ def test_features_with_kept_attention_equal_those_of_the_encoder(
 def test_the_attention_mask_of_a_region_gives_the_features_of_its_encoder(
     encoders: dict[str, ClipEncoder],
 ) -> None:
-    encoder = encoders["pocket"]
+    encoder = encoders["small_vit"]
     regional = encoder.with_region("attention", 3.0)
     pixels = regional.preprocess(torch.cat([noise(2, 96), 255 * (noise(2, 96, 1, seed=1) > 99)], dim=-1))
     tower = encoder.tower
@@ -92,7 +93,7 @@ def test_the_attention_mask_of_a_region_gives_the_features_of_its_encoder(
 
 
 def test_low_rank_updates_count(encoders: dict[str, ClipEncoder]) -> None:
-    encoder = encoders["pocket"]
+    encoder = encoders["small_vit"]
     towers = LoraTowers(encoder, rank=2, alpha=1.0, dropout=0.0).eval()
     for parameter in towers.parameters():
         nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))

@@ -336,7 +336,7 @@ def test_studies_are_listed_with_their_faults(home: Path, medfocus: Medfocus) ->
     (home / "studies" / "broken.yaml").write_text("extends: ../params.yaml\nspeed: fast\n")
     result = medfocus("study")
     assert result.exit_code == 0
-    assert "phantoms" in result.output and "phantom-chest" in result.output
+    assert "embedded" in result.output and "phantom-chest" in result.output
     assert "speed is not a known field" in " ".join(result.output.split())
 
 
@@ -471,7 +471,7 @@ def test_explain_writes_a_sheet_and_a_row_for_each_image(home: Path, medfocus: M
     result = medfocus("explain", shade(home / "a.png", 0, 70), "--out", "why", "--model", model)
     assert result.exit_code == 0, result.output
     [line] = rows(home / "why" / "explanations.csv")
-    assert line["way"] == "gradient x attention" and 0 <= float(line["inside_mask"]) <= 1
+    assert line["way"] == "Grad-CAM" and 0 <= float(line["inside_mask"]) <= 1
     assert decode.read(home / "why" / line["sheet"]).shape[1] > 3 * 90
 
 

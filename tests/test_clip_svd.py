@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.svd import SingularValues, SvdTowers
 from medfocus.clip.towers.base import TowerError
 from medfocus.methods.clip_svd import ClipSvd
 from medfocus.storage import weights
 from tests.test_lora import PROMPTS, coloured, custom_text_clip, support_of
+from tests.towers import small_vit
 
 SETTINGS: dict[str, Any] = {
     "epochs": 3, "max_steps": None, "batch_size": 24, "lr": 5e-2, "weight_decay": 0.0,
@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def clip() -> ClipEncoder:
-    return build_clip("pocket", "random:0")
+    return small_vit()
 
 
 @pytest.fixture(scope="module")

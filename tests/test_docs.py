@@ -633,7 +633,7 @@ def scores_in(page: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("README.md", 50), ("docs/results.md", 400), ("docs/methods.md", 100)]
+    ("page", "least"), [("README.md", 40), ("docs/results.md", 150), ("docs/methods.md", 20)]
 )
 def test_the_scores_of_a_page_are_those_of_the_csv(page: str, least: int) -> None:
     known = accuracies()
@@ -652,7 +652,7 @@ def test_the_figures_in_the_text_of_choosing_a_method_stand_in_the_csv() -> None
             known |= {shown(row[column].lstrip("+-"), row) for row in csv.DictReader(file)}
     told = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     figures = re.findall(r"\d+\.\d ± \d+\.\d", told)
-    assert len(figures) > 100
+    assert len(figures) > 20
     assert [figure for figure in figures if figure not in known] == []
 
 
@@ -742,6 +742,7 @@ def shorten(study: Path) -> None:
         "methods": {"clip-linear-probe": ["none"], "medfocusclip": ["none"]},
         "percents": [100],
         "seeds": [0],
+        "only": {},
     }
     study.write_text(yaml.safe_dump(content), encoding="utf-8")
 

@@ -27,6 +27,7 @@ from medfocus.clip.tokenizer import CONFIGS, pocket_tokenizer
 from medfocus.clip.towers.base import TowerError
 from medfocus.pocket.merges import write_merges
 from tests.conftest import snapshot
+from tests.towers import small_vit
 
 LAION_HUB_ID = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 OPENAI_HUB_ID = "timm/vit_base_patch32_clip_224.openai"
@@ -45,8 +46,8 @@ def pixels(encoder: ClipEncoder, count: int = 3) -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def pocket() -> ClipEncoder:
-    return build_clip("pocket", "random:0")
+def small() -> ClipEncoder:
+    return small_vit()
 
 
 @pytest.fixture(scope="session")
@@ -77,44 +78,44 @@ def write_model_folder(folder: Path, vision: dict[str, Any], mean: float = 0.5) 
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
 
 
-def test_features_have_length_one_and_the_shared_dimension(pocket: ClipEncoder) -> None:
-    images, texts = pocket.encode_images(pixels(pocket)), pocket.encode_texts(["a heart", "a lung"])
-    assert images.shape == (3, pocket.dim) and texts.shape == (2, pocket.dim)
+def test_features_have_length_one_and_the_shared_dimension(small: ClipEncoder) -> None:
+    images, texts = small.encode_images(pixels(small)), small.encode_texts(["a heart", "a lung"])
+    assert images.shape == (3, small.dim) and texts.shape == (2, small.dim)
     assert torch.allclose(torch.cat([images, texts]).norm(dim=-1), torch.ones(5), atol=1e-6)
-    assert pocket.logit_scale == pytest.approx(1 / 0.07)
+    assert small.logit_scale == pytest.approx(1 / 0.07)
 
 
-def test_a_seed_determines_the_weights_and_does_not_change_the_global_generator(pocket: ClipEncoder) -> None:
+def test_a_seed_determines_the_weights_and_does_not_change_the_global_generator(small: ClipEncoder) -> None:
     before = torch.random.get_rng_state()
-    same, other = build_clip("pocket", "random:0"), build_clip("pocket", "random:1")
+    same, other = small_vit(), small_vit(1)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert same.key == pocket.key != other.key
-    x = pixels(pocket)
-    assert torch.equal(same.encode_images(x), pocket.encode_images(x))
-    assert not torch.allclose(other.encode_images(x), pocket.encode_images(x), atol=1e-3)
+    assert same.key == small.key != other.key
+    x = pixels(small)
+    assert torch.equal(same.encode_images(x), small.encode_images(x))
+    assert not torch.allclose(other.encode_images(x), small.encode_images(x), atol=1e-3)
 
 
-def test_the_towers_are_frozen(pocket: ClipEncoder) -> None:
-    assert not pocket.model.training
-    assert not any(parameter.requires_grad for parameter in pocket.model.parameters())
-    assert not pocket.encode_images(pixels(pocket)).requires_grad
+def test_the_towers_are_frozen(small: ClipEncoder) -> None:
+    assert not small.model.training
+    assert not any(parameter.requires_grad for parameter in small.model.parameters())
+    assert not small.encode_images(pixels(small)).requires_grad
 
 
-def test_preprocessing_equals_torchvision(pocket: ClipEncoder) -> None:
+def test_preprocessing_equals_torchvision(small: ClipEncoder) -> None:
     views = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
     expected = torch.stack(
-        [normalize_pixels(to_tensor(view), list(pocket.mean), list(pocket.std)) for view in views]
+        [normalize_pixels(to_tensor(view), list(small.mean), list(small.std)) for view in views]
     )
-    assert torch.allclose(pocket.preprocess(views), expected, atol=1e-6)
-    assert torch.equal(pocket.preprocess(torch.from_numpy(views)), pocket.preprocess(views))
+    assert torch.allclose(small.preprocess(views), expected, atol=1e-6)
+    assert torch.equal(small.preprocess(torch.from_numpy(views)), small.preprocess(views))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_trunk_and_tail_of_the_pocket_model_equal_the_image_encoder(pocket: ClipEncoder, blocks: int) -> None:
-    x = pixels(pocket)
-    tokens = pocket.trunk(x, blocks)
+def test_trunk_and_tail_of_a_transformer_equal_the_image_encoder(small: ClipEncoder, blocks: int) -> None:
+    x = pixels(small)
+    tokens = small.trunk(x, blocks)
     assert tokens.shape == (3, 1 + 64, 128)
-    assert torch.allclose(pocket.tail(blocks)(tokens), pocket.encode_images(x), atol=1e-6)
+    assert torch.allclose(small.tail(blocks)(tokens), small.encode_images(x), atol=1e-6)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -139,10 +140,10 @@ def test_trunk_and_tail_support_every_variant_of_vision_transformer(tmp_path: Pa
 
 @pytest.mark.parametrize("region", [None, "alpha", "attention", "dual", "dual-crop"])
 def test_an_activation_cache_passes_a_batch_once_and_keeps_every_bit(
-    pocket: ClipEncoder, region: str | None
+    small: ClipEncoder, region: str | None
 ) -> None:
     """Features, tokens and patches of a batch equal those without a cache, and cost one pass."""
-    encoder = pocket if region is None else pocket.with_region(region, 2.0)
+    encoder = small if region is None else small.with_region(region, 2.0)
     channels = {None: 3, "alpha": 4, "attention": 4, "dual": 6, "dual-crop": 6}[region]
     shape = (2, encoder.image_size, encoder.image_size, channels)
     batches = [torch.from_numpy(np.random.default_rng(i).integers(0, 256, shape, np.uint8)) for i in range(3)]
@@ -170,25 +171,25 @@ def test_an_activation_cache_passes_a_batch_once_and_keeps_every_bit(
     assert len(passes) == (3 + 2) * images  # the first batch collects the depths
 
 
-def test_training_a_tail_does_not_change_the_encoder(pocket: ClipEncoder) -> None:
-    x = pixels(pocket)
-    tail, before = pocket.tail(2), pocket.encode_images(x)
+def test_training_a_tail_does_not_change_the_encoder(small: ClipEncoder) -> None:
+    x = pixels(small)
+    tail, before = small.tail(2), small.encode_images(x)
     names = [name for name, _ in tail.named_parameters()]
     assert not [name for name in names if "conv1" in name or "embedding" in name or "ln_pre" in name]
     optimizer = torch.optim.SGD(tail.parameters(), lr=1.0)
-    tail(pocket.trunk(x, 2))[:, 0].sum().backward()
+    tail(small.trunk(x, 2))[:, 0].sum().backward()
     assert all(parameter.grad is not None for parameter in tail.parameters())
     optimizer.step()
-    assert not torch.allclose(tail(pocket.trunk(x, 2)), before, atol=1e-3)
-    assert torch.equal(pocket.encode_images(x), before)
+    assert not torch.allclose(tail(small.trunk(x, 2)), before, atol=1e-3)
+    assert torch.equal(small.encode_images(x), before)
 
 
-def test_a_tail_is_restored_from_its_state(pocket: ClipEncoder) -> None:
-    tail, tokens = pocket.tail(1), pocket.trunk(pixels(pocket), 1)
+def test_a_tail_is_restored_from_its_state(small: ClipEncoder) -> None:
+    tail, tokens = small.tail(1), small.trunk(pixels(small), 1)
     with torch.no_grad():
         for parameter in tail.parameters():
             parameter.mul_(1.5)
-    restored = pocket.tail(1)
+    restored = small.tail(1)
     restored.load_state_dict(tail.state_dict())
     assert torch.equal(restored(tokens), tail(tokens))
 
@@ -206,11 +207,11 @@ def test_an_image_encoder_of_an_unknown_kind_only_encodes(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("blocks", [0, 5])
-def test_a_number_of_blocks_outside_the_image_encoder_is_refused(pocket: ClipEncoder, blocks: int) -> None:
+def test_a_number_of_blocks_outside_the_image_encoder_is_refused(small: ClipEncoder, blocks: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"trunk: {blocks} blocks to train, but the image encoder of pocket has 1 to 4"
+        ValueError, match=rf"trunk: {blocks} blocks to train, but the image encoder of small_vit has 1 to 4"
     ):
-        pocket.trunk(pixels(pocket), blocks)
+        small.trunk(pixels(small), blocks)
 
 
 @pytest.mark.parametrize(("model", "file"), [("ViT-B-32", "b32.pt"), ("ViT-B-16", "b16.safetensors")])
@@ -243,11 +244,11 @@ def test_a_tag_loads_from_the_hub_cache_with_the_activation_of_its_training(
     assert tagged.key == named.key
 
 
-def test_the_file_format_does_not_change_the_key(pocket: ClipEncoder, tmp_path: Path) -> None:
-    torch.save({"state_dict": pocket.model.state_dict()}, tmp_path / "a.pt")
-    save_file(pocket.model.state_dict(), tmp_path / "a.safetensors")
-    keys = {build_clip("pocket", str(tmp_path / name)).key for name in ("a.pt", "a.safetensors")}
-    assert keys == {pocket.key}
+def test_the_file_format_does_not_change_the_key(small: ClipEncoder, tmp_path: Path) -> None:
+    torch.save({"state_dict": small.model.state_dict()}, tmp_path / "a.pt")
+    save_file(small.model.state_dict(), tmp_path / "a.safetensors")
+    keys = {build_clip("small_vit", str(tmp_path / name)).key for name in ("a.pt", "a.safetensors")}
+    assert keys == {small.key}
 
 
 def test_a_hub_model_is_built_from_its_own_files_without_a_network(hub_cache: Path) -> None:
@@ -305,8 +306,8 @@ def test_an_unknown_name_fails_with_the_known_names(model: str, pretrained: str,
         build_clip(model, pretrained)
 
 
-def test_weights_of_another_architecture_are_refused(pocket: ClipEncoder, tmp_path: Path) -> None:
-    state = pocket.model.state_dict()
+def test_weights_of_another_architecture_are_refused(small: ClipEncoder, tmp_path: Path) -> None:
+    state = small.model.state_dict()
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(
         ValueError,
@@ -316,9 +317,9 @@ def test_weights_of_another_architecture_are_refused(pocket: ClipEncoder, tmp_pa
     del state["visual.proj"]
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(
-        ValueError, match=r'CLIP pocket: the weights .* are of another architecture \(.*"visual\.proj"'
+        ValueError, match=r'CLIP small_vit: the weights .* are of another architecture \(.*"visual\.proj"'
     ):
-        build_clip("pocket", str(tmp_path / "a.safetensors"))
+        build_clip("small_vit", str(tmp_path / "a.safetensors"))
 
 
 def test_a_malicious_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -328,12 +329,12 @@ def test_a_malicious_checkpoint_is_refused(tmp_path: Path) -> None:
 
     torch.save({"state_dict": Touch()}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"evil\.pt: needs posix\.system in addition to tensors"):
-        build_clip("pocket", str(tmp_path / "evil.pt"))
+        build_clip("small_vit", str(tmp_path / "evil.pt"))
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_text_tower_without_its_package_names_the_package(
-    pocket: ClipEncoder, monkeypatch: pytest.MonkeyPatch
+    small: ClipEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for model in ("roberta-ViT-B-32", "ViT-B-16-SigLIP"):
@@ -360,27 +361,28 @@ def test_the_pocket_tokenizer_encodes_unknown_words() -> None:
         assert tokenizer.decode(tokenizer.encode(text)).replace(" ", "") == text.replace(" ", "")
 
 
-def test_the_templates_of_every_modality_fit_the_pocket_model(pocket: ClipEncoder) -> None:
+def test_the_templates_of_every_modality_fit_the_pocket_model() -> None:
+    pocket = build_clip("pocket", "random:0")
     for modality in TEMPLATES:
         for prompts in text_prompts(["Viral Pneumonia", "squamous_cell_carcinoma"], modality):
             assert torch.isfinite(pocket.encode_texts(prompts)).all()
 
 
-def test_a_prompt_longer_than_the_context_is_refused(pocket: ClipEncoder) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(small: ClipEncoder) -> None:
     text = "a chest X-ray showing " + "very " * 30 + "normal lungs"
     with pytest.raises(
-        ValueError, match=r"the prompt 'a chest X-ray .*' has \d+ tokens, and pocket reads at most 30"
+        ValueError, match=r"the prompt 'a chest X-ray .*' has \d+ tokens, and small_vit reads at most 30"
     ):
-        pocket.encode_texts(["a lung", text])
+        small.encode_texts(["a lung", text])
 
 
-def test_many_texts_get_the_features_of_each_text_alone(pocket: ClipEncoder) -> None:
+def test_many_texts_get_the_features_of_each_text_alone(small: ClipEncoder) -> None:
     texts = [f"nodule {i}" for i in range(300)]
-    together = pocket.encode_texts(texts)
-    assert together.shape == (300, pocket.dim)
+    together = small.encode_texts(texts)
+    assert together.shape == (300, small.dim)
     assert torch.allclose(
         together[[0, 255, 256, 299]],
-        torch.cat([pocket.encode_texts([texts[i]]) for i in (0, 255, 256, 299)]),
+        torch.cat([small.encode_texts([texts[i]]) for i in (0, 255, 256, 299)]),
         atol=1e-5,
     )
 
@@ -426,15 +428,15 @@ def test_prompts_without_a_class_are_refused(
         text_prompts(names, modality, templates)
 
 
-def test_a_class_embedding_is_the_normalised_mean_of_its_prompts(pocket: ClipEncoder) -> None:
+def test_a_class_embedding_is_the_normalised_mean_of_its_prompts(small: ClipEncoder) -> None:
     prompts = [["a lung", "a heart"], ["a brain"], ["a rib", "a lobe", "an opacity"]]
-    embeddings = class_embeddings(pocket, prompts)
-    expected = [normalize(pocket.encode_texts(ensemble).mean(dim=0), dim=0) for ensemble in prompts]
-    assert embeddings.shape == (3, pocket.dim)
+    embeddings = class_embeddings(small, prompts)
+    expected = [normalize(small.encode_texts(ensemble).mean(dim=0), dim=0) for ensemble in prompts]
+    assert embeddings.shape == (3, small.dim)
     assert torch.allclose(embeddings, torch.stack(expected), atol=1e-6)
 
 
-def test_the_segmenter_describes_rgb_once_per_batch_and_grid(pocket: ClipEncoder) -> None:
+def test_the_segmenter_describes_rgb_once_per_batch_and_grid(small: ClipEncoder) -> None:
     described: list[int] = []
 
     class Means:
@@ -445,7 +447,7 @@ def test_the_segmenter_describes_rgb_once_per_batch_and_grid(pocket: ClipEncoder
             return torch.tensor([[float(p.mean()), p.shape[2]] for p in images])
 
     views = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 4), np.uint8))
-    encoder = pocket.with_segmenter(Means()).with_activation_cache()
+    encoder = small.with_segmenter(Means()).with_activation_cache()
     expected = torch.tensor([[float(view[..., :3].numpy().mean()), 3] for view in views])
     assert torch.equal(encoder.describe(views, 4), expected)
     assert torch.equal(encoder.describe(views, 4), expected) and described == [4]
@@ -454,20 +456,20 @@ def test_the_segmenter_describes_rgb_once_per_batch_and_grid(pocket: ClipEncoder
     assert described == [4, 8, 8]
 
 
-def test_patch_features_follow_the_image_features(pocket: ClipEncoder) -> None:
-    x = pixels(pocket)
-    both = pocket.encode_layers(x, (0, 2, 4), 4)
-    assert both.shape == (3, pocket.dim + 3 * 4 * 4 * 128)
-    assert torch.allclose(both[:, : pocket.dim], pocket.encode_images(x), atol=1e-6)
-    tokens = pocket.trunk(x, 2)[:, 1:]  # what block 2 of 4 gives, (B, 64, W)
+def test_patch_features_follow_the_image_features(small: ClipEncoder) -> None:
+    x = pixels(small)
+    both = small.encode_layers(x, (0, 2, 4), 4)
+    assert both.shape == (3, small.dim + 3 * 4 * 4 * 128)
+    assert torch.allclose(both[:, : small.dim], small.encode_images(x), atol=1e-6)
+    tokens = small.trunk(x, 2)[:, 1:]  # what block 2 of 4 gives, (B, 64, W)
     cells = tokens.unflatten(1, (4, 2, 4, 2)).mean(dim=(2, 4))  # (B, 4, 4, W): two by two patches a cell
-    second = both[:, pocket.dim + 2048 : pocket.dim + 4096].unflatten(1, (128, 4, 4))
+    second = both[:, small.dim + 2048 : small.dim + 4096].unflatten(1, (128, 4, 4))
     assert torch.allclose(second, cells.permute(0, 3, 1, 2), atol=1e-5)
 
 
 @pytest.mark.parametrize(("layers", "grid"), [((5,), 4), ((1,), 9), ((1,), 0)])
 def test_layers_and_grids_outside_the_image_encoder_are_refused(
-    pocket: ClipEncoder, layers: tuple[int, ...], grid: int
+    small: ClipEncoder, layers: tuple[int, ...], grid: int
 ) -> None:
-    with pytest.raises(ValueError, match="the image encoder of pocket has layers 0 to 4 of 8 x 8 cells"):
-        pocket.encode_layers(pixels(pocket), layers, grid)
+    with pytest.raises(ValueError, match="the image encoder of small_vit has layers 0 to 4 of 8 x 8 cells"):
+        small.encode_layers(pixels(small), layers, grid)

@@ -59,7 +59,7 @@ def test_dicom_files_and_their_frames_are_images(tmp_path: Path) -> None:
     frames, labels = drawn(2)
     (tmp_path / "x.dcm").write_bytes(dicom(np.stack(frames), NumberOfFrames=len(frames)))
     paths = [Path(f"{tmp_path / 'x.dcm'}#{i}") for i in range(len(frames))]
-    settings: dict[str, Any] = {"method": "nearest-class-mean", "focus": "none"}
+    settings: dict[str, Any] = {"method": "nearest-class-mean", "focus": "none", "folds": 0}
     of_files = MedFocusCLIP(**settings).fit(paths, labels).predict_proba(paths)
     of_frames = MedFocusCLIP(**settings).fit(frames, labels).predict_proba(frames)
     np.testing.assert_allclose(of_files, of_frames, rtol=0, atol=1e-6)
@@ -179,7 +179,7 @@ def test_the_temperature_changes_probabilities_but_no_prediction() -> None:
     )
     assert plain.calibration_.temperature == 1 and calibrated.calibration_.temperature != 1
     assert np.array_equal(calibrated.predict(images), plain.predict(images))
-    assert np.abs(calibrated.predict_proba(images) - plain.predict_proba(images)).max() > 1e-3
+    assert np.abs(calibrated.predict_proba(images) - plain.predict_proba(images)).max() > 1e-4
 
 
 def test_too_few_images_for_the_promise_give_no_set() -> None:
@@ -275,7 +275,7 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any], segmenter: str
 ) -> None:
     from flows.stages import duplicates, finetune, ingest, masks, scoring, splits
-    from flows.study import cells, methods, models, study
+    from flows.study import cells, models, study
     from flows.study import dataset as datasets
 
     data = "phantom-breast"
@@ -283,7 +283,7 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     content["datasets"] = {data: content["datasets"][data]}
     content["phantoms"] = {}
     content["study"] |= {"methods": {name: ["none", "crop"]}, "percents": [100], "seeds": [3]}
-    content["methods"][name] |= changes
+    content["methods"][name]["small"] = content["methods"][name].get("small", {}) | changes
     content["masks"] |= {"segmenter": segmenter}
     content["report"] |= {"baseline": name}
     (tmp_path / ".dvc").mkdir()
@@ -298,7 +298,7 @@ def test_it_gives_the_numbers_of_a_study_with_the_same_support(
     dataset = datasets.EncodedDataset(opened, data, models.build_encoder(opened))
     cell = cells.Cell(data, name, "crop", "100%", 3)
     paths, test = dataset.support_paths(cell), dataset.splits.test
-    dataset.embed([name], "crop", paths, methods.support_views(opened.params, name), "train")
+    dataset.embed([name], "crop", paths, dataset.views(cell), "train")
     dataset.embed([name], "crop", test, 1, "test")
     monkeypatch.setattr(finetune, "_end_with_parent", lambda: None)  # no worker here
     finetune.fit(finetune.prepare(dataset, cell, tmp_path / "cell.safetensors"))

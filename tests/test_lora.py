@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.lora import LoraTowers
 from medfocus.clip.prompts import class_embeddings
@@ -24,6 +23,7 @@ from medfocus.learning.method import Support
 from medfocus.methods.clip_lora import ClipLora
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.storage import weights
+from tests.towers import small_vit
 
 CLASSES = ("red", "green", "blue")
 PROMPTS = tuple((f"a photo of {name}", f"This is a scan of {name}") for name in CLASSES)
@@ -35,13 +35,13 @@ MEDFOCUSCLIP: dict[str, Any] = {
     "tuning": "lora", "fusion": "softmax-text", "head": "cosine", "contrastive_weights": (0.5,), "blocks": 0,
     "lora_rank": 2, "lora_alpha": 1.0, "lora_dropout": 0.25, "layers": (), "grid": 2, "segmenter_grid": 0,
     "hidden": 8, "epochs": 6, "max_steps": 99, "batch_size": 16, "lr": 5e-3, "weight_decay": 1e-2, "folds": 3,
-    "text_prior": False,
+    "text_prior": False, "augmented": None, "warmup": 0.0, "smoothing": 0.0,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def clip() -> ClipEncoder:
-    return build_clip("pocket", "random:0")
+    return small_vit()
 
 
 def coloured(count: int, seed: int = 0, channels: int = 3) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def merged(clip: ClipEncoder, towers: LoraTowers) -> ClipEncoder:
 def custom_text_clip(clip: ClipEncoder) -> ClipEncoder:
     """Build a CLIP with a separate text tower, a CustomTextCLIP."""
     vision = {"image_size": 96, "patch_size": 24, "width": 64, "head_width": 32, "layers": 2}
-    text = {"context_length": 32, "vocab_size": 2089, "width": 64, "heads": 2, "layers": 2}
+    text = {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.CustomTextCLIP(32, vision, text)  # pyright: ignore[reportArgumentType]
@@ -201,7 +201,8 @@ def test_a_tower_without_projections_to_q_k_and_v_is_refused(clip: ClipEncoder) 
     vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8, "head_width": 8}
     resnet = open_clip.CLIP(16, vision, text)  # pyright: ignore[reportArgumentType]
     with pytest.raises(
-        TowerError, match=r"the image encoder of pocket \(ModifiedResNet\) has no .* q, k and v\. Use clip-"
+        TowerError,
+        match=r"the image encoder of small_vit \(ModifiedResNet\) has no .* q, k and v\. Use clip-",
     ):
         LoraTowers(dataclasses.replace(clip, model=resnet), **UPDATES)
 
@@ -210,7 +211,7 @@ def test_a_tower_without_projections_to_q_k_and_v_is_refused(clip: ClipEncoder) 
 
     foreign = custom_text_clip(clip).model
     foreign.text = OtherText()
-    with pytest.raises(TowerError, match=r"the text tower of pocket \(OtherText\) has no .* q, k and v"):
+    with pytest.raises(TowerError, match=r"the text tower of small_vit \(OtherText\) has no .* q, k and v"):
         LoraTowers(dataclasses.replace(clip, model=foreign), **UPDATES)
 
 
@@ -244,7 +245,7 @@ def test_it_learns_from_images(name: str, fitted: dict[str, Any]) -> None:
 
 
 def test_both_towers_train_and_the_encoder_does_not(name: str) -> None:
-    clip = build_clip("pocket", "random:0")
+    clip = small_vit()
     before = weights.digest(clip.model.state_dict())
     modules = list(clip.model.modules())
     method = BUILDS[name](clip, **({"max_steps": 1} if name == "clip-lora" else {"epochs": 1}))
@@ -361,7 +362,7 @@ def test_a_fit_without_steps_is_refused() -> None:
     ("changed", "message"),
     [
         ({"tuning": "adapters"}, "tuning is 'adapters'; use one of adapter, lora, full"),
-        ({"tuning": "full"}, "tuning is 'full' and blocks 0; .*Set blocks to 1 or more with 'full'"),
+        ({"tuning": "full"}, "tuning is 'full' and blocks 0. Set blocks to 1 or more with 'full'"),
         ({"tuning": "adapter", "blocks": -1}, "tuning is 'adapter' and blocks -1"),
         ({"blocks": 2}, "tuning is 'lora', blocks 2, .*'lora' updates the whole encoder. Set blocks and"),
         ({"layers": (2,)}, r"tuning is 'lora', blocks 0, layers \[2\] .*and layers to \[\]"),

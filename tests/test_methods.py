@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from flows.stages.finetune import encoder_to_fit
-from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.prompts import class_embeddings
 from medfocus.learning.calibration import fit_temperature
@@ -32,6 +31,7 @@ from medfocus.methods.clip import ClipFewShot
 from medfocus.methods.fusion import FUSIONS, HEADS, Adapter, FusedClassifier, contrastive_loss
 from medfocus.methods.medfocusclip import MedFocusClip
 from medfocus.serving import checkpoint, defaults
+from tests import towers
 from tests.conftest import TinyClip
 
 # Hyperparameters for a small encoder and few images; all others are those of params.yaml.
@@ -181,13 +181,11 @@ NAMES = ("red", "green", "blue")
 PROMPTS = tuple((f"a photo of {name}",) for name in NAMES)
 
 
-@cache
-def pocket() -> ClipEncoder:
-    return build_clip("pocket", "random:0")
+small_vit = cache(towers.small_vit)
 
 
 def encoder_of(name: str, tiny: TinyClip) -> Any:
-    return pocket() if name in TOWERS else tiny
+    return small_vit() if name in TOWERS else tiny
 
 
 def images_of(name: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -292,7 +290,7 @@ def test_a_saved_method_predicts_the_same_after_loading(
 
 @pytest.mark.parametrize(("region", "channels"), [(None, 3), ("attention", 4), ("dual", 6)])
 def test_the_trained_blocks_of_the_encoder_suffice_to_fit(region: str | None, channels: int) -> None:
-    encoder = pocket().with_region(region, 2.0) if region else pocket()
+    encoder = small_vit().with_region(region, 2.0) if region else small_vit()
     method = ClipFewShot(encoder, **{**SETTINGS["clip-few-shot"], "epochs": 2})
     images, labels = images_of("clip-lora", 6)
     support = support_of(method, images.repeat(1, 1, 1, 2)[..., :channels], labels)
@@ -597,7 +595,7 @@ class Brightness:
     ],
 )
 def test_the_state_holds_patch_statistics_and_trained_blocks(changed: dict[str, Any], tmp_path: Path) -> None:
-    encoder = build_clip("pocket", "random:0").with_segmenter(Brightness())
+    encoder = small_vit().with_segmenter(Brightness())
     settings = {**SETTINGS["medfocusclip"], **changed}
     method = MedFocusClip(encoder, **settings)  # pyright: ignore[reportArgumentType]
     images, labels = coloured_images(12)
@@ -621,7 +619,7 @@ def test_the_state_holds_patch_statistics_and_trained_blocks(changed: dict[str, 
 
 
 def test_segmenter_features_need_a_segmenter_and_change_the_key_of_the_encoder() -> None:
-    encoder = build_clip("pocket", "random:0")
+    encoder = small_vit()
     assert encoder.with_segmenter(Brightness()).key != encoder.key
     method = MedFocusClip(encoder, **{**SETTINGS["medfocusclip"], "segmenter_grid": 4})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"no segmenter with image features.*Set masks\.segmenter to sam2"):

@@ -36,6 +36,7 @@ from medfocus.methods.lp_plus_plus import LpPlusPlus
 from tests.conftest import TinyClip
 from tests.segmenters import noise
 from tests.test_prompt_learning import COCOOP, COOP, NAMES, ends, randomly, support_of, walk, words
+from tests.towers import small_vit
 
 CLASSES, DIM = 4, 32
 
@@ -144,7 +145,8 @@ def test_cocoop_has_the_logits_and_the_gradients_of_its_formula(clip: ClipEncode
 # --- encoders ---------------------------------------------------------------------------------------
 
 
-def test_clip_lora_is_a_clip_with_merged_weights_in_double_precision(clip: ClipEncoder) -> None:
+def test_clip_lora_is_a_clip_with_merged_weights_in_double_precision() -> None:
+    clip = small_vit()
     model = copy.deepcopy(clip.model).double()
     double = dataclasses.replace(clip, model=model)
     towers = LoraTowers(double, rank=3, alpha=2.0, dropout=0.25).eval()

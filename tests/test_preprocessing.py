@@ -15,7 +15,7 @@ from medfocus.clip import build
 from medfocus.clip.build import build_clip
 from medfocus.explain.explain import on_image, share_in_mask
 from medfocus.focus.view import view
-from medfocus.images.geometry import BLACK, CLIP_MEAN, Frame, Resize
+from medfocus.images.geometry import BLACK, Frame, Resize
 
 SIZE = 96
 RESIZES: tuple[Resize, ...] = ("longest", "shortest", "squash")
@@ -123,7 +123,8 @@ def test_fill_and_padding_have_the_checkpoint_s_mean_colour() -> None:
 
 
 def test_the_pocket_model_has_the_usual_frame() -> None:
-    assert build_clip("pocket", "random:0").frame == Frame(96, "longest", "bicubic", CLIP_MEAN, CLIP_MEAN)
+    grey = (128, 128, 128)
+    assert build_clip("pocket", "random:0").frame == Frame(160, "longest", "bicubic", grey, grey)
     with pytest.raises(ValueError, match=r"resize is 'crop'\. Use one of letterbox, published\."):
         build_clip("pocket", "random:0", resize="crop")
 

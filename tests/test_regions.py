@@ -17,13 +17,14 @@ from medfocus.clip.regions import REGIONS
 from medfocus.focus.augment import augmentation
 from medfocus.focus.view import view
 from medfocus.images.geometry import Frame
+from tests.towers import small_vit
 
 SIZE = 96
 
 
 @pytest.fixture(scope="module")
 def clip() -> ClipEncoder:
-    return build_clip("pocket", "pocket")
+    return small_vit()
 
 
 def images_and_masks(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -118,7 +118,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
         encoder, tuning="adapter", lora_rank=2, lora_alpha=1.0, lora_dropout=0.25,
         fusion="softmax-text", head="cosine", contrastive_weights=(0.5,),
         blocks=0, layers=(), grid=2, segmenter_grid=0, hidden=8, epochs=5, max_steps=99, batch_size=8,
-        lr=1e-3, weight_decay=0.01, folds=2, text_prior=True,
+        lr=1e-3, weight_decay=0.01, folds=2, text_prior=True, augmented=None, warmup=0, smoothing=0,
     )  # fmt: skip
     images = [decode.decode(encoded(seed), "a training image") for seed in range(8)]
     masks = segmenter.segment(images)
@@ -138,6 +138,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
             "blocks": 0, "layers": [], "grid": 2, "segmenter_grid": 0, "hidden": 8,
             "epochs": 5, "max_steps": 99, "batch_size": 8,
             "lr": 1e-3, "weight_decay": 0.01, "folds": 2, "text_prior": True,
+            "augmented": None, "warmup": 0, "smoothing": 0,
         },
         classes=CLASSES, focus="multiply", encoder_key=encoder.key, validation_correct=0, validation_count=0,
         facts={}, calibration=CALIBRATION,

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from medfocus import phantoms
-from medfocus.clip.build import build_clip
 from medfocus.learning.method import Support
 from medfocus.masks.sam2.segmenter import load_sam2
 from medfocus.masks.settings import Sam2Settings
 from medfocus.methods.slca import Attention, Slca
+from tests.towers import small_vit
 
 SETTINGS: dict[str, Any] = {
     "segmenter_grid": 4, "pool": 2, "reduction": 2,
@@ -206,14 +206,14 @@ def test_settings_out_of_range_name_the_field(settings: dict[str, Any], error: s
 
 
 def test_an_encoder_without_segmenter_is_an_error_that_names_the_setting() -> None:
-    method = make(build_clip("pocket", "random:0"))
+    method = make(small_vit())
     with pytest.raises(ValueError, match=r"no segmenter with image features.*Set masks\.segmenter to sam2"):
         method.embed(torch.zeros(1, 96, 96, 3, dtype=torch.uint8))
 
 
 def test_features_of_sam2_are_channel_major_and_then_row_major() -> None:
     segmenter = load_sam2(Sam2Settings("pocket", "pocket", 128, "grid", points_per_side=2))
-    method = make(build_clip("pocket", "random:0").with_segmenter(segmenter), epochs=2)
+    method = make(small_vit().with_segmenter(segmenter), epochs=2)
     drawn = [
         phantoms.draw("breast_ultrasound", label, np.random.default_rng(7), 128).image
         for label in phantoms.MODALITIES["breast_ultrasound"][:2]

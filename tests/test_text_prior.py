@@ -16,7 +16,8 @@ from medfocus.learning.method import Support
 from medfocus.learning.text_prior import C_GRID, DEFAULT_C, beats_chance, choose_c, fit_weights
 from medfocus.methods.medfocusclip import MedFocusClip
 from tests.conftest import TinyClip
-from tests.test_methods import NAMES, PROMPTS, SETTINGS, coloured_images, images_of, pocket
+from tests.test_methods import NAMES, PROMPTS, SETTINGS, coloured_images, images_of
+from tests.towers import small_vit
 
 LORA: dict[str, Any] = {"tuning": "lora", "epochs": 2, "lr": 1e-2}
 FULL: dict[str, Any] = {"tuning": "full", "blocks": 1, "epochs": 2}
@@ -141,14 +142,14 @@ def test_a_text_no_better_than_chance_leaves_the_form_of_the_paper(tiny_clip: Ti
 
 @pytest.mark.parametrize("changed", [{}, LORA, FULL], ids=["adapter", "lora", "full"])
 def test_the_prior_is_the_zero_shot_classifier_of_every_tuning(changed: dict[str, Any]) -> None:
-    encoder = pocket()
+    encoder = small_vit()
     method = method_of(encoder, **changed)
     support = support_of(method, 12)
     method.fit(support, torch.Generator().manual_seed(0))
     images, _ = images_of("clip-lora", 12)
     features = encoder.encode_images(encoder.preprocess(images))
     expected = encoder.logit_scale * features @ support.text_features.T
-    torch.testing.assert_close(method._zero_shot(support.inputs[0]), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(method._zero_shot(method._split(support.inputs)), expected, rtol=0, atol=1e-4)
     loaded = method_of(encoder, **changed).load(method.state())
     for name, logits in method.logits(support.inputs[0]).items():
         torch.testing.assert_close(loaded.logits(support.inputs[0])[name], logits, rtol=0, atol=1e-4)
@@ -162,5 +163,5 @@ def test_labels_never_reach_the_prior(tiny_clip: TinyClip) -> None:
     prior = []
     for labels in (support.labels, support.labels[order]):
         method.fit(replace(support, labels=labels), torch.Generator().manual_seed(0))
-        prior.append(method._zero_shot(support.inputs[0]).numpy().tobytes())
+        prior.append(method._zero_shot(method._split(support.inputs)).numpy().tobytes())
     assert prior[0] == prior[1]

@@ -48,10 +48,11 @@ SHORT = {
 }  # fmt: skip
 VARIANTS = {
     "medfocusclip-layers": {"layers": (0, 2), "grid": 2},
-    "medfocusclip-lora": {"tuning": "lora"},
-    "medfocusclip-full": {"tuning": "full", "blocks": 2},
+    "medfocusclip-lora": {"tuning": "lora", "layers": ()},
+    "medfocusclip-full": {"tuning": "full", "blocks": 2, "layers": ()},
 }
-ROWS = {**{name: {} for name in METHODS if name not in WITHOUT_CLIP}, **VARIANTS}
+PLAIN = {name: {} for name in METHODS if name not in WITHOUT_CLIP}
+ROWS: dict[str, dict[str, Any]] = {**PLAIN, "medfocusclip": {"layers": ()}, **VARIANTS}
 BLOCK_WEIGHTS = ("clip-lora", "medfocusclip-lora", "clip-svd")
 
 
@@ -195,7 +196,8 @@ def test_every_chain_is_tested() -> None:
 @pytest.mark.parametrize("family", NETS)
 def test_the_layers_of_a_net_of_timm_are_timm_s_own_feature_maps(family: str, tmp_path: Path) -> None:
     encoder = build(tmp_path, timm_net(NETS[family]), CLIP_TEXT)
-    tower, x = encoder.tower, pixels_of()
+    tower = encoder.tower
+    x = pixels_of().contiguous(memory_format=tower.memory_format)
     assert tower.kind == f"timm's {family}"
     expected = encoder.image_features(x)
     torch.testing.assert_close(encoder.tail(1)(encoder.trunk(x, 1)), expected, rtol=0, atol=1e-6)
@@ -348,7 +350,8 @@ def test_no_bias_and_a_channel_of_zeros_change_no_bit(
 def test_the_channel_of_a_convolutional_encoder_is_added_to_its_first_convolution(
     kind: str, encoder_of: Callable[[str], ClipEncoder]
 ) -> None:
-    encoder, x = encoder_of(kind), pixels_of("alpha")
+    encoder = encoder_of(kind)
+    x = pixels_of("alpha").contiguous(memory_format=encoder.tower.memory_format)
     regional = encoder.with_region("alpha", 0.0)
     torch.testing.assert_close(regional.encode_images(x), encoder.encode_images(x[:, :3]), rtol=0, atol=0)
     layer: Any = regional.model.visual.get_submodule(encoder.tower.first_conv)  # pyright: ignore
@@ -436,7 +439,9 @@ def test_a_study_is_refused_with_the_method_and_the_focus_before_any_work(
 
     def studied(**methods: tuple[str, ...]) -> Any:
         every = {params.report.baseline: ("none",), **methods}
-        return dataclasses.replace(params, study=dataclasses.replace(params.study, methods=every))
+        return dataclasses.replace(
+            params, study=dataclasses.replace(params.study, methods=every, schedule="published")
+        )
 
     check_towers(studied(medfocusclip=("none", "attention", "shuffled")), vit)
     check_towers(studied(medfocusclip=("none", "alpha", "dual", "crop")), resnet)

@@ -19,6 +19,13 @@ from medfocus.clip.encoder import ClipEncoder
 SIZE = 32  # pixels a side of every image
 WORDS = ("a", "photo", "of", "red", "green", "scan", "this", "is", ".", *string.ascii_lowercase)
 
+open_clip.add_model_config(Path(__file__).with_name("small_vit.json"))
+
+
+def small_vit(seed: int = 0) -> ClipEncoder:
+    """Build a CLIP with open_clip's own ViT and random weights: 96 px, 64 patches, 4 blocks."""
+    return build_clip("small_vit", f"random:{seed}")
+
 
 @timm.models.register_model
 def tiny_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
