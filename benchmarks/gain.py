@@ -143,10 +143,7 @@ def _first(order: np.ndarray, count: int) -> np.ndarray:
 
 
 def _method(encoder: ClipEncoder, flip: bool) -> MedFocusClip:
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in {**defaults.method_settings("medfocusclip", "small"), "text_prior": False}.items()
-    }
+    settings = defaults.changed_settings("medfocusclip", "small", {"text_prior": False})
     return MedFocusClip(encoder, flip=flip, **settings)
 
 

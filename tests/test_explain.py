@@ -59,8 +59,7 @@ def test_a_head_on_features_is_explained_by_gradient_attention(clip: ClipEncoder
 @pytest.fixture(scope="module")
 def layered() -> tuple[MedFocusClip, Tensor, Tensor]:
     """Return MedFocusCLIP on the stages of the embedded CLIP, with further images and their classes."""
-    known = defaults.method_settings("medfocusclip", "small") | {"text_prior": False}
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+    settings = defaults.changed_settings("medfocusclip", "small", {"text_prior": False})
     return fitted("medfocusclip", build_clip("pocket", "pocket"), **settings), *cornered(6, seed=1)
 
 
