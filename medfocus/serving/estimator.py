@@ -90,7 +90,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         average over both. Do not mirror chest X-rays: the heart's side is a finding.
     feather, attention_bias, fill
         See ``medfocus.focus.view.view`` and ``medfocus.clip.encoder.ClipEncoder.with_region``.
-    batch_size : int, default=64
+    batch_size : int, default=16
         Views in a batch of the image encoder.
     cache : path or None, default=None
         A folder that keeps the masks between fits, for example in a cross-validation.
@@ -134,7 +134,7 @@ class MedFocusCLIP(ClassifierMixin, BaseEstimator):
         feather: float = 0.01,
         attention_bias: float = 2.0,
         fill: str = "mean",
-        batch_size: int = 64,
+        batch_size: int = 16,
         cache: str | os.PathLike[str] | None = None,
         device: str = "cpu",
         folds: int | None = None,
