@@ -13,8 +13,8 @@ os.environ |= {
 }
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # Prefect's pages show the rest
 
-# glibc returns the memory of every large array to the kernel and fetches it again for the next one. In the layers
-# of a network, this takes up to half of the time. The settings keep up to 1 GiB instead.
+# glibc returns the memory of every large array to the kernel and fetches it again for the next one. In the
+# layers of a network, this takes up to half of the time. These settings keep up to 1 GiB.
 if sys.platform == "linux" and hasattr(_libc := ctypes.CDLL(None), "mallopt"):
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
     _libc.mallopt(M_MMAP_MAX, 0)

@@ -189,7 +189,8 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def snapshot(cache: Path, hub_id: str) -> Path:
     """Make the folder of a repository's files in the hub cache."""
     repository = cache / f"models--{hub_id.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
+    files = repository / "snapshots" / "abc123"
+    for folder in (repository / "refs", files):
+        folder.mkdir(parents=True, exist_ok=True)
     (repository / "refs" / "main").write_text("abc123")
-    (repository / "snapshots" / "abc123").mkdir(parents=True)
-    return repository / "snapshots" / "abc123"
+    return files

@@ -16,6 +16,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import save_file
 
 from medfocus.storage import weights
+from tests.conftest import snapshot
 
 HUB_ID = "facebook/sam2.1-hiera-tiny"
 FILE = "sam2.1_hiera_tiny.pt"
@@ -37,12 +38,8 @@ class Touch:
 
 
 def put_in_hub_cache(cache: Path, hub_id: str, filename: str) -> Path:
-    repository = cache / f"models--{hub_id.replace('/', '--')}"
-    file = repository / "snapshots" / "abc123" / filename
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = snapshot(cache, hub_id) / filename
     file.write_bytes(b"weights")
-    (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / "main").write_text("abc123")
     return file
 
 

@@ -68,10 +68,27 @@ def control_verdicts(block: Sequence[StudyRow]) -> list[str]:
 
 def _control_verdict(block: Sequence[StudyRow], method: str, focus: str) -> str:
     """Return the verdict on one focus of one method; "" without controls."""
-    names = CONTROLLED[focus]
+    draws, percents = accuracies(block, method, focus)
+    controls = {name: of_draw for name, of_draw in draws.items() if name in CONTROLLED[focus]}
+    sentence = verdict(draws.get(focus, {}), controls, draws.get("none", {}))
+    if sentence is None:
+        return ""
+    span = " to ".join(dict.fromkeys(percent_text(p) for p in (percents[0], percents[-1])))
+    where = f"accuracy at {span} % of train, {len(draws[focus])} draws"
+    return f"Controls of {method} ({focus}), {where}: {sentence}."
+
+
+def accuracies(
+    block: Sequence[StudyRow], method: str, focus: str
+) -> tuple[dict[str, dict[int, float]], list[float]]:
+    """Return the accuracies in % that ``verdict`` compares, and the percents of train behind them.
+
+    The accuracies are those of a focus, of its controls and of "none", by draw; each is the mean over the
+    percents between 0 and 100 at which all of them were run.
+    """
     cells: dict[str, dict[tuple[int, float], float]] = {}  # focus -> (draw, percent) -> accuracy in %
     for row in block:
-        concerned = row.method == method and row.focus in (focus, "none", *names)
+        concerned = row.method == method and row.focus in (focus, "none", *CONTROLLED[focus])
         if concerned and 0 < row.percent_of_train < 100:
             cells.setdefault(row.focus, {})[row.seed, row.percent_of_train] = 100 * row.accuracy
     common = sorted(set.intersection(*map(set, cells.values()))) if cells else []
@@ -79,11 +96,4 @@ def _control_verdict(block: Sequence[StudyRow], method: str, focus: str) -> str:
         name: {draw: float(np.mean([at[key] for key in common if key[0] == draw])) for draw, _ in common}
         for name, at in cells.items()
     }
-    controls = {name: of_draw for name, of_draw in draws.items() if name in names}
-    sentence = verdict(draws.get(focus, {}), controls, draws.get("none", {}))
-    if sentence is None:
-        return ""
-    percents = sorted({percent for _, percent in common})
-    span = " to ".join(dict.fromkeys(percent_text(p) for p in (percents[0], percents[-1])))
-    where = f"accuracy at {span} % of train, {len(draws[focus])} draws"
-    return f"Controls of {method} ({focus}), {where}: {sentence}."
+    return draws, sorted({percent for _, percent in common})

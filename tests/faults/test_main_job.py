@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import make_project
 from tests.faults import state
 
-LIMIT = 10.0  # seconds from Ctrl-C to the end, beside other tests; a batch of views is finished first
+LIMIT = 5.0  # seconds from Ctrl-C to the end, beside other tests; a batch of views is finished first
 
 
 @pytest.fixture(scope="module")
