@@ -41,6 +41,7 @@ from medfocus.serving import defaults
 LEVELS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # Dice
 LEARNT = 0.6  # of the images of a draw
 FEATHER = 0.01
+BATCH = 16  # views
 
 
 def main() -> None:
@@ -73,9 +74,9 @@ def main() -> None:
 
     encoder = build_clip("pocket", "pocket")
     method = _method(encoder, options.flip)
-    inputs = {"none": method.embed(_views(images, regions, "none", encoder))}
+    whole = _embedded(method, images, regions, "none")
     draws = list(_draws(label, group, options.percents, options.draws))
-    plain = [_accuracy(method, inputs["none"], label, *draw, len(classes)) for draw in draws]
+    plain = [_accuracy(method, whole, label, *draw, len(classes)) for draw in draws]
     print(f"{len(images)} images of {', '.join(classes)}; accuracy without a focus:")
     shape = (options.draws, len(options.percents))
     base = np.reshape(plain, shape)
@@ -86,7 +87,7 @@ def main() -> None:
         for focus in options.focus:
             seen = encoder.with_region(focus, 0.0) if focus in REGIONS else encoder
             focused = _method(seen, options.flip)
-            shown = focused.embed(_views(images, of_images, focus, encoder))
+            shown = _embedded(focused, images, of_images, focus)
             scored = [_accuracy(focused, shown, label, *draw, len(classes)) for draw in draws]
             gain = np.reshape(scored, shape) - base
             texts = [f"{p:g} %: {_text(gain[:, i], '+')}" for i, p in enumerate(options.percents)]
@@ -147,17 +148,17 @@ def _method(encoder: ClipEncoder, flip: bool) -> MedFocusClip:
     return MedFocusClip(encoder, flip=flip, **settings)
 
 
-def _views(
-    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], focus: str, encoder: ClipEncoder
+def _embedded(
+    method: MedFocusClip, images: Sequence[np.ndarray], masks: Sequence[np.ndarray], focus: str
 ) -> torch.Tensor:
-    return torch.from_numpy(
-        np.stack(
-            [
-                view(image, mask, focus=focus, frame=encoder.frame, feather=FEATHER)
-                for image, mask in zip(images, masks, strict=True)
-            ]
-        )
-    )
+    """Return the inputs (N, ...) of a method, computed a few views at a time."""
+    frame = method.encoder.frame
+    parts = []
+    for start in range(0, len(images), BATCH):
+        pairs = zip(images[start : start + BATCH], masks[start : start + BATCH], strict=True)
+        views = [view(image, mask, focus=focus, frame=frame, feather=FEATHER) for image, mask in pairs]
+        parts.append(method.embed(torch.from_numpy(np.stack(views))))
+    return torch.cat(parts)
 
 
 def _draws(

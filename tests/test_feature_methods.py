@@ -219,6 +219,28 @@ def test_choose_takes_the_best_held_out_log_likelihood_and_keeps_groups_on_one_s
     assert not any(fit & held for fit, held in sides)  # a group stays on one side
 
 
+def test_a_calibrated_choice_looks_past_overconfidence() -> None:
+    support = clustered(90)
+
+    def held_out_logits(fit: Support, held: Support) -> Iterable[Tensor]:
+        for sharpness, period in ((30.0, 10), (3.0, 5)):  # every 10th and every 5th answer is wrong
+            answers = held.labels.clone()
+            answers[::period] = (answers[::period] + 1) % CLASSES
+            yield sharpness * functional.one_hot(answers, CLASSES).float()
+
+    for calibrated, best in ((True, "more accurate"), (False, "less confident")):
+        chosen = choose(
+            ["more accurate", "less confident"],
+            support,
+            held_out_logits,
+            folds=3,
+            seed=0,
+            otherwise="none",
+            calibrated=calibrated,
+        )
+        assert chosen == best
+
+
 @dataclass
 class Sharpened:
     """Predicts the label in the first feature; its learning rate scales the logits."""

@@ -13,6 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional
 
+from medfocus.learning.calibration import fit_temperature
 from medfocus.learning.folds import seed_of, stratified_folds
 from medfocus.learning.method import Method, Support
 
@@ -43,7 +44,15 @@ class Choice:
 
         part = _stratified_part(support, self.images, seed)
         first = self.candidates[0]
-        best = choose(self.candidates, part, held_out_logits, folds=self.folds, seed=seed, otherwise=first)
+        best = choose(
+            self.candidates,
+            part,
+            held_out_logits,
+            folds=self.folds,
+            seed=seed,
+            otherwise=first,
+            calibrated=True,
+        )
         return replace(method, **best).fit(support, generator)
 
 
@@ -78,6 +87,7 @@ def choose(
     folds: int,
     seed: int,
     otherwise: Candidate,
+    calibrated: bool = False,
 ) -> Candidate:
     """Return the candidate with the highest log-likelihood on the held-out folds of the support.
 
@@ -93,15 +103,25 @@ def choose(
         folds: The wanted number of folds; small classes allow fewer.
         seed: Seed of the folds' shuffle.
         otherwise: The value to return if no fold can be made.
+        calibrated: Whether each candidate's logits are first divided by the temperature that fits them best.
+            A tuned network is overconfident, which costs likelihood and which calibration repairs.
     """
     if len(candidates) == 1:
         return candidates[0]
-    scores = np.zeros(len(candidates))
-    pairs = stratified_folds(support.labels.numpy(), support.groups.numpy(), folds, seed)
-    for fit, held in pairs:
-        held_out = support.subset(held)
-        scores -= [
-            float(functional.cross_entropy(logits.double(), held_out.labels, reduction="sum"))
-            for logits in held_out_logits(support.subset(fit), held_out)
-        ]
-    return candidates[int(np.argmax(scores))] if pairs else otherwise
+    pairs = [
+        (support.subset(fit), support.subset(held))
+        for fit, held in stratified_folds(support.labels.numpy(), support.groups.numpy(), folds, seed)
+    ]
+    if not pairs:
+        return otherwise
+    labels = [held.labels for _, held in pairs]
+    by_fold = [[logits.double() for logits in held_out_logits(fit, held)] for fit, held in pairs]
+    scores = []
+    for logits in zip(*by_fold, strict=True):  # one candidate's, of all folds
+        scale = fit_temperature(torch.cat(logits).numpy(), torch.cat(labels).numpy()) if calibrated else 1.0
+        losses = (
+            functional.cross_entropy(of_fold / scale, truth, reduction="sum")
+            for of_fold, truth in zip(logits, labels, strict=True)
+        )
+        scores.append(-sum(map(float, losses)))
+    return candidates[int(np.argmax(scores))]
