@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import io
 import json
 import time
@@ -46,6 +47,8 @@ def measure(work: Callable[[], Result]) -> tuple[Result, float, float | None]:
 
     Only Linux lets a process reset its peak memory; on other systems the peak is None.
     """
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)  # memory that the process has freed and kept is no part of the peak
     try:
         Path("/proc/self/clear_refs").write_text("5")
         resettable = True
