@@ -23,6 +23,7 @@ import torch
 from scipy.ndimage import distance_transform_edt, shift
 from tqdm import tqdm
 
+from medfocus.clip import features
 from medfocus.clip.build import build_clip
 from medfocus.clip.encoder import ClipEncoder
 from medfocus.clip.regions import REGIONS
@@ -151,14 +152,17 @@ def _method(encoder: ClipEncoder, flip: bool) -> MedFocusClip:
 def _embedded(
     method: MedFocusClip, images: Sequence[np.ndarray], masks: Sequence[np.ndarray], focus: str
 ) -> torch.Tensor:
-    """Return the inputs (N, ...) of a method, computed a few views at a time."""
+    """Return the inputs (N, ...) of a method."""
     frame = method.encoder.frame
-    parts = []
-    for start in range(0, len(images), BATCH):
-        pairs = zip(images[start : start + BATCH], masks[start : start + BATCH], strict=True)
-        views = [view(image, mask, focus=focus, frame=frame, feather=FEATHER) for image, mask in pairs]
-        parts.append(method.embed(torch.from_numpy(np.stack(views))))
-    return torch.cat(parts)
+    return features.encode(
+        range(len(images)),
+        [str(i) for i in range(len(images))],
+        lambda i: view(images[i], masks[i], focus=focus, frame=frame, feather=FEATHER),
+        method.embed,
+        cache=None,
+        settings="",
+        batch_size=BATCH,
+    )
 
 
 def _draws(

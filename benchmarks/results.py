@@ -75,8 +75,10 @@ def main() -> None:
 def accuracy(block: Sequence[StudyRow]) -> Iterator[Line]:
     """Yield the accuracy of each system at each percent."""
     intervals, first = intervals_of(block, "accuracy"), block[0]
-    sizes = {(row.method, row.focus, row.percent_of_train): row.n_train for row in reversed(block)}
-    for (method, focus, percent), size in sorted(sizes.items(), key=lambda item: _order(block, *item[0])):
+    sizes: dict[tuple[str, str, float], int] = {}  # of the first draw
+    for row in block:
+        sizes.setdefault((row.method, row.focus, row.percent_of_train), row.n_train)
+    for (method, focus, percent), size in sizes.items():
         interval = intervals[system_name(method, focus), percent]
         place = (first.dataset, first.test_set, str(first.n_test), method, focus)
         yield (*place, percent_text(percent), str(size), f"{interval.mean:.1f}", *_spread(interval))
@@ -85,7 +87,7 @@ def accuracy(block: Sequence[StudyRow]) -> Iterator[Line]:
 def differences(block: Sequence[StudyRow]) -> Iterator[Line]:
     """Yield the gain of each focus over the whole image at each percent."""
     cells = dict.fromkeys((row.method, row.focus, row.percent_of_train) for row in block)
-    for method, focus, percent in sorted(cells, key=lambda cell: _order(block, *cell)):
+    for method, focus, percent in cells:
         interval = gain(block, "accuracy", method, focus, percent) if focus != "none" else None
         if interval is not None:
             place = (block[0].dataset, block[0].test_set, method, focus, "none")
@@ -133,12 +135,6 @@ def page_table(block: Sequence[StudyRow]) -> str:
     ]
     first, *others = (f"| {' | '.join(cells)} |" for cells in [head, *lines])
     return "\n".join([first, f"|---|{'---:|' * len(percents)}", *others])
-
-
-def _order(block: Sequence[StudyRow], method: str, focus: str, percent: float) -> tuple[int, float]:
-    """Systems in the order of the study, then percents."""
-    systems = list(dict.fromkeys((row.method, row.focus) for row in block))
-    return systems.index((method, focus)), percent
 
 
 def _signed(interval: Interval) -> str:

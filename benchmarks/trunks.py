@@ -20,16 +20,19 @@ import numpy as np
 import timm
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
+from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+import flows  # noqa: F401  # the process keeps its memory, as in a study
+from medfocus.clip import features
 from medfocus.datasets.duplicates import find_duplicates, groups
 from medfocus.datasets.ingest import ingest
 from medfocus.images import decode
 from medfocus.images.geometry import Frame
+from medfocus.learning.folds import stratified_folds
 
 BATCH, CELLS, LEVELS, FOLDS = 16, 3, (2, 3, 4), 5
 
@@ -54,16 +57,16 @@ def main() -> None:
         whole = timm.create_model(name)
         whole.load_state_dict(dict(zip(whole.state_dict(), weights.values(), strict=True)))
         net.load_state_dict(whole.state_dict(), strict=False)
-        size = sum(tensor.nbytes for key, tensor in net.state_dict().items()) / 1e6
+        size = sum(tensor.nbytes for tensor in net.state_dict().values()) / 1e6
         for side in options.sizes:
             count, seconds, scores = 0, 0.0, []
             for images, labels, group in sets:
                 began = time.process_time()
-                features = torch.cat([_features(net, part) for part in _batches(images, side)]).numpy()
+                inputs = _features(net, images, side)
                 count, seconds = count + len(images), seconds + time.process_time() - began
                 model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=1000))
-                folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
-                scores.append(100 * cross_val_score(model, features, labels, groups=group, cv=folds).mean())
+                folds = stratified_folds(labels, group, FOLDS, seed=0)
+                scores.append(100 * cross_val_score(model, inputs, labels, cv=folds).mean())
             cells = " | ".join(f"{score:.1f}" for score in scores)
             print(f"| {name} | {side} | {size:.1f} | {count / seconds:.0f} | {cells} |", flush=True)
 
@@ -77,16 +80,21 @@ def _training_images(root: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarr
     return images, np.array([r.label for r in train]), np.array([group[r.path] for r in train])
 
 
-def _batches(images: Sequence[np.ndarray], side: int) -> list[Sequence[np.ndarray]]:
-    views = list(map(Frame(side).image, images))
-    return [views[start : start + BATCH] for start in range(0, len(views), BATCH)]
+def _features(net: Any, images: Sequence[np.ndarray], side: int) -> np.ndarray:
+    """Return the levels' maps on CELLS x CELLS cells, side by side, (N, D)."""
 
+    @torch.no_grad()
+    def encode_batch(views: Tensor) -> Tensor:
+        pixels = views.permute(0, 3, 1, 2) / 127.5 - 1
+        maps = net(pixels.contiguous(memory_format=torch.channels_last))
+        return torch.cat([adaptive_avg_pool2d(level, CELLS).flatten(1) for level in maps], dim=1)
 
-@torch.no_grad()
-def _features(net: Any, views: Sequence[np.ndarray]) -> Tensor:
-    pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2) / 127.5 - 1
-    maps = net(pixels.contiguous(memory_format=torch.channels_last))
-    return torch.cat([adaptive_avg_pool2d(level, CELLS).flatten(1) for level in maps], dim=1)
+    keys = [str(i) for i in range(len(images))]
+    make_view = Frame(side).image
+    encoded = features.encode(
+        images, keys, make_view, encode_batch, cache=None, settings="", batch_size=BATCH
+    )
+    return encoded.numpy()
 
 
 if __name__ == "__main__":
